@@ -1,0 +1,77 @@
+"""Config + model + examples -> the Trainer, with LoRA+ in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from loraplus_hydra import screen
+from loraplus_hydra.build import locate
+from loraplus_hydra.grouping import parse_rules
+from loraplus_hydra.paths import CHECKPOINTS, METRICS
+from loraplus_hydra.training import LoraPlus, MetricsWriter, with_loraplus
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+    from loraplus_hydra.examples import Examples
+
+
+def make_trainer(
+    config: DictConfig, folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase, examples: Examples
+) -> Any:
+    """The Trainer of `config.task._target_` with the LoRA+ mixin ahead of it, writing into `folder`."""
+    trainer: Any = with_loraplus(locate(config.task._target_))(
+        model=model,
+        args=training_arguments(config, folder),
+        train_dataset=examples.train,
+        eval_dataset=examples.eval,
+        processing_class=tokenizer,
+        loraplus=loraplus_settings(config),
+        callbacks=[MetricsWriter(folder / METRICS), screen.progress()],
+        **examples.trainer_arguments,
+    )
+    screen.keep_only_our_progress(trainer)
+    return trainer
+
+
+def loraplus_settings(config: DictConfig) -> LoraPlus:
+    """The `optimizer`, `scheduler` and `loraplus` groups of a config as the mixin takes them."""
+    optimizer = _plain(config.optimizer)
+    scheduler = _plain(config.scheduler)
+    loraplus = _plain(config.loraplus)
+    return LoraPlus(
+        optimizer_class=locate(optimizer.pop("_target_")),
+        lr=optimizer.pop("lr"),
+        weight_decay=optimizer.pop("weight_decay", 0.0),
+        optimizer_arguments=optimizer,
+        rules=parse_rules(loraplus["rules"], where="loraplus.rules"),
+        extra_rules=parse_rules(loraplus.get("extra_rules") or {}, where="loraplus.extra_rules"),
+        schedule=locate(scheduler.pop("_target_")),
+        schedule_arguments=scheduler,
+    )
+
+
+def training_arguments(config: DictConfig, folder: Path) -> TrainingArguments:
+    """The `trainer` group and `task.args` as the task's arguments class; what has another master is set from there."""
+    arguments = _plain(config.trainer)
+    arguments.update(_plain(config.task.args))
+    made: TrainingArguments = locate(config.task.args_class)(
+        output_dir=str(folder / CHECKPOINTS),
+        seed=config.seed,
+        metric_for_best_model=config.task.metric,
+        greater_is_better=config.task.greater_is_better,
+        report_to="none",
+        disable_tqdm=True,  # the screen has its own progress bar
+        **arguments,
+    )
+    return made
+
+
+def _plain(group: DictConfig) -> dict[str, Any]:
+    plain = OmegaConf.to_container(group, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}

@@ -1,0 +1,39 @@
+"""Everything that is wrong with a config, at once, before any weight is loaded.
+
+Each module here looks at one side of the config and returns Problems; none raises. What depends on the parts of a
+config that are already known to be wrong is left out, so that one mistake is told once.
+"""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from loraplus_hydra.errors import ConfigErrors, Problem
+
+
+def check(config: DictConfig) -> None:
+    """Raise ConfigErrors with every mistake in a composed `run` config; return when there is none."""
+    from loraplus_hydra.check.keys import read_config, unknown_keys
+    from loraplus_hydra.check.values import value_problems
+
+    plain, problems = read_config(config)
+    problems += unknown_keys(plain, config)
+    problems += value_problems(plain)
+
+    from loraplus_hydra.check.classes import class_problems
+
+    problems += class_problems(plain)
+    wrong = {problem.key.split(".")[0] for problem in problems}
+
+    from loraplus_hydra.check.dry_run import data_problems, model_problems
+
+    if not wrong & {"data", "task", "model", "seed"}:
+        problems += data_problems(config)
+    if not wrong & {"model", "adapter", "task", "optimizer", "scheduler", "loraplus"}:
+        problems += model_problems(config)
+    if problems:
+        raise ConfigErrors(_told_once(problems))
+
+
+def _told_once(problems: list[Problem]) -> list[Problem]:
+    return list({(problem.key, problem.what): problem for problem in problems}.values())

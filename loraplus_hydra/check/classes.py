@@ -1,0 +1,189 @@
+"""What the config names by a dotted path: it is there, of the kind that its place expects, and takes its arguments."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from loraplus_hydra.build import locate
+from loraplus_hydra.check.signatures import argument_problems
+from loraplus_hydra.check.values import MASTERS
+from loraplus_hydra.data.rows import loader_arguments
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError, nearest
+
+TARGET = "_target_"
+# Where a `_target_` may stand. Inside `adapter` further ones may, for PEFT's nested configs.
+PLACES = ("adapter", "optimizer", "scheduler", "task", "data")
+
+
+def class_problems(plain: dict[str, Any]) -> list[Problem]:
+    """Problems of every place of the config that names a class or a function."""
+    problems = list(_stray_targets(plain, ""))
+    problems += _adapter(plain.get("adapter", {}))
+    problems += _optimizer(plain.get("optimizer", {}))
+    problems += _scheduler(plain.get("scheduler", {}), _steps(plain.get("trainer", {})))
+    problems += _task(plain.get("task", {}), plain.get("trainer", {}))
+    problems += _data(plain.get("data", {}))
+    problems += _rules(plain)
+    return problems
+
+
+def _stray_targets(node: Any, path: str) -> Iterator[Problem]:
+    """A `_target_` anywhere else would never be called, or be called where nobody expects it."""
+    if isinstance(node, list):
+        for index, item in enumerate(node):
+            yield from _stray_targets(item, f"{path}.{index}")
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        key_path = f"{path}.{key}" if path else key
+        nested_peft = path.startswith("adapter.") and str(value).startswith("peft.")
+        if key == TARGET and path not in PLACES and not nested_peft:
+            yield Problem(key_path, f"nothing is built here, so '{value}' has no place", f"remove it; {TARGET} belongs to {', '.join(PLACES)}")
+        elif key.startswith("_") and key != TARGET:
+            yield Problem(key_path, "Hydra's other instantiation keys have no place here", "remove it")
+        yield from _stray_targets(value, key_path)
+
+
+def _resolve(path: Any, key: str, kind: Callable[[Any], bool], wanted: str) -> tuple[Any, list[Problem]]:
+    """The object at a dotted path if it is of the `kind` that its place wants."""
+    if path is None:
+        return None, []  # missing: told already
+    try:
+        found = locate(path)
+    except UserError as error:
+        return None, [Problem(key, str(error), f"name {wanted}")]
+    if not kind(found):
+        return None, [Problem(key, f"'{path}' is {_what(found)}", f"it must be {wanted}")]
+    return found, []
+
+
+def _what(found: Any) -> str:
+    if isinstance(found, type):
+        return f"the class {found.__name__}"
+    return f"the function {found.__name__}" if callable(found) and hasattr(found, "__name__") else f"a {type(found).__name__}"
+
+
+def _steps(trainer: dict[str, Any]) -> int:
+    """As many steps as the run is told to take, or enough to see the shape of a schedule."""
+    steps = trainer.get("max_steps")
+    return min(steps, 1000) if isinstance(steps, int) and steps > 0 else 100
+
+
+def _derives(*bases: type) -> Callable[[Any], bool]:
+    return lambda found: isinstance(found, type) and issubclass(found, bases)
+
+
+def _without(group: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in keys}
+
+
+def _adapter(adapter: dict[str, Any]) -> list[Problem]:
+    from peft import PeftConfig
+
+    found, problems = _resolve(adapter.get(TARGET), "adapter._target_", _derives(PeftConfig), "a PEFT config class, such as peft.LoraConfig")
+    return problems + (argument_problems(found, _without(adapter, TARGET), "adapter") if found else [])
+
+
+def _optimizer(optimizer: dict[str, Any]) -> list[Problem]:
+    from loraplus_hydra.optimizer import optimizer_problems
+
+    found, problems = _resolve(
+        optimizer.get(TARGET), "optimizer._target_", lambda found: isinstance(found, type), "a torch.optim.Optimizer class"
+    )
+    if found is not None:
+        problems += [Problem("optimizer", text) for text in optimizer_problems(found, _without(optimizer, TARGET))]
+    return problems
+
+
+def _scheduler(scheduler: dict[str, Any], steps: int) -> list[Problem]:
+    """Try the schedule on two groups of different rates: it takes its arguments and keeps their ratio."""
+    found, problems = _resolve(
+        scheduler.get(TARGET), "scheduler._target_", _is_ours_to_call, "a torch.optim.lr_scheduler class or a transformers.get_..._schedule"
+    )
+    if found is None:
+        return problems
+    import torch
+
+    from loraplus_hydra.schedule import build_schedule
+
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr, "name": name} for lr, name in ((1e-4, "A"), (8e-4, "B"))]
+    try:
+        build_schedule(found, torch.optim.AdamW(groups), num_training_steps=steps, kwargs=_without(scheduler, TARGET))
+    except UserError as error:
+        problems.append(Problem("scheduler", str(error)))
+    return problems
+
+
+def _task(task: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
+    from transformers import Trainer, TrainingArguments
+
+    _, problems = _resolve(task.get(TARGET), "task._target_", _derives(Trainer), "a transformers.Trainer class, such as trl.SFTTrainer")
+    _, more = _resolve(task.get("auto_class"), "task.auto_class", lambda found: hasattr(found, "from_pretrained"), "a class with from_pretrained")
+    problems += more
+    _, more = _resolve(task.get("examples"), "task.examples", _is_ours_to_call, "a function, such as loraplus_hydra.tasks.sft.examples")
+    problems += more
+    arguments, more = _resolve(
+        task.get("args_class"), "task.args_class", _derives(TrainingArguments), "a transformers.TrainingArguments class"
+    )
+    return problems + more + (_trainer_arguments(arguments, task, trainer) if arguments else [])
+
+
+def _trainer_arguments(arguments: type, task: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
+    """Fields common to all Trainers stand under `trainer`, those of this one alone under `task.args`."""
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    common = {field.name for field in fields(TrainingArguments)} - set(MASTERS)
+    own = {field.name for field in fields(arguments)} - common - set(MASTERS)  # type: ignore[arg-type]
+    problems = []
+    for place, group, here, there in (("trainer", trainer, common, own), ("task.args", task.get("args") or {}, own, common)):
+        other = "task.args" if place == "trainer" else "trainer"
+        for name in group:
+            if name in there:
+                problems.append(Problem(f"{place}.{name}", "belongs elsewhere", f"write {other}.{name}"))
+            elif name not in here and name not in MASTERS:
+                hint = nearest(name, here | there)
+                problems.append(Problem(f"{place}.{name}", f"{arguments.__name__} has no such field{hint}"))
+        known = {name: value for name, value in group.items() if name in here}
+        problems += argument_problems(arguments, known, place)
+    if not problems:
+        problems += _construction(arguments, {**trainer, **(task.get("args") or {})})
+    return problems
+
+
+def _construction(arguments: type, values: dict[str, Any]) -> list[Problem]:
+    """What the arguments' class itself says of the values together."""
+    try:
+        arguments(output_dir=".", report_to="none", **_without(values, *MASTERS))
+    except (ValueError, TypeError, ImportError) as error:
+        return [Problem("trainer", str(error).splitlines()[0])]
+    return []
+
+
+def _data(data: dict[str, Any]) -> list[Problem]:
+    found, problems = _resolve(
+        data.get(TARGET), "data._target_", _is_ours_to_call, "a function that returns a datasets.DatasetDict"
+    )
+    return problems + (argument_problems(found, _without(loader_arguments(data), TARGET), "data") if found else [])
+
+
+def _is_ours_to_call(found: Any) -> bool:
+    """Whether a function or class may be called by name: none of Python's own, none of torch's loaders."""
+    home = str(getattr(found, "__module__", "") or "")
+    own = home.split(".")[0] not in {*sys.stdlib_module_names, "builtins"}
+    return callable(found) and own and not (home.startswith("torch.") and not home.startswith("torch.optim"))
+
+
+def _rules(plain: dict[str, Any]) -> list[Problem]:
+    from loraplus_hydra.grouping import parse_rules
+
+    problems: list[Problem] = []
+    for name in ("rules", "extra_rules"):
+        try:
+            parse_rules(plain.get("loraplus", {}).get(name) or {}, where=f"loraplus.{name}")
+        except ConfigErrors as error:
+            problems += error.problems
+    return problems

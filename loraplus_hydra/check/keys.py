@@ -1,0 +1,82 @@
+"""Keys and values as such: missing values, interpolations that lead nowhere, keys that nobody reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+from loraplus_hydra.errors import Problem, nearest
+from loraplus_hydra.schema import ModelConfig, RunConfig, TaskConfig
+
+CLOSED: dict[str, type] = {"": RunConfig, "model": ModelConfig, "task": TaskConfig}
+
+
+def read_config(config: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
+    """The config as plain containers, without the values that can't be read, and a Problem for each of those."""
+    problems: list[Problem] = []
+    plain = _read(config, "", problems)
+    assert isinstance(plain, dict)
+    return plain, problems
+
+
+def _read(node: DictConfig | ListConfig, path: str, problems: list[Problem]) -> dict[str, Any] | list[Any]:
+    keys = list(range(len(node))) if isinstance(node, ListConfig) else list(node.keys())
+    found: list[tuple[Any, Any]] = []
+    for key in keys:
+        key_path = f"{path}.{key}" if path else str(key)
+        if OmegaConf.is_missing(node, key):
+            problems.append(Problem(key_path, "is not set", f"give it a value: {key_path}=..."))
+            continue
+        try:
+            value = node[key]
+        except InterpolationToMissingValueError:
+            continue  # the key that it leads to is told
+        except OmegaConfBaseException as error:
+            problems.append(Problem(key_path, _interpolation_message(node, key, error)))
+            continue
+        found.append((key, _read(value, key_path, problems) if isinstance(value, (DictConfig, ListConfig)) else value))
+    return [value for _, value in found] if isinstance(node, ListConfig) else {str(key): value for key, value in found}
+
+
+def _interpolation_message(node: DictConfig | ListConfig, key: Any, error: OmegaConfBaseException) -> str:
+    raw = OmegaConf.to_container(node, resolve=False)
+    text = raw[key]  # type: ignore[index,call-overload]
+    reason = str(error).splitlines()[0].split("resolving interpolation: ")[-1].strip('"')
+    return f"'{text}' leads nowhere: {reason}"
+
+
+def unknown_keys(plain: dict[str, Any], config: DictConfig) -> list[Problem]:
+    """Keys that nobody reads, in the parts of the config whose keys are all ours (Hydra lets them in behind a `+`)."""
+    problems = []
+    for path, schema in CLOSED.items():
+        names = [field.name for field in dataclasses.fields(schema)]
+        holder = plain.get(path, {}) if path else plain
+        for key in holder if isinstance(holder, dict) else ():
+            if key not in names:
+                key_path = f"{path}.{key}" if path else key
+                fix = f"{path or 'the config'} has: {', '.join(names)}"
+                problems.append(Problem(key_path, f"there is no such key{nearest(key, names)}", fix))
+    return problems + _unread_loraplus_keys(config)
+
+
+def _unread_loraplus_keys(config: DictConfig) -> list[Problem]:
+    """Keys of `loraplus` that no rule of the preset refers to: setting them would do nothing."""
+    if not isinstance(config.get("loraplus"), DictConfig):
+        return []
+    raw = OmegaConf.to_container(config.loraplus, resolve=False)
+    assert isinstance(raw, dict)
+    read = set(re.findall(r"\$\{[^}]*?\.*(\w+)\}", str({key: raw.get(key) for key in ("rules", "extra_rules")})))
+    used = [str(key) for key in raw if key in read]
+    return [
+        Problem(
+            f"loraplus.{key}",
+            f"no rule of this preset uses it{nearest(str(key), used)}",
+            f"the preset uses: {', '.join(used) or 'none'}; or choose another (loraplus=default)",
+        )
+        for key in raw
+        if key not in ("rules", "extra_rules") and key not in read
+    ]

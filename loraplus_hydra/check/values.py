@@ -1,0 +1,143 @@
+"""Values that we read ourselves: in range, finite, and set at one place only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from loraplus_hydra.errors import Problem
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a value may be: `holds` says whether, `words` what would be right."""
+
+    words: str
+    holds: Callable[[Any], bool]
+    nullable: bool = False
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+POSITIVE = Range("a finite number above 0", lambda x: _number(x) and x > 0)
+NOT_NEGATIVE = Range("a finite number from 0 on", lambda x: _number(x) and x >= 0)
+COUNT = Range("a whole number from 1 on", lambda x: _whole(x) and x >= 1)
+COUNT_OR_NULL = Range("a whole number from 1 on, or null", COUNT.holds, nullable=True)
+WHOLE = Range("a whole number from 0 on", lambda x: _whole(x) and x >= 0)
+WHOLE_OR_NULL = Range("a whole number from 0 on, or null", WHOLE.holds, nullable=True)
+SHARE = Range("a number from 0 to 1", lambda x: _number(x) and 0 <= x <= 1)
+PROPER_SHARE = Range("a number above 0 and below 1", lambda x: _number(x) and 0 < x < 1)
+DROPOUT = Range("a number from 0 to below 1", lambda x: _number(x) and 0 <= x < 1)
+EVERY = Range("a whole number of steps, or a share of them between 0 and 1", lambda x: COUNT.holds(x) or PROPER_SHARE.holds(x))
+DTYPE = Range("auto, float32, bfloat16 or float16", lambda x: x in ("auto", "float32", "bfloat16", "float16"))
+BETAS = Range(
+    "two or more numbers from 0 to below 1",
+    lambda x: isinstance(x, list) and len(x) >= 2 and all(DROPOUT.holds(beta) for beta in x),
+)
+
+RANGES: dict[str, Range] = {
+    "seed": WHOLE,
+    "model.dtype": DTYPE,
+    "model.lr": POSITIVE,
+    "adapter.r": COUNT,
+    "adapter.lora_alpha": POSITIVE,
+    "adapter.lora_dropout": DROPOUT,
+    "optimizer.lr": POSITIVE,
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "optimizer.betas": BETAS,
+    "optimizer.momentum": DROPOUT,
+    "scheduler.warmup_ratio": SHARE,
+    "scheduler.num_warmup_steps": WHOLE_OR_NULL,
+    "loraplus.ratio": POSITIVE,
+    "loraplus.lr_embedding": POSITIVE,
+    "loraplus.lr_A": POSITIVE,
+    "loraplus.lr_B": POSITIVE,
+    "task.samples": WHOLE,
+    "task.sample_tokens": COUNT,
+    "task.args.max_length": COUNT_OR_NULL,
+    "data.eval_fraction": PROPER_SHARE,
+    "data.max_samples": COUNT_OR_NULL,
+    "trainer.num_train_epochs": POSITIVE,
+    "trainer.max_steps": Range("a whole number from 1 on, or -1 for num_train_epochs", lambda x: _whole(x) and (x >= 1 or x == -1)),
+    "trainer.per_device_train_batch_size": COUNT,
+    "trainer.per_device_eval_batch_size": COUNT,
+    "trainer.gradient_accumulation_steps": COUNT,
+    "trainer.max_grad_norm": NOT_NEGATIVE,
+    "trainer.logging_steps": EVERY,
+    "trainer.eval_steps": Range(EVERY.words + ", or null", EVERY.holds, nullable=True),
+    "trainer.save_steps": EVERY,
+    "trainer.save_total_limit": COUNT_OR_NULL,
+    "trainer.dataloader_num_workers": WHOLE,
+}
+
+# Settings of transformers.TrainingArguments that this config sets elsewhere: one master each.
+MASTERS: dict[str, str] = {
+    "learning_rate": "optimizer.lr",
+    "optim": "the optimizer group (optimizer=adamw8bit)",
+    "optim_args": "the optimizer group's own keys",
+    "optim_target_modules": "adapter.target_modules",
+    "weight_decay": "optimizer.weight_decay",
+    "adam_beta1": "optimizer.betas",
+    "adam_beta2": "optimizer.betas",
+    "adam_epsilon": "optimizer.eps",
+    "adafactor": "the optimizer group (optimizer=adafactor)",
+    "lr_scheduler_type": "the scheduler group (scheduler=cosine)",
+    "lr_scheduler_kwargs": "the scheduler group's own keys",
+    "warmup_ratio": "scheduler.warmup_ratio",
+    "warmup_steps": "scheduler.num_warmup_steps",
+    "seed": "seed",
+    "data_seed": "seed",
+    "output_dir": "hydra.run.dir",
+    "logging_dir": "hydra.run.dir",
+    "run_name": "hydra.run.dir",
+    "project": "hydra.run.dir",
+    "overwrite_output_dir": "hydra.run.dir (a run never writes over another)",
+    "report_to": "metrics.jsonl, which is always written",
+    "disable_tqdm": "the terminal: progress is a bar there and lines elsewhere",
+    "metric_for_best_model": "task.metric",
+    "greater_is_better": "task.greater_is_better",
+    "model_init_kwargs": "the model group",
+    "do_train": "the command: a run trains",
+    "do_eval": "trainer.eval_strategy",
+    "do_predict": "the command",
+    "gradient_checkpointing": "trainer.activation_checkpointing, its name since transformers 5.23",
+    "push_to_hub": "no key: publish the adapter/ folder yourself",
+}
+
+
+def value_problems(plain: dict[str, Any]) -> list[Problem]:
+    """Values out of range, and settings given at a place that isn't their master."""
+    problems = []
+    for path, allowed in RANGES.items():
+        present, value = _select(plain, path)
+        if present and not (allowed.nullable and value is None) and not allowed.holds(value):
+            problems.append(Problem(path, f"{_shown(value)} is out of range", f"it must be {allowed.words}"))
+    for place in ("trainer", "task.args"):
+        present, arguments = _select(plain, place)
+        problems += [
+            Problem(f"{place}.{name}", "is set elsewhere", f"its one master is {MASTERS[name]}")
+            for name in (arguments if present and isinstance(arguments, dict) else ())
+            if name in MASTERS
+        ]
+    return problems
+
+
+def _select(plain: dict[str, Any], path: str) -> tuple[bool, Any]:
+    node: Any = plain
+    for part in path.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return False, None
+        node = node[part]
+    return True, node
+
+
+def _shown(value: Any) -> str:
+    return f"'{value}'" if isinstance(value, str) else "null" if value is None else str(value)

@@ -1,0 +1,1 @@
+"""Where rows come from: callables that return a `datasets.DatasetDict` with the splits "train" and "eval"."""

@@ -1,0 +1,167 @@
+"""The standard library's source code: its modules, which of them are held out, and their text without docstrings.
+
+Needs no package from outside the standard library. Files are parsed, never imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import os
+import re
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraplus_hydra.errors import UserError
+
+EVAL_FRACTION = 0.1  # share of the modules that is held out, from the embedded model's pretraining too
+
+_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__"}  # site-packages and its like are no identifiers
+_SKIPPED_PACKAGES = {"encodings", "pydoc_data"}  # character tables, and the manual's text as one string
+_SKIPPED_FILES = ("_sysconfigdata", "sitecustomize", "usercustomize")  # written by a machine's build or its owner
+
+# With this salt a tenth of the pairs is held out under each of CPython 3.10 to 3.13, no module has much of it, and none
+# that was renamed or split between those versions is known from another one (but for a handful of pairs).
+_SALT = "loraplus_hydra/370"
+
+
+def library_modules(folder: Path | None = None) -> dict[str, Path]:
+    """{dotted name: source file} of the standard library in `folder` (default: this Python's), sorted by name.
+
+    Left out: tests, installed packages, character tables, the manual's text, and files that a machine's build or owner
+    wrote. Raises UserError if there is no source: some Pythons are shipped zipped or without it.
+    """
+    folder = Path(sysconfig.get_path("stdlib")) if folder is None else folder
+    modules = {}
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name.isidentifier() and name not in _SKIPPED_FOLDERS]
+        for file in files:
+            stem, extension = os.path.splitext(file)
+            if extension != ".py" or not stem.isidentifier() or stem.startswith(_SKIPPED_FILES):
+                continue
+            path = Path(place, file)
+            parts = path.relative_to(folder).with_suffix("").parts
+            if parts[0] in _SKIPPED_PACKAGES or parts == ("__init__",):
+                continue
+            modules[".".join(parts[:-1] if stem == "__init__" else parts)] = path
+    if not modules:
+        raise UserError(
+            f"data=embedded: there is no standard library source in {folder} (this Python seems to be shipped zipped or "
+            f"stripped); use a Python that has it, or your own text: data=jsonl data.train=FILE"
+        )
+    return dict(sorted(modules.items()))
+
+
+def read_library(folder: Path | None = None) -> Iterator[tuple[str, Source]]:
+    """(dotted name, Source) of each module of `library_modules`, but for those that can't be read or parsed."""
+    for name, path in library_modules(folder).items():
+        try:
+            raw = path.read_bytes()
+            encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
+            source = Source(io.TextIOWrapper(io.BytesIO(raw), encoding).read())
+        except (OSError, SyntaxError, ValueError):  # ValueError: bytes wrong for the encoding, or null bytes
+            continue
+        yield name, source
+
+
+def is_held_out(module: str, fraction: float = EVAL_FRACTION) -> bool:
+    """Whether the module of that dotted name is held out: by a hash of the name, so under every Python alike.
+
+    What a smaller fraction holds out, a larger one does too. `_pydatetime` counts as `datetime`, and its like: that is
+    what such a module was called before its fast twin took the name.
+    """
+    return stable_hash(_SALT + module.removeprefix("_py")) < fraction * 2**64
+
+
+def stable_hash(text: str) -> int:
+    """A number below 2**64 that is the same in every process and Python version, unlike `hash`."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
+    """The blocks of statements directly inside a module or a statement; much faster than `ast.walk`."""
+    for name in ("body", "orelse", "finalbody"):
+        block = getattr(node, name, None)
+        if block:
+            yield block
+    for name in ("handlers", "cases"):  # of try and match
+        for part in getattr(node, name, ()):
+            yield part.body
+
+
+@dataclass(frozen=True)
+class _Cut:
+    begin: int
+    end: int
+    replacement: bytes
+
+
+class Source:
+    """A module's text, parsed, and what to put in place of each bare string in it. Raises SyntaxError, ValueError."""
+
+    def __init__(self, text: str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes such as "\d" are the library's business
+            self.tree = ast.parse(text)
+        # Offsets are those of the UTF-8 text, as in ast. Not splitlines: to ast a form feed ends no line.
+        self._text = text.encode()
+        self._lines = [0, *(newline.end() for newline in re.finditer(b"\n", self._text))]
+        self._cuts: list[_Cut] = []
+        self._find_cuts(self.tree)
+        self._cuts.sort(key=lambda cut: cut.begin)
+
+    def line_of(self, node: ast.stmt) -> int:
+        """Offset of the line on which the statement begins, with its decorators."""
+        decorators: list[ast.expr] = getattr(node, "decorator_list", [])
+        return self._lines[min([node.lineno, *(decorator.lineno for decorator in decorators)]) - 1]
+
+    def begin(self, node: ast.stmt) -> int:
+        """Offset of the statement's first character, behind its indentation."""
+        return self.line_of(node) + node.col_offset
+
+    def end(self, node: ast.stmt) -> int:
+        """Offset behind the statement's last character."""
+        assert node.end_lineno is not None and node.end_col_offset is not None
+        return self._lines[node.end_lineno - 1] + node.end_col_offset
+
+    def without_docstrings(self, begin: int = 0, end: int | None = None) -> str:
+        """The text (from offset `begin` to `end`) without its docstrings and other bare strings; still valid Python."""
+        end = len(self._text) if end is None else end
+        pieces = []
+        for cut in self._cuts:
+            if begin <= cut.begin and cut.end <= end:
+                pieces += [self._text[begin : cut.begin], cut.replacement]
+                begin = cut.end
+        return b"".join([*pieces, self._text[begin:end]]).decode()
+
+    def _find_cuts(self, node: ast.AST) -> None:
+        for block in blocks(node):
+            self._cuts += self._string_cuts(block, may_be_empty=isinstance(node, ast.Module))
+            for statement in block:
+                self._find_cuts(statement)
+
+    def _string_cuts(self, statements: list[ast.stmt], *, may_be_empty: bool) -> Iterator[_Cut]:
+        strings = [statement for statement in statements if _is_bare_string(statement)]
+        needed = strings[:1] if len(strings) == len(statements) and not may_be_empty else []
+        for statement in strings:
+            begin, end = self.begin(statement), self.end(statement)
+            line, next_line = self.line_of(statement), self._text.find(b"\n", end) + 1 or len(self._text)
+            alone = not self._text[line:begin].strip() and not self._text[end:next_line].strip()
+            if alone and statement not in needed:
+                blank_lines = re.compile(rb"(?:[ \t\f]*\n)*").match(self._text, next_line)
+                yield _Cut(line, blank_lines.end() if blank_lines else next_line, b"")
+            else:  # beside something else on its line, or the one statement of a block that needs one
+                yield _Cut(begin, end, b"pass")
+
+
+def _is_bare_string(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )

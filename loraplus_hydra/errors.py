@@ -1,0 +1,38 @@
+"""What is told to a user: one problem, a list of problems, and the nearest valid name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class UserError(ValueError):
+    """Something that the user can mend; its text is the whole message, shown without a traceback."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in a config: at which key, what is wrong, what would be right."""
+
+    key: str
+    what: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.what}" + (f"; {self.fix}" if self.fix else "")
+
+
+class ConfigErrors(UserError):
+    """Every mistake found in a config, at once."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        assert self.problems, "ConfigErrors needs at least one problem"
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """` (did you mean 'adamw'?)` for the valid name closest to `name`, or nothing when none is close."""
+    matches = difflib.get_close_matches(str(name), [str(candidate) for candidate in candidates], n=1, cutoff=0.6)
+    return f" (did you mean '{matches[0]}'?)" if matches else ""

@@ -1,0 +1,46 @@
+"""Examples: what a task makes of the rows, loaded once for the check and the run behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from loraplus_hydra.build import locate
+from loraplus_hydra.data.rows import load_rows
+from loraplus_hydra.model import load_tokenizer
+from loraplus_hydra.results import config_hash
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Training and evaluation examples as the task's Trainer takes them, and the held-out rows to show as samples."""
+
+    train: Dataset
+    eval: Dataset
+    prompts: tuple[str, ...] = ()  # held-out prompts as text
+    rendered: tuple[str, ...] = ()  # the same as the model sees them
+    references: tuple[str, ...] = ()  # what the rows answer
+    trainer_arguments: dict[str, Any] = field(default_factory=dict)  # further arguments of the Trainer
+
+
+# Examples that a check has made and the run right behind it takes: at most one, and only for the same config.
+_kept: dict[str, Examples] = {}
+
+
+def load_examples(config: DictConfig, *, keep: bool = False) -> tuple[PreTrainedTokenizerBase, Examples]:
+    """The tokenizer, and the examples of the config's rows. With `keep`, the next call with this config gets the same."""
+    tokenizer = load_tokenizer(config.model)
+    key = config_hash({name: OmegaConf.to_container(config[name], resolve=True) for name in ("model", "task", "data")})
+    examples = _kept.pop(key, None)
+    if examples is None:
+        _kept.clear()
+        examples = locate(config.task.examples)(load_rows(config.data), tokenizer, config.task, config.data)
+    if keep:
+        _kept[key] = examples
+    return tokenizer, examples

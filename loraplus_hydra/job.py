@@ -1,0 +1,190 @@
+"""One job: a config in, a trained adapter and a result out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from loraplus_hydra import paths, screen
+from loraplus_hydra.check import check
+from loraplus_hydra.quiet import quiet_libraries, quiet_loading
+from loraplus_hydra.results import FAILED, INTERRUPTED, OK, Result, config_hash, versions
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+    from loraplus_hydra.examples import Examples
+    from loraplus_hydra.training import LoraPlusMixin
+
+log = logging.getLogger(__name__)
+
+
+def run(config: DictConfig, folder: str | Path | None = None) -> Result:
+    """Train one adapter as `config` (a composed `run`) says, and write everything into `folder`.
+
+    `folder` is by default the one that Hydra made for the job. Returns the result; `result.value` is the metric that a
+    sweep optimises. Raises ConfigErrors before anything heavy when the config is wrong; whatever else goes wrong is
+    raised after it is written into result.json.
+    """
+    folder = Path(folder) if folder is not None else _hydra_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with _recorded(config, folder) as result:
+        screen.say("1/6 Checking the config")
+        quiet_libraries()
+        check(config)
+        quiet_loading()
+        _describe(config, folder)
+
+        from loraplus_hydra.assemble import make_trainer  # heavy
+        from loraplus_hydra.examples import load_examples
+
+        screen.say("2/6 Loading the data and the tokenizer")
+        tokenizer, examples = load_examples(config)
+        screen.say(f"    {len(examples.train):,} examples to train on, {len(examples.eval):,} to evaluate on")
+
+        screen.say("3/6 Loading the model and adding the adapter")
+        model = _load_model(config)
+
+        screen.say("4/6 Deciding which tensor gets which rate")
+        trainer = make_trainer(config, folder, model, tokenizer, examples)
+        _write_groups(folder, trainer)
+        screen.show_groups(trainer.loraplus_groups)
+
+        screen.say("5/6 Training")
+        _train(config, trainer, examples, result)
+
+        screen.say("6/6 Saving the adapter")
+        _save(folder, model, tokenizer)
+    _report(folder, result)
+    return result
+
+
+def _hydra_folder() -> Path:
+    from hydra.core.hydra_config import HydraConfig
+
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+@contextmanager
+def _recorded(config: DictConfig, folder: Path) -> Iterator[Result]:
+    """A Result that lands in `folder` however the job ends."""
+    started = time.perf_counter()
+    result = Result(status=FAILED, metric=str(OmegaConf.select(config, "task.metric")), versions=versions())
+    try:
+        yield result
+        result.status = OK
+    except KeyboardInterrupt:
+        result.status = INTERRUPTED
+        raise
+    except Exception as error:
+        result.error = {"type": type(error).__name__, "text": str(error)}
+        log.debug("The job failed.", exc_info=True)
+        raise
+    finally:
+        result.seconds = round(time.perf_counter() - started, 3)
+        result.write(folder)
+
+
+def _describe(config: DictConfig, folder: Path) -> None:
+    """Write and show the whole resolved config."""
+    paths.write_text(folder / paths.CONFIG, OmegaConf.to_yaml(config, resolve=True))
+    screen.show_config(OmegaConf.to_container(config, resolve=True))
+
+
+def _load_model(config: DictConfig) -> PeftModel:
+    from transformers import set_seed
+
+    from loraplus_hydra.adapter import add_adapter
+    from loraplus_hydra.model import load_model
+
+    set_seed(config.seed)  # the adapter's initialisation
+    return add_adapter(load_model(config.model, config.task.auto_class), config.adapter, config.task.task_type)
+
+
+def _write_groups(folder: Path, trainer: LoraPlusMixin) -> None:
+    """param_groups.json: every trained tensor with its role, rule, group and rate."""
+    import json
+
+    from loraplus_hydra.grouping import first_match
+
+    rules = [*trainer.loraplus.extra_rules, *trainer.loraplus.rules]
+    rows = [
+        {
+            "name": record.name,
+            "role": record.role,
+            "rule": rule.name,
+            "group": group.name,
+            "shape": list(record.shape),
+            "lr": group.lr,
+            "weight_decay": group.weight_decay,
+        }
+        for group in trainer.loraplus_groups
+        for record, rule in zip(group.records, first_match(group.records, rules), strict=True)
+    ]
+    paths.write_text(folder / paths.PARAM_GROUPS, json.dumps(rows, indent=2) + "\n")
+
+
+def _train(config: DictConfig, trainer: Any, examples: Examples, result: Result) -> None:
+    """Evaluate, train, evaluate; everything measured goes into `result`."""
+    from transformers import set_seed
+
+    from loraplus_hydra.measure import count_parameters, peak_memory_bytes
+    from loraplus_hydra.sampling import answers
+
+    result.seed = config.seed
+    result.config_hash = config_hash(OmegaConf.to_container(config, resolve=True))
+    result.device = str(trainer.args.device)
+    result.trained_parameters, result.total_parameters = count_parameters(trainer.model)
+    before = answers(trainer.model, trainer.processing_class, examples.rendered, config.task.sample_tokens)
+    result.metrics_before = trainer.evaluate()
+    screen.say(f"    {config.task.metric} before training: {result.metrics_before[config.task.metric]:.4f}")
+
+    set_seed(config.seed)  # data order and dropout: the same whatever was evaluated before
+    trained = trainer.train(resume_from_checkpoint=config.trainer.resume_from_checkpoint)
+    result.steps, result.train_loss = trained.global_step, trained.training_loss
+    result.train_seconds = trained.metrics["train_runtime"]
+    result.metrics = last_evaluation(trainer.state) or trainer.evaluate()
+    result.best = best_evaluation(trainer.state.log_history, config.task.metric, config.task.greater_is_better)
+    result.peak_memory_bytes = peak_memory_bytes(trainer.args.device)
+    after = answers(trainer.model, trainer.processing_class, examples.rendered, config.task.sample_tokens)
+    result.samples = [
+        {"prompt": prompt, "reference": reference, "before": old, "after": new}
+        for prompt, reference, old, new in zip(examples.prompts, examples.references, before, after, strict=True)
+    ]
+
+
+def last_evaluation(state: Any) -> dict[str, float]:
+    """The metrics of an evaluation right at the last step, or nothing if there was none."""
+    entries = [entry for entry in state.log_history if entry["step"] == state.global_step and "eval_loss" in entry]
+    return {key: value for key, value in entries[-1].items() if key != "step"} if entries else {}
+
+
+def best_evaluation(history: list[dict[str, Any]], metric: str, greater_is_better: bool) -> dict[str, Any]:
+    """Step and value of the best evaluation in a Trainer's log, the earliest of equals."""
+    evaluations = [entry for entry in history if metric in entry]
+    if not evaluations:
+        return {}
+    best = (max if greater_is_better else min)(evaluations, key=lambda entry: entry[metric])
+    return {"step": best["step"], "value": best[metric]}
+
+
+def _save(folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """adapter/ in PEFT's own layout with the tokenizer, there whole or not at all."""
+    draft = paths.unfinished(folder / paths.ADAPTER)
+    model.save_pretrained(str(draft), safe_serialization=True)
+    tokenizer.save_pretrained(str(draft))
+    draft.rename(folder / paths.ADAPTER)
+
+
+def _report(folder: Path, result: Result) -> None:
+    from loraplus_hydra.report.figure import draw_training
+
+    draw_training(folder / paths.METRICS, folder / paths.FIGURE)
+    screen.show_result(folder, result)

@@ -1,0 +1,142 @@
+"""What is wrong with overrides that Hydra refuses: all of them at once, each with the nearest valid name.
+
+Hydra stops at the first. Here each is tried on top of those that compose, so that one mistake hides no other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import fields
+
+from hydra._internal.utils import get_args_parser
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from loraplus_hydra.commands import COMMANDS
+from loraplus_hydra.errors import Problem, nearest
+from loraplus_hydra.paths import config_folder
+from loraplus_hydra.schema import OPEN_GROUPS, RunConfig
+
+ROOT_KEYS = (*(field.name for field in fields(RunConfig)), "experiment", "debug")
+
+
+def has_unknown_key(arguments: list[str]) -> bool:
+    """Whether an override's first word is surely none of ours, so that composing the config first would be in vain.
+
+    Never where other configs may come in: behind a `+`, or with flags such as --config-dir.
+    """
+    if any(argument.startswith(("--config", "-c", "hydra.searchpath")) for argument in arguments):
+        return False
+    words = (re.match(r"(\w+)[.=/@]", argument) for argument in arguments)
+    return any(word is not None and word[1] not in (*ROOT_KEYS, "hydra") for word in words)
+
+
+def override_problems(arguments: list[str], config: str, first_error: Exception | None = None) -> list[Problem]:
+    """One Problem for each override in `arguments` that doesn't compose with the YAML `config`; flags are left out.
+
+    `first_error` is what Hydra said, if it was asked: a single override needs no second try to be known as the culprit.
+    """
+    overrides = get_args_parser().parse_known_args(arguments)[0].overrides
+    problems: list[Problem] = []
+    accepted: list[str] = []
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+        for text in overrides:
+            try:
+                override = OverridesParser.create().parse_override(text)
+            except HydraException as error:
+                problems.append(_grammar_problem(text, error))
+                continue
+            if config == "config" and has_unknown_key([text]):
+                problems.append(_unknown_key(override.key_or_group, text, lambda: _compose(config, accepted)))
+                continue
+            singles = _single_values(text, override)
+            alone = len(overrides) == len(singles) == 1
+            error = first_error if alone and first_error else _first_failure(config, accepted, singles)
+            if error is None:
+                accepted.append(singles[0])
+            else:
+                problems.append(_explain(text, override, error, lambda: _compose(config, accepted)))
+    return problems
+
+
+def _first_failure(config: str, accepted: list[str], singles: list[str]) -> Exception | None:
+    for single in singles:
+        try:
+            _compose(config, [*accepted, single])
+        except (HydraException, OmegaConfBaseException) as error:
+            return error
+    return None
+
+
+def _compose(config: str, overrides: list[str]) -> DictConfig:
+    return compose(config, overrides=overrides, return_hydra_config=True)
+
+
+def _single_values(text: str, override: Override) -> list[str]:
+    """The override once for each value of its sweep, or itself when it is none."""
+    if not override.is_sweep_override():
+        return [text]
+    prefix = text.split("=", 1)[0]
+    return [f"{prefix}={value}" for value in override.sweep_string_iterator()]
+
+
+def _grammar_problem(text: str, error: HydraException) -> Problem:
+    if "=" not in text and not text.startswith("~"):
+        if text in COMMANDS:
+            return Problem(text, "is a command, and a command stands first", f"write it ahead of all else: {text} ...")
+        return Problem(text, f"is neither a command nor key=value{nearest(text, COMMANDS)}", "write key=value")
+    reason = str(error).splitlines()[0]
+    return Problem(text, f"can't be read: {reason}", "quote the value: key='\"...\"'")
+
+
+def _explain(text: str, override: Override, error: Exception, composed: Callable[[], DictConfig]) -> Problem:
+    key = override.key_or_group
+    cause: BaseException = error
+    while not isinstance(cause, OmegaConfBaseException) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        value = text.split("=", 1)[1]
+        options = list(error.options)
+        return Problem(key, f"there is no option '{value}'{nearest(value, options)}", f"one of: {', '.join(options)}")
+    if isinstance(cause, ValidationError):
+        return Problem(key, _type_message(cause), "give it a value of that type")
+    if "is already at" in str(error) or "Could not append" in str(error):
+        return Problem(text, "is in the config already", f"leave out the plus: {text.lstrip('+')}")
+    if "Could not override" in str(error) or "No match in the defaults list" in str(error):
+        return _unknown_key(key, text, composed)
+    return Problem(text, str(error).splitlines()[0])
+
+
+def _type_message(cause: ValidationError) -> str:
+    message = str(cause).splitlines()[0]
+    match = re.match(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", message)
+    if match is None:
+        return message
+    names = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+    return f"'{match[1]}' is not {names.get(match[2], match[2])}"
+
+
+def _unknown_key(key: str, text: str, composed: Callable[[], DictConfig]) -> Problem:
+    """The deepest part of `key` that exists, and what it holds."""
+    first = key.replace("/", ".").split(".")[0]
+    if has_unknown_key([text]):
+        fix = f"the config has: {', '.join(ROOT_KEYS)}"
+        return Problem(key, f"there is no such key{nearest(first, ROOT_KEYS)}", fix)
+    config = composed()
+    parent, _, last = key.rpartition(".")
+    while parent and not isinstance(OmegaConf.select(config, parent), DictConfig):
+        parent, _, last = parent.rpartition(".")
+    holder = OmegaConf.select(config, parent) if parent else config
+    names = sorted(str(name) for name in holder if name != "hydra")
+    hint = nearest(last, names)
+    fix = f"{parent or 'the config'} has: {', '.join(names)}"
+    if parent.split(".")[0] in ("trainer", *OPEN_GROUPS) and not hint:
+        fix += f". If it is a setting of the class behind it, write +{text.lstrip('+')}"
+    return Problem(key, f"there is no such key{hint}", fix)

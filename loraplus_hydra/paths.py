@@ -1,0 +1,69 @@
+"""Names of the files and folders that a run writes, and where the package's own folders lie."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# A run's folder. The names are an interface: change one only with a line in the CHANGELOG.
+CONFIG = "config.yaml"
+PARAM_GROUPS = "param_groups.json"
+METRICS = "metrics.jsonl"
+RESULT = "result.json"
+FIGURE = "train.png"
+ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
+HYDRA = ".hydra"
+
+PACKAGE = Path(__file__).resolve().parent
+_PACKAGE_SCHEME = "pkg://"
+
+
+def config_folder() -> Path:
+    """The folder of YAML files: inside the package when installed from a wheel, beside it in a checkout."""
+    installed = PACKAGE / "conf"
+    return installed if installed.is_dir() else PACKAGE.parent / "conf"
+
+
+def model_location(path: str) -> str:
+    """A model's `path` as transformers takes it: `pkg://package/folder` becomes that package's folder, all else stays.
+
+    A relative folder is left relative: it starts where the command was given.
+    """
+    if not path.startswith(_PACKAGE_SCHEME):
+        return os.path.expanduser(path)
+    package, _, inside = path.removeprefix(_PACKAGE_SCHEME).partition("/")
+    from importlib.resources import files
+
+    return str(files(package).joinpath(inside))
+
+
+def is_local(location: str) -> bool:
+    """Whether `location` is meant as a folder here (it exists, or is spelt like a path), not as a name on a hub."""
+    looks_like_path = location.startswith((".", "/", "~", os.sep)) or location.count("/") > 1
+    return looks_like_path or os.path.exists(location)
+
+
+def unfinished(path: Path) -> Path:
+    """Where something is written before it takes the name `path`: the same folder, so that the rename is atomic."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` whole or not at all: to a file beside it, then renamed over it."""
+    draft = unfinished(path)
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def refuse_used_folder(folder: Path, key: str) -> None:
+    """Raise UserError when `folder`, set by `key`, can't become a run's folder: a file, or not empty."""
+    from loraplus_hydra.errors import UserError
+
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{key}: {folder} is a file; name a folder that is new or empty")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{key}: {folder} isn't empty; a run never writes over another, so name a new folder")

@@ -1,0 +1,30 @@
+"""Other libraries' chatter, kept off the screen; their warnings are in the log file where they use logging."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+# Read by the libraries when they are imported, so set before. A value that the user has set stays.
+ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL reports each Trainer's use otherwise
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",  # the screen has one bar, the training's
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",  # warns at each fork of a data loader otherwise
+}
+
+
+def quiet_libraries() -> None:
+    """Set the environment that keeps other libraries quiet; call it before they are imported."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", message=r".*'pin_memory' argument is set as true but no accelerator")
+    # Deprecations inside the Hugging Face libraries are for their authors to act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate|datasets)\b")
+
+
+def quiet_loading() -> None:
+    """Switch the progress bars off that transformers draws while it reads or writes weights."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

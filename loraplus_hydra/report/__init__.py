@@ -1,0 +1,1 @@
+"""Tables and figures from what runs left on disk."""

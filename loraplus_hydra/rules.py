@@ -1,0 +1,221 @@
+"""What a rule sees of a tensor, one rule of LoRA+, and how a mapping from YAML or the command line becomes one; no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraplus_hydra.errors import ConfigErrors, Problem, nearest
+
+ROLES: tuple[str, ...] = (
+    "lora_A",
+    "lora_B",
+    "lora_B_bias",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "magnitude",
+    "adalora_A",
+    "adalora_B",
+    "adalora_E",
+    "vera_b",
+    "vera_d",
+    "trainable_tokens",
+    "saved_module",
+    "bias",
+    "norm",
+    "other",
+)
+"""Every role that a trained tensor can have."""
+
+CONDITIONS = ("role", "pattern", "owner", "ndim")
+RATES = ("lr", "lr_mult", "ratio", "weight_decay")
+RULE_KEYS = (*CONDITIONS, *RATES, "group", "allow_unmatched")
+RESERVED = frozenset({"params", "name", "param_names", "initial_lr"})
+"""Keys of a torch parameter group that are not settings."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """One trained tensor, as far as a rule can see it.
+
+    `owner` is the class of the layer that holds the tensor (for an adapter's tensor: of the layer that it adapts), and
+    `owner_classes` also names the classes which that one derives from, with their full paths too. `shape` is the logical shape,
+    before anything shards the model. `trained_embedding` marks what 8-bit optimizers keep in 32-bit state.
+    `starts_at_zero` is None where nobody can know.
+    """
+
+    name: str
+    role: str
+    owner: str
+    shape: tuple[int, ...]
+    adapter: str | None = None
+    dtype: str = "float32"
+    trained_embedding: bool = False
+    starts_at_zero: bool | None = None
+    owner_classes: tuple[str, ...] = ()
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which tensors (all conditions must hold; an empty one holds always) train how.
+
+    `role`, `owner` and `ndim` hold if one of their values is the tensor's, `pattern` if one of its regular expressions is found in
+    the tensor's name; `owner` also takes a class which the owner derives from, by its name or by its full path.
+    The rate is `lr` (absolute) or the optimizer's lr x `lr_mult` x `ratio`, where `ratio` is LoRA+'s eta_B / eta_A. `weight_decay`
+    None is the optimizer's. `settings` are the optimizer's other per-group arguments (`betas`, ...).
+    """
+
+    name: str
+    role: tuple[str, ...] = ()
+    pattern: tuple[str, ...] = ()
+    owner: tuple[str, ...] = ()
+    ndim: tuple[int, ...] = ()
+    group: str = ""
+    lr: float | None = None
+    lr_mult: float = 1.0
+    ratio: float = 1.0
+    weight_decay: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    allow_unmatched: bool = False
+    _patterns: tuple[re.Pattern[str], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "group", self.group or self.name)
+        object.__setattr__(self, "_patterns", tuple(re.compile(pattern) for pattern in self.pattern))
+
+    def rate(self, base_lr: float) -> float:
+        """The learning rate of this rule's tensors where the optimizer's is `base_lr`."""
+        return float(self.lr) if self.lr is not None else base_lr * self.lr_mult * self.ratio
+
+    def matches(self, record: TensorRecord) -> bool:
+        """Whether all conditions hold for this tensor."""
+        return self.matches_kind(record) and self.matches_name(record.name)
+
+    def matches_kind(self, record: TensorRecord) -> bool:
+        """Whether the conditions on role, owner and number of dimensions hold."""
+        if self.role and record.role not in self.role:
+            return False
+        if self.ndim and record.ndim not in self.ndim:
+            return False
+        return not self.owner or record.owner in self.owner or any(name in self.owner for name in record.owner_classes)
+
+    def matches_name(self, name: str) -> bool:
+        """Whether one of the patterns is found in the tensor's name."""
+        return not self._patterns or any(pattern.search(name) for pattern in self._patterns)
+
+    def conditions(self) -> str:
+        """The conditions, for a message."""
+        found = [f"{key}: {', '.join(map(str, getattr(self, key)))}" for key in CONDITIONS if getattr(self, key)]
+        return "; ".join(found) or "everything"
+
+
+def parse_rules(rules: Mapping[str, Any], where: str = "loraplus.rules") -> list[Rule]:
+    """The rules of a mapping `name -> {condition or setting: value}`, in its order; a rule that is null is left out.
+
+    Raises ConfigErrors with every mistake in it, each under its key below `where`.
+    """
+    problems: list[Problem] = []
+    if not isinstance(rules, Mapping):
+        raise ConfigErrors([Problem(where, f"must map names to rules, got {rules!r}", "for instance {head: {pattern: score, lr: 1e-3}}")])
+    parsed = []
+    for name, keys in rules.items():
+        key = f"{where}.{name}"
+        if keys is None:
+            continue
+        if not isinstance(keys, Mapping):
+            problems.append(Problem(key, f"a rule is a mapping, got {keys!r}", "for instance {pattern: score, lr: 1e-3}"))
+            continue
+        # A null takes a key away again: `loraplus.rules.groupB.weight_decay=null` on the command line.
+        present = {str(field_name): value for field_name, value in keys.items() if value is not None}
+        found = _problems(present, key)
+        problems += found
+        if not found:
+            parsed.append(_rule(str(name), present))
+    if problems:
+        raise ConfigErrors(problems)
+    return parsed
+
+
+def _rule(name: str, keys: Mapping[str, Any]) -> Rule:
+    known: dict[str, Any] = {key: tuple(_listed(keys[key])) for key in CONDITIONS if key in keys}
+    known |= {key: float(keys[key]) for key in RATES if key in keys}
+    known |= {key: keys[key] for key in ("group", "allow_unmatched") if key in keys}
+    settings = {key: _plain(value) for key, value in keys.items() if key not in RULE_KEYS}
+    return Rule(name=name, settings=settings, **known)
+
+
+def _problems(keys: Mapping[str, Any], where: str) -> list[Problem]:
+    problems = [problem for key in CONDITIONS if key in keys for problem in _condition_problems(key, keys[key], where)]
+    problems += [problem for key in RATES if key in keys for problem in _rate_problems(key, keys[key], where)]
+    if "lr" in keys:
+        problems += [
+            Problem(f"{where}.{key}", "stands beside `lr`, which is the whole rate", f"keep either `lr` or `{key}`")
+            for key in ("lr_mult", "ratio")
+            if key in keys
+        ]
+    if "group" in keys and not (isinstance(keys["group"], str) and keys["group"]):
+        problems.append(Problem(f"{where}.group", f"must be a name, got {keys['group']!r}"))
+    if "allow_unmatched" in keys and not isinstance(keys["allow_unmatched"], bool):
+        problems.append(Problem(f"{where}.allow_unmatched", f"must be true or false, got {keys['allow_unmatched']!r}"))
+    problems += [
+        Problem(f"{where}.{key}", "is set by the optimizer itself, no rule can", f"use one of {', '.join(RULE_KEYS)}")
+        for key in keys
+        if key in RESERVED
+    ]
+    return problems
+
+
+def _condition_problems(key: str, value: Any, where: str) -> list[Problem]:
+    values = _listed(value)
+    key_path = f"{where}.{key}"
+    if not values:
+        return [Problem(key_path, "an empty list matches nothing", f"name at least one {key}, or leave `{key}` out")]
+    wanted = int if key == "ndim" else str
+    wrong = [item for item in values if not isinstance(item, wanted) or isinstance(item, bool) or (wanted is int and item < 0)]
+    if wrong:
+        kind = "a whole number, 0 or more" if wanted is int else "text"
+        return [Problem(key_path, f"must be {kind} or a list of such, got {wrong[0]!r}")]
+    if key == "role":
+        return [
+            Problem(key_path, f"there is no role '{item}'{nearest(item, ROLES)}", f"the roles are {', '.join(ROLES)}")
+            for item in values
+            if item not in ROLES
+        ]
+    return [problem for item in values for problem in _pattern_problems(item, key_path)] if key == "pattern" else []
+
+
+def _pattern_problems(pattern: str, key_path: str) -> list[Problem]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [Problem(key_path, f"{pattern!r} is no regular expression ({error})", r"a dot is written \. and a bracket \[")]
+    return []
+
+
+def _rate_problems(key: str, value: Any, where: str) -> list[Problem]:
+    key_path = f"{where}.{key}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return [Problem(key_path, f"must be a number, got {value!r}")]
+    if not math.isfinite(value) or value < 0 or (key == "ratio" and value == 0):
+        return [Problem(key_path, f"must be finite and {'above 0' if key == 'ratio' else 'not below 0'}, got {value!r}")]
+    return []
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def _plain(value: Any) -> Any:
+    """Lists from YAML as tuples: what the optimizers' own defaults are (`betas`), and comparable."""
+    return tuple(_plain(item) for item in value) if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -1,0 +1,118 @@
+"""The typed config: every key that this project reads itself, with its unit, range and default's reason.
+
+`RunConfig` is registered with Hydra as `run_schema`, so a mistyped key or a value of the wrong type is refused when the
+config is composed. Groups that hold another library's arguments (`optimizer`, `adapter`, `trainer`, ...) are open
+mappings there: `loraplus_hydra.check` compares them with the signature of what they configure. The keys that we read
+of an open group are the fields of its class below (`OptimizerConfig`, ...).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, Optional  # noqa: UP035  (omegaconf 2.3 reads these spellings under Python 3.10, too)
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    """The base model and its tokenizer. Closed: other keys are errors."""
+
+    path: str = MISSING  # a folder, a hub name, or pkg://package/folder
+    revision: Optional[str] = None  # hub branch, tag or commit
+    tokenizer: Optional[str] = None  # where the tokenizer lies, if not beside the model
+    dtype: str = "float32"  # of the frozen weights: auto, float32, bfloat16, float16
+    attention: Optional[str] = None  # attn_implementation: eager, sdpa, flash_attention_2; null = transformers decides
+    trust_remote_code: bool = False  # true runs Python that comes with the model
+    lr: float = 5e-5  # eta_A that suits this model; optimizer.lr takes it unless it is set
+
+
+@dataclass
+class TaskConfig:
+    """What is learnt: the Trainer, its arguments, and how rows become examples. Closed; `args` is the Trainer's own."""
+
+    _target_: str = MISSING  # a transformers.Trainer class, or one derived from it
+    args_class: str = MISSING  # its arguments' class, transformers.TrainingArguments or derived from it
+    auto_class: str = MISSING  # the transformers class that loads the base model
+    task_type: Optional[str] = None  # PEFT's task type: CAUSAL_LM, SEQ_CLS, ...
+    examples: str = MISSING  # the function that turns rows into the Trainer's examples
+    metric: str = "eval_loss"  # what a sweep optimises and what `best` means; a key of the evaluation's metrics
+    greater_is_better: bool = False  # of `metric`
+    chat: Optional[bool] = None  # wrap prompt and completion in the chat template; null = when the tokenizer has one
+    samples: int = 0  # held-out prompts answered before and after training
+    sample_tokens: int = 48  # new tokens at most in such an answer
+    args: Dict[str, Any] = field(default_factory=dict)  # arguments that only this Trainer's arguments class has
+
+
+@dataclass
+class OptimizerConfig:
+    """Open: every other key is an argument of the class."""
+
+    _target_: str = MISSING  # a torch.optim.Optimizer class
+    lr: float = MISSING  # eta_A, the rate of lora_A; > 0
+    weight_decay: float = 0.0  # of the groups that decay; >= 0
+
+
+@dataclass
+class SchedulerConfig:
+    """Open: every other key is an argument of the callable."""
+
+    _target_: str = MISSING  # transformers.get_..._schedule..., a torch.optim.lr_scheduler class, or your function
+    warmup_ratio: float = 0.0  # share of all steps; 0 to 1
+    num_warmup_steps: Optional[int] = None  # steps; stands instead of warmup_ratio
+
+
+@dataclass
+class LoraPlusConfig:
+    """Open: each preset has only the keys that its rules use; all of them are checked."""
+
+    ratio: float = 8.0  # eta_B / eta_A; > 0
+    lr_embedding: float = 1e-6  # rate of LoRA factors of embeddings; > 0
+    rules: Dict[str, Any] = field(default_factory=dict)  # name -> rule; the first that matches a tensor decides
+    extra_rules: Dict[str, Any] = field(default_factory=dict)  # the same, ahead of `rules`
+
+
+@dataclass
+class AdapterConfig:
+    """Open: every other key is a field of the PEFT config class."""
+
+    _target_: str = MISSING  # a peft.PeftConfig class
+
+
+@dataclass
+class DataConfig:
+    """Open: every other key is an argument of the callable; `*_column` keys say what its columns are called."""
+
+    _target_: str = MISSING  # a callable that returns a datasets.DatasetDict with "train" and "eval"
+
+
+@dataclass
+class RunConfig:
+    """One run. Registered as `run_schema`; `conf/run.yaml` extends it."""
+
+    seed: int = 0  # of initialisation, data order and dropout
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: Dict[str, Any] = field(default_factory=dict)  # AdapterConfig + the PEFT config's fields
+    optimizer: Dict[str, Any] = field(default_factory=dict)  # OptimizerConfig + the class's arguments
+    scheduler: Dict[str, Any] = field(default_factory=dict)  # SchedulerConfig + the callable's arguments
+    loraplus: Dict[str, Any] = field(default_factory=dict)  # keys of LoraPlusConfig, as the preset uses them
+    task: TaskConfig = field(default_factory=TaskConfig)
+    data: Dict[str, Any] = field(default_factory=dict)  # DataConfig + the callable's arguments
+    trainer: Dict[str, Any] = field(default_factory=dict)  # fields of transformers.TrainingArguments
+
+
+# The open groups and the keys of each that we read ourselves.
+OPEN_GROUPS: dict[str, type] = {
+    "adapter": AdapterConfig,
+    "optimizer": OptimizerConfig,
+    "scheduler": SchedulerConfig,
+    "loraplus": LoraPlusConfig,
+    "data": DataConfig,
+}
+
+
+def register() -> None:
+    """Make `run_schema` known to Hydra; calling it again changes nothing."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="run_schema", node=RunConfig, provider="loraplus_hydra")

@@ -1,0 +1,170 @@
+"""LoRA+ for any Hugging Face Trainer class: a mixin that makes the optimizer and the schedule, and the metrics' writer."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from loraplus_hydra.errors import UserError
+from loraplus_hydra.grouping import Group, Rule, assign
+from loraplus_hydra.optimizer import build_optimizer
+from loraplus_hydra.roles import tensor_records
+from loraplus_hydra.schedule import build_schedule
+
+# What torch.compile, DDP and FSDP put into the names of a model's parameters.
+_WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")
+
+
+class NotFiniteError(UserError):
+    """The loss of a step is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class LoraPlus:
+    """What the Trainer makes its optimizer and schedule from.
+
+    `lr` is eta_A; `rules` and `extra_rules` decide each tensor's rate (see `grouping.assign`). `schedule` is a callable
+    as `schedule.build_schedule` takes it.
+    """
+
+    optimizer_class: type[torch.optim.Optimizer]
+    lr: float
+    rules: Sequence[Rule]
+    schedule: Any
+    extra_rules: Sequence[Rule] = ()
+    weight_decay: float = 0.0
+    optimizer_arguments: Mapping[str, Any] = field(default_factory=dict)
+    schedule_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+class LoraPlusMixin:
+    """Put ahead of a Trainer class, it trains with LoRA+: `class MyTrainer(LoraPlusMixin, SFTTrainer): ...`.
+
+    Takes one more argument, `loraplus`. Tensors are classified right after the Trainer is made, before anything wraps
+    or shards the model, since a shard has lost its owner and its shape.
+    """
+
+    def __init__(self, *args: Any, loraplus: LoraPlus, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loraplus = loraplus
+        self.loraplus_groups: list[Group] = assign(
+            tensor_records(self.model),  # type: ignore[attr-defined]
+            loraplus.rules,
+            extra=loraplus.extra_rules,
+            lr=loraplus.lr,
+            weight_decay=loraplus.weight_decay,
+        )
+        self._eval_loss_sum = 0.0
+        self._eval_tokens = 0
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer over the groups that were decided when the Trainer was made."""
+        if self.optimizer is None:
+            trained = self.model if model is None else model  # type: ignore[attr-defined]
+            self.optimizer = build_optimizer(
+                self.loraplus.optimizer_class,
+                self.loraplus_groups,
+                ((_without_wrappers(name), parameter) for name, parameter in trained.named_parameters()),
+                dict(self.loraplus.optimizer_arguments),
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The schedule, which keeps the ratio between the groups' rates at every step."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = build_schedule(
+                self.loraplus.schedule,
+                self.optimizer if optimizer is None else optimizer,
+                num_training_steps=num_training_steps,
+                kwargs=dict(self.loraplus.schedule_arguments),
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward pass; a loss that isn't finite stops the job before its step is taken."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if not torch.isfinite(loss):
+            step = self.state.global_step + 1  # type: ignore[attr-defined]
+            raise NotFiniteError(
+                f"the loss is {loss.item()} at step {step}: the rate is too high, or the data or the precision is at fault. "
+                "Try a lower optimizer.lr (at the same loraplus.ratio)."
+            )
+        return loss
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        """As the Trainer's, and counts the tokens behind each batch's loss."""
+        tokens = _loss_tokens(inputs) if getattr(self, "_loss_shifts_labels", False) else 0
+        step = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
+        if tokens and step[0] is not None:
+            self._eval_loss_sum += step[0].item() * tokens
+            self._eval_tokens += tokens
+        return step
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, but a language model's loss is the mean over tokens.
+
+        The Trainer's own is a mean of the batches' means, which changes with the batch size.
+        """
+        self._eval_loss_sum, self._eval_tokens = 0.0, 0
+        output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if self._eval_tokens and self.args.world_size == 1:  # type: ignore[attr-defined]
+            output.metrics[f"{prefix}_loss"] = self._eval_loss_sum / self._eval_tokens
+        return output
+
+
+def with_loraplus(trainer_class: type[Trainer]) -> type[Trainer]:
+    """`trainer_class` with LoRA+ in front; a class that has it already comes back as it is."""
+    if issubclass(trainer_class, LoraPlusMixin):
+        return trainer_class
+    return type(f"LoraPlus{trainer_class.__name__}", (LoraPlusMixin, trainer_class), {})
+
+
+class MetricsWriter(TrainerCallback):
+    """Appends a line to metrics.jsonl for each logged step and each evaluation.
+
+    A training line: step, epoch, seconds since the start, loss, grad_norm and, in `lr`, the rate that each group had in
+    that step (the Trainer's own log shows the first group's alone, and the rate of the step to come).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.started = time.perf_counter()
+        self.rates: dict[str, float] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rates = {group["name"]: float(group["lr"]) for group in kwargs["optimizer"].param_groups}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = dict(logs or {})
+        if not state.is_world_process_zero or "train_runtime" in logs:  # the summary at the end is result.json's
+            return
+        line: dict[str, Any] = {"step": state.global_step, "seconds": round(time.perf_counter() - self.started, 3)}
+        if logs.pop("learning_rate", None) is not None:
+            line["lr"] = self.rates
+        line.update(logs)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=True) + "\n")
+
+
+def _without_wrappers(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        while name.startswith(wrapper) or f".{wrapper}" in name:
+            name = name.removeprefix(wrapper).replace(f".{wrapper}", ".")
+    return name
+
+
+def _loss_tokens(inputs: Mapping[str, Any]) -> int:
+    """Tokens that carry loss in a batch of a causal model: labels but the first, which nothing predicts."""
+    labels = inputs.get("labels")
+    if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
+        return 0
+    return int(labels[:, 1:].ne(-100).sum())

@@ -1,0 +1,125 @@
+"""Tiny models for tests, built from configs and never downloaded; every one has the layers that its name promises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+VOCABULARY = 64
+
+
+def llama(hidden: int = 16, layers: int = 2, vocabulary: int = VOCABULARY, **changes: Any) -> LlamaForCausalLM:
+    """A causal model with RMSNorm and linears without bias; its head isn't tied to its embedding."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        **changes,
+    )
+    return LlamaForCausalLM(config)
+
+
+def bert() -> BertForSequenceClassification:
+    """A classifier with LayerNorm, biases everywhere and a head called `classifier`."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        num_labels=2,
+    )
+    return BertForSequenceClassification(config)
+
+
+def gpt2() -> GPT2LMHeadModel:
+    """A causal model on transformers' `Conv1D`, whose weights lie the other way round."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+
+
+def mixtral() -> MixtralForCausalLM:
+    """A mixture of two experts whose weights are fused into single 3-D parameters."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        max_position_embeddings=32,
+    )
+    return MixtralForCausalLM(config)
+
+
+class ConvNet(nn.Module):
+    """Convolutions of one, two and three dimensions, a batch norm and a linear head, over a batch of 4 x 6 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1d = nn.Conv1d(1, 4, 3, padding=1)
+        self.conv2d = nn.Conv2d(1, 4, 3, padding=1)
+        self.conv3d = nn.Conv3d(1, 2, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(24, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch = len(x)
+        x = self.conv1d(x.reshape(batch, 1, 24))
+        x = self.norm(self.conv2d(x.mean(1).reshape(batch, 1, 4, 6)))
+        x = self.conv3d(x.mean(1).reshape(batch, 1, 2, 2, 6))
+        return self.head(x.mean(1).reshape(batch, 24))
+
+
+def with_lora(model: nn.Module, **config: Any) -> nn.Module:
+    """`model` with a LoRA adapter of rank 4 on it, made after seeding, so that two calls give equal weights."""
+    torch.manual_seed(1)
+    return get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", **config}))
+
+
+def loss_of(model: nn.Module, step: int) -> torch.Tensor:
+    """A loss that depends on every trained weight, over a batch that depends on `step`."""
+    generator = torch.Generator().manual_seed(step)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if isinstance(base, ConvNet):
+        return model(torch.randn(3, 4, 6, generator=generator)).pow(2).mean()
+    tokens = torch.randint(0, base.config.vocab_size, (3, 8), generator=generator)
+    labels = tokens if not isinstance(base, BertForSequenceClassification) else tokens[:, 0] % 2
+    return model(input_ids=tokens, labels=labels).loss
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Train `model` for some steps of `loss_of`; the losses."""
+    model.train()
+    losses = []
+    for step in range(steps):
+        torch.manual_seed(step)  # dropout
+        loss = loss_of(model, step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
