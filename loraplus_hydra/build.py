@@ -49,6 +49,13 @@ def locate(path: str) -> Any:
 def instantiate(config: Any, **kwargs: Any) -> Any:
     """Call the `_target_` of a config with its other keys, nested targets too, as plain Python containers."""
     import hydra.utils
+    from hydra.errors import InstantiationException
 
-    # _convert_="all": PEFT and transformers serialise what they are given and can't serialise a DictConfig.
-    return hydra.utils.instantiate(config, _convert_="all", **kwargs)
+    try:
+        # _convert_="all": PEFT and transformers serialise what they are given and can't serialise a DictConfig.
+        return hydra.utils.instantiate(config, _convert_="all", **kwargs)
+    except InstantiationException as error:
+        # What the target itself raised says more than that calling it failed.
+        if error.__cause__ is not None:
+            raise error.__cause__ from None
+        raise

@@ -9,7 +9,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.build import locate
 from loraplus_hydra.data.rows import load_rows
-from loraplus_hydra.model import load_tokenizer
 from loraplus_hydra.results import config_hash
 
 if TYPE_CHECKING:
@@ -33,9 +32,8 @@ class Examples:
 _kept: dict[str, Examples] = {}
 
 
-def load_examples(config: DictConfig, *, keep: bool = False) -> tuple[PreTrainedTokenizerBase, Examples]:
-    """The tokenizer, and the examples of the config's rows. With `keep`, the next call with this config gets the same."""
-    tokenizer = load_tokenizer(config.model)
+def load_examples(config: DictConfig, tokenizer: PreTrainedTokenizerBase, *, keep: bool = False) -> Examples:
+    """The examples of the config's rows. With `keep`, the next call with this config gets the same ones."""
     key = config_hash({name: OmegaConf.to_container(config[name], resolve=True) for name in ("model", "task", "data")})
     examples = _kept.pop(key, None)
     if examples is None:
@@ -43,4 +41,4 @@ def load_examples(config: DictConfig, *, keep: bool = False) -> tuple[PreTrained
         examples = locate(config.task.examples)(load_rows(config.data), tokenizer, config.task, config.data)
     if keep:
         _kept[key] = examples
-    return tokenizer, examples
+    return examples

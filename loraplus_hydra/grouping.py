@@ -1,7 +1,8 @@
 """Trained tensors and rules in, parameter groups out: the heart of LoRA+, pure Python without torch.
 
-A tensor arrives as a `TensorRecord` (roles.py makes them). An ordered list of `Rule`s says at which rate a tensor trains; the
-first rule that matches wins. `assign` turns both into `Group`s, one for each group name, in a fixed order.
+A tensor arrives as a `TensorRecord` (roles.py makes them). An ordered list of `Rule`s says at which rate a tensor
+trains; the first rule that matches wins. `assign` turns both into `Group`s, one for each group name, in a fixed
+order.
 """
 
 from __future__ import annotations
@@ -45,16 +46,19 @@ def assign(
 ) -> list[Group]:
     """Put every tensor into the group of the first rule that matches it; the `extra` rules stand ahead of `rules`.
 
-    `lr` (eta_A) and `weight_decay` are the optimizer's: what a rule that names none stands for. Groups come back as `GROUP_ORDER`
-    says, their tensors in the order of `records`, never an empty one.
+    `lr` (eta_A) and `weight_decay` are the optimizer's: what a rule that names none stands for. Groups come back as
+    `GROUP_ORDER` says, their tensors in the order of `records`, never an empty one.
 
-    Raises UserError: a tensor that no rule matches; an extra rule that wins no tensor (unless it says `allow_unmatched`); two rules of
-    one group that disagree; a ratio other than 1 that separates no two trained tensors of the adapter.
+    Raises UserError: a tensor that no rule matches; an extra rule that wins no tensor (unless it says
+    `allow_unmatched`); two rules of one group that disagree; a ratio other than 1 that separates no two trained
+    tensors of the adapter.
     """
     check_rate(lr, "lr")
     records = list(records)
     if not records:
-        raise UserError("nothing is trained: no tensor of the model requires a gradient; add an adapter, or unfreeze what is to be trained")
+        raise UserError(
+            "nothing is trained: no tensor of the model requires a gradient; add an adapter, or unfreeze what is to be trained"
+        )
     ordered = [*extra, *rules]
     settings = _settings_by_group(ordered, lr=lr, weight_decay=weight_decay)
     winners = first_match(records, ordered)
@@ -98,7 +102,9 @@ def check_rate(value: object, what: str) -> float:
     return float(value)
 
 
-def _settings_by_group(rules: Sequence[Rule], *, lr: float, weight_decay: float) -> dict[str, tuple[float, float, dict[str, Any]]]:
+def _settings_by_group(
+    rules: Sequence[Rule], *, lr: float, weight_decay: float
+) -> dict[str, tuple[float, float, dict[str, Any]]]:
     """What each group's rules say about it, in the groups' final order; they have to agree."""
     found: dict[str, tuple[float, float, dict[str, Any]]] = {}
     first_rule: dict[str, str] = {}
@@ -141,13 +147,19 @@ def _collect(
     ]
 
 
-def _check_every_extra_rule_matched(extra: Sequence[Rule], winners: Sequence[Rule], records: Sequence[TensorRecord]) -> None:
+def _check_every_extra_rule_matched(
+    extra: Sequence[Rule], winners: Sequence[Rule], records: Sequence[TensorRecord]
+) -> None:
     used = {id(rule) for rule in winners}
     for rule in extra:
         if id(rule) in used or rule.allow_unmatched:
             continue
         shadowed = any(rule.matches(record) for record in records)
-        why = "every tensor that it matches is taken by an extra rule ahead of it" if shadowed else "no trained tensor matches it"
+        why = (
+            "every tensor that it matches is taken by an extra rule ahead of it"
+            if shadowed
+            else "no trained tensor matches it"
+        )
         examples = _some([record.name for record in records])
         raise UserError(
             f"loraplus.extra_rules.{rule.name} ({rule.conditions()}) does nothing: {why}. Trained tensors are {examples}. "
@@ -155,12 +167,16 @@ def _check_every_extra_rule_matched(extra: Sequence[Rule], winners: Sequence[Rul
         )
 
 
-def _check_the_ratio_does_something(rules: Sequence[Rule], winners: Sequence[Rule], records: Sequence[TensorRecord]) -> None:
+def _check_the_ratio_does_something(
+    rules: Sequence[Rule], winners: Sequence[Rule], records: Sequence[TensorRecord]
+) -> None:
     """LoRA+ is a ratio between two tensors of one adapter; a ratio that all of them get, or none, is plain training."""
     meant = [rule for rule in rules if rule.ratio != 1]
     if not meant:
         return
-    adapter = [(record, rule.ratio) for record, rule in zip(records, winners, strict=True) if _belongs_to_the_pair(record)]
+    adapter = [
+        (record, rule.ratio) for record, rule in zip(records, winners, strict=True) if _belongs_to_the_pair(record)
+    ]
     if len({ratio for _, ratio in adapter}) > 1:
         return
     ratio = f"{meant[0].ratio:g}"
@@ -180,13 +196,16 @@ def _check_the_ratio_does_something(rules: Sequence[Rule], winners: Sequence[Rul
 def _belongs_to_the_pair(record: TensorRecord) -> bool:
     if record.adapter is None or record.role in FROM_THE_BASE_MODEL:
         return False
-    # Vectors of methods that LoRA+ knows nothing about (DeLoRA's lambda) are no partner for a ratio; matrices a rule may pair.
+    # Vectors of methods that LoRA+ knows nothing about (DeLoRA's lambda) are no partner for a ratio; matrices a rule
+    # may pair.
     return record.role != "other" or record.ndim > 1
 
 
 def _spell(settings: tuple[float, float, dict[str, Any]]) -> str:
     lr, weight_decay, others = settings
-    return ", ".join([f"lr {lr:g}", f"weight_decay {weight_decay:g}", *(f"{key} {value}" for key, value in others.items())])
+    return ", ".join(
+        [f"lr {lr:g}", f"weight_decay {weight_decay:g}", *(f"{key} {value}" for key, value in others.items())]
+    )
 
 
 def _some(names: Sequence[str], limit: int = 3) -> str:

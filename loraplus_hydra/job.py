@@ -44,9 +44,11 @@ def run(config: DictConfig, folder: str | Path | None = None) -> Result:
 
         from loraplus_hydra.assemble import make_trainer  # heavy
         from loraplus_hydra.examples import load_examples
+        from loraplus_hydra.model import load_tokenizer
 
         screen.say("2/6 Loading the data and the tokenizer")
-        tokenizer, examples = load_examples(config)
+        tokenizer = load_tokenizer(config.model)
+        examples = load_examples(config, tokenizer)
         screen.say(f"    {len(examples.train):,} examples to train on, {len(examples.eval):,} to evaluate on")
 
         screen.say("3/6 Loading the model and adding the adapter")

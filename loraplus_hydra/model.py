@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.build import locate
@@ -13,15 +14,19 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_model(model: DictConfig, auto_class: str) -> PreTrainedModel:
+def load_model(
+    model: DictConfig, auto_class: str, config_overrides: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     """The base model with its weights, frozen until an adapter is put on it.
+
+    `config_overrides` are attributes of the model's config that the task sets: num_labels, id2label, ...
 
     Weights come from safetensors only: a pickle can run code while it is read.
     """
     model_class = locate(auto_class)
     loaded: PreTrainedModel = model_class.from_pretrained(
         model_location(model.path),
-        config=load_config(model),
+        config=load_config(model, config_overrides),
         dtype=model.dtype,
         attn_implementation=model.attention,
         use_safetensors=True,
@@ -32,11 +37,13 @@ def load_model(model: DictConfig, auto_class: str) -> PreTrainedModel:
     return loaded
 
 
-def load_config(model: DictConfig) -> PretrainedConfig:
-    """The model's own config.json."""
+def load_config(model: DictConfig, config_overrides: Mapping[str, Any] | None = None) -> PretrainedConfig:
+    """The model's own config.json, with what the task sets in it."""
     from transformers import AutoConfig
 
-    config: PretrainedConfig = AutoConfig.from_pretrained(model_location(model.path), **_hub_arguments(model))
+    config: PretrainedConfig = AutoConfig.from_pretrained(
+        model_location(model.path), **_hub_arguments(model), **(config_overrides or {})
+    )
     config.use_cache = False  # of use in generation alone, and it warns beside gradient checkpointing
     return config
 
@@ -55,11 +62,13 @@ def load_tokenizer(model: DictConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def meta_model(model: DictConfig, auto_class: str) -> PreTrainedModel:
+def meta_model(
+    model: DictConfig, auto_class: str, config_overrides: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     """The model on the meta device: every layer and shape, no weights, no memory."""
     import torch
 
-    config = load_config(model)
+    config = load_config(model, config_overrides)
     with torch.device("meta"):
         built: PreTrainedModel = locate(auto_class).from_config(
             config,

@@ -30,16 +30,18 @@ def create_loraplus_optimizer(
     loraplus_lr_embedding: float = 1e-6,
     **kwargs: Any,
 ) -> Optimizer:
-    """An optimizer whose groups train lora_B at `lr` x `loraplus_lr_ratio` and lora_A at `lr`: LoRA+ (arXiv 2402.12354).
+    """An optimizer whose groups train lora_B at `lr` x `loraplus_lr_ratio` and lora_A at `lr`: LoRA+ (arXiv
+    2402.12354).
 
-    A drop-in for `peft.optimizers.create_loraplus_optimizer`: the same four groups in the same order (A, embedding, B, B without
-    decay), empty ones too. It differs where that function misses what it means to do: norm weights of every kind don't decay (PEFT
-    knows `nn.LayerNorm` only); bitsandbytes' 8-bit optimizers really keep 32-bit state for trained embedding tensors, of this optimizer only;
-    lora_B is told by the layer that owns it and not by a name. `weight_decay=`, which PEFT silently ignores, counts as `loraplus_weight_decay`.
+    A drop-in for `peft.optimizers.create_loraplus_optimizer`: the same four groups in the same order (A, embedding,
+    B, B without decay), empty ones too. It differs where that function misses what it means to do: norm weights of
+    every kind don't decay (PEFT knows `nn.LayerNorm` only); bitsandbytes' 8-bit optimizers really keep 32-bit state
+    for trained embedding tensors, of this optimizer only; lora_B is told by the layer that owns it and not by a name.
+    `weight_decay=`, which PEFT silently ignores, counts as `loraplus_weight_decay`.
 
-    `lr` is eta_A, `loraplus_lr_ratio` eta_B / eta_A, `loraplus_lr_embedding` the rate of the factors of a LoRA embedding,
-    `loraplus_weight_decay` (0.0) that of the first three groups; all other arguments go to `optimizer_cls`.
-    Raises UserError (a ValueError) for a rate or ratio that isn't finite and above 0.
+    `lr` is eta_A, `loraplus_lr_ratio` eta_B / eta_A, `loraplus_lr_embedding` the rate of the factors of a LoRA
+    embedding, `loraplus_weight_decay` (0.0) that of the first three groups; all other arguments go to
+    `optimizer_cls`. Raises UserError (a ValueError) for a rate or ratio that isn't finite and above 0.
     """
     check_rate(lr, "lr")
     check_rate(loraplus_lr_ratio, "loraplus_lr_ratio")
@@ -71,10 +73,12 @@ def group_parameters(
     weight_decay: float = 0.0,
     extra_rules: Sequence[Rule] | Mapping[str, Any] = (),
 ) -> list[dict[str, Any]]:
-    """Parameter groups for those who build an optimizer themselves: `params`, `param_names`, `name`, `lr`, `weight_decay` and settings.
+    """Parameter groups for those who build an optimizer themselves: `params`, `param_names`, `name`, `lr`,
+    `weight_decay` and settings.
 
-    `rules` as in `loraplus.rules` of the YAML files (a mapping of mappings) or as `Rule`s; `extra_rules` stand ahead of them.
-    Raises UserError as `grouping.assign` does. 8-bit state is none of a group's business: build_optimizer sees to that.
+    `rules` as in `loraplus.rules` of the YAML files (a mapping of mappings) or as `Rule`s; `extra_rules` stand ahead
+    of them. Raises UserError as `grouping.assign` does. 8-bit state is none of a group's business: build_optimizer
+    sees to that.
     """
     parsed = parse_rules(rules) if isinstance(rules, Mapping) else list(rules)
     extra = parse_rules(extra_rules, "loraplus.extra_rules") if isinstance(extra_rules, Mapping) else list(extra_rules)
@@ -90,9 +94,10 @@ def build_optimizer(
 ) -> Optimizer:
     """`optimizer_cls` over `groups`, each with its name and its parameters' names in it.
 
-    `named_parameters` may come from the wrapped model, as long as the names are the records'. `kwargs` are the class's arguments;
-    a `lr` and a `weight_decay` among them are its defaults, while each group has its own. Under bitsandbytes' 8-bit classes trained
-    embedding tensors keep 32-bit state. Raises UserError for a class that can't, or for a setting that it doesn't have.
+    `named_parameters` may come from the wrapped model, as long as the names are the records'. `kwargs` are the
+    class's arguments; a `lr` and a `weight_decay` among them are its defaults, while each group has its own. Under
+    bitsandbytes' 8-bit classes trained embedding tensors keep 32-bit state. Raises UserError for a class that can't,
+    or for a setting that it doesn't have.
     """
     problems = optimizer_problems(optimizer_cls, kwargs)
     problems += [problem for group in groups if (problem := unknown_setting(optimizer_cls, group))]
@@ -108,17 +113,25 @@ def build_optimizer(
     try:
         optimizer = optimizer_cls(param_groups, **arguments)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{optimizer_cls.__name__} refuses these parameters or arguments: {error}{_muon_advice(optimizer_cls, groups)}") from error
-    keep_32bit_state(optimizer, (record.name for group in groups for record in group.records if record.trained_embedding))
+        raise UserError(
+            f"{optimizer_cls.__name__} refuses these parameters or arguments: {error}{_muon_advice(optimizer_cls, groups)}"
+        ) from error
+    keep_32bit_state(
+        optimizer, (record.name for group in groups for record in group.records if record.trained_embedding)
+    )
     return optimizer
 
 
-def torch_groups(groups: Iterable[Group], named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[dict[str, Any]]:
+def torch_groups(
+    groups: Iterable[Group], named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
+) -> list[dict[str, Any]]:
     """Groups of records as groups of parameters, matched by name; UserError for a record that no parameter has the name of."""
     by_name = dict(named_parameters)
     missing = [record.name for group in groups for record in group.records if record.name not in by_name]
     if missing:
-        raise UserError(f"the model has no parameter {', '.join(missing[:3])}: its names changed after the groups were made")
+        raise UserError(
+            f"the model has no parameter {', '.join(missing[:3])}: its names changed after the groups were made"
+        )
     return [
         {
             "name": group.name,

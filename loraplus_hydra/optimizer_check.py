@@ -42,8 +42,9 @@ TRANSFORMERS_ADAFACTOR: dict[str, str] = {
 def optimizer_problems(cls: object, kwargs: Mapping[str, Any]) -> list[str]:
     """Why this class with these arguments can't be the optimizer, one sentence a reason; empty where it can.
 
-    `kwargs` without the parameters. Nothing is built. Covers: no Optimizer class, a class whose per-group rates don't hold (by name, with the
-    reason), an argument that it doesn't take (with the nearest that it does), an argument missing that it needs.
+    `kwargs` without the parameters. Nothing is built. Covers: no Optimizer class, a class whose per-group rates don't
+    hold (by name, with the reason), an argument that it doesn't take (with the nearest that it does), an argument
+    missing that it needs.
     """
     from torch.optim import Optimizer
 
@@ -105,7 +106,9 @@ def _argument_problems(cls: type, kwargs: Mapping[str, Any]) -> list[str]:
 def _parameters(cls: type) -> tuple[dict[str, inspect.Parameter], bool]:
     """The constructor's arguments behind `params`, and whether it takes any others by **kwargs."""
     found = list(inspect.signature(cls).parameters.values())
-    named = [parameter for parameter in found if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)]
+    named = [
+        parameter for parameter in found if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    ]
     takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in found)
     return {parameter.name: parameter for parameter in named[1:]}, takes_any
 

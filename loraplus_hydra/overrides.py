@@ -31,7 +31,7 @@ def has_unknown_key(arguments: list[str]) -> bool:
 
     Never where other configs may come in: behind a `+`, or with flags such as --config-dir.
     """
-    if any(argument.startswith(("--config", "-c", "hydra.searchpath")) for argument in arguments):
+    if any(argument.startswith(("--config", "-c", "--shell", "-sc", "hydra.searchpath")) for argument in arguments):
         return False
     words = (re.match(r"(\w+)[.=/@]", argument) for argument in arguments)
     return any(word is not None and word[1] not in (*ROOT_KEYS, "hydra") for word in words)

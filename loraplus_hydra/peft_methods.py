@@ -1,4 +1,5 @@
-"""What LoRA+ can do for each of PEFT's methods: which attribute holds which factor, and where there is nothing to split.
+"""What LoRA+ can do for each of PEFT's methods: which attribute holds which factor, and where there is nothing to
+split.
 
 Plain data, read by roles.py; a test goes over `peft.PeftType`, so that a new method can't be missed.
 """
@@ -17,7 +18,8 @@ ROLE_OF_ATTRIBUTE: dict[str, str] = {
     "vera_lambda_d": "vera_d",
     "pvera_lambda_b": "vera_b",
     "pvera_lambda_d": "vera_d",
-    # Methods whose update is linear in such a pair, with B zero at the start: the paper's argument holds as it does for LoRA
+    # Methods whose update is linear in such a pair, with B zero at the start: the paper's argument holds as it does
+    # for LoRA
     "hira_A": "lora_A",
     "hira_B": "lora_B",
     "hira_embedding_A": "lora_embedding_A",
@@ -101,8 +103,8 @@ LORAPLUS_SUPPORT: dict[str, str] = {
 def zero_start(role: str, initialisation: object) -> bool | None:
     """Whether a tensor starts at zero, from its role and its config's `init_lora_weights`; None where that doesn't say.
 
-    `init_lora_weights=False` says nothing: whoever sets it usually goes on to write the factors (the paper's Init[2]: A = 0).
-    Source: the `reset_*`, `*_init` methods of PEFT 0.21's layers.
+    `init_lora_weights=False` says nothing: whoever sets it usually goes on to write the factors (the paper's Init[2]:
+    A = 0). Source: the `reset_*`, `*_init` methods of PEFT 0.21's layers.
     """
     if role == "lora_B_bias":
         return None if initialisation is False else True

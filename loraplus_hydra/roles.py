@@ -1,7 +1,8 @@
-"""A model's trained tensors and their roles, by the layer that owns each and the attribute that holds it; knows PEFT's layers.
+"""A model's trained tensors and their roles, by the layer that owns each and the attribute that holds it; knows
+PEFT's layers.
 
-A name's text decides nothing here: an adapter called `my_lora_B` or a target called `lora_Block` are names like any other. Call it
-before anything wraps or shards the model: FSDP's flat shards have neither owner nor shape.
+A name's text decides nothing here: an adapter called `my_lora_B` or a target called `lora_Block` are names like any
+other. Call it before anything wraps or shards the model: FSDP's flat shards have neither owner nor shape.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LORAPLUS_SUPPORT", "SPLIT", "tensor_records"]
 
-# LlamaRMSNorm, T5LayerNorm, LayerNorm2d, MambaRMSNormGated, RMS_norm; not NormHead (Baichuan's output matrix), not Normalize.
+# LlamaRMSNorm, T5LayerNorm, LayerNorm2d, MambaRMSNormGated, RMS_norm; not NormHead (Baichuan's output matrix), not
+# Normalize.
 NORM_CLASS = re.compile(r"(layer|rms|batch|group|instance|scale)_?norm|norm_?(\dd)?$", re.IGNORECASE)
 
 
@@ -58,8 +60,8 @@ _BASE = _Place()
 def tensor_records(model: torch.nn.Module) -> list[TensorRecord]:
     """A record for each trained tensor of `model`, in the order of `named_parameters()`; one linear walk.
 
-    Trained is what requires a gradient, so a frozen reference adapter is no part of it. Works for models without PEFT and on the meta
-    device. Raises UserError for a model that FSDP has flattened.
+    Trained is what requires a gradient, so a frozen reference adapter is no part of it. Works for models without PEFT
+    and on the meta device. Raises UserError for a model that FSDP has flattened.
     """
     kinds: dict[type, _Kind] = {}
     inits = _initialisations(model)
@@ -136,7 +138,8 @@ def _record(
 
 def _plain_role(name: str, kind: _Kind, place: _Place) -> str:
     words = name.split("_")
-    # `bias`, `in_proj_bias`, `bias_ih_l0`; not `relative_position_bias_table`, nor a module called `..._bias` with a weight
+    # `bias`, `in_proj_bias`, `bias_ih_l0`; not `relative_position_bias_table`, nor a module called `..._bias` with a
+    # weight
     if words[0] == "bias" or words[-1] == "bias":
         return "bias"
     if kind.is_norm:
@@ -144,7 +147,9 @@ def _plain_role(name: str, kind: _Kind, place: _Place) -> str:
     return "saved_module" if place.saved else "other"
 
 
-def _starts_at_zero(role: str, adapter: str | None, parameter: torch.nn.Parameter, inits: Mapping[str, object]) -> bool | None:
+def _starts_at_zero(
+    role: str, adapter: str | None, parameter: torch.nn.Parameter, inits: Mapping[str, object]
+) -> bool | None:
     if adapter is None or role in ("saved_module", "bias", "norm", "other"):
         return None
     initialisation = inits.get(adapter)
@@ -185,10 +190,14 @@ def _kind(cls: type) -> _Kind:
     import torch
 
     if cls.__name__ == "FullyShardedDataParallel":
-        raise UserError("the model is already wrapped in FSDP, whose flat shards have no roles: make the groups before wrapping it")
+        raise UserError(
+            "the model is already wrapped in FSDP, whose flat shards have no roles: make the groups before wrapping it"
+        )
     tuner_layer, adalora_layer, holders = _peft_classes()
     classes = [base for base in cls.__mro__ if base not in (object, torch.nn.Module)]
-    names = dict.fromkeys(name for base in classes for name in (base.__name__, f"{base.__module__}.{base.__qualname__}"))
+    names = dict.fromkeys(
+        name for base in classes for name in (base.__name__, f"{base.__module__}.{base.__qualname__}")
+    )
     return _Kind(
         owner=cls.__name__,
         owner_classes=tuple(names),

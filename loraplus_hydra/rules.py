@@ -41,10 +41,10 @@ RESERVED = frozenset({"params", "name", "param_names", "initial_lr"})
 class TensorRecord:
     """One trained tensor, as far as a rule can see it.
 
-    `owner` is the class of the layer that holds the tensor (for an adapter's tensor: of the layer that it adapts), and
-    `owner_classes` also names the classes which that one derives from, with their full paths too. `shape` is the logical shape,
-    before anything shards the model. `trained_embedding` marks what 8-bit optimizers keep in 32-bit state.
-    `starts_at_zero` is None where nobody can know.
+    `owner` is the class of the layer that holds the tensor (for an adapter's tensor: of the layer that it adapts),
+    and `owner_classes` also names the classes which that one derives from, with their full paths too. `shape` is the
+    logical shape, before anything shards the model. `trained_embedding` marks what 8-bit optimizers keep in 32-bit
+    state. `starts_at_zero` is None where nobody can know.
     """
 
     name: str
@@ -70,10 +70,11 @@ class TensorRecord:
 class Rule:
     """Which tensors (all conditions must hold; an empty one holds always) train how.
 
-    `role`, `owner` and `ndim` hold if one of their values is the tensor's, `pattern` if one of its regular expressions is found in
-    the tensor's name; `owner` also takes a class which the owner derives from, by its name or by its full path.
-    The rate is `lr` (absolute) or the optimizer's lr x `lr_mult` x `ratio`, where `ratio` is LoRA+'s eta_B / eta_A. `weight_decay`
-    None is the optimizer's. `settings` are the optimizer's other per-group arguments (`betas`, ...).
+    `role`, `owner` and `ndim` hold if one of their values is the tensor's, `pattern` if one of its regular
+    expressions is found in the tensor's name; `owner` also takes a class which the owner derives from, by its name or
+    by its full path. The rate is `lr` (absolute) or the optimizer's lr x `lr_mult` x `ratio`, where `ratio` is
+    LoRA+'s eta_B / eta_A. `weight_decay` None is the optimizer's. `settings` are the optimizer's other per-group
+    arguments (`betas`, ...).
     """
 
     name: str
@@ -127,17 +128,28 @@ def parse_rules(rules: Mapping[str, Any], where: str = "loraplus.rules") -> list
     """
     problems: list[Problem] = []
     if not isinstance(rules, Mapping):
-        raise ConfigErrors([Problem(where, f"must map names to rules, got {rules!r}", "for instance {head: {pattern: score, lr: 1e-3}}")])
+        raise ConfigErrors(
+            [
+                Problem(
+                    where, f"must map names to rules, got {rules!r}", "for instance {head: {pattern: score, lr: 1e-3}}"
+                )
+            ]
+        )
     parsed = []
     for name, keys in rules.items():
         key = f"{where}.{name}"
         if keys is None:
             continue
         if not isinstance(keys, Mapping):
-            problems.append(Problem(key, f"a rule is a mapping, got {keys!r}", "for instance {pattern: score, lr: 1e-3}"))
+            problems.append(
+                Problem(key, f"a rule is a mapping, got {keys!r}", "for instance {pattern: score, lr: 1e-3}")
+            )
             continue
-        # A null takes a key away again: `loraplus.rules.groupB.weight_decay=null` on the command line.
-        present = {str(field_name): value for field_name, value in keys.items() if value is not None}
+        # A null takes a condition or a setting away again: `loraplus.rules.groupB.weight_decay=null` on the command
+        # line. A rate that is null would be LoRA+ silently switched off.
+        present = {
+            str(item): value for item, value in keys.items() if value is not None or item in ("lr", "lr_mult", "ratio")
+        }
         found = _problems(present, key)
         problems += found
         if not found:
@@ -182,7 +194,11 @@ def _condition_problems(key: str, value: Any, where: str) -> list[Problem]:
     if not values:
         return [Problem(key_path, "an empty list matches nothing", f"name at least one {key}, or leave `{key}` out")]
     wanted = int if key == "ndim" else str
-    wrong = [item for item in values if not isinstance(item, wanted) or isinstance(item, bool) or (wanted is int and item < 0)]
+    wrong = [
+        item
+        for item in values
+        if not isinstance(item, wanted) or isinstance(item, bool) or (wanted is int and item < 0)
+    ]
     if wrong:
         kind = "a whole number, 0 or more" if wanted is int else "text"
         return [Problem(key_path, f"must be {kind} or a list of such, got {wrong[0]!r}")]
@@ -199,7 +215,11 @@ def _pattern_problems(pattern: str, key_path: str) -> list[Problem]:
     try:
         re.compile(pattern)
     except re.error as error:
-        return [Problem(key_path, f"{pattern!r} is no regular expression ({error})", r"a dot is written \. and a bracket \[")]
+        return [
+            Problem(
+                key_path, f"{pattern!r} is no regular expression ({error})", r"a dot is written \. and a bracket \["
+            )
+        ]
     return []
 
 
@@ -208,7 +228,9 @@ def _rate_problems(key: str, value: Any, where: str) -> list[Problem]:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return [Problem(key_path, f"must be a number, got {value!r}")]
     if not math.isfinite(value) or value < 0 or (key == "ratio" and value == 0):
-        return [Problem(key_path, f"must be finite and {'above 0' if key == 'ratio' else 'not below 0'}, got {value!r}")]
+        return [
+            Problem(key_path, f"must be finite and {'above 0' if key == 'ratio' else 'not below 0'}, got {value!r}")
+        ]
     return []
 
 
@@ -218,4 +240,6 @@ def _listed(value: Any) -> list[Any]:
 
 def _plain(value: Any) -> Any:
     """Lists from YAML as tuples: what the optimizers' own defaults are (`betas`), and comparable."""
-    return tuple(_plain(item) for item in value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    return (
+        tuple(_plain(item) for item in value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    )

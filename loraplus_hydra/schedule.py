@@ -30,15 +30,17 @@ INSTEAD: dict[str, str] = {
 def build_schedule(
     factory: Callable[..., Any], optimizer: Optimizer, *, num_training_steps: int, kwargs: Mapping[str, Any]
 ) -> LRScheduler:
-    """The schedule `factory(optimizer, ...)`, once a dry run has shown that it keeps the ratio between the groups' rates.
+    """The schedule `factory(optimizer, ...)`, once a dry run has shown that it keeps the ratio between the groups'
+    rates.
 
     `factory` is any callable that returns an LRScheduler: a `transformers.get_..._schedule...` function, a class of
-    `torch.optim.lr_scheduler`, a function of your own. Of `kwargs`, `num_warmup_steps` (steps) or `warmup_ratio` (share of the training
-    steps, rounded up) and likewise `num_decay_steps` or `decay_ratio` say how long warm-up and decay last; the others go to `factory`
-    as they are. The number of training steps goes to its `num_training_steps`, `total_steps` or `T_max`, if it has one.
+    `torch.optim.lr_scheduler`, a function of your own. Of `kwargs`, `num_warmup_steps` (steps) or `warmup_ratio`
+    (share of the training steps, rounded up) and likewise `num_decay_steps` or `decay_ratio` say how long warm-up and
+    decay last; the others go to `factory` as they are. The number of training steps goes to its `num_training_steps`,
+    `total_steps` or `T_max`, if it has one.
 
-    Raises UserError: an argument that `factory` doesn't take or refuses; a schedule that reacts to the loss; a ratio that changes, with
-    the step and the rates. `optimizer` is only touched when all is well.
+    Raises UserError: an argument that `factory` doesn't take or refuses; a schedule that reacts to the loss; a ratio
+    that changes, with the step and the rates. `optimizer` is only touched when all is well.
     """
     arguments = _arguments(factory, num_training_steps, kwargs)
     rehearsal = _call(factory, _stand_in(optimizer), arguments)
@@ -54,7 +56,8 @@ def one_cycle(
     final_div_factor: float = 1e4,
     last_epoch: int = -1,
 ) -> LRScheduler:
-    """One cycle with each group's own rate as its peak: the shape of torch's `OneCycleLR`, without its one `max_lr` for all.
+    """One cycle with each group's own rate as its peak: the shape of torch's `OneCycleLR`, without its one `max_lr`
+    for all.
 
     Rises along a cosine from rate / `div_factor` over the first `pct_start` of the steps, then falls along one to
     rate / `div_factor` / `final_div_factor`. Momentum stays as it is. Source: arXiv 1708.07120.
@@ -70,8 +73,7 @@ def one_cycle(
     def factor(step: int) -> float:
         if step <= peak:
             return _cosine(first, 1.0, step / peak if peak > 0 else 1.0)
-        start = max(peak, 0.0)
-        return _cosine(1.0, last, min(1.0, (step - start) / (end - start)) if end > start else 1.0)
+        return _cosine(1.0, last, min(1.0, (step - peak) / (end - peak)) if end > peak else 1.0)
 
     return LambdaLR(optimizer, factor, last_epoch)
 
@@ -86,16 +88,26 @@ def _arguments(factory: Callable[..., Any], steps: int, kwargs: Mapping[str, Any
     given = {key: value for key, value in kwargs.items() if value is not None}
     parameters = inspect.signature(factory).parameters
     takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+    left = steps
     for what, share in (("num_warmup_steps", "warmup_ratio"), ("num_decay_steps", "decay_ratio")):
-        length = _length(given, what, share, steps)
+        length = _length(given, what, share, steps, left)
         if what in parameters:
             given[what] = length
         elif length:
-            raise UserError(f"{name} has no {what}, so neither `{what}` nor `{share}` can be set; use scheduler=linear, cosine or wsd")
+            raise UserError(
+                f"{name} has no {what}, so neither `{what}` nor `{share}` can be set; use scheduler=linear, cosine or wsd"
+            )
+        left -= length
+    if left < 0 and "num_decay_steps" in parameters:
+        raise UserError(
+            f"{name}: {given['num_warmup_steps']} steps of warm-up and {given['num_decay_steps']} of decay are more than the {steps} there are"
+        )
     unknown = [key for key in given if key not in parameters and not takes_any]
     if unknown:
         names = [key for key in parameters if key not in ("optimizer", "last_epoch")]
-        raise UserError(f"{name} takes no argument '{unknown[0]}'{nearest(unknown[0], names)}; it takes {', '.join(names)}")
+        raise UserError(
+            f"{name} takes no argument '{unknown[0]}'{nearest(unknown[0], names)}; it takes {', '.join(names)}"
+        )
     if "num_training_steps" in parameters:
         given.setdefault("num_training_steps", steps)
     if "total_steps" in parameters and "epochs" not in given:
@@ -105,18 +117,25 @@ def _arguments(factory: Callable[..., Any], steps: int, kwargs: Mapping[str, Any
     return given
 
 
-def _length(given: dict[str, Any], what: str, share: str, steps: int) -> int:
+def _length(given: dict[str, Any], what: str, share: str, steps: int, left: int) -> int:
     absolute, ratio = given.pop(what, 0), given.pop(share, 0)
     for key, value in ((what, absolute), (share, ratio)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
             raise UserError(f"scheduler.{key} must be a number, 0 or more, got {value!r}")
     if absolute and ratio:
-        raise UserError(f"scheduler.{what}={absolute} and scheduler.{share}={ratio} say the same thing twice: set one of them to 0")
+        raise UserError(
+            f"scheduler.{what}={absolute} and scheduler.{share}={ratio} say the same thing twice: set one of them to 0"
+        )
     if ratio > 1:
-        raise UserError(f"scheduler.{share} is a share of all steps, from 0 to 1, got {ratio}; steps are set by scheduler.{what}")
+        raise UserError(
+            f"scheduler.{share} is a share of all steps, from 0 to 1, got {ratio}; steps are set by scheduler.{what}"
+        )
     if absolute != int(absolute):
-        raise UserError(f"scheduler.{what} counts steps, got {absolute}; a share of all steps is set by scheduler.{share}")
-    return int(absolute) if absolute else math.ceil(steps * ratio)
+        raise UserError(
+            f"scheduler.{what} counts steps, got {absolute}; a share of all steps is set by scheduler.{share}"
+        )
+    # A share never takes the last step: in a run of one step, a rate of 0 would train nothing.
+    return int(absolute) if absolute else max(0, min(math.ceil(steps * ratio), left - 1))
 
 
 def _call(factory: Callable[..., Any], optimizer: Optimizer, arguments: Mapping[str, Any]) -> LRScheduler:
@@ -131,7 +150,9 @@ def _call(factory: Callable[..., Any], optimizer: Optimizer, arguments: Mapping[
             "the ratio; use scheduler=linear, cosine, wsd or another that follows the step count"
         )
     if not isinstance(schedule, LRScheduler):
-        raise UserError(f"{_name(factory)} gives {type(schedule).__name__}, which is no torch.optim.lr_scheduler.LRScheduler")
+        raise UserError(
+            f"{_name(factory)} gives {type(schedule).__name__}, which is no torch.optim.lr_scheduler.LRScheduler"
+        )
     return schedule
 
 
@@ -145,7 +166,10 @@ class _StandIn(Optimizer):
 def _stand_in(optimizer: Optimizer) -> Optimizer:
     left_out = ("params", "param_names", "initial_lr")
     groups = [
-        {**copy.deepcopy({key: value for key, value in group.items() if key not in left_out}), "params": [nn.Parameter()]}
+        {
+            **copy.deepcopy({key: value for key, value in group.items() if key not in left_out}),
+            "params": [nn.Parameter()],
+        }
         for group in optimizer.param_groups
     ]
     return _StandIn(groups, dict(optimizer.defaults))
@@ -153,7 +177,11 @@ def _stand_in(optimizer: Optimizer) -> Optimizer:
 
 def _check_ratio(factory: Callable[..., Any], schedule: LRScheduler, optimizer: Optimizer, steps: int) -> None:
     if type(schedule) is LambdaLR and len({id(function) for function in schedule.lr_lambdas}) == 1:
-        return  # one factor for all groups, by construction
+        # One factor for all groups, by construction; only that there is one at every step is left to see.
+        function = schedule.lr_lambdas[0]
+        for step in range(steps + 1):
+            _at(factory, step, function, step)
+        return
     base = [float(group["lr"]) for group in optimizer.param_groups]
     names = [group.get("name", f"group {index}") for index, group in enumerate(optimizer.param_groups)]
     largest = max(range(len(base)), key=base.__getitem__)
@@ -164,24 +192,41 @@ def _check_ratio(factory: Callable[..., Any], schedule: LRScheduler, optimizer: 
             for index, rate in enumerate(rates):
                 # Both sides are a rate times a rate, so a difference counts relative to them; zero has to meet zero.
                 if not math.isclose(rate * base[largest], rates[largest] * base[index], rel_tol=TOLERANCE, abs_tol=0.0):
-                    raise UserError(_broken(factory, step, (names[index], names[largest]), (base[index], base[largest]), (rate, rates[largest])))
+                    raise UserError(
+                        _broken(
+                            factory,
+                            step,
+                            (names[index], names[largest]),
+                            (base[index], base[largest]),
+                            (rate, rates[largest]),
+                        )
+                    )
             if step < steps:
                 schedule.optimizer.step()
-                _step(factory, schedule, step)
+                _at(factory, step + 1, schedule.step)
 
 
-def _step(factory: Callable[..., Any], schedule: LRScheduler, step: int) -> None:
+def _at(factory: Callable[..., Any], step: int, call: Callable[..., Any], *arguments: Any) -> None:
     try:
-        schedule.step()
-    except ValueError as error:
-        raise UserError(f"{_name(factory)} can't go on after step {step}: {error}") from error
+        call(*arguments)
+    except (ArithmeticError, ValueError) as error:
+        raise UserError(
+            f"{_name(factory)} has no rate for step {step}: {error}; change its arguments, or the number of steps"
+        ) from error
 
 
 def _broken(
-    factory: Callable[..., Any], step: int, names: tuple[str, str], base: tuple[float, float], rates: tuple[float, float]
+    factory: Callable[..., Any],
+    step: int,
+    names: tuple[str, str],
+    base: tuple[float, float],
+    rates: tuple[float, float],
 ) -> str:
     name = _name(factory)
-    advice = INSTEAD.get(name, "Use one that multiplies every rate by the same factor: scheduler=linear, cosine, cosine_with_min_lr, wsd, ...")
+    advice = INSTEAD.get(
+        name,
+        "Use one that multiplies every rate by the same factor: scheduler=linear, cosine, cosine_with_min_lr, wsd, ...",
+    )
     return (
         f"{name} breaks the ratio between the groups: {names[0]} and {names[1]} are set to {base[0]:g} and {base[1]:g}, but at step {step} "
         f"they train at {rates[0]:g} and {rates[1]:g}. {advice}"

@@ -1,7 +1,8 @@
 """32-bit state for trained embeddings under bitsandbytes' 8-bit optimizers, without its process-wide singleton.
 
-`GlobalOptimManager` holds overrides by (group index, position), for every optimizer of the process: those of one job reach the first
-tensors of the next, and the modules registered with it stay alive. So each optimizer gets a manager of its own here.
+`GlobalOptimManager` holds overrides by (group index, position), for every optimizer of the process: those of one job
+reach the first tensors of the next, and the modules registered with it stay alive. So each optimizer gets a manager
+of its own here.
 """
 
 from __future__ import annotations

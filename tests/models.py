@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     BertConfig,
@@ -100,6 +101,32 @@ def with_lora(model: nn.Module, **config: Any) -> nn.Module:
     return get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", **config}))
 
 
+ADAPTED: dict[str, Callable[[], nn.Module]] = {
+    "linears": lambda: with_lora(llama()),
+    "conv1d_of_gpt2": lambda: with_lora(gpt2(), target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
+    "embedding": lambda: with_lora(llama(), target_modules=["q_proj", "embed_tokens"]),
+    "convolutions": lambda: with_lora(ConvNet(), target_modules=["conv1d", "conv2d", "conv3d", "head"]),
+    "dora": lambda: with_lora(llama(), use_dora=True),
+    "dora_on_embedding": lambda: with_lora(llama(), use_dora=True, target_modules=["q_proj", "embed_tokens"]),
+    "dora_on_convolutions": lambda: with_lora(ConvNet(), target_modules=["conv2d", "head"], use_dora=True),
+    "saved_classifier": lambda: with_lora(bert(), target_modules=["query", "value"], task_type="SEQ_CLS"),
+    "saved_embedding": lambda: with_lora(
+        llama(), target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]
+    ),
+    "saved_layer_norm": lambda: with_lora(bert(), target_modules=["query"], modules_to_save=["LayerNorm"]),
+    "all_biases": lambda: with_lora(bert(), target_modules=["query"], bias="all"),
+    "lora_biases": lambda: with_lora(bert(), target_modules=["query"], bias="lora_only"),
+    "bias_of_lora_b": lambda: with_lora(bert(), target_modules=["query"], lora_bias=True),
+    "trainable_tokens": lambda: with_lora(
+        llama(), target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]}
+    ),
+    "experts": lambda: with_lora(mixtral(), target_modules=["q_proj"], target_parameters=["experts.down_proj"]),
+    "full_weights": bert,
+    "adalora": lambda: get_peft_model(llama(), AdaLoraConfig(target_modules=["q_proj"], total_step=50)),
+}
+"""Every kind of adapter on which LoRA+ does as PEFT does; none trains an RMSNorm, where we differ from it on purpose."""
+
+
 def loss_of(model: nn.Module, step: int) -> torch.Tensor:
     """A loss that depends on every trained weight, over a batch that depends on `step`."""
     generator = torch.Generator().manual_seed(step)
@@ -111,11 +138,11 @@ def loss_of(model: nn.Module, step: int) -> torch.Tensor:
     return model(input_ids=tokens, labels=labels).loss
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
-    """Train `model` for some steps of `loss_of`; the losses."""
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> list[float]:
+    """Train `model` for some steps of `loss_of`, from step `first` on; the losses."""
     model.train()
     losses = []
-    for step in range(steps):
+    for step in range(first, first + steps):
         torch.manual_seed(step)  # dropout
         loss = loss_of(model, step)
         loss.backward()

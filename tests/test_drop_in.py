@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import AdaLoraConfig, get_peft_model
+from peft import get_peft_model
 from peft.optimizers import create_loraplus_optimizer as peft_optimizer
 from torch import nn
 
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.optimizer import create_loraplus_optimizer
-from tests.models import ConvNet, bert, gpt2, llama, mixtral, train, with_lora
+from tests.models import ADAPTED as MODELS
+from tests.models import bert, llama, train, with_lora
 
 ARGUMENTS = {"lr": 1e-3, "loraplus_lr_ratio": 8.0, "loraplus_lr_embedding": 5e-4, "loraplus_weight_decay": 0.1}
 
-# All without RMSNorm among the trained tensors: there we differ from PEFT on purpose.
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "linears": lambda: with_lora(llama()),
-    "conv1d_of_gpt2": lambda: with_lora(gpt2(), target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
-    "embedding": lambda: with_lora(llama(), target_modules=["q_proj", "embed_tokens"]),
-    "convolutions": lambda: with_lora(ConvNet(), target_modules=["conv1d", "conv2d", "conv3d", "head"]),
-    "dora": lambda: with_lora(llama(), use_dora=True),
-    "dora_on_embedding": lambda: with_lora(llama(), use_dora=True, target_modules=["q_proj", "embed_tokens"]),
-    "dora_on_convolutions": lambda: with_lora(ConvNet(), target_modules=["conv2d", "head"], use_dora=True),
-    "saved_classifier": lambda: with_lora(bert(), target_modules=["query", "value"], task_type="SEQ_CLS"),
-    "saved_embedding": lambda: with_lora(llama(), target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
-    "saved_layer_norm": lambda: with_lora(bert(), target_modules=["query"], modules_to_save=["LayerNorm"]),
-    "all_biases": lambda: with_lora(bert(), target_modules=["query"], bias="all"),
-    "lora_biases": lambda: with_lora(bert(), target_modules=["query"], bias="lora_only"),
-    "bias_of_lora_b": lambda: with_lora(bert(), target_modules=["query"], lora_bias=True),
-    "trainable_tokens": lambda: with_lora(llama(), target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]}),
-    "experts": lambda: with_lora(mixtral(), target_modules=["q_proj"], target_parameters=["experts.down_proj"]),
-    "adalora": lambda: get_peft_model(llama(), AdaLoraConfig(target_modules=["q_proj"], total_step=50)),
-}
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {"betas": (0.9, 0.99)}),
     "SGD": (torch.optim.SGD, {"momentum": 0.9}),
@@ -49,7 +30,10 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
 def described(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[list[str], float, float]]:
     """Each group as (names of its tensors in order, lr, weight decay)."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [([names[id(p)] for p in group["params"]], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    return [
+        ([names[id(p)] for p in group["params"]], group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+    ]
 
 
 def peft_with_32bit_embeddings(model: nn.Module, cls: Any, **arguments: Any) -> torch.optim.Optimizer:
@@ -82,7 +66,9 @@ def test_the_same_groups_and_the_same_weights_after_20_steps_as_peft(model: str,
     their_optimizer = peft_with_32bit_embeddings(theirs, cls, **ARGUMENTS, **arguments)
     assert described(ours, our_optimizer) == described(theirs, their_optimizer)
 
-    before = {name: parameter.detach().clone() for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    before = {
+        name: parameter.detach().clone() for name, parameter in ours.named_parameters() if parameter.requires_grad
+    }
     assert train(ours, our_optimizer, 20) == train(theirs, their_optimizer, 20)
     other = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
@@ -94,7 +80,9 @@ def test_the_same_groups_and_the_same_weights_after_20_steps_as_peft(model: str,
 def test_ratio_one_trains_to_the_bits_of_one_group_without_any_ratio() -> None:
     plain, ours = with_lora(llama()), with_lora(llama())
     one_group = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.1)
-    with_groups = create_loraplus_optimizer(ours, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=1.0, loraplus_weight_decay=0.1)
+    with_groups = create_loraplus_optimizer(
+        ours, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=1.0, loraplus_weight_decay=0.1
+    )
     assert train(plain, one_group, 20) == train(ours, with_groups, 20)
     for (name, a), b in zip(plain.named_parameters(), ours.parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -118,7 +106,9 @@ def test_an_adapter_with_lora_b_in_its_name_keeps_its_a_at_the_base_rate() -> No
     from peft import LoraConfig
 
     model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]), adapter_name="my_lora_B")
-    (a, a_lr, _), _, (b, b_lr, _), _ = described(model, create_loraplus_optimizer(model, torch.optim.AdamW, **ARGUMENTS))
+    (a, a_lr, _), _, (b, b_lr, _), _ = described(
+        model, create_loraplus_optimizer(model, torch.optim.AdamW, **ARGUMENTS)
+    )
     assert (len(a), a_lr, len(b), b_lr) == (2, 1e-3, 2, 8e-3)
     assert all(".lora_A.my_lora_B." in name for name in a)
 
@@ -144,7 +134,9 @@ def test_rates_and_ratio_must_be_finite_and_above_zero(name: str, value: Any) ->
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "0"])
 def test_weight_decay_must_be_finite_and_not_below_zero(value: Any) -> None:
     with pytest.raises(ValueError, match="loraplus_weight_decay must be"):
-        create_loraplus_optimizer(with_lora(llama()), torch.optim.AdamW, **{**ARGUMENTS, "loraplus_weight_decay": value})
+        create_loraplus_optimizer(
+            with_lora(llama()), torch.optim.AdamW, **{**ARGUMENTS, "loraplus_weight_decay": value}
+        )
 
 
 # what PEFT's own published tests ask of its function, asked of ours
@@ -164,16 +156,24 @@ class SmallNet(nn.Module):
         return self.lin1(torch.relu(self.lin0(self.layer_norm(self.embedding(x)))))
 
 
+@pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("cls", [bnb.optim.Adam8bit, bnb.optim.AdamW8bit, torch.optim.AdamW])
-def test_four_groups_with_rates_from_the_ratio(cls: Any) -> None:
-    model = with_lora(SmallNet(), target_modules=["lin0", "lin1", "embedding"], bias="all")
+def test_four_groups_with_rates_from_the_ratio(cls: Any, adapter: bool) -> None:
+    model = with_lora(SmallNet(), target_modules=["lin0", "lin1", "embedding"], bias="all") if adapter else SmallNet()
     optimizer = create_loraplus_optimizer(
-        model, cls, lr=5e-5, loraplus_lr_ratio=1.2, loraplus_lr_embedding=1e-6, eps=1e-6, betas=(0.9, 0.999), loraplus_weight_decay=0.0
+        model,
+        cls,
+        lr=5e-5,
+        loraplus_lr_ratio=1.2,
+        loraplus_lr_embedding=1e-6,
+        eps=1e-6,
+        betas=(0.9, 0.999),
+        loraplus_weight_decay=0.0,
     )
     assert isinstance(optimizer, cls)
     assert [group["lr"] for group in optimizer.param_groups] == [5e-5, 1e-6, 5e-5 * 1.2, 5e-5 * 1.2]
     assert all(group["eps"] == 1e-6 and tuple(group["betas"]) == (0.9, 0.999) for group in optimizer.param_groups)
-    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2, 2, 3]
+    assert [len(group["params"]) for group in optimizer.param_groups] == ([2, 2, 2, 3] if adapter else [3, 0, 0, 4])
 
 
 def test_the_embedding_rate_defaults_to_1e_6_and_decay_to_none() -> None:

@@ -16,7 +16,9 @@ from loraplus_hydra.grouping import GROUP_ORDER, ROLES, Group, Rule, TensorRecor
 A = TensorRecord("layers.0.q.lora_A.default.weight", "lora_A", "Linear", (4, 16), adapter="default")
 B = TensorRecord("layers.0.q.lora_B.default.weight", "lora_B", "Linear", (16, 4), adapter="default")
 BIAS = TensorRecord("layers.0.q.base_layer.bias", "bias", "Linear", (16,))
-NORM = TensorRecord("layers.0.norm.weight", "norm", "LlamaRMSNorm", (16,), owner_classes=("LlamaRMSNorm", "llama.LlamaRMSNorm"))
+NORM = TensorRecord(
+    "layers.0.norm.weight", "norm", "LlamaRMSNorm", (16,), owner_classes=("LlamaRMSNorm", "llama.LlamaRMSNorm")
+)
 HEAD = TensorRecord("score.modules_to_save.default.weight", "saved_module", "Linear", (2, 16), adapter="default")
 
 LORA_PLUS = [Rule("groupB", role=("lora_B",), ratio=8.0), Rule("groupA")]
@@ -30,7 +32,9 @@ def groups_of(records: list[TensorRecord], rules: list[Rule], **options: object)
 
 
 def test_a_rule_takes_scalars_and_lists_and_keeps_other_keys_as_settings() -> None:
-    (rule,) = parse_rules({"head": {"role": "saved_module", "pattern": ["score", "head$"], "ndim": [1, 2], "betas": [0.9, 0.99]}})
+    (rule,) = parse_rules(
+        {"head": {"role": "saved_module", "pattern": ["score", "head$"], "ndim": [1, 2], "betas": [0.9, 0.99]}}
+    )
     assert rule == Rule(
         "head", role=("saved_module",), pattern=("score", "head$"), ndim=(1, 2), settings={"betas": (0.9, 0.99)}
     )
@@ -62,6 +66,8 @@ def test_a_null_takes_a_rule_or_a_key_away() -> None:
         ({"lr_mult": float("inf")}, "r.lr_mult", "finite"),
         ({"ratio": 0}, "r.ratio", "above 0"),
         ({"ratio": -3}, "r.ratio", "above 0"),
+        ({"ratio": None}, "r.ratio", "must be a number, got None"),
+        ({"lr": None}, "r.lr", "must be a number, got None"),
         ({"weight_decay": -0.1}, "r.weight_decay", "not below 0"),
         ({"group": ""}, "r.group", "must be a name"),
         ({"allow_unmatched": "yes"}, "r.allow_unmatched", "true or false"),
@@ -164,14 +170,21 @@ def test_documented_groups_come_first_in_peft_s_order_then_the_rules_order() -> 
 
 
 def test_a_tensor_that_no_rule_matches_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"no rule matches 2 trained tensors: .*q\.base_layer\.bias \(role bias.*rest: \{\}"):
+    with pytest.raises(
+        UserError, match=r"no rule matches 2 trained tensors: .*q\.base_layer\.bias \(role bias.*rest: \{\}"
+    ):
         assign([A, B, BIAS, NORM], [Rule("a", role=("lora_A", "lora_B"))], lr=1e-3, weight_decay=0.0)
 
 
 def test_an_extra_rule_that_matches_nothing_is_an_error_unless_it_is_meant() -> None:
-    with pytest.raises(UserError, match=r"extra_rules\.head \(pattern: scroe\) does nothing: no trained tensor matches it"):
+    with pytest.raises(
+        UserError, match=r"extra_rules\.head \(pattern: scroe\) does nothing: no trained tensor matches it"
+    ):
         groups_of([A, B], LORA_PLUS, extra=[Rule("head", pattern=("scroe",))])
-    assert groups_of([A, B], LORA_PLUS, extra=[Rule("head", pattern=("scroe",), allow_unmatched=True)]).keys() == {"groupA", "groupB"}
+    assert groups_of([A, B], LORA_PLUS, extra=[Rule("head", pattern=("scroe",), allow_unmatched=True)]).keys() == {
+        "groupA",
+        "groupB",
+    }
 
 
 def test_an_extra_rule_in_the_shadow_of_another_is_an_error() -> None:
@@ -186,7 +199,9 @@ def test_a_preset_rule_that_matches_nothing_is_none() -> None:
 
 def test_rules_of_one_group_that_disagree_are_an_error_even_while_unmatched() -> None:
     rules = [Rule("biases", role=("bias",), group="groupA", weight_decay=0.0), *LORA_PLUS]
-    with pytest.raises(UserError, match=r"'biases' and 'groupA' share group 'groupA' but disagree: .*weight_decay 0 against"):
+    with pytest.raises(
+        UserError, match=r"'biases' and 'groupA' share group 'groupA' but disagree: .*weight_decay 0 against"
+    ):
         groups_of([A, B], rules)
 
 
@@ -196,7 +211,13 @@ def test_rules_of_one_group_that_disagree_are_an_error_even_while_unmatched() ->
         ([A], "no tensor of the adapter gets it"),
         ([B], "every tensor of the adapter gets it"),
         ([NORM, HEAD], "no tensor of a LoRA-like adapter is trained"),
-        ([TensorRecord("w", "other", "Linear", (4, 4), adapter="x"), TensorRecord("s", "other", "Linear", (4,), adapter="x")], "no tensor of"),
+        (
+            [
+                TensorRecord("w", "other", "Linear", (4, 4), adapter="x"),
+                TensorRecord("s", "other", "Linear", (4,), adapter="x"),
+            ],
+            "no tensor of",
+        ),
     ],
 )
 def test_a_ratio_that_separates_nothing_is_an_error(records: list[TensorRecord], why: str) -> None:
@@ -258,9 +279,13 @@ rule_keys = st.tuples(st.fixed_dictionaries(condition), rates, st.sampled_from([
 @st.composite
 def rule_lists(draw: st.DrawFn) -> list[Rule]:
     keys = draw(st.lists(rule_keys, max_size=6))
-    rules = [Rule(f"r{i}", **conditions, **rate, weight_decay=decay) for i, (conditions, rate, decay) in enumerate(keys)]
+    rules = [
+        Rule(f"r{i}", **conditions, **rate, weight_decay=decay) for i, (conditions, rate, decay) in enumerate(keys)
+    ]
     order = draw(st.permutations([*GROUP_ORDER]))
-    return [Rule(**{**vars_of(rule), "name": name}) for rule, name in zip(rules, [*order, "x", "y"], strict=False)] + [Rule("rest")]
+    return [Rule(**{**vars_of(rule), "name": name}) for rule, name in zip(rules, [*order, "x", "y"], strict=False)] + [
+        Rule("rest")
+    ]
 
 
 def vars_of(rule: Rule) -> dict[str, object]:
@@ -278,7 +303,9 @@ def test_every_tensor_is_in_exactly_one_group_by_its_first_rule(
     assert sorted(placed) == sorted(map(id, records))
     position = {id(record): index for index, record in enumerate(records)}
     for group in groups:
-        assert [position[id(record)] for record in group.records] == sorted(position[id(record)] for record in group.records)
+        assert [position[id(record)] for record in group.records] == sorted(
+            position[id(record)] for record in group.records
+        )
         for record in group.records:
             first = next(rule for rule in rules if satisfies(record, rule))
             assert first.name in group.rules
@@ -300,8 +327,12 @@ def satisfies(record: TensorRecord, rule: Rule) -> bool:
 
 
 @given(records_, rule_lists(), st.randoms())
-def test_the_order_of_the_tensors_decides_nothing(records: list[TensorRecord], rules: list[Rule], random: object) -> None:
+def test_the_order_of_the_tensors_decides_nothing(
+    records: list[TensorRecord], rules: list[Rule], random: object
+) -> None:
     shuffled = list(records)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     winners = {id(record): rule.name for record, rule in zip(records, first_match(records, rules), strict=True)}
-    assert winners == {id(record): rule.name for record, rule in zip(shuffled, first_match(shuffled, rules), strict=True)}
+    assert winners == {
+        id(record): rule.name for record, rule in zip(shuffled, first_match(shuffled, rules), strict=True)
+    }

@@ -59,7 +59,11 @@ def kinds(model: nn.Module) -> set[tuple[str, str]]:
                 *((role, "Embedding") for role in ("lora_embedding_A", "lora_embedding_B", "magnitude")),
             },
         ),
-        (bert, {"target_modules": ["query"], "lora_bias": True}, {(f"lora_{x}", "Linear") for x in ("A", "B", "B_bias")}),
+        (
+            bert,
+            {"target_modules": ["query"], "lora_bias": True},
+            {(f"lora_{x}", "Linear") for x in ("A", "B", "B_bias")},
+        ),
         (gpt2, {"target_modules": ["c_attn"]}, {("lora_A", "Conv1D"), ("lora_B", "Conv1D")}),
         (
             ConvNet,
@@ -91,7 +95,11 @@ def test_attention_modules_of_torch() -> None:
 def test_quantised_linears_report_their_own_class_and_that_they_are_linears(bits: int) -> None:
     import bitsandbytes as bnb
 
-    linear = bnb.nn.Linear4bit(16, 16, bias=False) if bits == 4 else bnb.nn.Linear8bitLt(16, 16, bias=False, has_fp16_weights=False)
+    linear = (
+        bnb.nn.Linear4bit(16, 16, bias=False)
+        if bits == 4
+        else bnb.nn.Linear8bitLt(16, 16, bias=False, has_fp16_weights=False)
+    )
     records = tensor_records(with_lora(nn.Sequential(linear), target_modules=["0"]))
     assert [record.role for record in records] == ["lora_A", "lora_B"]
     assert {record.owner for record in records} == {type(linear).__name__}
@@ -110,8 +118,16 @@ def test_biases_of_the_base_model(bias: str, count: int) -> None:
 
 def test_saved_modules_split_into_weights_biases_and_norms() -> None:
     model = with_lora(llama(), target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens", "norm"])
-    saved = {record.owner: (record.role, record.trained_embedding) for record in tensor_records(model) if "modules_to_save" in record.name}
-    assert saved == {"Linear": ("saved_module", False), "Embedding": ("saved_module", True), "LlamaRMSNorm": ("norm", False)}
+    saved = {
+        record.owner: (record.role, record.trained_embedding)
+        for record in tensor_records(model)
+        if "modules_to_save" in record.name
+    }
+    assert saved == {
+        "Linear": ("saved_module", False),
+        "Embedding": ("saved_module", True),
+        "LlamaRMSNorm": ("norm", False),
+    }
     head = with_lora(bert(), target_modules=["query"], task_type="SEQ_CLS")
     assert roles(head)["classifier.modules_to_save.default.weight"] == "saved_module"
     assert roles(head)["classifier.modules_to_save.default.bias"] == "bias"
@@ -120,10 +136,17 @@ def test_saved_modules_split_into_weights_biases_and_norms() -> None:
 def test_trainable_tokens_inside_lora_and_alone() -> None:
     with_tokens = with_lora(llama(), target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]})
     alone = get_peft_model(llama(), TrainableTokensConfig(token_indices=[1, 2], target_modules=["embed_tokens"]))
-    tied = with_lora(llama(tie_word_embeddings=True), target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]})
+    tied = with_lora(
+        llama(tie_word_embeddings=True), target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]}
+    )
     for model in (with_tokens, alone, tied):
         (record,) = of_role(model, "trainable_tokens")
-        assert (record.owner, record.shape, record.adapter, record.trained_embedding) == ("Embedding", (2, 16), "default", True)
+        assert (record.owner, record.shape, record.adapter, record.trained_embedding) == (
+            "Embedding",
+            (2, 16),
+            "default",
+            True,
+        )
 
 
 # other methods of PEFT
@@ -138,7 +161,10 @@ def test_adalora_and_vera() -> None:
         "adalora_E": True,
     }
     # PVERA's input vector holds a mean and a variance for each of its r entries.
-    for config, length in ((VeraConfig(r=8, target_modules=["q_proj"]), 8), (PveraConfig(r=8, target_modules=["q_proj"]), 16)):
+    for config, length in (
+        (VeraConfig(r=8, target_modules=["q_proj"]), 8),
+        (PveraConfig(r=8, target_modules=["q_proj"]), 16),
+    ):
         vera = get_peft_model(llama(), config)
         assert {(r.role, r.shape[0], r.starts_at_zero) for r in tensor_records(vera)} == {
             ("vera_b", 16, True),
@@ -153,8 +179,14 @@ def test_methods_without_a_pair_have_other_tensors_only() -> None:
         PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
     ):
         assert {record.role for record in tensor_records(get_peft_model(llama(), config))} == {"other"}
-    assert kinds(get_peft_model(bert(), LNTuningConfig(target_modules=["LayerNorm"]))) == {("norm", "LayerNorm"), ("bias", "LayerNorm")}
-    assert kinds(get_peft_model(llama(), HiraConfig(target_modules=["q_proj"]))) == {("lora_A", "Linear"), ("lora_B", "Linear")}
+    assert kinds(get_peft_model(bert(), LNTuningConfig(target_modules=["LayerNorm"]))) == {
+        ("norm", "LayerNorm"),
+        ("bias", "LayerNorm"),
+    }
+    assert kinds(get_peft_model(llama(), HiraConfig(target_modules=["q_proj"]))) == {
+        ("lora_A", "Linear"),
+        ("lora_B", "Linear"),
+    }
 
 
 def test_every_method_of_peft_is_split_or_declared_to_have_nothing_to_split() -> None:
@@ -187,7 +219,8 @@ def methods() -> list[tuple[str, Any]]:
     return [
         (peft_type.value, config_class)
         for peft_type, config_class in PEFT_TYPE_TO_CONFIG_MAPPING.items()
-        if "target_modules" in inspect.signature(config_class).parameters and peft_type.value not in ("BOFT", "TRAINABLE_TOKENS")
+        if "target_modules" in inspect.signature(config_class).parameters
+        and peft_type.value not in ("BOFT", "TRAINABLE_TOKENS")
     ]
 
 
@@ -209,7 +242,13 @@ def test_declared_support_is_what_the_layers_show(name: str, config_class: Any) 
 
 @pytest.mark.parametrize(
     ("init", "a", "b"),
-    [(True, False, True), ("gaussian", False, True), ("pissa", False, False), ("olora", False, False), ("orthogonal", False, False)],
+    [
+        (True, False, True),
+        ("gaussian", False, True),
+        ("pissa", False, False),
+        ("olora", False, False),
+        ("orthogonal", False, False),
+    ],
 )
 def test_the_zero_factor_follows_from_the_initialisation(init: Any, a: bool, b: bool) -> None:
     records = tensor_records(with_lora(llama(), target_modules=["q_proj"], init_lora_weights=init))
@@ -227,7 +266,10 @@ def test_what_is_said_to_start_at_zero_is_zero(init: Any) -> None:
 
 def test_embeddings_start_the_other_way_round() -> None:
     records = tensor_records(with_lora(llama(), target_modules=["embed_tokens"]))
-    assert {record.role: record.starts_at_zero for record in records} == {"lora_embedding_A": True, "lora_embedding_B": False}
+    assert {record.role: record.starts_at_zero for record in records} == {
+        "lora_embedding_A": True,
+        "lora_embedding_B": False,
+    }
 
 
 def test_hand_written_factors_are_read_where_there_are_values() -> None:
@@ -250,7 +292,9 @@ def test_adapters_and_targets_with_odd_names() -> None:
             self.bias_proj = nn.Linear(8, 8, bias=False)
             self.lora_A = nn.ModuleDict({"default": nn.Linear(8, 8, bias=False)})
 
-    model = get_peft_model(Block(), LoraConfig(r=2, target_modules=["lora_Block", "bias_proj"]), adapter_name="my_lora_B")
+    model = get_peft_model(
+        Block(), LoraConfig(r=2, target_modules=["lora_Block", "bias_proj"]), adapter_name="my_lora_B"
+    )
     model.base_model.model.lora_A["default"].weight.requires_grad_(True)
     assert roles(model) == {
         "lora_Block.lora_A.my_lora_B.weight": "lora_A",
@@ -358,17 +402,30 @@ class Tree(nn.Module):
     def __init__(self, layout: Any, shared: nn.Module) -> None:
         super().__init__()
         for name, below in layout.items():
-            leaf = {"linear": lambda: nn.Linear(4, 4), "norm": lambda: nn.LayerNorm(4), "embed": lambda: nn.Embedding(5, 4)}
+            leaf = {
+                "linear": lambda: nn.Linear(4, 4),
+                "norm": lambda: nn.LayerNorm(4),
+                "embed": lambda: nn.Embedding(5, 4),
+            }
             child = shared if below == "shared" else leaf[below]() if isinstance(below, str) else Tree(below, shared)
             self.add_module(name, child)
 
 
 leaves = st.sampled_from(["linear", "linear", "norm", "embed", "shared"])
-layouts = st.dictionaries(names, st.recursive(leaves, lambda inner: st.dictionaries(names, inner, min_size=1, max_size=3), max_leaves=6), min_size=1, max_size=4)
+layouts = st.dictionaries(
+    names,
+    st.recursive(leaves, lambda inner: st.dictionaries(names, inner, min_size=1, max_size=3), max_leaves=6),
+    min_size=1,
+    max_size=4,
+)
 
 
 @settings(max_examples=40, deadline=None)
-@given(layouts, st.lists(st.sampled_from(["default", "my_lora_B", "bias", "lora_A"]), min_size=1, max_size=2, unique=True), st.booleans())
+@given(
+    layouts,
+    st.lists(st.sampled_from(["default", "my_lora_B", "bias", "lora_A"]), min_size=1, max_size=2, unique=True),
+    st.booleans(),
+)
 def test_records_are_the_trained_parameters_in_order_with_the_roles_of_their_owners(
     layout: Any, adapters: list[str], dora: bool
 ) -> None:
@@ -396,5 +453,7 @@ def test_records_are_the_trained_parameters_in_order_with_the_roles_of_their_own
             for parameter in holder.parameters() if holder is not None else ():
                 expected[id(parameter)] = role
     parameters = dict(model.named_parameters())
-    assert {record.name: record.role for record in records} == {record.name: expected[id(parameters[record.name])] for record in records}
+    assert {record.name: record.role for record in records} == {
+        record.name: expected[id(parameters[record.name])] for record in records
+    }
     assert {record.adapter for record in records} == set(adapters)

@@ -36,4 +36,8 @@ def check(config: DictConfig) -> None:
 
 
 def _told_once(problems: list[Problem]) -> list[Problem]:
-    return list({(problem.key, problem.what): problem for problem in problems}.values())
+    """Without repetitions: a wrong `loraplus.ratio` is wrong again in each rule that refers to it."""
+    keys = {problem.key for problem in problems}
+    referred = keys & {"loraplus.ratio", "loraplus.lr_embedding", "loraplus.lr_A", "loraplus.lr_B", "optimizer.lr"}
+    kept = [problem for problem in problems if not (referred and problem.key.startswith("loraplus.rules."))]
+    return list({(problem.key, problem.what): problem for problem in kept}.values())

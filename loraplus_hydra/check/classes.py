@@ -87,14 +87,17 @@ def _adapter(adapter: dict[str, Any]) -> list[Problem]:
 
 
 def _optimizer(optimizer: dict[str, Any]) -> list[Problem]:
+    from torch.optim import Optimizer
+
     from loraplus_hydra.optimizer import optimizer_problems
 
-    found, problems = _resolve(
-        optimizer.get(TARGET), "optimizer._target_", lambda found: isinstance(found, type), "a torch.optim.Optimizer class"
-    )
-    if found is not None:
-        problems += [Problem("optimizer", text) for text in optimizer_problems(found, _without(optimizer, TARGET))]
-    return problems
+    wanted = "a torch.optim.Optimizer class, such as torch.optim.AdamW"
+    found, problems = _resolve(optimizer.get(TARGET), "optimizer._target_", _derives(Optimizer), wanted)
+    if found is None:
+        return problems
+    told = optimizer_problems(found, _without(optimizer, TARGET))
+    unfit = [text for text in told if "can't be used" in text]  # then its arguments don't matter
+    return [Problem("optimizer._target_" if unfit else "optimizer", text) for text in unfit or told]
 
 
 def _scheduler(scheduler: dict[str, Any], steps: int) -> list[Problem]:

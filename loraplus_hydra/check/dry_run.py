@@ -12,13 +12,19 @@ from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 def data_problems(config: DictConfig) -> list[Problem]:
     """Load the tokenizer and the rows as the run will; the rows are kept for it."""
     from loraplus_hydra.examples import load_examples
+    from loraplus_hydra.model import load_tokenizer
 
     try:
-        load_examples(config, keep=True)
+        tokenizer = load_tokenizer(config.model)
+    except UserError as error:
+        return _problems(error, "model.tokenizer")
+    except Exception as error:  # transformers raises whatever the file or the network gives it
+        fix = "name a folder with a tokenizer, or a model on the hub"
+        return [Problem("model.tokenizer" if config.model.tokenizer else "model.path", _first_line(error), fix)]
+    try:
+        load_examples(config, tokenizer, keep=True)
     except UserError as error:
         return _problems(error, "data")
-    except OSError as error:
-        return [Problem("model.path", _first_line(error), "name a folder with a tokenizer, or a model on the hub")]
     return []
 
 

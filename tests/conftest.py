@@ -1,0 +1,134 @@
+"""What many tests stand on: a tiny model and rows on disk, the command line called in this process, composed configs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the machine
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a two-layer Llama of random weights and a byte-level tokenizer of 300 tokens, without a template."""
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(["say one two three four"] * 4, vocab_size=300, special_tokens=["<pad>", "<eos>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, pad_token="<pad>", eos_token="<eos>")
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of forty prompts and completions."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    words = ("one", "two", "three", "four")
+    lines = [{"prompt": f"say {words[i % 4]} {i}", "completion": f" {words[i % 4]}"} for i in range(40)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_model: Path, rows: Path) -> list[str]:
+    """Overrides of a run that takes a second: the tiny model on the rows, four steps."""
+    return [
+        "model=hub",
+        f"model.path={tiny_model}",
+        "data=jsonl",
+        f"data.train={rows}",
+        "trainer.max_steps=4",
+        "trainer.per_device_train_batch_size=4",
+        "trainer.logging_steps=1",
+        "task.samples=1",
+        "task.sample_tokens=4",
+        "optimizer.lr=1e-3",
+    ]
+
+
+@pytest.fixture
+def compose() -> Callable[..., Any]:
+    """A `run` config composed from overrides, without Hydra's own node."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from loraplus_hydra.paths import config_folder
+    from loraplus_hydra.schema import register
+
+    def composed(*overrides: str) -> Any:
+        register()
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+            return hydra_compose("config", overrides=list(overrides))
+
+    return composed
+
+
+@pytest.fixture
+def cli(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Finished]:
+    """The command line called in this process, from an empty folder: `cli("check", "optimizer.lr=0")`."""
+    import signal
+
+    from hydra.core.global_hydra import GlobalHydra
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("HYDRA_FULL_ERROR", "LORAPLUS_HYDRA_TRACEBACK"):
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+
+    def called(*arguments: str) -> Finished:
+        from loraplus_hydra.cli import main
+
+        GlobalHydra.instance().clear()
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        monkeypatch.setattr("sys.argv", ["loraplus-hydra", *arguments])
+        handler = signal.getsignal(signal.SIGTERM)
+        capfd.readouterr()
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        captured = capfd.readouterr()
+        return Finished(status, captured.out, captured.err)
+
+    return called
