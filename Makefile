@@ -33,7 +33,7 @@ format: $(VENV)/.installed ## put the code into its standard form
 	$(BIN)/ruff format .
 
 wheel: $(VENV)/.installed ## build the wheel into dist/
-	$(BIN)/python -m build --wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build dist *.egg-info

@@ -57,7 +57,7 @@ def assign(
     records = list(records)
     if not records:
         raise UserError(
-            "nothing is trained: no tensor of the model requires a gradient; add an adapter, or unfreeze what is to be trained"
+            "nothing is trained: no tensor of the model requires a gradient; add an adapter, or unfreeze some tensors"
         )
     ordered = [*extra, *rules]
     settings = _settings_by_group(ordered, lr=lr, weight_decay=weight_decay)
@@ -68,7 +68,7 @@ def assign(
 
 
 def first_match(records: Sequence[TensorRecord], rules: Sequence[Rule]) -> list[Rule]:
-    """The first rule that matches, for each record; one linear walk. Raises UserError for records that no rule matches."""
+    """The first rule that matches, for each record; one linear walk. UserError for records that no rule matches."""
     candidates: dict[tuple[object, ...], list[Rule]] = {}
     winners: list[Rule] = []
     unmatched: list[str] = []
@@ -88,7 +88,7 @@ def first_match(records: Sequence[TensorRecord], rules: Sequence[Rule]) -> list[
     if unmatched:
         raise UserError(
             f"no rule matches {len(unmatched)} trained tensor{'s'[: len(unmatched) > 1]}: {_some(unmatched)}. "
-            "Add a rule that does, or end loraplus.rules with one without conditions: `rest: {}` takes everything that is left"
+            "Add a rule that does, or end loraplus.rules with one without conditions: `rest: {}` takes whatever is left"
         )
     return winners
 
@@ -116,7 +116,7 @@ def _settings_by_group(
         elif found[rule.group] != settings:
             raise UserError(
                 f"rules '{first_rule[rule.group]}' and '{rule.name}' share group '{rule.group}' but disagree: "
-                f"{_spell(found[rule.group])} against {_spell(settings)}. Give one of them a group of its own (`group: ...`)"
+                f"{_spell(found[rule.group])} against {_spell(settings)}. Give one of them a group of its own (`group:`)"
             )
     documented = [name for name in GROUP_ORDER if name in found]
     return {name: found[name] for name in [*documented, *(name for name in found if name not in GROUP_ORDER)]}
@@ -162,7 +162,7 @@ def _check_every_extra_rule_matched(
         )
         examples = _some([record.name for record in records])
         raise UserError(
-            f"loraplus.extra_rules.{rule.name} ({rule.conditions()}) does nothing: {why}. Trained tensors are {examples}. "
+            f"loraplus.extra_rules.{rule.name} ({rule.conditions()}) does nothing: {why}. Trained are {examples}. "
             "Mend or remove the rule, or say `allow_unmatched: true` in it"
         )
 
@@ -188,8 +188,9 @@ def _check_the_ratio_does_something(
     else:
         why = "every tensor of the adapter gets it, so it only raises the rate of them all"
     raise UserError(
-        f"the LoRA+ ratio {ratio} does nothing here: {why} (trained roles: {', '.join(roles)}). Use loraplus=none for one rate, "
-        "loraplus=roles for adapters that `default` doesn't split (VeRA), a LoRA adapter on more than embeddings, or ratio 1"
+        f"the LoRA+ ratio {ratio} does nothing here: {why} (trained roles: {', '.join(roles)}). "
+        "Use loraplus=none for one rate, loraplus=roles for adapters that `default` doesn't split (VeRA), "
+        "a LoRA adapter on more than embeddings, or ratio 1"
     )
 
 

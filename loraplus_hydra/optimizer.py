@@ -114,7 +114,8 @@ def build_optimizer(
         optimizer = optimizer_cls(param_groups, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{optimizer_cls.__name__} refuses these parameters or arguments: {error}{_muon_advice(optimizer_cls, groups)}"
+            f"{optimizer_cls.__name__} refuses these parameters or arguments: {error}"
+            + _muon_advice(optimizer_cls, groups)
         ) from error
     keep_32bit_state(
         optimizer, (record.name for group in groups for record in group.records if record.trained_embedding)
@@ -125,7 +126,7 @@ def build_optimizer(
 def torch_groups(
     groups: Iterable[Group], named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
 ) -> list[dict[str, Any]]:
-    """Groups of records as groups of parameters, matched by name; UserError for a record that no parameter has the name of."""
+    """Groups of records as groups of parameters, matched by name; UserError for a record whose name no parameter has."""
     by_name = dict(named_parameters)
     missing = [record.name for group in groups for record in group.records if record.name not in by_name]
     if missing:
@@ -165,7 +166,8 @@ def _one_weight_decay(loraplus_weight_decay: float | None, weight_decay: float |
         decay = weight_decay
     else:
         raise UserError(
-            f"loraplus_weight_decay={loraplus_weight_decay} and weight_decay={weight_decay} contradict each other: give loraplus_weight_decay only"
+            f"loraplus_weight_decay={loraplus_weight_decay} and weight_decay={weight_decay} contradict each other: "
+            "give loraplus_weight_decay only"
         )
     if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay < float("inf"):
         raise UserError(f"loraplus_weight_decay must be finite and not below 0, got {decay!r}")
@@ -176,4 +178,7 @@ def _muon_advice(optimizer_cls: type[Optimizer], groups: Sequence[Group]) -> str
     if optimizer_cls.__name__ != "Muon":
         return ""
     others = [f"{record.name} ({record.ndim}-D)" for group in groups for record in group.records if record.ndim != 2]
-    return f". Muon takes matrices only, and here it would also get {', '.join(others[:3])}: use optimizer=adamw, or train matrices only"
+    return (
+        f". Muon takes matrices only, and here it would also get {', '.join(others[:3])}: "
+        "use optimizer=adamw, or train matrices only"
+    )

@@ -1,4 +1,4 @@
-"""Whether an optimizer class and its arguments can do LoRA+: takes what it is given, and holds a rate for each group."""
+"""Whether an optimizer class and its arguments can do LoRA+: takes what it is given, keeps a rate for each group."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ REFUSED: dict[str, str] = {
 """Class name -> why its per-group rates don't hold."""
 
 TORCH_ADAFACTOR = (
-    "torch's Adafactor scales each update by the parameter's own size, so lora_B, which starts at zero, hardly moves (measured: B's update "
-    "0.08 of A's at ratio 8); use optimizer=adafactor, which is transformers' with scale_parameter false"
+    "torch's Adafactor scales each update by the parameter's own size, so lora_B, which starts at zero, hardly moves "
+    "(measured: B's update 0.08 of A's at ratio 8); use optimizer=adafactor, which is transformers' with scale_parameter false"
 )
 TRANSFORMERS_ADAFACTOR: dict[str, str] = {
     "relative_step": "sets its own rate from the step count, so no group's rate is used; say `relative_step: false`",
-    "scale_parameter": "scales each update by the parameter's own size, so lora_B, which starts at zero, hardly moves; say `scale_parameter: false`",
+    "scale_parameter": (
+        "scales each update by the parameter's own size, so lora_B, which starts at zero, hardly moves; "
+        "say `scale_parameter: false`"
+    ),
 }
 
 
@@ -69,7 +72,8 @@ def unknown_setting(cls: type, group: Group) -> str:
     for key in group.settings:
         if not takes(cls, key):
             candidates = [*RULE_KEYS, *_parameters(cls)[0]]
-            return f"rule {', '.join(group.rules) or group.name}: {cls.__name__} has no setting '{key}'{nearest(key, candidates)}"
+            rule = ", ".join(group.rules) or group.name
+            return f"rule {rule}: {cls.__name__} has no setting '{key}'{nearest(key, candidates)}"
     if group.weight_decay and not takes(cls, "weight_decay"):
         return f"group {group.name}: {cls.__name__} has no weight decay, but {group.weight_decay:g} is asked for"
     return ""

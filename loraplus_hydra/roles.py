@@ -46,7 +46,7 @@ class _Place:
     """Where in PEFT's structure a module stands."""
 
     tuner: _Kind | None = None
-    """The layer that is adapted, inside one of its PEFT layer's attributes; None in the base model and in copies of it."""
+    """The adapted layer, inside one of its PEFT layer's attributes; None in the base model and in copies of it."""
     role: str = "other"
     per_adapter: bool = False
     """The next name below is the adapter's."""

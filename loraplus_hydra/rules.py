@@ -1,4 +1,4 @@
-"""What a rule sees of a tensor, one rule of LoRA+, and how a mapping from YAML or the command line becomes one; no torch."""
+"""What a rule sees of a tensor, what a rule is, and how a mapping from YAML or the command line becomes one; no torch."""
 
 from __future__ import annotations
 
@@ -193,14 +193,9 @@ def _condition_problems(key: str, value: Any, where: str) -> list[Problem]:
     key_path = f"{where}.{key}"
     if not values:
         return [Problem(key_path, "an empty list matches nothing", f"name at least one {key}, or leave `{key}` out")]
-    wanted = int if key == "ndim" else str
-    wrong = [
-        item
-        for item in values
-        if not isinstance(item, wanted) or isinstance(item, bool) or (wanted is int and item < 0)
-    ]
+    wrong = [item for item in values if not (_is_count(item) if key == "ndim" else isinstance(item, str))]
     if wrong:
-        kind = "a whole number, 0 or more" if wanted is int else "text"
+        kind = "a whole number, 0 or more" if key == "ndim" else "text"
         return [Problem(key_path, f"must be {kind} or a list of such, got {wrong[0]!r}")]
     if key == "role":
         return [
@@ -232,6 +227,10 @@ def _rate_problems(key: str, value: Any, where: str) -> list[Problem]:
             Problem(key_path, f"must be finite and {'above 0' if key == 'ratio' else 'not below 0'}, got {value!r}")
         ]
     return []
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _listed(value: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules that keep the LoRA+ ratio: every group's rate moves by the same factor at every step, warm-up included."""
+"""Learning-rate schedules that keep the LoRA+ ratio: one factor for all groups at every step, warm-up included."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOLERANCE = 1e-6
 
 INSTEAD: dict[str, str] = {
     "OneCycleLR": "Its scalar max_lr is one rate for all groups; use scheduler=one_cycle, or give max_lr as a list",
-    "CosineAnnealingLR": "Its eta_min is one floor for all groups; use scheduler=cosine_with_min_lr, whose floor is a share of each rate",
+    "CosineAnnealingLR": "Its eta_min is one floor for all groups; use scheduler=cosine_with_min_lr, a share of each rate",
     "CosineAnnealingWarmRestarts": "Its eta_min is one floor for all groups; leave it at 0",
     "CyclicLR": "Its base_lr and max_lr are the same for all groups; give lists, or use scheduler=one_cycle",
 }
@@ -95,12 +95,14 @@ def _arguments(factory: Callable[..., Any], steps: int, kwargs: Mapping[str, Any
             given[what] = length
         elif length:
             raise UserError(
-                f"{name} has no {what}, so neither `{what}` nor `{share}` can be set; use scheduler=linear, cosine or wsd"
+                f"{name} has no {what}, so neither `{what}` nor `{share}` can be set; "
+                "use scheduler=linear, cosine or wsd"
             )
         left -= length
     if left < 0 and "num_decay_steps" in parameters:
         raise UserError(
-            f"{name}: {given['num_warmup_steps']} steps of warm-up and {given['num_decay_steps']} of decay are more than the {steps} there are"
+            f"{name}: {given['num_warmup_steps']} steps of warm-up and {given['num_decay_steps']} of decay are more than "
+            f"the {steps} there are"
         )
     unknown = [key for key in given if key not in parameters and not takes_any]
     if unknown:
@@ -146,8 +148,8 @@ def _call(factory: Callable[..., Any], optimizer: Optimizer, arguments: Mapping[
         raise UserError(f"{_name(factory)} refuses its arguments ({spelled}): {error}") from error
     if isinstance(schedule, ReduceLROnPlateau) or (not isinstance(schedule, LRScheduler) and hasattr(schedule, "step")):
         raise UserError(
-            f"{_name(factory)} reacts to the loss, with limits that are the same for all groups, so nobody can say beforehand that it keeps "
-            "the ratio; use scheduler=linear, cosine, wsd or another that follows the step count"
+            f"{_name(factory)} reacts to the loss, with limits that are the same for all groups, so nobody can say "
+            "beforehand that it keeps the ratio; use scheduler=linear, cosine, wsd or another that follows the step count"
         )
     if not isinstance(schedule, LRScheduler):
         raise UserError(
@@ -159,7 +161,7 @@ def _call(factory: Callable[..., Any], optimizer: Optimizer, arguments: Mapping[
 class _StandIn(Optimizer):
     """Groups, rates and defaults of another optimizer, with nothing to train: for a rehearsal of a schedule."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         return None
 
 
@@ -228,8 +230,8 @@ def _broken(
         "Use one that multiplies every rate by the same factor: scheduler=linear, cosine, cosine_with_min_lr, wsd, ...",
     )
     return (
-        f"{name} breaks the ratio between the groups: {names[0]} and {names[1]} are set to {base[0]:g} and {base[1]:g}, but at step {step} "
-        f"they train at {rates[0]:g} and {rates[1]:g}. {advice}"
+        f"{name} breaks the ratio between the groups: {names[0]} and {names[1]} are set to {base[0]:g} and {base[1]:g}, "
+        f"but at step {step} they train at {rates[0]:g} and {rates[1]:g}. {advice}"
     )
 
 

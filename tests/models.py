@@ -124,7 +124,7 @@ ADAPTED: dict[str, Callable[[], nn.Module]] = {
     "full_weights": bert,
     "adalora": lambda: get_peft_model(llama(), AdaLoraConfig(target_modules=["q_proj"], total_step=50)),
 }
-"""Every kind of adapter on which LoRA+ does as PEFT does; none trains an RMSNorm, where we differ from it on purpose."""
+"""Every kind of adapter on which we do as PEFT does; none trains an RMSNorm, where we differ from it on purpose."""
 
 
 def loss_of(model: nn.Module, step: int) -> torch.Tensor:

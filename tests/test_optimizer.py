@@ -190,7 +190,7 @@ def test_weight_decay_for_a_class_without_is_an_error() -> None:
             return None
 
     model = with_lora(llama(layers=1))
-    with pytest.raises(UserError, match="Plain has no weight decay, but 0.1 is asked for"):
+    with pytest.raises(UserError, match=r"Plain has no weight decay, but 0\.1 is asked for"):
         build(model, Plain, weight_decay=0.1)
     assert "weight_decay" not in build(model, Plain).param_groups[0]
 

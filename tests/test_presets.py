@@ -190,7 +190,7 @@ def test_vera_is_split_by_roles_and_refused_elsewhere() -> None:
     for name in ("peft", "default"):
         with pytest.raises(
             UserError,
-            match="every tensor of the adapter gets it.*loraplus=roles for adapters that `default` doesn't split",
+            match=r"every tensor of the adapter gets it.*loraplus=roles for adapters that `default` doesn't split",
         ):
             assign(tensor_records(model), preset(name), lr=LR, weight_decay=DECAY)
 

@@ -211,7 +211,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def methods() -> list[tuple[str, Any]]:
-    """PEFT's methods that adapt linears by name. Left out: BOFT, which compiles an extension into the user's cache, and what has its own test."""
+    """PEFT's methods that adapt linears by name; not BOFT (compiles into the user's cache) and what has its own test."""
     import inspect
 
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -324,7 +324,7 @@ def test_several_adapters_and_a_frozen_reference() -> None:
 # norms
 
 
-class RMS_norm(nn.Module):
+class RMS_norm(nn.Module):  # noqa: N801 - Wan calls its own so
     def __init__(self) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(4))

@@ -148,7 +148,7 @@ def test_warm_up_and_decay_longer_than_the_run_are_refused() -> None:
 
 def test_a_schedule_that_fails_at_its_last_step_is_refused_before_the_first() -> None:
     """transformers' polynomial divides by zero at the end of a run that is all warm-up."""
-    with pytest.raises(UserError, match="has no rate for step 10: .*division by zero"):
+    with pytest.raises(UserError, match=r"has no rate for step 10: .*division by zero"):
         from_yaml("polynomial", optimizer_at(1.0), 10, warmup_ratio=0, num_warmup_steps=10)
 
 
@@ -218,9 +218,9 @@ def test_one_cycle_refuses_what_makes_no_cycle(kwargs: dict[str, float]) -> None
         (lr_scheduler.CyclicLR, {"base_lr": 1e-5, "max_lr": 1e-3}, "CyclicLR breaks the ratio.*at step 0 "),
         (lr_scheduler.ReduceLROnPlateau, {}, "reacts to the loss"),
         (optimization.GreedyLR, {}, "reacts to the loss"),
-        (lambda optimizer: None, {}, "gives NoneType, which is no"),
+        (lambda _: None, {}, "gives NoneType, which is no"),
         (
-            lambda optimizer: lr_scheduler.LambdaLR(optimizer, [lambda step: 1.0, lambda step: 1.0 / (step + 1)]),
+            lambda optimizer: lr_scheduler.LambdaLR(optimizer, [lambda _: 1.0, lambda step: 1.0 / (step + 1)]),
             {},
             "at step 1 they train at",
         ),
@@ -243,7 +243,7 @@ def test_a_ratio_that_breaks_late_is_found() -> None:
             return [base if self.last_epoch < 9 or i else base / 2 for i, base in enumerate(self.base_lrs)]
 
     build_schedule(Late, optimizer_at(1.0, 8.0), num_training_steps=8, kwargs={})
-    with pytest.raises(UserError, match="at step 9 they train at 0.5 and 8"):
+    with pytest.raises(UserError, match=r"at step 9 they train at 0\.5 and 8"):
         build_schedule(Late, optimizer_at(1.0, 8.0), num_training_steps=10, kwargs={})
 
 
