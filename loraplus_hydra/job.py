@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from loraplus_hydra.examples import Examples
-    from loraplus_hydra.training import LoraPlusMixin
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,7 @@ def run(config: DictConfig, folder: str | Path | None = None) -> Result:
 
         screen.say("4/6 Deciding which tensor gets which rate")
         trainer = make_trainer(config, folder, model, tokenizer, examples)
-        _write_groups(folder, trainer)
-        screen.show_groups(trainer.loraplus_groups)
+        _show_and_write_groups(folder, trainer)
 
         screen.say("5/6 Training")
         _train(config, trainer, examples, result)
@@ -110,27 +109,30 @@ def _load_model(config: DictConfig) -> PeftModel:
     return add_adapter(load_model(config.model, config.task.auto_class), config.adapter, config.task.task_type)
 
 
-def _write_groups(folder: Path, trainer: LoraPlusMixin) -> None:
-    """param_groups.json: every trained tensor with its role, rule, group and rate."""
-    import json
+def _show_and_write_groups(folder: Path, trainer: Any) -> None:
+    """The table that `inspect` shows, and param_groups.json: every trained tensor, role, rule, group and rate."""
+    from loraplus_hydra.advice import ratio_advice
+    from loraplus_hydra.overview import largest_ratio, place, rows
+    from loraplus_hydra.roles import tensor_records
 
-    from loraplus_hydra.grouping import first_match
-
-    rules = [*trainer.loraplus.extra_rules, *trainer.loraplus.rules]
-    rows = [
+    placed = place(tensor_records(trainer.model), trainer.loraplus)
+    screen.show_overview(rows(placed))
+    total = sum(parameter.numel() for parameter in trainer.model.parameters())
+    for sentence in ratio_advice([one.record for one in placed], largest_ratio(placed), total):
+        screen.say(f"    Note: {sentence}")
+    table = [
         {
-            "name": record.name,
-            "role": record.role,
-            "rule": rule.name,
-            "group": group.name,
-            "shape": list(record.shape),
-            "lr": group.lr,
-            "weight_decay": group.weight_decay,
+            "name": one.record.name,
+            "role": one.record.role,
+            "rule": one.rule.name,
+            "group": one.group.name,
+            "shape": list(one.record.shape),
+            "lr": one.group.lr,
+            "weight_decay": one.group.weight_decay,
         }
-        for group in trainer.loraplus_groups
-        for record, rule in zip(group.records, first_match(group.records, rules), strict=True)
+        for one in placed
     ]
-    paths.write_text(folder / paths.PARAM_GROUPS, json.dumps(rows, indent=2) + "\n")
+    paths.write_text(folder / paths.PARAM_GROUPS, json.dumps(table, indent=2) + "\n")
 
 
 def _train(config: DictConfig, trainer: Any, examples: Examples, result: Result) -> None:

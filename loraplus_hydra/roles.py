@@ -64,50 +64,66 @@ def tensor_records(model: torch.nn.Module) -> list[TensorRecord]:
     and on the meta device. Raises UserError for a model that FSDP has flattened.
     """
     kinds: dict[type, _Kind] = {}
+    places = _Places()
     inits = _initialisations(model)
     records: list[TensorRecord] = []
     seen_modules: set[int] = set()
     seen_tensors: set[int] = set()
-    stack: list[tuple[str, torch.nn.Module, _Place]] = [("", model, _BASE)]
+    stack: list[tuple[str, Any, _Place]] = [("", model, _BASE)]
     while stack:
         prefix, module, place = stack.pop()
         if id(module) in seen_modules:
             continue
         seen_modules.add(id(module))
-        cls = type(module)
-        kind = kinds.get(cls)
-        if kind is None:
-            kind = kinds[cls] = _kind(cls)
+        kind = _kind(type(module), kinds)
         for name, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen_tensors:
                 continue
             seen_tensors.add(id(parameter))
             if parameter.requires_grad:
                 records.append(_record(prefix + name, name, parameter, kind, place, inits))
-        children = module._modules
-        if children:
-            stack.extend(
-                [
-                    (f"{prefix}{name}.", child, _place_of_child(module, kind, place, name, kinds))
-                    for name, child in reversed(children.items())
-                    if child is not None
-                ]
-            )
+        children = [(name, child) for name, child in module._modules.items() if child is not None]
+        children.reverse()  # the stack gives back the last one first
+        if kind.is_tuner or kind.holds_copies:
+            adapted = _adapted(module, kinds)
+            stack += [
+                (f"{prefix}{name}.", child, places.below_peft_layer(module, kind, adapted, name, place))
+                for name, child in children
+                if child._modules or child._parameters  # most attributes of a PEFT layer are empty
+            ]
+        elif place.per_adapter:
+            stack += [(f"{prefix}{name}.", child, places.of_adapter(place, name)) for name, child in children]
+        else:
+            stack += [(f"{prefix}{name}.", child, place) for name, child in children]
     return records
 
 
-def _place_of_child(module: Any, kind: _Kind, place: _Place, name: str, kinds: dict[type, _Kind]) -> _Place:
-    if place.per_adapter:
-        return _Place(place.tuner, place.role, adapter=name, saved=place.saved)
-    if kind.holds_copies:
-        return _Place(saved=True, per_adapter=True) if name in module.adapter_layer_names else _BASE
-    if kind.is_tuner:
-        if name == "base_layer":
+class _Places:
+    """Makes each place once: a model has a few kinds of them, and tens of thousands of layers."""
+
+    def __init__(self) -> None:
+        self.made: dict[tuple[object, ...], _Place] = {}
+
+    def below_peft_layer(self, layer: Any, kind: _Kind, adapted: _Kind, attribute: str, place: _Place) -> _Place:
+        if attribute == "base_layer":
             return _BASE
-        if name in module.adapter_layer_names or name in module.other_param_names:
-            roles = ADALORA_ROLES if kind.is_adalora and name in ADALORA_ROLES else ROLE_OF_ATTRIBUTE
-            return _Place(_adapted(module, kinds), roles.get(name, "other"), per_adapter=True)
-    return place
+        if attribute not in layer.adapter_layer_names and attribute not in layer.other_param_names:
+            return _BASE if kind.holds_copies else place
+        key = (id(kind), id(adapted), attribute)
+        if key not in self.made:
+            roles = ADALORA_ROLES if kind.is_adalora and attribute in ADALORA_ROLES else ROLE_OF_ATTRIBUTE
+            self.made[key] = (
+                _Place(saved=True, per_adapter=True)
+                if kind.holds_copies
+                else _Place(adapted, roles.get(attribute, "other"), per_adapter=True)
+            )
+        return self.made[key]
+
+    def of_adapter(self, place: _Place, adapter: str) -> _Place:
+        key = (id(place), adapter)
+        if key not in self.made:
+            self.made[key] = _Place(place.tuner, place.role, adapter=adapter, saved=place.saved)
+        return self.made[key]
 
 
 def _record(
@@ -180,13 +196,17 @@ def _adapted(tuner: Any, kinds: dict[type, _Kind]) -> _Kind:
     while inner is not None:
         module = inner
         inner = module._modules.get("base_layer", module._modules.get("token_adapter"))
-    cls = type(module)
-    if cls not in kinds:
-        kinds[cls] = _kind(cls)
-    return kinds[cls]
+    return _kind(type(module), kinds)
 
 
-def _kind(cls: type) -> _Kind:
+def _kind(cls: type, kinds: dict[type, _Kind]) -> _Kind:
+    kind = kinds.get(cls)
+    if kind is None:
+        kind = kinds[cls] = _make_kind(cls)
+    return kind
+
+
+def _make_kind(cls: type) -> _Kind:
     import torch
 
     if cls.__name__ == "FullyShardedDataParallel":

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from loraplus_hydra.grouping import Group
+    from loraplus_hydra.memory import Memory
+    from loraplus_hydra.overview import Placed, Row
     from loraplus_hydra.results import Result
 
 log = logging.getLogger("loraplus_hydra")
@@ -47,22 +48,40 @@ def show_config(config: Any) -> None:
     _print(tree)
 
 
-def show_groups(groups: Sequence[Group]) -> None:
-    """The table of parameter groups: what is in each, and its rate."""
-    table = _table("Parameter groups")
-    for name in ("group", "roles", "tensors", "numbers", "lr", "weight decay", "rules"):
-        table.add_column(name, justify="left" if name in ("group", "roles", "rules") else "right", overflow="fold")
-    for group in groups:
-        table.add_row(
-            group.name,
-            ", ".join(dict.fromkeys(record.role for record in group.records)),
-            f"{len(group.records):,}",
-            f"{sum(record.numel for record in group.records):,}",
-            f"{group.lr:.3g}",
-            f"{group.weight_decay:g}",
-            ", ".join(group.rules),
-        )
+def show_overview(rows: Sequence[Row]) -> None:
+    """The table of what gets which rate: a row for each distinct role, rule, group, rate, decay and state."""
+    right = ("lr", "weight decay", "state bits", "tensors", "numbers")
+    table = _table("What gets which rate", "role", "rule", "group", *right, right=right)
+    for row in rows:
+        bits = "?" if row.state_bits is None else str(row.state_bits or "none")
+        numbers = (f"{row.lr:.3g}", f"{row.weight_decay:g}", bits, f"{row.tensors:,}", f"{row.numbers:,}")
+        table.add_row(row.role, row.rule, row.group, *numbers)
     _print(table)
+
+
+def show_tensors(placed: Sequence[Placed]) -> None:
+    """Every trained tensor with its rate and the reason for it."""
+    table = _table("Every trained tensor", "tensor", "shape", "owner", "group", "lr", "why", right=("lr",))
+    for one in placed:
+        shape = " x ".join(map(str, one.record.shape))
+        table.add_row(one.record.name, shape, one.record.owner, one.group.name, f"{one.group.lr:.3g}", one.why())
+    _print(table)
+
+
+def show_memory(memory: Memory, trained: int, total: int) -> None:
+    """What weights, adapter, gradients and optimizer state take."""
+    table = _table("Memory, without activations", "what", "MiB", right=("MiB",))
+    parts = (
+        ("frozen weights", memory.weights),
+        ("trained tensors", memory.adapter),
+        ("their gradients", memory.gradients),
+        ("optimizer state", memory.optimizer),
+        ("together", memory.total),
+    )
+    for name, size in parts:
+        table.add_row(name, "unknown" if size is None else f"{size / 2**20:,.1f}")
+    _print(table)
+    print(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}).")
 
 
 def show_result(folder: Path, result: Result) -> None:
@@ -87,9 +106,7 @@ def show_result(folder: Path, result: Result) -> None:
 def _show_samples(samples: Sequence[Mapping[str, str]]) -> None:
     if not samples:
         return
-    table = _table("Held-out prompts", lines=True)
-    for name in ("prompt", "reference", "before", "after"):
-        table.add_column(name, overflow="fold", ratio=2 if name == "prompt" else 1)
+    table = _table("Held-out prompts", "prompt", "reference", "before", "after", lines=True)
     from rich.text import Text
 
     for sample in samples:
@@ -132,12 +149,15 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
-def _table(title: str, *, lines: bool = False) -> Table:
+def _table(title: str, *columns: str, right: Sequence[str] = (), lines: bool = False) -> Table:
     from rich import box
     from rich.table import Table
 
     style = box.ROUNDED if sys.stdout.isatty() else box.ASCII2
-    return Table(title=title, title_justify="left", box=style, show_lines=lines)
+    table = Table(title=title, title_justify="left", box=style, show_lines=lines)
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    return table
 
 
 def _shown(value: Any) -> str:

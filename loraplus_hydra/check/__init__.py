@@ -13,6 +13,15 @@ from loraplus_hydra.errors import ConfigErrors, Problem
 
 def check(config: DictConfig) -> None:
     """Raise ConfigErrors with every mistake in a composed `run` config; return when there is none."""
+    _check(config, with_data=True)
+
+
+def check_without_data(config: DictConfig) -> None:
+    """As `check`, for what needs no rows: a missing file, or a value of `data` that isn't set, is no mistake here."""
+    _check(config, with_data=False)
+
+
+def _check(config: DictConfig, *, with_data: bool) -> None:
     from loraplus_hydra.check.keys import read_config, unknown_keys
     from loraplus_hydra.check.values import value_problems
 
@@ -27,7 +36,9 @@ def check(config: DictConfig) -> None:
 
     from loraplus_hydra.check.dry_run import data_problems, model_problems
 
-    if not wrong & {"data", "task", "model", "seed"}:
+    if not with_data:
+        problems = [problem for problem in problems if problem.key.split(".")[0] != "data"]
+    elif not wrong & {"data", "task", "model", "seed"}:
         problems += data_problems(config)
     if not wrong & {"model", "adapter", "task", "optimizer", "scheduler", "loraplus"}:
         problems += model_problems(config)

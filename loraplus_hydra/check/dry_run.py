@@ -29,8 +29,11 @@ def data_problems(config: DictConfig) -> list[Problem]:
 
 
 def model_problems(config: DictConfig) -> list[Problem]:
-    """Build the model on the meta device, add the adapter, group its tensors, and try the schedule on the groups."""
+    """Build the model on the meta device, add the adapter, and group its tensors for the optimizer."""
+    from loraplus_hydra.assemble import loraplus_settings
     from loraplus_hydra.model import meta_model
+    from loraplus_hydra.overview import place
+    from loraplus_hydra.roles import tensor_records
 
     try:
         model = meta_model(config.model, config.task.auto_class)
@@ -41,10 +44,17 @@ def model_problems(config: DictConfig) -> list[Problem]:
     except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError, RuntimeError) as error:
         return [_adapter_problem(model, config, error)]
     try:
-        _grouped(adapted, config)
+        place(tensor_records(adapted), loraplus_settings(config))
     except UserError as error:
         return _problems(error, "loraplus")
     return []
+
+
+def adapted_meta_model(config: DictConfig) -> Any:
+    """The config's model with its adapter, on the meta device."""
+    from loraplus_hydra.model import meta_model
+
+    return _adapted(meta_model(config.model, config.task.auto_class), config)
 
 
 def _adapted(model: Any, config: DictConfig) -> Any:
@@ -63,22 +73,6 @@ def _adapter_problem(model: Any, config: DictConfig, error: Exception) -> Proble
         targets = ", ".join(possible_targets(model))
         return Problem("adapter.target_modules", text, f"layers of this model that it can name: {targets}; or all-linear")
     return Problem("adapter", text)
-
-
-def _grouped(model: Any, config: DictConfig) -> None:
-    """Group the tensors, and make the optimizer over stand-ins of one number each: it takes the groups' settings."""
-    import torch
-
-    from loraplus_hydra.assemble import loraplus_settings
-    from loraplus_hydra.grouping import assign
-    from loraplus_hydra.optimizer import build_optimizer
-    from loraplus_hydra.roles import tensor_records
-
-    settings = loraplus_settings(config)
-    records = tensor_records(model)
-    groups = assign(records, settings.rules, extra=settings.extra_rules, lr=settings.lr, weight_decay=settings.weight_decay)
-    stand_ins = [(record.name, torch.nn.Parameter(torch.zeros((1,) * record.ndim))) for record in records]
-    build_optimizer(settings.optimizer_class, groups, stand_ins, settings.optimizer_arguments)
 
 
 def _problems(error: UserError, key: str) -> list[Problem]:

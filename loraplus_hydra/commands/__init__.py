@@ -21,5 +21,9 @@ class Command:
 TRAIN = "train"
 COMMANDS: dict[str, Command] = {
     TRAIN: Command("train one run (the word can be left out); -m trains one for each combination of values"),
+    "inspect": Command(
+        "show every trained tensor's role, rule, group and rate, and the memory; no weights are loaded (--tensors, --json)",
+        flags=("tensors", "json"),
+    ),
     "check": Command("say everything that is wrong with the config, train nothing"),
 }
