@@ -32,7 +32,8 @@ class Placed:
 
     def why(self) -> str:
         """The reason in words: what the rule asked for, and what of the tensor met it."""
-        return f"rule {self.rule.name} ({self.rule.conditions()})"
+        conditions = self.rule.conditions()
+        return f"rule {self.rule.name}: {conditions if conditions != 'everything' else 'all that no rule ahead of it takes'}"
 
 
 @dataclass(frozen=True)
