@@ -17,6 +17,7 @@ import hydra
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
 
+from loraplus_hydra import processes
 from loraplus_hydra.commands import COMMANDS, TRAIN
 from loraplus_hydra.errors import ConfigErrors, UserError
 from loraplus_hydra.overrides import has_unknown_key, override_problems
@@ -60,7 +61,7 @@ class BeforeRun(Callback):
             raise SystemExit(EXIT_USER_ERROR)
 
     def _do(self, config: DictConfig) -> None:
-        if self.command == TRAIN:
+        if self.command == TRAIN and processes.is_main():
             refuse_used_folder(Path(config.hydra.run.dir), key="hydra.run.dir")
         task = config.copy()
         with open_dict(task):
@@ -94,9 +95,10 @@ def main() -> None:
         _complete()
     try:
         overrides = _hydra_arguments(name, arguments)
+        processes.refuse_sweep(arguments)
         if COMMANDS[name].config == "config" and has_unknown_key(overrides):
             raise ConfigErrors(override_problems(overrides, "config"))
-        sys.argv[1:] = overrides
+        sys.argv[1:] = overrides + processes.hydra_arguments()
         _train()
     except Terminated:
         sys.exit(EXIT_TERMINATED)
@@ -151,6 +153,8 @@ def _as_told(error: Exception, command: str, arguments: list[str]) -> Exception:
 
 
 def _print_error(error: Exception) -> None:
+    if not processes.is_main() and isinstance(error, UserError):
+        return  # the first process says the same
     if isinstance(error, ConfigErrors):
         count = len(error.problems)
         print(f"{count} thing{'s' if count > 1 else ''} to put right:", file=sys.stderr)

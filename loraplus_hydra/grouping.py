@@ -116,7 +116,7 @@ def _settings_by_group(
         elif found[rule.group] != settings:
             raise UserError(
                 f"rules '{first_rule[rule.group]}' and '{rule.name}' share group '{rule.group}' but disagree: "
-                f"{_spell(found[rule.group])} against {_spell(settings)}. Give one of them a group of its own (`group:`)"
+                f"{_spell(found[rule.group])} against {_spell(settings)}. Give one of them its own (`group:`)"
             )
     documented = [name for name in GROUP_ORDER if name in found]
     return {name: found[name] for name in [*documented, *(name for name in found if name not in GROUP_ORDER)]}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from loraplus_hydra import paths, screen
+from loraplus_hydra import paths, processes, screen
 from loraplus_hydra.check import check
 from loraplus_hydra.quiet import quiet_libraries, quiet_loading
 from loraplus_hydra.results import FAILED, INTERRUPTED, OK, Result, config_hash, versions
@@ -33,11 +33,11 @@ def run(config: DictConfig, folder: str | Path | None = None) -> Result:
     sweep optimises. Raises ConfigErrors before anything heavy when the config is wrong; whatever else goes wrong is
     raised after it is written into result.json.
     """
-    folder = Path(folder) if folder is not None else _hydra_folder()
+    quiet_libraries()
+    folder = processes.agree_on(Path(folder) if folder is not None else _hydra_folder())
     folder.mkdir(parents=True, exist_ok=True)
     with _recorded(config, folder) as result:
         screen.say("1/6 Checking the config")
-        quiet_libraries()
         check(config)
         quiet_loading()
         _describe(config, folder)
@@ -62,8 +62,10 @@ def run(config: DictConfig, folder: str | Path | None = None) -> Result:
         _train(config, trainer, examples, result)
 
         screen.say("6/6 Saving the adapter")
-        _save(folder, model, tokenizer)
-    _report(folder, result)
+        if processes.is_main():
+            _save(folder, model, tokenizer)
+    if processes.is_main():
+        _report(folder, result)
     return result
 
 
@@ -90,11 +92,14 @@ def _recorded(config: DictConfig, folder: Path) -> Iterator[Result]:
         raise
     finally:
         result.seconds = round(time.perf_counter() - started, 3)
-        result.write(folder)
+        if processes.is_main():
+            result.write(folder)
 
 
 def _describe(config: DictConfig, folder: Path) -> None:
     """Write and show the whole resolved config."""
+    if not processes.is_main():
+        return
     paths.write_text(folder / paths.CONFIG, OmegaConf.to_yaml(config, resolve=True))
     screen.show_config(OmegaConf.to_container(config, resolve=True))
 
@@ -115,6 +120,8 @@ def _show_and_write_groups(folder: Path, trainer: Any) -> None:
     from loraplus_hydra.overview import largest_ratio, place, rows
     from loraplus_hydra.roles import tensor_records
 
+    if not processes.is_main():
+        return
     placed = place(tensor_records(trainer.model), trainer.loraplus)
     screen.show_overview(rows(placed))
     total = sum(parameter.numel() for parameter in trainer.model.parameters())

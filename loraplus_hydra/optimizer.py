@@ -126,7 +126,7 @@ def build_optimizer(
 def torch_groups(
     groups: Iterable[Group], named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
 ) -> list[dict[str, Any]]:
-    """Groups of records as groups of parameters, matched by name; UserError for a record whose name no parameter has."""
+    """Groups of records as groups of parameters, matched by name; UserError for a name that no parameter has."""
     by_name = dict(named_parameters)
     missing = [record.name for group in groups for record in group.records if record.name not in by_name]
     if missing:

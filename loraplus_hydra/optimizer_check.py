@@ -31,7 +31,7 @@ REFUSED: dict[str, str] = {
 
 TORCH_ADAFACTOR = (
     "torch's Adafactor scales each update by the parameter's own size, so lora_B, which starts at zero, hardly moves "
-    "(measured: B's update 0.08 of A's at ratio 8); use optimizer=adafactor, which is transformers' with scale_parameter false"
+    "(measured: B's update 0.08 of A's at ratio 8); use optimizer=adafactor: transformers', with scale_parameter false"
 )
 TRANSFORMERS_ADAFACTOR: dict[str, str] = {
     "relative_step": "sets its own rate from the step count, so no group's rate is used; say `relative_step: false`",

@@ -111,7 +111,7 @@ def _explain(text: str, override: Override, error: Exception, composed: Callable
         return Problem(text, "is in the config already", f"leave out the plus: {text.lstrip('+')}")
     if "Could not override" in str(error) or "No match in the defaults list" in str(error):
         return _unknown_key(key, text, composed)
-    return Problem(text, str(error).splitlines()[0])
+    return Problem(text, " ".join(line.strip() for line in str(error).splitlines()[:2]))
 
 
 def _type_message(cause: ValidationError) -> str:

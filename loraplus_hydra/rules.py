@@ -1,4 +1,4 @@
-"""What a rule sees of a tensor, what a rule is, and how a mapping from YAML or the command line becomes one; no torch."""
+"""What a rule sees of a tensor, what a rule is, and how a mapping (YAML, command line) becomes one; no torch."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ TOLERANCE = 1e-6
 
 INSTEAD: dict[str, str] = {
     "OneCycleLR": "Its scalar max_lr is one rate for all groups; use scheduler=one_cycle, or give max_lr as a list",
-    "CosineAnnealingLR": "Its eta_min is one floor for all groups; use scheduler=cosine_with_min_lr, a share of each rate",
+    "CosineAnnealingLR": "Its eta_min is one floor for all groups; scheduler=cosine_with_min_lr has a share of each",
     "CosineAnnealingWarmRestarts": "Its eta_min is one floor for all groups; leave it at 0",
     "CyclicLR": "Its base_lr and max_lr are the same for all groups; give lists, or use scheduler=one_cycle",
 }
@@ -101,8 +101,8 @@ def _arguments(factory: Callable[..., Any], steps: int, kwargs: Mapping[str, Any
         left -= length
     if left < 0 and "num_decay_steps" in parameters:
         raise UserError(
-            f"{name}: {given['num_warmup_steps']} steps of warm-up and {given['num_decay_steps']} of decay are more than "
-            f"the {steps} there are"
+            f"{name}: {given['num_warmup_steps']} steps of warm-up and {given['num_decay_steps']} of decay are more "
+            f"than the {steps} there are"
         )
     unknown = [key for key in given if key not in parameters and not takes_any]
     if unknown:
@@ -149,7 +149,7 @@ def _call(factory: Callable[..., Any], optimizer: Optimizer, arguments: Mapping[
     if isinstance(schedule, ReduceLROnPlateau) or (not isinstance(schedule, LRScheduler) and hasattr(schedule, "step")):
         raise UserError(
             f"{_name(factory)} reacts to the loss, with limits that are the same for all groups, so nobody can say "
-            "beforehand that it keeps the ratio; use scheduler=linear, cosine, wsd or another that follows the step count"
+            "beforehand that it keeps the ratio; use scheduler=linear, cosine, wsd or another that counts steps"
         )
     if not isinstance(schedule, LRScheduler):
         raise UserError(
@@ -230,7 +230,7 @@ def _broken(
         "Use one that multiplies every rate by the same factor: scheduler=linear, cosine, cosine_with_min_lr, wsd, ...",
     )
     return (
-        f"{name} breaks the ratio between the groups: {names[0]} and {names[1]} are set to {base[0]:g} and {base[1]:g}, "
+        f"{name} breaks the ratio between groups: {names[0]} and {names[1]} are set to {base[0]:g} and {base[1]:g}, "
         f"but at step {step} they train at {rates[0]:g} and {rates[1]:g}. {advice}"
     )
 

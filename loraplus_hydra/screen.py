@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraplus_hydra import paths
+from loraplus_hydra import paths, processes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,8 +25,9 @@ log = logging.getLogger("loraplus_hydra")
 
 
 def say(text: str) -> None:
-    """One line on the screen and in the log file."""
-    log.info(text)
+    """One line on the screen and in the log file, from the run's first process alone."""
+    if processes.is_main():
+        log.info(text)
 
 
 def show_config(config: Any) -> None:

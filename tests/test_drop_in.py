@@ -37,7 +37,7 @@ def described(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[
 
 
 def peft_with_32bit_embeddings(model: nn.Module, cls: Any, **arguments: Any) -> torch.optim.Optimizer:
-    """PEFT's function, with the 32-bit state that it means to give trained embeddings set by hand for this optimizer."""
+    """PEFT's function, with the 32-bit state that it means to give trained embeddings set by hand."""
     optimizer = peft_optimizer(model, cls, **arguments)
     if issubclass(cls, bnb.optim.AdamW8bit):
         manager = copy.copy(bnb.optim.GlobalOptimManager.get_instance())

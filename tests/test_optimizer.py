@@ -259,6 +259,13 @@ def test_trained_embeddings_keep_32_bit_state_and_the_rest_8_bit(cls: Any) -> No
     }
 
 
+def test_small_tensors_keep_32_bit_state_as_bitsandbytes_has_it() -> None:
+    model = with_lora(llama(**BIG), r=4, target_modules=["q_proj"])
+    optimizer = build(model, bnb.optim.AdamW8bit)
+    train(model, optimizer, 1)
+    assert {state["state1"].dtype for state in optimizer.state.values()} == {torch.float32}
+
+
 def test_full_embeddings_and_trainable_tokens_keep_32_bit_state_too() -> None:
     saved = big(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     tokens = big(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": list(range(70))})

@@ -28,7 +28,7 @@ from peft.optimizers import create_loraplus_optimizer as peft_optimizer
 from torch import nn
 
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.grouping import Rule, assign, first_match
+from loraplus_hydra.grouping import Rule, assign, first_match, parse_rules
 from loraplus_hydra.roles import tensor_records
 from tests.models import ADAPTED, ConvNet, bert, llama, with_lora
 from tests.presets import LR, preset
@@ -245,6 +245,22 @@ def test_absolute_rates_are_taken_as_they_are_and_lr_a_is_the_optimizer_s() -> N
     model = with_lora(llama())
     assert by_role(model, "absolute", lr_B=3e-3) == {"lora_A": (LR, DECAY), "lora_B": (3e-3, DECAY)}
     assert by_role(model, "absolute", lr_A=1e-5, lr_B=3e-3) == {"lora_A": (1e-5, DECAY), "lora_B": (3e-3, DECAY)}
+
+
+def test_rates_by_depth_go_together_with_the_ratio() -> None:
+    """Layer-wise decay of rates: each layer's two rules stand ahead of the preset, the ratio in one of them."""
+    extra = {}
+    for layer, factor in ((0, 0.5), (1, 1.0)):
+        extra[f"layer{layer}_B"] = {"pattern": rf"layers\.{layer}\.", "role": "lora_B", "lr_mult": factor, "ratio": 8.0}
+        extra[f"layer{layer}_A"] = {"pattern": rf"layers\.{layer}\.", "lr_mult": factor}
+    records = tensor_records(with_lora(llama()))
+    groups = assign(records, preset("default"), lr=LR, weight_decay=DECAY, extra=parse_rules(extra))
+    assert {group.name: group.lr for group in groups} == {
+        "layer0_B": B / 2,
+        "layer0_A": LR / 2,
+        "layer1_B": B,
+        "layer1_A": LR,
+    }
 
 
 def test_each_preset_has_only_the_keys_it_uses() -> None:

@@ -211,7 +211,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def methods() -> list[tuple[str, Any]]:
-    """PEFT's methods that adapt linears by name; not BOFT (compiles into the user's cache) and what has its own test."""
+    """PEFT's methods that adapt linears by name; not BOFT (it compiles into the user's cache)."""
     import inspect
 
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING

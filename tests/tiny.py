@@ -1,0 +1,145 @@
+"""Tiny models with tokenizers of their own, in folders as transformers loads them; made once a test session.
+
+`from tiny import llama_folder` (and the like) makes the fixture known to a test module.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
+# Marks the assistant's turns, as the embedded model's template does.
+TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{{- '<|assistant|>' -}}{%- generation -%}{{- message['content'] + '<|end|>' -}}{%- endgeneration -%}"
+    "{%- else -%}"
+    "{{- '<|user|>' + message['content'] + '<|end|>' -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+UNMARKED_TEMPLATE = TEMPLATE.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog",
+    "what is the number after one? the number after one is two.",
+    "say 0 1 2 3 4 5 6 7 8 9; a card has not arrived and a payment failed",
+]
+
+
+def chat_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with turns as special tokens; `template=None` leaves it without a chat template."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[PAD, END, USER, ASSISTANT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=END,
+        extra_special_tokens=[USER, ASSISTANT],
+        model_max_length=128,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+        chat_template=template,
+    )
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A BERT-like tokenizer of whole words: [CLS] text [SEP] pair [SEP]."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words = sorted({word for text in CORPUS for word in text.replace("?", " ?").replace(".", " .").split()})
+    vocabulary = {token: index for index, token in enumerate([*special, *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=32,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def save_llama(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A Llama of two layers, four kilobytes of weights each, with `tokenizer` beside it."""
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_bert(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A BERT encoder of one layer, with `tokenizer` beside it and no classification head."""
+    set_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("llama"), chat_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def plain_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without a chat template."""
+    return save_llama(tmp_path_factory.mktemp("plain_llama"), chat_tokenizer(None))
+
+
+@pytest.fixture(scope="session")
+def unmarked_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a template that doesn't mark the assistant's turns."""
+    return save_llama(tmp_path_factory.mktemp("unmarked_llama"), chat_tokenizer(UNMARKED_TEMPLATE))
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_bert(tmp_path_factory.mktemp("bert"), word_tokenizer())
