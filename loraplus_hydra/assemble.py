@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra import screen
 from loraplus_hydra.build import locate
+from loraplus_hydra.errors import UserError
 from loraplus_hydra.grouping import parse_rules
 from loraplus_hydra.paths import CHECKPOINTS, METRICS
 from loraplus_hydra.training import LoraPlus, MetricsWriter, with_loraplus
@@ -35,7 +36,20 @@ def make_trainer(
         **examples.trainer_arguments,
     )
     screen.keep_only_our_progress(trainer)
+    _refuse_silent_ddp(trainer)
     return trainer
+
+
+def _refuse_silent_ddp(trainer: Any) -> None:
+    """The Trainer falls back to DDP, or to one process, without a word where FSDP can't be had."""
+    from accelerate.utils import DistributedType
+
+    active = trainer.accelerator.distributed_type
+    if trainer.args.fsdp and active is not DistributedType.FSDP:
+        raise UserError(
+            f"trainer.fsdp is set, but FSDP isn't active (what runs is {active.value}): it needs GPUs and several "
+            "processes (torchrun --nproc_per_node N -m loraplus_hydra trainer=fsdp2). Use trainer=ddp or trainer=default"
+        )
 
 
 def loraplus_settings(config: DictConfig) -> LoraPlus:

@@ -150,7 +150,8 @@ def _trainer_arguments(arguments: type, task: dict[str, Any], trainer: dict[str,
             elif name not in here and name not in MASTERS:
                 hint = nearest(name, here | there)
                 problems.append(Problem(f"{place}.{name}", f"{arguments.__name__} has no such field{hint}"))
-        known = {name: value for name, value in group.items() if name in here}
+        # `fsdp` is annotated as text, and true is what it takes
+        known = {name: value for name, value in group.items() if name in here and name != "fsdp"}
         problems += argument_problems(arguments, known, place)
     if not problems:
         problems += _construction(arguments, {**trainer, **(task.get("args") or {})})

@@ -12,7 +12,7 @@ from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 def data_problems(config: DictConfig) -> list[Problem]:
     """Load the tokenizer and the rows as the run will; the rows are kept for it."""
     from loraplus_hydra.examples import load_examples
-    from loraplus_hydra.model import load_tokenizer
+    from loraplus_hydra.tokenizer import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(config.model)
