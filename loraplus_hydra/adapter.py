@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.build import instantiate
+from loraplus_hydra.errors import UserError
+from loraplus_hydra.initialisation import A_ZERO, changes_base, factors, start_with_a_zero
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -13,21 +17,76 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+ALL_LINEAR = "all-linear"
+WITH_EMBEDDINGS = "all-linear+embeddings"  # our word: PEFT's all-linear, and the input embedding
+OWN_KEYS = ("path",)  # keys of `adapter` that are no fields of a PEFT config
 
-def adapter_config(adapter: DictConfig | dict[str, Any], task_type: str | None) -> PeftConfig:
+
+def adapter_config(adapter: DictConfig | Mapping[str, Any], task_type: str | None) -> PeftConfig:
     """The PEFT config of `adapter`; `task_type` is the task's unless the adapter names one."""
-    arguments = dict(adapter)
+    arguments = peft_arguments(adapter)
     arguments.setdefault("task_type", task_type)
     config: PeftConfig = instantiate(arguments)
     return config
 
 
-def add_adapter(model: PreTrainedModel, adapter: DictConfig | dict[str, Any], task_type: str | None) -> PeftModel:
-    """`model` with the adapter in place; only what the adapter trains has `requires_grad`."""
+def peft_arguments(adapter: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """`adapter` with its `_target_` as PEFT's classes take it: without our keys, and with PEFT's words for ours."""
+    from loraplus_hydra.adalora import placeholder_arguments
+
+    arguments = {str(key): value for key, value in adapter.items() if key not in OWN_KEYS}
+    if arguments.get("init_lora_weights") == A_ZERO:
+        arguments["init_lora_weights"] = False  # `add_adapter` writes both factors
+    if str(arguments.get("_target_")).endswith(".AdaLoraConfig"):
+        arguments = placeholder_arguments(arguments)
+    return arguments
+
+
+def add_adapter(
+    model: PreTrainedModel,
+    adapter: DictConfig | Mapping[str, Any],
+    task_type: str | None,
+    *,
+    new_tokens: Sequence[int] = (),
+    revision: str | None = None,
+    on_meta: bool = False,
+) -> PeftModel:
+    """`model` with the adapter in place; only what the adapter trains has `requires_grad`.
+
+    `new_tokens` are ids whose rows train too; `revision` is the base model's, stored with the adapter. With `on_meta` the
+    model is on the meta device and stays there. Raises UserError.
+    """
     from peft import get_peft_model
 
-    peft_model: PeftModel = get_peft_model(model, adapter_config(adapter, task_type))  # type: ignore[assignment]
+    from loraplus_hydra.existing_adapter import continue_adapter
+
+    if adapter.get("path"):
+        return continue_adapter(model, adapter, task_type, on_meta=on_meta)
+    config = adapter_config(adapter, task_type)
+    _target_embeddings(config, model)
+    _train_new_tokens(config, model, new_tokens)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT sets it right itself
+        peft_model: Any = get_peft_model(model, config, revision=revision, low_cpu_mem_usage=on_meta)
+    if on_meta:
+        return peft_model
+    if adapter.get("init_lora_weights") == A_ZERO:
+        start_with_a_zero(peft_model)
+    if changes_base(getattr(config, "init_lora_weights", None)):
+        # Kept until the adapter is saved, see `initialisation.on_original_base`.
+        peft_model.initial_factors = factors(peft_model)
     return peft_model
+
+
+def trainer_callbacks(model: PeftModel, adapter: DictConfig | Mapping[str, Any]) -> list[Any]:
+    """What a Trainer must call for this adapter."""
+    from peft import AdaLoraConfig
+
+    from loraplus_hydra.adalora import AdaLoraCallback
+
+    if not isinstance(model.active_peft_config, AdaLoraConfig):
+        return []
+    return [AdaLoraCallback(model, tinit=adapter.get("tinit", 0), tfinal=adapter.get("tfinal", 0))]
 
 
 def possible_targets(model: nn.Module) -> list[str]:
@@ -38,3 +97,35 @@ def possible_targets(model: nn.Module) -> list[str]:
     kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
     names = Counter(name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, kinds))
     return [name for name, _ in names.most_common()]
+
+
+def _target_embeddings(config: PeftConfig, model: PreTrainedModel) -> None:
+    """Write `all-linear+embeddings` out as the names of this model's layers."""
+    if getattr(config, "target_modules", None) != WITH_EMBEDDINGS:
+        return
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+
+    config.target_modules = ALL_LINEAR
+    _maybe_include_all_linear_layers(config, model)
+    config.target_modules = sorted({*config.target_modules, _name_of(model, model.get_input_embeddings())})
+
+
+def _train_new_tokens(config: PeftConfig, model: PreTrainedModel, new_tokens: Sequence[int]) -> None:
+    """Let the rows of new tokens train, in the output layer too where it has rows of its own."""
+    if not new_tokens:
+        return
+    if not hasattr(config, "trainable_token_indices"):
+        raise UserError(
+            f"model.add_tokens: {type(config).__name__} can't train rows of an embedding; use adapter=lora or one of its "
+            "kind, or leave model.add_tokens empty"
+        )
+    layers = [model.get_input_embeddings()]
+    output = model.get_output_embeddings()
+    if output is not None and not model.config.get_text_config().tie_word_embeddings:
+        layers.append(output)
+    names = [_name_of(model, layer).rpartition(".")[2] for layer in layers]
+    config.trainable_token_indices = {name: list(new_tokens) for name in names}
+
+
+def _name_of(model: nn.Module, layer: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is layer)

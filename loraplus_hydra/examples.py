@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.build import locate
-from loraplus_hydra.data.rows import load_rows
+from loraplus_hydra.data.rows import is_streamed, load_rows
 from loraplus_hydra.results import config_hash
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
 
@@ -20,12 +20,19 @@ if TYPE_CHECKING:
 class Examples:
     """Training and evaluation examples as the task's Trainer takes them, and the held-out rows to show as samples."""
 
-    train: Dataset
+    train: Dataset | IterableDataset
     eval: Dataset
     prompts: tuple[str, ...] = ()  # held-out prompts as text
     rendered: tuple[str, ...] = ()  # the same as the model sees them
     references: tuple[str, ...] = ()  # what the rows answer
     trainer_arguments: dict[str, Any] = field(default_factory=dict)  # further arguments of the Trainer
+    model_arguments: dict[str, Any] = field(default_factory=dict)  # what the model's config must say: num_labels, ...
+    notes: tuple[str, ...] = ()  # what the user should know of the rows, such as how many are cut
+
+    def counts(self) -> str:
+        """How many there are, in words."""
+        train = "a stream of examples" if is_streamed(self.train) else f"{len(self.train):,} examples"
+        return f"{train} to train on, {len(self.eval):,} to evaluate on"
 
 
 # Examples that a check has made and the run right behind it takes: at most one, and only for the same config.

@@ -54,6 +54,7 @@ def assign(
     tensors of the adapter.
     """
     check_rate(lr, "lr")
+    check_rate(weight_decay, "weight_decay", zero=True)
     records = list(records)
     if not records:
         raise UserError(
@@ -93,12 +94,12 @@ def first_match(records: Sequence[TensorRecord], rules: Sequence[Rule]) -> list[
     return winners
 
 
-def check_rate(value: object, what: str) -> float:
-    """`value` as a float if it is a finite number above zero; UserError otherwise."""
+def check_rate(value: object, what: str, *, zero: bool = False) -> float:
+    """`value` as a float if it is finite and above zero (or zero, if `zero` allows it); UserError otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"{what} must be a number, got {value!r}")
-    if not math.isfinite(value) or value <= 0:
-        raise UserError(f"{what} must be finite and above 0, got {value!r}")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise UserError(f"{what} must be finite and {'not below' if zero else 'above'} 0, got {value!r}")
     return float(value)
 
 

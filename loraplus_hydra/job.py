@@ -44,7 +44,7 @@ def run(config: DictConfig, folder: str | Path | None = None) -> Result:
 
         from loraplus_hydra.assemble import make_trainer  # heavy
         from loraplus_hydra.examples import load_examples
-        from loraplus_hydra.model import load_tokenizer
+        from loraplus_hydra.tokenizer import load_tokenizer
 
         screen.say("2/6 Loading the data and the tokenizer")
         tokenizer = load_tokenizer(config.model)

@@ -1,4 +1,4 @@
-"""The base model and its tokenizer, loaded for training, or built on the meta device from its config alone."""
+"""The base model, loaded for training, or built on the meta device from its config alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.build import locate
-from loraplus_hydra.errors import UserError
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.paths import is_local, model_location
 
 if TYPE_CHECKING:
@@ -15,72 +15,165 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    model: DictConfig, auto_class: str, config_overrides: Mapping[str, Any] | None = None
+    model: DictConfig,
+    auto_class: str,
+    config_overrides: Mapping[str, Any] | None = None,
+    *,
+    quantization: Mapping[str, Any] | None = None,
+    on_cpu: bool = False,
 ) -> PreTrainedModel:
     """The base model with its weights, frozen until an adapter is put on it.
 
-    `config_overrides` are attributes of the model's config that the task sets: num_labels, id2label, ...
-
-    Weights come from safetensors only: a pickle can run code while it is read.
+    `config_overrides` are attributes of the model's config that the task sets: num_labels, id2label, ...;
+    `quantization` is the config's group. Weights come from safetensors only: a pickle can run code while it is read.
+    Raises ConfigErrors when the model isn't there or isn't what its config says.
     """
-    model_class = locate(auto_class)
-    loaded: PreTrainedModel = model_class.from_pretrained(
-        model_location(model.path),
-        config=load_config(model, config_overrides),
-        dtype=model.dtype,
-        attn_implementation=model.attention,
-        use_safetensors=True,
-        **_hub_arguments(model),
-    )
+    from loraplus_hydra.quantization import keep_weights_as_loaded, quantization_config
+
+    config = _agreeing(load_config(model, config_overrides), model)
+    quantized = quantization_config(quantization, auto_dtype=getattr(config, "dtype", None))
+    arguments: dict[str, Any] = {"quantization_config": quantized} if quantized is not None else {}
+    if quantized is not None and on_cpu:
+        arguments["device_map"] = {"": "cpu"}  # quantising would pick the accelerator
+    try:
+        loaded: PreTrainedModel = locate(auto_class).from_pretrained(
+            model_location(model.path),
+            config=config,
+            dtype=model.dtype,
+            attn_implementation=model.attention,
+            use_safetensors=True,
+            **arguments,
+            **hub_arguments(model),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigErrors([_load_problem(model, error)]) from error
+    if quantized is not None:
+        keep_weights_as_loaded(loaded)
     loaded.requires_grad_(False)
-    # Generation settings for sampling are no business of training, and warn at each greedy answer.
     return loaded
 
 
 def load_config(model: DictConfig, config_overrides: Mapping[str, Any] | None = None) -> PretrainedConfig:
-    """The model's own config.json, with what the task sets in it."""
+    """The config.json beside the model, with what the task sets in it. Raises ConfigErrors when there is none."""
     from transformers import AutoConfig
 
-    config: PretrainedConfig = AutoConfig.from_pretrained(
-        model_location(model.path), **_hub_arguments(model), **(config_overrides or {})
-    )
-    config.use_cache = False  # of use in generation alone, and it warns beside gradient checkpointing
-    return config
-
-
-def load_tokenizer(model: DictConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a pad token: the end-of-text token stands in where there is none."""
-    from transformers import AutoTokenizer
-
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        model_location(model.tokenizer or model.path), **_hub_arguments(model)
-    )
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise UserError(f"model.tokenizer: the tokenizer of {model.path} has neither a pad nor an eos token")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            model_location(model.path), **hub_arguments(model), **(config_overrides or {})
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigErrors([_load_problem(model, error)]) from error
+    return _for_training(config)
 
 
 def meta_model(
     model: DictConfig, auto_class: str, config_overrides: Mapping[str, Any] | None = None
 ) -> PreTrainedModel:
-    """The model on the meta device: every layer and shape, no weights, no memory."""
+    """The model on the meta device: every layer and shape, no weights, no memory, and for a named model no network.
+
+    A named model's architecture is its YAML's `config`, unless its `path` is a folder here. A quantised base has the
+    same layers and shapes, so it is built as if it weren't. Raises ConfigErrors.
+    """
     import torch
 
-    config = load_config(model, config_overrides)
-    with torch.device("meta"):
-        built: PreTrainedModel = locate(auto_class).from_config(
-            config,
-            dtype=None if model.dtype == "auto" else getattr(torch, model.dtype),
-            attn_implementation=model.attention,
-            trust_remote_code=model.trust_remote_code,
-        )
+    config = architecture(model, config_overrides)
+    try:
+        with torch.device("meta"):
+            built: PreTrainedModel = locate(auto_class).from_config(
+                config,
+                dtype=getattr(config, "dtype", None) if model.dtype == "auto" else getattr(torch, model.dtype),
+                attn_implementation=model.attention,
+                trust_remote_code=model.trust_remote_code,
+            )
+            if model.add_tokens:
+                built.resize_token_embeddings(config.vocab_size + len(model.add_tokens), mean_resizing=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigErrors([_load_problem(model, error)]) from error
+    built.name_or_path = model_location(model.path)
     built.requires_grad_(False)
     return built
 
 
-def _hub_arguments(model: DictConfig) -> dict[str, Any]:
+def architecture(model: DictConfig, config_overrides: Mapping[str, Any] | None = None) -> PretrainedConfig:
+    """The config that decides the model's layers and shapes: a named model's YAML has it, others their config.json."""
+    from transformers import AutoConfig
+
+    if not model.config or is_local(model_location(model.path)):
+        return _agreeing(load_config(model, config_overrides), model)
+    values = {str(key): value for key, value in model.config.items()}
+    try:
+        config = AutoConfig.for_model(values.pop("model_type"), **values, **(config_overrides or {}))
+    except (ValueError, KeyError, TypeError) as error:
+        problem = Problem("model.config", first_line(error), "give model_type and what its config.json has")
+        raise ConfigErrors([problem]) from error
+    return _for_training(config)
+
+
+def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, add_tokens: int = 0) -> None:
+    """Fit a loaded model to its tokenizer: the pad token's id, and rows of the embedding for `add_tokens` new tokens.
+
+    A classifier of a causal architecture finds the end of each text by that id. Raises UserError when the tokenizer has
+    tokens, other than the new ones, that the embedding has no rows for.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    too_many = len(tokenizer) - add_tokens - rows
+    if too_many > 0:
+        raise UserError(
+            f"model.tokenizer: it has {len(tokenizer) - add_tokens:,} tokens, but the model's embedding has {rows:,} "
+            "rows; name the tokenizer that the model was trained with"
+        )
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer))
+        model.requires_grad_(False)
+    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
+        if config is not None:
+            config.pad_token_id = tokenizer.pad_token_id
+
+
+def _for_training(config: PretrainedConfig) -> PretrainedConfig:
+    config.use_cache = False  # of use in generation alone, and it warns beside activation checkpointing
+    return config
+
+
+def _agreeing(config: PretrainedConfig, model: DictConfig) -> PretrainedConfig:
+    """`config`, or ConfigErrors when a checkpoint isn't of the architecture that a named model's YAML states."""
+    problems = [
+        Problem(
+            f"model.config.{name}",
+            f"is {value}, but the model at {model.path} has {getattr(config, str(name), None)}",
+            "a model of another size or kind goes by model=hub model.path=...",
+        )
+        for name, value in model.config.items()
+        if getattr(config, str(name), None) != value
+    ]
+    if problems:
+        raise ConfigErrors(problems)
+    return config
+
+
+def _load_problem(model: DictConfig, error: Exception) -> Problem:
+    text = first_line(error)
+    if "safetensors" in str(error):
+        return Problem(
+            "model.path", text, "only safetensors are read, since a pickle can run code: convert the weights"
+        )
+    return Problem("model.path", f"{model.path} can't be loaded: {text}", where_models_are(model.path))
+
+
+def where_models_are(path: str) -> str:
+    """What to do about a model or tokenizer that isn't at `path`."""
+    if is_local(model_location(path)):
+        return "name a folder that holds a model with its config.json and tokenizer"
+    return "name a folder, or a model on the hub: that needs the network once, and `hf auth login` where it is gated"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its type's name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+
+
+def hub_arguments(model: DictConfig) -> dict[str, Any]:
+    """What `from_pretrained` is told besides the path."""
     arguments: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
     if model.revision is not None:
         arguments["revision"] = model.revision

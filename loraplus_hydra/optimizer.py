@@ -169,9 +169,7 @@ def _one_weight_decay(loraplus_weight_decay: float | None, weight_decay: float |
             f"loraplus_weight_decay={loraplus_weight_decay} and weight_decay={weight_decay} contradict each other: "
             "give loraplus_weight_decay only"
         )
-    if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay < float("inf"):
-        raise UserError(f"loraplus_weight_decay must be finite and not below 0, got {decay!r}")
-    return decay
+    return check_rate(decay, "loraplus_weight_decay", zero=True)
 
 
 def _muon_advice(optimizer_cls: type[Optimizer], groups: Sequence[Group]) -> str:

@@ -9,7 +9,7 @@ of an open group are the fields of its class below (`OptimizerConfig`, ...).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, Optional  # noqa: UP035  (omegaconf 2.3 reads these spellings under Python 3.10, too)
+from typing import Any, Dict, List, Optional  # noqa: UP035  (omegaconf 2.3 reads these spellings under Python 3.10, too)
 
 from omegaconf import MISSING
 
@@ -21,10 +21,13 @@ class ModelConfig:
     path: str = MISSING  # a folder, a hub name, or pkg://package/folder
     revision: Optional[str] = None  # hub branch, tag or commit
     tokenizer: Optional[str] = None  # where the tokenizer lies, if not beside the model
+    pad_token: Optional[str] = None  # a token of the tokenizer that pads; null = its own, or see tokenizer.py
+    add_tokens: List[str] = field(default_factory=list)  # new tokens, whose embeddings train with the adapter
     dtype: str = "float32"  # of the frozen weights: auto, float32, bfloat16, float16
     attention: Optional[str] = None  # attn_implementation: eager, sdpa, flash_attention_2; null = transformers decides
     trust_remote_code: bool = False  # true runs Python that comes with the model
     lr: float = 5e-5  # eta_A that suits this model; optimizer.lr takes it unless it is set
+    config: Dict[str, Any] = field(default_factory=dict)  # a named model's architecture, as its config.json has it
 
 
 @dataclass
@@ -77,6 +80,14 @@ class AdapterConfig:
     """Open: every other key is a field of the PEFT config class."""
 
     _target_: str = MISSING  # a peft.PeftConfig class
+    path: Optional[str] = None  # an adapter to train on: its folder, or a hub name
+
+
+@dataclass
+class QuantizationConfig:
+    """Open: every other key is an argument of the class. Empty for a base that isn't quantised."""
+
+    _target_: Optional[str] = None  # transformers.BitsAndBytesConfig
 
 
 @dataclass
@@ -92,6 +103,7 @@ class RunConfig:
 
     seed: int = 0  # of initialisation, data order and dropout
     model: ModelConfig = field(default_factory=ModelConfig)
+    quantization: Dict[str, Any] = field(default_factory=dict)  # QuantizationConfig + the class's arguments
     adapter: Dict[str, Any] = field(default_factory=dict)  # AdapterConfig + the PEFT config's fields
     optimizer: Dict[str, Any] = field(default_factory=dict)  # OptimizerConfig + the class's arguments
     scheduler: Dict[str, Any] = field(default_factory=dict)  # SchedulerConfig + the callable's arguments
@@ -103,6 +115,7 @@ class RunConfig:
 
 # The open groups and the keys of each that we read ourselves.
 OPEN_GROUPS: dict[str, type] = {
+    "quantization": QuantizationConfig,
     "adapter": AdapterConfig,
     "optimizer": OptimizerConfig,
     "scheduler": SchedulerConfig,

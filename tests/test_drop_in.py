@@ -190,6 +190,13 @@ def test_a_model_that_is_a_layer_itself() -> None:
     assert described(layer, optimizer) == described(layer, peft_optimizer(layer, torch.optim.AdamW, **ARGUMENTS))
 
 
+def test_a_norm_over_two_dimensions_is_a_matrix_as_in_the_documented_table() -> None:
+    model = nn.Sequential(nn.LayerNorm((2, 4)), nn.Linear(4, 4))
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, **ARGUMENTS)
+    assert described(model, optimizer) == described(model, peft_optimizer(model, torch.optim.AdamW, **ARGUMENTS))
+    assert described(model, optimizer)[0][0] == ["0.weight", "0.bias", "1.weight"]
+
+
 def test_it_trains() -> None:
     model = with_lora(SmallNet(), target_modules=["lin0", "lin1"])
     optimizer = create_loraplus_optimizer(model, bnb.optim.Adam8bit, lr=5e-3, loraplus_lr_ratio=2.0)

@@ -240,6 +240,12 @@ def test_a_base_rate_must_be_finite_and_above_zero(lr: object) -> None:
         groups_of([A, B], LORA_PLUS, lr=lr)
 
 
+@pytest.mark.parametrize("weight_decay", [-0.1, float("nan"), None, "0"])
+def test_a_weight_decay_must_be_finite_and_not_below_zero(weight_decay: object) -> None:
+    with pytest.raises(UserError, match="weight_decay must be"):
+        groups_of([A, B], LORA_PLUS, weight_decay=weight_decay)
+
+
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(UserError, match="nothing is trained"):
         groups_of([], LORA_PLUS)
@@ -326,6 +332,25 @@ def satisfies(record: TensorRecord, rule: Rule) -> bool:
         and (not rule.owner or record.owner in rule.owner)
         and (not rule.ndim or len(record.shape) in rule.ndim)
     )
+
+
+@given(records_, rule_lists(), st.lists(st.sampled_from([1.0, 1.0, 4.0, 8.0]), min_size=7, max_size=7))
+def test_a_ratio_is_refused_exactly_when_no_two_tensors_of_the_adapter_differ_in_it(
+    records: list[TensorRecord], rules: list[Rule], ratios: list[float]
+) -> None:
+    rules = [
+        Rule(**{**vars_of(rule), "name": rule.name, "lr": None, "ratio": ratio})
+        for rule, ratio in zip(rules, ratios, strict=False)
+    ]
+    rules.append(Rule("last"))
+    beside = {"saved_module", "bias", "norm", "trainable_tokens"}
+    pair = [r for r in records if r.adapter and r.role not in beside and not (r.role == "other" and len(r.shape) < 2)]
+    found = {next(rule for rule in rules if satisfies(record, rule)).ratio for record in pair}
+    if any(rule.ratio != 1 for rule in rules) and len(found) < 2:
+        with pytest.raises(UserError, match="does nothing here"):
+            assign(records, rules, lr=1e-3, weight_decay=0.0)
+    else:
+        assert assign(records, rules, lr=1e-3, weight_decay=0.0)
 
 
 @given(records_, rule_lists(), st.randoms())

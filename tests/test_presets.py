@@ -32,6 +32,7 @@ from loraplus_hydra.grouping import Rule, assign, first_match, parse_rules
 from loraplus_hydra.roles import tensor_records
 from tests.models import ADAPTED, ConvNet, bert, llama, with_lora
 from tests.presets import LR, preset
+from tests.test_grouping import rule_lists, satisfies
 
 EMB = 1e-6
 DECAY = 0.1
@@ -344,6 +345,21 @@ adapters_ = st.lists(
 def test_in_any_family_the_peft_preset_is_peft(layout: Any, adapters: list[str], options: dict[str, Any]) -> None:
     model = family(layout, adapters, options)
     assert rates(model, preset("peft")) == peft_rates(model)
+
+
+@settings(max_examples=60, deadline=None)
+@given(trees, adapters_, options_, rule_lists())
+def test_in_any_family_any_rules_place_each_tensor_once_by_the_first_that_matches(
+    layout: Any, adapters: list[str], options: dict[str, Any], rules: list[Rule]
+) -> None:
+    model = family(layout, adapters, options)
+    groups = assign(tensor_records(model), rules, lr=LR, weight_decay=DECAY)
+    placed = [record.name for group in groups for record in group.records]
+    assert sorted(placed) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    for group in groups:
+        for record in group.records:
+            first = next(rule for rule in rules if satisfies(record, rule))
+            assert (group.name, group.lr) == (first.group, first.rate(LR))
 
 
 @settings(max_examples=60, deadline=None)

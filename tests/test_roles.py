@@ -338,6 +338,13 @@ class Unnamed(nn.LayerNorm):
     pass
 
 
+class RelativeAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(torch.ones(4, 2))
+        self.q_bias = nn.Parameter(torch.ones(4))
+
+
 class NormHead(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -358,6 +365,7 @@ class NormHead(nn.Module):
         (RMS_norm(), ["norm"]),
         (MambaRMSNormGated(), ["norm"]),
         (NormHead(), ["other"]),
+        (RelativeAttention(), ["other", "bias"]),
         (nn.LSTM(2, 2), ["other", "other", "bias", "bias"]),
         (nn.MultiheadAttention(4, 2, add_bias_kv=True), ["other", "bias", "bias", "bias", "other", "bias"]),
     ],

@@ -1,50 +1,233 @@
-"""Supervised fine-tuning: prompt and completion columns -> what TRL's SFTTrainer takes."""
+"""Supervised fine-tuning: prompt and completion, conversations or plain text -> what TRL's SFTTrainer takes.
+
+Rows become tokens and labels here, so that everything wrong with them is known before the model is loaded; TRL cuts,
+packs and batches them. https://huggingface.co/docs/trl/sft_trainer
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraplus_hydra.data.cache import converted, tokenizer_digest
+from loraplus_hydra.data.rows import SPLITS, all_columns, is_streamed
+from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.examples import Examples
+from loraplus_hydra.tasks.conversation import Conversation, Shape, Text, shape_of
+from loraplus_hydra.tasks.rows import batch_rows, refuse_unread
+from loraplus_hydra.tasks.tokens import IGNORED, Encoded, LossRule, encode_conversation, encode_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from omegaconf import DictConfig
     from transformers import PreTrainedTokenizerBase
 
+    from loraplus_hydra.data.rows import Rows
+
+_NO_TEMPLATE_FIX = "choose a model whose tokenizer has one, or give one: +task.args.chat_template_path=template.jinja"
+
 
 def examples(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictConfig, data: DictConfig) -> Examples:
-    """Rows with the columns `data.prompt_column` and `data.completion_column` as TRL's prompt-completion examples.
+    """Rows in any of TRL's shapes as tokens and labels.
 
-    With `task.chat` (or, when it is null, with a tokenizer that has a chat template) each becomes a turn of a user and
-    one of the assistant.
+    With `task.chat` (or, when it is null, with a tokenizer that has a chat template) a prompt and its completion become
+    a turn of the user and one of the assistant; plain text stays plain. Raises ConfigErrors.
     """
+    refuse_unread(task, "block_size", "max_length", "problem_type")
+    shape = shape_of(rows, data)
+    end = _end_token(tokenizer, task)
+    _take_template(tokenizer, task)
     chat = bool(tokenizer.chat_template) if task.chat is None else task.chat
-    columns = (data.prompt_column, data.completion_column)
-    held_out = rows["eval"].select(range(min(task.samples, len(rows["eval"]))))
-    prompts = tuple(held_out[data.prompt_column])
+    _check_template(tokenizer, shape, task, chat=chat)
+    rule, notes = _loss_rule(tokenizer, shape, task, chat=chat)
+    key = {
+        "task": "sft",
+        "tokenizer": tokenizer_digest(tokenizer),
+        "shape": vars(shape),
+        "chat": chat,
+        "rule": vars(rule),
+        "end": end,
+    }
+    encoded = {}
+    for split in SPLITS:
+        convert = _converter(shape, tokenizer, rule, end, split, chat=chat)
+        encoded[split] = _tokenised(rows[split], convert, shape, rule, key)
+    for split in SPLITS:
+        encoded[split], more = _noted(encoded[split], split, task)
+        notes += more
+    prompts, rendered, references = _samples(rows["eval"], tokenizer, shape, task.samples, chat=chat)
     return Examples(
-        train=_prompt_completion(rows["train"], *columns, chat=chat),
-        eval=_prompt_completion(rows["eval"], *columns, chat=chat),
+        train=encoded["train"],
+        eval=encoded["eval"],
         prompts=prompts,
-        rendered=tuple(_rendered(prompt, tokenizer, chat=chat) for prompt in prompts),
-        references=tuple(held_out[data.completion_column]),
+        rendered=rendered,
+        references=references,
+        notes=tuple(notes),
     )
 
 
-def _prompt_completion(dataset: Dataset, prompt: str, completion: str, *, chat: bool) -> Dataset:
-    def convert(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        if not chat:
-            return {"prompt": batch[prompt], "completion": batch[completion]}
-        return {
-            "prompt": [[{"role": "user", "content": text}] for text in batch[prompt]],
-            "completion": [[{"role": "assistant", "content": text}] for text in batch[completion]],
-        }
+def _end_token(tokenizer: PreTrainedTokenizerBase, task: DictConfig) -> str:
+    """What ends a text: the tokenizer's end-of-text token, unless `task.args.eos_token` names another."""
+    end = task.args.get("eos_token") or tokenizer.eos_token
+    if end is None:
+        what = "it has no end-of-text token, so the model could not learn to stop"
+        raise ConfigErrors([Problem("model.tokenizer", what, "name one of its tokens: +task.args.eos_token='\"<|end|>\"'")])
+    if end not in tokenizer.get_vocab():
+        raise ConfigErrors([Problem("task.args.eos_token", f"the tokenizer has no token '{end}'")])
+    return str(end)
 
-    return dataset.map(convert, batched=True, remove_columns=dataset.column_names)
+
+def _take_template(tokenizer: PreTrainedTokenizerBase, task: DictConfig) -> None:
+    """Give the tokenizer the template of `task.args.chat_template_path`, as the Trainer will."""
+    path = task.args.get("chat_template_path")
+    if path is None:
+        return
+    if not Path(path).is_file() or Path(path).suffix not in (".jinja", ".j2"):
+        fix = "name a file that ends in .jinja (another model's template may need tokens that this model hasn't)"
+        raise ConfigErrors([Problem("task.args.chat_template_path", f"there is no template file {path}", fix)])
+    tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
 
 
-def _rendered(prompt: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> str:
-    if not chat:
-        return prompt
-    turn = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+def _check_template(tokenizer: PreTrainedTokenizerBase, shape: Shape, task: DictConfig, *, chat: bool) -> None:
+    if shape.messages is not None and task.chat is False:
+        raise ConfigErrors([Problem("task.chat", "conversations can't be written without a chat template", "task.chat=null")])
+    if not tokenizer.chat_template and (chat or shape.messages is not None):
+        why = "task.chat is true" if shape.messages is None else f"'{shape.messages}' holds conversations"
+        what = f"it has no chat template, but {why}"
+        raise ConfigErrors([Problem("model.tokenizer", what, _NO_TEMPLATE_FIX)])
+
+
+def _loss_rule(
+    tokenizer: PreTrainedTokenizerBase, shape: Shape, task: DictConfig, *, chat: bool
+) -> tuple[LossRule, list[str]]:
+    """Which tokens carry loss, and what the user should know of it."""
+    completion_only = task.args.get("completion_only_loss")
+    assistant_only = bool(task.args.get("assistant_only_loss", False))
+    if completion_only and not shape.has_prompt:
+        fix = "null: on completions where rows have them, on everything elsewhere; for conversations there is "
+        what = "the rows have no completion, only " + ("conversations" if shape.messages else "text")
+        raise ConfigErrors([Problem("task.args.completion_only_loss", what, fix + "task.args.assistant_only_loss=true")])
+    if completion_only is None:
+        completion_only = shape.has_prompt
+    if not assistant_only:
+        return LossRule(completion_only, assistant_only=False), []
+    key = "task.args.assistant_only_loss"
+    if shape.text is not None or (shape.messages is None and not chat):
+        raise ConfigErrors([Problem(key, "plain texts have no turns of an assistant", "set it to false")])
+    template, notes = _marked_template(tokenizer, key)
+    return LossRule(completion_only, assistant_only=True, template=template), notes
+
+
+def _marked_template(tokenizer: PreTrainedTokenizerBase, key: str) -> tuple[str | None, list[str]]:
+    """A template that marks the assistant's turns, None if the tokenizer's own does; TRL knows those of many models."""
+    from trl.chat_template_utils import (
+        get_training_chat_template,
+        has_generation_markers,
+        is_chat_template_stop_token_trained,
+    )
+
+    if not tokenizer.is_fast:
+        raise ConfigErrors([Problem(key, "the tokenizer isn't a fast one, so it can't tell which tokens are whose")])
+    if has_generation_markers(tokenizer.chat_template):
+        template, notes = None, []
+    else:
+        try:
+            template = get_training_chat_template(tokenizer)
+        except ValueError:
+            what = "the tokenizer's chat template doesn't mark the assistant's turns, and TRL has no marked version of it"
+            fix = "put {% generation %} ... {% endgeneration %} into it: +task.args.chat_template_path=template.jinja"
+            raise ConfigErrors([Problem(key, what, fix)]) from None
+        notes = ["The assistant's turns are found by TRL's training version of the tokenizer's chat template."]
+    if not is_chat_template_stop_token_trained(tokenizer, chat_template=template):
+        notes.append("The chat template doesn't mark the end of the assistant's turns: the model may not learn to stop.")
+    return template, notes
+
+
+def _converter(
+    shape: Shape, tokenizer: PreTrainedTokenizerBase, rule: LossRule, end: str, split: str, *, chat: bool
+) -> Any:
+    def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        found = [(shape.read(row, place, chat=chat), place) for row, place in batch_rows(batch, indices, split)]
+        texts = iter(encode_texts([each for each, _ in found if isinstance(each, Text)], tokenizer, rule, end))
+        encoded: list[Encoded] = [
+            encode_conversation(each, tokenizer, rule, place) if isinstance(each, Conversation) else next(texts)
+            for each, place in found
+        ]
+        return {name: [getattr(row, name) for row in encoded] for name in ("input_ids", "labels", "merged")}
+
+    return convert
+
+
+def _tokenised(rows: Rows, convert: Any, shape: Shape, rule: LossRule, key: dict[str, Any]) -> Rows:
+    """The rows with the columns input_ids, labels and merged."""
+    from datasets import Features, List, Value
+
+    features = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "merged": Value("bool")}
+    return converted(rows, convert, columns=all_columns(rows), features=Features(features), key=key)
+
+
+def _noted(rows: Rows, split: str, task: DictConfig) -> tuple[Rows, list[str]]:
+    """The rows as the Trainer takes them, and how many are cut, left out or merged; ConfigErrors if none is left."""
+    if is_streamed(rows):
+        return rows.remove_columns("merged"), []
+    limit = task.args.get("max_length")
+    notes = []
+    merged = sum(rows["merged"])
+    rows = rows.remove_columns("merged")
+    if merged:
+        notes.append(
+            f"In {merged:,} of {len(rows):,} {split} rows the prompt's end and the completion's beginning share a token, "
+            "which counts as the completion's: end prompts, or begin completions, with a space or a line's end."
+        )
+    long = [] if limit is None else list(_too_long(rows, limit))
+    if long and not (task.args.get("packing") and task.args.get("packing_strategy") in ("bfd_split", "wrapped")):
+        emptied = sum(all(label == IGNORED for label in rows[index]["labels"][:limit]) for index in long)
+        notes.append(f"{len(long):,} of {len(rows):,} {split} rows are longer than {limit} tokens: their ends are cut off.")
+        if emptied:
+            notes.append(f"{emptied:,} of these have no token left to learn and are left out.")
+        if emptied == len(rows):
+            what = f"{limit} tokens leave nothing to learn of any {split} row"
+            raise ConfigErrors([Problem("task.args.max_length", what, "allow for more")])
+    return rows, notes
+
+
+def _too_long(rows: Dataset, limit: int) -> Iterator[int]:
+    """The indices of rows of more than `limit` tokens."""
+    import pyarrow.compute as pc
+
+    start = 0
+    for batch in rows.with_format("arrow").select_columns("input_ids").iter(batch_size=10_000):
+        lengths = pc.list_value_length(batch["input_ids"])
+        yield from (start + index for index, length in enumerate(lengths.to_pylist()) if length > limit)
+        start += len(batch)
+
+
+def _samples(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, shape: Shape, count: int, *, chat: bool
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """The first held-out rows as (prompts, prompts as the model sees them, answers)."""
+    found = []
+    for row in rows.select(range(min(count, len(rows)))):
+        read = shape.read(row, "", chat=chat)
+        if isinstance(read, Text):
+            half = len(read.completion) // 2
+            prompt = read.completion[:half] if read.prompt is None else read.prompt
+            answer = read.completion[half:] if read.prompt is None else read.completion
+            found.append((prompt, prompt, answer))
+            continue
+        turns = [*(read.prompt or []), *read.completion]
+        last = max((index for index, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+        if last == 0:
+            continue  # nothing comes before the answer
+        rendered = tokenizer.apply_chat_template(
+            turns[:last], add_generation_prompt=True, tokenize=False, **read.template_arguments
+        )
+        found.append((_said(turns[last - 1]), str(rendered), _said(turns[last])))
+    prompts, renderings, answers = zip(*found, strict=True) if found else ((), (), ())
+    return prompts, renderings, answers
+
+
+def _said(message: dict[str, Any]) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else " ".join(str(part.get("text", "")) for part in content)

@@ -1,0 +1,43 @@
+"""Quantised base models: what transformers loads them with, and bitsandbytes kept true."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from loraplus_hydra.build import instantiate
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_COMPUTE_DTYPE = "bnb_4bit_compute_dtype"
+
+
+def quantization_config(quantization: Mapping[str, Any] | None, auto_dtype: Any = None) -> Any:
+    """The quantisation config of the group, or None when nothing is quantised.
+
+    `auto_dtype` is the dtype that `model.dtype=auto` stands for: the checkpoint's.
+    """
+    if not is_quantized(quantization):
+        return None
+    assert quantization is not None
+    arguments = dict(quantization)
+    if arguments.get(_COMPUTE_DTYPE) == "auto":
+        arguments[_COMPUTE_DTYPE] = str(auto_dtype or "float32").removeprefix("torch.")
+    return instantiate(arguments)
+
+
+def is_quantized(quantization: Mapping[str, Any] | None) -> bool:
+    """Whether the `quantization` group of a config asks for anything."""
+    return bool(quantization) and quantization is not None and quantization.get("_target_") is not None
+
+
+def keep_weights_as_loaded(model: nn.Module) -> None:
+    """Switch off bitsandbytes' repacking of 4-bit weights for inference on CPUs that know AVX512-BF16.
+
+    It happens in the first evaluation, rounds the blocks' scales to bfloat16 for good, and the repacked product has no
+    gradient: everything that is trained after it gets a wrong one (bitsandbytes 0.50.2, `Linear4bit.forward`).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
