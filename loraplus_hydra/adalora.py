@@ -39,8 +39,8 @@ def phases(total: int, tinit: float, tfinal: float) -> tuple[int, int]:
         last = max(0, min(last, total - first - 2))
     if total - first - last < 2:
         raise UserError(
-            f"adapter.tinit and adapter.tfinal: {first} and {last} steps leave fewer than two of the run's {total} to cut "
-            "the ranks in; make them smaller (below 1 they are shares of the run), or the run longer"
+            f"adapter.tinit and adapter.tfinal: {first} and {last} steps leave fewer than two of the run's {total} to "
+            "cut the ranks in; make them smaller (below 1 they are shares of the run), or the run longer"
         )
     return first, last
 
@@ -48,9 +48,9 @@ def phases(total: int, tinit: float, tfinal: float) -> tuple[int, int]:
 class AdaLoraCallback(TrainerCallback):
     """Calls `update_and_allocate` after each optimizer step, when the gradients are still there.
 
-    `tinit` and `tfinal` are steps, or below 1 shares of the run. The orthogonality penalty goes into the gradients once an
-    optimizer step, whatever the accumulation, and never into a loss: PEFT adds it to the model's own loss, evaluation's
-    too, which TRL's SFTTrainer doesn't use at all. (It is added behind the clipping of gradients.)
+    `tinit` and `tfinal` are steps, or below 1 shares of the run. The orthogonality penalty goes into the gradients once
+    an optimizer step, behind their clipping, and never into a loss. PEFT adds it to the model's own loss: evaluation's
+    too, once more for each accumulated batch, and not at all under TRL's SFTTrainer, which makes its loss itself.
     """
 
     def __init__(self, model: PeftModel, tinit: float, tfinal: float) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.build import instantiate
-from loraplus_hydra.errors import UserError
+from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.initialisation import A_ZERO, changes_base, factors, start_with_a_zero
 
 if TYPE_CHECKING:
@@ -53,18 +53,22 @@ def add_adapter(
 ) -> PeftModel:
     """`model` with the adapter in place; only what the adapter trains has `requires_grad`.
 
-    `new_tokens` are ids whose rows train too; `revision` is the base model's, stored with the adapter. With `on_meta` the
-    model is on the meta device and stays there. Raises UserError.
+    `new_tokens` are ids whose rows train too; `revision` is the base model's, stored with the adapter. With `on_meta`
+    the model is on the meta device and stays there. Raises UserError.
     """
     from peft import get_peft_model
 
-    from loraplus_hydra.existing_adapter import continue_adapter
+    from loraplus_hydra.adapter_folder import continue_adapter
 
     if adapter.get("path"):
-        return continue_adapter(model, adapter, task_type, on_meta=on_meta)
+        wanted = adapter_config(adapter, task_type) if adapter.get("_target_") else None
+        if wanted is not None:
+            _target_embeddings(wanted, model)
+        return continue_adapter(model, adapter["path"], wanted, new_tokens=new_tokens, on_meta=on_meta)
     config = adapter_config(adapter, task_type)
     _target_embeddings(config, model)
     _train_new_tokens(config, model, new_tokens)
+    _refuse_olora_on_conv1d(config, model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT sets it right itself
         peft_model: Any = get_peft_model(model, config, revision=revision, low_cpu_mem_usage=on_meta)
@@ -115,9 +119,9 @@ def _train_new_tokens(config: PeftConfig, model: PreTrainedModel, new_tokens: Se
     if not new_tokens:
         return
     if not hasattr(config, "trainable_token_indices"):
-        raise UserError(
-            f"model.add_tokens: {type(config).__name__} can't train rows of an embedding; use adapter=lora or one of its "
-            "kind, or leave model.add_tokens empty"
+        what = f"{type(config).__name__} can't train the rows of new tokens"
+        raise ConfigErrors(
+            [Problem("model.add_tokens", what, "use adapter=lora or one of its kind, or leave it empty")]
         )
     layers = [model.get_input_embeddings()]
     output = model.get_output_embeddings()
@@ -125,6 +129,16 @@ def _train_new_tokens(config: PeftConfig, model: PreTrainedModel, new_tokens: Se
         layers.append(output)
     names = [_name_of(model, layer).rpartition(".")[2] for layer in layers]
     config.trainable_token_indices = {name: list(new_tokens) for name in names}
+
+
+def _refuse_olora_on_conv1d(config: PeftConfig, model: PreTrainedModel) -> None:
+    """PEFT's OLoRA takes every weight for a Linear's, and breaks those that lie the other way round (0.21.2)."""
+    from transformers.pytorch_utils import Conv1D
+
+    start = str(getattr(config, "init_lora_weights", None)).lower()
+    if start == "olora" and any(isinstance(module, Conv1D) for module in model.modules()):
+        what = f"PEFT's olora doesn't know the Conv1D layers of {type(model).__name__}"
+        raise ConfigErrors([Problem("adapter.init_lora_weights", what, "use pissa")])
 
 
 def _name_of(model: nn.Module, layer: nn.Module) -> str:

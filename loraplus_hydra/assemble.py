@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra import screen
+from loraplus_hydra.adapter import trainer_callbacks
 from loraplus_hydra.build import locate
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.grouping import parse_rules
@@ -32,7 +33,7 @@ def make_trainer(
         eval_dataset=examples.eval,
         processing_class=tokenizer,
         loraplus=loraplus_settings(config),
-        callbacks=[MetricsWriter(folder / METRICS), screen.progress()],
+        callbacks=[MetricsWriter(folder / METRICS), screen.progress(), *trainer_callbacks(model, config.adapter)],
         **examples.trainer_arguments,
     )
     screen.keep_only_our_progress(trainer)
@@ -59,7 +60,7 @@ def loraplus_settings(config: DictConfig) -> LoraPlus:
     loraplus = _plain(config.loraplus)
     return LoraPlus(
         optimizer_class=locate(optimizer.pop("_target_")),
-        lr=optimizer.pop("lr"),
+        lr=optimizer["lr"],  # stays among the arguments too: schedules with a floor measure it against this default
         weight_decay=optimizer.pop("weight_decay", 0.0),
         optimizer_arguments=optimizer,
         rules=parse_rules(loraplus["rules"], where="loraplus.rules"),
@@ -79,6 +80,9 @@ def training_arguments(config: DictConfig, folder: Path) -> TrainingArguments:
         metric_for_best_model=config.task.metric,
         greater_is_better=config.task.greater_is_better,
         report_to="none",
+        # Not `evaluate()` ahead of `train()`: it marks the model as prepared, and train() then leaves it as it is, so that
+        # under DDP each process would train alone.
+        eval_on_start=True,
         disable_tqdm=True,  # the screen has its own progress bar
         **arguments,
     )

@@ -133,6 +133,8 @@ def _hydra_arguments(name: str, arguments: list[str]) -> list[str]:
         extra.append(f"hydra.callbacks.before_run.flags=[{','.join(flags)}]")
     if command.config != "config":
         extra.append(f"--config-name={command.config}")
+    # Keys of a finished run's config, which the command's own YAML can't list.
+    rest = [f"++{text}" if text.split(".")[0] in command.changes and "." in text else text for text in rest]
     return [argument for argument in rest if argument.removeprefix("--") not in command.flags] + extra
 
 

@@ -41,7 +41,7 @@ _kept: dict[str, Examples] = {}
 
 def load_examples(config: DictConfig, tokenizer: PreTrainedTokenizerBase, *, keep: bool = False) -> Examples:
     """The examples of the config's rows. With `keep`, the next call with this config gets the same ones."""
-    key = config_hash({name: OmegaConf.to_container(config[name], resolve=True) for name in ("model", "task", "data")})
+    key = _key(config)
     examples = _kept.pop(key, None)
     if examples is None:
         _kept.clear()
@@ -49,3 +49,12 @@ def load_examples(config: DictConfig, tokenizer: PreTrainedTokenizerBase, *, kee
     if keep:
         _kept[key] = examples
     return examples
+
+
+def kept_examples(config: DictConfig) -> Examples | None:
+    """The examples that were kept for this config, which stay kept; None when there are none."""
+    return _kept.get(_key(config))
+
+
+def _key(config: DictConfig) -> str:
+    return config_hash({name: OmegaConf.to_container(config[name], resolve=True) for name in ("model", "task", "data")})

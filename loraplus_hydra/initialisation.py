@@ -1,7 +1,7 @@
 """How LoRA's factors start: the paper's Init[2], and starts that take their factors out of the base's weights.
 
-PiSSA and OLoRA put a part of each weight W into A0 and B0 and leave W - s B0 A0 in the base, so their adapter is right only
-on that base. On the original one the same function is W + s (B A - B0 A0), a plain LoRA of twice the rank.
+PiSSA and OLoRA put a part of each weight W into A0 and B0 and leave W - s B0 A0 in the base, so their adapter is right
+only on that base. On the original one the same function is W + s (B A - B0 A0), a plain LoRA of twice the rank.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from loraplus_hydra.errors import UserError
+from loraplus_hydra.errors import ConfigErrors, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +35,8 @@ def changes_base(init_lora_weights: Any) -> bool:
 def start_with_a_zero(model: nn.Module) -> None:
     """Init[2] of the LoRA+ paper: A = 0 and B random, with the distribution that A has under PEFT's Init[1].
 
-    That is uniform within +-1/sqrt(fan in), B's fan in being the rank (times the kernel's size in a convolution). LoRA on
-    embeddings starts so under PEFT already. Random numbers are the global generator's: seed it before.
+    That is uniform within +-1/sqrt(fan in), B's fan in being the rank (times the kernel's size in a convolution). LoRA
+    on embeddings starts so under PEFT already. Random numbers are the global generator's: seed it before.
     """
     import torch
 
@@ -48,7 +48,8 @@ def start_with_a_zero(model: nn.Module) -> None:
             torch.nn.init.kaiming_uniform_(lora_B[ADAPTER].weight, a=math.sqrt(5))
             found = True
     if not found:
-        raise UserError("adapter.init_lora_weights: a_zero is a start of LoRA's factors, and this adapter has none")
+        what = "a_zero is a start of LoRA's factors, and this adapter has none"
+        raise ConfigErrors([Problem("adapter.init_lora_weights", what, "use true")])
 
 
 def factors(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -65,8 +66,8 @@ def on_original_base(
 ) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """An adapter whose start changed the base, as the plain LoRA of twice the rank that is right on the original base.
 
-    `initial` are the `factors` at the start. PEFT's own conversion does the same to A and B, and drops all else: a trained
-    classification head, DoRA's magnitudes, new tokens.
+    `initial` are the `factors` at the start. PEFT's own conversion does the same to A and B, and drops all else: a
+    trained classification head, DoRA's magnitudes, new tokens.
     """
     import copy
 

@@ -49,10 +49,12 @@ def run(config: DictConfig, folder: str | Path | None = None) -> Result:
         screen.say("2/6 Loading the data and the tokenizer")
         tokenizer = load_tokenizer(config.model)
         examples = load_examples(config, tokenizer)
-        screen.say(f"    {len(examples.train):,} examples to train on, {len(examples.eval):,} to evaluate on")
+        screen.say(f"    {examples.counts()}")
+        for note in examples.notes:
+            screen.say(f"    Note: {note}")
 
         screen.say("3/6 Loading the model and adding the adapter")
-        model = _load_model(config)
+        model = _load_model(config, tokenizer, examples)
 
         screen.say("4/6 Deciding which tensor gets which rate")
         trainer = make_trainer(config, folder, model, tokenizer, examples)
@@ -104,14 +106,21 @@ def _describe(config: DictConfig, folder: Path) -> None:
     screen.show_config(OmegaConf.to_container(config, resolve=True))
 
 
-def _load_model(config: DictConfig) -> PeftModel:
+def _load_model(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> PeftModel:
     from transformers import set_seed
 
     from loraplus_hydra.adapter import add_adapter
-    from loraplus_hydra.model import load_model
+    from loraplus_hydra.model import load_base
+    from loraplus_hydra.tokenizer import new_token_ids
 
     set_seed(config.seed)  # the adapter's initialisation
-    return add_adapter(load_model(config.model, config.task.auto_class), config.adapter, config.task.task_type)
+    return add_adapter(
+        load_base(config, tokenizer, examples.model_arguments),
+        config.adapter,
+        config.task.task_type,
+        new_tokens=new_token_ids(tokenizer, config.model),
+        revision=config.model.revision,
+    )
 
 
 def _show_and_write_groups(folder: Path, trainer: Any) -> None:
@@ -154,14 +163,12 @@ def _train(config: DictConfig, trainer: Any, examples: Examples, result: Result)
     result.device = str(trainer.args.device)
     result.trained_parameters, result.total_parameters = count_parameters(trainer.model)
     before = answers(trainer.model, trainer.processing_class, examples.rendered, config.task.sample_tokens)
-    result.metrics_before = trainer.evaluate()
-    screen.say(f"    {config.task.metric} before training: {result.metrics_before[config.task.metric]:.4f}")
-
     set_seed(config.seed)  # data order and dropout: the same whatever was evaluated before
     trained = trainer.train(resume_from_checkpoint=config.trainer.resume_from_checkpoint)
+    result.metrics_before = evaluation_at(trainer.state, 0)
     result.steps, result.train_loss = trained.global_step, trained.training_loss
     result.train_seconds = trained.metrics["train_runtime"]
-    result.metrics = last_evaluation(trainer.state) or trainer.evaluate()
+    result.metrics = evaluation_at(trainer.state, trainer.state.global_step) or trainer.evaluate()
     result.best = best_evaluation(trainer.state.log_history, config.task.metric, config.task.greater_is_better)
     result.peak_memory_bytes = peak_memory_bytes(trainer.args.device)
     after = answers(trainer.model, trainer.processing_class, examples.rendered, config.task.sample_tokens)
@@ -171,9 +178,9 @@ def _train(config: DictConfig, trainer: Any, examples: Examples, result: Result)
     ]
 
 
-def last_evaluation(state: Any) -> dict[str, float]:
-    """The metrics of an evaluation right at the last step, or nothing if there was none."""
-    entries = [entry for entry in state.log_history if entry["step"] == state.global_step and "eval_loss" in entry]
+def evaluation_at(state: Any, step: int) -> dict[str, float]:
+    """The metrics of the last evaluation right at `step`, or nothing if there was none."""
+    entries = [entry for entry in state.log_history if entry["step"] == step and "eval_loss" in entry]
     return {key: value for key, value in entries[-1].items() if key != "step"} if entries else {}
 
 
@@ -188,9 +195,10 @@ def best_evaluation(history: list[dict[str, Any]], metric: str, greater_is_bette
 
 def _save(folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """adapter/ in PEFT's own layout with the tokenizer, there whole or not at all."""
+    from loraplus_hydra.adapter_folder import save_adapter
+
     draft = paths.unfinished(folder / paths.ADAPTER)
-    model.save_pretrained(str(draft), safe_serialization=True)
-    tokenizer.save_pretrained(str(draft))
+    save_adapter(model, tokenizer, draft)
     draft.rename(folder / paths.ADAPTER)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.build import locate
-from loraplus_hydra.errors import ConfigErrors, Problem, UserError
+from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.paths import is_local, model_location
 
 if TYPE_CHECKING:
@@ -42,14 +42,31 @@ def load_model(
             dtype=model.dtype,
             attn_implementation=model.attention,
             use_safetensors=True,
+            # A checkpoint with a head for other labels: it gets a new one.
+            ignore_mismatched_sizes="num_labels" in (config_overrides or {}),
             **arguments,
             **hub_arguments(model),
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ConfigErrors([_load_problem(model, error)]) from error
     if quantized is not None:
         keep_weights_as_loaded(loaded)
     loaded.requires_grad_(False)
+    return loaded
+
+
+def load_base(
+    config: DictConfig, tokenizer: PreTrainedTokenizerBase, config_overrides: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
+    """The base model of a run's whole config, quantised as it says and fitted to the tokenizer."""
+    loaded = load_model(
+        config.model,
+        config.task.auto_class,
+        config_overrides,
+        quantization=config.quantization,
+        on_cpu=bool(config.trainer.get("use_cpu")),
+    )
+    match_tokenizer(loaded, tokenizer)
     return loaded
 
 
@@ -109,20 +126,23 @@ def architecture(model: DictConfig, config_overrides: Mapping[str, Any] | None =
     return _for_training(config)
 
 
-def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, add_tokens: int = 0) -> None:
-    """Fit a loaded model to its tokenizer: the pad token's id, and rows of the embedding for `add_tokens` new tokens.
+def vocabulary_problems(model: DictConfig, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
+    """A Problem when the tokenizer has tokens, other than `model.add_tokens`, that the embedding has no rows for."""
+    rows = architecture(model).get_text_config().vocab_size
+    tokens = len(tokenizer) - len(model.add_tokens)
+    if tokens <= rows:
+        return []
+    what = f"the tokenizer has {tokens:,} tokens, but the model's embedding has {rows:,} rows"
+    return [Problem("model.tokenizer", what, "name the tokenizer that the model was trained with")]
 
-    A classifier of a causal architecture finds the end of each text by that id. Raises UserError when the tokenizer has
-    tokens, other than the new ones, that the embedding has no rows for.
+
+def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Fit a loaded model to its tokenizer: the pad token's id, and rows of the embedding for new tokens.
+
+    A classifier of a causal architecture finds the end of each text by that id. New rows are drawn around the mean of
+    the old ones, from the global generator.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
-    too_many = len(tokenizer) - add_tokens - rows
-    if too_many > 0:
-        raise UserError(
-            f"model.tokenizer: it has {len(tokenizer) - add_tokens:,} tokens, but the model's embedding has {rows:,} "
-            "rows; name the tokenizer that the model was trained with"
-        )
-    if len(tokenizer) > rows:
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
         model.requires_grad_(False)
     for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):

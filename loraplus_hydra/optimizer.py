@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.grouping import GROUP_ORDER, Group, Rule, TensorRecord, assign, check_rate, first_match, parse_rules
 from loraplus_hydra.optimizer_check import optimizer_problems, takes, unknown_setting
-from loraplus_hydra.roles import tensor_records
+from loraplus_hydra.roles import trained_tensors
 from loraplus_hydra.state_bits import keep_32bit_state
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def create_loraplus_optimizer(
     check_rate(loraplus_lr_embedding, "loraplus_lr_embedding")
     decay = _one_weight_decay(loraplus_weight_decay, kwargs.pop("weight_decay", None))
     rules = _drop_in_rules(ratio=loraplus_lr_ratio, lr_embedding=loraplus_lr_embedding)
-    records = tensor_records(model)
+    tensors = trained_tensors(model)
+    records = [record for record, _ in tensors]
     members: dict[str, list[TensorRecord]] = {name: [] for name in GROUP_ORDER}
     for record, rule in zip(records, first_match(records, rules), strict=True):
         members[rule.group].append(record)
@@ -62,7 +63,8 @@ def create_loraplus_optimizer(
         )
         for name in GROUP_ORDER
     ]
-    return build_optimizer(optimizer_cls, groups, model.named_parameters(), {"lr": lr, **kwargs})
+    named = ((record.name, parameter) for record, parameter in tensors)
+    return build_optimizer(optimizer_cls, groups, named, {"lr": lr, **kwargs})
 
 
 def group_parameters(
@@ -82,8 +84,9 @@ def group_parameters(
     """
     parsed = parse_rules(rules) if isinstance(rules, Mapping) else list(rules)
     extra = parse_rules(extra_rules, "loraplus.extra_rules") if isinstance(extra_rules, Mapping) else list(extra_rules)
-    groups = assign(tensor_records(model), parsed, lr=lr, weight_decay=weight_decay, extra=extra)
-    return torch_groups(groups, model.named_parameters())
+    tensors = trained_tensors(model)
+    groups = assign((record for record, _ in tensors), parsed, lr=lr, weight_decay=weight_decay, extra=extra)
+    return torch_groups(groups, ((record.name, parameter) for record, parameter in tensors))
 
 
 def build_optimizer(

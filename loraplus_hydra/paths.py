@@ -67,3 +67,15 @@ def refuse_used_folder(folder: Path, key: str) -> None:
         raise UserError(f"{key}: {folder} is a file; name a folder that is new or empty")
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{key}: {folder} isn't empty; a run never writes over another, so name a new folder")
+
+
+def new_file(path: str, key: str) -> Path:
+    """The file at `path`, set by `key`, which isn't there yet. Raises UserError when it is, or when its folder isn't."""
+    from loraplus_hydra.errors import UserError
+
+    file = Path(path).expanduser()
+    if file.exists():
+        raise UserError(f"{key}: {file} is there already; name a new file")
+    if not file.parent.is_dir():
+        raise UserError(f"{key}: there is no folder {file.parent}; name a file in a folder that is there")
+    return file

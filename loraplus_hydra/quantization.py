@@ -41,3 +41,14 @@ def keep_weights_as_loaded(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def dequantize(model: Any, dtype: str) -> Any:
+    """A quantised model with the weights that its quantised ones stand for, in `dtype` (auto: as it computes)."""
+    import torch
+
+    full = model.dequantize() if dtype == "auto" else model.dequantize(dtype=getattr(torch, dtype))
+    # Left behind, it would have the weights quantised again when they are loaded.
+    if hasattr(full.config, "quantization_config"):
+        del full.config.quantization_config
+    return full

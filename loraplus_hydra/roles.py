@@ -20,7 +20,7 @@ from loraplus_hydra.peft_methods import ADALORA_ROLES, LORAPLUS_SUPPORT, ROLE_OF
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LORAPLUS_SUPPORT", "SPLIT", "tensor_records"]
+__all__ = ["LORAPLUS_SUPPORT", "SPLIT", "tensor_records", "trained_tensors"]
 
 # LlamaRMSNorm, T5LayerNorm, LayerNorm2d, MambaRMSNormGated, RMS_norm; not NormHead (Baichuan's output matrix), not
 # Normalize.
@@ -63,10 +63,15 @@ def tensor_records(model: torch.nn.Module) -> list[TensorRecord]:
     Trained is what requires a gradient, so a frozen reference adapter is no part of it. Works for models without PEFT
     and on the meta device. Raises UserError for a model that FSDP has flattened.
     """
+    return [record for record, _ in trained_tensors(model)]
+
+
+def trained_tensors(model: torch.nn.Module) -> list[tuple[TensorRecord, torch.nn.Parameter]]:
+    """As `tensor_records`, each record with its tensor, so that nobody needs to walk the model again."""
     kinds: dict[type, _Kind] = {}
     places = _Places()
     inits = _initialisations(model)
-    records: list[TensorRecord] = []
+    found: list[tuple[TensorRecord, torch.nn.Parameter]] = []
     seen_modules: set[int] = set()
     seen_tensors: set[int] = set()
     stack: list[tuple[str, Any, _Place]] = [("", model, _BASE)]
@@ -81,7 +86,7 @@ def tensor_records(model: torch.nn.Module) -> list[TensorRecord]:
                 continue
             seen_tensors.add(id(parameter))
             if parameter.requires_grad:
-                records.append(_record(prefix + name, name, parameter, kind, place, inits))
+                found.append((_record(prefix + name, name, parameter, kind, place, inits), parameter))
         children = [(name, child) for name, child in module._modules.items() if child is not None]
         children.reverse()  # the stack gives back the last one first
         if kind.is_tuner or kind.holds_copies:
@@ -95,7 +100,7 @@ def tensor_records(model: torch.nn.Module) -> list[TensorRecord]:
             stack += [(f"{prefix}{name}.", child, places.of_adapter(place, name)) for name, child in children]
         else:
             stack += [(f"{prefix}{name}.", child, place) for name, child in children]
-    return records
+    return found
 
 
 class _Places:

@@ -13,20 +13,30 @@ def answers(
     model: PreTrainedModel | Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
 ) -> list[str]:
     """The model's greedy answer to each prompt (as rendered for the model), its special tokens left out."""
-    import torch
-
     was_training = model.training
     model.eval()
-    found = []
-    for prompt in prompts:
-        # A template writes its own special tokens; a plain prompt gets the tokenizer's.
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if name != "token_type_ids"}
-        with torch.no_grad():
-            output = model.generate(
-                **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-            )
-        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        found.append(" ".join(answer.split()))
+    # A template writes its own special tokens; a plain prompt gets the tokenizer's.
+    plain = not tokenizer.chat_template
+    texts = [answer(model, tokenizer, prompt, max_new_tokens, special_tokens=plain) for prompt in prompts]
     model.train(was_training)
-    return found
+    return [" ".join(text.split()) for text in texts]
+
+
+def answer(
+    model: PreTrainedModel | Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    special_tokens: bool,
+) -> str:
+    """The model's greedy answer as it comes; `special_tokens` has the tokenizer put its own around the prompt."""
+    import torch
+
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=special_tokens)
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if name != "token_type_ids"}
+    with torch.no_grad():
+        output = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

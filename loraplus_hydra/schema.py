@@ -13,6 +13,8 @@ from typing import Any, Dict, List, Optional  # noqa: UP035  (omegaconf 2.3 read
 
 from omegaconf import MISSING
 
+from loraplus_hydra.command_schemas import COMMAND_SCHEMAS
+
 
 @dataclass
 class ModelConfig:
@@ -42,6 +44,9 @@ class TaskConfig:
     metric: str = "eval_loss"  # what a sweep optimises and what `best` means; a key of the evaluation's metrics
     greater_is_better: bool = False  # of `metric`
     chat: Optional[bool] = None  # wrap prompt and completion in the chat template; null = when the tokenizer has one
+    problem_type: Optional[str] = None  # classification: transformers' name for the kind of labels; null = by the labels
+    max_length: Optional[int] = None  # classification: tokens of a row at most; null = as many as the model takes
+    block_size: Optional[int] = None  # text: tokens in a block
     samples: int = 0  # held-out prompts answered before and after training
     sample_tokens: int = 48  # new tokens at most in such an answer
     args: Dict[str, Any] = field(default_factory=dict)  # arguments that only this Trainer's arguments class has
@@ -125,7 +130,10 @@ OPEN_GROUPS: dict[str, type] = {
 
 
 def register() -> None:
-    """Make `run_schema` known to Hydra; calling it again changes nothing."""
+    """Make the schemas known to Hydra; calling it again changes nothing."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="run_schema", node=RunConfig, provider="loraplus_hydra")
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig, provider="loraplus_hydra")
+    for name, node in COMMAND_SCHEMAS.items():
+        store.store(name=name, node=node, provider="loraplus_hydra")

@@ -52,7 +52,10 @@ class LoraPlusMixin:
     """
 
     def __init__(self, *args: Any, loraplus: LoraPlus, **kwargs: Any) -> None:
+        model = kwargs.get("model", args[0] if args else None)
+        weights = _trained_weights(model)
         super().__init__(*args, **kwargs)
+        _restore(model, weights)
         self.loraplus = loraplus
         self.loraplus_groups: list[Group] = assign(
             tensor_records(self.model),  # type: ignore[attr-defined]
@@ -100,24 +103,51 @@ class LoraPlusMixin:
         return loss
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        """As the Trainer's, and counts the tokens behind each batch's loss."""
-        tokens = _loss_tokens(inputs) if getattr(self, "_loss_shifts_labels", False) else 0
+        """As the Trainer's, and adds up the loss over the batch's tokens."""
         step = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
-        if tokens and step[0] is not None:
-            self._eval_loss_sum += step[0].item() * tokens
-            self._eval_tokens += tokens
+        if step[0] is None or not getattr(self, "_loss_shifts_labels", False):
+            return step
+        loss, counted, weight = step[0], inputs, 1
+        examples = self._examples_not_repeated(inputs)
+        if examples is not None:  # the loss of this batch without the repetitions that fill it up
+            weight = min(examples, 1)
+            counted = {name: _first(value, max(examples, 1)) for name, value in inputs.items()}
+            loss = super().prediction_step(model, counted, True, ignore_keys)[0]  # type: ignore[misc]
+        tokens = weight * _loss_tokens(counted)
+        self._eval_loss_sum += loss.item() * tokens if tokens else 0.0
+        self._eval_tokens += tokens
         return step
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, but a language model's loss is the mean over tokens.
+    def _examples_not_repeated(self, inputs: Any) -> int | None:
+        """How many of this process's last batch are no repetition; None for any other batch.
 
-        The Trainer's own is a mean of the batches' means, which changes with the batch size.
+        Several processes get equally long last batches: accelerate fills them up from the beginning of the rows.
+        """
+        state = self.accelerator.gradient_state  # type: ignore[attr-defined]
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:  # type: ignore[attr-defined]
+            return None
+        size = next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor))
+        return min(max(state.remainder - self.args.process_index * size, 0), size)  # type: ignore[attr-defined]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, but a language model's loss is the mean over all tokens of all processes.
+
+        The Trainer's own is a mean of the batches' means, which changes with the batch size and counts the rows twice
+        that fill up the last batch of several processes.
         """
         self._eval_loss_sum, self._eval_tokens = 0.0, 0
-        output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        if self._eval_tokens and self.args.world_size == 1:  # type: ignore[attr-defined]
-            output.metrics[f"{prefix}_loss"] = self._eval_loss_sum / self._eval_tokens
+        arguments = self.args  # type: ignore[attr-defined]
+        across, arguments.average_tokens_across_devices = arguments.average_tokens_across_devices, False
+        try:
+            output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            arguments.average_tokens_across_devices = across
+        sums = torch.tensor([self._eval_loss_sum, self._eval_tokens], dtype=torch.float64)
+        if arguments.world_size > 1:
+            sums = self.accelerator.reduce(sums.to(arguments.device), reduction="sum")  # type: ignore[attr-defined]
+        if sums[1] > 0:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics[f"{prefix}_loss"] = float(sums[0] / sums[1])
         return output
 
 
@@ -155,11 +185,29 @@ class MetricsWriter(TrainerCallback):
             file.write(json.dumps(line, allow_nan=True) + "\n")
 
 
+def _trained_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The tensors behind a model's trained parameters, by name; nothing is copied."""
+    if not isinstance(model, torch.nn.Module):
+        return {}
+    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _restore(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Undo TRL's cast of a quantised model's adapter to bfloat16, which rounds its start and most updates away."""
+    for name, parameter in model.named_parameters() if weights else ():
+        if name in weights and parameter.dtype != weights[name].dtype:
+            parameter.data = weights[name].to(parameter.device)
+
+
 def _without_wrappers(name: str) -> str:
     for wrapper in _WRAPPERS:
         while name.startswith(wrapper) or f".{wrapper}" in name:
             name = name.removeprefix(wrapper).replace(f".{wrapper}", ".")
     return name
+
+
+def _first(value: Any, examples: int) -> Any:
+    return value[:examples] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
 
 
 def _loss_tokens(inputs: Mapping[str, Any]) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the machine
+# Rows and tokens that are kept between runs are kept out of the user's own cache.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="loraplus_hydra_")
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,20 @@ def cli(
             status = end.code if isinstance(end.code, int) else 1
         finally:
             signal.signal(signal.SIGTERM, handler)
+            _close_log_files()
         captured = capfd.readouterr()
         return Finished(status, captured.out, captured.err)
 
     return called
+
+
+def _close_log_files() -> None:
+    """Take away the log handlers that Hydra set up: their files and streams end with the command."""
+    import logging
+
+    for name in ("", "loraplus_hydra"):
+        logger = logging.getLogger(name)
+        for handler in [one for one in logger.handlers if type(one) in (logging.FileHandler, logging.StreamHandler)]:
+            logger.removeHandler(handler)
+            if isinstance(handler, logging.FileHandler):
+                handler.close()

@@ -69,11 +69,15 @@ def test_sweep_under_torchrun_is_refused(cli: Callable[..., Finished], monkeypat
     assert "torchrun" in finished.err
 
 
-def test_requested_fsdp_that_is_not_active_is_an_error(
-    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
-) -> None:
-    from loraplus_hydra import run
-    from loraplus_hydra.errors import UserError
+def test_fsdp_in_one_process_is_refused(cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path) -> None:
+    finished = cli(*tiny_run, "trainer=fsdp2", "trainer.use_cpu=true", "trainer.bf16=false")
+    assert finished.status == 1
+    assert "trainer.fsdp: FSDP needs several processes" in finished.err
+    assert list(tmp_path.iterdir()) == []
 
-    with pytest.raises(UserError, match="FSDP"):
-        run(compose(*tiny_run, "trainer=fsdp2", "trainer.use_cpu=true", "trainer.bf16=false"), tmp_path / "run")
+
+def test_requested_fsdp_that_is_not_active_is_an_error(tiny_run: list[str], tmp_path: Path) -> None:
+    overrides = [*tiny_run, "trainer=fsdp2", "trainer.use_cpu=true", "trainer.bf16=false", f"hydra.run.dir={tmp_path}/x"]
+    done = torchrun("-m", "loraplus_hydra", *overrides, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "FSDP isn't active" in done.stderr

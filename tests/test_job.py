@@ -33,7 +33,8 @@ def finished_run(tiny_model: Path, rows: Path, tiny_run: list[str], tmp_path_fac
     import sys
 
     folder = tmp_path_factory.mktemp("runs") / "run"
-    overrides = [*tiny_run, f"hydra.run.dir={folder}", "loraplus.ratio=16", "trainer.save_steps=2", "trainer.max_steps=6"]
+    overrides = [*tiny_run, f"data.eval={rows}", f"hydra.run.dir={folder}", "loraplus.ratio=16"]
+    overrides += ["trainer.save_steps=2", "trainer.max_steps=6"]
     done = subprocess.run(
         [sys.executable, "-m", "loraplus_hydra", *overrides],
         cwd=Path(__file__).resolve().parent.parent,
@@ -118,17 +119,15 @@ def token_mean_loss(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> f
 
 
 def test_saved_adapter_merged_by_peft_gives_the_stated_loss(finished_run: Path, tiny_model: Path, rows: Path) -> None:
-    from datasets import Dataset
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    held_out = Dataset.from_list([json.loads(line) for line in rows.read_text().splitlines()])
-    held_out = held_out.train_test_split(test_size=2, seed=0)["test"]
+    held_out = [json.loads(line) for line in rows.read_text().splitlines()]
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(finished_run / "adapter")
     merged = PeftModel.from_pretrained(base, finished_run / "adapter").merge_and_unload().eval()
     stated = json.loads((finished_run / "result.json").read_text())["metrics"]["eval_loss"]
-    assert token_mean_loss(merged, tokenizer, list(held_out)) == pytest.approx(stated, rel=1e-4)
+    assert token_mean_loss(merged, tokenizer, held_out) == pytest.approx(stated, rel=1e-4)
 
 
 def test_evaluation_loss_does_not_depend_on_the_batch_size(

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -143,3 +146,19 @@ def unmarked_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_bert(tmp_path_factory.mktemp("bert"), word_tokenizer())
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """A JSONL file of the rows."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, *parts: str) -> list[int]:
+    """The tokens of parts, each tokenised by itself; a special token is a part of its own."""
+    return [token for part in parts for token in tokenizer(part, add_special_tokens=False)["input_ids"]]
+
+
+def masked(ids: Iterable[int]) -> list[int]:
+    """Labels that carry no loss."""
+    return [-100 for _ in ids]

@@ -6,7 +6,9 @@ config that are already known to be wrong is left out, so that one mistake is to
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
+from collections.abc import Iterable
+
+from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.errors import ConfigErrors, Problem
 
@@ -21,6 +23,25 @@ def check_without_data(config: DictConfig) -> None:
     _check(config, with_data=False)
 
 
+def stored_problems(config: DictConfig, groups: Iterable[str] | None = None) -> list[Problem]:
+    """What is wrong with a run's stored config in `groups` (None: all), as far as it can be told without its rows.
+
+    Its interpolations are resolved, so which of the `loraplus` keys are read can't be told any more.
+    """
+    from loraplus_hydra.check.classes import class_problems
+    from loraplus_hydra.check.keys import read_config, unknown_keys
+    from loraplus_hydra.check.machine import machine_problems
+    from loraplus_hydra.check.values import value_problems
+
+    plain, problems = read_config(config)
+    problems += unknown_keys(plain, OmegaConf.create())
+    problems += value_problems(plain)
+    problems += class_problems(plain)
+    problems += machine_problems(plain)
+    wanted = None if groups is None else set(groups)
+    return _told_once([one for one in problems if wanted is None or one.key.split(".")[0] in wanted])
+
+
 def _check(config: DictConfig, *, with_data: bool) -> None:
     from loraplus_hydra.check.keys import read_config, unknown_keys
     from loraplus_hydra.check.values import value_problems
@@ -30,8 +51,10 @@ def _check(config: DictConfig, *, with_data: bool) -> None:
     problems += value_problems(plain)
 
     from loraplus_hydra.check.classes import class_problems
+    from loraplus_hydra.check.machine import machine_problems
 
     problems += class_problems(plain)
+    problems += machine_problems(plain)
     wrong = {problem.key.split(".")[0] for problem in problems}
 
     from loraplus_hydra.check.dry_run import data_problems, model_problems
@@ -48,7 +71,12 @@ def _check(config: DictConfig, *, with_data: bool) -> None:
 
 def _told_once(problems: list[Problem]) -> list[Problem]:
     """Without repetitions: a wrong `loraplus.ratio` is wrong again in each rule that refers to it."""
+    from loraplus_hydra.check.values import RANGES
+
     keys = {problem.key for problem in problems}
     referred = keys & {"loraplus.ratio", "loraplus.lr_embedding", "loraplus.lr_A", "loraplus.lr_B", "optimizer.lr"}
     kept = [problem for problem in problems if not (referred and problem.key.startswith("loraplus.rules."))]
-    return list({(problem.key, problem.what): problem for problem in kept}.values())
+    told: dict[tuple[str, str], Problem] = {}
+    for problem in kept:  # out of range says all of a value that is of a wrong type, too
+        told.setdefault((problem.key, "" if problem.key in RANGES else problem.what), problem)
+    return list(told.values())

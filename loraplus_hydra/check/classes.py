@@ -11,16 +11,18 @@ from loraplus_hydra.check.signatures import argument_problems
 from loraplus_hydra.check.values import MASTERS
 from loraplus_hydra.data.rows import loader_arguments
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, nearest
+from loraplus_hydra.processes import world_size
 
 TARGET = "_target_"
 # Where a `_target_` may stand. Inside `adapter` further ones may, for PEFT's nested configs.
-PLACES = ("adapter", "optimizer", "scheduler", "task", "data")
+PLACES = ("quantization", "adapter", "optimizer", "scheduler", "task", "data")
 
 
 def class_problems(plain: dict[str, Any]) -> list[Problem]:
     """Problems of every place of the config that names a class or a function."""
     problems = list(_stray_targets(plain, ""))
-    problems += _adapter(plain.get("adapter", {}))
+    problems += _adapter(plain.get("adapter", {}), plain.get("trainer", {}))
+    problems += _quantization(plain.get("quantization", {}), plain.get("adapter", {}))
     problems += _optimizer(plain.get("optimizer", {}))
     problems += _scheduler(plain.get("scheduler", {}), _steps(plain.get("trainer", {})))
     problems += _task(plain.get("task", {}), plain.get("trainer", {}))
@@ -79,11 +81,29 @@ def _without(group: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in keys}
 
 
-def _adapter(adapter: dict[str, Any]) -> list[Problem]:
+def _adapter(adapter: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
     from peft import PeftConfig
 
-    found, problems = _resolve(adapter.get(TARGET), "adapter._target_", _derives(PeftConfig), "a PEFT config class, such as peft.LoraConfig")
-    return problems + (argument_problems(found, _without(adapter, TARGET), "adapter") if found else [])
+    from loraplus_hydra.check.adapter import adapter_problems
+
+    if adapter.get(TARGET) is None and "path" in adapter:
+        return []  # the adapter's own config says
+    found, problems = _resolve(
+        adapter.get(TARGET), "adapter._target_", _derives(PeftConfig), "a PEFT config class, such as peft.LoraConfig"
+    )
+    return problems + (adapter_problems(found, adapter, trainer) if found else [])
+
+
+def _quantization(quantization: dict[str, Any], adapter: dict[str, Any]) -> list[Problem]:
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    from loraplus_hydra.check.adapter import quantization_problems
+
+    wanted = "a transformers quantisation config, such as transformers.BitsAndBytesConfig"
+    found, problems = _resolve(
+        quantization.get(TARGET), "quantization._target_", _derives(QuantizationConfigMixin), wanted
+    )
+    return problems + (quantization_problems(found, quantization, adapter) if found else [])
 
 
 def _optimizer(optimizer: dict[str, Any]) -> list[Problem]:
@@ -153,6 +173,9 @@ def _trainer_arguments(arguments: type, task: dict[str, Any], trainer: dict[str,
         # `fsdp` is annotated as text, and true is what it takes
         known = {name: value for name, value in group.items() if name in here and name != "fsdp"}
         problems += argument_problems(arguments, known, place)
+    if trainer.get("fsdp") and world_size() == 1:
+        fix = "start it with torchrun --nproc_per_node N -m loraplus_hydra ..., or use trainer=default"
+        problems.append(Problem("trainer.fsdp", "FSDP needs several processes, and this is one", fix))
     if not problems:
         problems += _construction(arguments, {**trainer, **(task.get("args") or {})})
     return problems

@@ -12,6 +12,7 @@ from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 def data_problems(config: DictConfig) -> list[Problem]:
     """Load the tokenizer and the rows as the run will; the rows are kept for it."""
     from loraplus_hydra.examples import load_examples
+    from loraplus_hydra.model import vocabulary_problems
     from loraplus_hydra.tokenizer import load_tokenizer
 
     try:
@@ -21,6 +22,8 @@ def data_problems(config: DictConfig) -> list[Problem]:
     except Exception as error:  # transformers raises whatever the file or the network gives it
         fix = "name a folder with a tokenizer, or a model on the hub"
         return [Problem("model.tokenizer" if config.model.tokenizer else "model.path", _first_line(error), fix)]
+    if problems := vocabulary_problems(config.model, tokenizer):
+        return problems
     try:
         load_examples(config, tokenizer, keep=True)
     except UserError as error:
@@ -36,11 +39,13 @@ def model_problems(config: DictConfig) -> list[Problem]:
     from loraplus_hydra.roles import tensor_records
 
     try:
-        model = meta_model(config.model, config.task.auto_class)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        return [Problem("model.path", _first_line(error), "name a model's folder, or a model on the hub")]
+        model = meta_model(config.model, config.task.auto_class, _model_arguments(config))
+    except UserError as error:
+        return _problems(error, "model.path")
     try:
         adapted = _adapted(model, config)
+    except UserError as error:
+        return _problems(error, "adapter")
     except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError, RuntimeError) as error:
         return [_adapter_problem(model, config, error)]
     try:
@@ -54,15 +59,23 @@ def adapted_meta_model(config: DictConfig) -> Any:
     """The config's model with its adapter, on the meta device."""
     from loraplus_hydra.model import meta_model
 
-    return _adapted(meta_model(config.model, config.task.auto_class), config)
+    return _adapted(meta_model(config.model, config.task.auto_class, _model_arguments(config)), config)
+
+
+def _model_arguments(config: DictConfig) -> dict[str, Any]:
+    """What the rows say of the model, such as how many labels there are; nothing while they aren't known."""
+    from loraplus_hydra.examples import kept_examples
+
+    examples = kept_examples(config)
+    return examples.model_arguments if examples else {}
 
 
 def _adapted(model: Any, config: DictConfig) -> Any:
-    from peft import get_peft_model
+    from loraplus_hydra.adapter import add_adapter
 
-    from loraplus_hydra.adapter import adapter_config
-
-    return get_peft_model(model, adapter_config(config.adapter, config.task.task_type), low_cpu_mem_usage=True)
+    rows = model.get_input_embeddings().weight.shape[0]
+    new_tokens = range(rows - len(config.model.add_tokens), rows)
+    return add_adapter(model, config.adapter, config.task.task_type, new_tokens=new_tokens, on_meta=True)
 
 
 def _adapter_problem(model: Any, config: DictConfig, error: Exception) -> Problem:

@@ -50,7 +50,12 @@ def argument_problems(
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
     """Annotations that can be read; a dataclass's are its fields'."""
     try:
-        return typing.get_type_hints(target if dataclasses.is_dataclass(target) else getattr(target, "__init__", target))
+        if dataclasses.is_dataclass(target):
+            return typing.get_type_hints(target)
+        called = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+        annotations = {name: hint for name, hint in called.__annotations__.items() if name != "return"}
+        arguments = types.SimpleNamespace(__annotations__=annotations)
+        return typing.get_type_hints(arguments, globalns=called.__globals__)
     except Exception:  # annotations may name what only a type checker imports
         return {}
 

@@ -43,6 +43,8 @@ BETAS = Range(
     lambda x: isinstance(x, list) and len(x) >= 2 and all(DROPOUT.holds(beta) for beta in x),
 )
 
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")  # transformers' names
+
 RANGES: dict[str, Range] = {
     "seed": WHOLE,
     "model.dtype": DTYPE,
@@ -63,6 +65,9 @@ RANGES: dict[str, Range] = {
     "task.samples": WHOLE,
     "task.sample_tokens": COUNT,
     "task.args.max_length": COUNT_OR_NULL,
+    "task.max_length": COUNT_OR_NULL,
+    "task.block_size": Range("a whole number from 2 on", lambda x: _whole(x) and x >= 2, nullable=True),
+    "task.problem_type": Range(f"{', '.join(PROBLEM_TYPES)} or null", lambda x: x in PROBLEM_TYPES, nullable=True),
     "data.eval_fraction": PROPER_SHARE,
     "data.max_samples": COUNT_OR_NULL,
     "trainer.num_train_epochs": POSITIVE,
@@ -105,6 +110,7 @@ MASTERS: dict[str, str] = {
     "metric_for_best_model": "task.metric",
     "greater_is_better": "task.greater_is_better",
     "model_init_kwargs": "the model group",
+    "eval_on_start": "no key: a run always evaluates before and after",
     "do_train": "the command: a run trains",
     "do_eval": "trainer.eval_strategy",
     "do_predict": "the command",
@@ -127,7 +133,15 @@ def value_problems(plain: dict[str, Any]) -> list[Problem]:
             for name in (arguments if present and isinstance(arguments, dict) else ())
             if name in MASTERS
         ]
-    return problems
+    return problems + _endless(plain)
+
+
+def _endless(plain: dict[str, Any]) -> list[Problem]:
+    """Streamed rows have no end that would end the run."""
+    streaming, steps = _select(plain, "data.streaming")[1], _select(plain, "trainer.max_steps")[1]
+    if streaming is not True or steps != -1:
+        return []
+    return [Problem("trainer.max_steps", "streamed rows have no end that would end the run", "give a number of steps")]
 
 
 def _select(plain: dict[str, Any], path: str) -> tuple[bool, Any]:

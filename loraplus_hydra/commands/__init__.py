@@ -16,6 +16,7 @@ class Command:
     config: str = "config"  # the YAML that it composes: `config` is a run
     positional: str | None = None  # the key that a bare word right behind it sets
     flags: tuple[str, ...] = ()  # `--name` words of its own
+    changes: tuple[str, ...] = ()  # groups of the finished run's config that its overrides change: data.eval=...
 
 
 TRAIN = "train"
@@ -24,6 +25,25 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command(
         "show every trained tensor's role, rule, group and rate, and the memory; no weights are loaded (--tensors, --json)",
         flags=("tensors", "json"),
+    ),
+    "preview": Command("show three training rows as the model will see them: tokens, and which of them carry loss"),
+    "export": Command(
+        "write a finished run's merged model, or its adapter with a card, into a folder of its own: export RUN",
+        config="export",
+        positional="run",
+        changes=("model",),
+    ),
+    "predict": Command(
+        "try a finished run's adapter on a text or a file: predict RUN text=...",
+        config="predict",
+        positional="run",
+        changes=("model",),
+    ),
+    "evaluate": Command(
+        "evaluate a finished run, on other rows if you like: evaluate RUN data.eval=...",
+        config="evaluate",
+        positional="run",
+        changes=("model", "data", "trainer"),
     ),
     "check": Command("say everything that is wrong with the config, train nothing"),
 }

@@ -1,7 +1,7 @@
-"""What was read and tokenised once is kept on disk, by content: the same bytes under the same settings are not done again.
+"""What was read and tokenised once is kept on disk, by content: the same bytes under the same settings are done once.
 
-Everything lies in a folder of the `datasets` cache (HF_DATASETS_CACHE, by default ~/.cache/huggingface/datasets) and may
-be deleted at any time.
+Everything lies in a folder of the `datasets` cache (HF_DATASETS_CACHE, by default ~/.cache/huggingface/datasets) and
+may be deleted at any time.
 """
 
 from __future__ import annotations

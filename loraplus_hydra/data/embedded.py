@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Definition = Union[ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef]  # noqa: UP007
 
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)")
-_ABBREVIATION = re.compile(r"(?:\b(?:e\.?g|i\.?e|cf|vs|resp|approx|incl|esp|ca|al|fig|sec)|(?:^|\s)[A-Za-z])\.$", re.I)
+_ABBREVIATION = re.compile(r"\b(?:e\.?g|i\.?e|cf|vs|resp|approx|incl|esp|et al|fig)\.$", re.IGNORECASE)
 _SIGNATURE = re.compile(r"[\w.\[\]]+\(.*\)\s*(?:->.*)?")  # some docstrings begin by saying how it is called
 
 
@@ -98,7 +98,7 @@ def library_pairs(
 
 
 def module_pairs(source: Source, *, body: bool = True, max_prompt_chars: int = 400) -> Iterator[Pair]:
-    """The pairs of one module: its functions, methods and classes that have a docstring with a usable first sentence."""
+    """The pairs of one module: its functions, methods and classes whose docstring has a usable first sentence."""
     for node, owner in definitions(source.tree):
         sentence = first_sentence(ast.get_docstring(node) or "")
         if sentence:
@@ -106,7 +106,7 @@ def module_pairs(source: Source, *, body: bool = True, max_prompt_chars: int = 4
 
 
 def first_sentence(docstring: str, max_chars: int = 160) -> str | None:
-    """The first sentence of a docstring on one line; None if it has fewer than two words or over `max_chars` (1%)."""
+    """The first sentence of a docstring on one line; None if it has but one word or over `max_chars` (1% have)."""
     for paragraph in re.split(r"\n\s*\n", docstring.strip()):
         text = " ".join(paragraph.split())
         if _SIGNATURE.fullmatch(text):
@@ -115,7 +115,8 @@ def first_sentence(docstring: str, max_chars: int = 160) -> str | None:
             if not _ABBREVIATION.search(text[: end.end()]):
                 text = text[: end.end()]
                 break
-        usable = re.search(r"[^\W\d_]{2}.*\s\w", text) and ">>>" not in text and len(text) <= max_chars
+        words = sum(any(map(str.isalpha, word)) for word in text.split())
+        usable = words > 1 and ">>>" not in text and len(text) <= max_chars
         return text if usable else None
     return None
 
@@ -132,7 +133,7 @@ def definitions(node: ast.AST, owner: ast.ClassDef | None = None) -> Iterator[tu
 
 
 def source_of(source: Source, node: Definition, owner: ast.ClassDef | None, *, body: bool = True) -> str:
-    """A definition's text without docstrings, below the first line of the class that holds it; or its signature only."""
+    """A definition's text without docstrings, below the first line of the class that holds it, or its signature."""
     text = source.without_docstrings(source.line_of(node), source.end(node) if body else source.begin(node.body[0]))
     text = text.rstrip()
     if owner is None:

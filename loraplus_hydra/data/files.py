@@ -5,12 +5,13 @@ from __future__ import annotations
 import codecs
 import glob
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.data import mixing
-from loraplus_hydra.data.readers import FORMATS, UNITS, Layout, Row, load_file, read
+from loraplus_hydra.data.readers import FORMATS, UNITS, Layout, load_file, read
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, nearest
 
 if TYPE_CHECKING:
@@ -46,11 +47,11 @@ def load(
 ) -> DatasetDict:
     """The rows of files as a DatasetDict of "train" and "eval".
 
-    `train` and `eval` are a path, a pattern ("data/*.jsonl"), a list of these (all rows of each), or a mapping of them to
-    weights (rows in these shares, none twice). Without `eval`, the share `eval_fraction` of each file is held out, drawn
-    by `seed`; of text files whose unit is the file it is the end of each. `max_samples` rows of each split at most are
-    drawn by `seed`. `format` (jsonl, csv, parquet, text; None: by the file's suffix), `delimiter` (None: a tab for .tsv,
-    else a comma), `header`, `quote`, `encoding` and `unit` (file, paragraph, line) say how the files are written.
+    `train` and `eval` are a path, a pattern ("data/*.jsonl"), a list of these (all rows of each), or a mapping of paths
+    to weights (rows in these shares, none twice). Without `eval`, the share `eval_fraction` of each file is held out,
+    drawn by `seed`; of text files whose unit is the file it is the end of each. `max_samples` rows of each split are
+    drawn by `seed`. `format` (jsonl, csv, parquet, text; None: by the file's suffix), `delimiter` (None: a tab for
+    .tsv, else a comma), `header`, `quote`, `encoding` and `unit` (file, paragraph, line) say how the files are written.
     `streaming` reads the training rows as they are needed; `eval` must then be given.
 
     Raises ConfigErrors: a file that isn't there or isn't what its format says, with the line.
@@ -64,7 +65,9 @@ def load(
     if streaming:
         if eval is None:
             fix = "name files to evaluate on: data.eval=..."
-            raise ConfigErrors([Problem("data.eval", "of streamed rows none can be held out, since they have no end", fix)])
+            raise ConfigErrors(
+                [Problem("data.eval", "of streamed rows none can be held out, since they have no end", fix)]
+            )
         streamed = _stream(sources[0], layout, seed)
         rows = DatasetDict(train=streamed if max_samples is None else streamed.take(max_samples))
         rows["eval"] = mixing.draw(_mixed(sources[1], layout, seed), max_samples, seed)
@@ -170,12 +173,19 @@ def _paths(key: str, pattern: Any) -> list[str]:
 
 def _parts(source: Source, layout: Mapping[str, Any]) -> Iterator[tuple[str, Dataset]]:
     for path in source.paths:
-        try:
+        with _told_of(source.key):
             yield path, load_file(path, _layout(path, layout, source.key))
-        except ConfigErrors:
-            raise
-        except UserError as error:
-            raise ConfigErrors([Problem(source.key, str(error))]) from None
+
+
+@contextmanager
+def _told_of(key: str) -> Iterator[None]:
+    """Names the config's key in what is said of a file."""
+    try:
+        yield
+    except ConfigErrors:
+        raise
+    except UserError as error:
+        raise ConfigErrors([Problem(key, str(error))]) from None
 
 
 def _mixed(source: Source, layout: Mapping[str, Any], seed: int) -> Dataset:
@@ -206,12 +216,9 @@ def _stream(source: Source, layout: Mapping[str, Any], seed: int) -> IterableDat
         for path, each in zip(source.paths, layouts, strict=True)
     ]
     for path, part in zip(source.paths, parts, strict=True):
-        try:
-            next(iter(part))
-        except StopIteration:
-            raise ConfigErrors([Problem(source.key, f"{path} has no rows")]) from None
-        except UserError as error:
-            raise ConfigErrors([Problem(source.key, str(error))]) from None
+        with _told_of(source.key):
+            if next(iter(part), None) is None:
+                raise UserError(f"{path} has no rows")
     if source.weights is not None:
         shares = [weight / sum(source.weights) for weight in source.weights]
         mixed = interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="first_exhausted")

@@ -1,7 +1,7 @@
 """The GLUE benchmark by task name: from a hub, or from a folder of the original TSV files.
 
-Rows have the columns "text", "text_pair" and "label"; a task of single sentences has no value in "text_pair". Labels are
-named as on the hub, and in its order. https://gluebenchmark.com/tasks
+Rows have the columns "text", "text_pair" and "label"; a task of single sentences has no value in "text_pair". Labels
+are named as on the hub, and in its order. https://gluebenchmark.com/tasks
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ TASKS: dict[str, GlueTask] = {
         "MRPC", ("#1 String", "#2 String"), "Quality", ("not_equivalent", "equivalent"), ("sentence1", "sentence2")
     ),
     "stsb": GlueTask("STS-B", ("sentence1", "sentence2"), "score", None, ("sentence1", "sentence2")),
-    "wnli": GlueTask("WNLI", ("sentence1", "sentence2"), "label", ("not_entailment", "entailment"), ("sentence1", "sentence2")),
+    "wnli": GlueTask(
+        "WNLI", ("sentence1", "sentence2"), "label", ("not_entailment", "entailment"), ("sentence1", "sentence2")
+    ),
 }
 
 
@@ -91,9 +93,9 @@ def load(
 ) -> DatasetDict:
     """The training and development rows of the GLUE task `name` as "train" and "eval".
 
-    `path` is a data set on a hub or a folder: that of all tasks (with CoLA, SST-2, ... in it) or the task's own. MNLI is
-    evaluated on the genres it was trained on, or with `matched=False` on others. `max_samples` rows of each at most, drawn
-    by `seed`. Test sets have no public labels. Raises ConfigErrors for what isn't there or isn't as it should be.
+    `path` is a data set on a hub or a folder: that of all tasks (with CoLA, SST-2, ... in it) or the task's own. MNLI
+    is evaluated on the genres it was trained on, or with `matched=False` on others. `max_samples` rows of each at most,
+    drawn by `seed`. Test sets have no public labels. Raises ConfigErrors for what isn't there or isn't as it should be.
     """
     from datasets import DatasetDict
 
@@ -114,7 +116,9 @@ def load(
 
 def _folder(path: Path, task: GlueTask) -> Path:
     if not path.is_dir():
-        raise ConfigErrors([Problem("data.path", f"{path}: no such folder", f"a folder with {task.folder}/train.tsv in it")])
+        raise ConfigErrors(
+            [Problem("data.path", f"{path}: no such folder", f"a folder with {task.folder}/train.tsv in it")]
+        )
     inside = path / task.folder
     return inside if inside.is_dir() else path
 
@@ -133,8 +137,10 @@ def _local(path: Path, task: GlueTask) -> Dataset:
 
 
 def read_tsv(path: str, task: GlueTask) -> Iterator[dict[str, Any]]:
-    """The rows of one of the original files. Quotes mean nothing in them; rows with cells missing, of which QQP has a few,
-    and MNLI's without a verdict (`-`) are left out, as everybody does."""
+    """The rows of one of the original files, in which quotes mean nothing.
+
+    Rows with cells missing, of which QQP has a few, and MNLI's without a verdict (`-`) are left out, as everybody does.
+    """
     names: list[str] | None = list(task.header) if task.header else None
     try:
         # Other line ends stand inside sentences: a row ends at \n alone.

@@ -27,9 +27,9 @@ def load(
 ) -> DatasetDict:
     """Splits of the data set `name` (`config` names one of its parts) as a DatasetDict of "train" and "eval".
 
-    Without `eval_split` the share `eval_fraction` of the training split is held out, drawn by `seed`. `max_samples` rows
-    of each at most, drawn by `seed`. `streaming` reads the training rows as they are needed; `eval_split` must then be
-    given. Raises ConfigErrors for what isn't there, with what is.
+    Without `eval_split` the share `eval_fraction` of the training split is held out, drawn by `seed`. `max_samples`
+    rows of each at most, drawn by `seed`. `streaming` reads the training rows as they are needed; `eval_split` must
+    then be given. Raises ConfigErrors for what isn't there, with what is.
     """
     from datasets import DatasetDict
 
@@ -48,7 +48,9 @@ def load(
         return rows
     if eval_split is None:
         if len(found["train"]) < 2:
-            raise ConfigErrors([Problem("data.train_split", f"'{train_split}' has fewer than two rows", "name another")])
+            raise ConfigErrors(
+                [Problem("data.train_split", f"'{train_split}' has fewer than two rows", "name another")]
+            )
         found["train"], found["eval"] = mixing.hold_out(found["train"], eval_fraction, seed)
     return DatasetDict({key: mixing.draw(rows, max_samples, seed) for key, rows in found.items()})
 
@@ -98,7 +100,9 @@ def _named_wrongly(
             return Problem("data.config", what, f"one of: {', '.join(configs)}")
         splits = get_dataset_split_names(name, config, revision=revision)
         if split not in splits:
-            return Problem(key, f"{name} has no split '{split}'{nearest(split, splits)}", f"one of: {', '.join(splits)}")
+            return Problem(
+                key, f"{name} has no split '{split}'{nearest(split, splits)}", f"one of: {', '.join(splits)}"
+            )
     except Exception:  # the data set can't even be listed: what was said first stands
         return Problem("data.name", _first_line(error))
     return Problem("data.name", _first_line(error))

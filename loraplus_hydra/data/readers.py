@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from loraplus_hydra.data.cache import cache_folder, digest, file_digest, generated
-from loraplus_hydra.data.rows import CONTINUES, ORIGIN
+from loraplus_hydra.data.rows import CONTINUED, CONTINUES, ORIGIN
 from loraplus_hydra.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,10 +57,14 @@ def load_file(path: str, layout: Layout) -> Dataset:
     features = _features(read(path, layout))
     if features is None:
         raise UserError(f"{path} has no rows")
-    encoded = [name for name, feature in features.items() if type(feature).__name__ == "Json"]
+    # Tuples: datasets would take lists among the arguments for parts to be read apart.
+    encoded = tuple(name for name, feature in features.items() if type(feature).__name__ == "Json")
     key = {"content": file_digest(path), "path": path, **asdict(layout)}
     return generated(
-        _encoded, {"path": path, "layout": layout, "names": list(features), "encoded": encoded}, features=features, key=key
+        _encoded,
+        {"path": path, "layout": layout, "names": tuple(features), "encoded": encoded},
+        features=features,
+        key=key,
     )
 
 
@@ -86,15 +90,20 @@ def _undecodable_line(path: str, encoding: str) -> str:
     if encoding.lower().startswith(("utf-16", "utf-32")):
         return ""
     with Path(path).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode(encoding)
-            except UnicodeError:
-                return f", line {number}"
-    return ""
+        bad = (number for number, line in enumerate(file, start=1) if not _decodes(line, encoding))
+        number = next(bad, None)
+    return "" if number is None else f", line {number}"
 
 
-def _read_jsonl(path: str, file: IO[str], layout: Layout) -> Iterator[Row]:
+def _decodes(line: bytes, encoding: str) -> bool:
+    try:
+        line.decode(encoding)
+    except UnicodeError:
+        return False
+    return True
+
+
+def _read_jsonl(path: str, file: IO[str], _: Layout) -> Iterator[Row]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
@@ -149,8 +158,6 @@ def _check_header(path: str, names: list[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{path}: the column '{twice[0]}' is there twice; rename one")
-    if ORIGIN in names or CONTINUES in names:
-        raise UserError(f"{path}: the column names {ORIGIN} and {CONTINUES} are taken")
 
 
 def _read_text(path: str, file: IO[str], layout: Layout) -> Iterator[Row]:
@@ -177,12 +184,12 @@ def _pieces(path: str, file: IO[str]) -> Iterator[Row]:
     for number, line in enumerate(file, start=1):
         # Where a word begins, so that no run of white space is torn.
         if size >= PIECE and not line[:1].isspace():
-            yield {"text": "".join(kept), CONTINUES: True, ORIGIN: f"{path}, line {begun}"}
+            yield {"text": "".join(kept), CONTINUED: begun > 1, CONTINUES: True, ORIGIN: f"{path}, line {begun}"}
             kept, size, begun = [], 0, number
         kept.append(line)
         size += len(line)
     if any(line.strip() for line in kept):
-        yield {"text": "".join(kept), CONTINUES: False, ORIGIN: f"{path}, line {begun}"}
+        yield {"text": "".join(kept), CONTINUED: begun > 1, CONTINUES: False, ORIGIN: f"{path}, line {begun}"}
 
 
 def _features(rows: Iterator[Row]) -> Features | None:
@@ -216,7 +223,7 @@ def _kind(value: Any) -> str:
     return {str: "string", float: "float64"}.get(type(value), "other")
 
 
-def _encoded(path: str, layout: Layout, names: list[str], encoded: list[str]) -> Iterator[Row]:
+def _encoded(path: str, layout: Layout, names: tuple[str, ...], encoded: tuple[str, ...]) -> Iterator[Row]:
     """Rows with all columns `names`, those in `encoded` as JSON text, as datasets' Json feature keeps them."""
     for row in read(path, layout):
         values = {name: row.get(name) for name in names}

@@ -19,7 +19,9 @@ SPLITS = ("train", "eval")
 
 # Columns of our own loaders, beside those of the file.
 ORIGIN = "__origin__"  # where a row stands: "train.jsonl, line 17"
-CONTINUES = "__continues__"  # true: the next row goes on with the same document
+CONTINUES = "__continues__"  # true: the next row goes on with this one's document
+CONTINUED = "__continued__"  # true: this row goes on with the document of the one before
+_OURS = (ORIGIN, CONTINUES, CONTINUED)
 
 
 def loader_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,4 +63,4 @@ def all_columns(rows: Rows) -> list[str]:
 
 def columns(rows: Rows) -> list[str]:
     """The names of the columns that came with the rows, without ours."""
-    return [name for name in all_columns(rows) if name not in (ORIGIN, CONTINUES)]
+    return [name for name in all_columns(rows) if name not in _OURS]

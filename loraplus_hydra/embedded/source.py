@@ -25,8 +25,8 @@ _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__"}  # site-package
 _SKIPPED_PACKAGES = {"encodings", "pydoc_data"}  # character tables, and the manual's text as one string
 _SKIPPED_FILES = ("_sysconfigdata", "sitecustomize", "usercustomize")  # written by a machine's build or its owner
 
-# With this salt a tenth of the pairs is held out under each of CPython 3.10 to 3.13, no module has much of it, and none
-# that was renamed or split between those versions is known from another one (but for a handful of pairs).
+# With this salt a tenth of the pairs is held out under each of CPython 3.10 to 3.13, no module makes up much of it, and
+# no held-out prompt of one version is a training prompt of 3.11, whose library the shipped weights have seen.
 _SALT = "loraplus_hydra/370"
 
 
@@ -41,18 +41,17 @@ def library_modules(folder: Path | None = None) -> dict[str, Path]:
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name.isidentifier() and name not in _SKIPPED_FOLDERS]
         for file in files:
-            stem, extension = os.path.splitext(file)
-            if extension != ".py" or not stem.isidentifier() or stem.startswith(_SKIPPED_FILES):
+            stem = file.removesuffix(".py")
+            if stem == file or not stem.isidentifier() or stem.startswith(_SKIPPED_FILES):
                 continue
             path = Path(place, file)
-            parts = path.relative_to(folder).with_suffix("").parts
-            if parts[0] in _SKIPPED_PACKAGES or parts == ("__init__",):
-                continue
-            modules[".".join(parts[:-1] if stem == "__init__" else parts)] = path
+            parts = (*path.parent.relative_to(folder).parts, *([] if stem == "__init__" else [stem]))
+            if parts and parts[0] not in _SKIPPED_PACKAGES:
+                modules[".".join(parts)] = path
     if not modules:
         raise UserError(
-            f"data=embedded: there is no standard library source in {folder} (this Python seems to be shipped zipped or "
-            f"stripped); use a Python that has it, or your own text: data=jsonl data.train=FILE"
+            f"data=embedded: there is no standard library source in {folder} (this Python seems to be shipped zipped "
+            f"or stripped); use a Python that has it, or your own text: data=jsonl data.train=FILE"
         )
     return dict(sorted(modules.items()))
 
@@ -126,7 +125,8 @@ class Source:
 
     def end(self, node: ast.stmt) -> int:
         """Offset behind the statement's last character."""
-        assert node.end_lineno is not None and node.end_col_offset is not None
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
         return self._lines[node.end_lineno - 1] + node.end_col_offset
 
     def without_docstrings(self, begin: int = 0, end: int | None = None) -> str:

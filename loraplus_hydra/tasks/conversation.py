@@ -1,4 +1,4 @@
-"""Rows of supervised fine-tuning as the conversations or plain texts that they hold, in any of the shapes that TRL knows.
+"""Rows of supervised fine-tuning as the conversations or plain texts that they hold, in any shape that TRL knows.
 
 https://huggingface.co/docs/trl/dataset_formats
 """
@@ -76,8 +76,11 @@ class Shape:
         completion = text_in(row, self.completion, place, empty=False)
         if not chat:
             return Text(completion, prompt)
-        turns = ([{"role": role, "content": text}] for role, text in (("assistant", completion), ("user", prompt)))
-        return Conversation(*turns, _template_arguments(row, place))
+        return Conversation(
+            completion=[{"role": "assistant", "content": completion}],
+            prompt=[{"role": "user", "content": prompt}],
+            template_arguments=_template_arguments(row, place),
+        )
 
 
 def shape_of(rows: DatasetDict, data: DictConfig) -> Shape:
@@ -113,7 +116,7 @@ def _no_shape(names: dict[str, Any], there: list[str]) -> list[Problem]:
         name = names[missing[0]]
         return [Problem(f"data.{missing[0]}", f"the rows have no column '{name}'{nearest(str(name), there)}", fix)]
     wanted = ", ".join(f"{key}={name}" for key, name in names.items() if name is not None) or "none is named"
-    fix += "; name yours: data.prompt_column=... data.completion_column=..., data.messages_column=... or data.text_column=..."
+    fix += "; name yours: data.prompt_column=... data.completion_column=..., or data.messages_column=..."
     return [Problem("data", f"the rows have none of the columns looked for ({wanted})", fix)]
 
 

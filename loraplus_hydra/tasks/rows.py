@@ -29,7 +29,9 @@ def require_columns(rows: DatasetDict, wanted: Mapping[str, str]) -> None:
 def refuse_unread(task: DictConfig, *names: str) -> None:
     """Raise ConfigErrors for settings of `task` that this task doesn't read: setting them would do nothing."""
     problems = [
-        Problem(f"task.{name}", "this task doesn't read it", "leave it null") for name in names if task[name] is not None
+        Problem(f"task.{name}", "this task doesn't read it", "leave it null")
+        for name in names
+        if task[name] is not None
     ]
     if problems:
         raise ConfigErrors(problems)
@@ -68,4 +70,6 @@ def described(value: Any) -> str:
         return f"the number {value}"
     if isinstance(value, str):
         return f"the text {value[:40]!r}"
-    return {list: "a list", dict: "an object"}.get(type(value), f"a {type(value).__name__}")
+    if isinstance(value, (list, dict)):
+        return "a list" if isinstance(value, list) else "an object"
+    return f"a {type(value).__name__}"

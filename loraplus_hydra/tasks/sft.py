@@ -7,7 +7,6 @@ packs and batches them. https://huggingface.co/docs/trl/sft_trainer
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.data.cache import converted, tokenizer_digest
@@ -16,6 +15,7 @@ from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.examples import Examples
 from loraplus_hydra.tasks.conversation import Conversation, Shape, Text, shape_of
 from loraplus_hydra.tasks.rows import batch_rows, refuse_unread
+from loraplus_hydra.tasks.template import check_template, end_token, loss_rule, take_template
 from loraplus_hydra.tasks.tokens import IGNORED, Encoded, LossRule, encode_conversation, encode_texts
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from loraplus_hydra.data.rows import Rows
 
-_NO_TEMPLATE_FIX = "choose a model whose tokenizer has one, or give one: +task.args.chat_template_path=template.jinja"
+# With assistant_only_loss SFTTrainer insists on a column of messages, even beside labels; it doesn't read it then.
+_ANY_TURNS = [{"role": "assistant", "content": ""}]
 
 
 def examples(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictConfig, data: DictConfig) -> Examples:
@@ -36,11 +37,11 @@ def examples(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictCo
     """
     refuse_unread(task, "block_size", "max_length", "problem_type")
     shape = shape_of(rows, data)
-    end = _end_token(tokenizer, task)
-    _take_template(tokenizer, task)
+    end = end_token(tokenizer, task)
+    take_template(tokenizer, task)
     chat = bool(tokenizer.chat_template) if task.chat is None else task.chat
-    _check_template(tokenizer, shape, task, chat=chat)
-    rule, notes = _loss_rule(tokenizer, shape, task, chat=chat)
+    check_template(tokenizer, shape, task, chat=chat)
+    rule, notes = loss_rule(tokenizer, shape, task, chat=chat)
     key = {
         "task": "sft",
         "tokenizer": tokenizer_digest(tokenizer),
@@ -52,7 +53,7 @@ def examples(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictCo
     encoded = {}
     for split in SPLITS:
         convert = _converter(shape, tokenizer, rule, end, split, chat=chat)
-        encoded[split] = _tokenised(rows[split], convert, shape, rule, key)
+        encoded[split] = _tokenised(rows[split], convert, rule, key)
     for split in SPLITS:
         encoded[split], more = _noted(encoded[split], split, task)
         notes += more
@@ -67,83 +68,6 @@ def examples(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictCo
     )
 
 
-def _end_token(tokenizer: PreTrainedTokenizerBase, task: DictConfig) -> str:
-    """What ends a text: the tokenizer's end-of-text token, unless `task.args.eos_token` names another."""
-    end = task.args.get("eos_token") or tokenizer.eos_token
-    if end is None:
-        what = "it has no end-of-text token, so the model could not learn to stop"
-        raise ConfigErrors([Problem("model.tokenizer", what, "name one of its tokens: +task.args.eos_token='\"<|end|>\"'")])
-    if end not in tokenizer.get_vocab():
-        raise ConfigErrors([Problem("task.args.eos_token", f"the tokenizer has no token '{end}'")])
-    return str(end)
-
-
-def _take_template(tokenizer: PreTrainedTokenizerBase, task: DictConfig) -> None:
-    """Give the tokenizer the template of `task.args.chat_template_path`, as the Trainer will."""
-    path = task.args.get("chat_template_path")
-    if path is None:
-        return
-    if not Path(path).is_file() or Path(path).suffix not in (".jinja", ".j2"):
-        fix = "name a file that ends in .jinja (another model's template may need tokens that this model hasn't)"
-        raise ConfigErrors([Problem("task.args.chat_template_path", f"there is no template file {path}", fix)])
-    tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-
-
-def _check_template(tokenizer: PreTrainedTokenizerBase, shape: Shape, task: DictConfig, *, chat: bool) -> None:
-    if shape.messages is not None and task.chat is False:
-        raise ConfigErrors([Problem("task.chat", "conversations can't be written without a chat template", "task.chat=null")])
-    if not tokenizer.chat_template and (chat or shape.messages is not None):
-        why = "task.chat is true" if shape.messages is None else f"'{shape.messages}' holds conversations"
-        what = f"it has no chat template, but {why}"
-        raise ConfigErrors([Problem("model.tokenizer", what, _NO_TEMPLATE_FIX)])
-
-
-def _loss_rule(
-    tokenizer: PreTrainedTokenizerBase, shape: Shape, task: DictConfig, *, chat: bool
-) -> tuple[LossRule, list[str]]:
-    """Which tokens carry loss, and what the user should know of it."""
-    completion_only = task.args.get("completion_only_loss")
-    assistant_only = bool(task.args.get("assistant_only_loss", False))
-    if completion_only and not shape.has_prompt:
-        fix = "null: on completions where rows have them, on everything elsewhere; for conversations there is "
-        what = "the rows have no completion, only " + ("conversations" if shape.messages else "text")
-        raise ConfigErrors([Problem("task.args.completion_only_loss", what, fix + "task.args.assistant_only_loss=true")])
-    if completion_only is None:
-        completion_only = shape.has_prompt
-    if not assistant_only:
-        return LossRule(completion_only, assistant_only=False), []
-    key = "task.args.assistant_only_loss"
-    if shape.text is not None or (shape.messages is None and not chat):
-        raise ConfigErrors([Problem(key, "plain texts have no turns of an assistant", "set it to false")])
-    template, notes = _marked_template(tokenizer, key)
-    return LossRule(completion_only, assistant_only=True, template=template), notes
-
-
-def _marked_template(tokenizer: PreTrainedTokenizerBase, key: str) -> tuple[str | None, list[str]]:
-    """A template that marks the assistant's turns, None if the tokenizer's own does; TRL knows those of many models."""
-    from trl.chat_template_utils import (
-        get_training_chat_template,
-        has_generation_markers,
-        is_chat_template_stop_token_trained,
-    )
-
-    if not tokenizer.is_fast:
-        raise ConfigErrors([Problem(key, "the tokenizer isn't a fast one, so it can't tell which tokens are whose")])
-    if has_generation_markers(tokenizer.chat_template):
-        template, notes = None, []
-    else:
-        try:
-            template = get_training_chat_template(tokenizer)
-        except ValueError:
-            what = "the tokenizer's chat template doesn't mark the assistant's turns, and TRL has no marked version of it"
-            fix = "put {% generation %} ... {% endgeneration %} into it: +task.args.chat_template_path=template.jinja"
-            raise ConfigErrors([Problem(key, what, fix)]) from None
-        notes = ["The assistant's turns are found by TRL's training version of the tokenizer's chat template."]
-    if not is_chat_template_stop_token_trained(tokenizer, chat_template=template):
-        notes.append("The chat template doesn't mark the end of the assistant's turns: the model may not learn to stop.")
-    return template, notes
-
-
 def _converter(
     shape: Shape, tokenizer: PreTrainedTokenizerBase, rule: LossRule, end: str, split: str, *, chat: bool
 ) -> Any:
@@ -154,16 +78,19 @@ def _converter(
             encode_conversation(each, tokenizer, rule, place) if isinstance(each, Conversation) else next(texts)
             for each, place in found
         ]
-        return {name: [getattr(row, name) for row in encoded] for name in ("input_ids", "labels", "merged")}
+        columns = {name: [getattr(row, name) for row in encoded] for name in ("input_ids", "labels", "merged")}
+        return columns | ({"messages": [_ANY_TURNS] * len(encoded)} if rule.assistant_only else {})
 
     return convert
 
 
-def _tokenised(rows: Rows, convert: Any, shape: Shape, rule: LossRule, key: dict[str, Any]) -> Rows:
-    """The rows with the columns input_ids, labels and merged."""
+def _tokenised(rows: Rows, convert: Any, rule: LossRule, key: dict[str, Any]) -> Rows:
+    """The rows with the columns input_ids, labels and merged, and for `assistant_only` one of messages."""
     from datasets import Features, List, Value
 
     features = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "merged": Value("bool")}
+    if rule.assistant_only:
+        features["messages"] = List({"role": Value("string"), "content": Value("string")})
     return converted(rows, convert, columns=all_columns(rows), features=Features(features), key=key)
 
 
@@ -177,13 +104,15 @@ def _noted(rows: Rows, split: str, task: DictConfig) -> tuple[Rows, list[str]]:
     rows = rows.remove_columns("merged")
     if merged:
         notes.append(
-            f"In {merged:,} of {len(rows):,} {split} rows the prompt's end and the completion's beginning share a token, "
-            "which counts as the completion's: end prompts, or begin completions, with a space or a line's end."
+            f"In {merged:,} of {len(rows):,} {split} rows the prompt's end and the completion's beginning share a "
+            "token, which counts as the completion's: end prompts, or begin completions, with a space or a line's end."
         )
     long = [] if limit is None else list(_too_long(rows, limit))
     if long and not (task.args.get("packing") and task.args.get("packing_strategy") in ("bfd_split", "wrapped")):
         emptied = sum(all(label == IGNORED for label in rows[index]["labels"][:limit]) for index in long)
-        notes.append(f"{len(long):,} of {len(rows):,} {split} rows are longer than {limit} tokens: their ends are cut off.")
+        notes.append(
+            f"{len(long):,} of {len(rows):,} {split} rows are longer than {limit} tokens: their ends are cut off."
+        )
         if emptied:
             notes.append(f"{emptied:,} of these have no token left to learn and are left out.")
         if emptied == len(rows):

@@ -1,7 +1,7 @@
 """Texts and conversations -> token ids and labels. A label of -100 carries no loss; any other is its token's id.
 
-The same tokens and labels as TRL's SFTTrainer makes (the tests compare them), but known before the model is loaded, with
-the place of each row that can't be made sense of.
+The same tokens and labels as TRL's SFTTrainer makes (the tests compare them), but known before the model is loaded,
+with the place of each row that can't be made sense of.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Encoded:
 
 def encode_texts(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, rule: LossRule, end: str) -> list[Encoded]:
     """Plain texts, each followed by the token `end` unless it ends so already."""
+    if not texts:
+        return []
     whole = [_ended((text.prompt or "") + text.completion, text.completion, end) for text in texts]
     whole_ids = tokenizer(whole)["input_ids"]
     prompt_ids = tokenizer([text.prompt or "" for text in texts])["input_ids"]
@@ -58,7 +60,9 @@ def encode_conversation(
     """A conversation as the chat template writes it; raises ConfigErrors naming `place` when the template can't."""
     prompt_ids = None
     if conversation.prompt is not None:
-        prompt_ids = _templated(conversation.prompt, conversation, tokenizer, rule, place, add_generation_prompt=True)[0]
+        prompt_ids = _templated(conversation.prompt, conversation, tokenizer, rule, place, add_generation_prompt=True)[
+            0
+        ]
     messages = [*(conversation.prompt or []), *conversation.completion]
     ids, marks = _templated(messages, conversation, tokenizer, rule, place)
     if rule.assistant_only and not any(marks):

@@ -1,0 +1,85 @@
+"""The adapter and the quantisation of its base: their classes' arguments, and what of them goes together."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from loraplus_hydra.check.signatures import argument_problems
+from loraplus_hydra.errors import Problem, UserError, nearest
+
+
+def adapter_problems(config_class: type, adapter: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
+    """Problems of an `adapter` group whose class is known to be a PEFT config."""
+    from peft import AdaLoraConfig
+
+    from loraplus_hydra.adapter import peft_arguments
+
+    arguments = {key: value for key, value in peft_arguments(adapter).items() if key != "_target_"}
+    problems = argument_problems(config_class, arguments, "adapter")
+    problems += _start_problems(adapter.get("init_lora_weights"))
+    if issubclass(config_class, AdaLoraConfig):
+        problems += _adalora_problems(adapter, trainer)
+    return problems
+
+
+def quantization_problems(config_class: type, quantization: dict[str, Any], adapter: dict[str, Any]) -> list[Problem]:
+    """Problems of a `quantization` group whose class is known to be a quantisation config, and of the adapter on it."""
+    from loraplus_hydra.initialisation import changes_base
+    from loraplus_hydra.quantization import quantization_config
+
+    arguments = {key: value for key, value in quantization.items() if key != "_target_"}
+    # The class takes any keyword and forgets those that it doesn't know.
+    names = [name for name, kind in inspect.signature(config_class).parameters.items() if kind.kind != kind.VAR_KEYWORD]
+    problems = [
+        Problem(f"quantization.{name}", f"{config_class.__name__} has no such argument{nearest(name, names)}")
+        for name in arguments
+        if name not in names
+    ]
+    if not problems:
+        try:
+            quantization_config(quantization)
+        except (ValueError, TypeError, ImportError, AttributeError) as error:
+            problems.append(Problem("quantization", _told(error), "see the class's documentation"))
+    if changes_base(adapter.get("init_lora_weights")):
+        what = f"'{adapter['init_lora_weights']}' takes its start out of the base's weights, which are quantised here"
+        problems.append(Problem("adapter.init_lora_weights", what, "use quantization=none, or adapter=lora"))
+    return problems
+
+
+def _start_problems(start: Any) -> list[Problem]:
+    from loraplus_hydra.initialisation import UNSUPPORTED
+
+    reason = UNSUPPORTED.get(start.lower()) if isinstance(start, str) else None
+    if reason is None:
+        return []
+    fix = "use true, a_zero, gaussian, orthogonal, pissa or olora"
+    return [Problem("adapter.init_lora_weights", f"'{start}' can't be had here: {reason}", fix)]
+
+
+def _adalora_problems(adapter: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
+    from loraplus_hydra.adalora import phases
+
+    problems = []
+    if adapter.get("total_step") is not None:
+        problems.append(Problem("adapter.total_step", "comes from the run's own number of steps", "leave it out"))
+    first, last = (adapter.get(name, 0) for name in ("tinit", "tfinal"))
+    for name, value in (("tinit", first), ("tfinal", last)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0 or value > 1 > value % 1 > 0:
+            fix = "a whole number of steps, or a share of the run's steps below 1"
+            problems.append(Problem(f"adapter.{name}", f"{value} is out of range", f"it must be {fix}"))
+    start, target = adapter.get("init_r", 12), adapter.get("target_r", 8)
+    if isinstance(start, int) and isinstance(target, int) and not 1 <= target < start:
+        fix = "init_r is the rank at the start, target_r the mean rank at the end"
+        problems.append(Problem("adapter.target_r", f"{target} isn't below adapter.init_r = {start}", fix))
+    steps = trainer.get("max_steps")
+    if not problems and isinstance(steps, int) and steps > 0:
+        try:
+            phases(steps, first, last)
+        except UserError as error:
+            problems.append(Problem("adapter.tinit", str(error).partition(": ")[2]))
+    return problems
+
+
+def _told(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

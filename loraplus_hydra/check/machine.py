@@ -1,0 +1,87 @@
+"""What the config asks of this machine: attention kernels, dtypes, a compiler, bitsandbytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loraplus_hydra.errors import Problem, nearest
+
+# Kernels that need a package of their own, and how transformers knows of it.
+_PACKAGED = {
+    "flash_attention_2": ("is_flash_attn_2_available", "flash-attn"),
+    "flash_attention_3": ("is_flash_attn_3_available", "flash-attn-3"),
+}
+
+
+def machine_problems(plain: dict[str, Any]) -> list[Problem]:
+    """A Problem for each thing that can't be had here."""
+    model, trainer = plain.get("model", {}), plain.get("trainer", {})
+    return [
+        *_attention(model.get("attention"), model.get("trust_remote_code")),
+        *_dtype(model.get("dtype"), trainer.get("use_cpu")),
+        *_compiler(trainer),
+        *_bitsandbytes(plain.get("quantization", {})),
+    ]
+
+
+def _attention(name: Any, trusted: Any) -> list[Problem]:
+    from transformers import utils
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    key = "model.attention"
+    if name is None:
+        return []
+    if "/" in str(name):  # kernels that transformers would fetch from a hub and run
+        return (
+            [] if trusted else [Problem(key, f"'{name}' is code from a hub", "it needs model.trust_remote_code=true")]
+        )
+    known = sorted({"eager", *ALL_ATTENTION_FUNCTIONS})
+    if name not in known:
+        return [Problem(key, f"there is no attention '{name}'{nearest(name, known)}", f"one of: {', '.join(known)}")]
+    if name in _PACKAGED:
+        available, package = _PACKAGED[name]
+        if not getattr(utils, available)():
+            return [Problem(key, f"'{name}' needs the package {package} and a GPU that it knows", "use sdpa")]
+    return []
+
+
+def _dtype(dtype: Any, use_cpu: Any) -> list[Problem]:
+    import torch
+
+    if dtype != "bfloat16" or use_cpu or not torch.cuda.is_available() or torch.cuda.is_bf16_supported():
+        return []
+    return [Problem("model.dtype", "this GPU doesn't compute in bfloat16", "use float16 or float32")]
+
+
+def _compiler(trainer: dict[str, Any]) -> list[Problem]:
+    wanted = any(trainer.get(name) for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"))
+    if not wanted or trainer.get("torch_compile_backend") not in (None, "inductor"):
+        return []
+    import torch
+
+    if torch.cuda.is_available() and not trainer.get("use_cpu"):
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            return [Problem("trainer.torch_compile", "compiling for this GPU needs triton", "set it to false")]
+        return []
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError):
+        return [
+            Problem("trainer.torch_compile", "compiling needs a C++ compiler, and there is none", "set it to false")
+        ]
+    return []
+
+
+def _bitsandbytes(quantization: dict[str, Any]) -> list[Problem]:
+    if not str(quantization.get("_target_")).endswith("BitsAndBytesConfig"):
+        return []
+    from transformers.utils import is_bitsandbytes_available
+
+    if is_bitsandbytes_available():
+        return []
+    return [Problem("quantization", "bitsandbytes isn't installed", "install it, or use quantization=none")]

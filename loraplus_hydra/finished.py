@@ -1,0 +1,150 @@
+"""A finished run, opened again from its folder: its config, its result, and its model with the adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from loraplus_hydra import paths
+from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.results import OK
+from loraplus_hydra.schema import RunConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+# What of a stored config is needed to rebuild the model, without training or rows.
+MODEL_GROUPS = ("model", "quantization", "adapter", "task", "seed")
+# What the task sets in a model's config, kept in the config.json beside the adapter.
+_LABEL_SETTINGS = ("id2label", "label2id", "problem_type")
+_KEY = "run"
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run's folder with its whole config and what result.json says."""
+
+    folder: Path
+    config: DictConfig
+    result: Mapping[str, Any]
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / paths.ADAPTER
+
+    def model_arguments(self) -> dict[str, Any]:
+        """What the task has set in the model's config: the labels' names and their kind."""
+        stored = json.loads((self.adapter / "config.json").read_text(encoding="utf-8"))
+        found = {name: stored[name] for name in _LABEL_SETTINGS if stored.get(name) is not None}
+        if "id2label" in found:
+            found["id2label"] = {int(number): name for number, name in found["id2label"].items()}
+            found["num_labels"] = len(found["id2label"])
+        return found
+
+
+def open_run(
+    folder: str,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    trust_remote_code: bool = False,
+    groups: Iterable[str] | None = MODEL_GROUPS,
+) -> FinishedRun:
+    """The finished run in `folder`, with `overrides` (group -> keys) merged into its config.
+
+    Its config is checked like any other, in `groups` (None: everywhere) and without its rows, since a folder may come
+    from anybody: what it names must be of the kind that its place expects, and code that came with a model runs only
+    with `trust_remote_code`. Raises ConfigErrors.
+    """
+    place = Path(folder).expanduser()
+    result = _result(place)
+    config = _config(place / paths.CONFIG, overrides or {})
+    from loraplus_hydra.check import stored_problems
+
+    problems = stored_problems(config, groups)
+    if config.model.trust_remote_code and not trust_remote_code:
+        what = "the run's model brings Python of its own (model.trust_remote_code)"
+        problems.append(Problem("trust_remote_code", what, "read it, then set trust_remote_code=true"))
+    if problems:
+        raise ConfigErrors(problems)
+    return FinishedRun(place, config, result)
+
+
+def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The run's model with its adapter, and the tokenizer that was saved with it. Raises UserError."""
+    from transformers import set_seed
+
+    from loraplus_hydra.adapter_folder import attach, stored_adapter
+    from loraplus_hydra.model import load_base
+    from loraplus_hydra.quiet import quiet_loading
+
+    quiet_loading()
+    stored = stored_adapter(str(run.adapter), key=_KEY)
+    tokenizer = load_run_tokenizer(run)
+    set_seed(
+        run.config.seed
+    )  # rows of new tokens and a new head: all of them are the adapter's, but some are drawn first
+    base = load_base(run.config, tokenizer, run.model_arguments())
+    base.config.use_cache = True
+    model = attach(base, stored, trainable=trainable)
+    model.eval()
+    return model, tokenizer
+
+
+def load_run_tokenizer(run: FinishedRun) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the run's adapter: its new tokens, pad token and template are in it."""
+    from loraplus_hydra.tokenizer import load_tokenizer
+
+    model = run.config.model.copy()
+    model.tokenizer, model.add_tokens, model.pad_token, model.revision = str(run.adapter.absolute()), [], None, None
+    return load_tokenizer(model)
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    """result.json of a run that is finished, or ConfigErrors saying what the folder is instead."""
+    if not folder.is_dir():
+        raise _no_run(f"there is no folder {folder}")
+    if not (folder / paths.CONFIG).is_file():
+        runs = sorted(path.parent.name for path in folder.glob(f"*/{paths.CONFIG}"))
+        hint = f"it holds the runs {', '.join(runs[:5])}; name one" if runs else "name the folder of a finished run"
+        raise _no_run(f"{folder} is no run's folder: there is no {paths.CONFIG} in it", hint)
+    try:
+        result = json.loads((folder / paths.RESULT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _no_run(f"the run in {folder} hasn't finished: there is no {paths.RESULT}") from None
+    except (ValueError, OSError) as error:
+        raise _no_run(f"{folder / paths.RESULT} can't be read: {error}") from None
+    if not isinstance(result, dict) or result.get("status") != OK:
+        status = result.get("status") if isinstance(result, dict) else "unknown"
+        told = (result.get("error") or {}) if isinstance(result, dict) else {}
+        why = f" ({told.get('type')}: {str(told.get('text')).splitlines()[0]})" if told.get("text") else ""
+        raise _no_run(f"the run in {folder} ended as '{status}'{why}")
+    if not (folder / paths.ADAPTER).is_dir():
+        raise _no_run(f"there is no {paths.ADAPTER} in {folder}")
+    return result
+
+
+def _no_run(what: str, fix: str = "name the folder of a finished run") -> ConfigErrors:
+    return ConfigErrors([Problem(_KEY, what, fix)])
+
+
+def _config(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
+    """The stored config with `overrides`, as the schema types it."""
+    try:
+        stored = OmegaConf.load(file)
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), stored)
+        OmegaConf.set_struct(merged, False)
+        config = OmegaConf.merge(merged, {group: dict(keys) for group, keys in overrides.items() if keys})
+    except OmegaConfBaseException as error:
+        first = str(error).splitlines()[0]
+        raise ConfigErrors([Problem(str(getattr(error, "full_key", None) or _KEY), first, f"see {file}")]) from None
+    except Exception as error:  # YAML raises what it likes
+        raise ConfigErrors([Problem(_KEY, f"{file} can't be read: {error}", "name another run")]) from None
+    assert isinstance(config, DictConfig)
+    return config

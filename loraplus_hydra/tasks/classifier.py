@@ -1,0 +1,16 @@
+"""The Trainer of the classification task."""
+
+from __future__ import annotations
+
+from transformers import Trainer
+
+
+class ClassificationTrainer(Trainer):
+    """transformers' Trainer, with the loss of a step averaged over its accumulated batches.
+
+    A classifier's loss is a mean over the batch, but its `forward` takes keyword arguments, from which the Trainer
+    concludes that the loss is a share of the whole step already: with `gradient_accumulation_steps` of N the gradient
+    would come out N times too large.
+    """
+
+    loss_is_scaled_for_ga = False
