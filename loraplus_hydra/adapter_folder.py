@@ -51,7 +51,10 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
     from loraplus_hydra.initialisation import on_original_base
 
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    # `default` alone: DPO keeps its frozen reference as a second adapter.
+    model.save_pretrained(
+        str(folder), safe_serialization=True, save_embedding_layers=False, selected_adapters=["default"]
+    )
     initial = getattr(model, "initial_factors", None)
     if initial:
         tensors, config = on_original_base(

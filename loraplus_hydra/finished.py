@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from loraplus_hydra import paths
+from loraplus_hydra.check.keys import unknown_keys
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.results import OK
 from loraplus_hydra.schema import RunConfig
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 MODEL_GROUPS = ("model", "quantization", "adapter", "task", "seed")
 # What the task sets in a model's config, kept in the config.json beside the adapter.
 _LABEL_SETTINGS = ("id2label", "label2id", "problem_type")
+_NOT_RESULTS = ("runtime", "per_second", "preparation_time", "num_tokens", "epoch")
 _KEY = "run"
 
 
@@ -47,6 +49,18 @@ class FinishedRun:
             found["id2label"] = {int(number): name for number, name in found["id2label"].items()}
             found["num_labels"] = len(found["id2label"])
         return found
+
+
+def named_run(config: DictConfig) -> str:
+    """The run's folder that a command is given. Raises ConfigErrors when it is given none."""
+    if OmegaConf.is_missing(config, "run"):
+        raise ConfigErrors([Problem(_KEY, "no run is named", "write its folder behind the command")])
+    return str(config.run)
+
+
+def results(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an evaluation's metrics is about the model: not how long it took, nor how far training had come."""
+    return {name: value for name, value in metrics.items() if not any(part in name for part in _NOT_RESULTS)}
 
 
 def open_run(
@@ -138,13 +152,27 @@ def _config(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
     """The stored config with `overrides`, as the schema types it."""
     try:
         stored = OmegaConf.load(file)
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), stored)
-        OmegaConf.set_struct(merged, False)
-        config = OmegaConf.merge(merged, {group: dict(keys) for group, keys in overrides.items() if keys})
+    except Exception as error:  # YAML's errors have no base that omegaconf lets us name
+        raise ConfigErrors([Problem(_KEY, f"{file} can't be read: {error}", "name another run")]) from None
+    if not isinstance(stored, DictConfig):
+        raise ConfigErrors([Problem(_KEY, f"{file} holds a list, not a config", "name another run")])
+    schema = OmegaConf.structured(RunConfig)
+    changes = {group: dict(keys) for group, keys in overrides.items() if keys}
+    try:
+        # Untyped first, so that every key that nobody knows is told at once.
+        config = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(schema)), stored, changes)
+        assert isinstance(config, DictConfig)
+        if problems := _unknown(config):
+            raise ConfigErrors(problems)
+        typed = OmegaConf.merge(schema, config)
     except OmegaConfBaseException as error:
         first = str(error).splitlines()[0]
         raise ConfigErrors([Problem(str(getattr(error, "full_key", None) or _KEY), first, f"see {file}")]) from None
-    except Exception as error:  # YAML raises what it likes
-        raise ConfigErrors([Problem(_KEY, f"{file} can't be read: {error}", "name another run")]) from None
-    assert isinstance(config, DictConfig)
-    return config
+    assert isinstance(typed, DictConfig)
+    return typed
+
+
+def _unknown(config: DictConfig) -> list[Problem]:
+    plain = OmegaConf.to_container(config)
+    assert isinstance(plain, dict)
+    return unknown_keys({str(key): value for key, value in plain.items()}, OmegaConf.create())

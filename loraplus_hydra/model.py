@@ -94,6 +94,7 @@ def meta_model(
     import torch
 
     config = architecture(model, config_overrides)
+    _refuse_encoder(config, auto_class, model)
     try:
         with torch.device("meta"):
             built: PreTrainedModel = locate(auto_class).from_config(
@@ -153,6 +154,16 @@ def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 def _for_training(config: PretrainedConfig) -> PretrainedConfig:
     config.use_cache = False  # of use in generation alone, and it warns beside activation checkpointing
     return config
+
+
+def _refuse_encoder(config: PretrainedConfig, auto_class: str, model: DictConfig) -> None:
+    """transformers loads an encoder as a causal model too, and warns where it should stop: each token sees the next."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", None) is False
+    if auto_class.endswith("ForCausalLM") and is_encoder:
+        what = f"{model.path} is an encoder ({config.model_type}), which sees the text that it should go on with"
+        raise ConfigErrors([Problem("model.path", what, "use task=classification, or a causal model")])
 
 
 def _agreeing(config: PretrainedConfig, model: DictConfig) -> PretrainedConfig:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from loraplus_hydra import paths
+from loraplus_hydra.finished import FinishedRun, results
 from loraplus_hydra.paths import is_local, model_location
 
-if TYPE_CHECKING:
-    from loraplus_hydra.finished import FinishedRun
-
+_METHODS = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "VERA": "VeRA"}  # as people write them
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
-_NOT_RESULTS = ("runtime", "per_second", "epoch", "memory")  # what a metric's name holds when it isn't about the model
 
 
 def write_card(run: FinishedRun, folder: Path, *, merged: bool) -> None:
@@ -83,10 +81,13 @@ def _loading(run: FinishedRun, *, merged: bool) -> str:
     labels = run.model_arguments()
     extra = f", num_labels={labels['num_labels']}" if run.config.task.task_type == "SEQ_CLS" else ""
     grown = "model.resize_token_embeddings(len(tokenizer))\n" if run.config.model.add_tokens else ""
+    base, packaged = f'"{_base_name(run)}"', ""
+    if run.config.model.path.startswith("pkg://"):
+        base, packaged = f"model_location({base})", "from loraplus_hydra.paths import model_location\n"
     return (
-        f"```python\nfrom peft import PeftModel\nfrom transformers import {auto}, AutoTokenizer\n\n"
+        f"```python\n{packaged}from peft import PeftModel\nfrom transformers import {auto}, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("<this folder>")\n'
-        f'model = {auto}.from_pretrained("{_base_name(run)}"{extra})\n{grown}'
+        f"model = {auto}.from_pretrained({base}{extra})\n{grown}"
         f'model = PeftModel.from_pretrained(model, "<this folder>")\n```'
     )
 
@@ -99,9 +100,8 @@ def _group_rows(groups: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
 
 def _metric_rows(result: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     before, after = result["metrics_before"], result["metrics"]
-    for name in dict.fromkeys([*after, *before]):
-        if not any(part in name for part in _NOT_RESULTS):
-            yield name, before.get(name, ""), after.get(name, "")
+    for name in dict.fromkeys([*results(after), *results(before)]):
+        yield name, before.get(name, ""), after.get(name, "")
     yield "train_loss (mean over the steps)", "", result["train_loss"]
 
 
@@ -132,9 +132,11 @@ def _method(run: FinishedRun) -> str:
     from loraplus_hydra.adapter_folder import stored_adapter
 
     config = stored_adapter(str(run.adapter), key="run").config
-    kind = "DoRA" if getattr(config, "use_dora", False) else str(getattr(config.peft_type, "value", config.peft_type))
-    rank = getattr(config, "r", None)
-    return f"{kind} of rank {rank}" if rank else kind
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    name = "DoRA" if getattr(config, "use_dora", False) else _METHODS.get(kind, kind)
+    rank, start = getattr(config, "r", None), run.config.adapter.get("init_lora_weights")
+    begun = f" ({start})" if isinstance(start, str) else ""
+    return f"{name}{begun} of rank {rank}" if rank and kind == "LORA" else name + begun
 
 
 def _base_name(run: FinishedRun) -> str:

@@ -62,7 +62,8 @@ def override_problems(arguments: list[str], config: str, first_error: Exception 
             if error is None:
                 accepted.append(singles[0])
             else:
-                problems.append(_explain(text, override, error, lambda: _compose(config, accepted)))
+                # Only a run's keys are known without composing it.
+                problems.append(_explain(text, override, error, lambda: _compose(config, accepted), config == "config"))
     return problems
 
 
@@ -96,7 +97,9 @@ def _grammar_problem(text: str, error: HydraException) -> Problem:
     return Problem(text, f"can't be read: {reason}", "quote the value: key='\"...\"'")
 
 
-def _explain(text: str, override: Override, error: Exception, composed: Callable[[], DictConfig]) -> Problem:
+def _explain(
+    text: str, override: Override, error: Exception, composed: Callable[[], DictConfig], is_run: bool
+) -> Problem:
     key = override.key_or_group
     cause: BaseException = error
     while not isinstance(cause, OmegaConfBaseException) and cause.__cause__ is not None:
@@ -110,7 +113,7 @@ def _explain(text: str, override: Override, error: Exception, composed: Callable
     if "is already at" in str(error) or "Could not append" in str(error):
         return Problem(text, "is in the config already", f"leave out the plus: {text.lstrip('+')}")
     if "Could not override" in str(error) or "No match in the defaults list" in str(error):
-        return _unknown_key(key, text, composed)
+        return _unknown_key(key, text, composed, is_run)
     return Problem(text, " ".join(line.strip() for line in str(error).splitlines()[:2]))
 
 
@@ -123,10 +126,10 @@ def _type_message(cause: ValidationError) -> str:
     return f"'{match[1]}' is not {names.get(match[2], match[2])}"
 
 
-def _unknown_key(key: str, text: str, composed: Callable[[], DictConfig]) -> Problem:
+def _unknown_key(key: str, text: str, composed: Callable[[], DictConfig], is_run: bool = True) -> Problem:
     """The deepest part of `key` that exists, and what it holds."""
     first = key.replace("/", ".").split(".")[0]
-    if has_unknown_key([text]):
+    if is_run and has_unknown_key([text]):
         fix = f"the config has: {', '.join(ROOT_KEYS)}"
         return Problem(key, f"there is no such key{nearest(first, ROOT_KEYS)}", fix)
     config = composed()

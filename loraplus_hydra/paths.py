@@ -70,7 +70,7 @@ def refuse_used_folder(folder: Path, key: str) -> None:
 
 
 def new_file(path: str, key: str) -> Path:
-    """The file at `path`, set by `key`, which isn't there yet. Raises UserError when it is, or when its folder isn't."""
+    """The file at `path`, set by `key`, which isn't there yet. Raises UserError when it is, or its folder isn't."""
     from loraplus_hydra.errors import UserError
 
     file = Path(path).expanduser()

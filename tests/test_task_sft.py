@@ -13,17 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loraplus_hydra.errors import ConfigErrors
 from loraplus_hydra.examples import Examples, load_examples
 from loraplus_hydra.tokenizer import load_tokenizer
-from tests.tiny import (  # noqa: F401
-    ASSISTANT,
-    END,
-    USER,
-    ids_of,
-    llama_folder,
-    masked,
-    plain_llama_folder,
-    unmarked_llama_folder,
-    write_jsonl,
-)
+from tests.tiny import ASSISTANT, END, USER, ids_of, masked, write_jsonl
 
 Made = Callable[..., Examples]
 

@@ -1,6 +1,6 @@
 """Tiny models with tokenizers of their own, in folders as transformers loads them; made once a test session.
 
-`from tiny import llama_folder` (and the like) makes the fixture known to a test module.
+Its fixtures are known to every test module.
 """
 
 from __future__ import annotations
@@ -8,19 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    set_seed,
-)
+
+if TYPE_CHECKING:  # imported where needed: every test module has these fixtures, and most need no model
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
 # Marks the assistant's turns, as the embedded model's template does.
@@ -44,6 +37,9 @@ CORPUS = [
 
 def chat_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     """A byte-level BPE with turns as special tokens; `template=None` leaves it without a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -68,6 +64,9 @@ def chat_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """A BERT-like tokenizer of whole words: [CLS] text [SEP] pair [SEP]."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     words = sorted({word for text in CORPUS for word in text.replace("?", " ?").replace(".", " .").split()})
     vocabulary = {token: index for index, token in enumerate([*special, *words])}
@@ -90,7 +89,9 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_llama(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A Llama of two layers, four kilobytes of weights each, with `tokenizer` beside it."""
+    """A Llama of two layers, hidden size 16, with `tokenizer` beside it."""
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
     set_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -111,6 +112,8 @@ def save_llama(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
 
 def save_bert(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     """A BERT encoder of one layer, with `tokenizer` beside it and no classification head."""
+    from transformers import BertConfig, BertModel, set_seed
+
     set_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer),

@@ -23,7 +23,9 @@ def adapter_problems(config_class: type, adapter: dict[str, Any], trainer: dict[
     return problems
 
 
-def quantization_problems(config_class: type, quantization: dict[str, Any], adapter: dict[str, Any]) -> list[Problem]:
+def quantization_problems(
+    config_class: type, quantization: dict[str, Any], adapter: dict[str, Any], trainer: dict[str, Any]
+) -> list[Problem]:
     """Problems of a `quantization` group whose class is known to be a quantisation config, and of the adapter on it."""
     from loraplus_hydra.initialisation import changes_base
     from loraplus_hydra.quantization import quantization_config
@@ -44,6 +46,10 @@ def quantization_problems(config_class: type, quantization: dict[str, Any], adap
     if changes_base(adapter.get("init_lora_weights")):
         what = f"'{adapter['init_lora_weights']}' takes its start out of the base's weights, which are quantised here"
         problems.append(Problem("adapter.init_lora_weights", what, "use quantization=none, or adapter=lora"))
+    if adapter.get("use_dora") and quantization.get("load_in_8bit") and not _on_gpu(trainer):
+        # PEFT 0.21.2 takes the weight's norm and loses the scales of bitsandbytes' 8-bit weights on the way.
+        what = "PEFT can't take the norms of 8-bit weights on a CPU"
+        problems.append(Problem("adapter.use_dora", what, "use quantization=nf4 or none, or adapter=lora"))
     return problems
 
 
@@ -79,6 +85,12 @@ def _adalora_problems(adapter: dict[str, Any], trainer: dict[str, Any]) -> list[
         except UserError as error:
             problems.append(Problem("adapter.tinit", str(error).partition(": ")[2]))
     return problems
+
+
+def _on_gpu(trainer: dict[str, Any]) -> bool:
+    import torch
+
+    return torch.cuda.is_available() and not trainer.get("use_cpu")
 
 
 def _told(error: Exception) -> str:

@@ -22,7 +22,7 @@ def class_problems(plain: dict[str, Any]) -> list[Problem]:
     """Problems of every place of the config that names a class or a function."""
     problems = list(_stray_targets(plain, ""))
     problems += _adapter(plain.get("adapter", {}), plain.get("trainer", {}))
-    problems += _quantization(plain.get("quantization", {}), plain.get("adapter", {}))
+    problems += _quantization(plain.get("quantization", {}), plain.get("adapter", {}), plain.get("trainer", {}))
     problems += _optimizer(plain.get("optimizer", {}))
     problems += _scheduler(plain.get("scheduler", {}), _steps(plain.get("trainer", {})))
     problems += _task(plain.get("task", {}), plain.get("trainer", {}))
@@ -94,7 +94,9 @@ def _adapter(adapter: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
     return problems + (adapter_problems(found, adapter, trainer) if found else [])
 
 
-def _quantization(quantization: dict[str, Any], adapter: dict[str, Any]) -> list[Problem]:
+def _quantization(
+    quantization: dict[str, Any], adapter: dict[str, Any], trainer: dict[str, Any]
+) -> list[Problem]:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from loraplus_hydra.check.adapter import quantization_problems
@@ -103,7 +105,7 @@ def _quantization(quantization: dict[str, Any], adapter: dict[str, Any]) -> list
     found, problems = _resolve(
         quantization.get(TARGET), "quantization._target_", _derives(QuantizationConfigMixin), wanted
     )
-    return problems + (quantization_problems(found, quantization, adapter) if found else [])
+    return problems + (quantization_problems(found, quantization, adapter, trainer) if found else [])
 
 
 def _optimizer(optimizer: dict[str, Any]) -> list[Problem]:

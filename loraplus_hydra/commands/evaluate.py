@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra import paths
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.finished import FinishedRun, load_run, load_run_tokenizer, open_run
+from loraplus_hydra.finished import FinishedRun, load_run, load_run_tokenizer, named_run, open_run, results
 
 if TYPE_CHECKING:
     from loraplus_hydra.examples import Examples
@@ -22,17 +22,16 @@ _KIND_OF_LABELS = ("num_labels", "id2label", "problem_type")
 def main(config: DictConfig, flags: frozenset[str]) -> None:
     """Print the metrics, and write them where `out` says. Raises UserError."""
     out = paths.new_file(config.out, key="out") if config.out else None
-    data = OmegaConf.to_container(config.data or {}, resolve=False)
+    data = {} if config.data is None else OmegaConf.to_container(config.data, resolve=False)
     assert isinstance(data, dict)
     overrides = {"model": config.model, "trainer": config.trainer}
-    run = open_run(config.run, overrides, trust_remote_code=config.trust_remote_code, groups=())
+    run = open_run(named_run(config), overrides, trust_remote_code=config.trust_remote_code, groups=())
     run.config.data = _data(run.config, data)
     run = _checked(run)
     metrics = evaluate(run)
-    for name, value in metrics.items():
+    for name, value in results(metrics).items():
         then = run.result["metrics"].get(name)
-        known = isinstance(then, (int, float)) and "second" not in name and "runtime" not in name
-        print(f"{name} = {value:.6g}" + (f" (the run's own: {then:.6g})" if known else ""))
+        print(f"{name} = {value:.6g}" + ("" if then is None else f" (at the end of training: {then:.6g})"))
     if out is not None:
         paths.write_text(out, json.dumps(metrics, indent=2) + "\n")
         print(f"The metrics lie in {out}")

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from loraplus_hydra import paths
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
-from loraplus_hydra.finished import FinishedRun, load_run, open_run
+from loraplus_hydra.finished import FinishedRun, load_run, named_run, open_run
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -25,7 +25,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
         raise ConfigErrors(
             [Problem("dtype", what, f"one of: {', '.join(_DTYPES)}" if config.merge else "leave it null")]
         )
-    run = open_run(config.run, {"model": config.model}, trust_remote_code=config.trust_remote_code)
+    run = open_run(named_run(config), {"model": config.model}, trust_remote_code=config.trust_remote_code)
     target = (
         Path(config.to).expanduser() if config.to else run.folder / "export" / ("model" if config.merge else "adapter")
     )

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from loraplus_hydra import paths
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
-from loraplus_hydra.finished import FinishedRun, load_run, open_run
+from loraplus_hydra.finished import FinishedRun, load_run, named_run, open_run
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,7 +33,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     if problems:
         raise ConfigErrors(problems)
     out = paths.new_file(config.out, key="out") if config.out else None
-    run = open_run(config.run, {"model": config.model}, trust_remote_code=config.trust_remote_code)
+    run = open_run(named_run(config), {"model": config.model}, trust_remote_code=config.trust_remote_code)
     if config.file is not None:
         texts, pairs = _read(config.file, config.column, run)
     else:

@@ -225,6 +225,7 @@ def pretrain(out: Path, *, steps: int, seed: int, threads: int) -> None:
     seconds = time.monotonic() - started
     model = model.half()
     model.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # written for its owner alone, which an installed package can't use
     tokenizer.save_pretrained(out, save_jinja_files=False)  # one file less: the template goes into the config
 
     held_out_loss = mean_loss(model.float(), held_out)  # of the weights as they are stored

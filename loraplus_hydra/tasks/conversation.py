@@ -104,7 +104,7 @@ def shape_of(rows: DatasetDict, data: DictConfig) -> Shape:
     if not fitting:
         raise ConfigErrors(_no_shape(names, there))
     shape = next(iter(fitting.values()))
-    used = {f"data.{key}": name for key, name in names.items() if name in vars(shape).values()}
+    used = {f"data.{key}": name for key, name in names.items() if name is not None and name in vars(shape).values()}
     require_columns(rows, used)
     return shape
 

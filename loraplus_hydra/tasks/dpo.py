@@ -1,0 +1,65 @@
+"""Direct preference optimisation: prompt, chosen and rejected answer -> what TRL's DPOTrainer takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from loraplus_hydra.data.rows import SPLITS, all_columns
+from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.examples import Examples
+from loraplus_hydra.tasks.rows import batch_rows, refuse_unread, require_columns, text_in, wrong_value
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+    from omegaconf import DictConfig
+    from transformers import PreTrainedTokenizerBase
+
+    from loraplus_hydra.data.rows import Rows
+
+COLUMNS = ("prompt", "chosen", "rejected")  # TRL's names; `data.<name>_column` maps others to them
+
+
+def examples(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictConfig, data: DictConfig) -> Examples:
+    """Rows of texts as TRL's preference examples; with a chat template each text becomes a turn. Raises ConfigErrors."""
+    refuse_unread(task, "block_size", "max_length", "problem_type")
+    chat = bool(tokenizer.chat_template) if task.chat is None else task.chat
+    if chat and not tokenizer.chat_template:
+        raise ConfigErrors([Problem("task.chat", "the tokenizer has no chat template", "set task.chat=false")])
+    names = {name: data.get(f"{name}_column") or name for name in COLUMNS}
+    require_columns(rows, {f"data.{name}_column": column for name, column in names.items()})
+    held_out = rows["eval"].select(range(min(task.samples, len(rows["eval"]))))
+    prompts = tuple(held_out[names["prompt"]])
+    return Examples(
+        train=_pairs(rows["train"], names, "train", chat=chat),
+        eval=_pairs(rows["eval"], names, "eval", chat=chat),
+        prompts=prompts,
+        rendered=tuple(_rendered(prompt, tokenizer, chat=chat) for prompt in prompts),
+        references=tuple(held_out[names["chosen"]]),
+    )
+
+
+def _pairs(rows: Rows, names: dict[str, str], split: str, *, chat: bool) -> Rows:
+    assert split in SPLITS
+
+    def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        for row, place in batch_rows(batch, indices, split):
+            texts = {name: text_in(row, column, place, empty=False) for name, column in names.items()}
+            if texts["chosen"] == texts["rejected"]:
+                raise wrong_value(place, names["rejected"], "is the chosen answer, so there is nothing to prefer")
+            for name, text in texts.items():
+                found[name].append(_turn(text, name) if chat else text)
+        return found
+
+    return rows.map(convert, batched=True, with_indices=True, remove_columns=all_columns(rows))
+
+
+def _turn(text: str, name: str) -> list[dict[str, str]]:
+    return [{"role": "user" if name == "prompt" else "assistant", "content": text}]
+
+
+def _rendered(prompt: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> str:
+    if not chat:
+        return prompt
+    turn = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))

@@ -1,0 +1,129 @@
+"""LoRA+ in front of any Trainer class: the rates of its optimizer are those of the rules, after the first step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+LR, RATIO = 1e-3, 16
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of prompts with a chosen and a rejected answer."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    words = ("one", "two", "three", "four")
+    lines = [
+        {"prompt": f"say {words[i % 4]} {i}", "chosen": f" {words[i % 4]}", "rejected": f" {words[(i + 1) % 4]}"}
+        for i in range(24)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
+    """Filled, at each optimizer step of a run, with the rates of lora_A and lora_B as the optimizer has them."""
+    from loraplus_hydra import training
+
+    found: dict[str, list[float]] = {"lora_A": [], "lora_B": []}
+    original = training.MetricsWriter.on_pre_optimizer_step
+
+    def watched(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for group in kwargs["optimizer"].param_groups:
+            for factor, values in found.items():
+                if any(f".{factor}." in name for name in group["param_names"]):
+                    values.append(group["lr"])
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(training.MetricsWriter, "on_pre_optimizer_step", watched)
+    return found
+
+
+RUNS = {
+    "SFTTrainer": ["data=jsonl", "data.train={rows}"],
+    "Trainer": ["task=text", "data=jsonl", "data.train={rows}", "data.text_column=prompt", "task.block_size=16"],
+    "DPOTrainer": ["task=dpo", "data=jsonl", "data.train={pairs}"],
+    "ORPOTrainer": ["experiment=orpo", "data=jsonl", "data.train={pairs}"],
+}
+
+
+@pytest.mark.parametrize("trainer", RUNS)
+def test_rates_are_those_of_the_rules_at_every_step(
+    trainer: str,
+    compose: Callable[..., Any],
+    tiny_model: Path,
+    rows: Path,
+    pairs: Path,
+    rates: dict[str, list[float]],
+    tmp_path: Path,
+) -> None:
+    from loraplus_hydra import run
+
+    overrides = [override.format(rows=rows, pairs=pairs) for override in RUNS[trainer]]
+    steps = ["trainer.max_steps=2", "trainer.per_device_train_batch_size=2", "trainer.logging_steps=1", "task.samples=0"]
+    config = compose(
+        "model=hub", f"model.path={tiny_model}", *overrides, *steps, f"optimizer.lr={LR}", f"loraplus.ratio={RATIO}"
+    )
+    assert config.task._target_.endswith(f".{trainer}")
+    result = run(config, tmp_path / "run")
+    assert result.status == "ok"
+    assert rates["lora_A"] == pytest.approx([LR, LR / 2])
+    assert rates["lora_B"] == pytest.approx([LR * RATIO, LR * RATIO / 2])
+
+
+def test_frozen_reference_of_dpo_is_no_part_of_groups_or_adapter(
+    compose: Callable[..., Any], tiny_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    from loraplus_hydra import run
+
+    overrides = ["model=hub", f"model.path={tiny_model}", "task=dpo", "data=jsonl", f"data.train={pairs}"]
+    run(compose(*overrides, "trainer.max_steps=2", "task.samples=1", "task.sample_tokens=2"), tmp_path / "run")
+    groups = json.loads((tmp_path / "run" / "param_groups.json").read_text())
+    assert groups
+    assert not [row for row in groups if ".ref." in row["name"]]
+    assert not (tmp_path / "run" / "adapter" / "ref").exists()
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert len(saved) == len(groups)
+    assert any(tensor.abs().sum() > 0 for name, tensor in saved.items() if "lora_B" in name)
+
+
+def test_mixin_fits_a_trainer_class_of_ones_own(tiny_model: Path, tmp_path: Path) -> None:
+    """A Trainer subclass that knows nothing of this project, made by hand, without any config of ours."""
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, get_constant_schedule
+
+    from loraplus_hydra import LoraPlus, LoraPlusMixin
+    from loraplus_hydra.grouping import Rule
+
+    class Own(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    class OwnWithLoraPlus(LoraPlusMixin, Own):
+        pass
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(target_modules=["q_proj"]))
+    ids = torch.arange(8).repeat(8, 1)
+    trainer: Any = OwnWithLoraPlus(
+        model=model,
+        args=TrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none"),
+        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        loraplus=LoraPlus(
+            optimizer_class=torch.optim.AdamW,
+            lr=LR,
+            rules=[Rule("groupB", role=("lora_B",), ratio=RATIO), Rule("groupA")],
+            schedule=get_constant_schedule,
+        ),
+    )
+    trainer.train()
+    found = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
+    assert found == pytest.approx({"groupA": LR, "groupB": LR * RATIO})
