@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loraplus_hydra.build import instantiate
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.initialisation import A_ZERO, changes_base, factors, start_with_a_zero
+from loraplus_hydra.quiet import quiet_peft
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -69,8 +69,7 @@ def add_adapter(
     _target_embeddings(config, model)
     _train_new_tokens(config, model, new_tokens)
     _refuse_olora_on_conv1d(config, model)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT sets it right itself
+    with quiet_peft():
         peft_model: Any = get_peft_model(model, config, revision=revision, low_cpu_mem_usage=on_meta)
     if on_meta:
         return peft_model

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.paths import ADAPTER, is_local, model_location
+from loraplus_hydra.quiet import quiet_peft
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -83,10 +84,11 @@ def stored_adapter(path: str, key: str = KEY) -> StoredAdapter:
         raise ConfigErrors([Problem(key, f"there is no {WEIGHTS} in {folder}", why)])
     try:
         config = PeftConfig.from_pretrained(str(folder))
+        reason = "" if config.peft_type else "it names no method of PEFT"
     except (ValueError, TypeError, KeyError, OSError) as error:
-        raise ConfigErrors(
-            [Problem(key, f"{folder / CONFIG} can't be read: {error}", "name another adapter")]
-        ) from error
+        config, reason = None, str(error)
+    if reason:
+        raise ConfigErrors([Problem(key, f"{folder / CONFIG} can't be read: {reason}", "name another adapter")])
     return StoredAdapter(folder, config)
 
 
@@ -96,7 +98,8 @@ def attach(model: PreTrainedModel, stored: StoredAdapter, *, trainable: bool = F
 
     stored.config.inference_mode = not trainable
     try:
-        return PeftModel.from_pretrained(model, str(stored.folder), is_trainable=trainable, config=stored.config)
+        with quiet_peft():
+            return PeftModel.from_pretrained(model, str(stored.folder), is_trainable=trainable, config=stored.config)
     except (RuntimeError, ValueError, KeyError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"the adapter in {stored.folder} doesn't fit the model: {first}") from error

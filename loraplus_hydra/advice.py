@@ -30,15 +30,17 @@ def ratio_advice(records: Sequence[TensorRecord], ratio: float, total_parameters
     if ratio < 1:
         return [f"ratio {ratio:g} makes lora_B slower than lora_A, against the method's point ({PAPER})."]
     if init == "Init[2]" and ratio < 16:
-        return [f"lora_A starts at zero (Init[2]); the paper's ratio for that start is about 16, not {ratio:g} ({PAPER})."]
+        return [
+            f"lora_A starts at zero (Init[2]); the paper's ratio for that start is about 16, not {ratio:g} ({PAPER})."
+        ]
     if init == "Init[1]" and total_parameters >= LLAMA_SIZE and ratio > 4:
         return [
-            f"ratio {ratio:g} is high for a model of {total_parameters / 1e9:.0f} billion parameters whose lora_B starts "
-            f"at zero (Init[1]); the paper found 2 to 4 for Llama-7b ({PAPER})."
+            f"ratio {ratio:g} is high for a model of {total_parameters / 1e9:.0f} billion parameters whose lora_B "
+            f"starts at zero (Init[1]); the paper found 2 to 4 for Llama-7b ({PAPER})."
         ]
     if init == "Init[1]" and ratio > 8:
         return [
-            f"ratio {ratio:g} is high where lora_B starts at zero (Init[1], PEFT's default): the paper found 4 to 8 there; "
-            f"its 16 is for Init[2], A = 0 ({PAPER})."
+            f"ratio {ratio:g} is high where lora_B starts at zero (Init[1], PEFT's default): the paper found 4 to 8 "
+            f"there; its 16 is for Init[2], A = 0 ({PAPER})."
         ]
     return []

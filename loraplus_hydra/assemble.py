@@ -14,6 +14,7 @@ from loraplus_hydra.errors import UserError
 from loraplus_hydra.grouping import parse_rules
 from loraplus_hydra.paths import CHECKPOINTS, METRICS
 from loraplus_hydra.training import LoraPlus, MetricsWriter, with_loraplus
+from loraplus_hydra.whole_head import score_with_whole_head
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,6 +37,7 @@ def make_trainer(
         callbacks=[MetricsWriter(folder / METRICS), screen.progress(), *trainer_callbacks(model, config.adapter)],
         **examples.trainer_arguments,
     )
+    score_with_whole_head(model)
     screen.keep_only_our_progress(trainer)
     _refuse_silent_ddp(trainer)
     return trainer
@@ -49,7 +51,7 @@ def _refuse_silent_ddp(trainer: Any) -> None:
     if trainer.args.fsdp and active is not DistributedType.FSDP:
         raise UserError(
             f"trainer.fsdp is set, but FSDP isn't active (what runs is {active.value}): it needs GPUs and several "
-            "processes (torchrun --nproc_per_node N -m loraplus_hydra trainer=fsdp2). Use trainer=ddp or trainer=default"
+            "processes (torchrun --nproc_per_node N -m loraplus_hydra trainer=fsdp2). Use trainer=ddp or default"
         )
 
 
@@ -80,8 +82,8 @@ def training_arguments(config: DictConfig, folder: Path) -> TrainingArguments:
         metric_for_best_model=config.task.metric,
         greater_is_better=config.task.greater_is_better,
         report_to="none",
-        # Not `evaluate()` ahead of `train()`: it marks the model as prepared, and train() then leaves it as it is, so that
-        # under DDP each process would train alone.
+        # Not `evaluate()` ahead of `train()`: it marks the model as prepared, and train() then leaves it as it is, so
+        # that under DDP each process would train alone.
         eval_on_start=True,
         disable_tqdm=True,  # the screen has its own progress bar
         **arguments,

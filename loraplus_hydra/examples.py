@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from loraplus_hydra.build import locate
 from loraplus_hydra.data.rows import is_streamed, load_rows
@@ -53,7 +54,10 @@ def load_examples(config: DictConfig, tokenizer: PreTrainedTokenizerBase, *, kee
 
 def kept_examples(config: DictConfig) -> Examples | None:
     """The examples that were kept for this config, which stay kept; None when there are none."""
-    return _kept.get(_key(config))
+    try:
+        return _kept.get(_key(config))
+    except OmegaConfBaseException:  # a config with interpolations that lead nowhere has none
+        return None
 
 
 def _key(config: DictConfig) -> str:

@@ -28,13 +28,16 @@ def load_model(
     `quantization` is the config's group. Weights come from safetensors only: a pickle can run code while it is read.
     Raises ConfigErrors when the model isn't there or isn't what its config says.
     """
-    from loraplus_hydra.quantization import keep_weights_as_loaded, quantization_config
+    from loraplus_hydra.quantization import keep_weights_as_loaded, leave_heads_alone, quantization_config
 
     config = _agreeing(load_config(model, config_overrides), model)
     quantized = quantization_config(quantization, auto_dtype=getattr(config, "dtype", None))
-    arguments: dict[str, Any] = {"quantization_config": quantized} if quantized is not None else {}
-    if quantized is not None and on_cpu:
-        arguments["device_map"] = {"": "cpu"}  # quantising would pick the accelerator
+    arguments: dict[str, Any] = {}
+    if quantized is not None:
+        leave_heads_alone(quantized, meta_model(model, auto_class, config_overrides))
+        arguments["quantization_config"] = quantized
+        if on_cpu:
+            arguments["device_map"] = {"": "cpu"}  # quantising would pick the accelerator
     try:
         loaded: PreTrainedModel = locate(auto_class).from_pretrained(
             model_location(model.path),

@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable
 from dataclasses import fields
 
-from hydra._internal.utils import get_args_parser
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -58,12 +58,12 @@ def override_problems(arguments: list[str], config: str, first_error: Exception 
                 continue
             singles = _single_values(text, override)
             alone = len(overrides) == len(singles) == 1
-            error = first_error if alone and first_error else _first_failure(config, accepted, singles)
-            if error is None:
+            failure = first_error if alone and first_error else _first_failure(config, accepted, singles)
+            if failure is None:
                 accepted.append(singles[0])
             else:
                 # Only a run's keys are known without composing it.
-                problems.append(_explain(text, override, error, lambda: _compose(config, accepted), config == "config"))
+                problems.append(_explain(text, override, failure, lambda: _compose(config, accepted), config == "config"))
     return problems
 
 

@@ -33,7 +33,9 @@ class Placed:
     def why(self) -> str:
         """The reason in words: what the rule asked for, and what of the tensor met it."""
         conditions = self.rule.conditions()
-        return f"rule {self.rule.name}: {conditions if conditions != 'everything' else 'all that no rule ahead of it takes'}"
+        if conditions == "everything":
+            conditions = "all that no rule ahead of it takes"
+        return f"rule {self.rule.name}: {conditions}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def rows(placed: Sequence[Placed]) -> list[Row]:
         )
         collected.setdefault(key, []).append(one)
     return [
-        Row(*key, tensors=len(members), numbers=sum(member.record.numel for member in members))
+        Row(*key, *(len(members), sum(member.record.numel for member in members)))
         for key, members in collected.items()
     ]
 
@@ -117,7 +119,7 @@ def _state_by_kind(groups: Sequence[Group], loraplus: LoraPlus) -> dict[tuple[An
         optimizer.step()
     except (RuntimeError, ValueError, NotImplementedError):  # a class that steps on a GPU alone
         return {}
-    found = {}
+    found: dict[tuple[Any, ...], tuple[int | None, int | None]] = {}
     for name, stand_in in stand_ins.items():
         kind, record = kinds[name]
         bits, size = _measure(optimizer.state[stand_in], stand_in.numel())

@@ -31,7 +31,7 @@ def model_location(path: str) -> str:
     A relative folder is left relative: it starts where the command was given.
     """
     if not path.startswith(_PACKAGE_SCHEME):
-        return os.path.expanduser(path)
+        return str(Path(path).expanduser()) if path.startswith("~") else path
     package, _, inside = path.removeprefix(_PACKAGE_SCHEME).partition("/")
     from importlib.resources import files
 
@@ -41,7 +41,7 @@ def model_location(path: str) -> str:
 def is_local(location: str) -> bool:
     """Whether `location` is meant as a folder here (it exists, or is spelt like a path), not as a name on a hub."""
     looks_like_path = location.startswith((".", "/", "~", os.sep)) or location.count("/") > 1
-    return looks_like_path or os.path.exists(location)
+    return looks_like_path or Path(location).exists()
 
 
 def unfinished(path: Path) -> Path:

@@ -47,7 +47,9 @@ class Progress(TrainerCallback):
             return
         self.newest.update(shown)
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, description="  ".join(f"{key} {value:.4f}" for key, value in self.newest.items()))
+            self.bar.update(
+                self.task, description="  ".join(f"{key} {value:.4f}" for key, value in self.newest.items())
+            )
         elif state.max_steps:
             text = "  ".join(f"{key} {value:.4f}" for key, value in shown.items())
             log.info("    step %d of %d: %s", state.global_step, state.max_steps, text)

@@ -10,6 +10,7 @@ from loraplus_hydra.build import instantiate
 if TYPE_CHECKING:
     from torch import nn
 
+_HEADS = ("score", "classifier", "qa_outputs")  # transformers' names
 _COMPUTE_DTYPE = "bnb_4bit_compute_dtype"
 
 
@@ -30,6 +31,18 @@ def quantization_config(quantization: Mapping[str, Any] | None, auto_dtype: Any 
 def is_quantized(quantization: Mapping[str, Any] | None) -> bool:
     """Whether the `quantization` group of a config asks for anything."""
     return bool(quantization) and quantization is not None and quantization.get("_target_") is not None
+
+
+def leave_heads_alone(quantized: Any, model: Any) -> None:
+    """Have `quantized` spare the heads of `model`, which train: transformers 5.23 quantises a classifier's.
+
+    `model` may be on the meta device. What transformers spares by default, the output layer, stays spared.
+    """
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    if hasattr(quantized, "llm_int8_skip_modules"):
+        spared = quantized.llm_int8_skip_modules or get_keys_to_not_convert(model)
+        quantized.llm_int8_skip_modules = sorted({*spared, *(name for name in _HEADS if hasattr(model, name))})
 
 
 def keep_weights_as_loaded(model: nn.Module) -> None:

@@ -61,7 +61,7 @@ class Result:
         write_text(folder / RESULT, json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False) + "\n")
 
 
-def config_hash(resolved: dict[str, Any]) -> str:
+def config_hash(resolved: Any) -> str:
     """Twelve hex digits that name a resolved config: equal for equal configs, whatever the order of their keys."""
     text = json.dumps(resolved, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -9,7 +9,7 @@ of an open group are the fields of its class below (`OptimizerConfig`, ...).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional  # noqa: UP035  (omegaconf 2.3 reads these spellings under Python 3.10, too)
+from typing import Any, Dict, List, Optional
 
 from omegaconf import MISSING
 
@@ -44,7 +44,9 @@ class TaskConfig:
     metric: str = "eval_loss"  # what a sweep optimises and what `best` means; a key of the evaluation's metrics
     greater_is_better: bool = False  # of `metric`
     chat: Optional[bool] = None  # wrap prompt and completion in the chat template; null = when the tokenizer has one
-    problem_type: Optional[str] = None  # classification: transformers' name for the kind of labels; null = by the labels
+    problem_type: Optional[str] = (
+        None  # classification: transformers' name for the kind of labels; null = by the labels
+    )
     max_length: Optional[int] = None  # classification: tokens of a row at most; null = as many as the model takes
     block_size: Optional[int] = None  # text: tokens in a block
     samples: int = 0  # held-out prompts answered before and after training

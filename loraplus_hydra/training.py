@@ -1,4 +1,4 @@
-"""LoRA+ for any Hugging Face Trainer class: a mixin that makes the optimizer and the schedule, and the metrics' writer."""
+"""LoRA+ for any Hugging Face Trainer class: a mixin that makes optimizer and schedule, and the metrics' writer."""
 
 from __future__ import annotations
 
@@ -51,6 +51,9 @@ class LoraPlusMixin:
     or shards the model, since a shard has lost its owner and its shape.
     """
 
+    optimizer: Any  # the Trainer's own
+    lr_scheduler: Any
+
     def __init__(self, *args: Any, loraplus: LoraPlus, **kwargs: Any) -> None:
         model = kwargs.get("model", args[0] if args else None)
         weights = _trained_weights(model)
@@ -97,8 +100,8 @@ class LoraPlusMixin:
         if not torch.isfinite(loss):
             step = self.state.global_step + 1  # type: ignore[attr-defined]
             raise NotFiniteError(
-                f"the loss is {loss.item()} at step {step}: the rate is too high, or the data or the precision is at fault. "
-                "Try a lower optimizer.lr (at the same loraplus.ratio)."
+                f"the loss is {loss.item()} at step {step}: the rate is too high, or the data or the precision is at "
+                "fault. Try a lower optimizer.lr (at the same loraplus.ratio)."
             )
         return loss
 

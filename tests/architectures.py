@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -54,7 +55,7 @@ def config_of(architecture: str, **changes: Any) -> PretrainedConfig:
 
 
 def checkpoint(architecture: str, folder: Path, pad_token: str | None = "<pad>", **changes: Any) -> Path:
-    """Write a tiny checkpoint with its tokenizer into `folder`: a causal model where there is one, else a classifier."""
+    """Write a tiny checkpoint with its tokenizer into `folder`: a causal model, or else a classifier."""
     auto_class = AutoModelForCausalLM if architecture in CAUSAL else AutoModelForSequenceClassification
     torch.manual_seed(0)
     auto_class.from_config(config_of(architecture, **changes)).save_pretrained(folder)
@@ -63,18 +64,18 @@ def checkpoint(architecture: str, folder: Path, pad_token: str | None = "<pad>",
 
 
 def tokenizer(pad_token: str | None = "<pad>") -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 300 tokens: 0 is `<pad>`, 1 is `<eos>`, 2 is `<unk>`."""
+    """A byte-level BPE of 300 tokens: 0 is `<pad>`, 1 is `<eos>`; transformers insists on Qwen's `<|endoftext|>`."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=_backend(), pad_token=pad_token, eos_token="<eos>", model_max_length=128
+        tokenizer_object=Tokenizer.from_str(_trained()), pad_token=pad_token, eos_token="<eos>", model_max_length=128
     )
 
 
 @cache
-def _backend() -> Any:
-    from tokenizers import ByteLevelBPETokenizer
-
+def _trained() -> str:
     backend = ByteLevelBPETokenizer()
+    words = "say one two three four five six seven eight nine ten and then the number that comes after it again"
     backend.train_from_iterator(
-        ["say one two three four five six"] * 4, vocab_size=VOCABULARY, special_tokens=["<pad>", "<eos>", "<unk>"]
+        [words], vocab_size=VOCABULARY, min_frequency=1, special_tokens=["<pad>", "<eos>", "<unk>", "<|endoftext|>"]
     )
-    return backend._tokenizer
+    assert backend.get_vocab_size() == VOCABULARY
+    return str(backend.to_str())

@@ -1,4 +1,4 @@
-"""What many tests stand on: a tiny model and rows on disk, the command line called in this process, composed configs."""
+"""What many tests stand on: a tiny model and rows on disk, the command line in this process, composed configs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Finished:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a two-layer Llama of random weights and a byte-level tokenizer of 300 tokens, without a template."""
+    """A folder with a two-layer Llama of random weights and a byte-level tokenizer of 300 tokens, no template."""
     import torch
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -108,9 +108,7 @@ def compose() -> Callable[..., Any]:
 
 
 @pytest.fixture
-def cli(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., Finished]:
+def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
     """The command line called in this process, from an empty folder: `cli("check", "optimizer.lr=0")`."""
     import signal
 

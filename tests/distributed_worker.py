@@ -1,6 +1,6 @@
 """Run by torchrun in two processes: wrap a model in DDP, FSDP1 or FSDP2 and print each tensor's rate after a step.
 
-    torchrun --nproc_per_node 2 tests/distributed_worker.py ddp|fsdp1|fsdp2 MODEL_FOLDER
+torchrun --nproc_per_node 2 tests/distributed_worker.py ddp|fsdp1|fsdp2 MODEL_FOLDER
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def wrapped(model: nn.Module, how: str) -> nn.Module:
 def main(how: str, folder: str, out: str) -> None:
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
-        config: Any = compose("config", overrides=["model=hub", f"model.path={folder}", "adapter=dora", "loraplus.ratio=16"])
+        config: Any = compose(
+            "config", overrides=["model=hub", f"model.path={folder}", "adapter=dora", "loraplus.ratio=16"]
+        )
     model = add_adapter(load_model(config.model, config.task.auto_class), config.adapter, config.task.task_type)
     arguments = TrainingArguments(output_dir=f"{out}/trainer", use_cpu=True, report_to="none")
     trainer: Any = with_loraplus(Trainer)(model=model, args=arguments, loraplus=loraplus_settings(config))

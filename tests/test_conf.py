@@ -27,7 +27,7 @@ def test_option_is_headed_by_the_command_that_uses_it(name: str) -> None:
 
 
 def lines_without_comment(text: str) -> list[str]:
-    """Lines with a key but no comment; a block scalar's text and the defaults list (named by its groups) don't count."""
+    """Lines with a key but no comment; text of a block scalar and the defaults list (named by its groups) don't."""
     missing, block, defaults = [], None, False
     for line in text.splitlines():
         indent = len(line) - len(line.lstrip())

@@ -186,5 +186,5 @@ def test_mistakes_in_the_files_are_told_with_their_line(glue_folder: Path, tmp_p
         (tmp_path / name).write_text(text)
         with pytest.raises(ConfigErrors, match=said):
             glue.load("sst2", str(tmp_path))
-    with pytest.raises(ConfigErrors, match="no task 'sst' .did you mean 'sst2'"):
+    with pytest.raises(ConfigErrors, match=r"no task 'sst' .did you mean 'sst2'"):
         glue.load("sst", str(glue_folder))

@@ -77,7 +77,13 @@ def test_fsdp_in_one_process_is_refused(cli: Callable[..., Finished], tiny_run: 
 
 
 def test_requested_fsdp_that_is_not_active_is_an_error(tiny_run: list[str], tmp_path: Path) -> None:
-    overrides = [*tiny_run, "trainer=fsdp2", "trainer.use_cpu=true", "trainer.bf16=false", f"hydra.run.dir={tmp_path}/x"]
+    overrides = [
+        *tiny_run,
+        "trainer=fsdp2",
+        "trainer.use_cpu=true",
+        "trainer.bf16=false",
+        f"hydra.run.dir={tmp_path}/x",
+    ]
     done = torchrun("-m", "loraplus_hydra", *overrides, cwd=tmp_path)
     assert done.returncode == 1
     assert "FSDP isn't active" in done.stderr

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import ast
+import os
+import platform
 import re
 import subprocess
 import sys
@@ -14,7 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplus_hydra.data.embedded import library_pairs
-from loraplus_hydra.embedded.pretrain import CHAT_TEMPLATE, Corpus, main, read_corpus
+from loraplus_hydra.embedded.pretrain import (
+    CHAT_TEMPLATE,
+    CONTEXT,
+    VOCABULARY,
+    Corpus,
+    main,
+    new_model,
+    read_corpus,
+    train,
+    train_tokenizer,
+)
 from loraplus_hydra.embedded.source import is_held_out
 
 if TYPE_CHECKING:
@@ -136,8 +148,6 @@ def test_prompts_fit_the_context(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_the_corpus_has_no_docstring(corpus: Corpus) -> None:
-    import ast
-
     holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for name, text in corpus.modules.items():
         nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, holders)]
@@ -197,30 +207,43 @@ def test_a_turn_is_followed_by_an_answer(model: LlamaForCausalLM, tokenizer: Pre
 # --- the script ------------------------------------------------------------------------------------------------------
 
 
-def test_the_script_makes_the_same_checkpoint_twice(tmp_path: Path, corpus: Corpus) -> None:
-    """One step each, in processes of their own; the second in another hash order."""
+def test_the_shipped_tokenizer_comes_out_again(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> None:
+    card = (CHECKPOINT / "README.md").read_text(encoding="utf-8")
+    if f"CPython {platform.python_version()}:" not in card:
+        pytest.skip("the library of another Python is another text")
+    again = train_tokenizer(list(corpus.modules.values()))
+    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert again.chat_template == tokenizer.chat_template
+
+
+def test_training_repeats_by_its_seed() -> None:
+    import torch
+
+    texts = [[token % VOCABULARY for token in range(start, start + CONTEXT)] for start in range(0, 9000, 1000)]
+
+    def trained(seed: int) -> torch.Tensor:
+        torch.manual_seed(3)
+        model = new_model()
+        train(model, texts, steps=2, seed=seed)
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    assert torch.equal(trained(0), trained(0))
+    assert not torch.equal(trained(0), trained(1))
+
+
+@pytest.mark.slow
+def test_the_script_makes_the_same_checkpoint_twice(tmp_path: Path) -> None:
+    """One step each, in processes of their own, the second in another hash order."""
     made = []
     for seed in ("1", "2"):
         out = tmp_path / seed
         command = [sys.executable, "-m", "loraplus_hydra.embedded.pretrain", "--out", str(out), "--steps", "1"]
-        command += ["--threads", "1"]
-        environment = {**_environment(), "PYTHONHASHSEED": seed}
-        subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
+        subprocess.run(command, env=environment, check=True, capture_output=True)
         assert {path.name for path in out.iterdir()} == FILES
-        made.append({name: (out / name).read_bytes() for name in FILES - {"README.md"}})
         assert str(tmp_path) not in (out / "README.md").read_text(encoding="utf-8")
+        made.append({name: (out / name).read_bytes() for name in FILES - {"README.md"}})  # which tells the seconds
     assert made[0] == made[1]
-    # The tokenizer doesn't depend on the steps: under the Python that made the shipped one it comes out the same.
-    card = (CHECKPOINT / "README.md").read_text(encoding="utf-8")
-    if f"CPython {sys.version.split()[0]}:" in card and f"{len(corpus.modules)} modules" in card:
-        shipped = json.loads((CHECKPOINT / "tokenizer.json").read_text(encoding="utf-8"))
-        assert json.loads(made[0]["tokenizer.json"])["model"] == shipped["model"]
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--threads", "-1"], ["--steps", "many"]])

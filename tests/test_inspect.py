@@ -72,7 +72,9 @@ def tensor_bytes(tensors: Any) -> int:
     return sum(found.values())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adafactor", "adamw8bit", "lion", "lion8bit", "paged_adamw32bit"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", "sgd", "adafactor", "adamw8bit", "lion", "lion8bit", "paged_adamw32bit"]
+)
 def test_memory_is_within_five_percent_of_a_real_run(
     optimizer: str, compose: Callable[..., Any], tiny_model: Path
 ) -> None:
@@ -83,7 +85,11 @@ def test_memory_is_within_five_percent_of_a_real_run(
     from loraplus_hydra.optimizer import build_optimizer
 
     config = compose(
-        "model=hub", f"model.path={tiny_model}", f"optimizer={optimizer}", "adapter.r=64", "+adapter.modules_to_save=[lm_head]"
+        "model=hub",
+        f"model.path={tiny_model}",
+        f"optimizer={optimizer}",
+        "adapter.r=64",
+        "+adapter.modules_to_save=[lm_head]",
     )
     meta, placed = inspect(config)
     told = estimate(meta, placed)

@@ -185,7 +185,9 @@ def test_failed_job_leaves_its_result(compose: Callable[..., Any], tiny_run: lis
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-@pytest.mark.parametrize(("exception", "status", "code"), [("KeyboardInterrupt", "interrupted", 130), ("Terminated", "interrupted", 143)])
+@pytest.mark.parametrize(
+    ("exception", "status", "code"), [("KeyboardInterrupt", "interrupted", 130), ("Terminated", "interrupted", 143)]
+)
 def test_interrupt_is_recorded_and_ends_with_its_status(
     exception: str,
     status: str,
@@ -206,7 +208,9 @@ def test_interrupt_is_recorded_and_ends_with_its_status(
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == status
 
 
-def test_main_returns_the_metric_that_a_sweep_optimises(cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path) -> None:
+def test_main_returns_the_metric_that_a_sweep_optimises(
+    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
     finished = cli("-m", *tiny_run, "loraplus.ratio=1,16", "hydra.sweep.dir=sweep")
     assert finished.status == 0, finished.err
     results = [json.loads((tmp_path / "sweep" / job / "result.json").read_text()) for job in ("0", "1")]

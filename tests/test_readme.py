@@ -21,9 +21,8 @@ def commands() -> list[str]:
     """Every `python -m loraplus_hydra ...` of a shell block, its comment and line breaks taken away."""
     found = []
     for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            if line.startswith("python -m loraplus_hydra"):
-                found.append(line.partition("  # ")[0].partition(" # ")[0].strip())
+        lines = block.replace("\\\n", " ").splitlines()
+        found += [line.partition(" # ")[0].strip() for line in lines if line.startswith("python -m loraplus_hydra")]
     return found
 
 
@@ -47,7 +46,9 @@ def test_readme_has_commands() -> None:
 
 def test_table_lists_every_option_of_every_group() -> None:
     rows = dict(re.findall(r"^\| `([\w/]+)` \| (.*?) \|", README, flags=re.MULTILINE))
-    for folder in sorted(path for path in config_folder().iterdir() if path.is_dir() and not path.name.startswith("__")):
+    for folder in sorted(
+        path for path in config_folder().iterdir() if path.is_dir() and not path.name.startswith("__")
+    ):
         options = sorted(path.stem for path in folder.glob("*.yaml"))
         if options:
             assert folder.name in rows, f"the README's table lacks the group {folder.name}"

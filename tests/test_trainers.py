@@ -66,7 +66,12 @@ def test_rates_are_those_of_the_rules_at_every_step(
     from loraplus_hydra import run
 
     overrides = [override.format(rows=rows, pairs=pairs) for override in RUNS[trainer]]
-    steps = ["trainer.max_steps=2", "trainer.per_device_train_batch_size=2", "trainer.logging_steps=1", "task.samples=0"]
+    steps = [
+        "trainer.max_steps=2",
+        "trainer.per_device_train_batch_size=2",
+        "trainer.logging_steps=1",
+        "task.samples=0",
+    ]
     config = compose(
         "model=hub", f"model.path={tiny_model}", *overrides, *steps, f"optimizer.lr={LR}", f"loraplus.ratio={RATIO}"
     )

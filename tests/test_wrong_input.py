@@ -1,4 +1,4 @@
-"""Every mistake in a config is told before anything heavy: the right words, exit status 1, no traceback, nothing written."""
+"""Every mistake is told before anything heavy: the right words, exit status 1, no traceback, nothing written."""
 
 from __future__ import annotations
 
@@ -26,12 +26,18 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "type in an open group": (["trainer.max_steps=many"], ["trainer.max_steps", "'many'", "a whole number"]),
     "text for a rate": (["optimizer.lr=fast"], ["optimizer.lr", "'fast'", "a finite number above 0"]),
     "missing value": (["optimizer.lr=???"], ["optimizer.lr", "is not set"]),
-    "missing environment variable": (["model.revision=${oc.env:NO_SUCH_VARIABLE}"], ["model.revision", "NO_SUCH_VARIABLE"]),
+    "missing environment variable": (
+        ["model.revision=${oc.env:NO_SUCH_VARIABLE}"],
+        ["model.revision", "NO_SUCH_VARIABLE"],
+    ),
     "interpolation to nowhere": (["seed=${nowhere.at.all}"], ["seed", "leads nowhere"]),
     "unknown class": (["optimizer._target_=torch.optim.AdamX"], ["optimizer._target_", "did you mean 'Adam"]),
     "unknown package": (["optimizer._target_=tourch.optim.AdamW"], ["optimizer._target_", "no package 'tourch'"]),
     "no class at all": (["optimizer._target_=adamw"], ["optimizer._target_", "no dotted path"]),
-    "class that is no optimizer": (["optimizer._target_=torch.nn.Linear"], ["optimizer", "Linear", "torch.optim.Optimizer"]),
+    "class that is no optimizer": (
+        ["optimizer._target_=torch.nn.Linear"],
+        ["optimizer", "Linear", "torch.optim.Optimizer"],
+    ),
     "function that executes": (["optimizer._target_=os.system"], ["optimizer._target_", "os.system"]),
     "data function that executes": (["data._target_=os.system"], ["data._target_", "os.system"]),
     "data function of torch": (["data._target_=torch.load"], ["data._target_", "torch.load"]),
@@ -39,7 +45,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "nested target": (["+adapter.loftq_config={_target_: os.system}"], ["adapter.loftq_config._target_", "os.system"]),
     "class that is no trainer": (["task._target_=torch.optim.AdamW"], ["task._target_", "transformers.Trainer"]),
     "class that is no adapter": (["adapter._target_=torch.optim.AdamW"], ["adapter._target_", "PEFT config"]),
-    "argument the optimizer doesn't take": (["+optimizer.beta=3"], ["optimizer", "no argument 'beta'", "did you mean 'betas'"]),
+    "argument the optimizer doesn't take": (
+        ["+optimizer.beta=3"],
+        ["optimizer", "no argument 'beta'", "did you mean 'betas'"],
+    ),
     "LBFGS": (["optimizer._target_=torch.optim.LBFGS"], ["LBFGS", "one parameter group only"]),
     "torch's Adafactor": (["optimizer._target_=torch.optim.Adafactor"], ["Adafactor", "scales each update"]),
     "Adafactor with relative steps": (["optimizer=adafactor", "optimizer.relative_step=true"], ["relative_step"]),
@@ -47,7 +56,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "second master of the optimizer": (["+trainer.optim=adamw_torch"], ["trainer.optim", "optimizer group"]),
     "second master of the seed": (["+trainer.seed=1"], ["trainer.seed", "its one master is seed"]),
     "second master of the folder": (["+trainer.output_dir=x"], ["trainer.output_dir", "hydra.run.dir"]),
-    "second master of the warm-up": (["+trainer.warmup_steps=5"], ["trainer.warmup_steps", "scheduler.num_warmup_steps"]),
+    "second master of the warm-up": (
+        ["+trainer.warmup_steps=5"],
+        ["trainer.warmup_steps", "scheduler.num_warmup_steps"],
+    ),
     "argument of this trainer alone": (["+trainer.max_length=5"], ["trainer.max_length", "task.args.max_length"]),
     "argument of every trainer": (["+task.args.max_steps=5"], ["task.args.max_steps", "trainer.max_steps"]),
     "rank 0": (["adapter.r=0"], ["adapter.r", "0 is out of range", "from 1 on"]),
@@ -62,9 +74,18 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no step": (["trainer.max_steps=0"], ["trainer.max_steps", "from 1 on"]),
     "no batch": (["trainer.per_device_train_batch_size=0"], ["trainer.per_device_train_batch_size", "from 1 on"]),
     "ratio of a preset without one": (["loraplus=none", "loraplus.ratio=16"], ["loraplus.ratio", "no such key"]),
-    "the same behind a plus": (["loraplus=none", "+loraplus.ratio=16"], ["loraplus.ratio", "no rule of this preset uses it"]),
-    "unknown role in a rule": (["+loraplus.extra_rules.x={role: lora_C, lr: 1}"], ["extra_rules.x.role", "did you mean 'lora_"]),
-    "rule that matches nothing": (["+loraplus.extra_rules.x={pattern: scroe, lr: 1}"], ["extra_rules.x", "no trained tensor"]),
+    "the same behind a plus": (
+        ["loraplus=none", "+loraplus.ratio=16"],
+        ["loraplus.ratio", "no rule of this preset uses it"],
+    ),
+    "unknown role in a rule": (
+        ["+loraplus.extra_rules.x={role: lora_C, lr: 1}"],
+        ["extra_rules.x.role", "did you mean 'lora_"],
+    ),
+    "rule that matches nothing": (
+        ["+loraplus.extra_rules.x={pattern: scroe, lr: 1}"],
+        ["extra_rules.x", "no trained tensor"],
+    ),
     "ratio that does nothing": (["loraplus.rules.groupB=null"], ["ratio 8 does nothing", "loraplus=none"]),
     "file not there": (["data.train=nowhere.jsonl"], ["data.train", "nowhere.jsonl", "No such file"]),
     "folder not there": (["model.path=./nowhere"], ["model.path", "nowhere"]),
@@ -72,7 +93,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "dtype": (["model.dtype=float17"], ["model.dtype", "float17", "bfloat16"]),
     "unreadable value": (["optimizer.lr=[1"], ["optimizer.lr=[1", "can't be read"]),
     "no override": (["chek"], ["chek", "neither a command nor key=value"]),
-    "trainer fields that contradict": (["+trainer.load_best_model_at_end=true", "trainer.eval_strategy=no"], ["trainer"]),
+    "trainer fields that contradict": (
+        ["+trainer.load_best_model_at_end=true", "trainer.eval_strategy=no"],
+        ["trainer"],
+    ),
     "schedule that breaks the ratio": (
         ["scheduler._target_=torch.optim.lr_scheduler.OneCycleLR", "+scheduler.max_lr=0.1"],
         ["scheduler", "breaks the ratio", "one_cycle"],
@@ -94,7 +118,9 @@ def test_mistake_is_told_and_leaves_nothing_behind(
 
 
 def test_every_mistake_is_told_at_once(tiny_run: list[str], cli: Callable[..., Finished]) -> None:
-    finished = cli(*tiny_run, "adapter.r=0", "loraplus.ratio=-1", "+trainer.seed=3", "optimizer._target_=torch.nn.Linear")
+    finished = cli(
+        *tiny_run, "adapter.r=0", "loraplus.ratio=-1", "+trainer.seed=3", "optimizer._target_=torch.nn.Linear"
+    )
     for key in ("adapter.r", "loraplus.ratio", "trainer.seed", "optimizer._target_"):
         assert f"- {key}: " in finished.err
     assert "4 things to put right" in finished.err
@@ -144,7 +170,9 @@ def test_used_run_folder_is_refused_and_left_alone(
     assert [path.name for path in folder.iterdir()] == ["precious.txt"]
 
 
-def test_run_folder_that_is_a_file_is_refused(tiny_run: list[str], cli: Callable[..., Finished], tmp_path: Path) -> None:
+def test_run_folder_that_is_a_file_is_refused(
+    tiny_run: list[str], cli: Callable[..., Finished], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("keep me")
     finished = cli(*tiny_run, "hydra.run.dir=file")
     assert finished.status == 1

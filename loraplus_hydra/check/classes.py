@@ -42,7 +42,11 @@ def _stray_targets(node: Any, path: str) -> Iterator[Problem]:
         key_path = f"{path}.{key}" if path else key
         nested_peft = path.startswith("adapter.") and str(value).startswith("peft.")
         if key == TARGET and path not in PLACES and not nested_peft:
-            yield Problem(key_path, f"nothing is built here, so '{value}' has no place", f"remove it; {TARGET} belongs to {', '.join(PLACES)}")
+            yield Problem(
+                key_path,
+                f"nothing is built here, so '{value}' has no place",
+                f"remove it; {TARGET} belongs to {', '.join(PLACES)}",
+            )
         elif key.startswith("_") and key != TARGET:
             yield Problem(key_path, "Hydra's other instantiation keys have no place here", "remove it")
         yield from _stray_targets(value, key_path)
@@ -64,7 +68,11 @@ def _resolve(path: Any, key: str, kind: Callable[[Any], bool], wanted: str) -> t
 def _what(found: Any) -> str:
     if isinstance(found, type):
         return f"the class {found.__name__}"
-    return f"the function {found.__name__}" if callable(found) and hasattr(found, "__name__") else f"a {type(found).__name__}"
+    return (
+        f"the function {found.__name__}"
+        if callable(found) and hasattr(found, "__name__")
+        else f"a {type(found).__name__}"
+    )
 
 
 def _steps(trainer: dict[str, Any]) -> int:
@@ -94,9 +102,7 @@ def _adapter(adapter: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
     return problems + (adapter_problems(found, adapter, trainer) if found else [])
 
 
-def _quantization(
-    quantization: dict[str, Any], adapter: dict[str, Any], trainer: dict[str, Any]
-) -> list[Problem]:
+def _quantization(quantization: dict[str, Any], adapter: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from loraplus_hydra.check.adapter import quantization_problems
@@ -125,7 +131,10 @@ def _optimizer(optimizer: dict[str, Any]) -> list[Problem]:
 def _scheduler(scheduler: dict[str, Any], steps: int) -> list[Problem]:
     """Try the schedule on two groups of different rates: it takes its arguments and keeps their ratio."""
     found, problems = _resolve(
-        scheduler.get(TARGET), "scheduler._target_", _is_ours_to_call, "a torch.optim.lr_scheduler class or a transformers.get_..._schedule"
+        scheduler.get(TARGET),
+        "scheduler._target_",
+        _is_ours_to_call,
+        "a torch.optim.lr_scheduler class or a transformers.get_..._schedule",
     )
     if found is None:
         return problems
@@ -133,7 +142,10 @@ def _scheduler(scheduler: dict[str, Any], steps: int) -> list[Problem]:
 
     from loraplus_hydra.schedule import build_schedule
 
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr, "name": name} for lr, name in ((1e-4, "A"), (8e-4, "B"))]
+    groups = [
+        {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr, "name": name}
+        for lr, name in ((1e-4, "A"), (8e-4, "B"))
+    ]
     try:
         build_schedule(found, torch.optim.AdamW(groups), num_training_steps=steps, kwargs=_without(scheduler, TARGET))
     except UserError as error:
@@ -144,10 +156,19 @@ def _scheduler(scheduler: dict[str, Any], steps: int) -> list[Problem]:
 def _task(task: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
     from transformers import Trainer, TrainingArguments
 
-    _, problems = _resolve(task.get(TARGET), "task._target_", _derives(Trainer), "a transformers.Trainer class, such as trl.SFTTrainer")
-    _, more = _resolve(task.get("auto_class"), "task.auto_class", lambda found: hasattr(found, "from_pretrained"), "a class with from_pretrained")
+    _, problems = _resolve(
+        task.get(TARGET), "task._target_", _derives(Trainer), "a transformers.Trainer class, such as trl.SFTTrainer"
+    )
+    _, more = _resolve(
+        task.get("auto_class"),
+        "task.auto_class",
+        lambda found: hasattr(found, "from_pretrained"),
+        "a class with from_pretrained",
+    )
     problems += more
-    _, more = _resolve(task.get("examples"), "task.examples", _is_ours_to_call, "a function, such as loraplus_hydra.tasks.sft.examples")
+    _, more = _resolve(
+        task.get("examples"), "task.examples", _is_ours_to_call, "a function, such as loraplus_hydra.tasks.sft.examples"
+    )
     problems += more
     arguments, more = _resolve(
         task.get("args_class"), "task.args_class", _derives(TrainingArguments), "a transformers.TrainingArguments class"
@@ -164,7 +185,10 @@ def _trainer_arguments(arguments: type, task: dict[str, Any], trainer: dict[str,
     common = {field.name for field in fields(TrainingArguments)} - set(MASTERS)
     own = {field.name for field in fields(arguments)} - common - set(MASTERS)  # type: ignore[arg-type]
     problems = []
-    for place, group, here, there in (("trainer", trainer, common, own), ("task.args", task.get("args") or {}, own, common)):
+    for place, group, here, there in (
+        ("trainer", trainer, common, own),
+        ("task.args", task.get("args") or {}, own, common),
+    ):
         other = "task.args" if place == "trainer" else "trainer"
         for name in group:
             if name in there:

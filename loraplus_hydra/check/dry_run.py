@@ -84,7 +84,9 @@ def _adapter_problem(model: Any, config: DictConfig, error: Exception) -> Proble
     text = _first_line(error)
     if "target" in text.lower():
         targets = ", ".join(possible_targets(model))
-        return Problem("adapter.target_modules", text, f"layers of this model that it can name: {targets}; or all-linear")
+        return Problem(
+            "adapter.target_modules", text, f"layers of this model that it can name: {targets}; or all-linear"
+        )
     return Problem("adapter", text)
 
 

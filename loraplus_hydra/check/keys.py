@@ -24,7 +24,7 @@ def read_config(config: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
 
 
 def _read(node: DictConfig | ListConfig, path: str, problems: list[Problem]) -> dict[str, Any] | list[Any]:
-    keys = list(range(len(node))) if isinstance(node, ListConfig) else list(node.keys())
+    keys: list[Any] = list(range(len(node))) if isinstance(node, ListConfig) else list(node.keys())
     found: list[tuple[Any, Any]] = []
     for key in keys:
         key_path = f"{path}.{key}" if path else str(key)
@@ -43,8 +43,8 @@ def _read(node: DictConfig | ListConfig, path: str, problems: list[Problem]) -> 
 
 
 def _interpolation_message(node: DictConfig | ListConfig, key: Any, error: OmegaConfBaseException) -> str:
-    raw = OmegaConf.to_container(node, resolve=False)
-    text = raw[key]  # type: ignore[index,call-overload]
+    raw: Any = OmegaConf.to_container(node, resolve=False)
+    text = raw[key]
     reason = str(error).splitlines()[0].split("resolving interpolation: ")[-1].strip('"')
     return f"'{text}' leads nowhere: {reason}"
 
@@ -67,8 +67,7 @@ def _unread_loraplus_keys(config: DictConfig) -> list[Problem]:
     """Keys of `loraplus` that no rule of the preset refers to: setting them would do nothing."""
     if not isinstance(config.get("loraplus"), DictConfig):
         return []
-    raw = OmegaConf.to_container(config.loraplus, resolve=False)
-    assert isinstance(raw, dict)
+    raw: Any = OmegaConf.to_container(config.loraplus, resolve=False)
     read = set(re.findall(r"\$\{[^}]*?\.*(\w+)\}", str({key: raw.get(key) for key in ("rules", "extra_rules")})))
     used = [str(key) for key in raw if key in read]
     return [

@@ -36,7 +36,9 @@ WHOLE_OR_NULL = Range("a whole number from 0 on, or null", WHOLE.holds, nullable
 SHARE = Range("a number from 0 to 1", lambda x: _number(x) and 0 <= x <= 1)
 PROPER_SHARE = Range("a number above 0 and below 1", lambda x: _number(x) and 0 < x < 1)
 DROPOUT = Range("a number from 0 to below 1", lambda x: _number(x) and 0 <= x < 1)
-EVERY = Range("a whole number of steps, or a share of them between 0 and 1", lambda x: COUNT.holds(x) or PROPER_SHARE.holds(x))
+EVERY = Range(
+    "a whole number of steps, or a share of them between 0 and 1", lambda x: COUNT.holds(x) or PROPER_SHARE.holds(x)
+)
 DTYPE = Range("auto, float32, bfloat16 or float16", lambda x: x in ("auto", "float32", "bfloat16", "float16"))
 BETAS = Range(
     "two or more numbers from 0 to below 1",
@@ -71,7 +73,9 @@ RANGES: dict[str, Range] = {
     "data.eval_fraction": PROPER_SHARE,
     "data.max_samples": COUNT_OR_NULL,
     "trainer.num_train_epochs": POSITIVE,
-    "trainer.max_steps": Range("a whole number from 1 on, or -1 for num_train_epochs", lambda x: _whole(x) and (x >= 1 or x == -1)),
+    "trainer.max_steps": Range(
+        "a whole number from 1 on, or -1 for num_train_epochs", lambda x: _whole(x) and (x >= 1 or x == -1)
+    ),
     "trainer.per_device_train_batch_size": COUNT,
     "trainer.per_device_eval_batch_size": COUNT,
     "trainer.gradient_accumulation_steps": COUNT,

@@ -23,7 +23,7 @@ TRAIN = "train"
 COMMANDS: dict[str, Command] = {
     TRAIN: Command("train one run (the word can be left out); -m trains one for each combination of values"),
     "inspect": Command(
-        "show every trained tensor's role, rule, group and rate, and the memory; no weights are loaded (--tensors, --json)",
+        "show every trained tensor's role, rule, group and rate, and the memory; loads no weights (--tensors, --json)",
         flags=("tensors", "json"),
     ),
     "preview": Command("show three training rows as the model will see them: tokens, and which of them carry loss"),

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from loraplus_hydra import paths
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.finished import FinishedRun, load_run, named_run, open_run
+from loraplus_hydra.quiet import quiet_peft
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,6 +45,7 @@ def export(run: FinishedRun, target: Path, *, merge: bool = True, dtype: str | N
 
     draft = paths.unfinished(target)
     shutil.rmtree(draft, ignore_errors=True)  # of an export that was killed
+    made = [folder for folder in (draft.parent, *draft.parent.parents) if not folder.exists()]
     draft.mkdir(parents=True)
     try:
         if merge:
@@ -54,6 +56,8 @@ def export(run: FinishedRun, target: Path, *, merge: bool = True, dtype: str | N
         draft.rename(target)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
+        for folder in made:
+            folder.rmdir()
         raise
     return target
 
@@ -66,7 +70,8 @@ def merged_model(run: FinishedRun, dtype: str | None = None) -> tuple[Any, Any]:
     dequantized = _dequantized(model, run)
     _untie(dequantized)
     try:
-        merged = dequantized.merge_and_unload(safe_merge=True)
+        with quiet_peft():
+            merged = dequantized.merge_and_unload(safe_merge=True)
     except (AttributeError, NotImplementedError, TypeError) as error:
         kind = dequantized.active_peft_config.peft_type
         raise UserError(f"merge: {kind} can't be merged into the weights ({error}); use merge=false") from error

@@ -45,7 +45,7 @@ class PreviewedRow:
     label: str | None = None
 
 
-def main(config: DictConfig, flags: frozenset[str]) -> None:  # noqa: ARG001
+def main(config: DictConfig, flags: frozenset[str]) -> None:
     """Raise ConfigErrors for a wrong config, or show the rows."""
     check(config)
     from loraplus_hydra.examples import load_examples

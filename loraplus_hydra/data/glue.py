@@ -125,15 +125,13 @@ def _folder(path: Path, task: GlueTask) -> Path:
 
 def _local(path: Path, task: GlueTask) -> Dataset:
     try:
-        for _ in read_tsv(str(path), task):
-            pass
+        count = sum(1 for _ in read_tsv(str(path), task))
     except UserError as error:
         raise ConfigErrors([Problem("data.path", str(error))]) from None
-    key = {"glue": task.folder, "path": str(path), "content": file_digest(path)}
-    rows = generated(read_tsv, {"path": str(path), "task": task}, features=_features(task), key=key)
-    if len(rows) == 0:
+    if count == 0:
         raise ConfigErrors([Problem("data.path", f"{path} has no rows")])
-    return rows
+    key = {"glue": task.folder, "path": str(path), "content": file_digest(path)}
+    return generated(read_tsv, {"path": str(path), "task": task}, features=_features(task), key=key)
 
 
 def read_tsv(path: str, task: GlueTask) -> Iterator[dict[str, Any]]:

@@ -234,11 +234,11 @@ def _encoded(path: str, layout: Layout, names: tuple[str, ...], encoded: tuple[s
 
 def _load_parquet(path: str) -> Dataset:
     import pyarrow as pa
+    import pyarrow.parquet
     from datasets import Dataset
 
-    if not Path(path).is_file():
-        raise UserError(f"{path}: No such file")
     try:
+        pa.parquet.read_metadata(path)  # datasets would log a traceback
         rows = Dataset.from_parquet(path, cache_dir=str(cache_folder()))
     except Exception as error:  # datasets wraps whatever Arrow says
         raise UserError(f"{path}: not a Parquet file that can be read: {_reason(error)}") from None

@@ -20,7 +20,7 @@ COLUMNS = ("prompt", "chosen", "rejected")  # TRL's names; `data.<name>_column` 
 
 
 def examples(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictConfig, data: DictConfig) -> Examples:
-    """Rows of texts as TRL's preference examples; with a chat template each text becomes a turn. Raises ConfigErrors."""
+    """Rows of texts as TRL's preference examples; with a chat template each becomes a turn. Raises ConfigErrors."""
     refuse_unread(task, "block_size", "max_length", "problem_type")
     chat = bool(tokenizer.chat_template) if task.chat is None else task.chat
     if chat and not tokenizer.chat_template:

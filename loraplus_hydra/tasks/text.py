@@ -41,9 +41,6 @@ def examples(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictCo
     size = _block_size(task, tokenizer)
     key = {"task": "text", "tokenizer": tokenizer_digest(tokenizer), "column": column}
     blocks = {split: _blocks_of(rows[split], column, tokenizer, split, size, key) for split in SPLITS}
-    for split in SPLITS:
-        if not is_streamed(blocks[split]) and sum(len(ids) for ids in blocks[split].take(1)["input_ids"]) < 2:
-            raise ConfigErrors([Problem("data", f"the {split} rows hold no text to go on with", "give more of it")])
     prompts, answers = _samples(blocks["eval"], tokenizer, task.samples, task.sample_tokens)
     from transformers import DataCollatorForSeq2Seq
 
@@ -90,6 +87,9 @@ def _blocks_of(
 
     convert = _converter(column, tokenizer, split)
     tokens = converted(rows, convert, columns=all_columns(rows), features=_features("input_ids"), key=key)
+    first = next(_blocks(tokens, size), None)
+    if first is None or len(first["input_ids"]) < 2:
+        raise ConfigErrors([Problem("data", f"the {split} rows hold no text to go on with", "give more of it")])
     features = _features("input_ids", "labels")
     if is_streamed(tokens):
         return IterableDataset.from_generator(_blocks, features, gen_kwargs={"tokens": tokens, "size": size})
@@ -106,7 +106,7 @@ def _features(*names: str) -> Features:
 def _blocks(tokens: Any, size: int) -> Iterator[dict[str, Any]]:
     parts = (np.asarray(row["input_ids"], dtype=np.int32) for row in tokens)
     for block in cut_into_blocks(parts, size):
-        yield {"input_ids": block, "labels": block}
+        yield {"input_ids": block.tolist(), "labels": block.tolist()}
 
 
 def _converter(column: str, tokenizer: PreTrainedTokenizerBase, split: str) -> Any:

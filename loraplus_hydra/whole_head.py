@@ -1,0 +1,66 @@
+"""An adapted output layer under TRL's trainers, which score tokens without it.
+
+To save the memory of the logits TRL multiplies by the output layer's weight itself (`add_fused_lm_head`, TRL 1.16).
+An adapter on that layer would take no part and get no gradient, and rows of new tokens raise an AttributeError.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+
+
+def score_with_whole_head(model: Any) -> bool:
+    """Have an adapted output layer compute its own logits where TRL would fuse it; returns whether there is one.
+
+    `model` is a PeftModel that TRL has patched. Costs the memory of the logits: batch x tokens x vocabulary numbers.
+    """
+    base = model.get_base_model()
+    if not _is_adapted(base.get_output_embeddings()):
+        return False
+    inner = base.forward
+
+    @functools.wraps(type(base).forward)  # `generate` reads the signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.pop("fused_lm_head", False):
+            return inner(*args, **kwargs)
+        labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+        items = kwargs.pop("num_items_in_batch", None)
+        output = inner(*args, **{**kwargs, "use_cache": False})
+        logits = output.logits[:, :-1] if shifted is None else output.logits
+        return _scored(logits.float(), labels[:, 1:] if shifted is None else shifted, items, output)
+
+    base.forward = types.MethodType(forward, base)
+    return True
+
+
+def _scored(logits: torch.Tensor, labels: torch.Tensor, items: Any, output: Any) -> Any:
+    """What TRL's trainers read of a fused forward pass, from the logits of the tokens before the labels."""
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    labels = labels.to(logits.device)
+    mask = labels != -100
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels.clamp(min=0), reduction="none")
+    log_probs = (-losses).masked_fill(~mask, 0.0)
+    with torch.no_grad():
+        distribution = torch.log_softmax(logits, -1)
+        entropy = -(distribution.exp() * distribution).sum(-1).masked_fill(~mask, 0.0)
+        is_top1 = (logits.argmax(-1) == labels) & mask
+    return FusedCausalLMOutput(
+        loss=-log_probs.sum() / (mask.sum().clamp(min=1) if items is None else items),
+        log_probs=log_probs,
+        entropy=entropy,
+        is_top1=is_top1,
+        label_mask=mask,
+        aux_loss=getattr(output, "aux_loss", None),
+    )
+
+
+def _is_adapted(layer: Any) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))
