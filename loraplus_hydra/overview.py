@@ -70,19 +70,16 @@ def rows(placed: Sequence[Placed]) -> list[Row]:
     """One row for each distinct (role, rule, group, lr, weight decay, state bits), in the order of first appearance."""
     collected: dict[tuple[Any, ...], list[Placed]] = {}
     for one in placed:
-        key = (
-            one.record.role,
-            one.rule.name,
-            one.group.name,
-            one.group.lr,
-            one.group.weight_decay,
-            one.state_bits,
-        )
+        group = one.group
+        key = (one.record.role, one.rule.name, group.name, group.lr, group.weight_decay, one.state_bits)
         collected.setdefault(key, []).append(one)
-    return [
-        Row(*key, *(len(members), sum(member.record.numel for member in members)))
-        for key, members in collected.items()
-    ]
+    found = []
+    for members in collected.values():
+        first, numbers = members[0], sum(member.record.numel for member in members)
+        group = first.group
+        rates = (group.lr, group.weight_decay, first.state_bits)
+        found.append(Row(first.record.role, first.rule.name, group.name, *rates, len(members), numbers))
+    return found
 
 
 def largest_ratio(placed: Sequence[Placed]) -> float:
