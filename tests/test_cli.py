@@ -118,3 +118,11 @@ def test_traceback_is_shown_on_request(
 
     with pytest.raises(HydraException):
         main()
+
+
+def test_help_lists_every_command() -> None:
+    from loraplus_hydra.commands import COMMANDS, TRAIN
+
+    _, output, _ = imported_by("--help")
+    for name in COMMANDS:
+        assert name == TRAIN or f"\n  {name} " in output
