@@ -1,7 +1,7 @@
 """An adapted output layer under TRL's trainers, which score tokens without it.
 
 To save the memory of the logits TRL multiplies by the output layer's weight itself (`add_fused_lm_head`, TRL 1.16).
-An adapter on that layer would take no part and get no gradient, and rows of new tokens raise an AttributeError.
+An adapter's layer there it refuses, and rows of new tokens raise an AttributeError.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import types
 from typing import Any
 
 import torch
+
+from loraplus_hydra.errors import Problem
 
 
 def score_with_whole_head(model: Any) -> bool:
@@ -35,6 +37,17 @@ def score_with_whole_head(model: Any) -> bool:
 
     base.forward = types.MethodType(forward, base)
     return True
+
+
+def head_problem(model: Any, trainer: str) -> Problem | None:
+    """A Problem where one of TRL's trainers, by its dotted path, would refuse an adapter on the output layer."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(model.get_base_model().get_output_embeddings(), BaseTunerLayer) or not trainer.startswith("trl."):
+        return None
+    name = trainer.rpartition(".")[2]
+    fix = "leave it out, or train it whole: +adapter.modules_to_save=[lm_head]"
+    return Problem("adapter.target_modules", f"TRL's {name} trains no adapter on the output layer", fix)
 
 
 def _scored(logits: torch.Tensor, labels: torch.Tensor, items: Any, output: Any) -> Any:

@@ -15,12 +15,12 @@ from loraplus_hydra.examples import load_examples
 from loraplus_hydra.model import load_base
 from loraplus_hydra.tokenizer import load_tokenizer, new_token_ids
 from tests.architectures import checkpoint
+from tests.conftest import Finished
 
 
 @pytest.mark.parametrize(
     ("architecture", "overrides"),
     [
-        ("llama", ["adapter.target_modules=[q_proj,lm_head]"]),
         ("llama", ["model.add_tokens=['<call>']"]),
         ("qwen2", ["model.add_tokens=['<call>']"]),
         ("llama", ["+adapter.modules_to_save=[lm_head]"]),
@@ -64,3 +64,11 @@ def test_sft_loss_and_gradients_are_the_models_own(
     assert 0 <= evaluated["eval_mean_token_accuracy"] <= 1
     assert evaluated["eval_entropy"] > 0
     assert trainer.model.generate(input_ids=batch["input_ids"][:1, :4], max_new_tokens=2).shape == (1, 6)
+
+
+def test_an_adapters_layer_on_the_output_layer_is_refused_before_trl_does(
+    cli: Callable[..., Finished], tiny_run: list[str]
+) -> None:
+    ended = cli("check", *tiny_run, "adapter.target_modules=[q_proj,lm_head]")
+    assert ended.status == 1
+    assert "adapter.target_modules: TRL's SFTTrainer trains no adapter on the output layer" in ended.err

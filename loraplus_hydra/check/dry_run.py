@@ -37,6 +37,7 @@ def model_problems(config: DictConfig) -> list[Problem]:
     from loraplus_hydra.model import meta_model
     from loraplus_hydra.overview import place
     from loraplus_hydra.roles import tensor_records
+    from loraplus_hydra.whole_head import head_problem
 
     try:
         model = meta_model(config.model, config.task.auto_class, _model_arguments(config))
@@ -48,6 +49,8 @@ def model_problems(config: DictConfig) -> list[Problem]:
         return _problems(error, "adapter")
     except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError, RuntimeError) as error:
         return [_adapter_problem(model, config, error)]
+    if problem := head_problem(adapted, config.task._target_):
+        return [problem]
     try:
         place(tensor_records(adapted), loraplus_settings(config))
     except UserError as error:
