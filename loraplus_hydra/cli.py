@@ -25,6 +25,23 @@ from loraplus_hydra.paths import config_folder, refuse_used_folder
 from loraplus_hydra.quiet import quiet_libraries
 from loraplus_hydra.schema import register
 
+# Hydra's flags whose value is the next word.
+_FLAGS_WITH_VALUE = frozenset(
+    (
+        "--cfg",
+        "-c",
+        "--package",
+        "-p",
+        "--info",
+        "-i",
+        "--config-path",
+        "-cp",
+        "--config-name",
+        "-cn",
+        "--config-dir",
+        "-cd",
+    )
+)
 EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
 
 
@@ -131,11 +148,20 @@ def _hydra_arguments(name: str, arguments: list[str]) -> list[str]:
     flags = [argument.removeprefix("--") for argument in rest if argument.removeprefix("--") in command.flags]
     if flags:
         extra.append(f"hydra.callbacks.before_run.flags=[{','.join(flags)}]")
-    if command.config != "config":
-        extra.append(f"--config-name={command.config}")
     # Keys of a finished run's config, which the command's own YAML can't list.
     rest = [f"++{text}" if text.split(".")[0] in command.changes and "." in text else text for text in rest]
-    return [argument for argument in rest if argument.removeprefix("--") not in command.flags] + extra
+    rest = [argument for argument in rest if argument.removeprefix("--") not in command.flags]
+    place = _first_override(rest)  # argparse takes overrides in one row only
+    config = [f"--config-name={command.config}"] if command.config != "config" else []
+    return [*rest[:place], *extra, *rest[place:], *config]
+
+
+def _first_override(arguments: list[str]) -> int:
+    """Where the overrides begin, or would if there are none."""
+    for place, argument in enumerate(arguments):
+        if not argument.startswith("-") and (place == 0 or arguments[place - 1] not in _FLAGS_WITH_VALUE):
+            return place
+    return len(arguments)
 
 
 def _quoted(value: str) -> str:

@@ -63,7 +63,9 @@ def override_problems(arguments: list[str], config: str, first_error: Exception 
                 accepted.append(singles[0])
             else:
                 # Only a run's keys are known without composing it.
-                problems.append(_explain(text, override, failure, lambda: _compose(config, accepted), config == "config"))
+                problems.append(
+                    _explain(text, override, failure, lambda: _compose(config, accepted), config == "config")
+                )
     return problems
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from omegaconf import DictConfig
 
+from loraplus_hydra.results import Result
 from tests.architectures import checkpoint
 
 WORDS = ("one", "two", "three")
@@ -15,6 +18,14 @@ TEMPLATE = (
     "{%- for message in messages -%}{{ '<' + message['role'] + '>' + message['content'] }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<assistant>' }}{%- endif -%}"
 )
+
+
+def quick_run(config: DictConfig, folder: Path) -> Result:
+    """Run a job without its figure and accelerate's garbage collections, which take longer than the rest."""
+    from loraplus_hydra.job import run
+
+    with patch("loraplus_hydra.report.figure.draw_training"), patch("accelerate.utils.memory.clear_device_cache"):
+        return run(config, folder)
 
 
 def write_rows(folder: Path) -> None:
@@ -63,7 +74,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from loraplus_hydra.job import run
     from loraplus_hydra.paths import config_folder
     from loraplus_hydra.schema import register
 
@@ -87,7 +97,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
             written = [text.replace("DATA", str(place / "data")) for text in overrides]
             config = compose("config", overrides=[*common, *written])
-        run(config, here / "run")
+        quick_run(config, here / "run")
         return here / "run"
 
     return folder

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from loraplus_hydra.adapter import add_adapter
 from loraplus_hydra.adapter_folder import save_adapter
 from loraplus_hydra.errors import ConfigErrors, UserError
-from loraplus_hydra.job import run
 from tests.architectures import CAUSAL, checkpoint, tokenizer
 from tests.conftest import Finished
+from tests.finished_runs import quick_run
 
 TOKENS = torch.arange(3, 51).reshape(4, 12)
 OPTIONS = ("lora", "rslora", "dora", "pissa", "olora", "lora_a_zero", "lora_embeddings", "adalora", "vera")
@@ -183,7 +183,7 @@ def test_any_other_method_of_peft_goes_by_its_class(
 ) -> None:
     overrides = ["adapter._target_=peft.LoHaConfig", "~adapter.lora_alpha", "~adapter.lora_dropout", "~adapter.bias"]
     overrides += ["~adapter.init_lora_weights", "loraplus=none", "trainer.max_steps=2", "task.samples=0"]
-    result = run(compose(*tiny_run, *overrides), tmp_path / "run")
+    result = quick_run(compose(*tiny_run, *overrides), tmp_path / "run")
     assert result.steps == 2
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "run" / "adapter")
     assert model.active_peft_config.peft_type == "LOHA"
@@ -207,7 +207,7 @@ def ada_run(tiny_run: list[str], compose: Callable[..., Any], folder: Path, *ove
     adalora.AdaLoraCallback.on_optimizer_step = recorded  # type: ignore[method-assign]
     try:
         base = ["adapter=adalora", "loraplus=roles", "adapter.deltaT=1", "adapter.init_r=6", "adapter.target_r=2"]
-        result = run(compose(*tiny_run, *base, "task.samples=0", *overrides), folder)
+        result = quick_run(compose(*tiny_run, *base, "task.samples=0", *overrides), folder)
     finally:
         adalora.AdaLoraCallback.on_optimizer_step = after  # type: ignore[method-assign]
     return result, ranks, budgets
@@ -328,7 +328,7 @@ def first_run(tmp_path_factory: pytest.TempPathFactory, tiny_run: list[str]) -> 
     folder = tmp_path_factory.mktemp("first") / "run"
     with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
         config = compose("config", overrides=[*tiny_run, "adapter.r=4", "task.samples=0"])
-    run(config, folder)
+    quick_run(config, folder)
     return folder
 
 
@@ -338,7 +338,7 @@ def test_a_run_goes_on_where_an_adapter_ended(
     inside: str, adapter: list[str], first_run: Path, tiny_run: list[str], compose: Any, tmp_path: Path
 ) -> None:
     path = f"adapter.path={first_run / inside}"
-    second = run(compose(*tiny_run, *adapter, path, "task.samples=0"), tmp_path / "second")
+    second = quick_run(compose(*tiny_run, *adapter, path, "task.samples=0"), tmp_path / "second")
     ended = json.loads((first_run / "result.json").read_text())["metrics"]["eval_loss"]
     assert second.metrics_before["eval_loss"] == pytest.approx(ended, abs=1e-6)
     assert second.value < ended

@@ -166,11 +166,36 @@ def test_any_callable_that_returns_a_dataset_dict_will_do(compose: Callable[...,
     assert list(load_rows(data)["train"]["q"]) == ["0", "1", "2"]
 
 
-def own_rows(count: int) -> Any:
+def own_rows(count: int, kind: str = "good") -> Any:
     from datasets import DatasetDict
 
     rows = Dataset.from_dict({"q": [str(number) for number in range(count)]})
-    return DatasetDict(train=rows, eval=rows)
+    kinds = {
+        "good": DatasetDict(train=rows, eval=rows),
+        "no dictionary": rows,
+        "no eval": DatasetDict(train=rows, test=rows),
+        "streamed eval": DatasetDict(train=rows, eval=rows.to_iterable_dataset()),
+    }
+    return kinds[kind]
+
+
+@pytest.mark.parametrize(
+    ("count", "kind", "said"),
+    [
+        (3, "no dictionary", "returned a Dataset, not a DatasetDict with 'train' and 'eval'"),
+        (3, "no eval", r"returned splits \['test', 'train'\]"),
+        (3, "streamed eval", "the rows to evaluate on are streamed"),
+        (0, "good", "there are no rows in 'train'"),
+    ],
+)
+def test_what_a_callable_returns_is_looked_at(count: int, kind: str, said: str) -> None:
+    from omegaconf import OmegaConf
+
+    from loraplus_hydra.data.rows import load_rows
+
+    data = OmegaConf.create({"_target_": "tests.test_data_files.own_rows", "count": count, "kind": kind})
+    with pytest.raises(ConfigErrors, match=said):
+        load_rows(data)
 
 
 TWICE = """

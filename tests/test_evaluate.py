@@ -92,7 +92,7 @@ def test_classifier_meets_other_rows_with_its_own_labels(
         (["trainer.learning_rate=1"], "trainer.learning_rate: is set elsewhere"),
         (["data=jsn"], "data: there is no option 'jsn' (did you mean 'jsonl'?)"),
         (["optimizer.lr=1"], "optimizer.lr: there is no such key"),
-        (["data.prompt_column=question"], "data.prompt_column: the eval rows have no column 'question'"),
+        (["data.prompt_column=question"], "rows have no column 'question'"),
     ],
 )
 def test_wrong_arguments_are_told(

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from loraplus_hydra.commands.export import export
 from loraplus_hydra.finished import load_run, open_run
-from loraplus_hydra.job import run
 from tests.architectures import checkpoint
 from tests.conftest import Finished
+from tests.finished_runs import quick_run
 
 TOKENS = torch.arange(3, 51).reshape(4, 12)
 CSV = "text,label\n" + "".join(f"say {word} {i},{word}\n" for i in range(8) for word in ("one", "two", "three"))
@@ -66,7 +66,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Callable[[str]
         GlobalHydra.instance().clear()
         with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
             config = compose("config", overrides=[*common, *overrides])
-        run(config, folder)
+        quick_run(config, folder)
         return folder
 
     return finished
@@ -200,7 +200,7 @@ def test_an_adapter_that_cannot_be_merged_says_so(tmp_path: Path, tiny_run: list
     overrides = ["adapter._target_=peft.PromptTuningConfig", "+adapter.num_virtual_tokens=4", "loraplus=none"]
     removed = ("path", "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "init_lora_weights")
     overrides += [f"~adapter.{name}" for name in removed if name != "path"]
-    run(compose(*tiny_run, *overrides, "task.samples=0"), tmp_path / "run")
+    quick_run(compose(*tiny_run, *overrides, "task.samples=0"), tmp_path / "run")
     ended = cli("export", str(tmp_path / "run"), f"to={tmp_path / 'out'}")
     assert ended.status == 1
     assert "use merge=false" in ended.err

@@ -86,7 +86,8 @@ def test_wheel_holds_every_file_of_the_package(installed: Path) -> None:
     packed = set(zipfile.ZipFile(wheel).namelist())
     for folder, prefix in ((ROOT / "conf", "loraplus_hydra/conf"), (ROOT / "loraplus_hydra", "loraplus_hydra")):
         for path in folder.rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts:
+            parts = path.relative_to(folder).parts
+            if path.is_file() and not any(part.startswith((".", "__pycache__")) for part in parts):
                 assert f"{prefix}/{path.relative_to(folder).as_posix()}" in packed
 
 

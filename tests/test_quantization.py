@@ -12,11 +12,11 @@ from peft import PeftModel
 
 from loraplus_hydra.adapter import add_adapter
 from loraplus_hydra.finished import load_run, open_run
-from loraplus_hydra.job import run
 from loraplus_hydra.model import load_model
 from loraplus_hydra.quantization import quantization_config
 from tests.architectures import checkpoint
 from tests.conftest import Finished
+from tests.finished_runs import quick_run
 from tests.test_model import CAUSAL_LM, model_group
 
 TOKENS = torch.arange(3, 51).reshape(4, 12)
@@ -49,7 +49,7 @@ def test_quantised_run_trains_and_its_adapter_gives_its_logits_again(
     monkeypatch.setattr(assemble, "make_trainer", lambda *a: trainers.append(make_trainer(*a)) or trainers[-1])
     overrides = ["model=hub", f"model.path={llama}", f"quantization={kind}", "data=jsonl", f"data.train={rows}"]
     config = compose(*overrides, "trainer.max_steps=4", "trainer.eval_steps=2", "optimizer.lr=1e-3", "task.samples=0")
-    result = run(config, tmp_path / "run")
+    result = quick_run(config, tmp_path / "run")
     assert result.value is not None
     assert result.value < result.metrics_before["eval_loss"]
     (trainer,) = trainers

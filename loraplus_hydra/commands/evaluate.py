@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,10 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     run = open_run(named_run(config), overrides, trust_remote_code=config.trust_remote_code, groups=())
     run.config.data = _data(run.config, data)
     run = _checked(run)
-    metrics = evaluate(run)
+    try:
+        metrics = evaluate(run)
+    except ConfigErrors as error:
+        raise ConfigErrors([_as_given(problem, data) for problem in error.problems]) from error
     for name, value in results(metrics).items():
         then = run.result["metrics"].get(name)
         print(f"{name} = {value:.6g}" + ("" if then is None else f" (at the end of training: {then:.6g})"))
@@ -62,6 +66,12 @@ def _data(config: DictConfig, changes: dict[Any, Any]) -> Any:
     if evaluated is not None and "train" not in _given(changes) and config.task.task_type != "SEQ_CLS":
         data["train"] = evaluated
     return data
+
+
+def _as_given(problem: Problem, changes: dict[Any, Any]) -> Problem:
+    """A Problem with the rows that stand in for the training rows, at the key that names them."""
+    stands_in = problem.key == "data.train" and "train" not in _given(changes)
+    return replace(problem, key="data.eval") if stands_in else problem
 
 
 def _given(changes: dict[Any, Any]) -> set[Any]:

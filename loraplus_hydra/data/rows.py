@@ -32,7 +32,7 @@ def loader_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
 def load_rows(data: DictConfig) -> DatasetDict:
     """Call `data._target_`; raises ConfigErrors when it doesn't return a DatasetDict with "train" and "eval" rows.
 
-    The rows of a split are a Dataset, or an IterableDataset when they are streamed.
+    The training rows are a Dataset, or an IterableDataset when they are streamed.
     """
     from datasets import DatasetDict, IterableDatasetDict
 
@@ -41,6 +41,11 @@ def load_rows(data: DictConfig) -> DatasetDict:
         found = f"splits {sorted(rows)}" if isinstance(rows, Mapping) else f"a {type(rows).__name__}"
         what = f"{data._target_} returned {found}, not a DatasetDict with 'train' and 'eval'"
         raise ConfigErrors([Problem("data._target_", what)])
+    if is_streamed(rows["eval"]):
+        fix = "stream the training rows alone"
+        raise ConfigErrors(
+            [Problem("data", "the rows to evaluate on are streamed, but they are needed as a whole", fix)]
+        )
     for split in SPLITS:
         if not is_streamed(rows[split]) and len(rows[split]) == 0:
             raise ConfigErrors([Problem("data", f"there are no rows in '{split}'")])
