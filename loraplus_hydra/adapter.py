@@ -122,6 +122,9 @@ def _train_new_tokens(config: PeftConfig, model: PreTrainedModel, new_tokens: Se
         raise ConfigErrors(
             [Problem("model.add_tokens", what, "use adapter=lora or one of its kind, or leave it empty")]
         )
+    if _name_of(model, model.get_input_embeddings()) in (getattr(config, "target_modules", None) or ()):
+        what = "rows of new tokens can't train where the adapter sits on the embedding itself"
+        raise ConfigErrors([Problem("model.add_tokens", what, "use adapter=lora, or leave it empty")])
     layers = [model.get_input_embeddings()]
     output = model.get_output_embeddings()
     if output is not None and not model.config.get_text_config().tie_word_embeddings:

@@ -170,13 +170,11 @@ def own_rows(count: int, kind: str = "good") -> Any:
     from datasets import DatasetDict
 
     rows = Dataset.from_dict({"q": [str(number) for number in range(count)]})
-    kinds = {
-        "good": DatasetDict(train=rows, eval=rows),
-        "no dictionary": rows,
-        "no eval": DatasetDict(train=rows, test=rows),
-        "streamed eval": DatasetDict(train=rows, eval=rows.to_iterable_dataset()),
-    }
-    return kinds[kind]
+    if kind == "no dictionary":
+        return rows
+    if kind == "no eval":
+        return DatasetDict(train=rows, test=rows)
+    return DatasetDict(train=rows, eval=rows if kind == "good" else rows.to_iterable_dataset())
 
 
 @pytest.mark.parametrize(

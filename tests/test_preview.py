@@ -109,6 +109,21 @@ def test_classified_rows_show_their_label(
     assert expected in {row.label for row in shown}
 
 
+def test_streamed_rows_are_shown(previewed: Previewed, llama_folder: Path) -> None:
+    rows = [{"prompt": "say 1", "completion": "the number 1"}] * 4
+    shown = previewed(llama_folder, rows, "data.streaming=true", "trainer.max_steps=2")
+    assert [spelt(row) for row in shown] == [HEAD + ANSWER] * 3
+
+
+def test_preferences_show_both_answers_behind_the_same_prompt(previewed: Previewed, llama_folder: Path) -> None:
+    rows = [{"prompt": "say 1", "chosen": "the number 1", "rejected": "fox"}] * 4
+    shown = previewed(llama_folder, rows, "task=dpo")
+    assert [row.side for row in shown] == ["chosen", "rejected"] * 3
+    assert spelt(shown[0]) == HEAD + ANSWER
+    assert spelt(shown[1]).startswith(HEAD + "[")
+    assert spelt(shown[1]).endswith("[<|end|>]")
+
+
 def test_command_prints_three_rows_and_leaves_nothing(
     cli: Callable[..., Finished], llama_folder: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:

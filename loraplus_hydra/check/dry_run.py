@@ -58,11 +58,15 @@ def model_problems(config: DictConfig) -> list[Problem]:
     return []
 
 
-def adapted_meta_model(config: DictConfig) -> Any:
-    """The config's model with its adapter, on the meta device."""
+def adapted_meta_model(config: DictConfig, model_arguments: dict[str, Any] | None = None) -> Any:
+    """The config's model with its adapter, on the meta device.
+
+    `model_arguments` is what the rows say of the model; by default what those say that were read for this config.
+    """
     from loraplus_hydra.model import meta_model
 
-    return _adapted(meta_model(config.model, config.task.auto_class, _model_arguments(config)), config)
+    arguments = _model_arguments(config) if model_arguments is None else model_arguments
+    return _adapted(meta_model(config.model, config.task.auto_class, arguments), config)
 
 
 def _model_arguments(config: DictConfig) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from omegaconf import DictConfig, open_dict
 
 from loraplus_hydra import screen
 from loraplus_hydra.check import check
+from loraplus_hydra.data.rows import is_streamed
+from loraplus_hydra.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +46,7 @@ class PreviewedRow:
 
     tokens: tuple[Token, ...]
     label: str | None = None
+    side: str = ""  # of a preference: chosen or rejected
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
@@ -62,34 +66,40 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     marked = "green" if coloured else "[in brackets]"
     if any(row.label is None for row in rows):
         print(f"Tokens that carry loss are {marked}; | stands between tokens.")
-    for number, row in enumerate(rows, start=1):
+    for index, row in enumerate(rows):
         learnt = sum(token.carries_loss for token in row.tokens)
         what = f"label {row.label}" if row.label is not None else f"{learnt} carry loss"
-        print(f"\nRow {number}: {len(row.tokens)} tokens, {what}")
+        title = f"{index // 2 + 1}, {row.side}" if row.side else f"{index + 1}"
+        print(f"\nRow {title}: {len(row.tokens)} tokens, {what}")
         console.print(_rendered(row, coloured=coloured), soft_wrap=not coloured)
 
 
 def preview(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> list[PreviewedRow]:
-    """The first rows that the Trainer of `config` will train on, out of its collated batches; ROWS of them at most."""
+    """The first rows that the Trainer of `config` will train on, out of its collated batches; ROWS of them at most.
+
+    A row of preferences is two: the prompt with the chosen answer, and with the rejected one.
+    """
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer_without_weights(config, tokenizer, examples, Path(folder))
         rows: list[PreviewedRow] = []
         for batch in trainer.get_train_dataloader():
             rows += _rows_of(batch, tokenizer, trainer)
-            if len(rows) >= ROWS:
+            wanted = 2 * ROWS if rows[0].side else ROWS
+            if len(rows) >= wanted:
                 break
-    return rows[:ROWS]
+    return rows[:wanted]
 
 
 def _trainer_without_weights(
     config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples, folder: Path
 ) -> Any:
     """The task's Trainer around the model on the meta device, on the CPU."""
+    import torch
     from transformers import set_seed
 
     from loraplus_hydra.assemble import training_arguments
     from loraplus_hydra.build import locate
-    from loraplus_hydra.model import meta_model
+    from loraplus_hydra.check.dry_run import adapted_meta_model
     from loraplus_hydra.quiet import quiet_loading
 
     quiet_loading()
@@ -100,47 +110,60 @@ def _trainer_without_weights(
         config.trainer.torch_compile = False
         for name in ("fsdp", "fsdp_config", "deepspeed"):
             config.trainer.pop(name, None)
-    model = meta_model(config.model, config.task.auto_class, examples.model_arguments)
     trainer_class = locate(config.task._target_)
     # A tensor without data can't be moved to a device, and nothing here needs it there.
     stay: Callable[..., Any] = lambda trainer, model, device: model  # noqa: E731, ARG005
     unmoved = type(trainer_class.__name__, (trainer_class,), {"_move_model_to_device": stay})
     set_seed(config.seed)  # as ahead of training: the same order of rows
-    return unmoved(
-        model=model,
-        args=training_arguments(config, folder),
-        train_dataset=examples.train,
-        eval_dataset=examples.eval,
-        processing_class=tokenizer,
-        **examples.trainer_arguments,
-    )
+    # What it adds to the model, such as a reference, has no weights either; streamed rows make tensors of their own.
+    with nullcontext() if is_streamed(examples.train) else torch.device("meta"):
+        return unmoved(
+            model=adapted_meta_model(config, examples.model_arguments),
+            args=training_arguments(config, folder),
+            train_dataset=examples.train,
+            eval_dataset=examples.eval,
+            processing_class=tokenizer,
+            **examples.trainer_arguments,
+        )
 
 
 def _rows_of(batch: Any, tokenizer: PreTrainedTokenizerBase, trainer: Any) -> Iterator[PreviewedRow]:
     """The rows of a collated batch; of rows laid end to end each by itself."""
-    ids, labels = batch["input_ids"], batch["labels"]
-    names = getattr(trainer.model.config, "id2label", None) or {}
+    ids = batch["input_ids"]
+    if "labels" not in batch:
+        if "completion_mask" not in batch:
+            raise UserError(f"preview: the batches of {type(trainer).__name__} say of no token whether it carries loss")
+        # TRL's preferences: the chosen answers, then the rejected ones, with the same prompts.
+        labels = ids.masked_fill(batch["completion_mask"] == 0, _NO_LOSS)
+        for position in range(len(ids) // 2):
+            for side, index in (("chosen", position), ("rejected", position + len(ids) // 2)):
+                yield from (_row(*part, tokenizer, side) for part in _documents(batch, labels, index))
+        return
+    labels = batch["labels"]
+    config = trainer.model.config
     for position in range(len(ids)):
-        if labels.shape != ids.shape:
-            kept = batch["attention_mask"][position].bool()
-            tokens = tuple(Token(_shown(tokenizer, token), False) for token in ids[position][kept].tolist())
-            yield PreviewedRow(tokens, _label(labels[position], names, trainer.model.config.problem_type))
-            continue
-        for row_ids, row_labels in _documents(batch, position):
-            # The first token's label counts for nothing: no token stands before it to predict it from.
-            learnt = [False, *(row_labels[1:] != _NO_LOSS).tolist()]
-            yield PreviewedRow(
-                tuple(
-                    Token(_shown(tokenizer, token), loss) for token, loss in zip(row_ids.tolist(), learnt, strict=True)
-                )
+        for row_ids, row_labels in _documents(batch, labels if labels.shape == ids.shape else None, position):
+            label = (
+                None if labels.shape == ids.shape else _label(labels[position], config.id2label, config.problem_type)
             )
+            yield replace(_row(row_ids, row_labels, tokenizer), label=label)
 
 
-def _documents(batch: Any, position: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _row(ids: torch.Tensor, labels: torch.Tensor, tokenizer: PreTrainedTokenizerBase, side: str = "") -> PreviewedRow:
+    # The first token's label counts for nothing: no token stands before it to predict it from.
+    learnt = [False, *(labels[1:] != _NO_LOSS).tolist()]
+    tokens = (Token(_shown(tokenizer, token), loss) for token, loss in zip(ids.tolist(), learnt, strict=True))
+    return PreviewedRow(tuple(tokens), side=side)
+
+
+def _documents(
+    batch: Any, all_labels: torch.Tensor | None, position: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(ids, labels) of the documents in a batch's row: one without its padding, or several that are packed."""
     import torch
 
-    ids, labels = batch["input_ids"][position], batch["labels"][position]
+    ids = batch["input_ids"][position]
+    labels = torch.full_like(ids, _NO_LOSS) if all_labels is None else all_labels[position]
     if "attention_mask" in batch:
         kept = batch["attention_mask"][position].bool()
         yield ids[kept], labels[kept]

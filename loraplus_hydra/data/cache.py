@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraplus_hydra.errors import UserError
+
 if TYPE_CHECKING:
     from datasets import Dataset, Features
     from transformers import PreTrainedTokenizerBase
@@ -25,11 +27,15 @@ _CHUNK = 1 << 20  # bytes of a file hashed at a time
 
 
 def cache_folder() -> Path:
-    """Where it is kept; made if it isn't there."""
+    """Where it is kept; made if it isn't there. Raises UserError when it can't be."""
     from datasets import config
 
     folder = Path(config.HF_DATASETS_CACHE) / "loraplus_hydra"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{folder}: {reason}; name a folder for what is kept: HF_DATASETS_CACHE=...") from error
     return folder
 
 
