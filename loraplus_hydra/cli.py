@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -148,6 +149,7 @@ def _hydra_arguments(name: str, arguments: list[str]) -> list[str]:
     flags = [argument.removeprefix("--") for argument in rest if argument.removeprefix("--") in command.flags]
     if flags:
         extra.append(f"hydra.callbacks.before_run.flags=[{','.join(flags)}]")
+    rest = [_verbatim(argument, command.verbatim) for argument in rest]
     # Keys of a finished run's config, which the command's own YAML can't list.
     rest = [f"++{text}" if text.split(".")[0] in command.changes and "." in text else text for text in rest]
     rest = [argument for argument in rest if argument.removeprefix("--") not in command.flags]
@@ -164,9 +166,21 @@ def _first_override(arguments: list[str]) -> int:
     return len(arguments)
 
 
+def _verbatim(argument: str, keys: tuple[str, ...]) -> str:
+    """`text=...` with its value quoted, unless it is quoted already or is null."""
+    key, found, value = argument.partition("=")
+    if not found or key not in keys or value == "null" or value[:1] in ("'", '"'):
+        return argument
+    return f"{key}={_quoted(value)}"
+
+
 def _quoted(value: str) -> str:
-    """A value as Hydra's grammar reads it back, whatever characters are in it."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    """A value as Hydra's grammar reads it back, whatever characters are in it.
+
+    A backslash escapes only a quote, or a backslash in front of one.
+    """
+    inner = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    return f"'{inner}'"
 
 
 def _as_told(error: Exception, command: str, arguments: list[str]) -> Exception:

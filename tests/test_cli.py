@@ -126,3 +126,15 @@ def test_help_lists_every_command() -> None:
     _, output, _ = imported_by("--help")
     for name in COMMANDS:
         assert name == TRAIN or f"\n  {name} " in output
+
+
+def test_text_to_predict_on_is_taken_as_it_is_typed() -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from loraplus_hydra.cli import _hydra_arguments
+
+    for text in ("def add(a, b): return a + b", "it's {odd}: [1, 2]", "back\\slash", "two\nlines", "plain"):
+        overrides = [word for word in _hydra_arguments("predict", ["RUN", f"text={text}"]) if not word.startswith("--")]
+        parsed = {one.key_or_group: one.value() for one in map(OverridesParser.create().parse_override, overrides)}
+        assert parsed["text"] == text
+        assert parsed["run"] == "RUN"

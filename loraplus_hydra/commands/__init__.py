@@ -16,6 +16,7 @@ class Command:
     config: str = "config"  # the YAML that it composes: `config` is a run
     positional: str | None = None  # the key that a bare word right behind it sets
     flags: tuple[str, ...] = ()  # `--name` words of its own
+    verbatim: tuple[str, ...] = ()  # keys whose value is any text, taken as it is typed
     changes: tuple[str, ...] = ()  # groups of the finished run's config that its overrides change: data.eval=...
 
 
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Command] = {
         "try a finished run's adapter on a text or a file: predict RUN text=...",
         config="predict",
         positional="run",
+        verbatim=("text",),
         changes=("model",),
     ),
     "evaluate": Command(
