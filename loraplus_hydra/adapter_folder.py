@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraplus_hydra.errors import ConfigErrors, Problem, UserError
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
 from loraplus_hydra.paths import ADAPTER, is_local, model_location
 from loraplus_hydra.quiet import quiet_peft
 
@@ -101,7 +101,7 @@ def attach(model: PreTrainedModel, stored: StoredAdapter, *, trainable: bool = F
         with quiet_peft():
             return PeftModel.from_pretrained(model, str(stored.folder), is_trainable=trainable, config=stored.config)
     except (RuntimeError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise UserError(f"the adapter in {stored.folder} doesn't fit the model: {first}") from error
 
 
@@ -193,5 +193,5 @@ def _fetched(path: str, key: str) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=[CONFIG, WEIGHTS]))
     except (OSError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise ConfigErrors([Problem(key, f"{path}: {first}", "name an adapter's folder, or one on the hub")]) from error

@@ -36,3 +36,8 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     """` (did you mean 'adamw'?)` for the valid name closest to `name`, or nothing when none is close."""
     matches = difflib.get_close_matches(str(name), [str(candidate) for candidate in candidates], n=1, cutoff=0.6)
     return f" (did you mean '{matches[0]}'?)" if matches else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's error says, or its type's name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()

@@ -40,7 +40,7 @@ def run(config: DictConfig, folder: str | Path | None = None) -> Result:
         screen.say("1/6 Checking the config")
         check(config)
         quiet_loading()
-        _describe(config, folder)
+        _describe(config, folder, result)
 
         from loraplus_hydra.assemble import make_trainer  # heavy
         from loraplus_hydra.examples import load_examples
@@ -98,8 +98,10 @@ def _recorded(config: DictConfig, folder: Path) -> Iterator[Result]:
             result.write(folder)
 
 
-def _describe(config: DictConfig, folder: Path) -> None:
-    """Write and show the whole resolved config."""
+def _describe(config: DictConfig, folder: Path, result: Result) -> None:
+    """Write and show the whole resolved config, and put its hash and seed into `result`."""
+    result.seed = config.seed
+    result.config_hash = config_hash(OmegaConf.to_container(config, resolve=True))
     if not processes.is_main():
         return
     paths.write_text(folder / paths.CONFIG, OmegaConf.to_yaml(config, resolve=True))
@@ -158,8 +160,6 @@ def _train(config: DictConfig, trainer: Any, examples: Examples, result: Result)
     from loraplus_hydra.measure import count_parameters, peak_memory_bytes
     from loraplus_hydra.sampling import answers
 
-    result.seed = config.seed
-    result.config_hash = config_hash(OmegaConf.to_container(config, resolve=True))
     result.device = str(trainer.args.device)
     result.trained_parameters, result.total_parameters = count_parameters(trainer.model)
     before = answers(trainer.model, trainer.processing_class, examples.rendered, config.task.sample_tokens)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.build import locate
-from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.paths import is_local, model_location
 
 if TYPE_CHECKING:
@@ -199,11 +199,6 @@ def where_models_are(path: str) -> str:
     if is_local(model_location(path)):
         return "name a folder that holds a model with its config.json and tokenizer"
     return "name a folder, or a model on the hub: that needs the network once, and `hf auth login` where it is gated"
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its type's name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
 
 
 def hub_arguments(model: DictConfig) -> dict[str, Any]:

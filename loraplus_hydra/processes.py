@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -29,6 +31,7 @@ def hydra_arguments() -> list[str]:
     if is_main():
         return []
     folder = tempfile.mkdtemp(prefix=f"loraplus_hydra_rank{rank()}_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return [f"hydra.run.dir='{folder}'", "hydra.output_subdir=null"]
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loraplus_hydra.errors import ConfigErrors, Problem, nearest
-from loraplus_hydra.model import first_line, hub_arguments, where_models_are
+from loraplus_hydra.errors import ConfigErrors, Problem, first_line, nearest
+from loraplus_hydra.model import hub_arguments, where_models_are
 from loraplus_hydra.paths import model_location
 
 if TYPE_CHECKING:

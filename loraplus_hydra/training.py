@@ -74,10 +74,13 @@ class LoraPlusMixin:
         """The optimizer over the groups that were decided when the Trainer was made."""
         if self.optimizer is None:
             trained = self.model if model is None else model  # type: ignore[attr-defined]
+            # Both sides without the wrappers' words: a model's own layer may be called `module`.
+            own = {_without_wrappers(each.name): each.name for group in self.loraplus_groups for each in group.records}
+            bare = ((_without_wrappers(name), parameter) for name, parameter in trained.named_parameters())
             self.optimizer = build_optimizer(
                 self.loraplus.optimizer_class,
                 self.loraplus_groups,
-                ((_without_wrappers(name), parameter) for name, parameter in trained.named_parameters()),
+                ((own.get(name, name), parameter) for name, parameter in bare),
                 dict(self.loraplus.optimizer_arguments),
             )
         return self.optimizer

@@ -88,6 +88,21 @@ def tiny_run(tiny_model: Path, rows: Path) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder with a tiny checkpoint of an architecture, made once."""
+    from tests.architectures import checkpoint
+
+    made: dict[str, Path] = {}
+
+    def folder(architecture: str) -> Path:
+        if architecture not in made:
+            made[architecture] = checkpoint(architecture, tmp_path_factory.mktemp(architecture))
+        return made[architecture]
+
+    return folder
+
+
 @pytest.fixture
 def compose() -> Callable[..., Any]:
     """A `run` config composed from overrides, without Hydra's own node."""

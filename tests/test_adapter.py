@@ -19,25 +19,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from loraplus_hydra.adapter import add_adapter
 from loraplus_hydra.adapter_folder import save_adapter
 from loraplus_hydra.errors import ConfigErrors, UserError
-from tests.architectures import CAUSAL, checkpoint, tokenizer
+from tests.architectures import CAUSAL, tokenizer
 from tests.conftest import Finished
 from tests.finished_runs import quick_run
 
 TOKENS = torch.arange(3, 51).reshape(4, 12)
 OPTIONS = ("lora", "rslora", "dora", "pissa", "olora", "lora_a_zero", "lora_embeddings", "adalora", "vera")
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A folder with a tiny checkpoint of an architecture, made once."""
-    made: dict[str, Path] = {}
-
-    def folder(architecture: str) -> Path:
-        if architecture not in made:
-            made[architecture] = checkpoint(architecture, tmp_path_factory.mktemp(architecture))
-        return made[architecture]
-
-    return folder
 
 
 def base_of(folder: Path, architecture: str = "llama") -> Any:

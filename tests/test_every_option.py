@@ -15,25 +15,12 @@ import torch
 from omegaconf import DictConfig
 
 from loraplus_hydra.paths import config_folder
-from tests.architectures import CAUSAL, checkpoint, config_of
+from tests.architectures import CAUSAL, config_of
 from tests.finished_runs import quick_run
 
 
 def options(group: str) -> list[str]:
     return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A folder with a tiny checkpoint of an architecture, made once."""
-    made: dict[str, Path] = {}
-
-    def folder(architecture: str) -> Path:
-        if architecture not in made:
-            made[architecture] = checkpoint(architecture, tmp_path_factory.mktemp(architecture))
-        return made[architecture]
-
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +55,13 @@ def test_named_model_runs_on_its_own_architecture(
     tiny = config_of(architecture)
     # The YAML's own sizes are those of the published weights.
     sizes = [f"model.config.{key}={getattr(tiny, key)}" for key in named.config if key != "model_type"]
-    rows = ["data=jsonl", f"data.train={few_rows['causal']}", "task.samples=0"]
-    if architecture not in CAUSAL:
-        rows = [
-            "task=classification",
-            "data=csv",
-            f"data.train={few_rows['labels']}",
-            f"data.eval={few_rows['labels']}",
-        ]
-    overrides = [f"model={name}", f"model.path={checkpoints(architecture)}", *sizes, *rows, *COMMON]
+    overrides = [
+        f"model={name}",
+        f"model.path={checkpoints(architecture)}",
+        *sizes,
+        *rows_for(architecture, few_rows),
+        *COMMON,
+    ]
     two_steps(compose(*overrides), tmp_path / "run")
 
 
@@ -86,6 +71,14 @@ FITTING = {  # what an option goes with, where it doesn't go with everything
     "loraplus=absolute": ["loraplus.lr_A=1e-4", "loraplus.lr_B=1e-3"],
 }
 NEEDS_MORE = ("adapter=existing",)  # a path: tests/test_adapter.py
+
+
+def rows_for(architecture: str, few_rows: dict[str, Path]) -> list[str]:
+    """Overrides for rows and task that an architecture can learn."""
+    if architecture in CAUSAL:
+        return ["data=jsonl", f"data.train={few_rows['causal']}", "task.samples=0"]
+    labels = few_rows["labels"]
+    return ["task=classification", "data=csv", f"data.train={labels}", f"data.eval={labels}"]
 
 
 def choices() -> list[list[str]]:
@@ -114,16 +107,8 @@ def test_option_runs_two_steps(
 def test_adapter_runs_on_other_architectures(
     architecture: str, adapter: str, checkpoints: Any, few_rows: Any, compose: Callable[..., Any], tmp_path: Path
 ) -> None:
-    rows = ["data=jsonl", f"data.train={few_rows['causal']}", "task.samples=0"]
-    if architecture not in CAUSAL:
-        rows = [
-            "task=classification",
-            "data=csv",
-            f"data.train={few_rows['labels']}",
-            f"data.eval={few_rows['labels']}",
-        ]
     base = ["model=hub", f"model.path={checkpoints(architecture)}", f"adapter={adapter}"]
-    two_steps(compose(*base, *rows, *COMMON), tmp_path / "run")
+    two_steps(compose(*base, *rows_for(architecture, few_rows), *COMMON), tmp_path / "run")
 
 
 @pytest.mark.parametrize("option", ["activation_checkpointing=true", "gradient_accumulation_steps=2"])
@@ -131,16 +116,8 @@ def test_adapter_runs_on_other_architectures(
 def test_trainers_switches_run(
     architecture: str, option: str, checkpoints: Any, few_rows: Any, compose: Callable[..., Any], tmp_path: Path
 ) -> None:
-    rows = ["data=jsonl", f"data.train={few_rows['causal']}", "task.samples=0"]
-    if architecture not in CAUSAL:
-        rows = [
-            "task=classification",
-            "data=csv",
-            f"data.train={few_rows['labels']}",
-            f"data.eval={few_rows['labels']}",
-        ]
     base = ["model=hub", f"model.path={checkpoints(architecture)}", f"trainer.{option}"]
-    two_steps(compose(*base, *rows, *COMMON), tmp_path / "run")
+    two_steps(compose(*base, *rows_for(architecture, few_rows), *COMMON), tmp_path / "run")
 
 
 @pytest.mark.slow

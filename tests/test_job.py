@@ -217,3 +217,20 @@ def test_main_returns_the_metric_that_a_sweep_optimises(
     assert [result["status"] for result in results] == ["ok", "ok"]
     assert results[0]["config_hash"] != results[1]["config_hash"]
     assert results[0]["metrics"]["eval_loss"] != results[1]["metrics"]["eval_loss"]
+
+
+def test_failure_before_training_still_tells_seed_and_config(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraplus_hydra import job
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("the disk is on fire")
+
+    monkeypatch.setattr(job, "_load_model", broken)
+    with pytest.raises(RuntimeError):
+        job.run(compose(*tiny_run, "seed=7"), tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["status"], result["seed"]) == ("failed", 7)
+    assert result["error"] == {"type": "RuntimeError", "text": "the disk is on fire"}
+    assert len(result["config_hash"]) == 12

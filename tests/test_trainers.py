@@ -132,3 +132,30 @@ def test_mixin_fits_a_trainer_class_of_ones_own(tiny_model: Path, tmp_path: Path
     trainer.train()
     found = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
     assert found == pytest.approx({"groupA": LR, "groupB": LR * RATIO})
+
+
+def test_layer_of_the_models_own_that_is_called_like_a_wrapper(tmp_path: Path) -> None:
+    """DDP's `module.` is taken off a name, and a layer of that name is not mistaken for it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainingArguments, get_constant_schedule
+
+    from loraplus_hydra import LoraPlus, with_loraplus
+    from loraplus_hydra.grouping import Rule
+
+    class Inner(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = torch.nn.Linear(4, 4)
+
+    model = get_peft_model(Inner(), LoraConfig(target_modules=["module"]))
+    settings = LoraPlus(
+        optimizer_class=torch.optim.AdamW,
+        lr=LR,
+        rules=[Rule("groupB", role=("lora_B",), ratio=RATIO), Rule("groupA")],
+        schedule=get_constant_schedule,
+    )
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer: Any = with_loraplus(Trainer)(model=model, args=arguments, loraplus=settings)
+    groups = {group["name"]: group for group in trainer.create_optimizer().param_groups}
+    assert [tuple(p.shape) for p in groups["groupA"]["params"]] == [(8, 4)]
+    assert [tuple(p.shape) for p in groups["groupB"]["params"]] == [(4, 8)]

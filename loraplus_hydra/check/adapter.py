@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from loraplus_hydra.check.signatures import argument_problems
-from loraplus_hydra.errors import Problem, UserError, nearest
+from loraplus_hydra.errors import Problem, UserError, first_line, nearest
 
 
 def adapter_problems(config_class: type, adapter: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
@@ -42,7 +42,7 @@ def quantization_problems(
         try:
             quantization_config(quantization)
         except (ValueError, TypeError, ImportError, AttributeError) as error:
-            problems.append(Problem("quantization", _told(error), "see the class's documentation"))
+            problems.append(Problem("quantization", first_line(error), "see the class's documentation"))
     if changes_base(adapter.get("init_lora_weights")):
         what = f"'{adapter['init_lora_weights']}' takes its start out of the base's weights, which are quantised here"
         problems.append(Problem("adapter.init_lora_weights", what, "use quantization=none, or adapter=lora"))
@@ -91,7 +91,3 @@ def _on_gpu(trainer: dict[str, Any]) -> bool:
     import torch
 
     return torch.cuda.is_available() and not trainer.get("use_cpu")
-
-
-def _told(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

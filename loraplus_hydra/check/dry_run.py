@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from loraplus_hydra.errors import ConfigErrors, Problem, UserError
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
 
 
 def data_problems(config: DictConfig) -> list[Problem]:
@@ -21,7 +21,7 @@ def data_problems(config: DictConfig) -> list[Problem]:
         return _problems(error, "model.tokenizer")
     except Exception as error:  # transformers raises whatever the file or the network gives it
         fix = "name a folder with a tokenizer, or a model on the hub"
-        return [Problem("model.tokenizer" if config.model.tokenizer else "model.path", _first_line(error), fix)]
+        return [Problem("model.tokenizer" if config.model.tokenizer else "model.path", first_line(error), fix)]
     if problems := vocabulary_problems(config.model, tokenizer):
         return problems
     try:
@@ -88,7 +88,7 @@ def _adapted(model: Any, config: DictConfig) -> Any:
 def _adapter_problem(model: Any, config: DictConfig, error: Exception) -> Problem:
     from loraplus_hydra.adapter import possible_targets
 
-    text = _first_line(error)
+    text = first_line(error)
     if "target" in text.lower():
         targets = ", ".join(possible_targets(model))
         return Problem(
@@ -99,7 +99,3 @@ def _adapter_problem(model: Any, config: DictConfig, error: Exception) -> Proble
 
 def _problems(error: UserError, key: str) -> list[Problem]:
     return list(error.problems) if isinstance(error, ConfigErrors) else [Problem(key, str(error))]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

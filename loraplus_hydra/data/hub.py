@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from loraplus_hydra.data import mixing
 from loraplus_hydra.data.cache import digest
 from loraplus_hydra.data.rows import ORIGIN
-from loraplus_hydra.errors import ConfigErrors, Problem, nearest
+from loraplus_hydra.errors import ConfigErrors, Problem, first_line, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset
@@ -66,12 +66,12 @@ def load_split(
         rows = load_dataset(name, config, split=split, revision=revision, streaming=streaming)
     except DatasetNotFoundError as error:
         fix = "name a data set on the hub (owner/name), or a folder; for single files: data=jsonl, csv or parquet"
-        raise ConfigErrors([Problem("data.name", _first_line(error), fix)]) from None
+        raise ConfigErrors([Problem("data.name", first_line(error), fix)]) from None
     except ValueError as error:  # no such config, or no such split
         raise ConfigErrors([_named_wrongly(error, name, config, split, revision, key)]) from None
     except Exception as error:  # whatever the network, the files or their readers raise
         cause = error.__cause__ or error
-        raise ConfigErrors([Problem("data.name", f"{name} can't be read: {_first_line(cause)}")]) from None
+        raise ConfigErrors([Problem("data.name", f"{name} can't be read: {first_line(cause)}")]) from None
     title = f"{name}/{config}" if config else name
     if streaming:
         return rows.map(_with_origin, with_indices=True, fn_kwargs={"title": f"{title}[{split}]"})
@@ -104,9 +104,5 @@ def _named_wrongly(
                 key, f"{name} has no split '{split}'{nearest(split, splits)}", f"one of: {', '.join(splits)}"
             )
     except Exception:  # the data set can't even be listed: what was said first stands
-        return Problem("data.name", _first_line(error))
-    return Problem("data.name", _first_line(error))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return Problem("data.name", first_line(error))
+    return Problem("data.name", first_line(error))

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from loraplus_hydra.data.cache import cache_folder, digest, file_digest, generated
 from loraplus_hydra.data.rows import CONTINUED, CONTINUES, ORIGIN
-from loraplus_hydra.errors import UserError
+from loraplus_hydra.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -135,10 +135,10 @@ def _read_csv(path: str, file: IO[str], layout: Layout) -> Iterator[Row]:
     quoting = {"quoting": csv.QUOTE_NONE} if layout.quote is None else {"quotechar": layout.quote, "strict": True}
     reader = csv.reader(file, delimiter=layout.delimiter, **quoting)  # type: ignore[arg-type]
     names: list[str] | None = None
-    first_line = 1
+    begun = 1
     try:
         for cells in reader:
-            place, first_line = f"{path}, line {first_line}", reader.line_num + 1
+            place, begun = f"{path}, line {begun}", reader.line_num + 1
             if not cells:
                 continue
             if names is None:
@@ -151,7 +151,7 @@ def _read_csv(path: str, file: IO[str], layout: Layout) -> Iterator[Row]:
                 raise UserError(f"{place}: {len(cells)} cells, where there are {len(names)} columns{hint}")
             yield {**dict(zip(names, cells, strict=True)), ORIGIN: place}
     except csv.Error as error:
-        raise UserError(f"{path}, line {first_line}: {error}") from None
+        raise UserError(f"{path}, line {begun}: {error}") from None
 
 
 def _check_header(path: str, names: list[str]) -> None:
@@ -254,4 +254,4 @@ def _reason(error: Exception) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    return first_line(cause)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.tasks.conversation import Conversation, Message, Text
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _templated(
             **{**conversation.template_arguments, **arguments},
         )
     except Exception as error:  # a template can raise anything: its own errors, Jinja's, those of Python inside it
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise _template_error(place, f"the chat template fails: {reason}", "mend the row, or leave it out") from None
     return list(output["input_ids"]), list(output["assistant_masks"]) if masked else []
 
