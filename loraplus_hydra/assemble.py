@@ -12,8 +12,11 @@ from loraplus_hydra.adapter import trainer_callbacks
 from loraplus_hydra.build import locate
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.grouping import parse_rules
+from loraplus_hydra.metrics_file import MetricsWriter
 from loraplus_hydra.paths import CHECKPOINTS, METRICS
-from loraplus_hydra.training import LoraPlus, MetricsWriter, with_loraplus
+from loraplus_hydra.resuming import CheckpointKeeper, resumable
+from loraplus_hydra.schema import EARLY_STOPPING
+from loraplus_hydra.training import LoraPlus, with_loraplus
 from loraplus_hydra.whole_head import score_with_whole_head
 
 if TYPE_CHECKING:
@@ -21,26 +24,51 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
     from loraplus_hydra.examples import Examples
+    from loraplus_hydra.resume_point import ResumePoint
 
 
 def make_trainer(
-    config: DictConfig, folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase, examples: Examples
+    config: DictConfig,
+    folder: Path,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    point: ResumePoint | None = None,
 ) -> Any:
-    """The Trainer of `config.task._target_` with the LoRA+ mixin ahead of it, writing into `folder`."""
-    trainer: Any = with_loraplus(locate(config.task._target_))(
+    """The Trainer of `config.task._target_` with the LoRA+ mixin ahead of it, writing into `folder`.
+
+    With `point` its next `train()` goes on from that checkpoint.
+    """
+    seconds = 0.0 if point is None else point.seconds
+    trainer: Any = with_loraplus(resumable(locate(config.task._target_)))(
         model=model,
-        args=training_arguments(config, folder),
+        args=training_arguments(config, folder, resume_from=None if point is None else point.folder),
         train_dataset=examples.train,
         eval_dataset=examples.eval,
         processing_class=tokenizer,
         loraplus=loraplus_settings(config),
-        callbacks=[MetricsWriter(folder / METRICS), screen.progress(), *trainer_callbacks(model, config.adapter)],
+        callbacks=[
+            MetricsWriter(folder / METRICS, seconds=seconds),
+            screen.progress(),
+            *trainer_callbacks(model, config.adapter),
+            *_early_stopping(config),
+        ],
         **examples.trainer_arguments,
     )
+    trainer.add_callback(CheckpointKeeper(trainer, folder / METRICS, seconds=seconds))
     score_with_whole_head(model)
     screen.keep_only_our_progress(trainer)
     _refuse_silent_ddp(trainer)
     return trainer
+
+
+def _early_stopping(config: DictConfig) -> list[Any]:
+    from transformers import EarlyStoppingCallback
+
+    patience = config.trainer.get("early_stopping_patience")
+    if patience is None:
+        return []
+    return [EarlyStoppingCallback(patience, config.trainer.get("early_stopping_threshold", 0.0))]
 
 
 def _refuse_silent_ddp(trainer: Any) -> None:
@@ -72,9 +100,15 @@ def loraplus_settings(config: DictConfig) -> LoraPlus:
     )
 
 
-def training_arguments(config: DictConfig, folder: Path) -> TrainingArguments:
-    """The `trainer` group and `task.args` as the task's arguments class; what has another master is set from there."""
+def training_arguments(config: DictConfig, folder: Path, *, resume_from: str | None = None) -> TrainingArguments:
+    """The `trainer` group and `task.args` as the task's arguments class; what has another master is set from there.
+
+    `resume_from` is the checkpoint that the config's `trainer.resume_from_checkpoint` has led to.
+    """
     arguments = _plain(config.trainer)
+    arguments["resume_from_checkpoint"] = resume_from
+    for name in EARLY_STOPPING:
+        arguments.pop(name, None)
     arguments.update(_plain(config.task.args))
     made: TrainingArguments = locate(config.task.args_class)(
         output_dir=str(folder / CHECKPOINTS),
@@ -84,7 +118,7 @@ def training_arguments(config: DictConfig, folder: Path) -> TrainingArguments:
         report_to="none",
         # Not `evaluate()` ahead of `train()`: it marks the model as prepared, and train() then leaves it as it is, so
         # that under DDP each process would train alone.
-        eval_on_start=True,
+        eval_on_start=resume_from is None,
         disable_tqdm=True,  # the screen has its own progress bar
         **arguments,
     )

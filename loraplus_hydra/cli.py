@@ -16,13 +16,14 @@ from typing import Any
 
 import hydra
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from loraplus_hydra import processes
-from loraplus_hydra.commands import COMMANDS, TRAIN
+from loraplus_hydra.commands import COMMANDS, RESUME, TRAIN
 from loraplus_hydra.errors import ConfigErrors, UserError
+from loraplus_hydra.limits import refuse_unwritable
 from loraplus_hydra.overrides import has_unknown_key, override_problems
-from loraplus_hydra.paths import config_folder, refuse_used_folder
+from loraplus_hydra.paths import HYDRA, config_folder, refuse_used_folder
 from loraplus_hydra.quiet import quiet_libraries
 from loraplus_hydra.schema import register
 
@@ -53,7 +54,7 @@ class Terminated(KeyboardInterrupt):
 class BeforeRun(Callback):
     """Hydra calls it with the whole config before it makes the run's folder, so that a wrong config leaves no trace.
 
-    Every command but `train` does its work here and ends the program.
+    Every command but `train` and `resume` does its work here and ends the program.
     """
 
     def __init__(self, command: str, flags: list[str]) -> None:
@@ -79,21 +80,33 @@ class BeforeRun(Callback):
             raise SystemExit(EXIT_USER_ERROR)
 
     def _do(self, config: DictConfig) -> None:
-        if self.command == TRAIN and processes.is_main():
-            refuse_used_folder(Path(config.hydra.run.dir), key="hydra.run.dir")
+        folder = Path(config.hydra.run.dir)
+        if self.command == TRAIN and processes.is_main() and not _goes_on(config, folder):
+            refuse_used_folder(folder, key="hydra.run.dir")
+            refuse_unwritable(folder, key="hydra.run.dir")
         task = config.copy()
         with open_dict(task):
             del task["hydra"]
         quiet_libraries()
         importlib.import_module(f"loraplus_hydra.commands.{self.command}").main(task, self.flags)
-        if self.command != TRAIN:
+        if self.command not in (TRAIN, RESUME):
             raise SystemExit(0)
+
+
+def _goes_on(config: DictConfig, folder: Path) -> bool:
+    """Whether the run is asked to go on in `folder`, which an earlier start of it has used."""
+    asked = OmegaConf.select(config, "trainer.resume_from_checkpoint", default=None) == "auto"
+    return asked and (folder / HYDRA).is_dir()
 
 
 @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
 def _train(config: DictConfig) -> float | None:
     from loraplus_hydra.job import run
 
+    if "run" in config:  # `resume` names a run
+        from loraplus_hydra.commands.resume import resumed_config
+
+        config = resumed_config(config)
     return run(config).value
 
 

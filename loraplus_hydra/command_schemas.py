@@ -48,8 +48,23 @@ class EvaluateConfig(FinishedRunConfig):
     out: Optional[str] = None  # a new JSON file for the metrics; null = the screen alone
 
 
+@dataclass
+class ResumeConfig(FinishedRunConfig):
+    """`resume`. Registered as `resume_schema`. Each group holds the keys of the run's own to change."""
+
+    quantization: Dict[str, Any] = field(default_factory=dict)
+    adapter: Dict[str, Any] = field(default_factory=dict)
+    optimizer: Dict[str, Any] = field(default_factory=dict)
+    scheduler: Dict[str, Any] = field(default_factory=dict)
+    loraplus: Dict[str, Any] = field(default_factory=dict)
+    task: Dict[str, Any] = field(default_factory=dict)
+    data: Dict[str, Any] = field(default_factory=dict)
+    trainer: Dict[str, Any] = field(default_factory=dict)
+
+
 COMMAND_SCHEMAS: dict[str, type] = {
     "export_schema": ExportConfig,
     "predict_schema": PredictConfig,
     "evaluate_schema": EvaluateConfig,
+    "resume_schema": ResumeConfig,
 }

@@ -26,7 +26,7 @@ MODEL_GROUPS = ("model", "quantization", "adapter", "task", "seed")
 # What the task sets in a model's config, kept in the config.json beside the adapter.
 _LABEL_SETTINGS = ("id2label", "label2id", "problem_type")
 _NOT_RESULTS = ("runtime", "per_second", "preparation_time", "num_tokens", "epoch")
-_KEY = "run"
+KEY = "run"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class FinishedRun:
 def named_run(config: DictConfig) -> str:
     """The run's folder that a command is given. Raises ConfigErrors when it is given none."""
     if OmegaConf.is_missing(config, "run"):
-        raise ConfigErrors([Problem(_KEY, "no run is named", "write its folder behind the command")])
+        raise ConfigErrors([Problem(KEY, "no run is named", "write its folder behind the command")])
     return str(config.run)
 
 
@@ -78,7 +78,7 @@ def open_run(
     """
     place = Path(folder).expanduser()
     result = _result(place)
-    config = _config(place / paths.CONFIG, overrides or {})
+    config = read_stored(place / paths.CONFIG, overrides or {})
     from loraplus_hydra.check import stored_problems
 
     problems = stored_problems(config, groups)
@@ -99,7 +99,7 @@ def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, P
     from loraplus_hydra.quiet import quiet_loading
 
     quiet_loading()
-    stored = stored_adapter(str(run.adapter), key=_KEY)
+    stored = stored_adapter(str(run.adapter), key=KEY)
     tokenizer = load_run_tokenizer(run)
     set_seed(
         run.config.seed
@@ -145,17 +145,17 @@ def _result(folder: Path) -> dict[str, Any]:
 
 
 def _no_run(what: str, fix: str = "name the folder of a finished run") -> ConfigErrors:
-    return ConfigErrors([Problem(_KEY, what, fix)])
+    return ConfigErrors([Problem(KEY, what, fix)])
 
 
-def _config(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
-    """The stored config with `overrides`, as the schema types it."""
+def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
+    """The stored config in `file` with `overrides` (group -> keys), as the schema types it. Raises ConfigErrors."""
     try:
         stored = OmegaConf.load(file)
     except Exception as error:  # YAML's errors have no base that omegaconf lets us name
-        raise ConfigErrors([Problem(_KEY, f"{file} can't be read: {error}", "name another run")]) from None
+        raise ConfigErrors([Problem(KEY, f"{file} can't be read: {error}", "name another run")]) from None
     if not isinstance(stored, DictConfig):
-        raise ConfigErrors([Problem(_KEY, f"{file} holds a list, not a config", "name another run")])
+        raise ConfigErrors([Problem(KEY, f"{file} holds a list, not a config", "name another run")])
     schema = OmegaConf.structured(RunConfig)
     changes = {group: dict(keys) for group, keys in overrides.items() if keys}
     try:
@@ -167,7 +167,7 @@ def _config(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
         typed = OmegaConf.merge(schema, config)
     except OmegaConfBaseException as error:
         first = str(error).splitlines()[0]
-        raise ConfigErrors([Problem(str(getattr(error, "full_key", None) or _KEY), first, f"see {file}")]) from None
+        raise ConfigErrors([Problem(str(getattr(error, "full_key", None) or KEY), first, f"see {file}")]) from None
     assert isinstance(typed, DictConfig)
     return typed
 

@@ -14,14 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra import paths, processes, screen
 from loraplus_hydra.check import check
+from loraplus_hydra.checkpoints import in_order
+from loraplus_hydra.limits import explained
 from loraplus_hydra.quiet import quiet_libraries, quiet_loading
-from loraplus_hydra.results import FAILED, INTERRUPTED, OK, Result, config_hash, versions
+from loraplus_hydra.results import FAILED, INTERRUPTED, OK, Result, read_result, run_hash, versions
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
     from loraplus_hydra.examples import Examples
+    from loraplus_hydra.resume_point import ResumePoint
 
 log = logging.getLogger(__name__)
 
@@ -29,46 +32,78 @@ log = logging.getLogger(__name__)
 def run(config: DictConfig, folder: str | Path | None = None) -> Result:
     """Train one adapter as `config` (a composed `run`) says, and write everything into `folder`.
 
-    `folder` is by default the one that Hydra made for the job. Returns the result; `result.value` is the metric that a
-    sweep optimises. Raises ConfigErrors before anything heavy when the config is wrong; whatever else goes wrong is
-    raised after it is written into result.json.
+    `folder` is by default the one that Hydra made for the job. With `trainer.resume_from_checkpoint` the run goes on
+    from a checkpoint; one that has finished with this config is left as it is. Returns the result; `result.value` is
+    the metric that a sweep optimises. Raises ConfigErrors before anything heavy when the config is wrong; whatever else
+    goes wrong is raised after it is written into result.json.
     """
     quiet_libraries()
     folder = processes.agree_on(Path(folder) if folder is not None else _hydra_folder())
     folder.mkdir(parents=True, exist_ok=True)
-    with _recorded(config, folder) as result:
-        screen.say("1/6 Checking the config")
-        check(config)
-        quiet_loading()
-        _describe(config, folder, result)
-
-        from loraplus_hydra.assemble import make_trainer  # heavy
-        from loraplus_hydra.examples import load_examples
-        from loraplus_hydra.tokenizer import load_tokenizer
-
-        screen.say("2/6 Loading the data and the tokenizer")
-        tokenizer = load_tokenizer(config.model)
-        examples = load_examples(config, tokenizer)
-        screen.say(f"    {examples.counts()}")
-        for note in examples.notes:
-            screen.say(f"    Note: {note}")
-
-        screen.say("3/6 Loading the model and adding the adapter")
-        model = _load_model(config, tokenizer, examples)
-
-        screen.say("4/6 Deciding which tensor gets which rate")
-        trainer = make_trainer(config, folder, model, tokenizer, examples)
-        _show_and_write_groups(folder, trainer)
-
-        screen.say("5/6 Training")
-        _train(config, trainer, examples, result)
-
-        screen.say("6/6 Saving the adapter")
-        if processes.is_main():
-            _save(folder, model, tokenizer)
+    with processes.alone_in(folder):
+        if (done := _finished(config, folder)) is not None:
+            return done
+        point = _resume_point(config, folder)
+        with _recorded(config, folder, point) as result, explained(config, folder):
+            _run(config, folder, result, point)
     if processes.is_main():
         _report(folder, result)
     return result
+
+
+def _run(config: DictConfig, folder: Path, result: Result, point: ResumePoint | None) -> None:
+    screen.say("1/6 Checking the config")
+    check(config)
+    quiet_loading()
+    _describe(config, folder, result, point)
+
+    from loraplus_hydra.assemble import make_trainer  # heavy
+    from loraplus_hydra.examples import load_examples
+    from loraplus_hydra.tokenizer import load_tokenizer
+
+    screen.say("2/6 Loading the data and the tokenizer")
+    tokenizer = load_tokenizer(config.model)
+    examples = load_examples(config, tokenizer)
+    screen.say(f"    {examples.counts()}")
+    for note in examples.notes:
+        screen.say(f"    Note: {note}")
+
+    screen.say("3/6 Loading the model and adding the adapter")
+    model = _load_model(config, tokenizer, examples)
+
+    screen.say("4/6 Deciding which tensor gets which rate")
+    trainer = make_trainer(config, folder, model, tokenizer, examples, point)
+    _show_and_write_groups(folder, trainer)
+
+    screen.say("5/6 Training")
+    _train(config, trainer, examples, result, point)
+
+    screen.say("6/6 Saving the adapter")
+    if processes.is_main():
+        _save(folder, model, tokenizer)
+
+
+def _finished(config: DictConfig, folder: Path) -> Result | None:
+    """The result of a run that has finished with this very config, when it is asked to go on."""
+    from loraplus_hydra.resume_point import asked
+
+    if not asked(config):
+        return None
+    result = read_result(folder)
+    if result is None or result.status != OK or result.config_hash != run_hash(config):
+        return None
+    screen.say(f"The run in {folder} has finished: {result.steps} steps, {result.metric} {result.value}")
+    return result
+
+
+def _resume_point(config: DictConfig, folder: Path) -> ResumePoint | None:
+    """What the run goes on from, found before anything in its folder is changed."""
+    from loraplus_hydra.resume_point import asked, find
+
+    if not asked(config):
+        return None
+    check(config)
+    return find(config, folder)
 
 
 def _hydra_folder() -> Path:
@@ -78,32 +113,66 @@ def _hydra_folder() -> Path:
 
 
 @contextmanager
-def _recorded(config: DictConfig, folder: Path) -> Iterator[Result]:
+def _recorded(config: DictConfig, folder: Path, point: ResumePoint | None) -> Iterator[Result]:
     """A Result that lands in `folder` however the job ends."""
-    started = time.perf_counter()
+    started = time.perf_counter() - (0.0 if point is None else point.seconds)
     result = Result(status=FAILED, metric=str(OmegaConf.select(config, "task.metric")), versions=versions())
     try:
         yield result
         result.status = OK
     except KeyboardInterrupt:
         result.status = INTERRUPTED
+        _say_how_to_go_on(folder)
         raise
     except Exception as error:
         result.error = {"type": type(error).__name__, "text": str(error)}
         log.debug("The job failed.", exc_info=True)
+        _say_how_to_go_on(folder)
         raise
     finally:
         result.seconds = round(time.perf_counter() - started, 3)
         if processes.is_main():
-            result.write(folder)
+            _write(result, folder)
 
 
-def _describe(config: DictConfig, folder: Path, result: Result) -> None:
-    """Write and show the whole resolved config, and put its hash and seed into `result`."""
+def _write(result: Result, folder: Path) -> None:
+    """result.json; where even that can't be written, what ended the job is told all the same."""
+    try:
+        result.write(folder)
+    except OSError as error:
+        if result.status == OK:
+            raise
+        screen.say(f"{paths.RESULT} could not be written: {error}")
+
+
+def _say_how_to_go_on(folder: Path) -> None:
+    checkpoints = in_order(folder / paths.CHECKPOINTS)
+    if checkpoints and processes.is_main():
+        screen.say(f"The last checkpoint is {checkpoints[-1].name}; to go on: python -m loraplus_hydra resume {folder}")
+
+
+def _describe(config: DictConfig, folder: Path, result: Result, point: ResumePoint | None) -> None:
+    """Write and show the whole resolved config, and put its hash and seed into `result`.
+
+    Of a run that goes on it says from where, and with what that has changed since.
+    """
     result.seed = config.seed
-    result.config_hash = config_hash(OmegaConf.to_container(config, resolve=True))
+    result.config_hash = run_hash(config)
     if not processes.is_main():
         return
+    if point is not None:
+        from loraplus_hydra.resume_point import prepare
+
+        at = f"going on from step {point.checkpoint.step}" if point.checkpoint else "no checkpoint counts: from step 0"
+        screen.say(f"    Resuming: {at}")
+        for change in point.changed:
+            screen.say(f"    Changed since: {change}")
+        previous = read_result(folder)
+        result.resumed_at = [
+            *(previous.resumed_at if previous else ()),
+            point.checkpoint.step if point.checkpoint else 0,
+        ]
+        prepare(point, folder)
     paths.write_text(folder / paths.CONFIG, OmegaConf.to_yaml(config, resolve=True))
     screen.show_config(OmegaConf.to_container(config, resolve=True))
 
@@ -153,10 +222,13 @@ def _show_and_write_groups(folder: Path, trainer: Any) -> None:
     paths.write_text(folder / paths.PARAM_GROUPS, json.dumps(table, indent=2) + "\n")
 
 
-def _train(config: DictConfig, trainer: Any, examples: Examples, result: Result) -> None:
+def _train(
+    config: DictConfig, trainer: Any, examples: Examples, result: Result, point: ResumePoint | None = None
+) -> None:
     """Evaluate, train, evaluate; everything measured goes into `result`."""
     from transformers import set_seed
 
+    from loraplus_hydra.interrupts import StopAtStep, finishing_the_step
     from loraplus_hydra.measure import count_parameters, peak_memory_bytes
     from loraplus_hydra.sampling import answers
 
@@ -164,11 +236,18 @@ def _train(config: DictConfig, trainer: Any, examples: Examples, result: Result)
     result.trained_parameters, result.total_parameters = count_parameters(trainer.model)
     before = answers(trainer.model, trainer.processing_class, examples.rendered, config.task.sample_tokens)
     set_seed(config.seed)  # data order and dropout: the same whatever was evaluated before
-    trained = trainer.train(resume_from_checkpoint=config.trainer.resume_from_checkpoint)
-    result.metrics_before = evaluation_at(trainer.state, 0)
-    result.steps, result.train_loss = trained.global_step, trained.training_loss
-    result.train_seconds = trained.metrics["train_runtime"]
-    result.metrics = evaluation_at(trainer.state, trainer.state.global_step) or trainer.evaluate()
+    trainer.add_callback(stop := StopAtStep())
+    try:
+        with finishing_the_step(stop):
+            trained = trainer.train_or_restore(None if point is None else point.folder)
+    finally:
+        result.steps = trainer.state.global_step
+        result.metrics_before = evaluation_at(trainer.state, 0)
+    for change in trainer.resumed_with:
+        screen.say(f"    Changed from here on: {change}")
+    result.train_loss = trained.training_loss
+    result.train_seconds = trained.metrics["train_runtime"] + (0.0 if point is None else point.seconds)
+    result.metrics = evaluation_at(trainer.state, trainer.step_of_model) or trainer.evaluate()
     result.best = best_evaluation(trainer.state.log_history, config.task.metric, config.task.greater_is_better)
     result.peak_memory_bytes = peak_memory_bytes(trainer.args.device)
     after = answers(trainer.model, trainer.processing_class, examples.rendered, config.task.sample_tokens)
@@ -199,7 +278,7 @@ def _save(folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) ->
 
     draft = paths.unfinished(folder / paths.ADAPTER)
     save_adapter(model, tokenizer, draft)
-    draft.rename(folder / paths.ADAPTER)
+    paths.replace_folder(draft, folder / paths.ADAPTER)
 
 
 def _report(folder: Path, result: Result) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 # A run's folder. The names are an interface: change one only with a line in the CHANGELOG.
@@ -57,6 +58,18 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
+
+
+def replace_folder(draft: Path, folder: Path) -> None:
+    """Give `draft`, a finished folder, the name `folder`, in place of what has it; that is removed afterwards."""
+    if not folder.exists():
+        draft.rename(folder)
+        return
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def refuse_used_folder(folder: Path, key: str) -> None:

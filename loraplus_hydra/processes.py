@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from loraplus_hydra.errors import UserError
@@ -55,6 +58,28 @@ def agree_on(folder: Path) -> Path:
     told = [str(folder.absolute())]
     broadcast_object_list(told)
     return Path(told[0])
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Refuse, with a UserError, a folder in which another run is at work; inside, others are refused.
+
+    The lock is the operating system's own, so that a killed run leaves none behind.
+    """
+    if not is_main():
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"a run is at work in {folder}; wait for it, or name another hydra.run.dir") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def _on_cpu() -> bool:

@@ -6,10 +6,12 @@ import hashlib
 import json
 import math
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.paths import RESULT, write_text
 
@@ -50,6 +52,7 @@ class Result:
     versions: dict[str, str] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)  # prompt, reference, before, after
     error: dict[str, str] | None = None  # type and text, of a job that failed
+    resumed_at: list[int] = field(default_factory=list)  # steps of the checkpoints that the run went on from
 
     @property
     def value(self) -> float | None:
@@ -59,6 +62,24 @@ class Result:
     def write(self, folder: Path) -> None:
         """Write result.json into `folder`, whole or not at all. A number that isn't finite is written as null."""
         write_text(folder / RESULT, json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_result(folder: Path) -> Result | None:
+    """The result that lies in `folder`; None when there is none, or it can't be read."""
+    try:
+        stored = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        return Result(**{each.name: stored[each.name] for each in fields(Result) if each.name in stored})
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def run_hash(config: DictConfig) -> str:
+    """The `config_hash` of a run's config: equal whether the run goes on from a checkpoint or begins."""
+    resolved = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(resolved, dict)
+    if isinstance(trainer := resolved.get("trainer"), dict):
+        trainer.pop("resume_from_checkpoint", None)
+    return config_hash(resolved)
 
 
 def config_hash(resolved: Any) -> str:

@@ -105,6 +105,15 @@ class DataConfig:
 
 
 @dataclass
+class TrainerConfig:
+    """Open: every other key is a field of transformers.TrainingArguments."""
+
+    early_stopping_patience: Optional[int] = None  # evaluations without a better task.metric; null = never stops early
+    early_stopping_threshold: float = 0.0  # how much better counts as better; >= 0
+    resume_from_checkpoint: Optional[str] = None  # auto, or a checkpoint's folder
+
+
+@dataclass
 class RunConfig:
     """One run. Registered as `run_schema`; `conf/run.yaml` extends it."""
 
@@ -117,8 +126,14 @@ class RunConfig:
     loraplus: Dict[str, Any] = field(default_factory=dict)  # keys of LoraPlusConfig, as the preset uses them
     task: TaskConfig = field(default_factory=TaskConfig)
     data: Dict[str, Any] = field(default_factory=dict)  # DataConfig + the callable's arguments
-    trainer: Dict[str, Any] = field(default_factory=dict)  # fields of transformers.TrainingArguments
+    trainer: Dict[str, Any] = field(default_factory=dict)  # TrainerConfig + transformers.TrainingArguments
 
+
+# Of the trainer group: what is no field of TrainingArguments.
+EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
+
+# The groups of a run's config.
+RUN_GROUPS = ("model", "quantization", "adapter", "optimizer", "scheduler", "loraplus", "task", "data", "trainer")
 
 # The open groups and the keys of each that we read ourselves.
 OPEN_GROUPS: dict[str, type] = {

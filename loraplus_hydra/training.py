@@ -1,16 +1,14 @@
-"""LoRA+ for any Hugging Face Trainer class: a mixin that makes optimizer and schedule, and the metrics' writer."""
+"""LoRA+ for any Hugging Face Trainer: a mixin that makes optimizer and schedule, and stops at what isn't finite."""
 
 from __future__ import annotations
 
-import json
-import time
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.grouping import Group, Rule, assign
@@ -18,12 +16,16 @@ from loraplus_hydra.optimizer import build_optimizer
 from loraplus_hydra.roles import tensor_records
 from loraplus_hydra.schedule import build_schedule
 
+_AT_FAULT = (
+    "The rate is too high, or the data or the precision is at fault: try a lower optimizer.lr (at the same "
+    "loraplus.ratio), trainer.max_grad_norm, or bf16 in place of fp16"
+)
 # What torch.compile, DDP and FSDP put into the names of a model's parameters.
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")
 
 
 class NotFiniteError(UserError):
-    """The loss of a step is NaN or infinite."""
+    """The loss or the gradient of a step is NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class LoraPlusMixin:
         )
         self._eval_loss_sum = 0.0
         self._eval_tokens = 0
+        self._batches: tuple[int, int] = (-1, 0)  # a step, and how many of its batches have been seen
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer over the groups that were decided when the Trainer was made."""
@@ -97,16 +100,33 @@ class LoraPlusMixin:
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass; a loss that isn't finite stops the job before its step is taken."""
-        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        step = self.state.global_step  # type: ignore[attr-defined]
+        self._batches = (step, self._batches[1] + 1 if self._batches[0] == step else 1)
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         if not torch.isfinite(loss):
-            step = self.state.global_step + 1  # type: ignore[attr-defined]
-            raise NotFiniteError(
-                f"the loss is {loss.item()} at step {step}: the rate is too high, or the data or the precision is at "
-                "fault. Try a lower optimizer.lr (at the same loraplus.ratio)."
-            )
+            raise NotFiniteError(f"the loss is {loss.item()} at {self._place()}{self._beginning(inputs)}. {_AT_FAULT}")
         return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As the Trainer's; one that isn't finite stops the job, but under float16, whose scaler skips the step."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        if self.accelerator.scaler is None and not math.isfinite(norm):  # type: ignore[attr-defined]
+            raise NotFiniteError(f"the gradient's norm is {float(norm)} at {self._place()}. {_AT_FAULT}")
+        return norm
+
+    def _place(self) -> str:
+        step, batch = self._batches
+        of = self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
+        return f"step {step + 1}" + (f", batch {batch} of its {of}" if of > 1 else "")
+
+    def _beginning(self, inputs: Any) -> str:
+        """How a batch begins, as text, so that the row can be found."""
+        tokens, tokenizer = inputs.get("input_ids"), self.processing_class  # type: ignore[attr-defined]
+        if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or not hasattr(tokenizer, "decode"):
+            return ""
+        return f", in the batch that begins {tokenizer.decode(tokens[0, :24], skip_special_tokens=True)!r}"
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """As the Trainer's, and adds up the loss over the batch's tokens."""
@@ -162,33 +182,6 @@ def with_loraplus(trainer_class: type[Trainer]) -> type[Trainer]:
     if issubclass(trainer_class, LoraPlusMixin):
         return trainer_class
     return type(f"LoraPlus{trainer_class.__name__}", (LoraPlusMixin, trainer_class), {})
-
-
-class MetricsWriter(TrainerCallback):
-    """Appends a line to metrics.jsonl for each logged step and each evaluation.
-
-    A training line: step, epoch, seconds since the start, loss, grad_norm and, in `lr`, the rate that each group had in
-    that step (the Trainer's own log shows the first group's alone, and the rate of the step to come).
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.started = time.perf_counter()
-        self.rates: dict[str, float] = {}
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.rates = {group["name"]: float(group["lr"]) for group in kwargs["optimizer"].param_groups}
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        logs = dict(logs or {})
-        if not state.is_world_process_zero or "train_runtime" in logs:  # the summary at the end is result.json's
-            return
-        line: dict[str, Any] = {"step": state.global_step, "seconds": round(time.perf_counter() - self.started, 3)}
-        if logs.pop("learning_rate", None) is not None:
-            line["lr"] = self.rates
-        line.update(logs)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=True) + "\n")
 
 
 def _trained_weights(model: Any) -> dict[str, torch.Tensor]:

@@ -29,10 +29,10 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
     """Filled, at each optimizer step of a run, with the rates of lora_A and lora_B as the optimizer has them."""
-    from loraplus_hydra import training
+    from loraplus_hydra import metrics_file
 
     found: dict[str, list[float]] = {"lora_A": [], "lora_B": []}
-    original = training.MetricsWriter.on_pre_optimizer_step
+    original = metrics_file.MetricsWriter.on_pre_optimizer_step
 
     def watched(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for group in kwargs["optimizer"].param_groups:
@@ -41,7 +41,7 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
                     values.append(group["lr"])
         original(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(training.MetricsWriter, "on_pre_optimizer_step", watched)
+    monkeypatch.setattr(metrics_file.MetricsWriter, "on_pre_optimizer_step", watched)
     return found
 
 

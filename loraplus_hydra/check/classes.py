@@ -12,6 +12,7 @@ from loraplus_hydra.check.values import MASTERS
 from loraplus_hydra.data.rows import loader_arguments
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, nearest
 from loraplus_hydra.processes import world_size
+from loraplus_hydra.schema import EARLY_STOPPING
 
 TARGET = "_target_"
 # Where a `_target_` may stand. Inside `adapter` further ones may, for PEFT's nested configs.
@@ -182,6 +183,7 @@ def _trainer_arguments(arguments: type, task: dict[str, Any], trainer: dict[str,
 
     from transformers import TrainingArguments
 
+    trainer = _without(trainer, *EARLY_STOPPING)  # ours
     common = {field.name for field in fields(TrainingArguments)} - set(MASTERS)
     own = {field.name for field in fields(arguments)} - common - set(MASTERS)  # type: ignore[arg-type]
     problems = []

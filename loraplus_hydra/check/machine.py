@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 from loraplus_hydra.errors import Problem, nearest
@@ -21,6 +24,8 @@ def machine_problems(plain: dict[str, Any]) -> list[Problem]:
         *_dtype(model.get("dtype"), trainer.get("use_cpu")),
         *_compiler(trainer),
         *_bitsandbytes(plain.get("quantization", {})),
+        *_deepspeed(trainer.get("deepspeed"), "trainer.deepspeed"),
+        *_deepspeed(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"), "ACCELERATE_DEEPSPEED_CONFIG_FILE"),
     ]
 
 
@@ -85,3 +90,20 @@ def _bitsandbytes(quantization: dict[str, Any]) -> list[Problem]:
     if is_bitsandbytes_available():
         return []
     return [Problem("quantization", "bitsandbytes isn't installed", "install it, or use quantization=none")]
+
+
+def _deepspeed(settings: Any, key: str) -> list[Problem]:
+    """A DeepSpeed config with an optimizer or a schedule of its own would take the place of ours, and of LoRA+."""
+    if settings is None:
+        return []
+    if isinstance(settings, str):
+        try:
+            settings = json.loads(Path(settings).expanduser().read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return [Problem(key, f"it can't be read: {error}", "name a JSON file of DeepSpeed settings")]
+    blocks = {"optimizer": "the optimizer group", "scheduler": "the scheduler group"}
+    return [
+        Problem(key, f"its block '{name}' would replace {master}, and LoRA+ with it", f"leave '{name}' out")
+        for name, master in blocks.items()
+        if isinstance(settings, dict) and name in settings
+    ]

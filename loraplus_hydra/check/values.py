@@ -84,7 +84,12 @@ RANGES: dict[str, Range] = {
     "trainer.eval_steps": Range(EVERY.words + ", or null", EVERY.holds, nullable=True),
     "trainer.save_steps": EVERY,
     "trainer.save_total_limit": COUNT_OR_NULL,
+    "trainer.early_stopping_patience": COUNT_OR_NULL,
+    "trainer.early_stopping_threshold": NOT_NEGATIVE,
     "trainer.dataloader_num_workers": WHOLE,
+    "trainer.resume_from_checkpoint": Range(
+        "auto, a checkpoint's folder, or null", lambda x: isinstance(x, str) and x != "", nullable=True
+    ),
 }
 
 # Settings of transformers.TrainingArguments that this config sets elsewhere: one master each.
@@ -137,7 +142,17 @@ def value_problems(plain: dict[str, Any]) -> list[Problem]:
             for name in (arguments if present and isinstance(arguments, dict) else ())
             if name in MASTERS
         ]
-    return problems + _endless(plain)
+    return problems + _endless(plain) + _never_evaluated(plain)
+
+
+def _never_evaluated(plain: dict[str, Any]) -> list[Problem]:
+    """Early stopping goes by evaluations."""
+    patience = _select(plain, "trainer.early_stopping_patience")[1]
+    strategy = _select(plain, "trainer.eval_strategy")[1]
+    if patience is None or strategy not in ("no", False):
+        return []
+    what = "training ends early by its evaluations, and trainer.eval_strategy=no has none"
+    return [Problem("trainer.early_stopping_patience", what, "trainer.eval_strategy=steps")]
 
 
 def _endless(plain: dict[str, Any]) -> list[Problem]:

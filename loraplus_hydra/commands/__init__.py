@@ -20,7 +20,7 @@ class Command:
     changes: tuple[str, ...] = ()  # groups of the finished run's config that its overrides change: data.eval=...
 
 
-TRAIN = "train"
+TRAIN, RESUME = "train", "resume"
 COMMANDS: dict[str, Command] = {
     TRAIN: Command("train one run (the word can be left out); -m trains one for each combination of values"),
     "inspect": Command(
@@ -46,6 +46,12 @@ COMMANDS: dict[str, Command] = {
         config="evaluate",
         positional="run",
         changes=("model", "data", "trainer"),
+    ),
+    RESUME: Command(
+        "go on with a run that was stopped, from its newest whole checkpoint: resume RUN [trainer.max_steps=...]",
+        config="resume",
+        positional="run",
+        changes=("model", "quantization", "adapter", "optimizer", "scheduler", "loraplus", "task", "data", "trainer"),
     ),
     "check": Command("say everything that is wrong with the config, train nothing"),
 }

@@ -1,0 +1,158 @@
+"""Checkpoints count once they are whole: a manifest, written last, names every file with its size and hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from loraplus_hydra.paths import write_text
+
+MANIFEST = "manifest.json"
+STATE = "run_state.json"  # what the Trainer's own files lack: see resuming.py
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+_LARGEST_MANIFEST = 2**24  # bytes; a checkpoint has some dozens of files
+# Pickles that PEFT or transformers would open where safetensors are missing. The Trainer's own state (optimizer.pt and
+# its like) is read by torch with `weights_only=True`.
+_PICKLED_WEIGHTS = (".bin", ".pkl", ".pickle", ".ckpt")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: its folder, the optimizer step it was written at, and what the run noted there."""
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of a checkpoint that has all its other files. From then on it counts."""
+    files = {path.relative_to(folder).as_posix(): path for path in _files(folder) if path.name != MANIFEST}
+    listed = {name: {"size": path.stat().st_size, "sha256": _sha256(path)} for name, path in sorted(files.items())}
+    write_text(folder / MANIFEST, json.dumps({"files": listed}, indent=2) + "\n")
+
+
+def unseal(folder: Path) -> None:
+    """Remove a checkpoint; killed half-way, what is left doesn't count."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def defect(folder: Path) -> str:
+    """Why the checkpoint in `folder` doesn't count, in words; empty for a whole one."""
+    try:
+        return _defect(folder)
+    except OSError as error:
+        return f"it can't be read: {error}"
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`, which is whole. Raises ValueError with the reason when it isn't."""
+    if why := defect(folder):
+        raise ValueError(why)
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        return Checkpoint(folder, int(state["step"]), state)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"its {STATE} can't be read: {error}") from None
+
+
+def newest_whole(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint in `folder` (a run's checkpoints/) that counts; newer ones are passed over and named."""
+    for place in sorted(in_order(folder), key=step_of, reverse=True):
+        try:
+            return open_checkpoint(place)
+        except ValueError as why:
+            log.warning("    Passed over %s: %s", place, why)
+    return None
+
+
+def in_order(folder: Path) -> list[Path]:
+    """The folders of checkpoints in `folder`, whole or not, by step."""
+    found = (
+        [path for path in folder.iterdir() if path.is_dir() and _FOLDER.fullmatch(path.name)] if folder.is_dir() else []
+    )
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step that a checkpoint's folder is named after."""
+    matched = _FOLDER.fullmatch(folder.name)
+    return int(matched[1]) if matched else -1
+
+
+def rotate(folder: Path, keep: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond `keep`, but never the newest nor `best`; None keeps all."""
+    present = in_order(folder)
+    if keep is None or keep <= 0:
+        return
+    spared = {present[-1].name} if present else set()
+    if best is not None:
+        spared.add(Path(best).name)
+    surplus = len(present) - max(keep, len(spared))
+    for place in [path for path in present if path.name not in spared][: max(0, surplus)]:
+        unseal(place)
+
+
+def _defect(folder: Path) -> str:
+    if not folder.is_dir():
+        return "there is no such folder"
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return f"it has no {MANIFEST}, so it was never finished"
+    if manifest.stat().st_size > _LARGEST_MANIFEST:
+        return f"its {MANIFEST} is too large to be one"
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        listed = {str(name): (int(told["size"]), str(told["sha256"])) for name, told in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"its {MANIFEST} can't be read: {type(error).__name__}: {error}"
+    for name in listed:
+        if why := _bad_name(folder, name):
+            return why
+    there = {path.relative_to(folder).as_posix() for path in _files(folder)} - {MANIFEST}
+    for name in sorted(there ^ listed.keys()):
+        return f"{name} is {'not in the manifest' if name in there else 'missing'}"
+    for name in (ADAPTER_WEIGHTS, STATE):
+        if name not in listed:
+            return f"it has no {name}"
+    for name, (size, digest) in listed.items():
+        if (folder / name).stat().st_size != size:
+            return f"{name} is {(folder / name).stat().st_size} bytes long, not {size}"
+        if _sha256(folder / name) != digest:
+            return f"{name} isn't what was written: its hash differs"
+    return ""
+
+
+def _bad_name(folder: Path, name: str) -> str:
+    """What is wrong with a name in a manifest: it leads out of the folder, through a link, or to a pickle."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
+        return f"its manifest names {name!r}, which isn't inside it"
+    links = [part for part in (folder / name, *(folder / name).parents) if part.is_symlink()]
+    if any(folder in link.parents for link in links):
+        return f"{name} is a link"
+    if name.endswith(_PICKLED_WEIGHTS):
+        return f"{name} holds pickled weights; only safetensors are read, since a pickle can run code"
+    return ""
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

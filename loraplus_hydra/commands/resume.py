@@ -1,0 +1,55 @@
+"""`resume`: a run that was stopped goes on from its newest whole checkpoint, in its own folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from loraplus_hydra import checkpoints, paths
+from loraplus_hydra.check import check
+from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.finished import KEY, named_run, read_stored
+from loraplus_hydra.resume_point import AUTO
+from loraplus_hydra.schema import RUN_GROUPS
+
+
+def main(config: DictConfig, flags: frozenset[str]) -> None:
+    """Raise ConfigErrors when the run can't go on, before its folder is touched."""
+    check(resumed_config(config))
+
+
+def resumed_config(config: DictConfig) -> DictConfig:
+    """The config of the run that `config.run` names, with the changes that `config` holds. Raises ConfigErrors.
+
+    It is read as Hydra stored it, with its interpolations, so that a changed ratio reaches the rules; a run without
+    that (made in Python) has its resolved config, in which only single values can be changed.
+    """
+    folder = Path(named_run(config)).expanduser()
+    if not folder.is_dir():
+        raise ConfigErrors([Problem(KEY, f"there is no folder {folder}", "name the folder of a run that was stopped")])
+    asked = folder / paths.HYDRA / paths.CONFIG
+    stored = asked if asked.is_file() else folder / paths.CONFIG
+    if not stored.is_file():
+        what = f"{folder} is no run's folder: there is no {paths.CONFIG} in it"
+        raise ConfigErrors([Problem(KEY, what, "name the folder of a run that was stopped")])
+    changes = {group: config[group] for group in RUN_GROUPS if config[group]}
+    if stored != asked and "loraplus" in changes:
+        what = f"{asked} is missing, and in {stored} the rules hold numbers that loraplus.ratio no longer reaches"
+        raise ConfigErrors([Problem("loraplus", what, "leave the loraplus keys as they are")])
+    run = read_stored(stored, changes)
+    if run.model.trust_remote_code and not config.trust_remote_code:
+        what = "the run's model brings Python of its own (model.trust_remote_code)"
+        raise ConfigErrors([Problem("trust_remote_code", what, "read it, then set trust_remote_code=true")])
+    begun_from = run.trainer.get("resume_from_checkpoint")  # as changed here, or as the run itself once began
+    if config.trainer.get("resume_from_checkpoint") is None and checkpoints.in_order(folder / paths.CHECKPOINTS):
+        begun_from = AUTO
+    with open_dict(run):
+        run.trainer.resume_from_checkpoint = begun_from or AUTO
+    try:
+        OmegaConf.to_container(run, resolve=True)
+    except OmegaConfBaseException as error:
+        first = str(error).splitlines()[0]
+        raise ConfigErrors([Problem(str(getattr(error, "full_key", None) or KEY), first, f"see {stored}")]) from None
+    return run

@@ -1,0 +1,84 @@
+"""Ctrl-C and SIGTERM in training: the step at hand is finished, a checkpoint written, and only then the job ends."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+from loraplus_hydra import screen
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopAtStep(TrainerCallback):
+    """Ends training with a checkpoint at the end of the step in which a signal came.
+
+    Several processes agree at each step: a signal that reached one of them stops all at the same step.
+    """
+
+    def __init__(self) -> None:
+        self.asked = 0  # the signal's number
+        self.training = False  # whether there is a step to finish; while the model is evaluated before the first, no
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.training = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size > 1:
+            self.asked = _largest_of_all_processes(self.asked, args.device)
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked:  # the epoch isn't over, and what belongs to its end is done after the resume
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.training = False
+
+
+@contextmanager
+def finishing_the_step(stop: StopAtStep) -> Iterator[None]:
+    """Inside, a first signal asks `stop` to end training; a second one ends it at once.
+
+    On the way out a signal that was asked for takes the effect that it had before: KeyboardInterrupt for Ctrl-C.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals there alone
+        yield
+        return
+    before: dict[int, Callable[[int, FrameType | None], Any]] = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not stop.training or stop.asked:
+            before[number](number, frame)
+        else:
+            stop.asked = number
+            screen.say("    Stopping: this step is finished and a checkpoint written; once more to stop at once")
+
+    for number in map(int, SIGNALS):
+        handler = signal.getsignal(number)
+        if callable(handler):  # one that is ignored stays so
+            before[number] = handler
+            signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stop.asked:
+        before.get(stop.asked, signal.default_int_handler)(stop.asked, None)
+
+
+def _largest_of_all_processes(number: int, device: Any) -> int:
+    import torch
+    from torch import distributed
+
+    told = torch.tensor(number, device=device)
+    distributed.all_reduce(told, op=distributed.ReduceOp.MAX)
+    return int(told)

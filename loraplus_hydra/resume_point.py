@@ -1,0 +1,150 @@
+"""Where a run goes on from: the newest whole checkpoint, and what of the run's folder belongs to it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from loraplus_hydra import checkpoints, paths, screen
+from loraplus_hydra.checkpoints import Checkpoint
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError
+
+KEY = "trainer.resume_from_checkpoint"
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint to go on from, or None to begin anew, in a folder that a run has used before."""
+
+    checkpoint: Checkpoint | None
+    changed: tuple[str, ...] = ()  # keys of the config that differ from the run's stored one, in words
+
+    @property
+    def folder(self) -> str | None:
+        """The checkpoint's folder as the Trainer takes it."""
+        return None if self.checkpoint is None else str(self.checkpoint.folder)
+
+    @property
+    def seconds(self) -> float:
+        """What training had taken when the checkpoint was written."""
+        return 0.0 if self.checkpoint is None else float(self.checkpoint.state.get("seconds", 0.0))
+
+
+def asked(config: DictConfig) -> bool:
+    """Whether the config asks to go on from a checkpoint."""
+    return config.trainer.get("resume_from_checkpoint") is not None
+
+
+def checkpoint_problems(config: DictConfig) -> list[Problem]:
+    """What is wrong with a checkpoint that the config names."""
+    named = config.trainer.get("resume_from_checkpoint")
+    if named is None or named == AUTO:
+        return []
+    try:
+        checkpoints.open_checkpoint(Path(str(named)).expanduser())
+    except ValueError as error:
+        fix = f"name a whole checkpoint of a run (checkpoints/checkpoint-N), or {AUTO} for the newest of its own"
+        return [Problem(KEY, f"{named} doesn't count: {error}", fix)]
+    return []
+
+
+def find(config: DictConfig, folder: Path) -> ResumePoint | None:
+    """What the checked `config` goes on from in `folder`; None when it doesn't ask to.
+
+    Nothing is touched. Raises UserError when the checkpoint can't be gone on from: other groups, or fewer steps.
+    """
+    if not asked(config):
+        return None
+    named = config.trainer.resume_from_checkpoint
+    changed = tuple(_changes(folder / paths.CONFIG, config))
+    if named == AUTO:
+        checkpoint = checkpoints.newest_whole(folder / paths.CHECKPOINTS)
+    else:
+        checkpoint = checkpoints.open_checkpoint(Path(str(named)).expanduser())
+    if checkpoint is not None:
+        _refuse_unfit(config, checkpoint)
+    return ResumePoint(checkpoint, changed)
+
+
+def prepare(point: ResumePoint, folder: Path) -> None:
+    """Bring `folder` to where the checkpoint was: metrics.jsonl cut to it, newer checkpoints out of the way."""
+    metrics = folder / paths.METRICS
+    if point.checkpoint is None:
+        metrics.unlink(missing_ok=True)
+        step = -1
+    else:
+        step = point.checkpoint.step
+        own = point.checkpoint.folder.parent.parent / paths.METRICS
+        length = int(point.checkpoint.state["metrics_bytes"])
+        lines = own.read_bytes()[:length] if own.is_file() else b""
+        if len(lines) < length:
+            screen.say(f"    Note: {own} is shorter than it was at step {step}; lines are missing")
+        if own.resolve() == metrics.resolve() and metrics.is_file():
+            os.truncate(metrics, len(lines))
+        else:
+            paths.write_text(metrics, lines.decode("utf-8", errors="replace"))
+    for place in checkpoints.in_order(folder / paths.CHECKPOINTS):
+        if checkpoints.step_of(place) > step:
+            _set_aside(place)
+
+
+def _set_aside(place: Path) -> None:
+    """Out of the way of the checkpoints to come: one that was never finished is removed, any other renamed."""
+    if not (place / checkpoints.MANIFEST).is_file():
+        checkpoints.unseal(place)
+        return
+    aside = place.with_name(f"set-aside-{place.name}")
+    checkpoints.unseal(aside)
+    place.rename(aside)
+    screen.say(f"    Note: {place.name} is newer than where this goes on from; it is now {aside.name}")
+
+
+def _refuse_unfit(config: DictConfig, checkpoint: Checkpoint) -> None:
+    from loraplus_hydra.assemble import loraplus_settings
+    from loraplus_hydra.check.dry_run import adapted_meta_model
+    from loraplus_hydra.overview import place
+    from loraplus_hydra.resuming import full_name, refuse_other_groups
+    from loraplus_hydra.roles import tensor_records
+
+    steps = config.trainer.get("max_steps", -1)
+    if 0 < steps < checkpoint.step:
+        what = f"the checkpoint is of step {checkpoint.step}, beyond trainer.max_steps={steps}"
+        raise ConfigErrors([Problem("trainer.max_steps", what, "give more steps, or an earlier checkpoint")])
+    settings = loraplus_settings(config)
+    groups: dict[str, list[str]] = {}
+    for one in place(tensor_records(adapted_meta_model(config)), settings):
+        groups.setdefault(one.group.name, []).append(one.record.name)
+    try:
+        refuse_other_groups(checkpoint.state, full_name(settings.optimizer_class), groups)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{checkpoint.folder / checkpoints.STATE} can't be read: {error}") from None
+
+
+def _changes(stored: Path, config: DictConfig) -> list[str]:
+    """Leaf keys whose value differs between the stored config and this one, in words."""
+    if not stored.is_file():
+        return []
+    then = _leaves(OmegaConf.to_container(OmegaConf.load(stored)))
+    now = _leaves(OmegaConf.to_container(config, resolve=True))
+    keys = [key for key in [*now, *(key for key in then if key not in now)] if key != KEY]
+    return [
+        f"{key}: {then.get(key, 'not set')} -> {now.get(key, 'not set')}"
+        for key in keys
+        if then.get(key) != now.get(key)
+    ]
+
+
+def _leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, Mapping) or not node:
+        return {prefix: node}
+    return {key: value for name, child in node.items() for key, value in _leaves(child, _joined(prefix, name)).items()}
+
+
+def _joined(prefix: str, name: Any) -> str:
+    return f"{prefix}.{name}" if prefix else str(name)

@@ -1,0 +1,274 @@
+"""What the Trainer's own checkpoints lack for a run that goes on to the same numbers: a mixin and its callback.
+
+Beside the Trainer's files a checkpoint holds run_state.json: the part of the logging window that isn't logged yet, the
+length of metrics.jsonl, the parameter groups by name and the schedule. The manifest is written after everything else.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import EarlyStoppingCallback
+from transformers.trainer_utils import TrainOutput
+
+from loraplus_hydra.checkpoints import STATE, rotate, seal, unseal
+from loraplus_hydra.errors import UserError
+from loraplus_hydra.paths import write_text
+from loraplus_hydra.quiet import quiet_about_steps
+
+# Where TRL's trainers keep the metrics that aren't logged yet (ORPO's under a name of its own), and the tokens seen.
+_TRL_WINDOW = ("_metrics", "_stored_metrics", "_total_train_tokens")
+# Of a torch parameter group: what isn't a setting.
+_NOT_SETTINGS = ("params", "param_names", "name", "lr", "initial_lr")
+
+
+class ResumableMixin:
+    """Put ahead of a Trainer class: its checkpoints hold the adapter alone, and rates are restored by group name.
+
+    `resumed_with` says, after a resume, what of the groups and the schedule differs from the checkpoint's.
+    """
+
+    args: Any
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    processing_class: Any
+    state: Any
+    resumed_with: tuple[str, ...] = ()
+
+    def train_or_restore(self, checkpoint: str | None) -> Any:
+        """Train, from `checkpoint` on if there is one; when it is of the last step, only bring the model there.
+
+        The Trainer itself would take one step more: it looks for the end behind a step.
+        """
+        if checkpoint is None or json.loads((Path(checkpoint) / STATE).read_text())["step"] < self._planned_steps():
+            with quiet_about_steps():
+                return self.train(resume_from_checkpoint=checkpoint)  # type: ignore[attr-defined]
+        self._load_from_checkpoint(checkpoint)  # type: ignore[attr-defined]
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()  # type: ignore[attr-defined]
+        window = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))["window"]
+        total = window["total"] + sum(window["losses"]) / len(window["losses"])
+        return TrainOutput(self.state.global_step, total / self.state.global_step, {"train_runtime": 0.0})
+
+    @property
+    def step_of_model(self) -> int:
+        """The step that the model is of: the last, or the best one where that is loaded at the end."""
+        best: int | None = self.state.best_global_step if self.args.load_best_model_at_end else None
+        return best if best is not None else int(self.state.global_step)
+
+    def _planned_steps(self) -> int:
+        loader = self.get_train_dataloader()  # type: ignore[attr-defined]
+        return int(self.set_initial_training_values(self.args, loader)[-1])  # type: ignore[attr-defined]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The adapter and the tokenizer; not the frozen embedding, DPO's frozen reference, or pickled arguments."""
+        from peft import PeftModel
+
+        if not isinstance(self.model, PeftModel):
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+        elif self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            self.model.save_pretrained(
+                folder, state_dict=state_dict, save_embedding_layers=False, selected_adapters=["default"]
+            )
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As the Trainer's, into an empty folder; older ones are removed by the callback, once this one counts."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            unseal(folder)
+        self.args.distributed_state.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self.args.save_total_limit = limit
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer's, and then every group has the settings of this run's config, not those of the checkpoint."""
+        if checkpoint is None:
+            return
+        stored = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
+        groups = {group["name"]: _copied(group) for group in self.optimizer.param_groups}
+        schedule = copy.deepcopy(self.lr_scheduler.state_dict())
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        self.resumed_with = tuple(differences(stored, described(self, groups)))
+        if not self.resumed_with:
+            return
+        for group in self.optimizer.param_groups:
+            group.update(groups[group["name"]])
+        self.lr_scheduler.load_state_dict(schedule)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the order of steps: the optimizer's were taken before
+            for _ in range(stored["step"]):
+                self.lr_scheduler.step()
+
+
+def resumable(trainer_class: type[Trainer]) -> type[Trainer]:
+    """`trainer_class` with checkpoints that a run can go on from."""
+    return type(f"Resumable{trainer_class.__name__}", (ResumableMixin, trainer_class), {})
+
+
+class CheckpointKeeper(TrainerCallback):
+    """Finishes each checkpoint, and brings the Trainer back to where it was. Added last: it seals what others write."""
+
+    def __init__(self, trainer: Any, metrics: Path, *, seconds: float = 0.0) -> None:
+        self.trainer = trainer
+        self.metrics = metrics
+        self.started = time.perf_counter() - seconds
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        losses = _of_all_processes(self.trainer, self.trainer._tr_loss)
+        if state.is_world_process_zero:
+            told = {
+                "step": state.global_step,
+                "seconds": round(time.perf_counter() - self.started, 3),
+                "metrics_bytes": self.metrics.stat().st_size if self.metrics.is_file() else 0,
+                "window": {
+                    "losses": losses,
+                    "since_step": self.trainer._globalstep_last_logged,
+                    "total": self.trainer._total_loss_scalar,
+                    "trl": _trl_window(self.trainer),
+                },
+                **described(self.trainer, {group["name"]: group for group in self.trainer.optimizer.param_groups}),
+            }
+            write_text(folder / STATE, json.dumps(told, indent=2) + "\n")
+        args.distributed_state.wait_for_everyone()  # each process writes its own random state into the folder
+        if state.is_world_process_zero:
+            seal(folder)
+            rotate(Path(args.output_dir), args.save_total_limit, state.best_model_checkpoint)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not isinstance(args.resume_from_checkpoint, str):
+            return
+        # Steps that are given as a share of all are a share of this run's steps, not of the checkpoint's.
+        state.compute_steps(args, state.max_steps)
+        window = json.loads((Path(args.resume_from_checkpoint) / STATE).read_text(encoding="utf-8"))["window"]
+        losses = window["losses"]
+        mine = losses[args.process_index] if len(losses) == args.world_size else sum(losses) / len(losses)
+        self.trainer._tr_loss += mine
+        self.trainer._globalstep_last_logged = window["since_step"]
+        self.trainer._total_loss_scalar = window["total"]
+        _restore_trl_window(self.trainer, window["trl"])
+        self.trainer._initial_global_step = 0  # the mean loss of the run is over all its steps
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                kept = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+                callback.early_stopping_patience_counter = kept.get("early_stopping_patience_counter", 0)
+
+
+def described(trainer: Any, groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Optimizer, parameter groups by name and schedule of a Trainer, as JSON has them."""
+    loraplus = trainer.loraplus
+    told = {
+        "optimizer": full_name(loraplus.optimizer_class),
+        "groups": {
+            name: {"tensors": list(group["param_names"]), "settings": _settings(group)}
+            for name, group in groups.items()
+        },
+        "schedule": {"is": full_name(loraplus.schedule), "arguments": dict(loraplus.schedule_arguments)},
+        "max_steps": trainer.state.max_steps,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(told, default=str))
+    return plain
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What of the groups' settings and of the schedule has changed, in words."""
+    said = []
+    for name, group in now["groups"].items():
+        old, new = then["groups"][name]["settings"], group["settings"]
+        said += [
+            f"{name}: {key} {old.get(key)} -> {new.get(key)}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+        ]
+    if then["schedule"] != now["schedule"]:
+        said.append(f"schedule: {_in_words(then['schedule'])} -> {_in_words(now['schedule'])}")
+    if then["max_steps"] != now["max_steps"]:
+        said.append(f"steps: {then['max_steps']} -> {now['max_steps']}")
+    return said
+
+
+def refuse_other_groups(then: Mapping[str, Any], optimizer: str, groups: Mapping[str, list[str]]) -> None:
+    """Raise UserError when the optimizer's class, or which tensors are in which group, isn't the checkpoint's.
+
+    `groups` maps a group's name to its tensors' names. Their optimizer state goes by the tensor's place in its group.
+    """
+    said = []
+    if then["optimizer"] != optimizer:
+        said.append(f"the optimizer was {then['optimizer']} and is now {optimizer}")
+    old = {name: group["tensors"] for name, group in then["groups"].items()}
+    for name in [*old, *(name for name in groups if name not in old)]:
+        if name not in groups:
+            said.append(f"group {name} ({len(old[name])} tensors) is gone")
+        elif name not in old:
+            said.append(f"group {name} ({len(groups[name])} tensors) is new")
+        elif old[name] != groups[name]:
+            other = sorted(set(old[name]) ^ set(groups[name]))
+            said.append(f"group {name} has other tensors" + (f", such as {other[0]}" if other else " (their order)"))
+    if not said and list(old) != list(groups):
+        said.append(f"the groups were in the order {', '.join(old)} and are in {', '.join(groups)}")
+    if said:
+        raise UserError(
+            f"the checkpoint can't be gone on from: {'; '.join(said)}. Rates, weight decay and steps may change; the "
+            "optimizer's class and the groups may not (adapter.path trains on an adapter with a new optimizer)"
+        )
+
+
+def _copied(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    settings = {key: value for key, value in group.items() if key not in _NOT_SETTINGS}
+    return {"lr": group.get("initial_lr", group["lr"]), **settings}
+
+
+def _in_words(schedule: Mapping[str, Any]) -> str:
+    arguments = ", ".join(f"{name}={value}" for name, value in schedule["arguments"].items())
+    return f"{schedule['is'].rpartition('.')[2]}({arguments})"
+
+
+def full_name(thing: Any) -> str:
+    """A class or function by its module and name."""
+    return f"{thing.__module__}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+
+
+def _trl_window(trainer: Any) -> dict[str, Any]:
+    """What TRL's trainers have gathered for the next line of the log, and the tokens they count over the whole run."""
+    return {
+        name: {key: [float(value) for value in values] for key, values in held["train"].items()}
+        if isinstance(held, dict)
+        else held
+        for name, held in vars(trainer).items()
+        if name in _TRL_WINDOW
+    }
+
+
+def _restore_trl_window(trainer: Any, window: Mapping[str, Any]) -> None:
+    for name, held in window.items():
+        if isinstance(held, dict):
+            getattr(trainer, name)["train"].update(held)
+        else:
+            setattr(trainer, name, held)
+
+
+def _of_all_processes(trainer: Any, value: Any) -> list[float]:
+    if trainer.args.world_size == 1:
+        return [float(value)]
+    gathered: list[float] = trainer.accelerator.gather(value.reshape(1)).tolist()
+    return gathered
