@@ -116,6 +116,13 @@ class AdaLoraCallback(TrainerCallback):
             self.kept = kept_ranks(self.tuner.model)
 
 
+def freeze_rank_numbers(model: torch.nn.Module) -> None:
+    """AdaLoRA's counts of ranks don't train; PEFT forgets it of those that it makes on the meta device."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(f".ranknum.{ADAPTER}"):
+            parameter.requires_grad = False
+
+
 def orthogonality(model: torch.nn.Module) -> torch.Tensor:
     """The mean over all factors of how far each is from having orthonormal rows (A) or columns (B), as in PEFT."""
     distances = []

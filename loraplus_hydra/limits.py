@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_cpu")
-_NO_SPACE = ("no space left", "pytorchstreamwriter failed", "disk quota exceeded")
+# torch.save says no more than that its file is shorter than what it has written ("unexpected pos").
+_NO_SPACE = ("no space left", "disk quota exceeded", "pytorchstreamwriter failed", "unexpected pos")
 
 
 class MachineLimitError(UserError):

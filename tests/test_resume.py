@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from loraplus_hydra import run
-from loraplus_hydra.errors import ConfigErrors, UserError
+from loraplus_hydra.errors import UserError
 from tests.conftest import Finished
 from tests.forking import differences, lines
 
+AUTO = "trainer.resume_from_checkpoint=auto"
 ROOT = Path(__file__).resolve().parent.parent
 # Saves that are no multiple of the logged steps; dropout and accumulation, so that every random state counts.
 LONGER = (
@@ -124,9 +125,172 @@ def test_stopped_run_goes_on_to_the_bits_of_the_unbroken_one(
     run(compose(*overrides), tmp_path / "unbroken")
     stopped(tmp_path / "broken", *overrides, at=5)
     assert json.loads((tmp_path / "broken" / "result.json").read_text())["status"] == "interrupted"
-    result = run(compose(*overrides, "trainer.resume_from_checkpoint=auto"), tmp_path / "broken")
+    result = run(compose(*overrides, AUTO), tmp_path / "broken")
     assert result.resumed_at == [5]
     assert differences(tmp_path / "broken", tmp_path / "unbroken") == []
     assert [line["step"] for line in lines(tmp_path / "broken")] == sorted(
         line["step"] for line in lines(tmp_path / "unbroken")
     )
+
+
+def test_resume_takes_the_new_configs_rates_and_says_so(
+    stopped: Callable[..., None], cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    overrides = [*tiny_run, *SHORT, "trainer.logging_steps=1", "loraplus.ratio=16", "scheduler=constant"]
+    assert cli(*overrides, "hydra.run.dir=run", "trainer.max_steps=4").status == 0
+    changes = ["loraplus.ratio=4", "optimizer.weight_decay=0.1", "trainer.max_steps=8"]
+    finished = cli("resume", "run", *changes)
+    assert finished.status == 0, finished.err
+    for told in ("loraplus.ratio: 16", "groupB: lr 0.016 -> 0.004", "groupA: weight_decay 0.0 -> 0.1", "steps: 4 -> 8"):
+        assert told in finished.out, told
+    rates = {line["step"]: line["lr"] for line in lines(tmp_path / "run") if "lr" in line}
+    assert rates[4] == {"groupA": 1e-3, "groupB": 16e-3}
+    assert [rates[step] for step in (5, 6, 7, 8)] == [{"groupA": 1e-3, "groupB": 4e-3}] * 4
+    assert {row["lr"] for row in json.loads((tmp_path / "run" / "param_groups.json").read_text())} == {1e-3, 4e-3}
+
+
+def test_more_steps_follow_the_longer_schedule(
+    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    assert cli(*tiny_run, "trainer.max_steps=4", "trainer.save_steps=4", "hydra.run.dir=run").status == 0
+    assert cli("resume", "run", "trainer.max_steps=10").status == 0
+    rates = {line["step"]: line["lr"]["groupA"] for line in lines(tmp_path / "run") if "lr" in line}
+    # transformers' linear schedule of ten steps, at the rate that the step begins with
+    assert [rates[step] for step in range(5, 11)] == pytest.approx([1e-3 * (10 - done) / 10 for done in range(4, 10)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["loraplus=none"], "names another option"),
+        (["adapter.target_modules=[q_proj]"], "group groupA has other tensors"),
+        (["optimizer._target_=torch.optim.SGD", "optimizer.fused=null"], "optimizer"),
+        (["trainer.max_steps=3"], "beyond trainer.max_steps=3"),
+        (["seed=3"], "seed"),
+        (["optimizer=sgd"], "names another option"),
+        (["optimizer.lr=-1"], "out of range"),
+    ],
+)
+def test_what_cannot_be_gone_on_with_is_refused_and_nothing_touched(
+    changes: list[str], told: str, cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    finished = cli("resume", "run", *changes)
+    assert finished.status == 1
+    assert told in finished.err, finished.err
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    log = tmp_path / "run" / "loraplus_hydra.log"
+    assert {path: data for path, data in after.items() if path in before and path != log} == {
+        path: data for path, data in before.items() if path != log
+    }
+
+
+def test_lora_cannot_become_loraplus_on_the_way(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    run(compose(*tiny_run, "trainer.save_steps=2", "loraplus=none"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"is gone.*group groupA .* is new"):
+        run(compose(*tiny_run, "trainer.max_steps=8", AUTO), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "ok"
+
+
+def test_finished_run_is_left_as_it_is(cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path) -> None:
+    assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
+    result = (tmp_path / "run" / "result.json").read_bytes()
+    for again in (["resume", "run"], [*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run", AUTO]):
+        finished = cli(*again)
+        assert finished.status == 0, finished.err
+        assert "has finished: 4 steps" in finished.out
+    assert (tmp_path / "run" / "result.json").read_bytes() == result
+
+
+def test_killed_after_its_last_step_a_run_only_has_to_be_finished(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    import shutil
+
+    overrides = [*tiny_run, "trainer.save_steps=2"]
+    run(compose(*overrides), tmp_path / "unbroken")
+    shutil.copytree(tmp_path / "unbroken", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "result.json").unlink()
+    run(compose(*overrides, AUTO), tmp_path / "run")
+    assert differences(tmp_path / "run", tmp_path / "unbroken") == []
+
+
+def test_a_run_goes_on_from_a_named_checkpoint_of_another(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    overrides = [*tiny_run, "trainer.save_steps=2", "trainer.max_steps=6", "trainer.save_total_limit=null"]
+    run(compose(*overrides), tmp_path / "first")
+    named = f"trainer.resume_from_checkpoint={tmp_path / 'first' / 'checkpoints' / 'checkpoint-2'}"
+    run(compose(*overrides, named), tmp_path / "second")
+    assert differences(tmp_path / "second", tmp_path / "first") == []
+
+
+def test_used_folder_is_gone_on_in_only_when_asked(
+    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    assert cli(*tiny_run, "hydra.run.dir=run").status == 0
+    finished = cli(*tiny_run, "hydra.run.dir=run")
+    assert (finished.status, "isn't empty" in finished.err) == (1, True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    finished = cli(*tiny_run, "hydra.run.dir=mine", AUTO)
+    assert (finished.status, "isn't empty" in finished.err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [("missing", "there is no folder missing"), (".", "is no run's folder"), (None, "no run is named")],
+)
+def test_resume_says_what_is_no_run(named: str | None, told: str, cli: Callable[..., Finished]) -> None:
+    finished = cli("resume", *([named] if named else []))
+    assert finished.status == 1
+    assert told in finished.err
+
+
+def test_two_runs_never_share_a_folder(compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path) -> None:
+    from loraplus_hydra.processes import alone_in
+
+    (tmp_path / "run").mkdir()
+    with alone_in(tmp_path / "run"), pytest.raises(UserError, match="a run is at work"):
+        run(compose(*tiny_run), tmp_path / "run")
+
+
+def test_evaluation_that_is_no_longer_better_ends_training(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    # At a rate of nothing no evaluation is better than the first.
+    still = [*tiny_run, "optimizer.lr=1e-30", "trainer.max_steps=20", "trainer.eval_steps=2", "trainer.save_steps=2"]
+    result = run(compose(*still, "trainer.early_stopping_patience=3"), tmp_path / "run")
+    assert result.steps == 8
+    assert result.status == "ok"
+
+
+def test_patience_is_gone_on_with(
+    stopped: Callable[..., None], compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    still = [*tiny_run, "optimizer.lr=1e-30", "trainer.max_steps=20", "trainer.eval_steps=2", "trainer.save_steps=2"]
+    still.append("trainer.early_stopping_patience=3")
+    stopped(tmp_path / "run", *still, at=6)
+    assert run(compose(*still, AUTO), tmp_path / "run").steps == 8
+
+
+def test_best_checkpoint_is_what_is_saved_and_measured(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    # Called better when it is greater, a loss that falls was best at the first step.
+    falling = [*tiny_run, "trainer.max_steps=8", "trainer.eval_steps=1", "trainer.save_steps=1"]
+    falling += ["trainer.save_total_limit=1", "+trainer.load_best_model_at_end=true", "task.greater_is_better=true"]
+    result = run(compose(*falling), tmp_path / "run")
+    losses = {line["step"]: line["eval_loss"] for line in lines(tmp_path / "run") if "eval_loss" in line}
+    assert losses[8] < losses[1] == result.metrics["eval_loss"]
+    weights = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert weights == (tmp_path / "run" / "checkpoints" / "checkpoint-1" / "adapter_model.safetensors").read_bytes()
+
+
+def test_early_stopping_needs_evaluations(cli: Callable[..., Finished], tiny_run: list[str]) -> None:
+    finished = cli(*tiny_run, "trainer.early_stopping_patience=2", "trainer.eval_strategy=no")
+    assert (finished.status, "trainer.eval_strategy=steps" in finished.err) == (1, True)
