@@ -1,0 +1,22 @@
+"""The pictures of a sweep's report, one module each: what a sweep varies decides which of them are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from loraplus_hydra.report.figures import curves, parallel, ranking, rates, ratio, signals
+from loraplus_hydra.report.figures.style import Picture
+from loraplus_hydra.report.results_of import SweepResults
+
+NAMES = ("ratio", "heatmap", "curves", "settings", "keys", "signals")
+
+
+def draw_all(results: SweepResults) -> Iterator[Picture]:
+    """Every picture that suits the sweep, in the order of the page; a picture with nothing to show isn't drawn."""
+    # Where both rates were swept as such, the grid is the question; else it is the ratio.
+    first = (rates.draw, ratio.draw) if "loraplus.lr_B" in results.keys else (ratio.draw, rates.draw)
+    for draw in (*first, curves.draw, ranking.draw, parallel.draw, signals.draw):
+        picture = draw(results)
+        if picture is not None:
+            assert picture.name in NAMES, picture.name
+            yield picture

@@ -1,0 +1,31 @@
+"""results.csv: a row a job, in the order of the page's table."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from loraplus_hydra.report.collect import Job
+from loraplus_hydra.report.keys import value_of
+from loraplus_hydra.report.results_of import SweepResults
+
+
+def csv_text(results: SweepResults) -> str:
+    """Columns: folder, status, each varied key in full, the metric under its name, best, steps, seconds, error."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["folder", "status", *results.keys, results.sweep.metric, "best", "steps", "seconds", "error"])
+    for job in in_order(results):
+        values = [value_of(job, key) for key in results.keys]
+        row: Sequence[Any] = [job.folder, job.status, *values, job.value, job.best, job.steps, job.seconds, job.reason]
+        writer.writerow(["" if value is None else value for value in row])
+    return out.getvalue()
+
+
+def in_order(results: SweepResults) -> list[Job]:
+    """The jobs, the best first; those without a result at the end, as their folders stand."""
+    sign = -1 if results.sweep.greater_is_better else 1
+    counted = sorted((job for job in results.sweep.jobs if job.counts), key=lambda job: sign * (job.value or 0.0))
+    return [*counted, *results.sweep.unsuccessful]

@@ -1,0 +1,62 @@
+"""How numbers and keys are written in the report: short, and the same on the page, in the figures and on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ABSENT = "–"  # noqa: RUF001
+
+
+def short(value: Any) -> str:
+    """A setting's value: 0.0008 is 8e-4, 16.0 is 16, a value that isn't there a dash."""
+    if value is None:
+        return ABSENT
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, (int, float)):
+        return str(value)
+    if value != 0 and (abs(value) < 1e-2 or abs(value) >= 1e5):
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return f"{value:.4g}"
+
+
+def measured(value: float | None) -> str:
+    """A metric: four decimals where that says something."""
+    if value is None:
+        return ABSENT
+    return f"{value:.4f}" if 1e-2 <= abs(value) < 1e4 else f"{value:.4g}"
+
+
+def with_spread(mean: float | None, spread: float | None) -> str:
+    """`3.6170 ± 0.0040`; without the spread where there is one seed alone."""
+    return measured(mean) + ("" if spread is None else f" ± {_as_precise(spread, mean)}")
+
+
+def _as_precise(spread: float, mean: float | None) -> str:
+    return f"{spread:.4f}" if spread >= 5e-5 and mean is not None and abs(mean) < 1e4 else f"{spread:.2g}"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 job`, `3 jobs`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def names(keys: Sequence[str]) -> dict[str, str]:
+    """Each dotted key's last part, with as much ahead of it as tells it from the others."""
+    found = {}
+    for key in keys:
+        parts = key.split(".")
+        found[key] = next(
+            name
+            for size in range(1, len(parts) + 1)
+            if sum(other == (name := ".".join(parts[-size:])) or other.endswith(f".{name}") for other in keys) == 1
+            or size == len(parts)
+        )
+    return found
+
+
+def setting_text(values: Mapping[str, Any], short_names: Mapping[str, str]) -> str:
+    """`ratio 16, lr 5e-5`."""
+    return ", ".join(f"{short_names[key]} {short(value)}" for key, value in values.items()) or "the one setting"
