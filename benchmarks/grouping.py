@@ -1,28 +1,36 @@
 """How long grouping takes: `peft.optimizers.create_loraplus_optimizer`, ours, and a bare `named_parameters()` walk.
 
-    python -m benchmarks.grouping [modules=[448] repeats=[5]]
+    python -m benchmarks.grouping [run=[Qwen2.5-32B]]
 
-Both functions get an optimizer class that only keeps its groups, so that grouping alone is timed. Rounds alternate.
+Both functions are called the same way and get an optimizer class that only keeps its groups, so that grouping alone is
+timed. Rounds alternate; garbage is collected ahead of each call, so that none pays for what another left. Seconds are
+those of the CPU, since all three are computation in one thread, and others may be at work on the machine.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer as peft_function
 from torch import nn
 
 from loraplus_hydra import create_loraplus_optimizer
+
+MLP = ("gate_proj", "up_proj", "down_proj")
+WIDTH = 4  # of every weight: how large they are makes no difference to grouping
 
 
 class NullOptimizer(torch.optim.Optimizer):
@@ -30,28 +38,50 @@ class NullOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0) -> None:
         self.param_groups = list(params)
-        self.state = {}
+        self.state = defaultdict(dict)
 
 
-def model_of(modules: int) -> nn.Module:
-    """A PEFT model with that many LoRA modules, 448 to a block as in a 32-layer Llama, each of 2 x 4 numbers."""
-    per_block = 7
-    blocks = [
-        nn.ModuleDict({f"linear_{index}": nn.Linear(4, 4, bias=False) for index in range(per_block)})
-        for _ in range(-(-modules // per_block))
-    ]
-    for index in range(len(blocks) * per_block - modules):
-        del blocks[-1][f"linear_{index}"]
-    base = nn.Module()
-    base.layers = nn.ModuleList(blocks)
-    targets = [f"linear_{index}" for index in range(per_block)]
-    return get_peft_model(base, LoraConfig(r=2, target_modules=targets), low_cpu_mem_usage=False)
+def model_of(layout: DictConfig) -> nn.Module:
+    """A PEFT model with the modules of a published one, LoRA of rank 2 on the linears of attention and MLPs."""
+    layers = nn.ModuleList([_layer(layout, dense=index < layout.dense_layers) for index in range(layout.layers)])
+    body = _module(embed_tokens=nn.Embedding(WIDTH, WIDTH), layers=layers, norm=nn.RMSNorm(WIDTH))
+    base = _module(model=body, lm_head=_linear())
+    config = LoraConfig(r=2, target_modules=[*layout.attention, *MLP])
+    return get_peft_model(base, config, low_cpu_mem_usage=False)
+
+
+def _layer(layout: DictConfig, *, dense: bool) -> nn.Module:
+    attention = {name: _linear() for name in layout.attention}
+    attention |= {name: nn.RMSNorm(WIDTH) for name in layout.attention_norms}
+    norms = {name: nn.RMSNorm(WIDTH) for name in ("input_layernorm", "post_attention_layernorm")}
+    return _module(self_attn=_module(**attention), mlp=_mlp() if dense else _experts(layout), **norms)
+
+
+def _experts(layout: DictConfig) -> nn.Module:
+    shared = {"shared_experts": _mlp()} if layout.shared_experts else {}
+    return _module(gate=_linear(), experts=nn.ModuleList([_mlp() for _ in range(layout.experts)]), **shared)
+
+
+def _mlp() -> nn.Module:
+    return _module(**{name: _linear() for name in MLP})
+
+
+def _linear() -> nn.Module:
+    return nn.Linear(WIDTH, WIDTH, bias=False)
+
+
+def _module(**children: nn.Module) -> nn.Module:
+    module = nn.Module()
+    for name, child in children.items():
+        module.add_module(name, child)
+    return module
 
 
 def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
+    gc.collect()
+    started = time.process_time()
     returned = call()
-    return time.perf_counter() - started, returned
+    return time.process_time() - started, returned
 
 
 def same_groups(first: Any, second: Any) -> bool:
@@ -63,41 +93,42 @@ def same_groups(first: Any, second: Any) -> bool:
     )
 
 
-def measure(modules: int, repeats: int) -> dict[str, Any]:
-    model = model_of(modules)
+def measure(name: str, layout: DictConfig) -> dict[str, Any]:
+    model = model_of(layout)
     arguments: dict[str, Any] = {"lr": 1e-4, "loraplus_lr_ratio": 16.0}
-    times: dict[str, list[float]] = {"peft": [], "ours": [], "walk": []}
+    calls: dict[str, Callable[[], Any]] = {
+        "walk": lambda: [name for name, parameter in model.named_parameters() if parameter.requires_grad],
+        "ours": lambda: create_loraplus_optimizer(model, NullOptimizer, **arguments),
+        "peft": lambda: peft_function(model, NullOptimizer, **arguments),
+    }
+    rounds: list[dict[str, float]] = []
     same = True
-    for _ in range(repeats):
-        walk, _ = seconds(lambda: [name for name, p in model.named_parameters() if p.requires_grad])
-        ours, mine = seconds(lambda: create_loraplus_optimizer(model, NullOptimizer, **arguments))
-        peft, theirs = seconds(lambda: peft_function(model, NullOptimizer, **arguments))
-        same = same and same_groups(mine, theirs)
-        for name, value in (("peft", peft), ("ours", ours), ("walk", walk)):
-            times[name].append(value)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    ratios = [peft / ours for peft, ours in zip(times["peft"], times["ours"], strict=True)]
-    to_walk = [ours / walk for ours, walk in zip(times["ours"], times["walk"], strict=True)]
+    for _ in range(layout.rounds):
+        timed = {which: seconds(call) for which, call in calls.items()}
+        rounds.append({which: taken for which, (taken, _) in timed.items()})
+        same = same and same_groups(timed["ours"][1], timed["peft"][1])
     return {
-        "modules": modules,
-        "repeats": repeats,
-        "seconds": median,
-        "peft_over_ours": statistics.median(ratios),
-        "ours_over_walk": statistics.median(to_walk),
+        "model": name,
+        "modules": sum(hasattr(module, "lora_A") for module in model.modules()),
+        "seconds": rounds,
+        "median_seconds": {which: statistics.median(taken[which] for taken in rounds) for which in calls},
+        "peft_over_ours": statistics.median(taken["peft"] / taken["ours"] for taken in rounds),
+        "ours_over_walk": statistics.median(taken["ours"] / taken["walk"] for taken in rounds),
         "same_groups": same,
     }
 
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| LoRA modules | PEFT | ours | bare walk | PEFT / ours | ours / walk | same groups |",
-        "|---:|---:|---:|---:|---:|---:|---|",
+        "| model | LoRA modules | PEFT | ours | bare walk | PEFT / ours | ours / walk | ours, a module | same groups |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in results:
-        peft, ours, walk = (row["seconds"][name] for name in ("peft", "ours", "walk"))
+        peft, ours, walk = (row["median_seconds"][name] for name in ("peft", "ours", "walk"))
         lines.append(
-            f"| {row['modules']:,} | {peft:.3f} s | {ours:.3f} s | {walk:.3f} s | {row['peft_over_ours']:.0f} x "
-            f"| {row['ours_over_walk']:.1f} x | {'yes' if row['same_groups'] else 'NO'} |"
+            f"| {row['model']} | {row['modules']:,} | {peft:.3f} s | {ours:.3f} s | {walk:.3f} s "
+            f"| {row['peft_over_ours']:.1f} x | {row['ours_over_walk']:.2f} x | {ours / row['modules'] * 1e6:.1f} µs "
+            f"| {'yes' if row['same_groups'] else 'NO'} |"
         )
     return "\n".join(lines)
 
@@ -107,12 +138,12 @@ def main() -> None:
     config = OmegaConf.merge(config, OmegaConf.from_dotlist(sys.argv[1:]))
     torch.set_num_threads(config.threads)
     results = []
-    for modules, repeats in zip(config.modules, config.repeats, strict=True):
-        results.append(measure(modules, repeats))
+    for name in config.run or config.models:
+        results.append(measure(name, config.models[name]))
         print(table(results[-1:]).splitlines()[-1], flush=True)
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "peft": peft.__version__}
     out.write_text(json.dumps({"versions": versions, "results": results}, indent=2) + "\n", encoding="utf-8")
     print("\n" + table(results))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.build import instantiate
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.initialisation import A_ZERO, changes_base, factors, start_with_a_zero
+from loraplus_hydra.initialisation import A_ZERO, TRAINED, changes_base, factors, note_start, start_with_a_zero
 from loraplus_hydra.quiet import quiet_peft
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ def peft_arguments(adapter: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 
     arguments = {str(key): value for key, value in adapter.items() if key not in OWN_KEYS}
     if arguments.get("init_lora_weights") == A_ZERO:
-        arguments["init_lora_weights"] = False  # `add_adapter` writes both factors
+        # `add_adapter` turns PEFT's start round. Without one (false) PEFT would leave embeddings' factors, biases of
+        # lora_B and DoRA's magnitudes as random as they come, and the adapted model wouldn't start as the base.
+        arguments["init_lora_weights"] = True
     if str(arguments.get("_target_")).endswith(".AdaLoraConfig"):
         arguments = placeholder_arguments(arguments)
     return arguments
@@ -58,13 +60,16 @@ def add_adapter(
     """
     from peft import get_peft_model
 
+    from loraplus_hydra.adalora import freeze_rank_numbers
     from loraplus_hydra.adapter_folder import continue_adapter
 
     if adapter.get("path"):
         wanted = adapter_config(adapter, task_type) if adapter.get("_target_") else None
         if wanted is not None:
             _target_embeddings(wanted, model)
-        return continue_adapter(model, adapter["path"], wanted, new_tokens=new_tokens, on_meta=on_meta)
+        continued = continue_adapter(model, adapter["path"], wanted, new_tokens=new_tokens, on_meta=on_meta)
+        note_start(continued, TRAINED)
+        return continued
     config = adapter_config(adapter, task_type)
     _target_embeddings(config, model)
     _train_new_tokens(config, model, new_tokens)
@@ -72,10 +77,10 @@ def add_adapter(
     with quiet_peft():
         peft_model: Any = get_peft_model(model, config, revision=revision, low_cpu_mem_usage=on_meta)
     if on_meta:
-        return peft_model
+        freeze_rank_numbers(peft_model)
     if adapter.get("init_lora_weights") == A_ZERO:
         start_with_a_zero(peft_model)
-    if changes_base(getattr(config, "init_lora_weights", None)):
+    if not on_meta and changes_base(getattr(config, "init_lora_weights", None)):
         # Kept until the adapter is saved, see `initialisation.on_original_base`.
         peft_model.initial_factors = factors(peft_model)
     return peft_model

@@ -15,7 +15,10 @@ PAPER = "arXiv 2402.12354, section 5.3"
 
 
 def initialisation(records: Sequence[TensorRecord]) -> str | None:
-    """`Init[1]` where lora_B starts at zero, `Init[2]` where lora_A does, None where neither is known to."""
+    """`Init[1]` where lora_B starts at zero, `Init[2]` where lora_A does, None where neither is known to.
+
+    Neither does under PiSSA and OLoRA, nor in an adapter that goes on: the paper says nothing of those.
+    """
     zero = {record.role for record in records if record.starts_at_zero}
     if "lora_A" in zero:
         return "Init[2]"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 A_ZERO = "a_zero"  # our word for Init[2], in adapter.init_lora_weights
+TRAINED = "trained"  # our word for the start of an adapter that goes on with what it learnt before
 # Starts of PEFT's that need what nobody here gives them, so that PEFT would quietly train something else.
 UNSUPPORTED = {
     "eva": "it needs activations over the data first (peft.initialize_lora_eva_weights)",
@@ -30,6 +31,16 @@ ADAPTER = "default"
 def changes_base(init_lora_weights: Any) -> bool:
     """Whether this start takes a part of the base's weights away."""
     return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(("pissa", "olora"))
+
+
+def note_start(model: nn.Module, start: str) -> None:
+    """Note on the model that its adapter starts in a way of ours, `A_ZERO` or `TRAINED`: no PEFT config says so."""
+    model.adapter_starts = {ADAPTER: start}  # type: ignore[assignment]
+
+
+def noted_starts(model: nn.Module) -> dict[str, str]:
+    """Adapter name -> what `note_start` noted; empty where PEFT's config says it all."""
+    return getattr(model, "adapter_starts", None) or {}
 
 
 def start_with_a_zero(model: nn.Module) -> None:
@@ -50,6 +61,7 @@ def start_with_a_zero(model: nn.Module) -> None:
     if not found:
         what = "a_zero is a start of LoRA's factors, and this adapter has none"
         raise ConfigErrors([Problem("adapter.init_lora_weights", what, "use true")])
+    note_start(model, A_ZERO)
 
 
 def factors(model: PeftModel) -> dict[str, torch.Tensor]:

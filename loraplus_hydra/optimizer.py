@@ -48,8 +48,7 @@ def create_loraplus_optimizer(
     check_rate(loraplus_lr_embedding, "loraplus_lr_embedding")
     decay = _one_weight_decay(loraplus_weight_decay, kwargs.pop("weight_decay", None))
     rules = _drop_in_rules(ratio=loraplus_lr_ratio, lr_embedding=loraplus_lr_embedding)
-    tensors = trained_tensors(model)
-    records = [record for record, _ in tensors]
+    records, parameters = trained_tensors(model)
     members: dict[str, list[TensorRecord]] = {name: [] for name in GROUP_ORDER}
     for record, rule in zip(records, first_match(records, rules), strict=True):
         members[rule.group].append(record)
@@ -63,7 +62,7 @@ def create_loraplus_optimizer(
         )
         for name in GROUP_ORDER
     ]
-    named = ((record.name, parameter) for record, parameter in tensors)
+    named = zip((record.name for record in records), parameters, strict=True)
     return build_optimizer(optimizer_cls, groups, named, {"lr": lr, **kwargs})
 
 
@@ -84,9 +83,9 @@ def group_parameters(
     """
     parsed = parse_rules(rules) if isinstance(rules, Mapping) else list(rules)
     extra = parse_rules(extra_rules, "loraplus.extra_rules") if isinstance(extra_rules, Mapping) else list(extra_rules)
-    tensors = trained_tensors(model)
-    groups = assign((record for record, _ in tensors), parsed, lr=lr, weight_decay=weight_decay, extra=extra)
-    return torch_groups(groups, ((record.name, parameter) for record, parameter in tensors))
+    records, parameters = trained_tensors(model)
+    groups = assign(records, parsed, lr=lr, weight_decay=weight_decay, extra=extra)
+    return torch_groups(groups, zip((record.name for record in records), parameters, strict=True))
 
 
 def build_optimizer(
@@ -131,22 +130,22 @@ def torch_groups(
 ) -> list[dict[str, Any]]:
     """Groups of records as groups of parameters, matched by name; UserError for a name that no parameter has."""
     by_name = dict(named_parameters)
-    missing = [record.name for group in groups for record in group.records if record.name not in by_name]
-    if missing:
+    try:
+        return [
+            {
+                "name": group.name,
+                "params": [by_name[record.name] for record in group.records],
+                "param_names": [record.name for record in group.records],
+                "lr": group.lr,
+                "weight_decay": group.weight_decay,
+                **group.settings,
+            }
+            for group in groups
+        ]
+    except KeyError as error:
         raise UserError(
-            f"the model has no parameter {', '.join(missing[:3])}: its names changed after the groups were made"
-        )
-    return [
-        {
-            "name": group.name,
-            "params": [by_name[record.name] for record in group.records],
-            "param_names": [record.name for record in group.records],
-            "lr": group.lr,
-            "weight_decay": group.weight_decay,
-            **group.settings,
-        }
-        for group in groups
-    ]
+            f"the model has no parameter {error.args[0]}: its names changed after the groups were made"
+        ) from error
 
 
 def _drop_in_rules(*, ratio: float, lr_embedding: float) -> list[Rule]:

@@ -6,6 +6,8 @@ Plain data, read by roles.py; a test goes over `peft.PeftType`, so that a new me
 
 from __future__ import annotations
 
+from loraplus_hydra.initialisation import A_ZERO, TRAINED
+
 ROLE_OF_ATTRIBUTE: dict[str, str] = {
     # LoRA in all its initialisations and variants, on linears, convolutions, embeddings and fused experts
     "lora_A": "lora_A",
@@ -99,13 +101,21 @@ LORAPLUS_SUPPORT: dict[str, str] = {
 }
 """Each `peft.PeftType` by name: `SPLIT`, or why LoRA+ does nothing there."""
 
+FACTORS = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
+"""Roles of the two factors of a LoRA update."""
+
+STARTED_ROLES = frozenset({*ROLE_OF_ATTRIBUTE.values(), *ADALORA_ROLES.values(), "lora_B_bias"})
+"""Roles of an adapter's own tensors, whose start its config decides."""
+
 
 def zero_start(role: str, initialisation: object) -> bool | None:
     """Whether a tensor starts at zero, from its role and its config's `init_lora_weights`; None where that doesn't say.
 
-    `init_lora_weights=False` says nothing: whoever sets it usually goes on to write the factors (the paper's Init[2]:
-    A = 0). Source: the `reset_*`, `*_init` methods of PEFT 0.21's layers.
+    `initialisation` may also be a start of ours: `A_ZERO`, `TRAINED`. False says nothing: whoever sets it usually goes
+    on to write the factors. Source: the `reset_*`, `*_init` methods of PEFT 0.21's layers.
     """
+    if initialisation == TRAINED:
+        return False if role in STARTED_ROLES else None
     if role == "lora_B_bias":
         return None if initialisation is False else True
     if role in ("vera_b", "adalora_E"):
@@ -114,10 +124,10 @@ def zero_start(role: str, initialisation: object) -> bool | None:
         return None if initialisation is False else False
     if role in ("magnitude", "trainable_tokens"):
         return False
-    if role not in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B") or initialisation is False:
+    if role not in FACTORS or initialisation is False:
         return None
     name = initialisation.lower() if isinstance(initialisation, str) else initialisation
-    if name == "mica":
+    if name in ("mica", A_ZERO):
         return role in ("lora_A", "lora_embedding_A")
     # On embeddings PEFT swaps the factors' starts: A is zero, B random. LoRA-GA falls back to that there.
     if role.startswith("lora_embedding_"):

@@ -84,6 +84,9 @@ class ResumableMixin:
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No card, which TRL writes with each checkpoint: `export` writes one that says what was trained."""
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As the Trainer's, into an empty folder; older ones are removed by the callback, once this one counts."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

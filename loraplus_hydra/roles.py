@@ -11,11 +11,13 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.grouping import TensorRecord
-from loraplus_hydra.peft_methods import ADALORA_ROLES, LORAPLUS_SUPPORT, ROLE_OF_ATTRIBUTE, SPLIT, zero_start
+from loraplus_hydra.initialisation import noted_starts
+from loraplus_hydra.peft_methods import ADALORA_ROLES, FACTORS, LORAPLUS_SUPPORT, ROLE_OF_ATTRIBUTE, SPLIT, zero_start
 
 if TYPE_CHECKING:
     import torch
@@ -27,21 +29,23 @@ __all__ = ["LORAPLUS_SUPPORT", "SPLIT", "tensor_records", "trained_tensors"]
 NORM_CLASS = re.compile(r"(layer|rms|batch|group|instance|scale)_?norm|norm_?(\dd)?$", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Kind:
-    """What the walk needs to know of a module's class; worked out once for each class."""
+    """What the walk needs to know of a module's class."""
 
     owner: str
     owner_classes: tuple[str, ...]
     is_norm: bool
     is_embedding: bool
-    is_tuner: bool
+    is_peft_layer: bool
     is_adalora: bool
     holds_copies: bool
     """A `modules_to_save` wrapper, or LN-tuning's layer: whole copies of a module, one for each adapter."""
+    adapter_attributes: frozenset[str]
+    """The attributes of a PEFT layer that hold something for each adapter."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Place:
     """Where in PEFT's structure a module stands."""
 
@@ -63,96 +67,89 @@ def tensor_records(model: torch.nn.Module) -> list[TensorRecord]:
     Trained is what requires a gradient, so a frozen reference adapter is no part of it. Works for models without PEFT
     and on the meta device. Raises UserError for a model that FSDP has flattened.
     """
-    return [record for record, _ in trained_tensors(model)]
+    return trained_tensors(model)[0]
 
 
-def trained_tensors(model: torch.nn.Module) -> list[tuple[TensorRecord, torch.nn.Parameter]]:
-    """As `tensor_records`, each record with its tensor, so that nobody needs to walk the model again."""
-    kinds: dict[type, _Kind] = {}
-    places = _Places()
-    inits = _initialisations(model)
-    found: list[tuple[TensorRecord, torch.nn.Parameter]] = []
-    seen_modules: set[int] = set()
-    seen_tensors: set[int] = set()
-    stack: list[tuple[str, Any, _Place]] = [("", model, _BASE)]
-    while stack:
-        prefix, module, place = stack.pop()
-        if id(module) in seen_modules:
-            continue
-        seen_modules.add(id(module))
-        kind = _kind(type(module), kinds)
+def trained_tensors(model: torch.nn.Module) -> tuple[list[TensorRecord], list[torch.nn.Parameter]]:
+    """As `tensor_records`, and beside it the tensor of each record, so that nobody needs to walk the model again."""
+    records: list[TensorRecord] = []
+    parameters: list[torch.nn.Parameter] = []
+    seen: set[int] = set()  # ids of `parameters`: what has several names counts once, by the first
+    # A model has few kinds of layers and many layers, so each of these is worked out once.
+    kind_of, place_below = cache(_kind), cache(_place_below)
+    pattern_of = cache(partial(_pattern, _initialisations(model)))
+
+    def visit(prefix: str, module: Any, place: _Place) -> None:
+        """Collect a module's own tensors, then its children's; their names begin with `prefix`.
+
+        A large mixture of experts has half a million modules, most of them empty or frozen. So `_parameters` and
+        `_modules` are read as they are: torch's iterators pass each tensor up through a generator a level.
+        """
         for name, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen_tensors:
-                continue
-            seen_tensors.add(id(parameter))
-            if parameter.requires_grad:
-                found.append((_record(prefix + name, name, parameter, kind, place, inits), parameter))
-        children = [(name, child) for name, child in module._modules.items() if child is not None]
-        children.reverse()  # the stack gives back the last one first
-        if kind.is_tuner or kind.holds_copies:
-            adapted = _adapted(module, kinds)
-            stack += [
-                (f"{prefix}{name}.", child, places.below_peft_layer(module, kind, adapted, name, place))
-                for name, child in children
-                if child._modules or child._parameters  # most attributes of a PEFT layer are empty
-            ]
-        elif place.per_adapter:
-            stack += [(f"{prefix}{name}.", child, places.of_adapter(place, name)) for name, child in children]
-        else:
-            stack += [(f"{prefix}{name}.", child, place) for name, child in children]
-    return found
+            if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                parameters.append(parameter)
+                pattern = pattern_of(name, parameter.dtype, kind_of(module.__class__), place)
+                records.append(_record(prefix + name, parameter, pattern))
+        children = module._modules
+        if not children:
+            return
+        kind = kind_of(module.__class__)
+        adapted = kind_of(_adapted_class(module)) if kind.is_peft_layer else None
+        for name, child in children.items():
+            if child is not None and (child._modules or child._parameters):
+                visit(f"{prefix}{name}.", child, place_below(place, kind, adapted, name))
+
+    visit("", model, _BASE)
+    return records, parameters
 
 
-class _Places:
-    """Makes each place once: a model has a few kinds of them, and tens of thousands of layers."""
-
-    def __init__(self) -> None:
-        self.made: dict[tuple[object, ...], _Place] = {}
-
-    def below_peft_layer(self, layer: Any, kind: _Kind, adapted: _Kind, attribute: str, place: _Place) -> _Place:
-        if attribute == "base_layer":
-            return _BASE
-        if attribute not in layer.adapter_layer_names and attribute not in layer.other_param_names:
-            return _BASE if kind.holds_copies else place
-        key = (id(kind), id(adapted), attribute)
-        if key not in self.made:
-            roles = ADALORA_ROLES if kind.is_adalora and attribute in ADALORA_ROLES else ROLE_OF_ATTRIBUTE
-            self.made[key] = (
-                _Place(saved=True, per_adapter=True)
-                if kind.holds_copies
-                else _Place(adapted, roles.get(attribute, "other"), per_adapter=True)
-            )
-        return self.made[key]
-
-    def of_adapter(self, place: _Place, adapter: str) -> _Place:
-        key = (id(place), adapter)
-        if key not in self.made:
-            self.made[key] = _Place(place.tuner, place.role, adapter=adapter, saved=place.saved)
-        return self.made[key]
+def _place_below(place: _Place, kind: _Kind, adapted: _Kind | None, name: str) -> _Place:
+    """The place of the module `name` in a module of this kind that stands at `place`."""
+    if not kind.is_peft_layer:
+        return _Place(place.tuner, place.role, adapter=name, saved=place.saved) if place.per_adapter else place
+    if name == "base_layer":
+        return _BASE
+    if name not in kind.adapter_attributes:
+        return _BASE if kind.holds_copies else place
+    if kind.holds_copies:
+        return _Place(saved=True, per_adapter=True)
+    roles = ADALORA_ROLES if kind.is_adalora and name in ADALORA_ROLES else ROLE_OF_ATTRIBUTE
+    return _Place(adapted, roles.get(name, "other"), per_adapter=True)
 
 
-def _record(
-    full_name: str, name: str, parameter: torch.nn.Parameter, kind: _Kind, place: _Place, inits: Mapping[str, object]
-) -> TensorRecord:
+def _record(name: str, parameter: torch.nn.Parameter, pattern: TensorRecord) -> TensorRecord:
+    """The record of a tensor: `pattern`, with what is its own."""
+    _, role, owner, _, adapter, dtype, trained_embedding, starts_at_zero, owner_classes = pattern
+    if starts_at_zero is None and role in FACTORS and not parameter.is_meta:
+        starts_at_zero = not bool(parameter.detach().any())  # the config doesn't say, the values do
+    shape = getattr(parameter, "ds_shape", None)  # DeepSpeed ZeRO-3 empties `shape`
+    shape = tuple(parameter.shape if shape is None else shape)
+    return TensorRecord(name, role, owner, shape, adapter, dtype, trained_embedding, starts_at_zero, owner_classes)
+
+
+def _pattern(inits: Mapping[str, object], name: str, dtype: torch.dtype, kind: _Kind, place: _Place) -> TensorRecord:
+    """What the records of all tensors of this name share that stand at the same place in modules of the same kind."""
     owner = place.tuner or kind
     # In a ParameterDict the parameter's own name is the adapter's.
     adapter = name if place.per_adapter else place.adapter
-    if place.tuner is not None:
-        role = "lora_B_bias" if place.role == "lora_B" and name == "bias" and not place.per_adapter else place.role
-    else:
+    if place.tuner is None:
         role = _plain_role(name, kind, place)
-    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed ZeRO-3 empties `shape`
+    elif place.role == "lora_B" and name == "bias" and not place.per_adapter:
+        role = "lora_B_bias"
+    else:
+        role = place.role
     embedding_factor = role in ("lora_embedding_A", "lora_embedding_B", "trainable_tokens")
     embedding_weight = place.tuner is None and kind.is_embedding and name == "weight"
     return TensorRecord(
-        name=full_name,
+        name="",
         role=role,
         owner=owner.owner,
-        shape=shape,
+        shape=(),
         adapter=adapter,
-        dtype=_dtype(parameter),
+        dtype=str(dtype).removeprefix("torch."),
         trained_embedding=embedding_factor or embedding_weight,
-        starts_at_zero=_starts_at_zero(role, adapter, parameter, inits),
+        starts_at_zero=None if adapter is None else zero_start(role, inits.get(adapter)),
         owner_classes=owner.owner_classes,
     )
 
@@ -168,22 +165,13 @@ def _plain_role(name: str, kind: _Kind, place: _Place) -> str:
     return "saved_module" if place.saved else "other"
 
 
-def _starts_at_zero(
-    role: str, adapter: str | None, parameter: torch.nn.Parameter, inits: Mapping[str, object]
-) -> bool | None:
-    if adapter is None or role in ("saved_module", "bias", "norm", "other"):
-        return None
-    initialisation = inits.get(adapter)
-    if initialisation is False and role in ("lora_A", "lora_B") and not parameter.is_meta:
-        return not bool(parameter.detach().any())  # only the values can tell; on the meta device there are none
-    return zero_start(role, initialisation)
-
-
 def _initialisations(model: torch.nn.Module) -> dict[str, object]:
-    """Adapter name -> its config's `init_lora_weights` (or the field that other methods have for it)."""
+    """Adapter name -> how it starts: a start of ours, or what its config has as `init_lora_weights` (or such)."""
     found: dict[str, object] = {}
     module: Any = model
     for _ in range(4):  # trainer wrapper, PeftModel, tuner, base model
+        for adapter, start in noted_starts(module).items():
+            found.setdefault(adapter, start)
         configs = getattr(module, "peft_config", None)
         if isinstance(configs, Mapping):
             for adapter, config in configs.items():
@@ -195,55 +183,48 @@ def _initialisations(model: torch.nn.Module) -> dict[str, object]:
     return found
 
 
-def _adapted(tuner: Any, kinds: dict[type, _Kind]) -> _Kind:
-    """The layer that a PEFT layer adapts, through every PEFT layer in between."""
-    module = inner = tuner
+def _adapted_class(layer: Any) -> type:
+    """The class of the layer that a PEFT layer adapts, through every PEFT layer in between."""
+    module = inner = layer
     while inner is not None:
         module = inner
         inner = module._modules.get("base_layer", module._modules.get("token_adapter"))
-    return _kind(type(module), kinds)
+    return type(module)
 
 
-def _kind(cls: type, kinds: dict[type, _Kind]) -> _Kind:
-    kind = kinds.get(cls)
-    if kind is None:
-        kind = kinds[cls] = _make_kind(cls)
-    return kind
-
-
-def _make_kind(cls: type) -> _Kind:
+def _kind(cls: type) -> _Kind:
     import torch
 
     if cls.__name__ == "FullyShardedDataParallel":
         raise UserError(
             "the model is already wrapped in FSDP, whose flat shards have no roles: make the groups before wrapping it"
         )
-    tuner_layer, adalora_layer, holders = _peft_classes()
+    tuner_layers, adalora_layers, holders = _peft_classes()
+    is_peft_layer = issubclass(cls, (*tuner_layers, *holders))
     classes = [base for base in cls.__mro__ if base not in (object, torch.nn.Module)]
     names = dict.fromkeys(
         name for base in classes for name in (base.__name__, f"{base.__module__}.{base.__qualname__}")
     )
+    attributes = (*cls.adapter_layer_names, *cls.other_param_names) if is_peft_layer else ()  # type: ignore[attr-defined]
     return _Kind(
         owner=cls.__name__,
         owner_classes=tuple(names),
         is_norm=any(NORM_CLASS.search(base.__name__) for base in classes),
         is_embedding=issubclass(cls, (torch.nn.Embedding, torch.nn.EmbeddingBag)),
-        is_tuner=tuner_layer is not None and issubclass(cls, tuner_layer),
-        is_adalora=adalora_layer is not None and issubclass(cls, adalora_layer),
-        holds_copies=bool(holders) and issubclass(cls, holders),
+        is_peft_layer=is_peft_layer,
+        is_adalora=issubclass(cls, adalora_layers),
+        holds_copies=issubclass(cls, holders),
+        adapter_attributes=frozenset(attributes),
     )
 
 
-def _peft_classes() -> tuple[type | None, type | None, tuple[type, ...]]:
+def _peft_classes() -> tuple[tuple[type, ...], tuple[type, ...], tuple[type, ...]]:
+    """PEFT's layers, those of AdaLoRA among them, and those that hold copies of modules."""
     if "peft" not in sys.modules:  # then no layer of the model can be PEFT's
-        return None, None, ()
+        return (), (), ()
     from peft.tuners.adalora.layer import AdaLoraLayer
     from peft.tuners.ln_tuning.layer import LNTuningLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
-    return BaseTunerLayer, AdaLoraLayer, (ModulesToSaveWrapper, LNTuningLayer)
-
-
-def _dtype(parameter: torch.nn.Parameter) -> str:
-    return str(parameter.dtype).removeprefix("torch.")
+    return (BaseTunerLayer,), (AdaLoraLayer,), (ModulesToSaveWrapper, LNTuningLayer)

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from loraplus_hydra.errors import ConfigErrors, Problem, nearest
 
@@ -37,8 +37,7 @@ RESERVED = frozenset({"params", "name", "param_names", "initial_lr"})
 """Keys of a torch parameter group that are not settings."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRecord:
+class TensorRecord(NamedTuple):
     """One trained tensor, as far as a rule can see it.
 
     `owner` is the class of the layer that holds the tensor (for an adapter's tensor: of the layer that it adapts),

@@ -139,6 +139,15 @@ def test_a_zero_is_the_reverse_of_pefts_start(checkpoints: Any, compose: Callabl
     assert all(torch.equal(reverse[name], by_key[name]) for name in reverse)
 
 
+@pytest.mark.parametrize(
+    "also", [{"use_dora": True}, {"lora_bias": True}, {"target_modules": ["q_proj", "embed_tokens"]}]
+)
+def test_a_zero_starts_as_the_base_whatever_else_the_adapter_has(also: dict[str, Any], checkpoints: Any) -> None:
+    adapter = {"_target_": "peft.LoraConfig", "target_modules": ["q_proj", "v_proj"], "init_lora_weights": "a_zero"}
+    model = add_adapter(base_of(checkpoints("llama")), {**adapter, **also}, "CAUSAL_LM")
+    torch.testing.assert_close(logits(model), logits(base_of(checkpoints("llama"))), atol=1e-6, rtol=1e-5)
+
+
 def test_embeddings_join_all_linears_whatever_they_are_called(checkpoints: Any, compose: Callable[..., Any]) -> None:
     adapter = compose("adapter=lora_embeddings").adapter
     for architecture, name in (("llama", "embed_tokens"), ("gpt2", "wte"), ("bert", "word_embeddings")):
@@ -385,3 +394,22 @@ def test_existing_needs_a_path(cli: Callable[..., Finished], tiny_run: list[str]
     ended = cli("check", *tiny_run, "adapter=existing")
     assert ended.status == 1
     assert "adapter.path: is not set" in ended.err
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "olora", "adalora", "vera", "lora_embeddings", "lora_a_zero"])
+def test_what_trains_is_the_same_on_the_meta_device(
+    adapter: str, tiny_model: Path, compose: Callable[..., Any]
+) -> None:
+    from loraplus_hydra.adapter import add_adapter
+    from loraplus_hydra.check.dry_run import adapted_meta_model
+    from loraplus_hydra.model import load_base
+    from loraplus_hydra.roles import tensor_records
+    from loraplus_hydra.tokenizer import load_tokenizer
+
+    config = compose("model=hub", f"model.path={tiny_model}", f"adapter={adapter}", "loraplus=roles")
+    base = load_base(config, load_tokenizer(config.model), {})
+    real = tensor_records(add_adapter(base, config.adapter, config.task.task_type))
+    told = tensor_records(adapted_meta_model(config, {}))
+    assert [(each.name, each.role, each.shape) for each in told] == [
+        (each.name, each.role, each.shape) for each in real
+    ]

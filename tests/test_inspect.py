@@ -123,6 +123,61 @@ def test_state_bits_are_those_of_the_optimizer(compose: Callable[..., Any], tiny
     assert {row.state_bits for row in rows(placed)} <= {0, 32}
 
 
+STARTS = {
+    "lora": "Init[1]",
+    "dora": "Init[1]",
+    "lora_a_zero": "Init[2]",
+    "lora_embeddings": "Init[1]",
+    "pissa": None,
+    "olora": None,
+}
+
+
+@pytest.mark.parametrize("adapter", STARTS)
+def test_start_and_advice_are_those_of_the_run(adapter: str, compose: Callable[..., Any], tiny_model: Path) -> None:
+    """Without weights the start is known from the config, and with them it is what the values are."""
+    from loraplus_hydra.adapter import add_adapter
+    from loraplus_hydra.commands.inspect import inspect
+    from loraplus_hydra.model import load_model
+
+    config = compose("model=hub", f"model.path={tiny_model}", f"adapter={adapter}")
+    records = [one.record for one in inspect(config)[1]]
+    model = add_adapter(load_model(config.model, config.task.auto_class), config.adapter, config.task.task_type)
+    values = dict(model.named_parameters())
+    assert {r.name: r.starts_at_zero for r in records} == {
+        name: not values[name].any() for name in values if values[name].requires_grad
+    }
+    assert initialisation(records) == initialisation(tensor_records(model)) == STARTS[adapter]
+    for ratio in (0.5, 4, 16):
+        assert ratio_advice(records, ratio, 10**8) == ratio_advice(tensor_records(model), ratio, 10**8)
+    assert bool(ratio_advice(records, 4, 10**8)) is (adapter == "lora_a_zero")
+    assert bool(ratio_advice(records, 16, 10**8)) is (STARTS[adapter] == "Init[1]")
+
+
+def test_inspect_tells_the_ratio_of_init_2(cli: Callable[..., Finished], tiny_model: Path) -> None:
+    overrides = ["model=hub", f"model.path={tiny_model}", "adapter=lora_a_zero"]
+    assert "about 16, not 4" in cli("inspect", *overrides, "loraplus.ratio=4").out
+    assert "Note:" not in cli("inspect", *overrides, "loraplus.ratio=16").out
+
+
+def test_an_adapter_that_goes_on_gets_no_advice_on_its_start(
+    compose: Callable[..., Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Its config still tells the start that it had when it was new."""
+    from loraplus_hydra.adapter import add_adapter
+    from loraplus_hydra.commands.inspect import inspect
+    from loraplus_hydra.model import load_model
+
+    config = compose("model=hub", f"model.path={tiny_model}")
+    new = add_adapter(load_model(config.model, config.task.auto_class), config.adapter, config.task.task_type)
+    new.save_pretrained(tmp_path)
+    config = compose("model=hub", f"model.path={tiny_model}", "adapter=existing", f"adapter.path={tmp_path}")
+    on = add_adapter(load_model(config.model, config.task.auto_class), config.adapter, config.task.task_type)
+    for records in ([one.record for one in inspect(config)[1]], tensor_records(on)):
+        assert {record.role for record in records} == {"lora_A", "lora_B"}
+        assert ratio_advice(records, 16, 10**8) == []
+
+
 def record(role: str, zero: bool) -> TensorRecord:
     return TensorRecord(name=role, role=role, owner="Linear", shape=(8, 8), adapter="default", starts_at_zero=zero)
 

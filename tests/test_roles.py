@@ -302,6 +302,14 @@ def test_adapters_and_targets_with_odd_names() -> None:
     assert {record.adapter for record in tensor_records(model) if record.role != "other"} == {"my_lora_B"}
 
 
+def test_a_module_and_a_tensor_under_two_names_count_once_by_the_first() -> None:
+    shared, tied = nn.Linear(4, 4), nn.Linear(4, 4)
+    model = nn.ModuleDict({"one": nn.Sequential(shared), "two": nn.Sequential(shared, tied), "three": nn.Linear(4, 4)})
+    model["three"].weight = tied.weight
+    assert [record.name for record in tensor_records(model)] == [name for name, _ in model.named_parameters()]
+    assert len(tensor_records(model)) == 5
+
+
 def test_several_adapters_and_a_frozen_reference() -> None:
     model = with_lora(llama(), target_modules=["q_proj"])
     model.add_adapter("lora_B", LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights="pissa"))

@@ -75,11 +75,11 @@ def test_a_model_without_peft() -> None:
 
 
 def test_wrapped_in_fsdp_is_too_late() -> None:
-    class FullyShardedDataParallel(nn.Module):
+    class FullyShardedDataParallel(nn.Sequential):
         pass
 
     with pytest.raises(UserError, match="make the groups before wrapping"):
-        tensor_records(nn.Sequential(FullyShardedDataParallel()))
+        tensor_records(nn.Sequential(FullyShardedDataParallel(nn.Linear(2, 2))))
 
 
 def test_on_the_meta_device() -> None:

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from loraplus_hydra.errors import ConfigErrors
+from tests.tiny import chat_tokenizer, write_jsonl
+
 LR, RATIO = 1e-3, 16
 
 
@@ -24,6 +27,17 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of prompts with an answer and whether it is a good one: the good ones first."""
+    words = ("one", "two", "three", "four")
+    lines = [
+        {"prompt": f"say {words[i % 4]} {i}", "completion": f" {words[(i + (i >= 12)) % 4]}", "label": i < 12}
+        for i in range(24)
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "judged.jsonl", lines)
 
 
 @pytest.fixture
@@ -50,6 +64,7 @@ RUNS = {
     "Trainer": ["task=text", "data=jsonl", "data.train={rows}", "data.text_column=prompt", "task.block_size=16"],
     "DPOTrainer": ["task=dpo", "data=jsonl", "data.train={pairs}"],
     "ORPOTrainer": ["experiment=orpo", "data=jsonl", "data.train={pairs}"],
+    "KTOTrainer": ["experiment=kto", "data.train={judged}"],
 }
 
 
@@ -60,12 +75,13 @@ def test_rates_are_those_of_the_rules_at_every_step(
     tiny_model: Path,
     rows: Path,
     pairs: Path,
+    judged: Path,
     rates: dict[str, list[float]],
     tmp_path: Path,
 ) -> None:
     from loraplus_hydra import run
 
-    overrides = [override.format(rows=rows, pairs=pairs) for override in RUNS[trainer]]
+    overrides = [override.format(rows=rows, pairs=pairs, judged=judged) for override in RUNS[trainer]]
     steps = [
         "trainer.max_steps=2",
         "trainer.per_device_train_batch_size=2",
@@ -82,14 +98,16 @@ def test_rates_are_those_of_the_rules_at_every_step(
     assert rates["lora_B"] == pytest.approx([LR * RATIO, LR * RATIO / 2])
 
 
-def test_frozen_reference_of_dpo_is_no_part_of_groups_or_adapter(
-    compose: Callable[..., Any], tiny_model: Path, pairs: Path, tmp_path: Path
+@pytest.mark.parametrize("trainer", ["DPOTrainer", "KTOTrainer"])
+def test_frozen_reference_is_no_part_of_groups_or_adapter(
+    trainer: str, compose: Callable[..., Any], tiny_model: Path, pairs: Path, judged: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file
 
     from loraplus_hydra import run
 
-    overrides = ["model=hub", f"model.path={tiny_model}", "task=dpo", "data=jsonl", f"data.train={pairs}"]
+    overrides = [override.format(pairs=pairs, judged=judged) for override in RUNS[trainer]]
+    overrides += ["model=hub", f"model.path={tiny_model}", "trainer.per_device_train_batch_size=2"]
     run(compose(*overrides, "trainer.max_steps=2", "task.samples=1", "task.sample_tokens=2"), tmp_path / "run")
     groups = json.loads((tmp_path / "run" / "param_groups.json").read_text())
     assert groups
@@ -98,6 +116,48 @@ def test_frozen_reference_of_dpo_is_no_part_of_groups_or_adapter(
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert len(saved) == len(groups)
     assert any(tensor.abs().sum() > 0 for name, tensor in saved.items() if "lora_B" in name)
+
+
+def kto_examples(rows: list[dict[str, Any]], compose: Callable[..., Any], tokenizer: Any) -> Any:
+    from datasets import Dataset, DatasetDict
+
+    from loraplus_hydra.tasks.kto import examples
+
+    config = compose("experiment=kto", "data.train=unread.jsonl", "model=hub", "model.path=unread", "task.chat=false")
+    made = Dataset.from_list(rows)
+    return examples(DatasetDict({"train": made, "eval": made}), tokenizer, config.task, config.data)
+
+
+def test_kto_mixes_good_and_bad_answers_and_shows_good_ones(compose: Callable[..., Any]) -> None:
+    """The trainer takes the rows as they come, so a file with the good ones first would make one-sided batches."""
+    rows = [{"prompt": "say", "completion": f"answer {i}", "label": i >= 20} for i in range(40)]
+    made = kto_examples(rows, compose, chat_tokenizer(None))
+    assert sorted(made.train["completion"]) == sorted(row["completion"] for row in rows)
+    assert all(row["label"] == (int(row["completion"].split()[1]) >= 20) for row in made.train)
+    assert 5 <= sum(made.train["label"][:20]) <= 15
+    assert made.references == ("answer 20", "answer 21")
+
+
+def test_kto_with_batches_of_one_row_is_told_before_anything_is_loaded(
+    compose: Callable[..., Any], judged: Path
+) -> None:
+    from loraplus_hydra.check import check
+
+    overrides = ["model=hub", "model.path=unread", "experiment=kto", f"data.train={judged}"]
+    with pytest.raises(ConfigErrors, match="per_device_train_batch_size: KTO takes for each prompt"):
+        check(compose(*overrides, "trainer.per_device_train_batch_size=1"))
+
+
+@pytest.mark.parametrize("label", ["maybe", None, 2, "", [True]])
+def test_kto_takes_true_and_false_as_labels_alone(label: Any, compose: Callable[..., Any]) -> None:
+    good, bad = {"prompt": "say", "completion": "a"}, {"prompt": "say", "completion": "b"}
+    with pytest.raises(ConfigErrors, match=r"row 1 of the train rows: 'label' is .*, not true or false"):
+        kto_examples([{**good, "label": label}], compose, chat_tokenizer(None))
+    for yes, no in ((True, False), (1, 0), ("true", "False"), ("1", "0")):
+        made = kto_examples([{**good, "label": yes}, {**bad, "label": no}], compose, chat_tokenizer(None))
+        assert {(row["completion"], row["label"]) for row in made.train} == {("a", True), ("b", False)}
+        with pytest.raises(ConfigErrors, match="nothing to tell apart"):
+            kto_examples([{**good, "label": yes}, {**bad, "label": yes}], compose, chat_tokenizer(None))
 
 
 def test_mixin_fits_a_trainer_class_of_ones_own(tiny_model: Path, tmp_path: Path) -> None:

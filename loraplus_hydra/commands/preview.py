@@ -135,6 +135,10 @@ def _rows_of(batch: Any, tokenizer: PreTrainedTokenizerBase, trainer: Any) -> It
             raise UserError(f"preview: the batches of {type(trainer).__name__} say of no token whether it carries loss")
         # TRL's preferences: the chosen answers, then the rejected ones, with the same prompts.
         labels = ids.masked_fill(batch["completion_mask"] == 0, _NO_LOSS)
+        if "label" in batch:  # answers judged one by one
+            for position in range(len(ids)):
+                yield from (_row(*part, tokenizer) for part in _documents(batch, labels, position))
+            return
         for position in range(len(ids) // 2):
             for side, index in (("chosen", position), ("rejected", position + len(ids) // 2)):
                 yield from (_row(*part, tokenizer, side) for part in _documents(batch, labels, index))

@@ -22,9 +22,7 @@ COLUMNS = ("prompt", "chosen", "rejected")  # TRL's names; `data.<name>_column` 
 def examples(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictConfig, data: DictConfig) -> Examples:
     """Rows of texts as TRL's preference examples; with a chat template each becomes a turn. Raises ConfigErrors."""
     refuse_unread(task, "block_size", "max_length", "problem_type")
-    chat = bool(tokenizer.chat_template) if task.chat is None else task.chat
-    if chat and not tokenizer.chat_template:
-        raise ConfigErrors([Problem("task.chat", "the tokenizer has no chat template", "set task.chat=false")])
+    chat = in_turns(tokenizer, task)
     names = {name: data.get(f"{name}_column") or name for name in COLUMNS}
     require_columns(rows, {f"data.{name}_column": column for name, column in names.items()})
     held_out = rows["eval"].select(range(min(task.samples, len(rows["eval"]))))
@@ -33,7 +31,7 @@ def examples(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictCo
         train=_pairs(rows["train"], names, "train", chat=chat),
         eval=_pairs(rows["eval"], names, "eval", chat=chat),
         prompts=prompts,
-        rendered=tuple(_rendered(prompt, tokenizer, chat=chat) for prompt in prompts),
+        rendered=tuple(rendered(prompt, tokenizer, chat=chat) for prompt in prompts),
         references=tuple(held_out[names["chosen"]]),
     )
 
@@ -48,18 +46,26 @@ def _pairs(rows: Rows, names: dict[str, str], split: str, *, chat: bool) -> Rows
             if texts["chosen"] == texts["rejected"]:
                 raise wrong_value(place, names["rejected"], "is the chosen answer, so there is nothing to prefer")
             for name, text in texts.items():
-                found[name].append(_turn(text, name) if chat else text)
+                found[name].append(turn(text, name) if chat else text)
         return found
 
     return rows.map(convert, batched=True, with_indices=True, remove_columns=all_columns(rows))
 
 
-def _turn(text: str, name: str) -> list[dict[str, str]]:
+def in_turns(tokenizer: PreTrainedTokenizerBase, task: DictConfig) -> bool:
+    """Whether prompts and answers are written as turns of the tokenizer's chat template. Raises ConfigErrors."""
+    if task.chat and not tokenizer.chat_template:
+        raise ConfigErrors([Problem("task.chat", "the tokenizer has no chat template", "set task.chat=false")])
+    return bool(tokenizer.chat_template) if task.chat is None else bool(task.chat)
+
+
+def turn(text: str, name: str) -> list[dict[str, str]]:
+    """A conversation of one turn: the user's for the column `prompt`, the assistant's for every other."""
     return [{"role": "user" if name == "prompt" else "assistant", "content": text}]
 
 
-def _rendered(prompt: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> str:
+def rendered(prompt: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> str:
+    """The prompt as the model sees it when it is to answer."""
     if not chat:
         return prompt
-    turn = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+    return str(tokenizer.apply_chat_template(turn(prompt, "prompt"), add_generation_prompt=True, tokenize=False))
