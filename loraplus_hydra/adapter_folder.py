@@ -24,6 +24,9 @@ _NOT_COMPARED = (
     *("init_lora_weights", "target_modules", "task_type", "inference_mode", "revision", "auto_mapping"),
     *("tinit", "tfinal", "total_step", "orth_reg_weight", "trainable_token_indices", "modules_to_save"),
 )
+# Fields that have PEFT read further files, or import a package, while it builds the adapter.
+_LEADING_ELSEWHERE = ("megatron_config", "prompt_tuning_init_state_dict_path", "adapters", "shadow_model")
+_ANY_RANK = 65_536  # more than anybody trains
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,14 @@ class StoredAdapter:
 
         with safe_open(self.folder / WEIGHTS, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    def not_finite(self) -> str | None:
+        """The name of a tensor with a number that isn't finite, or None."""
+        from safetensors import safe_open
+
+        with safe_open(self.folder / WEIGHTS, framework="pt") as file:
+            names = (name for name in file.keys() if not file.get_tensor(name).isfinite().all())  # noqa: SIM118
+            return next(names, None)
 
 
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -71,8 +82,12 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
 
 def stored_adapter(path: str, key: str = KEY) -> StoredAdapter:
-    """The adapter at `path`: its folder, a run's folder, or a hub name. Raises ConfigErrors naming `key`."""
+    """The adapter at `path`: its folder, a run's folder, or a hub name. Raises ConfigErrors naming `key`.
+
+    It may come from anybody: nothing of it is run, and nothing but its two files is read.
+    """
     from peft import PeftConfig
+    from safetensors import SafetensorError
 
     folder = _fetched(path, key) if not is_local(path) else Path(model_location(path))
     if (folder / ADAPTER / CONFIG).is_file():
@@ -85,11 +100,36 @@ def stored_adapter(path: str, key: str = KEY) -> StoredAdapter:
     try:
         config = PeftConfig.from_pretrained(str(folder))
         reason = "" if config.peft_type else "it names no method of PEFT"
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        config, reason = None, str(error)
+    except Exception as error:  # PEFT takes the file for one of its own, and raises whatever comes of it
+        config, reason = None, first_line(error)
     if reason:
         raise ConfigErrors([Problem(key, f"{folder / CONFIG} can't be read: {reason}", "name another adapter")])
-    return StoredAdapter(folder, config)
+    stored = StoredAdapter(folder, config)
+    try:
+        shapes, broken = stored.shapes(), stored.not_finite()
+    except (SafetensorError, OSError, RuntimeError) as error:
+        what = f"{folder / WEIGHTS} can't be read: {first_line(error)}"
+        raise ConfigErrors([Problem(key, what, "only safetensors are read, since a pickle can run code")]) from error
+    problems = [Problem(key, f"{folder / CONFIG}: {what}", "name another adapter") for what in _unsafe(config, shapes)]
+    if broken is not None:
+        problems.append(Problem(key, f"{folder / WEIGHTS}: {broken} has numbers that aren't finite", "name another"))
+    if problems:
+        raise ConfigErrors(problems)
+    return stored
+
+
+def _unsafe(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """What of an adapter's config leads to other files or packages, or asks for far more memory than its tensors."""
+    found = [f"{name} leads out of the folder" for name in _LEADING_ELSEWHERE if getattr(config, name, None)]
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    most = max(largest, _ANY_RANK)
+    patterns = getattr(config, "rank_pattern", None)
+    sizes = {name: getattr(config, name, None) for name in ("r", "num_virtual_tokens")}
+    sizes |= {f"rank_pattern.{name}": size for name, size in (patterns.items() if isinstance(patterns, dict) else ())}
+    for name, size in sizes.items():
+        if isinstance(size, (int, float)) and not 0 <= size <= most:
+            found.append(f"{name} is {size}, but no tensor of the adapter has a side longer than {largest}")
+    return found
 
 
 def attach(model: PreTrainedModel, stored: StoredAdapter, *, trainable: bool = False) -> PeftModel:
@@ -97,12 +137,17 @@ def attach(model: PreTrainedModel, stored: StoredAdapter, *, trainable: bool = F
     from peft import PeftModel
 
     stored.config.inference_mode = not trainable
+    if getattr(stored.config, "prompt_tuning_init", None) == "TEXT":  # a start, which would load a tokenizer by name
+        stored.config.prompt_tuning_init = type(stored.config.prompt_tuning_init)("RANDOM")
     try:
         with quiet_peft():
-            return PeftModel.from_pretrained(model, str(stored.folder), is_trainable=trainable, config=stored.config)
-    except (RuntimeError, ValueError, KeyError) as error:
+            adapted = PeftModel.from_pretrained(model, str(stored.folder), is_trainable=trainable, config=stored.config)
+    except Exception as error:  # PEFT raises whatever comes of a config or tensors that aren't this model's
         first = first_line(error)
         raise UserError(f"the adapter in {stored.folder} doesn't fit the model: {first}") from error
+    if misfits := _misfits(adapted, stored, names_alone=True):
+        raise UserError(f"the adapter in {stored.folder} doesn't fit the model: {misfits}")
+    return adapted
 
 
 def continue_adapter(
@@ -175,12 +220,14 @@ def _comparable(config: PeftConfig) -> dict[str, Any]:
     return {name: value or None for name, value in kept.items() if name not in ("peft_version",)}
 
 
-def _misfits(adapted: PeftModel, stored: StoredAdapter) -> str:
+def _misfits(adapted: PeftModel, stored: StoredAdapter, *, names_alone: bool = False) -> str:
+    """The first tensor that the model or the file lacks, or (unless `names_alone`) has in another shape."""
     from peft import get_peft_model_state_dict
 
     here = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()}
-    there = {name: shape for name, shape in stored.shapes().items() if ".base_layer." not in name}
-    for name in sorted(here.keys() | there.keys()):
+    # Of the base's own tensors trained biases count; an embedding that PEFT has stored beside them doesn't.
+    there = {name: shape for name, shape in stored.shapes().items() if ".base_layer." not in name or name in here}
+    for name in sorted(here.keys() ^ there.keys() if names_alone else here.keys() | there.keys()):
         if here.get(name) != there.get(name):
             return f"{name} is {there.get(name, 'missing')} in the adapter, but {here.get(name, 'missing')} in this run"
     return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +35,11 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     examples: Examples,
     point: ResumePoint | None = None,
+    tell: Callable[[dict[str, Any]], None] | None = None,
 ) -> Any:
     """The Trainer of `config.task._target_` with the LoRA+ mixin ahead of it, writing into `folder`.
 
-    With `point` its next `train()` goes on from that checkpoint.
+    With `point` its next `train()` goes on from that checkpoint. `tell` is given each line of metrics.jsonl.
     """
     seconds = 0.0 if point is None else point.seconds
     trainer: Any = with_loraplus(resumable(locate(config.task._target_)))(
@@ -48,7 +50,7 @@ def make_trainer(
         processing_class=tokenizer,
         loraplus=loraplus_settings(config),
         callbacks=[
-            MetricsWriter(folder / METRICS, seconds=seconds),
+            MetricsWriter(folder / METRICS, seconds=seconds, tell=tell),
             screen.progress(),
             *trainer_callbacks(model, config.adapter),
             *_early_stopping(config),

@@ -7,6 +7,7 @@ what a `_target_` may be is one question, so it has one place (`loraplus_hydra.c
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 from loraplus_hydra.errors import UserError, nearest
@@ -20,6 +21,9 @@ def locate(path: str) -> Any:
     parts = str(path).split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise UserError(f"'{path}' is no dotted path such as torch.optim.AdamW")
+    if parts[0] in sys.stdlib_module_names or any(part.startswith("__") for part in parts):
+        # Some do things on import, and what a config can name is never among them.
+        raise UserError(f"'{path}' is part of Python itself, which has nothing that a config could use")
     found: Any = None
     for depth in range(len(parts), 0, -1):
         module = ".".join(parts[:depth])

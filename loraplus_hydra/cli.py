@@ -7,25 +7,32 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra import processes
 from loraplus_hydra.commands import COMMANDS, RESUME, TRAIN
-from loraplus_hydra.errors import ConfigErrors, UserError
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.limits import refuse_unwritable
-from loraplus_hydra.overrides import has_unknown_key, override_problems
+from loraplus_hydra.overrides import has_unknown_key, is_of_composing, override_problems, quoted
 from loraplus_hydra.paths import HYDRA, config_folder, refuse_used_folder
 from loraplus_hydra.quiet import quiet_libraries
 from loraplus_hydra.schema import register
+from loraplus_hydra.sweep.folders import is_sweep, run_of
+from loraplus_hydra.sweep.folders import register as register_interpolations
+
+if TYPE_CHECKING:
+    from loraplus_hydra.sweep.plan import Sweep
 
 # Hydra's flags whose value is the next word.
 _FLAGS_WITH_VALUE = frozenset(
@@ -54,41 +61,34 @@ class Terminated(KeyboardInterrupt):
 class BeforeRun(Callback):
     """Hydra calls it with the whole config before it makes the run's folder, so that a wrong config leaves no trace.
 
-    Every command but `train` and `resume` does its work here and ends the program.
+    Every command but `train` and `resume` does its work here and ends the program. `swept` and `start` are what a sweep
+    tells its jobs: they are read in the config (see `sweep.folders`, `sweep.jobs`).
     """
 
-    def __init__(self, command: str, flags: list[str]) -> None:
+    def __init__(self, command: str, flags: list[str], swept: list[str], start: str | None) -> None:
         self.command = command
         self.flags = frozenset(flags)
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        # Hydra turns a callback's exceptions into warnings; only SystemExit and its like get through.
-        try:
+        with _ending_the_program():
             self._do(config)
-        except UserError as error:
-            _print_error(error)
-            raise SystemExit(EXIT_USER_ERROR) from error
-        except Exception as error:
-            if os.environ.get(_SHOW_TRACEBACK):
-                raise SystemExit(_with_traceback(error)) from error
-            _print_error(error)
-            raise SystemExit(EXIT_USER_ERROR) from error
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if self.command != TRAIN:
-            _print_error(UserError(f"'{self.command}' takes one config, not a sweep; leave out --multirun"))
-            raise SystemExit(EXIT_USER_ERROR)
+        with _ending_the_program():
+            if self.command != TRAIN:
+                raise UserError(f"'{self.command}' takes one config, not a sweep; leave out --multirun")
+            processes.refuse_sweep(["--multirun"])  # also where the config asks for it (hydra.mode)
+            from loraplus_hydra.sweep.plan import begin
+
+            _begun.append(begin(config, sys.argv[1:]))
 
     def _do(self, config: DictConfig) -> None:
         folder = Path(config.hydra.run.dir)
         if self.command == TRAIN and processes.is_main() and not _goes_on(config, folder):
             refuse_used_folder(folder, key="hydra.run.dir")
             refuse_unwritable(folder, key="hydra.run.dir")
-        task = config.copy()
-        with open_dict(task):
-            del task["hydra"]
         quiet_libraries()
-        importlib.import_module(f"loraplus_hydra.commands.{self.command}").main(task, self.flags)
+        importlib.import_module(f"loraplus_hydra.commands.{self.command}").main(run_of(config), self.flags)
         if self.command not in (TRAIN, RESUME):
             raise SystemExit(0)
 
@@ -99,8 +99,31 @@ def _goes_on(config: DictConfig, folder: Path) -> bool:
     return asked and (folder / HYDRA).is_dir()
 
 
-@hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
-def _train(config: DictConfig) -> float | None:
+@contextmanager
+def _ending_the_program() -> Iterator[None]:
+    """Hydra turns a callback's exceptions into warnings; only SystemExit and its like get through."""
+    try:
+        yield
+    except UserError as error:
+        _print_error(error)
+        raise SystemExit(EXIT_USER_ERROR) from error
+    except Exception as error:
+        if os.environ.get(_SHOW_TRACEBACK):
+            raise SystemExit(_with_traceback(error)) from error
+        _print_error(error)
+        raise SystemExit(EXIT_USER_ERROR) from error
+
+
+def train(config: DictConfig) -> float | None:
+    """What Hydra calls for each run and each job of a sweep: the metric that a sweep compares.
+
+    Launchers send it to their workers by its name, so importing this module there registers what the config refers to.
+    """
+    config = run_of(config)
+    if is_sweep(HydraConfig.get()):
+        from loraplus_hydra.sweep.jobs import run_job
+
+        return run_job(config)
     from loraplus_hydra.job import run
 
     if "run" in config:  # `resume` names a run
@@ -110,6 +133,9 @@ def _train(config: DictConfig) -> float | None:
     return run(config).value
 
 
+register_interpolations()
+_hydra_main = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(train)
+_begun: list[Sweep] = []  # the sweep of this process, once it has begun
 _SHOW_TRACEBACK = "LORAPLUS_HYDRA_TRACEBACK"
 
 
@@ -125,22 +151,50 @@ def main() -> None:
     if any(argument.startswith("query=") for argument in arguments):
         _complete()
     try:
+        try:
+            status = _run(name, arguments)
+        finally:
+            failed = _end_sweep()
+    except Terminated:
+        status, failed = EXIT_TERMINATED, False
+    except KeyboardInterrupt:
+        status, failed = EXIT_INTERRUPTED, False
+    if status or failed:
+        sys.exit(status or EXIT_USER_ERROR)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    """Run a command; its exit status."""
+    overrides = arguments
+    try:
         overrides = _hydra_arguments(name, arguments)
+        if name == RESUME and not any(override.startswith("run=") for override in overrides):
+            raise ConfigErrors([Problem("run", "no run is named", "write its folder behind the command")])
         processes.refuse_sweep(arguments)
         if COMMANDS[name].config == "config" and has_unknown_key(overrides):
             raise ConfigErrors(override_problems(overrides, "config"))
         sys.argv[1:] = overrides + processes.hydra_arguments()
-        _train()
+        _hydra_main()
     except Terminated:
-        sys.exit(EXIT_TERMINATED)
+        return EXIT_TERMINATED
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED
     except Exception as error:
         if os.environ.get(_SHOW_TRACEBACK):
             raise
         _print_error(_as_told(error, name, overrides))
-        sys.exit(EXIT_USER_ERROR)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _end_sweep() -> bool:
+    """Tell how the sweep's jobs ended, if there was one, and make its report. Returns whether any of them failed."""
+    if not _begun:
+        return False
+    from loraplus_hydra.sweep.ending import end
+
+    return not end(_begun.pop())
 
 
 def split_command(arguments: list[str]) -> tuple[str, list[str]]:
@@ -158,7 +212,7 @@ def _hydra_arguments(name: str, arguments: list[str]) -> list[str]:
     if name != TRAIN:
         extra.append(f"hydra.callbacks.before_run.command={name}")
     if command.positional and rest and "=" not in rest[0] and not rest[0].startswith("-"):
-        extra.append(f"{command.positional}={_quoted(rest.pop(0))}")
+        extra.append(f"{command.positional}={quoted(rest.pop(0))}")
     flags = [argument.removeprefix("--") for argument in rest if argument.removeprefix("--") in command.flags]
     if flags:
         extra.append(f"hydra.callbacks.before_run.flags=[{','.join(flags)}]")
@@ -168,7 +222,7 @@ def _hydra_arguments(name: str, arguments: list[str]) -> list[str]:
     rest = [argument for argument in rest if argument.removeprefix("--") not in command.flags]
     place = _first_override(rest)  # argparse takes overrides in one row only
     config = [f"--config-name={command.config}"] if command.config != "config" else []
-    return [*rest[:place], *extra, *rest[place:], *config]
+    return [*config, *rest[:place], *extra, *rest[place:]]
 
 
 def _first_override(arguments: list[str]) -> int:
@@ -184,24 +238,12 @@ def _verbatim(argument: str, keys: tuple[str, ...]) -> str:
     key, found, value = argument.partition("=")
     if not found or key not in keys or value == "null" or value[:1] in ("'", '"'):
         return argument
-    return f"{key}={_quoted(value)}"
-
-
-def _quoted(value: str) -> str:
-    """A value as Hydra's grammar reads it back, whatever characters are in it.
-
-    A backslash escapes only a quote, or a backslash in front of one.
-    """
-    inner = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
-    return f"'{inner}'"
+    return f"{key}={quoted(value)}"
 
 
 def _as_told(error: Exception, command: str, arguments: list[str]) -> Exception:
     """`error` as the user should read it: a config that doesn't compose becomes the list of what is wrong with it."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    if isinstance(error, UserError) or not isinstance(error, (HydraException, OmegaConfBaseException)):
+    if isinstance(error, UserError) or not is_of_composing(error):
         return error
     problems = override_problems(arguments, COMMANDS[command].config, error)
     return ConfigErrors(problems) if problems else error

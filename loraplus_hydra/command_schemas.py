@@ -60,9 +60,18 @@ class ResumeConfig(FinishedRunConfig):
     task: Dict[str, Any] = field(default_factory=dict)
     data: Dict[str, Any] = field(default_factory=dict)
     trainer: Dict[str, Any] = field(default_factory=dict)
+    logger: Dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ReportConfig:
+    """`report`. Registered as `report_schema`."""
+
+    folder: str = MISSING  # the folder that holds the jobs' folders
 
 
 COMMAND_SCHEMAS: dict[str, type] = {
+    "report_schema": ReportConfig,
     "export_schema": ExportConfig,
     "predict_schema": PredictConfig,
     "evaluate_schema": EvaluateConfig,

@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from loraplus_hydra import paths
-from loraplus_hydra.check.keys import unknown_keys
-from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.check.foreign import foreign_code
+from loraplus_hydra.check.keys import read_config, unknown_keys
+from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.results import OK
 from loraplus_hydra.schema import RunConfig
 
@@ -43,11 +44,15 @@ class FinishedRun:
 
     def model_arguments(self) -> dict[str, Any]:
         """What the task has set in the model's config: the labels' names and their kind."""
-        stored = json.loads((self.adapter / "config.json").read_text(encoding="utf-8"))
-        found = {name: stored[name] for name in _LABEL_SETTINGS if stored.get(name) is not None}
-        if "id2label" in found:
-            found["id2label"] = {int(number): name for number, name in found["id2label"].items()}
-            found["num_labels"] = len(found["id2label"])
+        file = self.adapter / "config.json"
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            found = {name: stored[name] for name in _LABEL_SETTINGS if stored.get(name) is not None}
+            if "id2label" in found:
+                found["id2label"] = {int(number): name for number, name in found["id2label"].items()}
+                found["num_labels"] = len(found["id2label"])
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise _no_run(f"{file} can't be read: {first_line(error)}") from error
         return found
 
 
@@ -149,13 +154,24 @@ def _no_run(what: str, fix: str = "name the folder of a finished run") -> Config
 
 
 def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
-    """The stored config in `file` with `overrides` (group -> keys), as the schema types it. Raises ConfigErrors."""
+    """The stored config in `file` with `overrides` (group -> keys), as the schema types it. Raises ConfigErrors.
+
+    Also when it names code that lies in the run's own folder.
+    """
+    hydras = file.parent.name == paths.HYDRA  # Hydra's copy, as it was asked for; it lies one folder deeper
     try:
+        _refuse_aliases(file)
         stored = OmegaConf.load(file)
+    except ConfigErrors:
+        raise
     except Exception as error:  # YAML's errors have no base that omegaconf lets us name
         raise ConfigErrors([Problem(KEY, f"{file} can't be read: {error}", "name another run")]) from None
     if not isinstance(stored, DictConfig):
         raise ConfigErrors([Problem(KEY, f"{file} holds a list, not a config", "name another run")])
+    if not hydras and (key := _interpolated(stored)):
+        what = f"{file}: {key} is an interpolation, which no run writes: it could read your environment"
+        raise ConfigErrors([Problem(KEY, what, "write the value in its place")])
+    stored.pop("sweep", None)  # of the program, not of the run
     schema = OmegaConf.structured(RunConfig)
     changes = {group: dict(keys) for group, keys in overrides.items() if keys}
     try:
@@ -169,7 +185,30 @@ def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
         first = str(error).splitlines()[0]
         raise ConfigErrors([Problem(str(getattr(error, "full_key", None) or KEY), first, f"see {file}")]) from None
     assert isinstance(typed, DictConfig)
+    if problems := foreign_code(read_config(typed)[0], file.parent.parent if hydras else file.parent):
+        raise ConfigErrors(problems)
     return typed
+
+
+def _interpolated(node: Any, path: str = "") -> str:
+    """The key of the first interpolation in a config, or nothing."""
+    for key in node if isinstance(node, DictConfig) else range(len(node)):
+        inside = f"{path}.{key}" if path else str(key)
+        if OmegaConf.is_interpolation(node, key):
+            return inside
+        value = None if OmegaConf.is_missing(node, key) else node._get_node(key)
+        if OmegaConf.is_config(value) and (found := _interpolated(value, inside)):
+            return found
+    return ""
+
+
+def _refuse_aliases(file: Path) -> None:
+    """Raise ConfigErrors for a YAML whose parts stand for others: a few lines of that can fill any memory."""
+    import yaml
+
+    with file.open(encoding="utf-8") as stream:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(stream, Loader=yaml.SafeLoader)):
+            raise ConfigErrors([Problem(KEY, f"{file} holds YAML aliases, which no run writes", "name another run")])
 
 
 def _unknown(config: DictConfig) -> list[Problem]:

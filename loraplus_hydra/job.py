@@ -18,6 +18,8 @@ from loraplus_hydra.checkpoints import in_order
 from loraplus_hydra.limits import explained
 from loraplus_hydra.quiet import quiet_libraries, quiet_loading
 from loraplus_hydra.results import FAILED, INTERRUPTED, OK, Result, read_result, run_hash, versions
+from loraplus_hydra.sweep.folders import run_of
+from loraplus_hydra.trackers.tracking import Tracking
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,24 +40,27 @@ def run(config: DictConfig, folder: str | Path | None = None) -> Result:
     goes wrong is raised after it is written into result.json.
     """
     quiet_libraries()
+    config = run_of(config)
     folder = processes.agree_on(Path(folder) if folder is not None else _hydra_folder())
     folder.mkdir(parents=True, exist_ok=True)
     with processes.alone_in(folder):
         if (done := _finished(config, folder)) is not None:
             return done
         point = _resume_point(config, folder)
-        with _recorded(config, folder, point) as result, explained(config, folder):
-            _run(config, folder, result, point)
+        tracking = Tracking()
+        with _recorded(config, folder, point, tracking) as result, explained(config, folder):
+            _run(config, folder, result, point, tracking)
     if processes.is_main():
         _report(folder, result)
     return result
 
 
-def _run(config: DictConfig, folder: Path, result: Result, point: ResumePoint | None) -> None:
+def _run(config: DictConfig, folder: Path, result: Result, point: ResumePoint | None, tracking: Tracking) -> None:
     screen.say("1/6 Checking the config")
     check(config)
     quiet_loading()
     _describe(config, folder, result, point)
+    tracking.start(config, folder, resumed_at=None if point is None else point.step)
 
     from loraplus_hydra.assemble import make_trainer  # heavy
     from loraplus_hydra.examples import load_examples
@@ -72,7 +77,7 @@ def _run(config: DictConfig, folder: Path, result: Result, point: ResumePoint | 
     model = _load_model(config, tokenizer, examples)
 
     screen.say("4/6 Deciding which tensor gets which rate")
-    trainer = make_trainer(config, folder, model, tokenizer, examples, point)
+    trainer = make_trainer(config, folder, model, tokenizer, examples, point, tracking.tell)
     _show_and_write_groups(folder, trainer)
 
     screen.say("5/6 Training")
@@ -113,8 +118,8 @@ def _hydra_folder() -> Path:
 
 
 @contextmanager
-def _recorded(config: DictConfig, folder: Path, point: ResumePoint | None) -> Iterator[Result]:
-    """A Result that lands in `folder` however the job ends."""
+def _recorded(config: DictConfig, folder: Path, point: ResumePoint | None, tracking: Tracking) -> Iterator[Result]:
+    """A Result that lands in `folder`, and that `tracking` is told, however the job ends."""
     started = time.perf_counter() - (0.0 if point is None else point.seconds)
     result = Result(status=FAILED, metric=str(OmegaConf.select(config, "task.metric")), versions=versions())
     try:
@@ -124,7 +129,7 @@ def _recorded(config: DictConfig, folder: Path, point: ResumePoint | None) -> It
         result.status = INTERRUPTED
         _say_how_to_go_on(folder)
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         result.error = {"type": type(error).__name__, "text": str(error)}
         log.debug("The job failed.", exc_info=True)
         _say_how_to_go_on(folder)
@@ -133,6 +138,7 @@ def _recorded(config: DictConfig, folder: Path, point: ResumePoint | None) -> It
         result.seconds = round(time.perf_counter() - started, 3)
         if processes.is_main():
             _write(result, folder)
+        tracking.finish(result)
 
 
 def _write(result: Result, folder: Path) -> None:

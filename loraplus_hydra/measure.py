@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,10 +26,27 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most GPU memory that torch had allocated, or on a CPU the most memory that the process had resident."""
+    """Most GPU memory that torch had allocated, or on a CPU the most memory that the process had resident.
+
+    Both since `reset_peak_memory` was called last.
+    """
     import torch
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, StopIteration, ValueError):  # on Linux, where it can be reset
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def reset_peak_memory() -> None:
+    """Begin to count the peak anew, as far as the system lets us: for a job that isn't its process's first."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # see proc(5)

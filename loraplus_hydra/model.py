@@ -81,8 +81,12 @@ def load_config(model: DictConfig, config_overrides: Mapping[str, Any] | None = 
         config: PretrainedConfig = AutoConfig.from_pretrained(
             model_location(model.path), **hub_arguments(model), **(config_overrides or {})
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers raises whatever comes of the file
         raise ConfigErrors([_load_problem(model, error)]) from error
+    kernel = getattr(config, "_attn_implementation", None)
+    if "/" in str(kernel) and model.attention is None and not model.trust_remote_code:
+        what = f"the model's config.json asks for '{kernel}', which is code from a hub"
+        raise ConfigErrors([Problem("model.attention", what, "set it, or model.trust_remote_code=true")])
     return _for_training(config)
 
 
@@ -108,7 +112,7 @@ def meta_model(
             )
             if model.add_tokens:
                 built.resize_token_embeddings(config.vocab_size + len(model.add_tokens), mean_resizing=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever comes of a config that may be anybody's
         raise ConfigErrors([_load_problem(model, error)]) from error
     built.name_or_path = model_location(model.path)
     built.requires_grad_(False)
@@ -187,6 +191,9 @@ def _agreeing(config: PretrainedConfig, model: DictConfig) -> PretrainedConfig:
 
 def _load_problem(model: DictConfig, error: Exception) -> Problem:
     text = first_line(error)
+    if "trust_remote_code" in str(error) and not model.trust_remote_code:
+        what = f"{model.path} brings Python of its own, which isn't run"
+        return Problem("model.path", what, "read it, then set model.trust_remote_code=true")
     if "safetensors" in str(error):
         return Problem(
             "model.path", text, "only safetensors are read, since a pickle can run code: convert the weights"

@@ -6,6 +6,7 @@ Hydra stops at the first. Here each is tried on top of those that compose, so th
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable
 from dataclasses import fields
 
@@ -13,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
@@ -23,7 +24,7 @@ from loraplus_hydra.errors import Problem, nearest
 from loraplus_hydra.paths import config_folder
 from loraplus_hydra.schema import OPEN_GROUPS, RunConfig
 
-ROOT_KEYS = (*(field.name for field in fields(RunConfig)), "experiment", "debug")
+ROOT_KEYS = (*(field.name for field in fields(RunConfig)), "sweep", "experiment", "hparams_search", "debug")
 
 
 def has_unknown_key(arguments: list[str]) -> bool:
@@ -35,6 +36,14 @@ def has_unknown_key(arguments: list[str]) -> bool:
         return False
     words = (re.match(r"(\w+)[.=/@]", argument) for argument in arguments)
     return any(word is not None and word[1] not in (*ROOT_KEYS, "hydra") for word in words)
+
+
+def is_of_composing(error: BaseException) -> bool:
+    """Whether an error comes from reading or composing the config: Hydra's own, or one that its code stumbled over."""
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return True
+    places = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(places) and places[-1].split(".")[0] in ("hydra", "omegaconf", "antlr4", "yaml")
 
 
 def override_problems(arguments: list[str], config: str, first_error: Exception | None = None) -> list[Problem]:
@@ -56,25 +65,56 @@ def override_problems(arguments: list[str], config: str, first_error: Exception 
             if config == "config" and has_unknown_key([text]):
                 problems.append(_unknown_key(override.key_or_group, text, lambda: _compose(config, accepted)))
                 continue
+            if problem := _several_values(text, override, sweeping=bool({"--multirun", "-m"} & set(arguments))):
+                problems.append(problem)
+                continue
             singles = _single_values(text, override)
             alone = len(overrides) == len(singles) == 1
-            failure = first_error if alone and first_error else _first_failure(config, accepted, singles)
+            failure = (text, first_error) if alone and first_error else _first_failure(config, accepted, singles)
             if failure is None:
                 accepted.append(singles[0])
             else:
                 # Only a run's keys are known without composing it.
                 problems.append(
-                    _explain(text, override, failure, lambda: _compose(config, accepted), config == "config")
+                    _explain(failure[0], override, failure[1], lambda: _compose(config, accepted), config == "config")
                 )
+    if not problems and first_error is not None:
+        return _of_swept_groups(overrides, first_error)
     return problems
 
 
-def _first_failure(config: str, accepted: list[str], singles: list[str]) -> Exception | None:
+def _of_swept_groups(overrides: list[str], error: Exception) -> list[Problem]:
+    """What Hydra doesn't compose for a sweep over a group's options, though each of its jobs does compose.
+
+    Its config for the sweep as a whole has none of those options. So what only they have isn't in that config, but it
+    is in the jobs'.
+    """
+    parsed = [(text, OverridesParser.create().parse_override(text)) for text in overrides]
+    groups = tuple(f"{one.key_or_group}." for _, one in parsed if one.is_sweep_override())
+    what = "is a key of some of the group's options alone, and the group is swept"
+    return [
+        Problem(one.key_or_group, what, f"write ++{text.lstrip('+')}")
+        for text, one in parsed
+        if one.key_or_group.startswith(groups) and f"'{one.key_or_group}'" in str(error)
+    ]
+
+
+def quoted(value: str) -> str:
+    """A value as Hydra's grammar reads it back, whatever characters are in it.
+
+    A backslash escapes only a quote, or a backslash in front of one.
+    """
+    inner = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    return f"'{inner}'"
+
+
+def _first_failure(config: str, accepted: list[str], singles: list[str]) -> tuple[str, Exception] | None:
+    """The first value of an override that doesn't compose, and what Hydra says of it."""
     for single in singles:
         try:
             _compose(config, [*accepted, single])
-        except (HydraException, OmegaConfBaseException) as error:
-            return error
+        except Exception as error:  # Hydra lets through what its own code stumbles over
+            return single, error
     return None
 
 
@@ -82,9 +122,25 @@ def _compose(config: str, overrides: list[str]) -> DictConfig:
     return compose(config, overrides=overrides, return_hydra_config=True)
 
 
+# Sweeps whose values can be listed without a sweeper.
+_LISTED = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP)
+
+
+def _several_values(text: str, override: Override, *, sweeping: bool) -> Problem | None:
+    """A Problem for several values where one is needed."""
+    if not override.is_sweep_override():
+        return None
+    if sweeping:
+        return None
+    if override.value_type not in _LISTED:
+        return Problem(text, "is an interval or a pattern, not a value", "give it one value")
+    fix = "for a list write key=[a,b], for a text key='\"a,b\"', for one run each add --multirun"
+    return Problem(text, "gives several values", fix)
+
+
 def _single_values(text: str, override: Override) -> list[str]:
     """The override once for each value of its sweep, or itself when it is none."""
-    if not override.is_sweep_override():
+    if not override.is_sweep_override() or override.value_type not in _LISTED:
         return [text]
     prefix = text.split("=", 1)[0]
     return [f"{prefix}={value}" for value in override.sweep_string_iterator()]
@@ -113,7 +169,10 @@ def _explain(
     if isinstance(cause, ValidationError):
         return Problem(key, _type_message(cause), "give it a value of that type")
     if "is already at" in str(error) or "Could not append" in str(error):
-        return Problem(text, "is in the config already", f"leave out the plus: {text.lstrip('+')}")
+        plain = text.lstrip("+")
+        return Problem(
+            text, "is in the config already", f"leave out the plus: {plain} (in a sweep of groups: ++{plain})"
+        )
     if "Could not override" in str(error) or "No match in the defaults list" in str(error):
         return _unknown_key(key, text, composed, is_run)
     return Problem(text, " ".join(line.strip() for line in str(error).splitlines()[:2]))
@@ -140,6 +199,9 @@ def _unknown_key(key: str, text: str, composed: Callable[[], DictConfig], is_run
         parent, _, last = parent.rpartition(".")
     holder = OmegaConf.select(config, parent) if parent else config
     names = sorted(str(name) for name in holder if name != "hydra")
+    if last in names:  # a group of a finished run's config, to which no option belongs any more
+        fix = f"change single keys: {key}.key=value"
+        return Problem(key, f"'{text}' names another option, and the run has its own", fix)
     hint = nearest(last, names)
     fix = f"{parent or 'the config'} has: {', '.join(names)}"
     if parent.split(".")[0] in ("trainer", *OPEN_GROUPS) and not hint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 # A run's folder. The names are an interface: change one only with a line in the CHANGELOG.
@@ -17,7 +18,7 @@ CHECKPOINTS = "checkpoints"
 HYDRA = ".hydra"
 
 PACKAGE = Path(__file__).resolve().parent
-_PACKAGE_SCHEME = "pkg://"
+PACKAGE_SCHEME = "pkg://"
 
 
 def config_folder() -> Path:
@@ -29,14 +30,22 @@ def config_folder() -> Path:
 def model_location(path: str) -> str:
     """A model's `path` as transformers takes it: `pkg://package/folder` becomes that package's folder, all else stays.
 
-    A relative folder is left relative: it starts where the command was given.
+    A relative folder is left relative: it starts where the command was given. Raises UserError for a package that isn't
+    there.
     """
-    if not path.startswith(_PACKAGE_SCHEME):
+    if not path.startswith(PACKAGE_SCHEME):
         return str(Path(path).expanduser()) if path.startswith("~") else path
-    package, _, inside = path.removeprefix(_PACKAGE_SCHEME).partition("/")
+    package, _, inside = path.removeprefix(PACKAGE_SCHEME).partition("/")
     from importlib.resources import files
 
-    return str(files(package).joinpath(inside))
+    from loraplus_hydra.errors import UserError
+
+    try:
+        if package.split(".")[0] in sys.stdlib_module_names:  # some do things on import
+            raise ValueError("it is part of Python itself")
+        return str(files(package).joinpath(inside))
+    except (ImportError, ValueError, TypeError) as error:
+        raise UserError(f"'{path}' names no folder of a package here: {error}") from error
 
 
 def is_local(location: str) -> bool:
@@ -76,6 +85,13 @@ def refuse_used_folder(folder: Path, key: str) -> None:
     """Raise UserError when `folder`, set by `key`, can't become a run's folder: a file, or not empty."""
     from loraplus_hydra.errors import UserError
 
+    try:
+        folder.lstat()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:  # too long a name, or none of a file system
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{key}: {str(folder)[:200]!r} can't be a folder: {reason}; name another") from error
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{key}: {folder} is a file; name a folder that is new or empty")
     if folder.is_dir() and any(folder.iterdir()):

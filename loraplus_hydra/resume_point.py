@@ -31,6 +31,11 @@ class ResumePoint:
         return None if self.checkpoint is None else str(self.checkpoint.folder)
 
     @property
+    def step(self) -> int:
+        """The step that it goes on from; 0 from the beginning."""
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
+    @property
     def seconds(self) -> float:
         """What training had taken when the checkpoint was written."""
         return 0.0 if self.checkpoint is None else float(self.checkpoint.state.get("seconds", 0.0))

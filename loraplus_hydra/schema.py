@@ -114,6 +114,13 @@ class TrainerConfig:
 
 
 @dataclass
+class LoggerConfig:
+    """Open: every other key is an argument of the class. Empty for a run that nothing tracks."""
+
+    _target_: Optional[str] = None  # a class derived from loraplus_hydra.trackers.tracker.Tracker
+
+
+@dataclass
 class RunConfig:
     """One run. Registered as `run_schema`; `conf/run.yaml` extends it."""
 
@@ -127,13 +134,24 @@ class RunConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     data: Dict[str, Any] = field(default_factory=dict)  # DataConfig + the callable's arguments
     trainer: Dict[str, Any] = field(default_factory=dict)  # TrainerConfig + transformers.TrainingArguments
+    logger: Dict[str, Any] = field(default_factory=dict)  # LoggerConfig + the class's arguments
+
+
+@dataclass
+class SweepConfig:
+    """Of the program, not of a run: registered as `sweep_schema`, which `conf/config.yaml` has under `sweep`."""
+
+    name: Optional[str] = None  # of its folder in outputs/sweeps; null = the swept keys and a hash of the rest
 
 
 # Of the trainer group: what is no field of TrainingArguments.
 EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
 
 # The groups of a run's config.
-RUN_GROUPS = ("model", "quantization", "adapter", "optimizer", "scheduler", "loraplus", "task", "data", "trainer")
+RUN_GROUPS = (
+    *("model", "quantization", "adapter", "optimizer", "scheduler"),
+    *("loraplus", "task", "data", "trainer", "logger"),
+)
 
 # The open groups and the keys of each that we read ourselves.
 OPEN_GROUPS: dict[str, type] = {
@@ -143,6 +161,7 @@ OPEN_GROUPS: dict[str, type] = {
     "scheduler": SchedulerConfig,
     "loraplus": LoraPlusConfig,
     "data": DataConfig,
+    "logger": LoggerConfig,
 }
 
 
@@ -152,5 +171,6 @@ def register() -> None:
 
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig, provider="loraplus_hydra")
+    store.store(name="sweep_schema", node=SweepConfig, provider="loraplus_hydra")
     for name, node in COMMAND_SCHEMAS.items():
         store.store(name=name, node=node, provider="loraplus_hydra")

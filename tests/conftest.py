@@ -112,12 +112,13 @@ def compose() -> Callable[..., Any]:
 
     from loraplus_hydra.paths import config_folder
     from loraplus_hydra.schema import register
+    from loraplus_hydra.sweep.folders import run_of
 
     def composed(*overrides: str) -> Any:
         register()
         GlobalHydra.instance().clear()
         with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
-            return hydra_compose("config", overrides=list(overrides))
+            return run_of(hydra_compose("config", overrides=list(overrides)))
 
     return composed
 

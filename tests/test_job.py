@@ -213,7 +213,7 @@ def test_main_returns_the_metric_that_a_sweep_optimises(
 ) -> None:
     finished = cli("-m", *tiny_run, "loraplus.ratio=1,16", "hydra.sweep.dir=sweep")
     assert finished.status == 0, finished.err
-    results = [json.loads((tmp_path / "sweep" / job / "result.json").read_text()) for job in ("0", "1")]
+    results = [json.loads(path.read_text()) for path in sorted((tmp_path / "sweep").glob("*/result.json"))]
     assert [result["status"] for result in results] == ["ok", "ok"]
     assert results[0]["config_hash"] != results[1]["config_hash"]
     assert results[0]["metrics"]["eval_loss"] != results[1]["metrics"]["eval_loss"]

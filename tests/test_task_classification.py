@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -19,6 +19,9 @@ from loraplus_hydra.examples import Examples, load_examples
 from loraplus_hydra.tasks import metrics
 from loraplus_hydra.tokenizer import load_tokenizer
 from tests.tiny import write_jsonl
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 Made = Callable[..., Examples]
 
@@ -140,7 +143,7 @@ def test_names_that_a_data_set_declares_keep_their_order(compose: Callable[..., 
     assert list(examples.train["labels"]) == [0, 1]
 
 
-def declared_rows() -> Any:
+def declared_rows() -> DatasetDict:
     """Rows of a callable of the user's own, with declared label names."""
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 

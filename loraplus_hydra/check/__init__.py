@@ -6,11 +6,15 @@ config that are already known to be wrong is left out, so that one mistake is to
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.errors import ConfigErrors, Problem
+
+log = logging.getLogger(__name__)
 
 
 def check(config: DictConfig) -> None:
@@ -32,12 +36,14 @@ def stored_problems(config: DictConfig, groups: Iterable[str] | None = None) -> 
     from loraplus_hydra.check.keys import read_config, unknown_keys
     from loraplus_hydra.check.machine import machine_problems
     from loraplus_hydra.check.values import value_problems
+    from loraplus_hydra.check.weights import location_problems
 
     plain, problems = read_config(config)
     problems += unknown_keys(plain, OmegaConf.create())
     problems += value_problems(plain)
     problems += class_problems(plain)
     problems += machine_problems(plain)
+    problems += location_problems(plain.get("model", {}))
     wanted = None if groups is None else set(groups)
     return _told_once([one for one in problems if wanted is None or one.key.split(".")[0] in wanted])
 
@@ -52,9 +58,11 @@ def _check(config: DictConfig, *, with_data: bool) -> None:
 
     from loraplus_hydra.check.classes import class_problems
     from loraplus_hydra.check.machine import machine_problems
+    from loraplus_hydra.check.weights import location_problems, weights_problems
 
     problems += class_problems(plain)
     problems += machine_problems(plain)
+    problems += location_problems(plain.get("model", {}))
     wrong = {problem.key.split(".")[0] for problem in problems}
 
     from loraplus_hydra.check.dry_run import data_problems, model_problems
@@ -63,6 +71,9 @@ def _check(config: DictConfig, *, with_data: bool) -> None:
     if "trainer" not in wrong:
         problems += checkpoint_problems(config)
 
+    if with_data and "model" not in wrong:
+        problems += weights_problems(config.model)
+        _warn_of_remote_code(plain)
     if not with_data:
         problems = [problem for problem in problems if problem.key.split(".")[0] != "data"]
     elif not wrong & {"data", "task", "model", "seed"}:
@@ -71,6 +82,14 @@ def _check(config: DictConfig, *, with_data: bool) -> None:
         problems += model_problems(config)
     if problems:
         raise ConfigErrors(_told_once(problems))
+
+
+def _warn_of_remote_code(plain: dict[str, Any]) -> None:
+    model = plain.get("model", {})
+    if isinstance(model, dict) and model.get("trust_remote_code") is True:
+        log.warning(
+            "Warning: model.trust_remote_code is true, so Python that comes with %s is run as it is.", model.get("path")
+        )
 
 
 def _told_once(problems: list[Problem]) -> list[Problem]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from loraplus_hydra.build import locate
+from loraplus_hydra.check.kinds import (
+    derives,
+    is_auto_class,
+    is_peft_settings,
+    makes_schedule,
+    returns_examples,
+    returns_rows,
+)
 from loraplus_hydra.check.signatures import argument_problems
 from loraplus_hydra.check.values import MASTERS
 from loraplus_hydra.data.rows import loader_arguments
@@ -16,7 +23,7 @@ from loraplus_hydra.schema import EARLY_STOPPING
 
 TARGET = "_target_"
 # Where a `_target_` may stand. Inside `adapter` further ones may, for PEFT's nested configs.
-PLACES = ("quantization", "adapter", "optimizer", "scheduler", "task", "data")
+PLACES = ("quantization", "adapter", "optimizer", "scheduler", "task", "data", "logger")
 
 
 def class_problems(plain: dict[str, Any]) -> list[Problem]:
@@ -28,6 +35,7 @@ def class_problems(plain: dict[str, Any]) -> list[Problem]:
     problems += _scheduler(plain.get("scheduler", {}), _steps(plain.get("trainer", {})))
     problems += _task(plain.get("task", {}), plain.get("trainer", {}))
     problems += _data(plain.get("data", {}))
+    problems += _logger(plain.get("logger") or {})
     problems += _rules(plain)
     return problems
 
@@ -41,8 +49,10 @@ def _stray_targets(node: Any, path: str) -> Iterator[Problem]:
         return
     for key, value in node.items():
         key_path = f"{path}.{key}" if path else key
-        nested_peft = path.startswith("adapter.") and str(value).startswith("peft.")
-        if key == TARGET and path not in PLACES and not nested_peft:
+        if key == TARGET and path.startswith("adapter.") and str(value).startswith("peft."):
+            wanted = "one of PEFT's settings, such as peft.LoftQConfig"
+            yield from _resolve(value, key_path, is_peft_settings, wanted)[1]
+        elif key == TARGET and path not in PLACES:
             yield Problem(
                 key_path,
                 f"nothing is built here, so '{value}' has no place",
@@ -82,10 +92,6 @@ def _steps(trainer: dict[str, Any]) -> int:
     return min(steps, 1000) if isinstance(steps, int) and steps > 0 else 100
 
 
-def _derives(*bases: type) -> Callable[[Any], bool]:
-    return lambda found: isinstance(found, type) and issubclass(found, bases)
-
-
 def _without(group: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in keys}
 
@@ -98,7 +104,7 @@ def _adapter(adapter: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
     if adapter.get(TARGET) is None and "path" in adapter:
         return []  # the adapter's own config says
     found, problems = _resolve(
-        adapter.get(TARGET), "adapter._target_", _derives(PeftConfig), "a PEFT config class, such as peft.LoraConfig"
+        adapter.get(TARGET), "adapter._target_", derives(PeftConfig), "a PEFT config class, such as peft.LoraConfig"
     )
     return problems + (adapter_problems(found, adapter, trainer) if found else [])
 
@@ -110,7 +116,7 @@ def _quantization(quantization: dict[str, Any], adapter: dict[str, Any], trainer
 
     wanted = "a transformers quantisation config, such as transformers.BitsAndBytesConfig"
     found, problems = _resolve(
-        quantization.get(TARGET), "quantization._target_", _derives(QuantizationConfigMixin), wanted
+        quantization.get(TARGET), "quantization._target_", derives(QuantizationConfigMixin), wanted
     )
     return problems + (quantization_problems(found, quantization, adapter, trainer) if found else [])
 
@@ -121,7 +127,7 @@ def _optimizer(optimizer: dict[str, Any]) -> list[Problem]:
     from loraplus_hydra.optimizer import optimizer_problems
 
     wanted = "a torch.optim.Optimizer class, such as torch.optim.AdamW"
-    found, problems = _resolve(optimizer.get(TARGET), "optimizer._target_", _derives(Optimizer), wanted)
+    found, problems = _resolve(optimizer.get(TARGET), "optimizer._target_", derives(Optimizer), wanted)
     if found is None:
         return problems
     told = optimizer_problems(found, _without(optimizer, TARGET))
@@ -134,8 +140,8 @@ def _scheduler(scheduler: dict[str, Any], steps: int) -> list[Problem]:
     found, problems = _resolve(
         scheduler.get(TARGET),
         "scheduler._target_",
-        _is_ours_to_call,
-        "a torch.optim.lr_scheduler class or a transformers.get_..._schedule",
+        makes_schedule,
+        "a torch.optim.lr_scheduler class, a transformers.get_..._schedule, or a function that says -> LRScheduler",
     )
     if found is None:
         return problems
@@ -158,21 +164,24 @@ def _task(task: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
     from transformers import Trainer, TrainingArguments
 
     _, problems = _resolve(
-        task.get(TARGET), "task._target_", _derives(Trainer), "a transformers.Trainer class, such as trl.SFTTrainer"
+        task.get(TARGET), "task._target_", derives(Trainer), "a transformers.Trainer class, such as trl.SFTTrainer"
     )
     _, more = _resolve(
         task.get("auto_class"),
         "task.auto_class",
-        lambda found: hasattr(found, "from_pretrained"),
-        "a class with from_pretrained",
+        is_auto_class,
+        "one of transformers' auto classes, such as transformers.AutoModelForCausalLM",
     )
     problems += more
     _, more = _resolve(
-        task.get("examples"), "task.examples", _is_ours_to_call, "a function, such as loraplus_hydra.tasks.sft.examples"
+        task.get("examples"),
+        "task.examples",
+        returns_examples,
+        "a function that says -> Examples, such as loraplus_hydra.tasks.sft.examples",
     )
     problems += more
     arguments, more = _resolve(
-        task.get("args_class"), "task.args_class", _derives(TrainingArguments), "a transformers.TrainingArguments class"
+        task.get("args_class"), "task.args_class", derives(TrainingArguments), "a transformers.TrainingArguments class"
     )
     return problems + more + (_trainer_arguments(arguments, task, trainer) if arguments else [])
 
@@ -220,16 +229,21 @@ def _construction(arguments: type, values: dict[str, Any]) -> list[Problem]:
 
 def _data(data: dict[str, Any]) -> list[Problem]:
     found, problems = _resolve(
-        data.get(TARGET), "data._target_", _is_ours_to_call, "a function that returns a datasets.DatasetDict"
+        data.get(TARGET), "data._target_", returns_rows, "a function that says -> datasets.DatasetDict"
     )
     return problems + (argument_problems(found, _without(loader_arguments(data), TARGET), "data") if found else [])
 
 
-def _is_ours_to_call(found: Any) -> bool:
-    """Whether a function or class may be called by name: none of Python's own, none of torch's loaders."""
-    home = str(getattr(found, "__module__", "") or "")
-    own = home.split(".")[0] not in {*sys.stdlib_module_names, "builtins"}
-    return callable(found) and own and not (home.startswith("torch.") and not home.startswith("torch.optim"))
+def _logger(logger: dict[str, Any]) -> list[Problem]:
+    from loraplus_hydra.trackers.tracker import Tracker
+
+    wanted = "a class derived from loraplus_hydra.trackers.tracker.Tracker, such as the logger group's options name"
+    found, problems = _resolve(logger.get(TARGET), "logger._target_", derives(Tracker), wanted)
+    if found is None:
+        return problems
+    arguments = _without(logger, TARGET)
+    problems += argument_problems(found, arguments, "logger")
+    return problems or [Problem("logger", text) for text in found.problems(**arguments)]
 
 
 def _rules(plain: dict[str, Any]) -> list[Problem]:

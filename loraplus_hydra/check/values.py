@@ -142,7 +142,7 @@ def value_problems(plain: dict[str, Any]) -> list[Problem]:
             for name in (arguments if present and isinstance(arguments, dict) else ())
             if name in MASTERS
         ]
-    return problems + _endless(plain) + _never_evaluated(plain)
+    return problems + _endless(plain) + _never_evaluated(plain) + _lone_answers(plain)
 
 
 def _never_evaluated(plain: dict[str, Any]) -> list[Problem]:
@@ -153,6 +153,15 @@ def _never_evaluated(plain: dict[str, Any]) -> list[Problem]:
         return []
     what = "training ends early by its evaluations, and trainer.eval_strategy=no has none"
     return [Problem("trainer.early_stopping_patience", what, "trainer.eval_strategy=steps")]
+
+
+def _lone_answers(plain: dict[str, Any]) -> list[Problem]:
+    """KTO's loss needs, for each prompt of a batch, the answer to another one."""
+    trainer, rows = (_select(plain, path)[1] for path in ("task._target_", "trainer.per_device_train_batch_size"))
+    if trainer != "trl.KTOTrainer" or rows != 1 or _select(plain, "task.args.loss_type")[1] == "apo_zero_unpaired":
+        return []
+    what = "KTO takes for each prompt of a batch the answer to another one, and a batch of one row has none"
+    return [Problem("trainer.per_device_train_batch_size", what, "2 or more")]
 
 
 def _endless(plain: dict[str, Any]) -> list[Problem]:

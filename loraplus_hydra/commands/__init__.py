@@ -51,7 +51,21 @@ COMMANDS: dict[str, Command] = {
         "go on with a run that was stopped, from its newest whole checkpoint: resume RUN [trainer.max_steps=...]",
         config="resume",
         positional="run",
-        changes=("model", "quantization", "adapter", "optimizer", "scheduler", "loraplus", "task", "data", "trainer"),
+        changes=(
+            "model",
+            "quantization",
+            "adapter",
+            "optimizer",
+            "scheduler",
+            "loraplus",
+            "task",
+            "data",
+            "trainer",
+            "logger",
+        ),
+    ),
+    "report": Command(
+        "make a sweep's table, page and figures again from its folder: report DIR", config="report", positional="folder"
     ),
     "check": Command("say everything that is wrong with the config, train nothing"),
 }

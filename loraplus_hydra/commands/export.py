@@ -16,6 +16,7 @@ from loraplus_hydra.quiet import quiet_peft
 if TYPE_CHECKING:
     from peft import PeftModel
 
+_COPIED = (".json", ".safetensors", ".jinja", ".model", ".txt", ".md")  # PEFT's and a tokenizer's
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -51,7 +52,7 @@ def export(run: FinishedRun, target: Path, *, merge: bool = True, dtype: str | N
         if merge:
             _write_merged(run, draft, dtype)
         else:
-            shutil.copytree(run.adapter, draft, dirs_exist_ok=True)
+            _copy_adapter(run.adapter, draft)
         write_card(run, draft, merged=merge)
         draft.rename(target)
     except BaseException:
@@ -60,6 +61,22 @@ def export(run: FinishedRun, target: Path, *, merge: bool = True, dtype: str | N
             folder.rmdir()
         raise
     return target
+
+
+def _copy_adapter(adapter: Path, folder: Path) -> None:
+    """The adapter's files, without what no run writes there: pickles, code, folders.
+
+    A link could have any file of this machine published. Raises UserError for one that leads out of the folder.
+    """
+    from loraplus_hydra.adapter_folder import stored_adapter
+
+    stored_adapter(str(adapter), key="run")
+    for file in sorted(adapter.iterdir()):
+        if file.suffix not in _COPIED or not file.is_file():
+            continue
+        if not file.resolve().is_relative_to(adapter.resolve()):
+            raise ConfigErrors([Problem("run", f"{file} is a link out of the adapter's folder", "remove it")])
+        shutil.copy(file, folder / file.name)
 
 
 def merged_model(run: FinishedRun, dtype: str | None = None) -> tuple[Any, Any]:

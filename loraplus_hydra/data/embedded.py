@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Union
 
@@ -49,7 +50,7 @@ def load(
     problems = list(_argument_problems(max_prompt_chars, eval_fraction, max_samples))
     if problems:
         raise ConfigErrors(problems)
-    splits = library_pairs(body=body, max_prompt_chars=max_prompt_chars, eval_fraction=eval_fraction)
+    splits = _kept_pairs(body, max_prompt_chars, eval_fraction)
 
     from datasets import Dataset, DatasetDict
 
@@ -58,9 +59,16 @@ def load(
             "prompt": [pair.prompt for pair in pairs[:max_samples]],
             "completion": [pair.completion for pair in pairs[:max_samples]],
         }
-        for name, pairs in splits.items()
+        for name, pairs in splits
     }
     return DatasetDict({name: Dataset.from_dict(rows) for name, rows in columns.items()})
+
+
+@lru_cache(maxsize=1)
+def _kept_pairs(body: bool, max_prompt_chars: int, eval_fraction: float) -> tuple[tuple[str, tuple[Pair, ...]], ...]:
+    """The pairs by split, read once for a process: reading takes seconds, and nobody can write to tuples."""
+    splits = library_pairs(body=body, max_prompt_chars=max_prompt_chars, eval_fraction=eval_fraction)
+    return tuple((name, tuple(pairs)) for name, pairs in splits.items())
 
 
 def _argument_problems(max_prompt_chars: int, eval_fraction: float, max_samples: int | None) -> Iterator[Problem]:

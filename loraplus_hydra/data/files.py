@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import codecs
 import glob
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.data import mixing
 from loraplus_hydra.data.readers import FORMATS, UNITS, Layout, load_file, read
-from loraplus_hydra.errors import ConfigErrors, Problem, UserError, nearest
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset
@@ -99,8 +99,8 @@ def _layout_arguments(
             fix = "for a tab write tab" if key == "delimiter" else "or null: nothing is quoted"
             problems.append(Problem(f"data.{key}", f"'{value}' is not one character", fix))
     try:
-        codecs.lookup(encoding)
-    except (LookupError, TypeError):
+        "a".encode(encoding)  # some of Python's codecs are none of text: zlib, rot13
+    except (LookupError, TypeError, ValueError):
         fix = "such as utf-8, latin-1, cp1252, utf-16"
         problems.append(Problem("data.encoding", f"there is no encoding '{encoding}'", fix))
     if problems:
@@ -154,8 +154,15 @@ def _weighed_source(key: str, weights: Mapping[str, float]) -> Source:
 
 def _paths(key: str, pattern: Any) -> list[str]:
     """The files that a path or a pattern stands for."""
-    if not isinstance(pattern, str):
+    if not isinstance(pattern, str) or not pattern.strip():
         raise ConfigErrors([Problem(key, f"'{pattern}' is no path", "a path, a list of paths, or {path: weight, ...}")])
+    try:
+        return _files_of(key, pattern)
+    except (OSError, RuntimeError, re.error) as error:  # too long a name, no such user's home, a pattern that is none
+        raise ConfigErrors([Problem(key, f"'{pattern[:100]}' names no file: {first_line(error)[:200]}")]) from error
+
+
+def _files_of(key: str, pattern: str) -> list[str]:
     path = Path(pattern).expanduser()
     if path.is_file():
         return [str(path)]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.data import mixing
 from loraplus_hydra.data.cache import digest
-from loraplus_hydra.data.rows import ORIGIN
+from loraplus_hydra.data.rows import ORIGIN, OURS
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line, nearest
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ def load_split(
     except Exception as error:  # whatever the network, the files or their readers raise
         cause = error.__cause__ or error
         raise ConfigErrors([Problem("data.name", f"{name} can't be read: {first_line(cause)}")]) from None
+    if reserved := [column for column in rows.column_names or () if column in OURS]:
+        raise ConfigErrors([Problem("data.name", f"{name} has a column '{reserved[0]}', a name of our own")])
     title = f"{name}/{config}" if config else name
     if streaming:
         return rows.map(_with_origin, with_indices=True, fn_kwargs={"title": f"{title}[{split}]"})

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from loraplus_hydra.data.cache import cache_folder, digest, file_digest, generated
-from loraplus_hydra.data.rows import CONTINUED, CONTINUES, ORIGIN
+from loraplus_hydra.data.rows import CONTINUED, CONTINUES, ORIGIN, OURS
 from loraplus_hydra.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ def _decodes(line: bytes, encoding: str) -> bool:
 
 
 def _read_jsonl(path: str, file: IO[str], _: Layout) -> Iterator[Row]:
+    known: set[str] = set()
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
@@ -119,6 +120,9 @@ def _read_jsonl(path: str, file: IO[str], _: Layout) -> Iterator[Row]:
             raise UserError(f"{place}: a {type(row).__name__}, where an object like {{...}} is needed{hint}")
         if "\\ud" in line.lower() and not _is_unicode(row):
             raise UserError(f"{place}: half a surrogate pair, which is no character")
+        if not known.issuperset(row):
+            check_names(place, row)
+            known.update(row)
         yield {**row, ORIGIN: place}
 
 
@@ -155,9 +159,22 @@ def _read_csv(path: str, file: IO[str], layout: Layout) -> Iterator[Row]:
 
 
 def _check_header(path: str, names: list[str]) -> None:
+    check_names(path, names)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{path}: the column '{twice[0]}' is there twice; rename one")
+
+
+def check_names(place: str, names: Iterable[str]) -> None:
+    """Raise UserError for names of columns that can't be used: those of our own columns, and any that Arrow can't keep.
+
+    `place` says where they stand.
+    """
+    for name in names:
+        if name in OURS:
+            raise UserError(f"{place}: '{name}' is the name of a column of our own; rename it")
+        if "\0" in name:
+            raise UserError(f"{place}: the name of a column holds a NUL character ({name!r}); is the file UTF-16 text?")
 
 
 def _read_text(path: str, file: IO[str], layout: Layout) -> Iterator[Row]:
@@ -244,6 +261,7 @@ def _load_parquet(path: str) -> Dataset:
         raise UserError(f"{path}: not a Parquet file that can be read: {_reason(error)}") from None
     if len(rows) == 0:
         raise UserError(f"{path} has no rows")
+    check_names(path, rows.column_names)
     places = pa.array((f"{path}, row {number}" for number in range(1, len(rows) + 1)), type=pa.string())
     key = {"parquet": file_digest(path), "path": path}
     return rows.add_column(ORIGIN, places, new_fingerprint=digest(key))

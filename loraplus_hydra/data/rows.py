@@ -21,7 +21,7 @@ SPLITS = ("train", "eval")
 ORIGIN = "__origin__"  # where a row stands: "train.jsonl, line 17"
 CONTINUES = "__continues__"  # true: the next row goes on with this one's document
 CONTINUED = "__continued__"  # true: this row goes on with the document of the one before
-_OURS = (ORIGIN, CONTINUES, CONTINUED)
+OURS = (ORIGIN, CONTINUES, CONTINUED)
 
 
 def loader_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,4 +68,4 @@ def all_columns(rows: Rows) -> list[str]:
 
 def columns(rows: Rows) -> list[str]:
     """The names of the columns that came with the rows, without ours."""
-    return [name for name in all_columns(rows) if name not in _OURS]
+    return [name for name in all_columns(rows) if name not in OURS]

@@ -1,0 +1,61 @@
+"""Code that lies in the folder of somebody else's run, and that its config names: it is told before it is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from loraplus_hydra.errors import Problem
+from loraplus_hydra.paths import PACKAGE_SCHEME
+
+# Keys whose value is a dotted path that is imported, and those whose value may name a package's folder.
+_IMPORTED = ("_target_", "args_class", "auto_class", "examples")
+_LOCATIONS = ("model.path", "model.tokenizer")
+
+
+def foreign_code(plain: Any, folder: Path) -> list[Problem]:
+    """A Problem for each name in a plain config that leads to code inside `folder`."""
+    place = folder.resolve()
+    return [
+        Problem(key, f"'{name}' is code in the run's own folder", "a run's folder brings none: name what is installed")
+        for key, name in _names(plain, "")
+        if any(_inside(source, place) for source in _sources(name, place))
+    ]
+
+
+def _names(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    """(key, dotted name) of everything in the config that would be imported."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        inside = f"{path}.{key}" if path else str(key)
+        if isinstance(value, (dict, list)):
+            yield from _names(value, inside)
+        elif isinstance(value, str) and key in _IMPORTED:
+            yield inside, value
+        elif isinstance(value, str) and inside in _LOCATIONS and value.startswith(PACKAGE_SCHEME):
+            yield inside, value.removeprefix(PACKAGE_SCHEME).partition("/")[0]
+
+
+def _sources(name: str, folder: Path) -> Iterator[Path]:
+    """Where the code of each part of a dotted name lies, the outer ones first.
+
+    To look for a part Python imports those around it, so this ends at the first that lies in `folder`.
+    """
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        try:
+            spec = importlib.util.find_spec(".".join(parts[:count]))
+        except (ImportError, ValueError, AttributeError):  # no module but a class, or nothing at all
+            return
+        if spec is None:
+            return
+        found = [Path(spec.origin)] if spec.has_location and spec.origin else []
+        found += [Path(place) for place in spec.submodule_search_locations or ()]
+        yield from found
+        if any(_inside(source, folder) for source in found):
+            return
+
+
+def _inside(source: Path, folder: Path) -> bool:
+    return source.resolve().is_relative_to(folder)

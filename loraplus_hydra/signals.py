@@ -1,0 +1,102 @@
+"""Learning signals: the norm of each group's weights after a step, and of the change that the step made to them.
+
+Efficient learning in the sense of LoRA+ (arXiv 2402.12354, section 3) is that the updates of A and of B both move the
+model's features; plain LoRA at one rate moves B too little. The norms of both groups' updates show which it is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.nn.utils import get_total_norm
+from transformers.trainer_utils import IntervalStrategy
+
+Norms = dict[str, dict[str, float]]
+
+
+def may_be_logged(args: Any, state: Any, train_dataloader: Any) -> bool:
+    """Whether the step that is about to be taken may get a line in the log, by the Trainer's own rules.
+
+    With `logging_strategy=epoch` an epoch may also end early, behind an evaluation that stops training.
+    """
+    step = state.global_step + 1
+    if step == 1 and args.logging_first_step:
+        return True
+    if args.logging_strategy == IntervalStrategy.STEPS:
+        return bool(step % state.logging_steps == 0)
+    if args.logging_strategy != IntervalStrategy.EPOCH:
+        return False
+    try:
+        batches = len(train_dataloader)
+    except TypeError:  # streamed rows: nobody knows which step is the last
+        return True
+    steps_of_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+    evaluated = args.eval_strategy == IntervalStrategy.STEPS and step % state.eval_steps == 0
+    return bool(step % steps_of_epoch == 0 or step >= state.max_steps or evaluated)
+
+
+class StepNorms:
+    """Made right before an optimizer step, read right after it: `before = StepNorms(...); step(); before.norms()`.
+
+    It copies the trained tensors (in 32 bits at least), changes nothing, and draws no random numbers.
+    """
+
+    def __init__(self, optimizer: Any, model: Any) -> None:
+        self._groups = {group["name"]: list(group["params"]) for group in optimizer.param_groups}
+        self._shards = _process_group(model)
+        self._before = {name: [_copied(one) for one in tensors] for name, tensors in self._groups.items()}
+
+    def norms(self) -> Norms:
+        """Group -> L2 norm over all its tensors' numbers now ("weight"), and of what has changed ("update").
+
+        Of sharded tensors it is the norm over all shards; every process has to call it. To be called once: the copies
+        become the differences.
+        """
+        told: Norms = {}
+        with torch.no_grad():
+            for name, tensors in self._groups.items():
+                changes = [old.neg_().add_(new) for old, new in zip(self._before.pop(name), tensors, strict=True)]
+                told[name] = {"weight": self._norm(tensors), "update": self._norm(changes)}
+        return told
+
+    def _norm(self, tensors: list[torch.Tensor]) -> float:
+        by_mesh: dict[Any, list[torch.Tensor]] = {}  # DTensors of several meshes, or beside plain ones, don't mix
+        for tensor in tensors:
+            wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+            by_mesh.setdefault(getattr(tensor, "device_mesh", None), []).append(wide)
+        square = sum(float(_whole(get_total_norm(part))) ** 2 for part in by_mesh.values())
+        if self._shards is not None:
+            of_all = torch.tensor(square, dtype=torch.float64, device=tensors[0].device)
+            distributed.all_reduce(of_all, group=self._shards)
+            square = float(of_all)
+        return math.sqrt(square)
+
+
+def can_be_seen(args: Any) -> bool:
+    """Whether the optimizer's step happens where the Trainer says; DeepSpeed's engine takes it elsewhere, on copies."""
+    return args.deepspeed_plugin is None
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+
+
+def _whole(norm: torch.Tensor) -> torch.Tensor:
+    """A norm over all shards."""
+    from torch.distributed.tensor import DTensor
+
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _process_group(model: Any) -> Any:
+    """The processes that hold shards of the older FSDP's flat parameters, which are plain tensors; None without it."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return None
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    for module in FullyShardedDataParallel.fsdp_modules(model):
+        return None if module.sharding_strategy is ShardingStrategy.NO_SHARD else module.process_group
+    return None

@@ -1,0 +1,45 @@
+"""Names of folders: a sweep's and its jobs', readable, safe on every file system and in Hydra's grammar."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from loraplus_hydra.report.wording import names as short_names
+from loraplus_hydra.report.wording import short
+
+HASH_DIGITS = 8
+_LONGEST = 120  # bytes of the readable part; file systems take 255 for a name
+# What neither a shell, a file system nor Hydra's grammar gives a meaning to: so `resume FOLDER` needs no quotes.
+_UNSAFE = re.compile(r"[^A-Za-z0-9.+_-]+")
+
+
+def job_name(varied: Mapping[str, Any], config_hash: str) -> str:
+    """A job's folder: what it varies, and the hash of its config, which alone tells it from all others.
+
+    {"loraplus.ratio": 4.0, "seed": 1} -> ratio-4_seed-1_3fa9c1d2
+    """
+    keys = short_names(list(varied))
+    return _name((f"{keys[key]}-{_text(value)}" for key, value in varied.items()), "job", config_hash)
+
+
+def sweep_name(swept: Iterable[str], config_hash: str) -> str:
+    """A sweep's folder: the keys that it varies, and the hash of all else. ["loraplus.ratio"] -> ratio_5b1e09aa"""
+    return _name(short_names(list(swept)).values(), "sweep", config_hash)
+
+
+def _name(parts: Iterable[str], otherwise: str, config_hash: str) -> str:
+    readable = _UNSAFE.sub("-", "_".join(parts))[:_LONGEST].strip(".-_") or otherwise
+    return f"{readable}_{config_hash[:HASH_DIGITS]}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        return _UNSAFE.sub("-", json.dumps(value, default=str)).strip("-")
+    if value is None:
+        return "null"
+    readable = isinstance(value, float) and math.isfinite(value)
+    return short(value) if readable or isinstance(value, bool) else str(value)

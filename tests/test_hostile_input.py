@@ -1,0 +1,676 @@
+"""Input that nobody trusts is refused with a reason; nothing of it is run, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Finished
+from tests.finished_runs import finished
+
+__all__ = ["finished"]
+
+COMMANDS: list[list[str]] = [["export"], ["export", "merge=false"], ["predict", "text=say"], ["evaluate"]]
+
+
+class Touch:
+    """A pickle of it makes the canary's file when it is read."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.canary}",)
+
+
+@pytest.fixture
+def canary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that isn't there; whatever is run by a test's input makes it."""
+    return tmp_path_factory.mktemp("canary") / "sang"
+
+
+@pytest.fixture
+def run(finished: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run, to be spoilt."""
+    return Path(shutil.copytree(finished("sft"), tmp_path_factory.mktemp("spoilt") / "run"))
+
+
+def refused(ended: Finished, *told: str) -> None:
+    """One command's end: exit status 1, each of the words said, no traceback, and no error that nobody expected."""
+    assert ended.status == 1, ended.out
+    for words in told:
+        assert words in ended.err
+    assert "Traceback" not in ended.out + ended.err
+    assert "HYDRA_FULL_ERROR" not in ended.err
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*"))
+
+
+# Configs: what they name
+
+
+EXECUTES = (
+    *("os.system", "builtins.exec", "builtins.eval", "builtins.open", "subprocess.run", "shutil.rmtree", "torch.load"),
+    *("pathlib.Path.write_text", "importlib.import_module", "torch.os.system", "torch.hub.load", "pickle.loads"),
+    *("pandas.read_pickle", "numpy.load", "joblib.load", "sympy.sympify", "setuptools._distutils.spawn.spawn"),
+    *(
+        "hydra.utils.instantiate",
+        "hydra.utils.get_method",
+        "loraplus_hydra.build.locate",
+        "datasets.load_from_disk.__class__",
+    ),
+    *(
+        "peft.import_utils.importlib.import_module",
+        "transformers.AutoModelForCausalLM.from_pretrained",
+        "runpy.run_path",
+    ),
+)
+PLACES = ("quantization", "adapter", "optimizer", "scheduler", "task", "data", "logger")
+
+
+@pytest.mark.parametrize("target", EXECUTES)
+def test_target_that_executes_is_refused_at_every_place(
+    target: str, tiny_run: list[str], cli: Callable[..., Finished], tmp_path: Path
+) -> None:
+    places = [f"++{place}._target_={target}" for place in PLACES]
+    classes = [f"task.{name}={target}" for name in ("args_class", "auto_class", "examples")]
+    ended = cli(*tiny_run, *places, *classes)
+    refused(ended, *(f"- {place}._target_: '{target}'" for place in PLACES))
+    refused(ended, *(f"- task.{name}: '{target}'" for name in ("args_class", "auto_class", "examples")))
+    assert list(tmp_path.iterdir()) == []
+
+
+# Keys of open groups, which take any value when the config is composed, and keys whose type refuses a mapping there.
+OPEN = (
+    *(
+        "+model.config.x",
+        "+quantization.x",
+        "+adapter.x",
+        "adapter.lora_alpha",
+        "+adapter.loftq_config",
+        "+optimizer.x",
+    ),
+    *(
+        "optimizer.weight_decay",
+        "+scheduler.x",
+        "scheduler.warmup_ratio",
+        "+loraplus.rules.x",
+        "+loraplus.extra_rules.x.group",
+    ),
+    *("+data.x", "data.max_samples", "+task.args.x", "task.args.max_length", "+trainer.x", "trainer.max_steps"),
+)
+TYPED = ("+model.x", "model.add_tokens", "optimizer.betas", "model.dtype", "task.chat", "seed", "+x")
+SPELT = {
+    "plainly": "{{_target_: {target}, command: '{command}'}}",
+    "in a list": "[{{_target_: {target}, command: '{command}'}}]",
+    "deeper": "{{a: [{{b: {{_target_: {target}, command: '{command}'}}}}]}}",
+    "by position": "{{_target_: {target}, _args_: ['{command}']}}",
+    "partially": "{{_target_: {target}, _partial_: true, command: '{command}'}}",
+    "decoded": "'${{oc.decode:\"{{_target_: {target}, command: {command}}}\"}}'",
+    "created": "'${{oc.create:{{_target_: {target}, command: {command}}}}}'",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELT)
+@pytest.mark.parametrize("target", ["os.system", "peft.tuners.tuners_utils.os.system"])
+def test_nested_target_is_refused_wherever_it_stands(
+    target: str, spelling: str, tiny_run: list[str], canary: Path, cli: Callable[..., Finished], tmp_path: Path
+) -> None:
+    value = SPELT[spelling].format(target=target, command=f"touch {canary}")
+    ended = cli(*tiny_run, *(f"{key}={value}" for key in OPEN))
+    refused(ended, *(f"- {key.lstrip('+')}" for key in OPEN))
+    assert not canary.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", TYPED)
+def test_nested_target_is_refused_where_no_mapping_may_stand(
+    key: str, tiny_run: list[str], canary: Path, cli: Callable[..., Finished], tmp_path: Path
+) -> None:
+    refused(cli(*tiny_run, f"{key}={{_target_: os.system, command: 'touch {canary}'}}"), f"- {key.lstrip('+')}")
+    assert not canary.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("word", ["_args_=[1]", "_partial_=true", "_recursive_=false", "_convert_=none"])
+def test_hydras_other_instantiation_keys_are_refused(
+    word: str, tiny_run: list[str], cli: Callable[..., Finished], tmp_path: Path
+) -> None:
+    places = [place for place in PLACES if place != "task"]
+    ended = cli(*tiny_run, *(f"+{place}.{word}" for place in places))
+    refused(ended, *(f"{place}.{word.partition('=')[0]}: " for place in places))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_module_of_pythons_own_is_not_even_imported(
+    tiny_run: list[str], cli: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import webbrowser
+
+    monkeypatch.setattr(webbrowser, "open", lambda *_: pytest.fail("antigravity was imported"))
+    refused(cli(*tiny_run, "data._target_=antigravity.fly"), "part of Python itself")
+    assert "antigravity" not in sys.modules
+
+
+def test_nested_settings_of_peft_are_taken(tiny_run: list[str], cli: Callable[..., Finished]) -> None:
+    settings = "+adapter.runtime_config={_target_: peft.tuners.lora.config.LoraRuntimeConfig}"
+    assert cli("check", *tiny_run, settings).status == 0
+
+
+# Configs: a finished run of somebody else's
+
+
+STORED = {
+    "adapter._target_": ("_target_: peft.LoraConfig", "_target_: TARGET\n  command: touch CANARY"),
+    "adapter.lora_alpha._target_": ("lora_alpha: 16", "lora_alpha: {_target_: TARGET, command: touch CANARY}"),
+    "task._target_": ("_target_: trl.SFTTrainer", "_target_: TARGET"),
+    "task.args_class": ("args_class: trl.SFTConfig", "args_class: TARGET"),
+    "task.auto_class": ("auto_class: transformers.AutoModelForCausalLM", "auto_class: TARGET"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("key", STORED)
+@pytest.mark.parametrize("target", ["os.system", "peft.tuners.tuners_utils.os.system"])
+def test_target_in_a_stored_config_is_refused(
+    target: str, key: str, command: list[str], run: Path, canary: Path, cli: Callable[..., Finished]
+) -> None:
+    spoil(run, *STORED[key], TARGET=target, CANARY=str(canary))
+    before = files_of(run)
+    refused(cli(command[0], str(run), *command[1:]), key, target)
+    assert not canary.exists()
+    assert files_of(run) == before
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["resume"]])
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("_target_: loraplus_hydra.data.files.load", "_target_: pandas.read_pickle", "data._target_"),
+        ("examples: loraplus_hydra.tasks.sft.examples", "examples: os.system", "task.examples"),
+        ("_target_: torch.optim.AdamW", "_target_: torch.os.system", "optimizer._target_"),
+        (
+            "_target_: transformers.optimization.get_linear_schedule_with_warmup",
+            "_target_: setuptools._distutils.spawn.spawn",
+            "scheduler._target_",
+        ),
+    ],
+)
+def test_target_in_what_a_stored_config_says_of_training_is_refused(
+    command: list[str], old: str, new: str, key: str, run: Path, cli: Callable[..., Finished]
+) -> None:
+    spoil(run, old, new)
+    before = files_of(run)
+    refused(cli(command[0], str(run)), key)
+    assert files_of(run) == before
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, ["resume"]])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("_target_: trl.SFTTrainer", "_target_: HERE.payload.Trainer"),
+        ("_target_: peft.LoraConfig", "_target_: HERE.adapter.payload.Config"),
+        ("path: MODEL", "path: pkg://HERE.payload/x"),
+    ],
+)
+def test_code_in_the_runs_own_folder_is_not_imported(
+    command: list[str],
+    old: str,
+    new: str,
+    run: Path,
+    canary: Path,
+    cli: Callable[..., Finished],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for folder in (run, run / "adapter"):
+        (folder / "payload.py").write_text(f"import os\nos.system('touch {canary}')\n")
+    monkeypatch.syspath_prepend(str(run.parent))
+    spoil(run, old.replace("MODEL", model_of(run)), new.replace("HERE", run.name))
+    refused(cli(command[0], str(run), *command[1:]), "is code in the run's own folder")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("!!python/object/apply:os.system ['touch CANARY']", "config.yaml can't be read"),
+        ("model: !!python/object/apply:os.system ['touch CANARY']", "config.yaml can't be read"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "YAML aliases"),
+        ("seed: ${oc.env:HOME}\n", "seed is an interpolation"),
+        ("a: " + "[" * 1500, "config.yaml can't be read"),
+        ("\x00", "config.yaml can't be read"),
+        ("[1, 2]", "holds a list"),
+        ("", "model.path"),
+    ],
+)
+def test_stored_config_that_is_no_config_is_refused(
+    text: str, told: str, command: list[str], run: Path, canary: Path, cli: Callable[..., Finished]
+) -> None:
+    (run / "config.yaml").write_text(text.replace("CANARY", str(canary)))
+    refused(cli(command[0], str(run), *command[1:]), told)
+    assert not canary.exists()
+
+
+# An adapter's folder
+
+
+def pickled(path: Path, canary: Path) -> None:
+    path.write_bytes(pickle.dumps(Touch(canary)))
+
+
+def zipped_pickle(path: Path, canary: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Touch(canary)))
+        archive.writestr("archive/version", "3")
+
+
+def huge_header(path: Path, canary: Path) -> None:
+    path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
+
+
+def long_header(path: Path, canary: Path) -> None:
+    path.write_bytes(struct.pack("<Q", 200_000_000) + b" " * 1000)
+
+
+def nested_header(path: Path, canary: Path) -> None:
+    header = b'{"a":' * 50_000 + b"1" + b"}" * 50_000
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+def beyond_the_end(path: Path, canary: Path) -> None:
+    header = json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8_000_000]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"12345678")
+
+
+def truncated(path: Path, canary: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-64])
+
+
+def empty(path: Path, canary: Path) -> None:
+    path.write_bytes(b"")
+
+
+def changed_weights(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Path, Path], None]:
+    def write(path: Path, canary: Path) -> None:
+        from safetensors.torch import load, save_file
+
+        save_file(change(load(path.read_bytes())), path, {"format": "pt"})
+
+    return write
+
+
+def one_not_finite(tensors: dict[str, Any]) -> dict[str, Any]:
+    tensors[sorted(tensors)[-1]].view(-1)[-1] = float("nan")
+    return tensors
+
+
+WEIGHTS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
+    "a pickle": (pickled, "only safetensors are read"),
+    "a zipped pickle": (zipped_pickle, "only safetensors are read"),
+    "a header without end": (huge_header, "only safetensors are read"),
+    "a header longer than the file": (long_header, "only safetensors are read"),
+    "a header nested deeply": (nested_header, "only safetensors are read"),
+    "tensors beyond the file's end": (beyond_the_end, "only safetensors are read"),
+    "cut off": (truncated, "only safetensors are read"),
+    "empty": (empty, "only safetensors are read"),
+    "not finite": (changed_weights(one_not_finite), "numbers that aren't finite"),
+    "wrong shapes": (
+        changed_weights(lambda all_: {n: t[:-1].contiguous() for n, t in all_.items()}),
+        "doesn't fit the model",
+    ),
+    "unknown names": (
+        changed_weights(lambda all_: {**all_, "x.y": next(iter(all_.values())).clone()}),
+        "doesn't fit the model",
+    ),
+    "names missing": (changed_weights(lambda all_: dict(list(all_.items())[1:])), "doesn't fit the model"),
+    "no tensor": (changed_weights(lambda _: {}), "doesn't fit the model"),
+}
+
+
+@pytest.mark.parametrize("command", [["export"], ["export", "merge=false"], ["evaluate"]])
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_that_are_none_are_refused(
+    kind: str, command: list[str], run: Path, canary: Path, cli: Callable[..., Finished]
+) -> None:
+    spoil_weights, told = WEIGHTS[kind]
+    if command[-1] == "merge=false" and "model" in told:
+        pytest.skip("a copy is made without a model")
+    spoil_weights(run / "adapter" / "adapter_model.safetensors", canary)
+    before = files_of(run)
+    refused(cli(command[0], str(run), *command[1:]), told)
+    assert not canary.exists()
+    assert files_of(run) == before
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_adapter_to_go_on_with_is_refused_before_a_folder_is_made(
+    kind: str, run: Path, canary: Path, cli: Callable[..., Finished], tmp_path: Path
+) -> None:
+    spoil_weights, told = WEIGHTS[kind]
+    spoil_weights(run / "adapter" / "adapter_model.safetensors", canary)
+    told = "adapter.path" if told == "doesn't fit the model" else told
+    refused(cli(*going_on(run)), "adapter.path", told)
+    assert not canary.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_pickle_named_as_weights_is_never_read(
+    beside: bool, run: Path, canary: Path, cli: Callable[..., Finished]
+) -> None:
+    pickled(run / "adapter" / "adapter_model.bin", canary)
+    if not beside:
+        (run / "adapter" / "adapter_model.safetensors").unlink()
+    for arguments in (["predict", str(run), "text=say"], ["check", *going_on(run)]):
+        ended = cli(*arguments)
+        if beside:
+            assert ended.status == 0, ended.err
+        else:
+            refused(ended, "only safetensors are read")
+    assert not canary.exists()
+
+
+ADAPTER_CONFIGS: dict[str, tuple[Any, str]] = {
+    "no JSON": ("{", "adapter_config.json can't be read"),
+    "nothing": ("", "adapter_config.json can't be read"),
+    "a list": ("[]", "adapter_config.json can't be read"),
+    "nested deeply": ("[" * 100_000, "adapter_config.json can't be read"),
+    "bytes": ("\x00\x01", "adapter_config.json can't be read"),
+    "no method": ({"peft_type": None}, "adapter_config.json can't be read"),
+    "an unknown method": ({"peft_type": "os.system"}, "adapter_config.json can't be read"),
+    "a method of another kind": ({"peft_type": "PROMPT_TUNING"}, ""),
+    "text for a rank": ({"r": "x"}, ""),
+    "no rank": ({"r": 0}, ""),
+    "a rank below nothing": ({"r": -8}, "r is -8"),
+    "a rank that fills memory": ({"r": 10**12}, "r is 1000000000000"),
+    "another rank": ({"r": 4}, ""),
+    "a rank of one layer that fills memory": ({"rank_pattern": {"q_proj": 10**12}}, "rank_pattern.q_proj"),
+    "a package to import": (
+        {"megatron_config": {"x": 1}, "megatron_core": "payload.core"},
+        "megatron_config leads out",
+    ),
+    "adapters elsewhere": ({"peft_type": "XLORA", "adapters": {"0": "../../elsewhere"}}, ""),
+    "layers that aren't there": ({"target_modules": ["nothing"]}, ""),
+    "a broken pattern": ({"target_modules": "("}, ""),
+    "a target": ({"target_modules": {"_target_": "os.system", "command": "touch CANARY"}}, ""),
+}
+
+
+@pytest.mark.parametrize("command", [["export"], ["predict", "text=say"], ["evaluate"], ["check"]])
+@pytest.mark.parametrize("kind", ADAPTER_CONFIGS)
+def test_adapter_config_that_is_none_is_refused(
+    kind: str, command: list[str], run: Path, canary: Path, cli: Callable[..., Finished]
+) -> None:
+    change, told = ADAPTER_CONFIGS[kind]
+    file = run / "adapter" / "adapter_config.json"
+    if isinstance(change, str):
+        file.write_text(change)
+    else:
+        text = json.dumps(json.loads(file.read_text()) | change)
+        file.write_text(text.replace("CANARY", str(canary)))
+    before = files_of(run)
+    arguments = ["check", *going_on(run)] if command == ["check"] else [command[0], str(run), *command[1:]]
+    refused(cli(*arguments), told)
+    assert not canary.exists()
+    assert files_of(run) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"auto_mapping": {"base_model_class": "system", "parent_library": "os"}},
+        {"auto_mapping": {"base_model_class": "X", "parent_library": "payload"}},
+        {"base_model_name_or_path": "somebody/elses-model"},
+        {"base_model_name_or_path": "../../../etc"},
+        {"_target_": "os.system", "command": "touch CANARY"},
+        {"revision": "../../main"},
+        {"runtime_config": {"_target_": "os.system", "command": "touch CANARY"}},
+    ],
+)
+def test_what_an_adapter_config_says_besides_is_not_followed(
+    change: dict[str, Any],
+    run: Path,
+    canary: Path,
+    cli: Callable[..., Finished],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (run.parent / "payload.py").write_text(f"import os\nos.system('touch {canary}')\n")
+    monkeypatch.syspath_prepend(str(run.parent))
+    expected = cli("predict", str(run), "text=say").out
+    file = run / "adapter" / "adapter_config.json"
+    text = json.dumps(json.loads(file.read_text()) | change)
+    file.write_text(text.replace("CANARY", str(canary)))
+    ended = cli("predict", str(run), "text=say")
+    assert ended.status == 0, ended.err
+    assert ended.out == expected
+    assert not canary.exists()
+
+
+def test_link_out_of_an_adapters_folder_is_not_published(run: Path, cli: Callable[..., Finished]) -> None:
+    secret = run.parent / "id_rsa"
+    secret.write_text("secret")
+    (run / "adapter" / "notes.txt").symlink_to(secret)
+    refused(cli("export", str(run), "merge=false"), "notes.txt is a link out of the adapter's folder")
+    assert not (run / "export").exists()
+
+
+def test_pickles_and_code_in_an_adapters_folder_are_not_published(
+    run: Path, canary: Path, cli: Callable[..., Finished]
+) -> None:
+    pickled(run / "adapter" / "training_args.bin", canary)
+    (run / "adapter" / "modeling.py").write_text("import os")
+    ended = cli("export", str(run), "merge=false")
+    assert ended.status == 0, ended.err
+    names = {path.name for path in (run / "export" / "adapter").iterdir()}
+    assert not names & {"training_args.bin", "modeling.py"}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= names
+
+
+# A model's folder
+
+
+def spoilt_model(kind: str, folder: Path, canary: Path) -> None:
+    weights = folder / "model.safetensors"
+    config = json.loads((folder / "config.json").read_text())
+    code = f"import os\nos.system('touch {canary}')\n"
+    if kind == "a pickle alone":
+        weights.unlink()
+        pickled(folder / "pytorch_model.bin", canary)
+    elif kind == "a pickle by another name":
+        pickled(weights, canary)
+    elif kind == "cut off":
+        truncated(weights, canary)
+    elif kind in ("index out of the folder", "index of pickles"):
+        name = "../model.safetensors" if kind == "index out of the folder" else "pytorch_model.bin"
+        pickled(folder / "pytorch_model.bin", canary)
+        weights.rename(folder.parent / "model.safetensors")
+        index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif kind == "index that is none":
+        weights.unlink()
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    elif kind == "an adapter":
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "../elsewhere"}))
+    elif kind == "model code":
+        (folder / "payload.py").write_text(code)
+        config |= {"model_type": "novel", "auto_map": {"AutoConfig": "payload.Config", "AutoModel": "payload.Model"}}
+    elif kind == "tokenizer code":
+        (folder / "payload.py").write_text(code)
+        settings = {"tokenizer_class": "Novel", "auto_map": {"AutoTokenizer": ["payload.Novel", None]}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        config["model_type"] = "novel"
+    elif kind == "a kernel from a hub":
+        config["attn_implementation"] = "somebody/kernels"
+    elif kind == "sizes that are text":
+        config["hidden_size"] = "large"
+    elif kind == "config that is a list":
+        config = []
+    elif kind == "config nested deeply":
+        (folder / "config.json").write_text("[" * 100_000)
+        return
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+MODELS = {
+    "a pickle alone": "only safetensors are read",
+    "a pickle by another name": "only safetensors are read",
+    "cut off": "only safetensors are read",
+    "index out of the folder": "no file of the folder",
+    "index of pickles": "only safetensors are read",
+    "index that is none": "index.json can't be read",
+    "an adapter": "is an adapter's folder",
+    "model code": "model.trust_remote_code=true",
+    "tokenizer code": "model.path",
+    "a kernel from a hub": "code from a hub",
+    "sizes that are text": "model.path",
+    "config that is a list": "model.path",
+    "config nested deeply": "model.path",
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_model_that_is_none_is_refused_before_a_folder_is_made(
+    kind: str,
+    tiny_model: Path,
+    tiny_run: list[str],
+    canary: Path,
+    cli: Callable[..., Finished],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("hostile") / "model"))
+    spoilt_model(kind, folder, canary)
+    refused(cli(*tiny_run, f"model.path={folder}"), "model.", MODELS[kind])
+    assert not canary.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_code_of_a_model_runs_only_when_the_config_says_so_and_with_a_warning(
+    tiny_model: Path,
+    tiny_run: list[str],
+    canary: Path,
+    cli: Callable[..., Finished],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+    folder = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("hostile") / "model"))
+    spoilt_model("model code", folder, canary)
+    ended = cli("check", *tiny_run, f"model.path={folder}", "model.trust_remote_code=true")
+    assert "Warning: model.trust_remote_code is true" in ended.out + ended.err
+    assert str(folder) in ended.out + ended.err
+    assert canary.exists(), "it is code, and was asked for"
+    assert "Warning" not in cli("check", *tiny_run).out + cli("check", *tiny_run).err
+
+
+# The network
+
+
+GUARD = """
+import os, socket, sys
+
+tried = []
+
+
+def refuse(*arguments, **more):
+    tried.append(arguments[:2])
+    raise OSError("no network here")
+
+
+connect = socket.socket.connect
+socket.getaddrinfo = refuse
+socket.create_connection = refuse
+socket.socket.connect = lambda self, to: connect(self, to) if self.family == socket.AF_UNIX else refuse(to)
+
+from hydra.core.global_hydra import GlobalHydra
+from loraplus_hydra.cli import main
+
+for words in ARGUMENTS:
+    GlobalHydra.instance().clear()
+    os.environ.pop("HYDRA_FULL_ERROR", None)
+    sys.argv[1:] = words
+    status = 0
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code or 0
+    print("ENDED", words[0], status, tried)
+try:
+    socket.create_connection(("localhost", 9))
+except OSError:
+    print("SEEN", len(tried))
+"""
+
+
+def ended_without_network(arguments: list[list[str]], folder: Path) -> list[str]:
+    """How commands ended in a process without a network, to which nothing says that it should stay offline."""
+    env = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    root = Path(__file__).resolve().parent.parent
+    code = GUARD.replace("ARGUMENTS", repr(arguments))
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=folder, env={**env, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False
+    )
+    ends = [line for line in done.stdout.splitlines() if line.startswith("ENDED")]
+    assert len(ends) == len(arguments), done.stderr
+    assert "SEEN 1" in done.stdout, "the guard sees a connection"
+    return ends
+
+
+def test_nothing_is_fetched_unless_a_config_names_a_hub(tiny_run: list[str], tmp_path: Path) -> None:
+    commands = [
+        *(["check"], ["inspect"], ["inspect", "model=llama3_8b"], ["preview", *tiny_run]),
+        [*tiny_run, "trainer.max_steps=1", "hydra.run.dir=run"],
+        *(["predict", "run", "text=say"], ["export", "run"], ["export", "run", "merge=false"]),
+    ]
+    for end in ended_without_network(commands, tmp_path):
+        assert end.endswith(" 0 []"), end
+
+
+def spoil(run: Path, old: str, new: str, **values: str) -> None:
+    """Replace a line of a run's stored config."""
+    for file in (run / "config.yaml", run / ".hydra" / "config.yaml"):
+        if not file.is_file():
+            continue
+        text = file.read_text()
+        assert old in text
+        for name, value in values.items():
+            new = new.replace(name, value)
+        file.write_text(text.replace(old, new))
+
+
+def model_of(run: Path) -> str:
+    from omegaconf import OmegaConf
+
+    return str(OmegaConf.load(run / "config.yaml").model.path)
+
+
+def going_on(run: Path) -> list[str]:
+    """Overrides of a run that trains on with a run's adapter."""
+    from omegaconf import OmegaConf
+
+    rows = OmegaConf.load(run / "config.yaml").data.train
+    model = ("model=hub", f"model.path={model_of(run)}")
+    return [
+        *model,
+        "adapter=existing",
+        f"adapter.path={run}",
+        "data=jsonl",
+        f"data.train={rows}",
+        "trainer.max_steps=1",
+    ]

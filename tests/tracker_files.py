@@ -1,0 +1,115 @@
+"""What trackers left on disk, read back: (name, step) -> every value told there, in order."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Values = dict[tuple[str, int], list[float]]
+
+
+def of_metrics_file(folder: Path) -> Values:
+    """The same of metrics.jsonl."""
+    found: Values = {}
+    for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        for name, value in _leaves(line):
+            if name != "step":
+                found.setdefault((name, line["step"]), []).append(value)
+    return found
+
+
+def of_tensorboard(folder: Path) -> Values:
+    """Scalars but the end's, as TensorBoard's own reader gives them."""
+    events = tensorboard_events(folder)
+    found: Values = {}
+    for tag in events.Tags()["scalars"]:
+        for event in events.Scalars(tag):
+            if not tag.startswith("final/"):
+                found.setdefault((tag, event.step), []).append(event.value)
+    return found
+
+
+def tensorboard_events(folder: Path) -> Any:
+    """TensorBoard's reader of a run's event files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+def of_mlflow(client: Any, folder: Path) -> Values:
+    """Metrics but the end's, as MLflow's client gives them."""
+    run = client.get_run((folder / "mlflow_run_id").read_text().strip())
+    found: Values = {}
+    for name in run.data.metrics:
+        for metric in client.get_metric_history(run.info.run_id, name):
+            if not name.startswith("final/"):
+                found.setdefault((name, metric.step), []).append(metric.value)
+    return found
+
+
+def of_wandb(records: list[Any]) -> Values:
+    """The history in wandb's records; of a step it has one row, with the last value of each name."""
+    found: Values = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            for name, value in row.items():
+                if not name.startswith("_"):
+                    found.setdefault((name, row["_step"]), []).append(value)
+    return found
+
+
+def wandb_records(folder: Path) -> list[Any]:
+    """The records in the one offline session that lies in a run's folder.
+
+    The file is a log as LevelDB has them: blocks of 32 KiB, in each pieces of a checksum (4 bytes), a length (2), a
+    kind (1: whole, 2: first, 3: middle, 4: last), and so many bytes. Seven bytes of wandb's own are ahead.
+    """
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + 30
+    while True:  # a process of wandb's writes it, and a little after the run has ended
+        records = _records(file.read_bytes())
+        if any(record.HasField("exit") for record in records) or time.monotonic() > deadline:
+            return records
+        time.sleep(0.05)
+
+
+def _records(data: bytes) -> list[Any]:
+    from wandb.proto import wandb_internal_pb2
+
+    records, part = [], b""
+    for kind, piece in _pieces(data):
+        part = piece if kind in (1, 2) else part + piece
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(part)
+            records.append(record)
+    return records
+
+
+def _pieces(data: bytes) -> Iterator[tuple[int, bytes]]:
+    place, block = 7, 32768
+    while place + 7 <= len(data):
+        if block - place % block < 7:
+            place += block - place % block
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        if kind == 0:
+            return
+        yield kind, data[place + 7 : place + 7 + length]
+        place += 7 + length
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, value
