@@ -81,6 +81,9 @@ class BeforeRun(Callback):
             from loraplus_hydra.sweep.plan import begin
 
             _begun.append(begin(config, sys.argv[1:]))
+            from loraplus_hydra.sweep.search import go_on
+
+            go_on(config)
 
     def _do(self, config: DictConfig) -> None:
         folder = Path(config.hydra.run.dir)

@@ -249,8 +249,6 @@ def _train(
     finally:
         result.steps = trainer.state.global_step
         result.metrics_before = evaluation_at(trainer.state, 0)
-    for change in trainer.resumed_with:
-        screen.say(f"    Changed from here on: {change}")
     result.train_loss = trained.training_loss
     result.train_seconds = trained.metrics["train_runtime"] + (0.0 if point is None else point.seconds)
     result.metrics = evaluation_at(trainer.state, trainer.step_of_model) or trainer.evaluate()

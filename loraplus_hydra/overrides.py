@@ -23,8 +23,9 @@ from loraplus_hydra.commands import COMMANDS
 from loraplus_hydra.errors import Problem, nearest
 from loraplus_hydra.paths import config_folder
 from loraplus_hydra.schema import OPEN_GROUPS, RunConfig
+from loraplus_hydra.sweep.plugins import missing_plugin
 
-ROOT_KEYS = (*(field.name for field in fields(RunConfig)), "sweep", "experiment", "hparams_search", "debug")
+ROOT_KEYS = (*(field.name for field in fields(RunConfig)), "sweep", "experiment", "hparams_search", "launcher", "debug")
 
 
 def has_unknown_key(arguments: list[str]) -> bool:
@@ -162,6 +163,8 @@ def _explain(
     cause: BaseException = error
     while not isinstance(cause, OmegaConfBaseException) and cause.__cause__ is not None:
         cause = cause.__cause__
+    if plugin := missing_plugin(error, key):
+        return plugin
     if isinstance(error, MissingConfigException) and error.options is not None:
         value = text.split("=", 1)[1]
         options = list(error.options)

@@ -16,6 +16,7 @@ from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 
 KEY = "trainer.resume_from_checkpoint"
 AUTO = "auto"
+_RULES = "loraplus.rules."
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,14 @@ def _changes(stored: Path, config: DictConfig) -> list[str]:
     then = _leaves(OmegaConf.to_container(OmegaConf.load(stored)))
     now = _leaves(OmegaConf.to_container(config, resolve=True))
     keys = [key for key in [*now, *(key for key in then if key not in now)] if key != KEY]
+    told = {key: (then.get(key, "not set"), now.get(key, "not set")) for key in keys}
+    changed = {key: values for key, values in told.items() if values[0] != values[1]}
+    # A rule's ratio follows loraplus.ratio, and is told with it.
+    others = [values for key, values in changed.items() if not key.startswith(_RULES)]
     return [
-        f"{key}: {then.get(key, 'not set')} -> {now.get(key, 'not set')}"
-        for key in keys
-        if then.get(key) != now.get(key)
+        f"{key}: {old} -> {new}"
+        for key, (old, new) in changed.items()
+        if not (key.startswith(_RULES) and (old, new) in others)
     ]
 
 

@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import EarlyStoppingCallback
 from transformers.trainer_utils import TrainOutput
 
+from loraplus_hydra import screen
 from loraplus_hydra.checkpoints import STATE, rotate, seal, unseal
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.paths import write_text
@@ -157,6 +158,8 @@ class CheckpointKeeper(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not isinstance(args.resume_from_checkpoint, str):
             return
+        for change in self.trainer.resumed_with:
+            screen.say(f"    Changed from here on: {change}")
         # Steps that are given as a share of all are a share of this run's steps, not of the checkpoint's.
         state.compute_steps(args, state.max_steps)
         window = json.loads((Path(args.resume_from_checkpoint) / STATE).read_text(encoding="utf-8"))["window"]
