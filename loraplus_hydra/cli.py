@@ -83,7 +83,7 @@ class BeforeRun(Callback):
             _begun.append(begin(config, sys.argv[1:]))
             from loraplus_hydra.sweep.search import go_on
 
-            go_on(config)
+            go_on(config, _begun[-1])
 
     def _do(self, config: DictConfig) -> None:
         folder = Path(config.hydra.run.dir)

@@ -192,7 +192,8 @@ def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
 
 def _interpolated(node: Any, path: str = "") -> str:
     """The key of the first interpolation in a config, or nothing."""
-    for key in node if isinstance(node, DictConfig) else range(len(node)):
+    keys: Iterable[Any] = node if isinstance(node, DictConfig) else range(len(node))
+    for key in keys:
         inside = f"{path}.{key}" if path else str(key)
         if OmegaConf.is_interpolation(node, key):
             return inside
@@ -204,7 +205,7 @@ def _interpolated(node: Any, path: str = "") -> str:
 
 def _refuse_aliases(file: Path) -> None:
     """Raise ConfigErrors for a YAML whose parts stand for others: a few lines of that can fill any memory."""
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     with file.open(encoding="utf-8") as stream:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(stream, Loader=yaml.SafeLoader)):

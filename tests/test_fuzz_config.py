@@ -284,6 +284,8 @@ FOUND: dict[str, tuple[list[str], str]] = {
     "model with too long a name": ([f"model.path={'x' * 5000}"], "File name too long"),
     "rows with too long a name": ([f"data.train={'x' * 5000}"], "data.train"),
     "rows without a name": (["data.train=''"], "data.train: '' is no path"),
+    "number for a group of keys": (["task.args=${seed}"], "task.args: '0' is no mapping of keys"),
+    "text for a group of keys": (["++task.args=\\${seed}"], "task.args"),
     "broken pattern of layers": (["adapter.target_modules='('"], "adapter"),
 }
 

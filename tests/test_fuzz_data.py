@@ -343,6 +343,10 @@ FOUND: dict[str, tuple[Spoilt, str]] = {
         Spoilt("prompt,completion\na,b\nc,d\n".encode("utf-16-le"), "rows.csv", "sft", ("data=csv",), ()),
         "is the file UTF-16 text?",
     ),
+    "number of too many digits": (
+        Spoilt(b'{"prompt": ' + b"9" * 10_000 + b"}\n", "rows.jsonl", "sft", ("data=jsonl",), ()),
+        "rows.jsonl, line 1: Exceeds the limit",
+    ),
     "codec that is none of text": (
         Spoilt(jsonl(prompt="a", completion="b") * 4, "rows.jsonl", "sft", ("data=jsonl", "data.encoding=zlib"), ()),
         "data.encoding: there is no encoding 'zlib'",

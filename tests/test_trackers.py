@@ -428,6 +428,15 @@ def test_places_of_mlflow_s_stores() -> None:
     assert located("http://localhost:5000", here) == ("http://localhost:5000", None)
 
 
+def test_mlflow_s_store_may_be_a_folder(compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path) -> None:
+    overrides = [*tiny_run, *installed("mlflow"), "logger.tracking_uri=store", "task.samples=0", "trainer.max_steps=1"]
+    quick_run(compose(*overrides), tmp_path / "run")
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=(tmp_path / "store").as_uri())
+    same(tracker_files.of_mlflow(client, tmp_path / "run"), tracker_files.of_metrics_file(tmp_path / "run"))
+
+
 names = st.text("abc", min_size=1, max_size=3)
 
 

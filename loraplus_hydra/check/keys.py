@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from loraplus_hydra.errors import Problem, nearest
-from loraplus_hydra.schema import ModelConfig, RunConfig, TaskConfig
+from loraplus_hydra.schema import RUN_GROUPS, ModelConfig, RunConfig, TaskConfig
 
 CLOSED: dict[str, type] = {"": RunConfig, "model": ModelConfig, "task": TaskConfig}
 
@@ -20,7 +20,20 @@ def read_config(config: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
     problems: list[Problem] = []
     plain = _read(config, "", problems)
     assert isinstance(plain, dict)
+    for path in (*RUN_GROUPS, "task.args", "model.config"):
+        problems += _no_mapping(plain, path)
     return plain, problems
+
+
+def _no_mapping(plain: dict[str, Any], path: str) -> list[Problem]:
+    """A Problem for a group that holds something else, as an interpolation can; it is left empty then."""
+    outer, _, name = path.rpartition(".")
+    holder = plain.get(outer, {}) if outer else plain
+    if name not in holder or isinstance(holder[name], dict):
+        return []
+    value, holder[name] = holder[name], {}
+    shown = "null" if value is None else f"'{str(value)[:100]}'"
+    return [Problem(path, f"{shown} is no mapping of keys", f"set its keys one by one: {path}.KEY=...")]
 
 
 def _read(node: DictConfig | ListConfig, path: str, problems: list[Problem]) -> dict[str, Any] | list[Any]:

@@ -43,7 +43,8 @@ def weights_problems(model: DictConfig) -> list[Problem]:
         fix = "name the base model here, and the adapter by adapter.path"
         return [Problem(_KEY, f"{folder} is an adapter's folder, not a model's", fix)]
     if (folder / WEIGHTS).is_file():
-        files, problems = [folder / WEIGHTS], []
+        files = [folder / WEIGHTS]
+        problems: list[Problem] = []
     elif (folder / INDEX).is_file():
         files, problems = _listed(folder)
     else:

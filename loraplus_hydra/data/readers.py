@@ -113,6 +113,8 @@ def _read_jsonl(path: str, file: IO[str], _: Layout) -> Iterator[Row]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
+        except ValueError as error:  # Python reads no number of thousands of digits
+            raise UserError(f"{place}: {first_line(error)}") from None
         except RecursionError:
             raise UserError(f"{place}: nested too deeply") from None
         if not isinstance(row, dict):

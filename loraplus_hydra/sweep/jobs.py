@@ -16,6 +16,7 @@ from loraplus_hydra.errors import UserError
 from loraplus_hydra.results import read_result
 from loraplus_hydra.sweep import records
 from loraplus_hydra.sweep.folders import State, clear, hash_of, state_of
+from loraplus_hydra.sweep.gpus import take_one
 from loraplus_hydra.sweep.isolation import free, isolated
 
 _FILE = logging.getLogger()  # its one handler is the job's log file: see conf/app.yaml
@@ -50,6 +51,7 @@ def run_job(config: DictConfig) -> float | None:
     if state is State.DONE:
         return _done_before(job)
     job.note(records.RUNNING)
+    take_one(hydra)
     try:
         if state is State.TAKEN:
             raise UserError(f"{job.folder} holds another config's run, which is left as it is")

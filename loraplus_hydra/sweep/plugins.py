@@ -1,4 +1,4 @@
-"""Hydra's plugins that sweeps can use: what to install for each, told where Hydra only says that an option isn't there."""
+"""Hydra's plugins that sweeps can use: what to install for each, where Hydra only says that an option isn't there."""
 
 from __future__ import annotations
 

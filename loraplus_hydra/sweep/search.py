@@ -6,29 +6,25 @@ failed are tried again first, and only as many are asked for as are still missin
 
 from __future__ import annotations
 
-import fcntl
-import os
 import warnings
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
 from loraplus_hydra import screen
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
+from loraplus_hydra.sweep.plan import Sweep
 from loraplus_hydra.sweep.plugins import OPTUNA
 
 _SWEEPER = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
 _OLDEST = 4  # optuna's major version: older ones can't write their sqlite file with today's SQLAlchemy
-_LOCK = ".search.lock"
-_held: list[int] = []  # the open lock file of this process's search: held until the process ends
 
 
-def go_on(config: DictConfig) -> None:
+def go_on(config: DictConfig, sweep: Sweep) -> None:
     """Set the plugin's `n_trials`, `direction` and sampler's seed by the study that is there.
 
-    `config` is the program's; without Hydra's Optuna sweeper in it nothing is done. Raises UserError.
+    `config` is the program's, `sweep` what has begun by it; another sweeper than Optuna's is left alone. Raises
+    UserError.
     """
     sweeper = config.hydra.sweeper
     if sweeper.get("_target_") != _SWEEPER:
@@ -40,7 +36,7 @@ def go_on(config: DictConfig) -> None:
         storage, name = sweeper.get("storage"), sweeper.get("study_name")
         if name is None or not str(storage).startswith("sqlite:///"):
             return  # in memory, or in a database where others' trials may be under way
-        _lock(Path(config.hydra.sweep.dir))
+        _refuse_company(sweep)
         study = optuna.create_study(
             storage=storage, study_name=name, direction=_direction(sweeper.direction), load_if_exists=True
         )
@@ -94,22 +90,9 @@ def _same_direction(study: Any, wanted: str) -> None:
         raise ConfigErrors([Problem("hydra.sweeper.direction", what, "name another study: hydra.sweeper.study_name")])
 
 
-def _lock(folder: Path) -> None:
-    """Hold the study for this process: another one's trials that are under way look like those of a killed one."""
-    handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(f"another process is at this search already: {folder}") from None
-    except OSError:  # a file system without locks
-        os.close(handle)
-        return
-    _held.append(handle)
-
-
-def let_go() -> None:
-    """End the hold on the study."""
-    while _held:
-        with suppress(OSError):
-            os.close(_held.pop())
+def _refuse_company(sweep: Sweep) -> None:
+    """Raise UserError beside another start of the search: its trials under way look like those of a killed one."""
+    others = [path for path in sweep.start.folder.parent.iterdir() if path != sweep.start.folder]
+    if others:
+        fix = f"if none is (a file system without locks forgets nobody), remove {others[0]}"
+        raise UserError(f"another process is at this search; {fix}")

@@ -50,6 +50,8 @@ class MLflow(Tracker):
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)  # of each table that it makes it tells
         uri, place = located(self.tracking_uri, run.started_in)
+        if place is not None and not uri.startswith(_SQLITE):
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder was asked for; later versions ask again
         with _alone(place):  # two jobs that make the tables at the same time break one another's
             self._client = MlflowClient(tracking_uri=uri)
             experiment = self._client.get_experiment_by_name(self.experiment)

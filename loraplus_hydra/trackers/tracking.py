@@ -63,7 +63,7 @@ class Tracking:
                 log.warning(
                     "Warning: the run goes on without its logger, which failed: %s: %s. metrics.jsonl has everything",
                     type(error).__name__,
-                    first_line(error),
+                    first_line(error).rstrip("."),
                 )
                 log.debug("The logger failed.", exc_info=True)
             self._works = False
