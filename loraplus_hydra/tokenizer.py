@@ -79,6 +79,8 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, model: DictConfig) -> list[P
     vocabulary = tokenizer.get_vocab()
     known = [token for token in model.add_tokens if token in vocabulary]
     repeated = sorted({token for token in model.add_tokens if list(model.add_tokens).count(token) > 1})
+    if any(not token.strip() for token in model.add_tokens):
+        return [Problem("model.add_tokens", "a token without any text in it is none", "leave it out")]
     if known or repeated:
         what = f"{', '.join(known)} is a token already" if known else f"{', '.join(repeated)} stands there twice"
         return [Problem("model.add_tokens", what, "leave it out")]

@@ -311,7 +311,8 @@ def place(tmp_path: Path) -> Path:
 
 
 def test_any_file_is_rows_or_a_listed_error(place: Path, llama_folder: Path, compose: Callable[..., Any]) -> None:
-    assert examine(range(FIRST, FIRST + FEW), place, llama_folder, compose) == []
+    wrong = examine(range(FIRST, FIRST + FEW), place, llama_folder, compose)
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.slow
@@ -319,7 +320,8 @@ def test_thousands_of_files_are_rows_or_a_listed_error(
     place: Path, llama_folder: Path, compose: Callable[..., Any]
 ) -> None:
     first = FIRST + FEW
-    assert examine(range(first, first + MANY), place, llama_folder, compose) == []
+    wrong = examine(range(first, first + MANY), place, llama_folder, compose)
+    assert not wrong, "\n".join(wrong)
 
 
 def jsonl(**row: Any) -> bytes:

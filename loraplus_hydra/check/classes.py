@@ -17,7 +17,7 @@ from loraplus_hydra.check.kinds import (
 from loraplus_hydra.check.signatures import argument_problems
 from loraplus_hydra.check.values import MASTERS
 from loraplus_hydra.data.rows import loader_arguments
-from loraplus_hydra.errors import ConfigErrors, Problem, UserError, nearest
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line, nearest
 from loraplus_hydra.processes import world_size
 from loraplus_hydra.schema import EARLY_STOPPING
 
@@ -130,7 +130,10 @@ def _optimizer(optimizer: dict[str, Any]) -> list[Problem]:
     found, problems = _resolve(optimizer.get(TARGET), "optimizer._target_", derives(Optimizer), wanted)
     if found is None:
         return problems
-    told = optimizer_problems(found, _without(optimizer, TARGET))
+    try:
+        told = optimizer_problems(found, _without(optimizer, TARGET))
+    except Exception as error:  # what a class says of values that contradict each other is its own affair
+        return [Problem("optimizer", f"{found.__name__}: {first_line(error)}")]
     unfit = [text for text in told if "can't be used" in text]  # then its arguments don't matter
     return [Problem("optimizer._target_" if unfit else "optimizer", text) for text in unfit or told]
 
@@ -157,6 +160,8 @@ def _scheduler(scheduler: dict[str, Any], steps: int) -> list[Problem]:
         build_schedule(found, torch.optim.AdamW(groups), num_training_steps=steps, kwargs=_without(scheduler, TARGET))
     except UserError as error:
         problems.append(Problem("scheduler", str(error)))
+    except Exception as error:  # as with optimizers
+        problems.append(Problem("scheduler", f"{scheduler[TARGET]}: {first_line(error)}"))
     return problems
 
 

@@ -55,6 +55,8 @@ def model_problems(config: DictConfig) -> list[Problem]:
         place(tensor_records(adapted), loraplus_settings(config))
     except UserError as error:
         return _problems(error, "loraplus")
+    except Exception as error:  # the optimizer's class, of settings that contradict each other
+        return [Problem("optimizer", first_line(error))]
     return []
 
 

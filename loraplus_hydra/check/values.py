@@ -48,7 +48,7 @@ BETAS = Range(
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")  # transformers' names
 
 RANGES: dict[str, Range] = {
-    "seed": WHOLE,
+    "seed": Range("a whole number from 0 to 4294967295", lambda x: _whole(x) and 0 <= x < 2**32),  # numpy's
     "model.dtype": DTYPE,
     "model.lr": POSITIVE,
     "adapter.r": COUNT,
@@ -142,7 +142,16 @@ def value_problems(plain: dict[str, Any]) -> list[Problem]:
             for name in (arguments if present and isinstance(arguments, dict) else ())
             if name in MASTERS
         ]
-    return problems + _endless(plain) + _never_evaluated(plain) + _lone_answers(plain)
+    return problems + _endless(plain) + _rows_left_out(plain) + _never_evaluated(plain) + _lone_answers(plain)
+
+
+def _rows_left_out(plain: dict[str, Any]) -> list[Problem]:
+    """transformers drops the last batch of an evaluation, too: the metrics would be of some of the rows, or of none."""
+    key = "trainer.dataloader_drop_last"
+    if _select(plain, key)[1] is not True or _select(plain, "trainer.per_device_eval_batch_size")[1] == 1:
+        return []
+    fix = "set it to false, or trainer.per_device_eval_batch_size=1"
+    return [Problem(key, "it leaves held-out rows out of the evaluation as well", fix)]
 
 
 def _never_evaluated(plain: dict[str, Any]) -> list[Problem]:

@@ -22,7 +22,7 @@ class Difference:
     better: Setting
     worse: Setting
     gain: float  # of the means, positive when `better` is better
-    relative: float | None  # of the worse one's mean
+    relative: float | None  # of the worse one's mean; None where that isn't above zero, as a logarithm isn't
     spread: float | None  # the larger of the two standard deviations over seeds
     interval: tuple[float, float] | None  # 95% confidence interval of the gain (Welch)
     wins: int  # seeds that both have, at which `better` is better
@@ -124,7 +124,7 @@ def difference(better: Setting, worse: Setting, *, greater_is_better: bool) -> D
         better=better,
         worse=worse,
         gain=gain,
-        relative=gain / abs(_mean(worse)) if _mean(worse) else None,
+        relative=gain / _mean(worse) if min(_mean(better), _mean(worse)) > 0 else None,
         spread=max(spreads) if len(spreads) == 2 else None,
         interval=interval,
         wins=sum(sign * (mine[seed] - theirs[seed]) > 0 for seed in shared),

@@ -52,7 +52,7 @@ def draw(results: SweepResults) -> Picture | None:
     if any(not job.counts for job, _ in panels[0][1]):
         caption += " A cross ends the curve of a job that has no result."
     if beyond:
-        caption += f" {beyond} points of diverged curves lie beyond the axis, so that the others can be told apart."
+        caption += f" {beyond} points lie beyond the axis, so that the curves can be told apart."
     return Picture("curves", "Curves of every job", caption, figure)
 
 
