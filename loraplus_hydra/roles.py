@@ -59,6 +59,8 @@ class _Place:
 
 
 _BASE = _Place()
+# Attributes of PEFT's layers that never hold a tensor, a container and a module for each layer.
+_DROPOUTS = frozenset({"lora_dropout", "vera_dropout"})
 
 
 def tensor_records(model: torch.nn.Module) -> list[TensorRecord]:
@@ -79,26 +81,37 @@ def trained_tensors(model: torch.nn.Module) -> tuple[list[TensorRecord], list[to
     kind_of, place_below = cache(_kind), cache(_place_below)
     pattern_of = cache(partial(_pattern, _initialisations(model)))
 
-    def visit(prefix: str, module: Any, place: _Place) -> None:
-        """Collect a module's own tensors, then its children's; their names begin with `prefix`.
-
-        A large mixture of experts has half a million modules, most of them empty or frozen. So `_parameters` and
-        `_modules` are read as they are: torch's iterators pass each tensor up through a generator a level.
-        """
+    def collect(prefix: str, module: Any, place: _Place) -> None:
+        """A module's own trained tensors; their names begin with `prefix`."""
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
                 parameters.append(parameter)
                 pattern = pattern_of(name, parameter.dtype, kind_of(module.__class__), place)
                 records.append(_record(prefix + name, parameter, pattern))
-        children = module._modules
-        if not children:
-            return
+
+    def visit(prefix: str, module: Any, place: _Place) -> None:
+        """Collect a module's own tensors, then its children's.
+
+        A large mixture of experts has half a million modules, most of them empty or frozen. So `_parameters` and
+        `_modules` are read as they are, since torch's iterators pass each tensor up through a generator a level; and a
+        frozen layer is left before its name is made.
+        """
+        if module._parameters:
+            collect(prefix, module, place)
         kind = kind_of(module.__class__)
         adapted = kind_of(_adapted_class(module)) if kind.is_peft_layer else None
-        for name, child in children.items():
-            if child is not None and (child._modules or child._parameters):
+        skipped = _DROPOUTS if kind.is_peft_layer else ()
+        for name, child in module._modules.items():
+            if child is None or name in skipped:
+                continue
+            if child._modules:
                 visit(f"{prefix}{name}.", child, place_below(place, kind, adapted, name))
+                continue
+            for parameter in child._parameters.values():
+                if parameter is not None and parameter.requires_grad:
+                    collect(f"{prefix}{name}.", child, place_below(place, kind, adapted, name))
+                    break
 
     visit("", model, _BASE)
     return records, parameters
@@ -123,8 +136,9 @@ def _record(name: str, parameter: torch.nn.Parameter, pattern: TensorRecord) -> 
     _, role, owner, _, adapter, dtype, trained_embedding, starts_at_zero, owner_classes = pattern
     if starts_at_zero is None and role in FACTORS and not parameter.is_meta:
         starts_at_zero = not bool(parameter.detach().any())  # the config doesn't say, the values do
-    shape = getattr(parameter, "ds_shape", None)  # DeepSpeed ZeRO-3 empties `shape`
-    shape = tuple(parameter.shape if shape is None else shape)
+    shape = tuple(parameter.shape)
+    if shape == (0,):  # DeepSpeed ZeRO-3 keeps a part elsewhere, and the shape with it
+        shape = tuple(getattr(parameter, "ds_shape", shape))
     return TensorRecord(name, role, owner, shape, adapter, dtype, trained_embedding, starts_at_zero, owner_classes)
 
 

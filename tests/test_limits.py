@@ -172,7 +172,7 @@ def test_output_below_a_file_is_found_before_training(
     (tmp_path / "file").write_text("")
     finished = cli(*tiny_run, "hydra.run.dir=file/run")
     assert finished.status == 1
-    assert "file is a file" in finished.err
+    assert "hydra.run.dir: 'file/run' can't be a folder" in finished.err
 
 
 def test_folder_that_is_removed_on_the_way_is_told(
