@@ -137,15 +137,19 @@ def differences(folder: Path, reference: Path) -> list[str]:
 
 
 def kill_in_save(child: int, folder: Path, chance: random.Random) -> bool:
-    """Kill a child while it writes one of its first checkpoints; whether it was still there."""
+    """Kill a child at some moment of one of its saves; whether it was still there."""
     for save in range(chance.randint(1, 4)):
         if save and not kill_when(child, lambda: not unfinished_checkpoint(folder), 0):
             return False
         if not kill_when(child, lambda: unfinished_checkpoint(folder), 0):
             return False
-    time.sleep(chance.uniform(0, 0.004))
-    os.kill(child, signal.SIGKILL)
-    return True
+    while True:
+        time.sleep(chance.uniform(0, 0.004))
+        if unfinished_checkpoint(folder):
+            os.kill(child, signal.SIGKILL)
+            return True
+        if not kill_when(child, lambda: unfinished_checkpoint(folder), 0):  # that save is over: the next one
+            return False
 
 
 def killed_and_resumed(

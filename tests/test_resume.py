@@ -54,7 +54,7 @@ def check_killed(seen: list[dict[str, Any]], kills: int) -> None:
 
 
 def test_killed_runs_go_on_to_the_bits_of_the_unbroken_one(tiny_run: list[str], tmp_path: Path) -> None:
-    check_killed(trials(tmp_path, "4", *tiny_run, *LONGER), 4)
+    check_killed(trials(tmp_path, "6", *tiny_run, *LONGER), 6)
 
 
 @pytest.mark.slow
