@@ -166,8 +166,9 @@ def killed_and_resumed(
     if killed:
         wait(child)
     seen = {"killed": killed, "in_save": killed and unfinished_checkpoint(place), "broken": unreadable(place)}
-    made = (place / ".hydra" / "config.yaml").is_file()  # else it was killed before Hydra had made the folder
-    again = ["resume", str(place)] if made else [*overrides, f"hydra.run.dir={place}"]
+    begun = (place / "config.yaml").is_file()  # else it was killed before or while Hydra wrote its own files
+    anew = [*overrides, f"hydra.run.dir={place}", "trainer.resume_from_checkpoint=auto"]
+    again = ["resume", str(place)] if begun else anew
     return seen | {"status": wait(start(again, log)), "differences": differences(place, folder / "unbroken")}
 
 

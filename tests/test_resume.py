@@ -251,6 +251,18 @@ def test_resume_says_what_is_no_run(named: str | None, told: str, cli: Callable[
     assert told in finished.err
 
 
+def test_run_that_was_ended_before_it_began_is_told(
+    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    (tmp_path / "run" / ".hydra" / "config.yaml").write_text("")  # killed while Hydra wrote it
+    finished = cli("resume", "run")
+    assert finished.status == 1
+    assert "trainer.resume_from_checkpoint=auto" in finished.err
+    assert cli(*tiny_run, "hydra.run.dir=run", AUTO).status == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "ok"
+
+
 def test_two_runs_never_share_a_folder(compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path) -> None:
     from loraplus_hydra.processes import alone_in
 

@@ -34,6 +34,9 @@ def resumed_config(config: DictConfig) -> DictConfig:
     if not stored.is_file():
         what = f"{folder} is no run's folder: there is no {paths.CONFIG} in it"
         raise ConfigErrors([Problem(KEY, what, "name the folder of a run that was stopped")])
+    if not stored.read_text(encoding="utf-8", errors="replace").strip():
+        fix = f"give its own command again, with hydra.run.dir={folder} trainer.resume_from_checkpoint=auto"
+        raise ConfigErrors([Problem(KEY, f"the run in {folder} was ended before it began: {stored} is empty", fix)])
     changes = {group: config[group] for group in RUN_GROUPS if config[group]}
     if stored != asked and "loraplus" in changes:
         what = f"{asked} is missing, and in {stored} the rules hold numbers that loraplus.ratio no longer reaches"
