@@ -35,6 +35,9 @@ ENDINGS = ("seconds", "eval_runtime", "eval_samples_per_second", "eval_steps_per
 def nobody_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No key of the user's, none of the user's settings, and no way to ask."""
     monkeypatch.chdir(tmp_path)
+    from hydra.core.hydra_config import HydraConfig
+
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # an earlier test's command line may have left its own
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_BASE_URL", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
