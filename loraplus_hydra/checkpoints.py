@@ -84,6 +84,11 @@ def in_order(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def sealed(folder: Path) -> list[Path]:
+    """Those of them that were finished, by step; whether they are still whole isn't looked at."""
+    return [path for path in in_order(folder) if (path / MANIFEST).is_file()]
+
+
 def step_of(folder: Path) -> int:
     """The optimizer step that a checkpoint's folder is named after."""
     matched = _FOLDER.fullmatch(folder.name)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra import paths, processes, screen
 from loraplus_hydra.check import check
-from loraplus_hydra.checkpoints import in_order
+from loraplus_hydra.checkpoints import sealed
 from loraplus_hydra.limits import explained
 from loraplus_hydra.quiet import quiet_libraries, quiet_loading
 from loraplus_hydra.results import FAILED, INTERRUPTED, OK, Result, read_result, run_hash, versions
@@ -57,7 +57,8 @@ def run(config: DictConfig, folder: str | Path | None = None) -> Result:
 
 def _run(config: DictConfig, folder: Path, result: Result, point: ResumePoint | None, tracking: Tracking) -> None:
     screen.say("1/6 Checking the config")
-    check(config)
+    if point is None:  # else it was checked before the folder was looked at
+        check(config)
     quiet_loading()
     _describe(config, folder, result, point)
     tracking.start(config, folder, resumed_at=None if point is None else point.step)
@@ -152,7 +153,7 @@ def _write(result: Result, folder: Path) -> None:
 
 
 def _say_how_to_go_on(folder: Path) -> None:
-    checkpoints = in_order(folder / paths.CHECKPOINTS)
+    checkpoints = sealed(folder / paths.CHECKPOINTS)
     if checkpoints and processes.is_main():
         screen.say(f"The last checkpoint is {checkpoints[-1].name}; to go on: python -m loraplus_hydra resume {folder}")
 
@@ -169,15 +170,12 @@ def _describe(config: DictConfig, folder: Path, result: Result, point: ResumePoi
     if point is not None:
         from loraplus_hydra.resume_point import prepare
 
-        at = f"going on from step {point.checkpoint.step}" if point.checkpoint else "no checkpoint counts: from step 0"
+        at = f"going on from step {point.step}" if point.checkpoint else "no checkpoint counts: from step 0"
         screen.say(f"    Resuming: {at}")
         for change in point.changed:
             screen.say(f"    Changed since: {change}")
         previous = read_result(folder)
-        result.resumed_at = [
-            *(previous.resumed_at if previous else ()),
-            point.checkpoint.step if point.checkpoint else 0,
-        ]
+        result.resumed_at = [*(previous.resumed_at if previous else ()), point.step]
         prepare(point, folder)
     paths.write_text(folder / paths.CONFIG, OmegaConf.to_yaml(config, resolve=True))
     screen.show_config(OmegaConf.to_container(config, resolve=True))

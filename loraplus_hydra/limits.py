@@ -100,16 +100,12 @@ def _memory_advice(config: DictConfig, error: BaseException) -> str:
 
 
 def _estimate(config: DictConfig) -> str:
-    from loraplus_hydra.assemble import loraplus_settings
-    from loraplus_hydra.check.dry_run import adapted_meta_model
+    from loraplus_hydra.check.dry_run import placed_on_meta
     from loraplus_hydra.memory import estimate
-    from loraplus_hydra.overview import place
-    from loraplus_hydra.roles import tensor_records
 
     quantization: Any = OmegaConf.to_container(config.quantization, resolve=True)
     try:
-        model = adapted_meta_model(config)
-        memory = estimate(model, place(tensor_records(model), loraplus_settings(config)), quantization)
+        memory = estimate(*placed_on_meta(config), quantization)
     except (MemoryError, RuntimeError, UserError):  # there may be no memory left to count with
         return "what `inspect` says"
     return f"{memory.total / 2**20:,.0f} MiB, as `inspect` counts it ({memory.weights / 2**20:,.0f} of them the base)"

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra import checkpoints, paths, screen
 from loraplus_hydra.checkpoints import Checkpoint
-from loraplus_hydra.errors import ConfigErrors, Problem, UserError
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
 
 KEY = "trainer.resume_from_checkpoint"
 AUTO = "auto"
@@ -113,21 +113,18 @@ def _set_aside(place: Path) -> None:
 
 def _refuse_unfit(config: DictConfig, checkpoint: Checkpoint) -> None:
     from loraplus_hydra.assemble import loraplus_settings
-    from loraplus_hydra.check.dry_run import adapted_meta_model
-    from loraplus_hydra.overview import place
+    from loraplus_hydra.check.dry_run import placed_on_meta
     from loraplus_hydra.resuming import full_name, refuse_other_groups
-    from loraplus_hydra.roles import tensor_records
 
     steps = config.trainer.get("max_steps", -1)
     if 0 < steps < checkpoint.step:
         what = f"the checkpoint is of step {checkpoint.step}, beyond trainer.max_steps={steps}"
         raise ConfigErrors([Problem("trainer.max_steps", what, "give more steps, or an earlier checkpoint")])
-    settings = loraplus_settings(config)
     groups: dict[str, list[str]] = {}
-    for one in place(tensor_records(adapted_meta_model(config)), settings):
+    for one in placed_on_meta(config)[1]:
         groups.setdefault(one.group.name, []).append(one.record.name)
     try:
-        refuse_other_groups(checkpoint.state, full_name(settings.optimizer_class), groups)
+        refuse_other_groups(checkpoint.state, full_name(loraplus_settings(config).optimizer_class), groups)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{checkpoint.folder / checkpoints.STATE} can't be read: {error}") from None
 
@@ -136,13 +133,16 @@ def _changes(stored: Path, config: DictConfig) -> list[str]:
     """Leaf keys whose value differs between the stored config and this one, in words."""
     if not stored.is_file():
         return []
-    then = _leaves(OmegaConf.to_container(OmegaConf.load(stored)))
+    try:
+        then = _leaves(OmegaConf.to_container(OmegaConf.load(stored)))
+    except Exception as error:  # YAML's errors have no base that omegaconf lets us name
+        raise UserError(f"{stored} can't be read: {first_line(error)}") from None
     now = _leaves(OmegaConf.to_container(config, resolve=True))
     keys = [key for key in [*now, *(key for key in then if key not in now)] if key != KEY]
     told = {key: (then.get(key, "not set"), now.get(key, "not set")) for key in keys}
     changed = {key: values for key, values in told.items() if values[0] != values[1]}
     # A rule's ratio follows loraplus.ratio, and is told with it.
-    others = [values for key, values in changed.items() if not key.startswith(_RULES)]
+    others = [values for key, values in changed.items() if key.startswith("loraplus.") and not key.startswith(_RULES)]
     return [
         f"{key}: {old} -> {new}"
         for key, (old, new) in changed.items()

@@ -50,14 +50,14 @@ class ResumableMixin:
 
         The Trainer itself would take one step more: it looks for the end behind a step.
         """
-        if checkpoint is None or json.loads((Path(checkpoint) / STATE).read_text())["step"] < self._planned_steps():
+        if checkpoint is None or (stored := _stored(checkpoint))["step"] < self._planned_steps():
             with quiet_about_steps():
                 return self.train(resume_from_checkpoint=checkpoint)  # type: ignore[attr-defined]
         self._load_from_checkpoint(checkpoint)  # type: ignore[attr-defined]
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()  # type: ignore[attr-defined]
-        window = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))["window"]
+        window = stored["window"]
         total = window["total"] + sum(window["losses"]) / len(window["losses"])
         return TrainOutput(self.state.global_step, total / self.state.global_step, {"train_runtime": 0.0})
 
@@ -104,7 +104,7 @@ class ResumableMixin:
         """As the Trainer's, and then every group has the settings of this run's config, not those of the checkpoint."""
         if checkpoint is None:
             return
-        stored = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
+        stored = _stored(checkpoint)
         groups = {group["name"]: _copied(group) for group in self.optimizer.param_groups}
         schedule = copy.deepcopy(self.lr_scheduler.state_dict())
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
@@ -162,7 +162,7 @@ class CheckpointKeeper(TrainerCallback):
             screen.say(f"    Changed from here on: {change}")
         # Steps that are given as a share of all are a share of this run's steps, not of the checkpoint's.
         state.compute_steps(args, state.max_steps)
-        window = json.loads((Path(args.resume_from_checkpoint) / STATE).read_text(encoding="utf-8"))["window"]
+        window = _stored(args.resume_from_checkpoint)["window"]
         losses = window["losses"]
         mine = losses[args.process_index] if len(losses) == args.world_size else sum(losses) / len(losses)
         self.trainer._tr_loss += mine
@@ -233,6 +233,12 @@ def refuse_other_groups(then: Mapping[str, Any], optimizer: str, groups: Mapping
             f"the checkpoint can't be gone on from: {'; '.join(said)}. Rates, weight decay and steps may change; the "
             "optimizer's class and the groups may not (adapter.path trains on an adapter with a new optimizer)"
         )
+
+
+def _stored(checkpoint: str) -> dict[str, Any]:
+    """What a checkpoint's run_state.json says."""
+    state: dict[str, Any] = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
+    return state
 
 
 def _copied(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def unreadable(folder: Path) -> list[str]:
     """Files of a run's folder, by the names they are known by, that can't be read."""
     from safetensors import safe_open
 
-    from loraplus_hydra.checkpoints import MANIFEST, defect
+    from loraplus_hydra.checkpoints import MANIFEST, defect, sealed
 
     broken = []
     for path in sorted(folder.rglob("*.json*")) + sorted(folder.rglob("*.yaml")):
@@ -111,8 +111,7 @@ def unreadable(folder: Path) -> list[str]:
                 broken.append(str(path))
         except ValueError as error:
             broken.append(f"{path}: {error}")
-    sealed = [place for place in folder.glob("checkpoints/checkpoint-*") if (place / MANIFEST).exists()]
-    broken += [f"{place}: {why}" for place in sealed if (why := defect(place))]
+    broken += [f"{place}: {why}" for place in sealed(folder / "checkpoints") if (why := defect(place))]
     for path in folder.glob("adapter/*.safetensors"):
         with safe_open(path, "np") as file:
             list(file.keys())

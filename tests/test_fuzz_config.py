@@ -156,13 +156,18 @@ def within(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def wrong_with(finished: Finished, folder: Path) -> str:
-    """What an outcome has that it may not have; empty for a right config or a listed error."""
-    told = finished.out + finished.err
+def unexpected(finished: Finished) -> str:
+    """What no outcome may have: another exit status, or a traceback."""
     if finished.status not in (0, 1):
         return f"exit status {finished.status}"
-    if "Traceback" in told or UNTOLD in told:
-        return f"an error that nobody expected: {finished.err[-800:]}"
+    told = finished.out + finished.err
+    return f"an error that nobody expected: {finished.err[-800:]}" if "Traceback" in told or UNTOLD in told else ""
+
+
+def wrong_with(finished: Finished, folder: Path) -> str:
+    """What an outcome has that it may not have; empty for a right config or a listed error."""
+    if wrong := unexpected(finished):
+        return wrong
     if finished.status == 1 and not ("to put right" in finished.err or "Error: " in finished.err):
         return f"an error that isn't told: {finished.err[-800:]}"
     if left := sorted(path.name for path in folder.iterdir()):
@@ -233,11 +238,8 @@ def test_thousands_of_overrides_are_a_right_config_or_a_listed_error(
 
 def wrong_with_run(finished: Finished, folder: Path) -> str:
     """What the outcome of a run has that it may not have: it ends well, or as a listed error that is recorded."""
-    told = finished.out + finished.err
-    if finished.status not in (0, 1):
-        return f"exit status {finished.status}"
-    if "Traceback" in told or UNTOLD in told:
-        return f"an error that nobody expected: {finished.err[-800:]}"
+    if wrong := unexpected(finished):
+        return wrong
     runs = [path for path in folder.rglob(RESULT) if HYDRA not in path.parts]
     statuses = [json.loads(path.read_text(encoding="utf-8"))["status"] for path in runs]
     if statuses != ([OK] if finished.status == 0 else [FAILED] * len(statuses)):

@@ -80,7 +80,7 @@ def test_memory_is_within_five_percent_of_a_real_run(
 ) -> None:
     from loraplus_hydra.adapter import add_adapter
     from loraplus_hydra.assemble import loraplus_settings
-    from loraplus_hydra.commands.inspect import inspect
+    from loraplus_hydra.check.dry_run import placed_on_meta
     from loraplus_hydra.model import load_model
     from loraplus_hydra.optimizer import build_optimizer
 
@@ -91,7 +91,7 @@ def test_memory_is_within_five_percent_of_a_real_run(
         "adapter.r=64",
         "+adapter.modules_to_save=[lm_head]",
     )
-    meta, placed = inspect(config)
+    meta, placed = placed_on_meta(config)
     told = estimate(meta, placed)
 
     model = add_adapter(load_model(config.model, config.task.auto_class), config.adapter, config.task.task_type)
@@ -111,15 +111,14 @@ def test_memory_is_within_five_percent_of_a_real_run(
 
 
 def test_state_bits_are_those_of_the_optimizer(compose: Callable[..., Any], tiny_model: Path) -> None:
-    from loraplus_hydra.commands.inspect import inspect
 
     base = ["model=hub", f"model.path={tiny_model}", "adapter.r=128", "adapter.target_modules=[q_proj,embed_tokens]"]
-    _, placed = inspect(compose(*base, "optimizer=adamw8bit"))
+    _, placed = placed_on_meta(compose(*base, "optimizer=adamw8bit"))
     bits = {row.role: row.state_bits for row in rows(placed)}
     assert bits == {"lora_A": 8, "lora_B": 8, "lora_embedding_A": 32, "lora_embedding_B": 32}
-    _, placed = inspect(compose(*base, "optimizer=adamw"))
+    _, placed = placed_on_meta(compose(*base, "optimizer=adamw"))
     assert {row.state_bits for row in rows(placed)} == {32}
-    _, placed = inspect(compose(*base, "optimizer=sgd"))
+    _, placed = placed_on_meta(compose(*base, "optimizer=sgd"))
     assert {row.state_bits for row in rows(placed)} <= {0, 32}
 
 
@@ -137,11 +136,11 @@ STARTS = {
 def test_start_and_advice_are_those_of_the_run(adapter: str, compose: Callable[..., Any], tiny_model: Path) -> None:
     """Without weights the start is known from the config, and with them it is what the values are."""
     from loraplus_hydra.adapter import add_adapter
-    from loraplus_hydra.commands.inspect import inspect
+    from loraplus_hydra.check.dry_run import placed_on_meta
     from loraplus_hydra.model import load_model
 
     config = compose("model=hub", f"model.path={tiny_model}", f"adapter={adapter}")
-    records = [one.record for one in inspect(config)[1]]
+    records = [one.record for one in placed_on_meta(config)[1]]
     model = add_adapter(load_model(config.model, config.task.auto_class), config.adapter, config.task.task_type)
     values = dict(model.named_parameters())
     assert {r.name: r.starts_at_zero for r in records} == {
@@ -165,7 +164,7 @@ def test_an_adapter_that_goes_on_gets_no_advice_on_its_start(
 ) -> None:
     """Its config still tells the start that it had when it was new."""
     from loraplus_hydra.adapter import add_adapter
-    from loraplus_hydra.commands.inspect import inspect
+    from loraplus_hydra.check.dry_run import placed_on_meta
     from loraplus_hydra.model import load_model
 
     config = compose("model=hub", f"model.path={tiny_model}")
@@ -173,7 +172,7 @@ def test_an_adapter_that_goes_on_gets_no_advice_on_its_start(
     new.save_pretrained(tmp_path)
     config = compose("model=hub", f"model.path={tiny_model}", "adapter=existing", f"adapter.path={tmp_path}")
     on = add_adapter(load_model(config.model, config.task.auto_class), config.adapter, config.task.task_type)
-    for records in ([one.record for one in inspect(config)[1]], tensor_records(on)):
+    for records in ([one.record for one in placed_on_meta(config)[1]], tensor_records(on)):
         assert {record.role for record in records} == {"lora_A", "lora_B"}
         assert ratio_advice(records, 16, 10**8) == []
 

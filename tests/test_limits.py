@@ -23,22 +23,22 @@ AUTO = "trainer.resume_from_checkpoint=auto"
 
 
 @pytest.fixture
-def spoiled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """From step `at` on, do `what` to the model before the batch is seen."""
+def spoiled() -> Iterator[Callable[..., Any]]:
+    """From step `at` on, do `what` to the model before the batch is seen, until the patch is undone."""
+    with pytest.MonkeyPatch.context() as patch:
 
-    def spoil(at: int, what: Callable[[Any], None]) -> Any:
-        original = LoraPlusMixin.training_step
-        patch = pytest.MonkeyPatch()
+        def spoil(at: int, what: Callable[[Any], None]) -> pytest.MonkeyPatch:
+            original = LoraPlusMixin.training_step
 
-        def step(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.state.global_step == at - 1:
-                what(model)
-            return original(self, model, *args, **kwargs)
+            def step(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+                if self.state.global_step == at - 1:
+                    what(model)
+                return original(self, model, *args, **kwargs)
 
-        patch.setattr(LoraPlusMixin, "training_step", step)
-        return patch
+            patch.setattr(LoraPlusMixin, "training_step", step)
+            return patch
 
-    return spoil
+        yield spoil
 
 
 def test_gradient_that_is_not_finite_stops_before_its_step(

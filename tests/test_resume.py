@@ -134,7 +134,7 @@ def test_stopped_run_goes_on_to_the_bits_of_the_unbroken_one(
 
 
 def test_resume_takes_the_new_configs_rates_and_says_so(
-    stopped: Callable[..., None], cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
 ) -> None:
     overrides = [*tiny_run, *SHORT, "trainer.logging_steps=1", "loraplus.ratio=16", "scheduler=constant"]
     assert cli(*overrides, "hydra.run.dir=run", "trainer.max_steps=4").status == 0

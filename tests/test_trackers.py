@@ -426,7 +426,7 @@ def test_nothing_of_a_tracker_is_imported_for_a_run_without_one() -> None:
 def test_places_of_mlflow_s_stores() -> None:
     here = Path("/home/me")
     assert located("sqlite:///outputs/a.db", here) == ("sqlite:////home/me/outputs/a.db", here / "outputs" / "a.db")
-    assert located("sqlite:////tmp/a.db", here) == ("sqlite:////tmp/a.db", Path("/tmp/a.db"))
+    assert located("sqlite:////elsewhere/a.db", here) == ("sqlite:////elsewhere/a.db", Path("/elsewhere/a.db"))
     assert located("mlruns", here) == ("file:///home/me/mlruns", here / "mlruns")
     assert located("http://localhost:5000", here) == ("http://localhost:5000", None)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
+
+if TYPE_CHECKING:
+    from loraplus_hydra.overview import Placed
 
 
 def data_problems(config: DictConfig) -> list[Problem]:
@@ -58,6 +61,16 @@ def model_problems(config: DictConfig) -> list[Problem]:
     except Exception as error:  # the optimizer's class, of settings that contradict each other
         return [Problem("optimizer", first_line(error))]
     return []
+
+
+def placed_on_meta(config: DictConfig) -> tuple[Any, list[Placed]]:
+    """The adapted model on the meta device, and its trained tensors, each with its rule and group."""
+    from loraplus_hydra.assemble import loraplus_settings
+    from loraplus_hydra.overview import place
+    from loraplus_hydra.roles import tensor_records
+
+    model = adapted_meta_model(config)
+    return model, place(tensor_records(model), loraplus_settings(config))
 
 
 def adapted_meta_model(config: DictConfig, model_arguments: dict[str, Any] | None = None) -> Any:

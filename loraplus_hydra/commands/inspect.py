@@ -11,13 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra import screen
 from loraplus_hydra.check import check_without_data
+from loraplus_hydra.check.dry_run import placed_on_meta
 from loraplus_hydra.overview import Placed, largest_ratio, rows
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
     """Print the table of a config's tensors; `--tensors` lists each one with its reason, `--json` is for machines."""
     check_without_data(config)
-    model, placed = inspect(config)
+    model, placed = placed_on_meta(config)
     from loraplus_hydra.advice import ratio_advice
     from loraplus_hydra.measure import count_parameters
     from loraplus_hydra.memory import estimate
@@ -34,17 +35,6 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     screen.show_memory(memory, trained, total)
     for sentence in advice:
         print(f"Note: {sentence}")
-
-
-def inspect(config: DictConfig) -> tuple[Any, list[Placed]]:
-    """The adapted model on the meta device, and its trained tensors, each with its rule and group."""
-    from loraplus_hydra.assemble import loraplus_settings
-    from loraplus_hydra.check.dry_run import adapted_meta_model
-    from loraplus_hydra.overview import place
-    from loraplus_hydra.roles import tensor_records
-
-    model = adapted_meta_model(config)
-    return model, place(tensor_records(model), loraplus_settings(config))
 
 
 def quantization_of(config: DictConfig) -> dict[str, Any]:
