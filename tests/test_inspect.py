@@ -111,6 +111,7 @@ def test_memory_is_within_five_percent_of_a_real_run(
 
 
 def test_state_bits_are_those_of_the_optimizer(compose: Callable[..., Any], tiny_model: Path) -> None:
+    from loraplus_hydra.check.dry_run import placed_on_meta
 
     base = ["model=hub", f"model.path={tiny_model}", "adapter.r=128", "adapter.target_modules=[q_proj,embed_tokens]"]
     _, placed = placed_on_meta(compose(*base, "optimizer=adamw8bit"))
