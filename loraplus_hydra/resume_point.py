@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra import checkpoints, paths, screen
 from loraplus_hydra.checkpoints import Checkpoint
+from loraplus_hydra.dotted import flat
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
 
 KEY = "trainer.resume_from_checkpoint"
@@ -134,10 +134,10 @@ def _changes(stored: Path, config: DictConfig) -> list[str]:
     if not stored.is_file():
         return []
     try:
-        then = _leaves(OmegaConf.to_container(OmegaConf.load(stored)))
+        then = _plain(OmegaConf.load(stored))
     except Exception as error:  # YAML's errors have no base that omegaconf lets us name
         raise UserError(f"{stored} can't be read: {first_line(error)}") from None
-    now = _leaves(OmegaConf.to_container(config, resolve=True))
+    now = _plain(config)
     keys = [key for key in [*now, *(key for key in then if key not in now)] if key != KEY]
     told = {key: (then.get(key, "not set"), now.get(key, "not set")) for key in keys}
     changed = {key: values for key, values in told.items() if values[0] != values[1]}
@@ -150,11 +150,8 @@ def _changes(stored: Path, config: DictConfig) -> list[str]:
     ]
 
 
-def _leaves(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, Mapping) or not node:
-        return {prefix: node}
-    return {key: value for name, child in node.items() for key, value in _leaves(child, _joined(prefix, name)).items()}
-
-
-def _joined(prefix: str, name: Any) -> str:
-    return f"{prefix}.{name}" if prefix else str(name)
+def _plain(config: Any) -> dict[str, Any]:
+    plain = OmegaConf.to_container(config, resolve=True)
+    if not isinstance(plain, dict):
+        raise TypeError("it holds no mapping")
+    return flat(plain)

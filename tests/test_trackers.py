@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraplus_hydra.dotted import flat
 from loraplus_hydra.errors import ConfigErrors
 from loraplus_hydra.results import read_result
 from loraplus_hydra.trackers.mlflow import located
-from loraplus_hydra.trackers.tracker import TrackedRun, Tracker, flat
+from loraplus_hydra.trackers.tracker import TrackedRun, Tracker
 from loraplus_hydra.trackers.tracking import final_metrics
 from loraplus_hydra.training import LoraPlusMixin
 from tests import tracker_files

@@ -12,9 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+from loraplus_hydra.dotted import flat
 from loraplus_hydra.paths import write_text
 from loraplus_hydra.results import FAILED, INTERRUPTED
-from loraplus_hydra.trackers.tracker import TrackedRun, Tracker, flat, remembered
+from loraplus_hydra.trackers.tracker import TrackedRun, Tracker, remembered
 
 ID = "mlflow_run_id"  # in the run's folder: a resumed run goes on under it
 _SQLITE = "sqlite:///"
@@ -160,4 +161,4 @@ def _name(name: str) -> str:
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, str]:
-    return {_name(key): str(value)[:_LONGEST] for key, value in flat(config, ".").items()}
+    return {_name(key): str(value)[:_LONGEST] for key, value in flat(config).items()}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from loraplus_hydra.dotted import flat
 from loraplus_hydra.results import FAILED, OK
-from loraplus_hydra.trackers.tracker import TrackedRun, Tracker, flat
+from loraplus_hydra.trackers.tracker import TrackedRun, Tracker
 
 
 class TensorBoard(Tracker):
@@ -28,7 +29,7 @@ class TensorBoard(Tracker):
         beginning = 0 if not run.resumed_at else run.resumed_at + 1
         self._step = run.resumed_at or 0
         self._writer = SummaryWriter(str(run.folder / self.folder), purge_step=beginning)
-        settings = {key: _simple(value) for key, value in flat(run.config, ".").items()}
+        settings = {key: _simple(value) for key, value in flat(run.config).items()}
         metric = run.config.get("task", {}).get("metric", "eval_loss")
         for summary in hparams(settings, {f"final/{metric}": 0.0})[:2]:  # the third tells of an end that is yet to come
             self._add(summary)

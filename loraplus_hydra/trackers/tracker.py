@@ -57,17 +57,6 @@ class Tracker(ABC):
         """
 
 
-def flat(nested: Mapping[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
-    """{"lr": {"groupA": 0.1}} -> {"lr/groupA": 0.1}; an empty mapping stays, as a value."""
-    found: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, separator, f"{prefix}{key}{separator}")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
-
-
 def remembered(file: Path) -> str | None:
     """A line of text that was kept in `file`; None when there is none."""
     try:

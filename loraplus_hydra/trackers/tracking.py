@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra import processes
 from loraplus_hydra.build import instantiate
+from loraplus_hydra.dotted import flat
 from loraplus_hydra.errors import first_line
-from loraplus_hydra.trackers.tracker import TrackedRun, flat
+from loraplus_hydra.trackers.tracker import TrackedRun
 
 if TYPE_CHECKING:
     from loraplus_hydra.results import Result
