@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra import processes
 from loraplus_hydra.commands import COMMANDS, RESUME, TRAIN
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
+from loraplus_hydra.flags import flags_and_overrides, refuse_wrong_flags
 from loraplus_hydra.limits import refuse_unwritable
 from loraplus_hydra.overrides import has_unknown_key, is_of_composing, override_problems, quoted
 from loraplus_hydra.paths import HYDRA, config_folder, refuse_used_folder
@@ -34,23 +36,6 @@ from loraplus_hydra.sweep.folders import register as register_interpolations
 if TYPE_CHECKING:
     from loraplus_hydra.sweep.plan import Sweep
 
-# Hydra's flags whose value is the next word.
-_FLAGS_WITH_VALUE = frozenset(
-    (
-        "--cfg",
-        "-c",
-        "--package",
-        "-p",
-        "--info",
-        "-i",
-        "--config-path",
-        "-cp",
-        "--config-name",
-        "-cn",
-        "--config-dir",
-        "-cd",
-    )
-)
 EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
 
 
@@ -171,6 +156,7 @@ def _run(name: str, arguments: list[str]) -> int:
     overrides = arguments
     try:
         overrides = _hydra_arguments(name, arguments)
+        refuse_wrong_flags(overrides, COMMANDS[name].flags)
         if name == RESUME and not any(override.startswith("run=") for override in overrides):
             raise ConfigErrors([Problem("run", "no run is named", "write its folder behind the command")])
         processes.refuse_sweep(arguments)
@@ -223,17 +209,9 @@ def _hydra_arguments(name: str, arguments: list[str]) -> list[str]:
     # Keys of a finished run's config, which the command's own YAML can't list.
     rest = [f"++{text}" if text.split(".")[0] in command.changes and "." in text else text for text in rest]
     rest = [argument for argument in rest if argument.removeprefix("--") not in command.flags]
-    place = _first_override(rest)  # argparse takes overrides in one row only
+    hydras, overrides = flags_and_overrides(rest)
     config = [f"--config-name={command.config}"] if command.config != "config" else []
-    return [*config, *rest[:place], *extra, *rest[place:]]
-
-
-def _first_override(arguments: list[str]) -> int:
-    """Where the overrides begin, or would if there are none."""
-    for place, argument in enumerate(arguments):
-        if not argument.startswith("-") and (place == 0 or arguments[place - 1] not in _FLAGS_WITH_VALUE):
-            return place
-    return len(arguments)
+    return [*config, *extra, *overrides, *hydras]
 
 
 def _verbatim(argument: str, keys: tuple[str, ...]) -> str:
@@ -248,8 +226,9 @@ def _as_told(error: Exception, command: str, arguments: list[str]) -> Exception:
     """`error` as the user should read it: a config that doesn't compose becomes the list of what is wrong with it."""
     if isinstance(error, UserError) or not is_of_composing(error):
         return error
-    problems = override_problems(arguments, COMMANDS[command].config, error)
-    return ConfigErrors(problems) if problems else error
+    if problems := override_problems(arguments, COMMANDS[command].config, error):
+        return ConfigErrors(problems)
+    return UserError(str(error)) if isinstance(error, HydraException) else error  # of the flags, or of the user's YAML
 
 
 def _print_error(error: Exception) -> None:

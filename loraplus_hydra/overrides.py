@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from loraplus_hydra.commands import COMMANDS
 from loraplus_hydra.errors import Problem, nearest
+from loraplus_hydra.flags import flags_and_overrides
 from loraplus_hydra.paths import config_folder
 from loraplus_hydra.schema import OPEN_GROUPS, RunConfig
 from loraplus_hydra.sweep.plugins import missing_plugin
@@ -35,7 +36,7 @@ def has_unknown_key(arguments: list[str]) -> bool:
     """
     if any(argument.startswith(("--config", "-c", "--shell", "-sc", "hydra.searchpath")) for argument in arguments):
         return False
-    words = (re.match(r"(\w+)[.=/@]", argument) for argument in arguments)
+    words = (re.match(r"(\w+)[.=/@]", text) for text in flags_and_overrides(arguments)[1])
     return any(word is not None and word[1] not in (*ROOT_KEYS, "hydra") for word in words)
 
 

@@ -2,7 +2,8 @@
 
 As a script, `python -m tests.forking FOLDER HOW OVERRIDES...` trains a run that nothing breaks, then others that are
 broken and resumed, and prints a JSON line for each: what was seen, and in what it differs in the end. HOW is a number
-of runs to kill with SIGKILL at random moments, every second one while it writes a checkpoint; or `signals`.
+of runs to kill with SIGKILL at random moments, every second one while it writes a checkpoint, and every third once more
+while it is resumed; or `signals`.
 """
 
 from __future__ import annotations
@@ -71,14 +72,28 @@ def unfinished_checkpoint(folder: Path) -> bool:
     return any(not (place / "manifest.json").exists() for place in (folder / "checkpoints").glob("checkpoint-*"))
 
 
-def kill_when(child: int, condition: Callable[[], bool], number: int = signal.SIGKILL) -> bool:
-    """Send a signal to a child once `condition` holds; whether it was still there."""
+def there_when(child: int, condition: Callable[[], bool]) -> bool:
+    """Wait until `condition` holds; whether the child is still there then."""
     while not condition():
         if ended(child):
             return False
         time.sleep(0.0005)
-    os.kill(child, number)
-    return True
+    return not ended(child)
+
+
+def killed_when(child: int, condition: Callable[[], bool]) -> bool:
+    """Kill a child once `condition` holds, and wait for its end; whether it was still there."""
+    there = there_when(child, condition)
+    if there:
+        os.kill(child, signal.SIGKILL)
+        wait(child)
+    return there
+
+
+def killed_within(child: int, seconds: float, chance: random.Random) -> bool:
+    """Kill a child at some moment of its time; whether it was still there."""
+    moment = time.perf_counter() + chance.uniform(0.1, 1.0) * seconds
+    return killed_when(child, lambda: time.perf_counter() > moment)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -135,20 +150,27 @@ def differences(folder: Path, reference: Path) -> list[str]:
     return found
 
 
-def kill_in_save(child: int, folder: Path, chance: random.Random) -> bool:
+def killed_in_save(child: int, folder: Path, chance: random.Random) -> bool:
     """Kill a child at some moment of one of its saves; whether it was still there."""
     for save in range(chance.randint(1, 4)):
-        if save and not kill_when(child, lambda: not unfinished_checkpoint(folder), 0):
+        if save and not there_when(child, lambda: not unfinished_checkpoint(folder)):
             return False
-        if not kill_when(child, lambda: unfinished_checkpoint(folder), 0):
+        if not there_when(child, lambda: unfinished_checkpoint(folder)):
             return False
     while True:
         time.sleep(chance.uniform(0, 0.004))
         if unfinished_checkpoint(folder):
-            os.kill(child, signal.SIGKILL)
-            return True
-        if not kill_when(child, lambda: unfinished_checkpoint(folder), 0):  # that save is over: the next one
+            return killed_when(child, lambda: True)
+        if not there_when(child, lambda: unfinished_checkpoint(folder)):  # that save is over: the next one
             return False
+
+
+def again(place: Path, overrides: list[str]) -> list[str]:
+    """The command that goes on with a killed run."""
+    if (place / "config.yaml").is_file():
+        return ["resume", str(place)]
+    # It was killed before or while Hydra wrote its own files: there is nothing to resume.
+    return [*overrides, f"hydra.run.dir={place}", "trainer.resume_from_checkpoint=auto"]
 
 
 def killed_and_resumed(
@@ -157,18 +179,14 @@ def killed_and_resumed(
     """One trial: a run that is killed and resumed, and what was seen of it."""
     place, log = folder / f"trial{trial}", folder / "log"
     child = start([*overrides, f"hydra.run.dir={place}"], log)
-    if trial % 2:
-        killed = kill_in_save(child, place, chance)
-    else:
-        moment = time.perf_counter() + chance.uniform(0.1, 1.0) * duration
-        killed = kill_when(child, lambda: time.perf_counter() > moment)
-    if killed:
-        wait(child)
+    killed = killed_in_save(child, place, chance) if trial % 2 else killed_within(child, duration, chance)
     seen = {"killed": killed, "in_save": killed and unfinished_checkpoint(place), "broken": unreadable(place)}
-    begun = (place / "config.yaml").is_file()  # else it was killed before or while Hydra wrote its own files
-    anew = [*overrides, f"hydra.run.dir={place}", "trainer.resume_from_checkpoint=auto"]
-    again = ["resume", str(place)] if begun else anew
-    return seen | {"status": wait(start(again, log)), "differences": differences(place, folder / "unbroken")}
+    if trial % 3 == 2:
+        child = start(again(place, overrides), log)
+        seen["killed_again"] = killed_within(child, duration, chance)
+        seen["broken"] += unreadable(place)
+    status = wait(start(again(place, overrides), log))
+    return seen | {"status": status, "differences": differences(place, folder / "unbroken")}
 
 
 def stopped_and_resumed(folder: Path, overrides: list[str], number: signal.Signals) -> dict[str, Any]:
@@ -176,13 +194,15 @@ def stopped_and_resumed(folder: Path, overrides: list[str], number: signal.Signa
     place, log = folder / number.name, folder / "log"
     metrics = place / "metrics.jsonl"
     child = start([*overrides, f"hydra.run.dir={place}"], log)
-    killed = kill_when(child, lambda: metrics.is_file() and metrics.read_text().count("\n") > 3, number)
-    status = wait(child) if killed else None
+    status = None
+    if there_when(child, lambda: metrics.is_file() and metrics.read_text().count("\n") > 3):
+        os.kill(child, number)
+        status = wait(child)
     result = json.loads((place / "result.json").read_text())
     checkpoints = sorted(int(path.parent.name.rpartition("-")[2]) for path in place.glob("checkpoints/*/manifest.json"))
     seen = {"stopped_with": status, "said": result["status"], "steps": result["steps"], "newest": checkpoints[-1]}
-    again = wait(start(["resume", str(place)], log))
-    return seen | {"status": again, "differences": differences(place, folder / "unbroken")}
+    status = wait(start(["resume", str(place)], log))
+    return seen | {"status": status, "differences": differences(place, folder / "unbroken")}
 
 
 def main() -> None:

@@ -120,6 +120,42 @@ def test_traceback_is_shown_on_request(
         main()
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--cfgg", "job"], "--cfgg: there is no such flag (did you mean '--cfg'?)"),
+        (["inspect", "--tensor"], "--tensor: there is no such flag (did you mean '--tensors'?)"),
+        (["--cfg", "jobs"], "--cfg/-c: invalid choice: 'jobs'"),
+        (["seed=1", "--config-dir"], "--config-dir/-cd: expected one argument"),
+        (["-x", "--json", "seed=1"], "-x: there is no such flag"),
+        (["--config-dir", "nowhere"], "--config-dir: there is no folder 'nowhere'"),
+        (["--experimental-rerun", "config.pickle"], "reads a pickle"),
+        (["-sc", "install=csh"], "--shell-completion: what shall it do?"),
+        (["--package", "a..b", "--cfg", "job", "seeed=1"], "seeed: there is no such key"),
+    ],
+)
+def test_wrong_flag_is_a_listed_error(words: list[str], said: str, cli: Callable[..., Finished]) -> None:
+    finished = cli(*words)
+    assert finished.status == 1
+    assert "to put right" in finished.err
+    assert said in finished.err
+
+
+@pytest.mark.parametrize("flag", ["--config-name", "--config-path"])
+def test_config_that_is_not_there_is_told(flag: str, cli: Callable[..., Finished]) -> None:
+    finished = cli(flag, "nowhere")
+    assert finished.status == 1
+    assert finished.err.startswith("Error: ")
+    assert "nowhere" in finished.err
+    assert "HYDRA_FULL_ERROR" not in finished.err
+
+
+def test_flags_may_stand_between_overrides(cli: Callable[..., Finished]) -> None:
+    finished = cli("check", "seed=5", "--cfg", "job", "loraplus.ratio=3", "--package", "loraplus", "optimizer.lr=1e-3")
+    assert finished.status == 0
+    assert "ratio: 3" in finished.out
+
+
 def test_help_lists_every_command() -> None:
     from loraplus_hydra.commands import COMMANDS, TRAIN
 

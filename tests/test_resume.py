@@ -51,6 +51,7 @@ def check_killed(seen: list[dict[str, Any]], kills: int) -> None:
         assert trial["differences"] == [], trial
     assert sum(trial["killed"] for trial in seen) >= kills * 3 // 4
     assert sum(trial["in_save"] for trial in seen) >= kills / 3
+    assert sum(trial.get("killed_again", False) for trial in seen) >= kills // 10
 
 
 def test_killed_runs_go_on_to_the_bits_of_the_unbroken_one(tiny_run: list[str], tmp_path: Path) -> None:
