@@ -66,13 +66,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise ValueError(f"its {STATE} can't be read: {error}") from None
 
 
-def newest_whole(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint in `folder` (a run's checkpoints/) that counts; newer ones are passed over and named."""
+def newest_whole(folder: Path, *, tell: bool = True) -> Checkpoint | None:
+    """The newest checkpoint in `folder` (a run's checkpoints/) that counts; `tell` names newer ones, passed over."""
     for place in sorted(in_order(folder), key=step_of, reverse=True):
         try:
             return open_checkpoint(place)
         except ValueError as why:
-            log.warning("    Passed over %s: %s", place, why)
+            if tell:
+                log.warning("    Passed over %s: %s", place, why)
     return None
 
 

@@ -29,8 +29,8 @@ from loraplus_hydra.limits import refuse_unwritable
 from loraplus_hydra.overrides import has_unknown_key, is_of_composing, override_problems, quoted
 from loraplus_hydra.paths import HYDRA, config_folder, refuse_used_folder
 from loraplus_hydra.quiet import quiet_libraries
-from loraplus_hydra.schema import register
-from loraplus_hydra.sweep.folders import is_sweep, run_of
+from loraplus_hydra.schema import register, run_of
+from loraplus_hydra.sweep.folders import is_sweep
 from loraplus_hydra.sweep.folders import register as register_interpolations
 
 if TYPE_CHECKING:
@@ -72,11 +72,16 @@ class BeforeRun(Callback):
 
     def _do(self, config: DictConfig) -> None:
         folder = Path(config.hydra.run.dir)
-        if self.command == TRAIN and processes.is_main() and not _goes_on(config, folder):
-            refuse_used_folder(folder, key="hydra.run.dir")
+        if self.command == TRAIN and processes.is_main():
+            if not _goes_on(config, folder):
+                refuse_used_folder(folder, key="hydra.run.dir")
             refuse_unwritable(folder, key="hydra.run.dir")
         quiet_libraries()
         importlib.import_module(f"loraplus_hydra.commands.{self.command}").main(run_of(config), self.flags)
+        if self.command == TRAIN and _goes_on(config, folder):
+            from loraplus_hydra.resume_point import refuse_unfit
+
+            refuse_unfit(run_of(config), folder)
         if self.command not in (TRAIN, RESUME):
             raise SystemExit(0)
 
@@ -89,7 +94,7 @@ def _goes_on(config: DictConfig, folder: Path) -> bool:
 
 @contextmanager
 def _ending_the_program() -> Iterator[None]:
-    """Hydra turns a callback's exceptions into warnings; only SystemExit and its like get through."""
+    """Tell an exception and end: Hydra turns a callback's into warnings; only SystemExit and its like get through."""
     try:
         yield
     except UserError as error:
@@ -114,11 +119,12 @@ def train(config: DictConfig) -> float | None:
         return run_job(config)
     from loraplus_hydra.job import run
 
-    if "run" in config:  # `resume` names a run
-        from loraplus_hydra.commands.resume import resumed_config
+    with _ending_the_program():  # Hydra would put a line of its own ahead of the error
+        if "run" in config:  # `resume` names a run
+            from loraplus_hydra.commands.resume import resumed_config
 
-        config = resumed_config(config)
-    return run(config).value
+            config = resumed_config(config)
+        return run(config).value
 
 
 register_interpolations()

@@ -18,7 +18,8 @@ from loraplus_hydra.checkpoints import sealed
 from loraplus_hydra.limits import explained
 from loraplus_hydra.quiet import quiet_libraries, quiet_loading
 from loraplus_hydra.results import FAILED, INTERRUPTED, OK, Result, read_result, run_hash, versions
-from loraplus_hydra.sweep.folders import run_of
+from loraplus_hydra.resume_point import ResumePoint, asked, find, finished, prepare, told_as_finished
+from loraplus_hydra.schema import run_of
 from loraplus_hydra.trackers.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from loraplus_hydra.examples import Examples
-    from loraplus_hydra.resume_point import ResumePoint
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,8 @@ def run(config: DictConfig, folder: str | Path | None = None) -> Result:
     folder = processes.agree_on(Path(folder) if folder is not None else _hydra_folder())
     folder.mkdir(parents=True, exist_ok=True)
     with processes.alone_in(folder):
-        if (done := _finished(config, folder)) is not None:
+        if (done := finished(config, folder)) is not None:
+            screen.say(told_as_finished(folder, done))
             return done
         point = _resume_point(config, folder)
         tracking = Tracking()
@@ -89,23 +90,8 @@ def _run(config: DictConfig, folder: Path, result: Result, point: ResumePoint | 
         _save(folder, model, tokenizer)
 
 
-def _finished(config: DictConfig, folder: Path) -> Result | None:
-    """The result of a run that has finished with this very config, when it is asked to go on."""
-    from loraplus_hydra.resume_point import asked
-
-    if not asked(config):
-        return None
-    result = read_result(folder)
-    if result is None or result.status != OK or result.config_hash != run_hash(config):
-        return None
-    screen.say(f"The run in {folder} has finished: {result.steps} steps, {result.metric} {result.value}")
-    return result
-
-
 def _resume_point(config: DictConfig, folder: Path) -> ResumePoint | None:
     """What the run goes on from, found before anything in its folder is changed."""
-    from loraplus_hydra.resume_point import asked, find
-
     if not asked(config):
         return None
     check(config)
@@ -168,8 +154,6 @@ def _describe(config: DictConfig, folder: Path, result: Result, point: ResumePoi
     if not processes.is_main():
         return
     if point is not None:
-        from loraplus_hydra.resume_point import prepare
-
         at = f"going on from step {point.step}" if point.checkpoint else "no checkpoint counts: from step 0"
         screen.say(f"    Resuming: {at}")
         for change in point.changed:

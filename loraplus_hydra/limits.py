@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +29,11 @@ def refuse_unwritable(folder: Path, key: str) -> None:
         place = place.parent
     if not place.is_dir():
         raise ConfigErrors([Problem(key, f"{place} is a file, so there can be no {folder}", "name another folder")])
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigErrors([Problem(key, f"{place} can't be written into", "name a folder that can")])
+    try:  # asked of the file system itself: permissions say nothing of /proc, of a full quota, or to root
+        Path(tempfile.mkdtemp(prefix=".writable-", dir=place)).rmdir()
+    except OSError as error:
+        what = f"{place} can't be written into: {error.strerror}"
+        raise ConfigErrors([Problem(key, what, "name a folder that can")]) from None
 
 
 @contextmanager

@@ -9,10 +9,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from loraplus_hydra import checkpoints, paths, screen
+from loraplus_hydra import checkpoints, paths, processes, screen
 from loraplus_hydra.checkpoints import Checkpoint
 from loraplus_hydra.dotted import flat
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
+from loraplus_hydra.results import OK, Result, read_result, run_hash
 
 KEY = "trainer.resume_from_checkpoint"
 AUTO = "auto"
@@ -60,21 +61,49 @@ def checkpoint_problems(config: DictConfig) -> list[Problem]:
     return []
 
 
-def find(config: DictConfig, folder: Path) -> ResumePoint | None:
+def finished(config: DictConfig, folder: Path) -> Result | None:
+    """The result of the run in `folder` that has finished with this very config, when it is asked to go on."""
+    if not asked(config):
+        return None
+    result = read_result(folder)
+    if result is None or result.status != OK or result.config_hash != run_hash(config):
+        return None
+    return result
+
+
+def told_as_finished(folder: Path, result: Result) -> str:
+    """What is said of a run that has finished."""
+    return f"The run in {folder} has finished: {result.steps} steps, {result.metric} {result.value}"
+
+
+def refuse_unfit(config: DictConfig, folder: Path) -> None:
+    """Raise UserError if the checked `config` can't go on in `folder`; end the program if nothing is left to do.
+
+    For the command line, before Hydra writes what is asked for into that folder.
+    """
+    if (result := finished(config, folder)) is not None:
+        if processes.is_main():
+            print(told_as_finished(folder, result))
+        raise SystemExit(0)
+    find(config, folder, tell=False)
+
+
+def find(config: DictConfig, folder: Path, *, tell: bool = True) -> ResumePoint | None:
     """What the checked `config` goes on from in `folder`; None when it doesn't ask to.
 
-    Nothing is touched. Raises UserError when the checkpoint can't be gone on from: other groups, or fewer steps.
+    Nothing is touched; `tell` says which checkpoints don't count. Raises UserError when the checkpoint can't be gone on
+    from: other groups, or fewer steps.
     """
     if not asked(config):
         return None
     named = config.trainer.resume_from_checkpoint
     changed = tuple(_changes(folder / paths.CONFIG, config))
     if named == AUTO:
-        checkpoint = checkpoints.newest_whole(folder / paths.CHECKPOINTS)
+        checkpoint = checkpoints.newest_whole(folder / paths.CHECKPOINTS, tell=tell)
     else:
         checkpoint = checkpoints.open_checkpoint(Path(str(named)).expanduser())
     if checkpoint is not None:
-        _refuse_unfit(config, checkpoint)
+        _refuse_other_training(config, checkpoint)
     return ResumePoint(checkpoint, changed)
 
 
@@ -111,7 +140,7 @@ def _set_aside(place: Path) -> None:
     screen.say(f"    Note: {place.name} is newer than where this goes on from; it is now {aside.name}")
 
 
-def _refuse_unfit(config: DictConfig, checkpoint: Checkpoint) -> None:
+def _refuse_other_training(config: DictConfig, checkpoint: Checkpoint) -> None:
     from loraplus_hydra.assemble import loraplus_settings
     from loraplus_hydra.check.dry_run import placed_on_meta
     from loraplus_hydra.resuming import full_name, refuse_other_groups

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from loraplus_hydra.command_schemas import COMMAND_SCHEMAS
 
@@ -153,6 +153,8 @@ RUN_GROUPS = (
     *("loraplus", "task", "data", "trainer", "logger"),
 )
 
+NOT_OF_A_RUN = ("hydra", "sweep")  # what the program's config holds besides the run's
+
 # The open groups and the keys of each that we read ourselves.
 OPEN_GROUPS: dict[str, type] = {
     "quantization": QuantizationConfig,
@@ -174,3 +176,8 @@ def register() -> None:
     store.store(name="sweep_schema", node=SweepConfig, provider="loraplus_hydra")
     for name, node in COMMAND_SCHEMAS.items():
         store.store(name=name, node=node, provider="loraplus_hydra")
+
+
+def run_of(root: DictConfig) -> DictConfig:
+    """The run's part of the program's config."""
+    return OmegaConf.masked_copy(root, [str(key) for key in root if key not in NOT_OF_A_RUN])

@@ -111,8 +111,7 @@ def compose() -> Callable[..., Any]:
     from hydra.core.global_hydra import GlobalHydra
 
     from loraplus_hydra.paths import config_folder
-    from loraplus_hydra.schema import register
-    from loraplus_hydra.sweep.folders import run_of
+    from loraplus_hydra.schema import register, run_of
 
     def composed(*overrides: str) -> Any:
         register()

@@ -331,6 +331,15 @@ FOUND: dict[str, tuple[list[str], str]] = {
     "seed beyond numpy's": (["seed=4294967296"], "seed: 4294967296 is out of range"),
     "token without a text": (["model.add_tokens=['<new>', '']"], "model.add_tokens: a token without any text"),
     "rows left out of the evaluation": (["+trainer.dataloader_drop_last=true"], "leaves held-out rows out"),
+    "flag that there isn't": (["-+é-{}"], "-+é-{}: there is no such flag"),
+    "file of settings that isn't there": (
+        ["++trainer.accelerator_config=%s"],
+        "trainer.accelerator_config: it can't be read",
+    ),
+    "text for a mapping of arguments": (
+        ["++trainer.activation_checkpointing_kwargs=%s"],
+        "trainer.activation_checkpointing_kwargs: text is no mapping",
+    ),
     "broken pattern of layers": (["adapter.target_modules='('"], "adapter"),
 }
 

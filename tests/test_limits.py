@@ -166,6 +166,31 @@ def test_output_that_cannot_be_written_is_found_before_training(
     assert "Checking" not in finished.out
 
 
+@pytest.mark.skipif(shutil.which("mount") is None, reason="there is no mount")
+def test_run_that_can_no_longer_be_written_is_found_before_it_goes_on(
+    small_disk: Path, cli: Callable[..., Finished], tiny_run: list[str]
+) -> None:
+    folder = f"{small_disk}/run"
+    command = [*tiny_run, "trainer.save_steps=2", f"hydra.run.dir={folder}"]
+    assert cli(*command).status == 0
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    resumed = cli("resume", folder, "trainer.max_steps=6")
+    assert f"run: {folder} can't be written into" in resumed.err
+    again = cli(*command, "trainer.max_steps=6", "trainer.resume_from_checkpoint=auto")
+    assert f"hydra.run.dir: {folder} can't be written into" in again.err
+    assert (resumed.status, again.status) == (1, 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no /proc")
+def test_output_where_no_folder_can_be_made_is_found_before_training(
+    cli: Callable[..., Finished], tiny_run: list[str]
+) -> None:
+    for key, flags in (("hydra.run.dir", ()), ("hydra.sweep.dir", ("-m", "seed=1,2"))):
+        finished = cli(*tiny_run, *flags, f"{key}=/proc/run")
+        assert finished.status == 1
+        assert f"{key}: /proc can't be written into" in finished.err
+
+
 def test_output_below_a_file_is_found_before_training(
     cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
 ) -> None:
@@ -202,3 +227,11 @@ def test_deepspeed_config_of_accelerate_is_looked_at_too(
     (tmp_path / "ds.json").write_text(json.dumps({"optimizer": {"type": "AdamW"}}))
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds.json")
     assert "its block 'optimizer' would replace" in cli("check", *tiny_run).err
+
+
+def test_failed_run_is_told_in_our_words_alone(cli: Callable[..., Finished], tiny_run: list[str]) -> None:
+    finished = cli(*tiny_run, "optimizer.lr=1e30", "trainer.eval_strategy=no")
+    assert finished.status == 1
+    errors = [line for line in finished.err.splitlines() if "Error" in line]
+    assert len(errors) == 1, finished.err
+    assert errors[0].startswith(("Error: the loss is ", "Error: the gradient's norm is "))

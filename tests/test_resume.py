@@ -160,6 +160,10 @@ def test_more_steps_follow_the_longer_schedule(
     assert [rates[step] for step in range(5, 11)] == pytest.approx([1e-3 * (10 - done) / 10 for done in range(4, 10)])
 
 
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -176,15 +180,23 @@ def test_what_cannot_be_gone_on_with_is_refused_and_nothing_touched(
     changes: list[str], told: str, cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
 ) -> None:
     assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    before = files(tmp_path / "run")
     finished = cli("resume", "run", *changes)
     assert finished.status == 1
     assert told in finished.err, finished.err
-    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    log = tmp_path / "run" / "loraplus_hydra.log"
-    assert {path: data for path, data in after.items() if path in before and path != log} == {
-        path: data for path, data in before.items() if path != log
-    }
+    assert files(tmp_path / "run") == before
+
+
+def test_own_command_with_other_groups_is_refused_and_nothing_touched(
+    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    command = [*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run"]
+    assert cli(*command).status == 0
+    before = files(tmp_path / "run")
+    finished = cli(*command, "trainer.max_steps=8", "adapter.target_modules=[q_proj]", AUTO)
+    assert finished.status == 1
+    assert "group groupA has other tensors" in finished.err
+    assert files(tmp_path / "run") == before  # also what Hydra stored of the command, which `resume` reads
 
 
 def test_lora_cannot_become_loraplus_on_the_way(
@@ -198,12 +210,12 @@ def test_lora_cannot_become_loraplus_on_the_way(
 
 def test_finished_run_is_left_as_it_is(cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path) -> None:
     assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
-    result = (tmp_path / "run" / "result.json").read_bytes()
+    before = files(tmp_path / "run")
     for again in (["resume", "run"], [*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run", AUTO]):
         finished = cli(*again)
         assert finished.status == 0, finished.err
         assert "has finished: 4 steps" in finished.out
-    assert (tmp_path / "run" / "result.json").read_bytes() == result
+    assert files(tmp_path / "run") == before
 
 
 def test_killed_after_its_last_step_a_run_only_has_to_be_finished(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -215,6 +216,9 @@ def _trainer_arguments(arguments: type, task: dict[str, Any], trainer: dict[str,
         # `fsdp` is annotated as text, and true is what it takes
         known = {name: value for name, value in group.items() if name in here and name != "fsdp"}
         problems += argument_problems(arguments, known, place)
+    if isinstance(trainer.get("activation_checkpointing_kwargs"), str):
+        key = "trainer.activation_checkpointing_kwargs"
+        problems.append(Problem(key, "text is no mapping of arguments", "as in {use_reentrant: false}"))
     if trainer.get("fsdp") and world_size() == 1:
         fix = "start it with torchrun --nproc_per_node N -m loraplus_hydra ..., or use trainer=default"
         problems.append(Problem("trainer.fsdp", "FSDP needs several processes, and this is one", fix))
@@ -227,8 +231,10 @@ def _construction(arguments: type, values: dict[str, Any]) -> list[Problem]:
     """What the arguments' class itself says of the values together."""
     try:
         arguments(output_dir=".", report_to="none", **_without(values, *MASTERS))
+    except (OSError, json.JSONDecodeError):  # a file of settings that can't be read: told by machine_problems
+        return []
     except (ValueError, TypeError, ImportError) as error:
-        return [Problem("trainer", str(error).splitlines()[0])]
+        return [Problem("trainer", first_line(error))]
     return []
 
 

@@ -26,6 +26,8 @@ def machine_problems(plain: dict[str, Any]) -> list[Problem]:
         *_bitsandbytes(plain.get("quantization", {})),
         *_deepspeed(trainer.get("deepspeed"), "trainer.deepspeed"),
         *_deepspeed(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"), "ACCELERATE_DEEPSPEED_CONFIG_FILE"),
+        *_settings(trainer.get("accelerator_config"), "trainer.accelerator_config")[1],
+        *_settings(trainer.get("fsdp_config"), "trainer.fsdp_config")[1],
     ]
 
 
@@ -92,18 +94,25 @@ def _bitsandbytes(quantization: dict[str, Any]) -> list[Problem]:
     return [Problem("quantization", "bitsandbytes isn't installed", "install it, or use quantization=none")]
 
 
-def _deepspeed(settings: Any, key: str) -> list[Problem]:
+def _deepspeed(given: Any, key: str) -> list[Problem]:
     """A DeepSpeed config with an optimizer or a schedule of its own would take the place of ours, and of LoRA+."""
-    if settings is None:
-        return []
-    if isinstance(settings, str):
-        try:
-            settings = json.loads(Path(settings).expanduser().read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            return [Problem(key, f"it can't be read: {error}", "name a JSON file of DeepSpeed settings")]
+    settings, problems = _settings(given, key)
     blocks = {"optimizer": "the optimizer group", "scheduler": "the scheduler group"}
-    return [
+    return problems + [
         Problem(key, f"its block '{name}' would replace {master}, and LoRA+ with it", f"leave '{name}' out")
         for name, master in blocks.items()
-        if isinstance(settings, dict) and name in settings
+        if name in settings
     ]
+
+
+def _settings(given: Any, key: str) -> tuple[dict[str, Any], list[Problem]]:
+    """Settings as they are given, or read from the JSON file that text names, and what is wrong with that file."""
+    if not isinstance(given, str):
+        return given if isinstance(given, dict) else {}, []
+    try:
+        read = json.loads(Path(given).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return {}, [Problem(key, f"it can't be read: {error}", "name a JSON file of such settings")]
+    if not isinstance(read, dict):
+        return {}, [Problem(key, f"{given} holds no mapping", "name a JSON file of such settings")]
+    return read, []

@@ -7,17 +7,23 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from loraplus_hydra import checkpoints, paths
+from loraplus_hydra import checkpoints, paths, processes
 from loraplus_hydra.check import check
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.finished import KEY, named_run, read_stored
-from loraplus_hydra.resume_point import AUTO
+from loraplus_hydra.limits import refuse_unwritable
+from loraplus_hydra.resume_point import AUTO, refuse_unfit
 from loraplus_hydra.schema import RUN_GROUPS
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
-    """Raise ConfigErrors when the run can't go on, before its folder is touched."""
-    check(resumed_config(config))
+    """Raise UserError when the run can't go on, before its folder is touched; end the program if it has finished."""
+    run = resumed_config(config)
+    check(run)
+    folder = Path(named_run(config)).expanduser()
+    refuse_unfit(run, folder)
+    if processes.is_main():
+        refuse_unwritable(folder, key=KEY)
 
 
 def resumed_config(config: DictConfig) -> DictConfig:

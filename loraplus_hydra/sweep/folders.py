@@ -16,9 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from loraplus_hydra import paths
 from loraplus_hydra.results import OK, config_hash, read_result, run_hash
+from loraplus_hydra.schema import run_of
 from loraplus_hydra.sweep.names import HASH_DIGITS, job_name
 
-NOT_OF_A_RUN = ("hydra", "sweep")  # what the program's config holds besides the run's
 LOG = "sweep.log"  # what is said of jobs whose folders are left alone
 _WRITTEN = (
     paths.CONFIG,
@@ -67,11 +67,6 @@ def hash_of(config: DictConfig) -> str:
         return run_hash(config)
     except OmegaConfBaseException:
         return config_hash(OmegaConf.to_container(config, resolve=False))
-
-
-def run_of(root: DictConfig) -> DictConfig:
-    """The run's part of the program's config."""
-    return OmegaConf.masked_copy(root, [str(key) for key in root if key not in NOT_OF_A_RUN])
 
 
 def clear(folder: Path) -> None:

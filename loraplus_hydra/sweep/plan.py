@@ -19,8 +19,8 @@ from loraplus_hydra.limits import refuse_unwritable
 from loraplus_hydra.overrides import quoted
 from loraplus_hydra.paths import write_text
 from loraplus_hydra.results import config_hash
+from loraplus_hydra.schema import NOT_OF_A_RUN
 from loraplus_hydra.sweep import records
-from loraplus_hydra.sweep.folders import NOT_OF_A_RUN
 from loraplus_hydra.sweep.names import sweep_name
 
 TOLD = "sweep.json"
