@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from loraplus_hydra.signals import Norms, StepNorms, can_be_seen, may_be_logged
+from loraplus_hydra.step_norms import Norms, StepNorms, can_be_seen, may_be_logged
 
 
 class MetricsWriter(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Learning signals: the norm of each group's weights after a step, and of the change that the step made to them.
+"""The norms of a step: that of each group's weights after it, and that of the change which it made to them.
 
 Efficient learning in the sense of LoRA+ (arXiv 2402.12354, section 3) is that the updates of A and of B both move the
 model's features; plain LoRA at one rate moves B too little. The norms of both groups' updates show which it is.

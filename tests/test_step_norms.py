@@ -19,7 +19,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from loraplus_hydra import metrics_file
-from loraplus_hydra.signals import StepNorms, may_be_logged
+from loraplus_hydra.step_norms import StepNorms, may_be_logged
 from tests.finished_runs import quick_run
 from tests.test_distributed import ROOT, torchrun
 
@@ -166,7 +166,7 @@ def test_norms_are_those_of_a_loop_by_hand(dtype: torch.dtype) -> None:
 
 
 def test_norms_of_a_wrapped_model_are_over_all_shards(tmp_path: Path) -> None:
-    done = torchrun(str(ROOT / "tests" / "signals_worker.py"), str(tmp_path))
+    done = torchrun(str(ROOT / "tests" / "step_norms_worker.py"), str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     for how in ("ddp", "fsdp1", "fsdp2"):
         for rank in (0, 1):

@@ -1,6 +1,6 @@
 """Run by torchrun in two processes: norms around a step of a wrapped model beside those of the same model, unwrapped.
 
-torchrun --nproc_per_node 2 tests/signals_worker.py OUT   writes OUT/<how>.json of each wrapper: [wrapped, unwrapped]
+torchrun --nproc_per_node 2 tests/step_norms_worker.py OUT   writes OUT/<how>.json of each wrapper: [wrapped, unwrapped]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from loraplus_hydra.signals import StepNorms
+from loraplus_hydra.step_norms import StepNorms
 
 
 def plain() -> nn.Module:
