@@ -161,8 +161,8 @@ def _run(name: str, arguments: list[str]) -> int:
     """Run a command; its exit status."""
     overrides = arguments
     try:
+        refuse_wrong_flags(arguments, COMMANDS[name].flags)
         overrides = _hydra_arguments(name, arguments)
-        refuse_wrong_flags(overrides, COMMANDS[name].flags)
         if name == RESUME and not any(override.startswith("run=") for override in overrides):
             raise ConfigErrors([Problem("run", "no run is named", "write its folder behind the command")])
         processes.refuse_sweep(arguments)
@@ -217,7 +217,7 @@ def _hydra_arguments(name: str, arguments: list[str]) -> list[str]:
     rest = [argument for argument in rest if argument.removeprefix("--") not in command.flags]
     hydras, overrides = flags_and_overrides(rest)
     config = [f"--config-name={command.config}"] if command.config != "config" else []
-    return [*config, *extra, *overrides, *hydras]
+    return [*config, *hydras, *extra, *overrides]
 
 
 def _verbatim(argument: str, keys: tuple[str, ...]) -> str:

@@ -39,5 +39,9 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another library's error says, or its type's name where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+    """The first line of what another library's error says, or its type's name where it says nothing.
+
+    Without the dot at its end, since it becomes a part of a sentence.
+    """
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+    return line if line.endswith("..") else line.removesuffix(".")

@@ -56,10 +56,16 @@ class FinishedRun:
         return found
 
 
+def unnamed_run(config: DictConfig) -> list[Problem]:
+    """What is wrong when a command is given no run's folder."""
+    missing = OmegaConf.is_missing(config, "run")
+    return [Problem(KEY, "no run is named", "write its folder behind the command")] if missing else []
+
+
 def named_run(config: DictConfig) -> str:
     """The run's folder that a command is given. Raises ConfigErrors when it is given none."""
-    if OmegaConf.is_missing(config, "run"):
-        raise ConfigErrors([Problem(KEY, "no run is named", "write its folder behind the command")])
+    if problems := unnamed_run(config):
+        raise ConfigErrors(problems)
     return str(config.run)
 
 
@@ -106,9 +112,8 @@ def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, P
     quiet_loading()
     stored = stored_adapter(str(run.adapter), key=KEY)
     tokenizer = load_run_tokenizer(run)
-    set_seed(
-        run.config.seed
-    )  # rows of new tokens and a new head: all of them are the adapter's, but some are drawn first
+    # Rows of new tokens and a new head: all of them are the adapter's, but some are drawn first.
+    set_seed(run.config.seed)
     base = load_base(run.config, tokenizer, run.model_arguments())
     base.config.use_cache = True
     model = attach(base, stored, trainable=trainable)

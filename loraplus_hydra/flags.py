@@ -29,18 +29,18 @@ def flags_and_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     """The words that are flags or a flag's value, and all others; argparse takes overrides in one row only."""
     flags: list[str] = []
     overrides: list[str] = []
-    before = ""
-    for word in words:
-        is_value = before in _WITH_VALUE and not (
-            before in ("--info", "-i") and "=" in word
-        )  # its value can be left out
-        (flags if word.startswith("-") or is_value else overrides).append(word)
-        before = "" if is_value else word
+    needing = False  # whether the word before needs this one as its value
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word in ("--info", "-i") and (following.startswith("-") or "=" in following or not following):
+            word = "--info=all"  # what it means without a value; an override would be taken for one
+        (flags if word.startswith("-") or needing else overrides).append(word)
+        needing = not needing and word in _WITH_VALUE
     return flags, overrides
 
 
 def refuse_wrong_flags(words: list[str], own: Iterable[str]) -> None:
     """Raise ConfigErrors for flags that Hydra doesn't know, or whose value it doesn't; `own` are the command's."""
+    flags, overrides = flags_and_overrides([word for word in words if word.removeprefix("--") not in own])
     parser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
@@ -49,7 +49,7 @@ def refuse_wrong_flags(words: list[str], own: Iterable[str]) -> None:
         raise ConfigErrors([Problem(key, what, _FIX)])
 
     parser.error = refuse  # type: ignore[method-assign]
-    given, unknown = parser.parse_known_args(words)
+    given, unknown = parser.parse_known_args([*overrides, *flags])
     known = [*parser._option_string_actions, *(f"--{name}" for name in own)]
     problems = [Problem(word, f"there is no such flag{nearest(word, known)}", _FIX) for word in unknown]
     if given.experimental_rerun is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.build import locate
@@ -190,6 +191,8 @@ def _agreeing(config: PretrainedConfig, model: DictConfig) -> PretrainedConfig:
 
 
 def _load_problem(model: DictConfig, error: Exception) -> Problem:
+    if problem := no_folder("model.path", model.path):
+        return problem
     text = first_line(error)
     if "trust_remote_code" in str(error) and not model.trust_remote_code:
         what = f"{model.path} brings Python of its own, which isn't run"
@@ -199,6 +202,15 @@ def _load_problem(model: DictConfig, error: Exception) -> Problem:
             "model.path", text, "only safetensors are read, since a pickle can run code: convert the weights"
         )
     return Problem("model.path", f"{model.path} can't be loaded: {text}", where_models_are(model.path))
+
+
+def no_folder(key: str, path: str) -> Problem | None:
+    """A Problem when `path`, set by `key`, is meant as a folder here and there is none."""
+    location = model_location(path)
+    if not is_local(location) or Path(location).is_dir():
+        return None
+    where = "" if Path(location).is_absolute() else f" (looked for in {Path.cwd()})"
+    return Problem(key, f"there is no folder {location}{where}", where_models_are(path))
 
 
 def where_models_are(path: str) -> str:
@@ -213,6 +225,26 @@ def hub_arguments(model: DictConfig) -> dict[str, Any]:
     arguments: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
     if model.revision is not None:
         arguments["revision"] = model.revision
-    if is_local(model_location(model.path)):
+    if is_local(model_location(model.path)) or _hub_has_no_address():
         arguments["local_files_only"] = True
     return arguments
+
+
+def _hub_has_no_address() -> bool:
+    """Whether the network is plainly absent: each file would be asked for six times, over half a minute, in vain.
+
+    What was fetched before is then read as it is. Behind a proxy it is the proxy that knows addresses.
+    """
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants, is_offline_mode
+
+    if is_offline_mode() or getproxies():
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return True
+    return False

@@ -19,11 +19,12 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from loraplus_hydra.check.values import select, set_elsewhere
 from loraplus_hydra.commands import COMMANDS
-from loraplus_hydra.errors import Problem, nearest
+from loraplus_hydra.errors import Problem, first_line, nearest
 from loraplus_hydra.flags import flags_and_overrides
 from loraplus_hydra.paths import config_folder
-from loraplus_hydra.schema import OPEN_GROUPS, RunConfig
+from loraplus_hydra.schema import OPEN_GROUPS, RUN_GROUPS, RunConfig
 from loraplus_hydra.sweep.plugins import missing_plugin
 
 ROOT_KEYS = (*(field.name for field in fields(RunConfig)), "sweep", "experiment", "hparams_search", "launcher", "debug")
@@ -153,8 +154,7 @@ def _grammar_problem(text: str, error: HydraException) -> Problem:
         if text in COMMANDS:
             return Problem(text, "is a command, and a command stands first", f"write it ahead of all else: {text} ...")
         return Problem(text, f"is neither a command nor key=value{nearest(text, COMMANDS)}", "write key=value")
-    reason = str(error).splitlines()[0]
-    return Problem(text, f"can't be read: {reason}", "quote the value: key='\"...\"'")
+    return Problem(text, f"can't be read: {first_line(error)}", "quote the value: key='\"...\"'")
 
 
 def _explain(
@@ -183,7 +183,7 @@ def _explain(
 
 
 def _type_message(cause: ValidationError) -> str:
-    message = str(cause).splitlines()[0]
+    message = first_line(cause)
     match = re.match(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", message)
     if match is None:
         return message
@@ -197,6 +197,8 @@ def _unknown_key(key: str, text: str, composed: Callable[[], DictConfig], is_run
     if is_run and has_unknown_key([text]):
         fix = f"the config has: {', '.join(ROOT_KEYS)}"
         return Problem(key, f"there is no such key{nearest(first, ROOT_KEYS)}", fix)
+    if is_run and (problem := set_elsewhere(key)):
+        return problem
     config = composed()
     parent, _, last = key.rpartition(".")
     while parent and not isinstance(OmegaConf.select(config, parent), DictConfig):
@@ -206,8 +208,29 @@ def _unknown_key(key: str, text: str, composed: Callable[[], DictConfig], is_run
     if last in names:  # a group of a finished run's config, to which no option belongs any more
         fix = f"change single keys: {key}.key=value"
         return Problem(key, f"'{text}' names another option, and the run has its own", fix)
-    hint = nearest(last, names)
-    fix = f"{parent or 'the config'} has: {', '.join(names)}"
-    if parent.split(".")[0] in ("trainer", *OPEN_GROUPS) and not hint:
-        fix += f". If it is a setting of the class behind it, write +{text.lstrip('+')}"
+    options = _options_with(key) if is_run and parent in (*RUN_GROUPS, "task.args") else []
+    hint = "" if options else nearest(last, names)
+    fix = f"{parent or 'the config'} has: {', '.join(names) or 'no key'}"
+    if options:
+        fix = f"choose an option that has it: {', '.join(options)}"
+    if not hint and (when := _may_be_added(parent, of_an_option=bool(options))):
+        fix += f". {when}, write +{text.lstrip('+')}"
     return Problem(key, f"there is no such key{hint}", fix)
+
+
+def _may_be_added(parent: str, *, of_an_option: bool) -> str:
+    """When a key that isn't there may be added to `parent`, in words; empty where it never may."""
+    group, _, inside = parent.partition(".")
+    if group == "loraplus":
+        return "To add it" if inside else ""  # a rule, or a key of one
+    if group == "data" and of_an_option:
+        return ""  # the options list all that their functions take
+    return "If it is a setting of the class behind it" if group in ("trainer", *OPEN_GROUPS) else ""
+
+
+def _options_with(key: str) -> list[str]:
+    """The options of a run's group whose YAML has `key`, as they are chosen: `data=jsonl`."""
+    group, _, inside = key.partition(".")
+    files = sorted((config_folder() / group).glob("*.yaml"))
+    plain = {file.stem: OmegaConf.to_container(OmegaConf.load(file), resolve=False) for file in files}
+    return [f"{group}={option}" for option, values in plain.items() if select(values, inside)[0]]

@@ -1,4 +1,4 @@
-"""Other libraries' chatter, kept off the screen; their warnings are in the log file where they use logging."""
+"""Other libraries' chatter, kept off the screen; most of their warnings are in the log file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL reports each Trainer's use otherwise
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",  # the screen has one bar, the training's
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",  # warns of each try to reach the hub otherwise, on the screen and in the log
     "TOKENIZERS_PARALLELISM": "false",  # warns at each fork of a data loader otherwise
 }
 

@@ -34,7 +34,7 @@ VERSIONED = (
 class Result:
     """How a job ended. JSON keys are an interface: change one only with a line in the CHANGELOG."""
 
-    status: str  # ok | failed | interrupted | pruned
+    status: str  # ok | failed | interrupted | pruned; the last for a search that ends a job early: none here does
     metric: str  # the name of the metric that a sweep optimises
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     metrics_before: dict[str, float] = field(default_factory=dict)  # of the evaluation before the first step

@@ -1,17 +1,20 @@
 """What a person sees of a run: the config as a tree, the groups as a table, progress, the result.
 
-Plain lines when the output isn't a terminal. Everything said here is also in the run's log file.
+Plain lines when the output isn't a terminal. Everything said here is also in the run's log file, but for the progress
+bar, whose numbers are in metrics.jsonl. Of a sweep the screen has tree and table once, for its first job, and a line
+for how each job ended; the jobs' log files have it all.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra import paths, processes
+from loraplus_hydra.sweep.folders import is_sweep
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,32 +49,32 @@ def show_config(config: Any) -> None:
 
     tree = Tree("[bold]config[/bold]", guide_style="dim")
     grow(tree, config)
-    _print(tree)
+    _print(tree, on_screen=_job_of_sweep() in (None, 0))
 
 
 def show_overview(rows: Sequence[Row]) -> None:
     """The table of what gets which rate: a row for each distinct role, rule, group, rate, decay and state."""
-    right = ("lr", "weight decay", "state bits", "tensors", "numbers")
-    table = _table("What gets which rate", "role", "rule", "group", *right, right=right)
+    names = ("lr", "weight decay", "state bits", "tensors", "numbers")
+    cells = []
     for row in rows:
         bits = "?" if row.state_bits is None else str(row.state_bits or "none")
         numbers = (f"{row.lr:.3g}", f"{row.weight_decay:g}", bits, f"{row.tensors:,}", f"{row.numbers:,}")
-        table.add_row(row.role, row.rule, row.group, *numbers)
-    _print(table)
+        cells.append((row.role, row.rule, row.group, *numbers))
+    rates = table(("role", "rule", "group", *names), cells, right=names)
+    _print("What gets which rate", rates, on_screen=_job_of_sweep() in (None, 0))
 
 
 def show_tensors(placed: Sequence[Placed]) -> None:
     """Every trained tensor with its rate and the reason for it."""
-    table = _table("Every trained tensor", "tensor", "shape", "owner", "group", "lr", "why", right=("lr",))
+    cells = []
     for one in placed:
         shape = " x ".join(map(str, one.record.shape))
-        table.add_row(one.record.name, shape, one.record.owner, one.group.name, f"{one.group.lr:.3g}", one.why())
-    _print(table)
+        cells.append((one.record.name, shape, one.record.owner, one.group.name, f"{one.group.lr:.3g}", one.why()))
+    _print("Every trained tensor", table(("tensor", "shape", "owner", "group", "lr", "why"), cells, right=("lr",)))
 
 
 def show_memory(memory: Memory, trained: int, total: int) -> None:
     """What weights, adapter, gradients and optimizer state take."""
-    table = _table("Memory, without activations", "what", "MiB", right=("MiB",))
     parts = (
         ("frozen weights", memory.weights),
         ("trained tensors", memory.adapter),
@@ -79,18 +82,24 @@ def show_memory(memory: Memory, trained: int, total: int) -> None:
         ("optimizer state", memory.optimizer),
         ("together", memory.total),
     )
-    for name, size in parts:
-        table.add_row(name, "unknown" if size is None else f"{size / 2**20:,.1f}")
-    _print(table)
+    cells = [(name, "unknown" if size is None else f"{size / 2**20:,.1f}") for name, size in parts]
+    _print("Memory, without activations", table(("what", "MiB"), cells, right=("MiB",)))
     print(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}).")
 
 
 def show_result(folder: Path, result: Result) -> None:
     """How the run ended: metrics before and after, the samples, where things lie and what to try next."""
-    _show_samples(result.samples)
+    of_sweep = _job_of_sweep() is not None
+    _show_samples(result.samples, on_screen=not of_sweep)
     before, after = result.metrics_before.get(result.metric), result.value
+    compared = ""
     if before is not None and after is not None:
-        say(f"{result.metric}: {before:.4f} before training, {after:.4f} after {result.steps} steps")
+        compared = f"{result.metric}: {before:.4f} before training, {after:.4f} after {result.steps} steps"
+    if of_sweep:
+        say(f"{compared or f'{result.steps} steps'}; {result.seconds:.0f} s, in {folder.name}")
+        return
+    if compared:
+        say(compared)
     say(f"Trained {result.trained_parameters:,} of {result.total_parameters:,} parameters in {result.seconds:.0f} s.")
     say(f"Everything lies in {folder}")
     for name, what in (
@@ -101,19 +110,33 @@ def show_result(folder: Path, result: Result) -> None:
         (paths.RESULT, "the result"),
     ):
         say(f"  {name:<20}{what}")
-    say("Next: another ratio (loraplus.ratio=4), an 8-bit optimizer (optimizer=adamw8bit), your own rows (data=jsonl).")
+    if next_steps := ", ".join(_next_steps(folder)):
+        say(f"Next: {next_steps}.")
 
 
-def _show_samples(samples: Sequence[Mapping[str, str]]) -> None:
+def _next_steps(folder: Path) -> Iterator[str]:
+    """What the run in `folder` leaves to be tried, by its config."""
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.load(folder / paths.CONFIG)
+    ratio = OmegaConf.select(config, "loraplus.ratio")
+    if ratio is not None:
+        yield f"another ratio (loraplus.ratio={16 if ratio == 4 else 4})"
+    if "8bit" not in str(OmegaConf.select(config, "optimizer._target_")).lower():
+        yield "an 8-bit optimizer (optimizer=adamw8bit)"
+    if OmegaConf.select(config, "data._target_") == "loraplus_hydra.data.embedded.load":
+        yield "your own rows (data=jsonl)"
+
+
+def _show_samples(samples: Sequence[Mapping[str, str]], *, on_screen: bool) -> None:
     if not samples:
         return
-    table = _table("Held-out prompts", "prompt", "reference", "before", "after", lines=True)
-    from rich.text import Text
-
+    cells = []
     for sample in samples:
         prompt = sample["prompt"] if len(sample["prompt"]) <= 240 else sample["prompt"][:240] + " ..."
-        table.add_row(*(Text(text) for text in (prompt, sample["reference"], sample["before"], sample["after"])))
-    _print(table)
+        cells.append((prompt, sample["reference"], sample["before"], sample["after"]))
+    answers = table(("prompt", "reference", "before", "after"), cells, lines=True)
+    _print("Held-out prompts", answers, on_screen=on_screen)
 
 
 def progress() -> Any:
@@ -131,16 +154,31 @@ def keep_only_our_progress(trainer: Any) -> None:
     trainer.remove_callback(ProgressCallback)
 
 
-def _print(renderable: Any) -> None:
-    """On the screen as it is, in the log file as plain text."""
+def _print(*renderables: Any, on_screen: bool = True) -> None:
+    """On the screen as it is, and in the log file, if there is one, as plain text."""
     import io
 
     from rich.console import Console
 
-    console().print(renderable)
+    if on_screen:
+        console().print(*renderables, sep="\n")
+    files = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
+    if not files:
+        return
     text = io.StringIO()
-    Console(file=text, width=160, no_color=True).print(renderable)
-    logging.getLogger("loraplus_hydra.screen").debug("\n%s", text.getvalue())
+    Console(file=text, width=160, no_color=True).print(*renderables, sep="\n")
+    fields = {"name": log.name, "levelno": logging.INFO, "levelname": "INFO"}
+    record = logging.makeLogRecord({**fields, "msg": "\n%s", "args": (text.getvalue(),)})
+    for handler in files:  # not through the loggers, which have the screen for a handler too
+        handler.handle(record)
+
+
+def _job_of_sweep() -> int | None:
+    """The number of the job that runs in a sweep, from 0; None outside one."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra: Any = HydraConfig.get() if HydraConfig.initialized() else None
+    return hydra.job.num if hydra is not None and is_sweep(hydra) else None
 
 
 def console() -> Console:
@@ -150,15 +188,20 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
-def _table(title: str, *columns: str, right: Sequence[str] = (), lines: bool = False) -> Table:
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = (), lines: bool = False
+) -> Table:
+    """A table of texts as they are, never read as markup; the columns in `right` are numbers."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    style = box.ROUNDED if sys.stdout.isatty() else box.ASCII2
-    table = Table(title=title, title_justify="left", box=style, show_lines=lines)
+    made = Table(box=box.ROUNDED if sys.stdout.isatty() else box.ASCII2, show_lines=lines)
     for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
-    return table
+        made.add_column(Text(name), justify="right" if name in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*map(Text, row))
+    return made
 
 
 def _shown(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line, nearest
-from loraplus_hydra.model import hub_arguments, where_models_are
+from loraplus_hydra.model import hub_arguments, no_folder, where_models_are
 from loraplus_hydra.paths import model_location
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def load_tokenizer(model: DictConfig) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, ImportError) as error:
         key = "model.tokenizer" if model.tokenizer else "model.path"
         what = f"no tokenizer can be loaded from {where}: {first_line(error)}"
-        raise ConfigErrors([Problem(key, what, where_models_are(where))]) from error
+        raise ConfigErrors([no_folder(key, where) or Problem(key, what, where_models_are(where))]) from error
     problems = [*_set_pad_token(tokenizer, model), *_add_tokens(tokenizer, model)]
     if problems:
         raise ConfigErrors(problems)

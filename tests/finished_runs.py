@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from loraplus_hydra.results import Result
 from tests.architectures import checkpoint
 
+NO_PLACE = pytest.param("/proc", marks=pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no /proc"))
 WORDS = ("one", "two", "three")
 TEMPLATE = (
     "{%- for message in messages -%}{{ '<' + message['role'] + '>' + message['content'] }}{%- endfor -%}"

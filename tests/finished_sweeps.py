@@ -23,10 +23,15 @@ def write_job(
     error: Mapping[str, str] | None = None,
     curve: Iterable[tuple[int, float]] | None = None,
     norms: bool = False,
+    pace: float = 0.1,
+    resumes: Iterable[Iterable[str]] = (),
     greater_is_better: bool = False,
     metric: str = "eval_loss",
 ) -> Path:
-    """A job's folder as `loraplus_hydra.job` leaves it; `overrides` become its config, `value` its last metric."""
+    """A job's folder as `loraplus_hydra.job` leaves it; `overrides` become its config, `value` its last metric.
+
+    `pace` is in seconds a step; `resumes` are the overrides of each, of which the config has nothing by itself.
+    """
     (folder / ".hydra").mkdir(parents=True)
     seed = overrides.get("seed", 0)
     lr = overrides.get("optimizer.lr", 5e-5)
@@ -52,6 +57,9 @@ def write_job(
         OmegaConf.update(config, key, one, force_add=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
     (folder / ".hydra" / "overrides.yaml").write_text(json.dumps([f"{key}={one}" for key, one in overrides.items()]))
+    for place, texts in enumerate(resumes):
+        (folder / ".hydra" / f"resumed-{place}").mkdir()
+        (folder / ".hydra" / f"resumed-{place}" / "overrides.yaml").write_text(json.dumps([*texts]))
     groups = (("lora_A", "groupA", lr_A), ("lora_B", "groupB", lr_B))
     (folder / "param_groups.json").write_text(
         json.dumps([{"name": f"q.{role}", "role": role, "group": group, "lr": rate} for role, group, rate in groups])
@@ -59,7 +67,7 @@ def write_job(
     points = list(curve) if curve is not None else made_up_curve(value, seed)
     lines = []
     for step, height in points:
-        line: dict[str, Any] = {"step": step, "seconds": step * 0.1 + 0.5}
+        line: dict[str, Any] = {"step": step, "seconds": step * pace + 0.5}
         if step:
             here = {"loss": height + 0.05 * math.sin(step + seed), "lr": {"groupA": lr_A, "groupB": lr_B}}
             if norms:

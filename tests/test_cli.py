@@ -156,6 +156,13 @@ def test_flags_may_stand_between_overrides(cli: Callable[..., Finished]) -> None
     assert "ratio: 3" in finished.out
 
 
+@pytest.mark.parametrize("words", [["--info", "seed=1"], ["seed=1", "--info"], ["--info", "searchpath", "seed=1"]])
+def test_info_is_shown_with_overrides_too(words: list[str], cli: Callable[..., Finished]) -> None:
+    finished = cli(*words)
+    assert finished.status == 0, finished.err
+    assert "Config search path" in finished.out
+
+
 def test_help_lists_every_command() -> None:
     from loraplus_hydra.commands import COMMANDS, TRAIN
 

@@ -50,7 +50,7 @@ def csv(content: bytes, *said: str, overrides: tuple[str, ...] = ()) -> Mistake:
 MISTAKES: dict[str, Mistake] = {
     # The file
     "file not there": Mistake(
-        ("data.train", "rowz.jsonl: No such file (did you mean 'rows.jsonl'?)"),
+        ("data.train", "rowz.jsonl: No such file (did you mean 'rows.jsonl'?); it was looked for in "),
         rows=(GOOD,),
         overrides=("data.train={folder}/rowz.jsonl",),
     ),
@@ -58,7 +58,9 @@ MISTAKES: dict[str, Mistake] = {
         ("data.train", "is a folder", "*.jsonl"), rows=(GOOD,), overrides=("data.train={folder}",)
     ),
     "pattern without a match": Mistake(
-        ("data.train", "no file matches"), rows=(GOOD,), overrides=("data.train={folder}/*.json",)
+        ("data.train", "no file matches", "it was looked for in ", "name a file"),
+        rows=(GOOD,),
+        overrides=("data.train={folder}/*.json",),
     ),
     "no rows": Mistake(("data.train", "rows.jsonl has no rows"), content=b"\n\n"),
     "one row and none to hold out": sft(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from loraplus_hydra.commands.evaluate import evaluate
 from loraplus_hydra.finished import load_run, open_run
+from loraplus_hydra.paths import config_folder
 from tests.conftest import Finished
-from tests.finished_runs import RUNS, finished
+from tests.finished_runs import NO_PLACE, RUNS, finished
 
 __all__ = ["finished"]
 
@@ -82,11 +85,53 @@ def test_classifier_meets_other_rows_with_its_own_labels(
     assert "the run's model has" in ended.err
 
 
+def test_other_rows_for_a_run_of_the_embedded_ones_need_another_option(
+    finished: Callable[[str], Path], cli: Callable[..., Finished], tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(finished("sft"), tmp_path / "copied"))
+    config = OmegaConf.load(copied / "config.yaml")
+    config.data = OmegaConf.load(config_folder() / "data" / "embedded.yaml")
+    OmegaConf.save(config, copied / "config.yaml")
+    Path("other.jsonl").write_text('{"prompt": "say five", "completion": " seven"}\n')
+    ended = cli("evaluate", str(copied), "data.eval=other.jsonl")
+    assert ended.status == 1
+    assert [line for line in ended.err.splitlines() if line.startswith("  - ")] == [
+        "  - data.eval: load takes no argument 'eval'; name another option: data=jsonl data.eval=..."
+    ]
+    ended = cli("evaluate", str(copied), "data=jsonl", "data.eval=other.jsonl")
+    assert ended.status == 0, ended.err
+
+
+def test_classifiers_own_rows_that_are_gone_are_told_at_their_own_key(
+    finished: Callable[[str], Path], cli: Callable[..., Finished], tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(finished("label"), tmp_path / "copied"))
+    config = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(config.replace("labels.csv", "gone.csv"))
+    Path("other.csv").write_text("text,label\nsay one 1,one\n")
+    ended = cli("evaluate", str(copied), "data.eval=other.csv")
+    assert ended.status == 1
+    assert "data.train: " in ended.err
+    assert "gone.csv: No such file" in ended.err
+
+
+@pytest.mark.parametrize("folder", [NO_PLACE])
+def test_out_that_cannot_be_written_is_told_before_the_work(
+    folder: str, finished: Callable[[str], Path], cli: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplus_hydra.commands.evaluate.load_run", None)
+    ended = cli("evaluate", str(finished("sft")), f"out={folder}/metrics.json")
+    assert ended.status == 1
+    assert f"out: {folder} can't be written into" in ended.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["data.evl=a"], "data.evl: load takes no argument 'evl' (did you mean 'eval'?)"),
         (["data.eval=nothing.jsonl"], "data.eval: nothing.jsonl: No such file"),
+        (["data=jsonl", "data.eval=nothing.jsonl"], "data.eval: nothing.jsonl: No such file"),
+        (["data=jsonl", "data.eval=[]"], "data.eval: "),
         (["trainer.per_device_eval_batch_sise=2"], "(did you mean 'per_device_eval_batch_size'?)"),
         (["trainer.per_device_eval_batch_size=0"], "trainer.per_device_eval_batch_size: 0 is out of range"),
         (["trainer.learning_rate=1"], "trainer.learning_rate: is set elsewhere"),

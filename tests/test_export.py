@@ -18,7 +18,7 @@ from loraplus_hydra.commands.export import export
 from loraplus_hydra.finished import load_run, open_run
 from tests.architectures import checkpoint
 from tests.conftest import Finished
-from tests.finished_runs import quick_run
+from tests.finished_runs import NO_PLACE, quick_run
 
 TOKENS = torch.arange(3, 51).reshape(4, 12)
 CSV = "text,label\n" + "".join(f"say {word} {i},{word}\n" for i in range(8) for word in ("one", "two", "three"))
@@ -244,10 +244,10 @@ def broken_run(copied: Path, kind: str) -> Path:
             file.write("further: 1\n")
     elif kind == "other weights":
         shutil.copy(copied / "adapter" / "adapter_model.safetensors", copied / "kept")
-        weights = {name: t[:, :-1].contiguous() for name, t in load_file(copied / "kept").items()}
+        narrower = {name: t[:, :-1].contiguous() for name, t in load_file(copied / "kept").items()}
         from safetensors.torch import save_file
 
-        save_file(weights, copied / "adapter" / "adapter_model.safetensors")
+        save_file(narrower, copied / "adapter" / "adapter_model.safetensors")
     return copied
 
 
@@ -302,10 +302,21 @@ def test_hostile_config_is_refused(
     assert not (copied / "export").exists()
 
 
+@pytest.mark.parametrize("folder", [NO_PLACE])
+def test_folder_that_cannot_be_made_is_told_before_the_work(
+    folder: str, runs: Callable[[str], Path], cli: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplus_hydra.commands.export.load_run", None)
+    ended = cli("export", str(runs("lora")), f"to={folder}/export/model")
+    assert ended.status == 1
+    assert f"to: {folder} can't be written into" in ended.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         ([], "run: no run is named"),
+        (["dtype=int8"], "run: no run is named"),
         (["RUN", "dtype=int8"], "dtype: 'int8' is no dtype; one of: float32, bfloat16, float16"),
         (["RUN", "dtype=bfloat16", "merge=false"], "dtype: an adapter keeps the dtype"),
         (["RUN", "mrge=false"], "mrge: there is no such key (did you mean 'merge'?)"),

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from loraplus_hydra.adapter import add_adapter
 from loraplus_hydra.errors import ConfigErrors
-from loraplus_hydra.model import load_base, load_model, match_tokenizer, meta_model
+from loraplus_hydra.model import hub_arguments, load_base, load_model, match_tokenizer, meta_model
 from loraplus_hydra.paths import config_folder
 from loraplus_hydra.tokenizer import load_tokenizer, new_token_ids
 from tests.architectures import CAUSAL, checkpoint, config_of, tokenizer
@@ -99,10 +103,50 @@ def test_model_that_is_not_here_is_one_clear_problem(cli: Callable[..., Finished
     for command in ((), ("check",)):
         ended = cli(*command, "model=hub", "model.path=nobody/nothing", *data, "hydra.run.dir=run")
         assert ended.status == 1
-        assert "model.path: " in ended.err
+        assert ended.err.startswith("1 thing to put right:\n  - model.path: ")
+        assert ended.err.count("\n") == 2
         assert "nobody/nothing" in ended.err
         assert "Traceback" not in ended.err
         assert not Path("run").exists()
+
+
+def test_folder_without_a_model_hides_no_other_mistake(cli: Callable[..., Finished], tmp_path: Path) -> None:
+    tokenizer().save_pretrained(tmp_path)
+    ended = cli("check", "model=hub", f"model.path={tmp_path}", "adapter.r=0")
+    assert "model.path: " in ended.err
+    assert "adapter.r: 0 is out of range" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("address", "proxies", "only"),
+    [(False, {}, True), (True, {}, None), (False, {"https": "http://proxy"}, None)],
+)
+def test_hub_without_an_address_is_asked_for_nothing(
+    address: bool, proxies: dict[str, str], only: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look_up(host: str, port: None) -> list[str]:
+        assert host == "huggingface.co"
+        if not address:
+            raise socket.gaierror(-2, "Name or service not known")
+        return [host]
+
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://huggingface.co")
+    monkeypatch.setattr("urllib.request.getproxies", lambda: proxies)
+    monkeypatch.setattr("socket.getaddrinfo", look_up)
+    assert hub_arguments(model_group(Path("nobody/nothing"))).get("local_files_only") is only
+
+
+def test_tries_to_reach_the_hub_are_not_on_the_screen() -> None:
+    code = (
+        "from loraplus_hydra.quiet import quiet_libraries; quiet_libraries()\n"
+        "from huggingface_hub.utils import logging\n"
+        "logging.get_logger('huggingface_hub.utils._http').warning('Retrying in 1s')\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "HF_HUB_VERBOSITY"}
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_weights_that_are_not_here_are_a_config_error(tmp_path: Path) -> None:

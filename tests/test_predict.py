@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ import torch
 from loraplus_hydra.commands.predict import predict
 from loraplus_hydra.finished import load_run, open_run
 from tests.conftest import Finished
-from tests.finished_runs import WORDS, finished
+from tests.finished_runs import NO_PLACE, WORDS, finished
 
 __all__ = ["finished"]
 
 
-def lines(text: str) -> list[dict]:
+def lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -111,6 +112,23 @@ def test_files_in_and_out(finished: Callable[[str], Path], cli: Callable[..., Fi
     again = cli("predict", run, "file=asked.txt", "out=asked.txt.answers")
     assert again.status == 1
     assert "out: asked.txt.answers is there already" in again.err
+
+
+@pytest.mark.parametrize("folder", [NO_PLACE])
+def test_out_that_cannot_be_written_is_told_before_the_work(
+    folder: str, finished: Callable[[str], Path], cli: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplus_hydra.commands.predict.load_run", None)
+    ended = cli("predict", str(finished("sft")), "text=say", f"out={folder}/answers.jsonl")
+    assert ended.status == 1
+    assert f"out: {folder} can't be written into" in ended.err
+
+
+def test_everything_that_is_not_given_is_told_at_once(cli: Callable[..., Finished]) -> None:
+    ended = cli("predict", "batch_size=0")
+    assert ended.status == 1
+    for told in ("run: no run is named", "text: neither a text nor a file is given", "batch_size: 0 is out of range"):
+        assert told in ended.err
 
 
 @pytest.mark.parametrize(

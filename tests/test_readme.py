@@ -11,7 +11,9 @@ import pytest
 
 from loraplus_hydra.commands import COMMANDS
 from loraplus_hydra.paths import config_folder
+from loraplus_hydra.results import OK, Result
 from tests.conftest import Finished
+from tests.finished_sweeps import write_job, write_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,6 +42,25 @@ def test_command_composes(command: str, cli: Callable[..., Finished]) -> None:
     if "an option of a plugin of Hydra's that isn't installed here" in finished.err:
         pytest.skip("it needs an extra")
     assert finished.status == 0, finished.err
+
+
+def test_commands_behind_a_run_do_what_they_say(
+    cli: Callable[..., Finished], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = ["model=hub", f"model.path={tiny_model}", "data.max_samples=8", "trainer.max_steps=2", "task.samples=0"]
+    ended = cli(*tiny, "hydra.run.dir=RUN")  # on the default's rows
+    assert ended.status == 0, ended.err
+    Path("other.jsonl").write_text('{"prompt": "def one(): return 1", "completion": "Return one."}\n')
+    write_sweep(Path("outputs/sweeps/NAME"))
+    write_job(Path("outputs/sweeps/NAME/ratio-4"), {"loraplus.ratio": 4}, 3.5)
+    # What `resume` trains isn't the README's; whether it would is found before.
+    monkeypatch.setattr("loraplus_hydra.job.run", lambda *_: Result(OK, "eval_loss"))
+    failed = {}
+    for command in [command for command in commands() if not of_a_run(command)]:
+        ended = cli(*(re.sub(r"^outputs/2026.*", "RUN", word) for word in shlex.split(command)[3:]))
+        if ended.status:
+            failed[command] = ended.err
+    assert not failed
 
 
 def test_readme_has_commands() -> None:

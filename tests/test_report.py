@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.report import sentences
@@ -28,7 +30,8 @@ from loraplus_hydra.report.wording import names, short
 from tests.conftest import Finished
 from tests.finished_sweeps import write_job, write_sweep
 
-Values = dict[tuple[float, int], float]  # ratio, seed -> metric
+_RESUMED = "optimizer=adam ++loraplus.ratio=4"
+Values = dict[Any, float]  # (ratio, seed) -> metric
 
 
 def ratio_sweep(folder: Path, values: Values, **job: Any) -> SweepResults:
@@ -137,6 +140,32 @@ def test_speed_counts_evaluations_that_truly_get_there(tmp_path: Path) -> None:
     assert clock.times_faster == pytest.approx((40 * 0.1 + 0.5) / (20 * 0.1 + 0.5))
 
 
+@pytest.mark.parametrize(
+    ("heights", "pace", "said"),
+    [
+        ((5.0, 4.2, 4.0, 3.9, 3.7), 0.1, "in 2x fewer steps (1.8x faster by the clock): by step 20 instead of 40."),
+        ((5.0, 4.2, 4.0, 3.9, 3.7), 0.5, "in 2x fewer steps (2.3x slower by the clock): by step 20 instead of 40."),
+        ((5.0, 4.2, 4.0, 3.9, 3.7), 0.2, "in 2x fewer steps (as fast by the clock): by step 20 instead of 40."),
+        ((5.0, 4.5, 4.2, 4.1, 3.9), 0.2, "in as many steps: by step 40 instead of 40."),
+        ((5.0, 4.5, 4.2, 4.1, 3.9), 0.01, "in as many steps: by step 40 instead of 40."),
+    ],
+)
+def test_clock_is_told_as_it_is_and_not_at_equal_steps(
+    tmp_path: Path, heights: tuple[float, ...], pace: float, said: str
+) -> None:
+    for ratio, curve, its_pace in ((1, (5.0, 4.5, 4.2, 4.1, 4.0), 0.1), (4, heights, pace)):
+        points = list(zip((0, 10, 20, 30, 40), curve, strict=True))
+        write_job(tmp_path / str(ratio), {"loraplus.ratio": ratio}, curve[-1], curve=points, pace=its_pace)
+    assert said in sentences.speed_sentence(results_of(tmp_path))
+
+
+def test_later_than_ratio_1_is_more_steps(tmp_path: Path) -> None:
+    for ratio, curve in ((1, (5.0, 4.0, 4.1, 4.0)), (4, (5.0, 4.4, 3.9, 3.8))):
+        points = list(zip((0, 10, 20, 30), curve, strict=True))
+        write_job(tmp_path / str(ratio), {"loraplus.ratio": ratio}, curve[-1], curve=points)
+    assert "in 2x more steps (1.7x slower by the clock)" in sentences.speed_sentence(results_of(tmp_path))
+
+
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=12), st.floats(0, 10), st.booleans())
 def test_reaching_is_the_first_evaluation_as_good(heights: list[float], target: float, greater: bool) -> None:
     curve = [Point(step, height) for step, height in enumerate(heights)]
@@ -163,6 +192,62 @@ def test_option_of_a_group_is_one_key_whatever_it_changes(tmp_path: Path) -> Non
         folder = write_job(tmp_path / str(place), {"optimizer.lr": lr, "optimizer.x": option}, 3.7)
         (folder / ".hydra" / "overrides.yaml").write_text(f"- optimizer={option}\n")
     assert varied_keys(collect(tmp_path)) == ("optimizer",)
+
+
+UNTRAINED: dict[str, Any] = {
+    "trainer.resume_from_checkpoint": "auto",
+    "trainer.save_steps": 7,
+    "trainer.logging_steps": 3,
+    "task.samples": 2,
+    "logger.folder": "here",
+}
+
+
+def test_what_changes_nothing_of_what_is_trained_is_compared_only_where_it_was_swept(tmp_path: Path) -> None:
+    write_job(tmp_path / "0", {"loraplus.ratio": 1}, 3.7)
+    write_job(tmp_path / "1", {"loraplus.ratio": 4, **UNTRAINED}, 3.6)
+    assert varied_keys(collect(tmp_path)) == ("loraplus.ratio",)
+    (tmp_path / "1" / ".hydra" / "overrides.yaml").unlink()
+    assert varied_keys(collect(tmp_path)) == ("loraplus.ratio",)
+    write_sweep(tmp_path, swept=["trainer.save_steps"])
+    assert varied_keys(collect(tmp_path)) == ("trainer.save_steps", "loraplus.ratio")
+
+
+def test_figures_have_room_for_runs_that_differ_in_many_keys(tmp_path: Path) -> None:
+    """No label is cut off, and none of the axes' heads runs into the next."""
+    import warnings
+
+    from loraplus_hydra.report import figures
+    from loraplus_hydra.report.figures.style import house_style
+
+    for place in range(6):
+        job = {
+            "loraplus.ratio": (1, 4, 16)[place % 3],
+            "optimizer.lr": (5e-5, 1e-4)[place % 2],
+            "adapter.r": (4, 8)[place // 3],
+            "model.path": f"/home/somebody/models/with/long/names/{place % 4}/llama-3-tiny",
+            "data.train": f"/data/a/folder/with/a/long/name/rows-{(place + 1) % 4}.jsonl",
+            "trainer.max_steps": 100 + place % 5,
+            "trainer.per_device_train_batch_size": 8 + (place + 2) % 5,
+            "trainer.gradient_accumulation_steps": 1 + (place + 1) % 3,
+        }
+        write_job(tmp_path / str(place), job, 3.5 + 0.01 * place)
+    results = results_of(tmp_path)
+    assert len(results.compared) >= 7
+    with house_style(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = {picture.name: picture.figure for picture in figures.draw_all(results)}
+        for figure in drawn.values():
+            figure.canvas.draw()
+    assert set(drawn) >= {"settings", "curves", "keys"}
+    texts = [*drawn["settings"].axes[0].get_yticklabels(), *drawn["curves"].legends[0].get_texts()]
+    for text in texts:
+        box = text.get_window_extent()
+        assert box.x0 >= 0, text.get_text()
+        assert box.x1 <= text.figure.bbox.width, text.get_text()
+    heads = [text.get_window_extent() for text in drawn["keys"].axes[0].texts if text.get_fontweight() == "bold"]
+    assert len(heads) == len(results.compared) + 1
+    assert all(one.x1 <= other.x0 for one, other in pairwise(heads))
 
 
 def test_job_that_failed_before_its_config_was_written_has_its_values(tmp_path: Path) -> None:
@@ -364,6 +449,8 @@ def test_report_command_shows_table_failures_and_command(tmp_path: Path, cli: Ca
     write_job(tmp_path / "sweep" / "bad", job, None, status="failed", error=error)
     finished = cli("report", str(tmp_path / "sweep"))
     assert finished.status == 0
+    assert "eval_loss, lower is better, mean ± standard deviation\n" in finished.out
+    assert "Without a result\n" in finished.out
     assert "3.6100 ± 0.0141" in finished.out
     assert "NotFiniteError: the loss is [nan] at step 3" in finished.out
     assert "python -m loraplus_hydra loraplus.ratio=4 seed=1" in finished.out
@@ -389,3 +476,54 @@ def test_command_of_the_best_job_is_quoted_for_a_shell(tmp_path: Path) -> None:
         "data.train=it's a file.jsonl",
         "loraplus.ratio=4",
     ]
+
+
+def test_command_of_a_resumed_job_composes_to_that_jobs_config(
+    tmp_path: Path, tiny_run: list[str], cli: Callable[..., Finished], compose: Callable[..., Any]
+) -> None:
+    import shlex
+
+    from loraplus_hydra.results import run_hash
+
+    run = tmp_path / "runs" / "a"
+    words = [*tiny_run, "task.samples=0", "trainer.save_steps=2", "trainer.max_steps=2"]
+    assert cli(*words, f"hydra.run.dir={run}").status == 0
+    for changes in (
+        ["trainer.max_steps=3", "loraplus.ratio=2"],
+        ["trainer.max_steps=4", "optimizer.lr=2e-3", "+trainer.label_smoothing_factor=0.0"],
+    ):
+        assert cli("resume", str(run), *changes).status == 0
+        command = shlex.split(sentences.command(results_of(tmp_path / "runs")))
+        assert command[:3] == ["python", "-m", "loraplus_hydra"]
+        stored = OmegaConf.load(run / "config.yaml")
+        assert isinstance(stored, DictConfig)
+        assert run_hash(compose(*command[3:])) == run_hash(stored)
+
+
+@pytest.mark.parametrize(
+    ("resumes", "said"),
+    [
+        ([["run=here", "++loraplus.ratio=4"]], _RESUMED),
+        ([["++loraplus.ratio=16"], ["run=here", "++loraplus.ratio=4"]], _RESUMED),
+        ([["++loraplus.ratio=4", "++trainer.max_steps=7"], ["+trainer.new=x"]], None),  # nothing tells of new: x
+        ([["++loraplus.ratio=4", "++trainer.max_steps=7"]], _RESUMED),
+        ([["trust_remote_code=true", "++trainer.resume_from_checkpoint=x", "++loraplus.ratio=4"]], _RESUMED),
+        ([["++loraplus.ratio=16"]], None),  # the config has neither this nor what it began with
+    ],
+)
+def test_changes_of_resumes_count_where_the_config_has_them(
+    tmp_path: Path, resumes: list[list[str]], said: str | None
+) -> None:
+    """A job that began with ratio 2 and whose config has 4; a resume may have been refused."""
+    folder = write_job(tmp_path / "0", {"loraplus.ratio": 4}, 3.5, resumes=resumes)
+    (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(["loraplus.ratio=2", "optimizer=adam"]))
+    begun = OmegaConf.load(folder / "config.yaml")
+    begun.loraplus.ratio = 2
+    OmegaConf.save(begun, folder / ".hydra" / "config.yaml")
+    assert sentences.command(results_of(tmp_path)) == (f"python -m loraplus_hydra {said}" if said else "")
+
+
+def test_status_that_no_job_of_ours_has_is_known(tmp_path: Path) -> None:
+    write_job(tmp_path / "0", {"loraplus.ratio": 4}, None, status="pruned")
+    (job,) = collect(tmp_path).jobs
+    assert (job.status, job.reason) == ("pruned", "ended early by a search")

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,7 +68,7 @@ def grid(folder: Path) -> Path:
     for place, (lr_A, lr_B) in enumerate((lr_A, lr_B) for lr_A in rates for lr_B in rates):
         job = {"loraplus.lr_A": lr_A, "loraplus.lr_B": lr_B}
         error = {"type": "NotFiniteError", "text": "<script>console.error('no')</script>"}
-        failed = {"status": "failed", "error": error} if place == 8 else {}
+        failed: dict[str, Any] = {"status": "failed", "error": error} if place == 8 else {}
         write_job(folder / str(place), job, None if failed else loss_of(lr_A, lr_B), norms=True, **failed)
     write_report(folder)
     return folder

@@ -242,6 +242,39 @@ def test_a_run_goes_on_from_a_named_checkpoint_of_another(
     assert differences(tmp_path / "second", tmp_path / "first") == []
 
 
+@pytest.mark.parametrize("around", [None, "lora:\n  seed: 3\n"], ids=["Python", "a program around it"])
+def test_run_of_the_library_is_resumed_on_the_command_line(
+    around: str | None,
+    stopped: Callable[..., None],
+    compose: Callable[..., Any],
+    cli: Callable[..., Finished],
+    tiny_run: list[str],
+    tmp_path: Path,
+) -> None:
+    overrides = [*tiny_run, *SHORT]
+    run(compose(*overrides), tmp_path / "unbroken")
+    stopped(tmp_path / "run", *overrides, at=5)
+    if around is not None:  # what Hydra keeps of the program's own config
+        (tmp_path / "run" / ".hydra").mkdir()
+        (tmp_path / "run" / ".hydra" / "config.yaml").write_text(around)
+    refused = cli("resume", "run", "loraplus.ratio=2")
+    assert (refused.status, "the rules hold numbers" in refused.err) == (1, True), refused.err
+    finished = cli("resume", "run")
+    assert finished.status == 0, finished.err
+    assert differences(tmp_path / "run", tmp_path / "unbroken") == []
+
+
+@pytest.mark.parametrize("name", ["a b", "a,b", "it's", "é", "x[1]", "${x}"])
+def test_run_is_resumed_whatever_its_folder_is_called(
+    name: str, cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
+    (tmp_path / "run").rename(tmp_path / name)
+    finished = cli("resume", name, "trainer.max_steps=5")
+    assert finished.status == 0, finished.err
+    assert json.loads((tmp_path / name / "result.json").read_text())["steps"] == 5
+
+
 def test_used_folder_is_gone_on_in_only_when_asked(
     cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
 ) -> None:

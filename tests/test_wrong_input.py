@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from loraplus_hydra.errors import first_line
 from tests.conftest import Finished
 
 # What is typed on top of a good run, and what must be said of it: the key, and what is wrong or right.
@@ -24,7 +25,11 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "plus where none belongs": (["+seed=3"], ["+seed=3", "is in the config already", "seed=3"]),
     "type": (["seed=one"], ["seed", "'one' is not a whole number"]),
     "type in an open group": (["trainer.max_steps=many"], ["trainer.max_steps", "'many'", "a whole number"]),
-    "text for a rate": (["optimizer.lr=fast"], ["optimizer.lr", "'fast'", "a finite number above 0"]),
+    "text for a rate": (["optimizer.lr=fast"], ["optimizer.lr: 'fast' is not a number; it must be a finite number"]),
+    "text for a rank": (["adapter.r=abc"], ["adapter.r: 'abc' is not a whole number; it must be"]),
+    "half a rank": (["adapter.r=2.5"], ["adapter.r: 2.5 is not a whole number; it must be a whole number from 1 on"]),
+    "text for a list": (["optimizer.betas=abc"], ["optimizer.betas: 'abc' is not a list; it must be two or more"]),
+    "text for a switch": (["trainer.bf16=yes"], ["trainer.bf16: 'yes' is not true or false or null; give it such"]),
     "missing value": (["optimizer.lr=???"], ["optimizer.lr", "is not set"]),
     "missing environment variable": (
         ["model.revision=${oc.env:NO_SUCH_VARIABLE}"],
@@ -52,13 +57,22 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "LBFGS": (["optimizer._target_=torch.optim.LBFGS"], ["LBFGS", "one parameter group only"]),
     "torch's Adafactor": (["optimizer._target_=torch.optim.Adafactor"], ["Adafactor", "scales each update"]),
     "Adafactor with relative steps": (["optimizer=adafactor", "optimizer.relative_step=true"], ["relative_step"]),
-    "second master of the rate": (["+trainer.learning_rate=1"], ["trainer.learning_rate", "optimizer.lr"]),
-    "second master of the optimizer": (["+trainer.optim=adamw_torch"], ["trainer.optim", "optimizer group"]),
-    "second master of the seed": (["+trainer.seed=1"], ["trainer.seed", "its one master is seed"]),
-    "second master of the folder": (["+trainer.output_dir=x"], ["trainer.output_dir", "hydra.run.dir"]),
+    "second master of the rate": (
+        ["trainer.learning_rate=1"],
+        ["trainer.learning_rate: is set elsewhere; its one master is optimizer.lr"],
+    ),
+    "second master of the rate among a task's arguments": (
+        ["task.args.learning_rate=1"],
+        ["task.args.learning_rate: is set elsewhere; its one master is optimizer.lr"],
+    ),
+    "second master behind a plus": (["+trainer.learning_rate=1"], ["trainer.learning_rate", "optimizer.lr"]),
+    "second master of the optimizer": (["trainer.optim=adamw_torch"], ["trainer.optim", "optimizer group"]),
+    "second master of the seed": (["trainer.seed=1"], ["trainer.seed", "its one master is seed"]),
+    "second master of the folder": (["trainer.output_dir=x"], ["trainer.output_dir", "hydra.run.dir"]),
+    "second master of the weight decay": (["trainer.weight_decay=1"], ["is set elsewhere", "optimizer.weight_decay"]),
     "second master of the warm-up": (
-        ["+trainer.warmup_steps=5"],
-        ["trainer.warmup_steps", "scheduler.num_warmup_steps"],
+        ["trainer.warmup_steps=5"],
+        ["trainer.warmup_steps: is set elsewhere", "scheduler.num_warmup_steps"],
     ),
     "argument of this trainer alone": (["+trainer.max_length=5"], ["trainer.max_length", "task.args.max_length"]),
     "argument of every trainer": (["+task.args.max_steps=5"], ["task.args.max_steps", "trainer.max_steps"]),
@@ -67,13 +81,25 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "ratio 0": (["loraplus.ratio=0"], ["loraplus.ratio", "0 is out of range"]),
     "negative ratio": (["loraplus.ratio=-3"], ["loraplus.ratio", "-3 is out of range"]),
     "ratio NaN": (["loraplus.ratio=nan"], ["loraplus.ratio", "nan is out of range"]),
-    "ratio null": (["loraplus.ratio=null"], ["loraplus.ratio", "null is out of range"]),
+    "ratio null": (["loraplus.ratio=null"], ["loraplus.ratio", "null is not a number"]),
     "rate inf": (["optimizer.lr=inf"], ["optimizer.lr", "inf is out of range"]),
     "rate 0": (["optimizer.lr=0"], ["optimizer.lr", "0 is out of range"]),
     "negative weight decay": (["optimizer.weight_decay=-0.1"], ["optimizer.weight_decay", "from 0 on"]),
     "no step": (["trainer.max_steps=0"], ["trainer.max_steps", "from 1 on"]),
     "no batch": (["trainer.per_device_train_batch_size=0"], ["trainer.per_device_train_batch_size", "from 1 on"]),
-    "ratio of a preset without one": (["loraplus=none", "loraplus.ratio=16"], ["loraplus.ratio", "no such key"]),
+    "ratio of a preset without one": (
+        ["loraplus=none", "loraplus.ratio=16"],
+        ["loraplus.ratio: there is no such key", "an option that has it: loraplus=default"],
+    ),
+    "setting that other optimizers have": (
+        ["optimizer=sgd", "optimizer.betas=[0.9,0.99]"],
+        ["optimizer.betas", "an option that has it: optimizer=adam", "the class behind it, write +optimizer.betas"],
+    ),
+    "argument that another task has": (["task.args.beta=1"], ["task.args.beta", "an option that has it: task=dpo"]),
+    "rule without a plus": (
+        ["loraplus.extra_rules.head={pattern: score, lr: 1}"],
+        ["loraplus.extra_rules.head", "To add it, write +loraplus.extra_rules.head="],
+    ),
     "the same behind a plus": (
         ["loraplus=none", "+loraplus.ratio=16"],
         ["loraplus.ratio", "no rule of this preset uses it"],
@@ -87,8 +113,12 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["extra_rules.x", "no trained tensor"],
     ),
     "ratio that does nothing": (["loraplus.rules.groupB=null"], ["ratio 8 does nothing", "loraplus=none"]),
-    "file not there": (["data.train=nowhere.jsonl"], ["data.train", "nowhere.jsonl", "No such file"]),
-    "folder not there": (["model.path=./nowhere"], ["model.path", "nowhere"]),
+    "file not there": (
+        ["data.train=nowhere.jsonl"],
+        ["data.train: nowhere.jsonl: No such file; it was looked for in /", ": name a file that is there"],
+    ),
+    "file in a folder that isn't there": (["data.train=x/y.jsonl"], ["No such file; there is no folder /", "/x: name"]),
+    "tokenizer not there": (["model.tokenizer=./nowhere"], ["model.tokenizer: there is no folder ./nowhere"]),
     "target modules": (["adapter.target_modules=[query]"], ["adapter.target_modules", "query", "q_proj", "all-linear"]),
     "dtype": (["model.dtype=float17"], ["model.dtype", "float17", "bfloat16"]),
     "unreadable value": (["optimizer.lr=[1"], ["optimizer.lr=[1", "can't be read"]),
@@ -115,6 +145,46 @@ def test_mistake_is_told_and_leaves_nothing_behind(
     for words in said:
         assert words in finished.err
     assert list(tmp_path.iterdir()) == []
+
+
+# On top of the defaults alone, and all that is said.
+ONCE: dict[str, tuple[list[str], str]] = {
+    "key that another option has": (
+        ["data.train=nowhere.jsonl"],
+        "data.train: there is no such key; choose an option that has it: data=csv, data=jsonl, data=parquet, data=text",
+    ),
+    "key that no preset has": (
+        ["loraplus.scale=3"],
+        "loraplus.scale: there is no such key; loraplus has: extra_rules, lr_embedding, ratio, rules",
+    ),
+    "value that isn't set": (["data=jsonl"], "data.train: is not set; give it a value: data.train=..."),
+    "folder not there": (
+        ["model=hub", "model.path=./nowhere"],
+        "model.path: there is no folder ./nowhere (looked for in {folder}); "
+        "name a folder that holds a model with its config.json and tokenizer",
+    ),
+    "folder not there, from the root": (
+        ["model=hub", "model.path={folder}/nowhere"],
+        "model.path: there is no folder {folder}/nowhere; "
+        "name a folder that holds a model with its config.json and tokenizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", ONCE)
+def test_one_mistake_is_one_thing_to_put_right(mistake: str, cli: Callable[..., Finished], tmp_path: Path) -> None:
+    overrides, told = ONCE[mistake]
+    finished = cli("check", *(override.format(folder=tmp_path) for override in overrides))
+    assert finished.status == 1
+    assert finished.err == f"1 thing to put right:\n  - {told.format(folder=tmp_path)}\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [("It fails.\nHere.", "It fails"), ("and so on ...", "and so on ..."), (" \n", "ValueError"), ("", "ValueError")],
+)
+def test_first_line_of_an_error_is_part_of_a_sentence(said: str, line: str) -> None:
+    assert first_line(ValueError(said)) == line
 
 
 def test_every_mistake_is_told_at_once(tiny_run: list[str], cli: Callable[..., Finished]) -> None:

@@ -32,40 +32,17 @@ def stored_problems(config: DictConfig, groups: Iterable[str] | None = None) -> 
 
     Its interpolations are resolved, so which of the `loraplus` keys are read can't be told any more.
     """
-    from loraplus_hydra.check.classes import class_problems
-    from loraplus_hydra.check.keys import read_config, unknown_keys
-    from loraplus_hydra.check.machine import machine_problems
-    from loraplus_hydra.check.values import value_problems
-    from loraplus_hydra.check.weights import location_problems
-
-    plain, problems = read_config(config)
-    problems += unknown_keys(plain, OmegaConf.create())
-    problems += value_problems(plain)
-    problems += class_problems(plain)
-    problems += machine_problems(plain)
-    problems += location_problems(plain.get("model", {}))
+    _, problems = _of_single_values(config, OmegaConf.create())
     wanted = None if groups is None else set(groups)
     return _told_once([one for one in problems if wanted is None or one.key.split(".")[0] in wanted])
 
 
 def _check(config: DictConfig, *, with_data: bool) -> None:
-    from loraplus_hydra.check.keys import read_config, unknown_keys
-    from loraplus_hydra.check.values import value_problems
-
-    plain, problems = read_config(config)
-    problems += unknown_keys(plain, config)
-    problems += value_problems(plain)
-
-    from loraplus_hydra.check.classes import class_problems
-    from loraplus_hydra.check.machine import machine_problems
-    from loraplus_hydra.check.weights import location_problems, weights_problems
-
-    problems += class_problems(plain)
-    problems += machine_problems(plain)
-    problems += location_problems(plain.get("model", {}))
+    plain, problems = _of_single_values(config, config)
     wrong = {problem.key.split(".")[0] for problem in problems}
 
     from loraplus_hydra.check.dry_run import data_problems, model_problems
+    from loraplus_hydra.check.weights import weights_problems
     from loraplus_hydra.resume_point import checkpoint_problems
 
     if "trainer" not in wrong:
@@ -77,11 +54,34 @@ def _check(config: DictConfig, *, with_data: bool) -> None:
     if not with_data:
         problems = [problem for problem in problems if problem.key.split(".")[0] != "data"]
     elif not wrong & {"data", "task", "model", "seed"}:
-        problems += data_problems(config)
+        found = data_problems(config)
+        problems += found
+        if any(problem.key == "model.path" for problem in found):
+            wrong.add("model")  # told, and the model is at the same place
     if not wrong & {"model", "adapter", "task", "optimizer", "scheduler", "loraplus"}:
         problems += model_problems(config)
     if problems:
         raise ConfigErrors(_told_once(problems))
+
+
+def _of_single_values(config: DictConfig, source: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
+    """The config as plain containers, and what is wrong with its keys and values without rows or a model.
+
+    `source` is where its interpolations stand, or empty.
+    """
+    from loraplus_hydra.check.classes import class_problems
+    from loraplus_hydra.check.keys import read_config, unknown_keys
+    from loraplus_hydra.check.machine import machine_problems
+    from loraplus_hydra.check.values import value_problems
+    from loraplus_hydra.check.weights import location_problems
+
+    plain, problems = read_config(config)
+    problems += unknown_keys(plain, source)
+    problems += value_problems(plain)
+    problems += class_problems(plain)
+    problems += machine_problems(plain)
+    problems += location_problems(plain.get("model", {}))
+    return plain, problems
 
 
 def _warn_of_remote_code(plain: dict[str, Any]) -> None:
@@ -94,12 +94,15 @@ def _warn_of_remote_code(plain: dict[str, Any]) -> None:
 
 def _told_once(problems: list[Problem]) -> list[Problem]:
     """Without repetitions: a wrong `loraplus.ratio` is wrong again in each rule that refers to it."""
+    from loraplus_hydra.check.keys import NOT_SET
     from loraplus_hydra.check.values import RANGES
 
     keys = {problem.key for problem in problems}
     referred = keys & {"loraplus.ratio", "loraplus.lr_embedding", "loraplus.lr_A", "loraplus.lr_B", "optimizer.lr"}
     kept = [problem for problem in problems if not (referred and problem.key.startswith("loraplus.rules."))]
     told: dict[tuple[str, str], Problem] = {}
-    for problem in kept:  # out of range says all of a value that is of a wrong type, too
-        told.setdefault((problem.key, "" if problem.key in RANGES else problem.what), problem)
+    # What is told first says all of a value out of its range or not set: a signature misses it, too.
+    once = RANGES.keys() | {problem.key for problem in problems if problem.what == NOT_SET}
+    for problem in kept:
+        told.setdefault((problem.key, "" if problem.key in once else problem.what), problem)
     return list(told.values())

@@ -25,8 +25,11 @@ def data_problems(config: DictConfig) -> list[Problem]:
     except Exception as error:  # transformers raises whatever the file or the network gives it
         fix = "name a folder with a tokenizer, or a model on the hub"
         return [Problem("model.tokenizer" if config.model.tokenizer else "model.path", first_line(error), fix)]
-    if problems := vocabulary_problems(config.model, tokenizer):
-        return problems
+    try:
+        if problems := vocabulary_problems(config.model, tokenizer):
+            return problems
+    except UserError as error:
+        return _problems(error, "model.path")
     try:
         load_examples(config, tokenizer, keep=True)
     except UserError as error:

@@ -9,10 +9,11 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from loraplus_hydra.errors import Problem, nearest
+from loraplus_hydra.errors import Problem, first_line, nearest
 from loraplus_hydra.schema import RUN_GROUPS, ModelConfig, RunConfig, TaskConfig
 
 CLOSED: dict[str, type] = {"": RunConfig, "model": ModelConfig, "task": TaskConfig}
+NOT_SET = "is not set"
 
 
 def read_config(config: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
@@ -42,7 +43,7 @@ def _read(node: DictConfig | ListConfig, path: str, problems: list[Problem]) -> 
     for key in keys:
         key_path = f"{path}.{key}" if path else str(key)
         if OmegaConf.is_missing(node, key):
-            problems.append(Problem(key_path, "is not set", f"give it a value: {key_path}=..."))
+            problems.append(Problem(key_path, NOT_SET, f"give it a value: {key_path}=..."))
             continue
         try:
             value = node[key]
@@ -58,7 +59,7 @@ def _read(node: DictConfig | ListConfig, path: str, problems: list[Problem]) -> 
 def _interpolation_message(node: DictConfig | ListConfig, key: Any, error: OmegaConfBaseException) -> str:
     raw: Any = OmegaConf.to_container(node, resolve=False)
     text = raw[key]
-    reason = str(error).splitlines()[0].split("resolving interpolation: ")[-1].strip('"')
+    reason = first_line(error).split("resolving interpolation: ")[-1].strip('"')
     return f"'{text}' leads nowhere: {reason}"
 
 
@@ -76,12 +77,21 @@ def unknown_keys(plain: dict[str, Any], config: DictConfig) -> list[Problem]:
     return problems + _unread_loraplus_keys(config)
 
 
+def _rates(rules: dict[str, Any]) -> list[Any]:
+    """The rates and ratios that rules hold."""
+    each = [rule for named in rules.values() if isinstance(named, dict) for rule in named.values()]
+    return [rule[key] for rule in each if isinstance(rule, dict) for key in ("lr", "ratio") if key in rule]
+
+
 def _unread_loraplus_keys(config: DictConfig) -> list[Problem]:
     """Keys of `loraplus` that no rule of the preset refers to: setting them would do nothing."""
     if not isinstance(config.get("loraplus"), DictConfig):
         return []
     raw: Any = OmegaConf.to_container(config.loraplus, resolve=False)
-    read = set(re.findall(r"\$\{[^}]*?\.*(\w+)\}", str({key: raw.get(key) for key in ("rules", "extra_rules")})))
+    rules = {key: raw.get(key) for key in ("rules", "extra_rules")}
+    read = set(re.findall(r"\$\{[^}]*?\.*(\w+)\}", str(rules)))
+    if not read:  # resolved, as a run's stored config.yaml is: a rule holds what it once referred to
+        read = {str(key) for key, value in raw.items() if key not in rules and value in _rates(rules)}
     used = [str(key) for key in raw if key in read]
     return [
         Problem(

@@ -38,7 +38,7 @@ def argument_problems(
             fix = f"it takes: {', '.join(offered)}" if len(offered) <= 30 else ""
             problems.append(Problem(key, f"{title} takes no argument '{name}'{nearest(name, offered)}", fix))
         elif name in hints and not fits(value, hints[name]):
-            problems.append(Problem(key, f"'{value}' is not {spelt(hints[name])}"))
+            problems.append(Problem(key, f"'{value}' is not {spelt(hints[name])}", "give it such a value"))
     for name in names:
         parameter = parameters[name]
         needed = parameter.default is parameter.empty and not dataclasses.is_dataclass(target)

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from loraplus_hydra import paths
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.finished import FinishedRun, load_run, load_run_tokenizer, named_run, open_run, results
+from loraplus_hydra.limits import refuse_unwritable
 
 if TYPE_CHECKING:
     from loraplus_hydra.examples import Examples
@@ -23,16 +24,19 @@ _KIND_OF_LABELS = ("num_labels", "id2label", "problem_type")
 def main(config: DictConfig, flags: frozenset[str]) -> None:
     """Print the metrics, and write them where `out` says. Raises UserError."""
     out = paths.new_file(config.out, key="out") if config.out else None
+    if out is not None:
+        refuse_unwritable(out.parent, key="out")
     data = {} if config.data is None else OmegaConf.to_container(config.data, resolve=False)
     assert isinstance(data, dict)
     overrides = {"model": config.model, "trainer": config.trainer}
     run = open_run(named_run(config), overrides, trust_remote_code=config.trust_remote_code, groups=())
     run.config.data = _data(run.config, data)
-    run = _checked(run)
     try:
+        _refuse_wrong(run.config)
         metrics = evaluate(run)
     except ConfigErrors as error:
-        raise ConfigErrors([_as_given(problem, data) for problem in error.problems]) from error
+        told = [_as_given(problem, data, run.config) for problem in error.problems]
+        raise ConfigErrors(dict.fromkeys(told)) from error
     for name, value in results(metrics).items():
         then = run.result["metrics"].get(name)
         print(f"{name} = {value:.6g}" + ("" if then is None else f" (at the end of training: {then:.6g})"))
@@ -57,34 +61,33 @@ def evaluate(run: FinishedRun) -> dict[str, float]:
 
 
 def _data(config: DictConfig, changes: dict[Any, Any]) -> Any:
-    """The run's data with `changes`, or what replaces it.
-
-    Only a classifier needs the training rows, for the labels' names; elsewhere those to evaluate on stand in for them.
-    """
-    data = changes if changes.get("_target_") else {**config.data, **changes}
-    evaluated = changes.get("eval")
-    if evaluated is not None and "train" not in _given(changes) and config.task.task_type != "SEQ_CLS":
-        data["train"] = evaluated
+    """The run's data with `changes`, or what replaces it."""
+    data = {**({} if changes.get("_target_") else config.data), **changes}
+    if "train" in data and _stand_in(config, changes):
+        data["train"] = changes["eval"]
     return data
 
 
-def _as_given(problem: Problem, changes: dict[Any, Any]) -> Problem:
-    """A Problem with the rows that stand in for the training rows, at the key that names them."""
-    stands_in = problem.key == "data.train" and "train" not in _given(changes)
-    return replace(problem, key="data.eval") if stands_in else problem
+def _stand_in(config: DictConfig, changes: dict[Any, Any]) -> bool:
+    """Whether the rows to evaluate on stand in for training rows, which only a classifier needs: for the labels."""
+    named = changes.get("eval") is not None and changes.get("train", "???") == "???"
+    return named and config.task.task_type != "SEQ_CLS"
 
 
-def _given(changes: dict[Any, Any]) -> set[Any]:
-    return {key for key, value in changes.items() if value != "???"}
+def _as_given(problem: Problem, changes: dict[Any, Any], config: DictConfig) -> Problem:
+    """A Problem as it is with what the user wrote."""
+    if problem.key == "data.train" and _stand_in(config, changes):
+        return replace(problem, key="data.eval")
+    if problem.key == "data.eval" and "train" not in config.data:  # the run's rows came from no file
+        return replace(problem, fix="name another option: data=jsonl data.eval=...")
+    return problem
 
 
-def _checked(run: FinishedRun) -> FinishedRun:
+def _refuse_wrong(config: DictConfig) -> None:
     from loraplus_hydra.check import stored_problems
 
-    problems = stored_problems(run.config)
-    if problems:
+    if problems := stored_problems(config):
         raise ConfigErrors(problems)
-    return run
 
 
 def _same_labels(run: FinishedRun, examples: Examples) -> None:

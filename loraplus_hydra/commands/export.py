@@ -10,28 +10,31 @@ from omegaconf import DictConfig
 
 from loraplus_hydra import paths
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
-from loraplus_hydra.finished import FinishedRun, load_run, named_run, open_run
+from loraplus_hydra.finished import FinishedRun, load_run, named_run, open_run, unnamed_run
+from loraplus_hydra.limits import refuse_unwritable
 from loraplus_hydra.quiet import quiet_peft
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_COPIED = (".json", ".safetensors", ".jinja", ".model", ".txt", ".md")  # PEFT's and a tokenizer's
+_COPIED = (".json", ".safetensors", ".jinja", ".model", ".txt")  # PEFT's and a tokenizer's
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
     """Write the run's merged model, or its adapter, into a new folder. Raises UserError."""
+    problems = unnamed_run(config)
     if config.dtype is not None and (config.dtype not in _DTYPES or not config.merge):
         what = f"'{config.dtype}' is no dtype" if config.merge else "an adapter keeps the dtype that it was trained in"
-        raise ConfigErrors(
-            [Problem("dtype", what, f"one of: {', '.join(_DTYPES)}" if config.merge else "leave it null")]
-        )
+        problems.append(Problem("dtype", what, f"one of: {', '.join(_DTYPES)}" if config.merge else "leave it null"))
+    if problems:
+        raise ConfigErrors(problems)
     run = open_run(named_run(config), {"model": config.model}, trust_remote_code=config.trust_remote_code)
     target = (
         Path(config.to).expanduser() if config.to else run.folder / "export" / ("model" if config.merge else "adapter")
     )
     paths.refuse_used_folder(target, key="to")
+    refuse_unwritable(target.parent, key="to")
     written = export(run, target, merge=config.merge, dtype=config.dtype)
     print(f"{'The merged model' if config.merge else 'The adapter'} lies in {written}, with its card in README.md.")
 

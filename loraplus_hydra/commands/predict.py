@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 
 from loraplus_hydra import paths
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
-from loraplus_hydra.finished import FinishedRun, load_run, named_run, open_run
+from loraplus_hydra.finished import FinishedRun, load_run, named_run, open_run, unnamed_run
+from loraplus_hydra.limits import refuse_unwritable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,7 +23,8 @@ Text = str | list[dict[str, Any]]  # or the messages of a conversation
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
     """Print the answers, or write them where `out` says. Raises UserError."""
-    problems = [
+    problems = unnamed_run(config)
+    problems += [
         Problem(key, f"{config[key]} is out of range", "it must be a whole number from 1 on")
         for key in ("max_new_tokens", "batch_size")
         if config[key] < 1
@@ -33,6 +35,8 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     if problems:
         raise ConfigErrors(problems)
     out = paths.new_file(config.out, key="out") if config.out else None
+    if out is not None:
+        refuse_unwritable(out.parent, key="out")
     run = open_run(named_run(config), {"model": config.model}, trust_remote_code=config.trust_remote_code)
     if config.file is not None:
         texts, pairs = _read(config.file, config.column, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -30,13 +31,14 @@ def resumed_config(config: DictConfig) -> DictConfig:
     """The config of the run that `config.run` names, with the changes that `config` holds. Raises ConfigErrors.
 
     It is read as Hydra stored it, with its interpolations, so that a changed ratio reaches the rules; a run without
-    that (made in Python) has its resolved config, in which only single values can be changed.
+    that (made in Python, or by a program that composes ours) has its resolved config, in which only single values can
+    be changed.
     """
     folder = Path(named_run(config)).expanduser()
     if not folder.is_dir():
         raise ConfigErrors([Problem(KEY, f"there is no folder {folder}", "name the folder of a run that was stopped")])
     asked = folder / paths.HYDRA / paths.CONFIG
-    stored = asked if asked.is_file() else folder / paths.CONFIG
+    stored = asked if _is_of_a_run(asked) else folder / paths.CONFIG
     if not stored.is_file():
         what = f"{folder} is no run's folder: there is no {paths.CONFIG} in it"
         raise ConfigErrors([Problem(KEY, what, "name the folder of a run that was stopped")])
@@ -45,7 +47,7 @@ def resumed_config(config: DictConfig) -> DictConfig:
         raise ConfigErrors([Problem(KEY, f"the run in {folder} was ended before it began: {stored} is empty", fix)])
     changes = {group: config[group] for group in RUN_GROUPS if config[group]}
     if stored != asked and "loraplus" in changes:
-        what = f"{asked} is missing, and in {stored} the rules hold numbers that loraplus.ratio no longer reaches"
+        what = f"in {stored} the rules hold numbers, which loraplus.ratio no longer reaches"
         raise ConfigErrors([Problem("loraplus", what, "leave the loraplus keys as they are")])
     run = read_stored(stored, changes)
     if run.model.trust_remote_code and not config.trust_remote_code:
@@ -62,3 +64,11 @@ def resumed_config(config: DictConfig) -> DictConfig:
         first = str(error).splitlines()[0]
         raise ConfigErrors([Problem(str(getattr(error, "full_key", None) or KEY), first, f"see {stored}")]) from None
     return run
+
+
+def _is_of_a_run(asked: Path) -> bool:
+    """Whether Hydra's copy of a config is a run's (or empty, cut short), and not that of a program around it."""
+    if not asked.is_file():
+        return False
+    text = asked.read_text(encoding="utf-8", errors="replace")
+    return not text.strip() or all(re.search(rf"^{group}:", text, re.MULTILINE) for group in RUN_GROUPS)

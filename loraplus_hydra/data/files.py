@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset
 
 Files = str | list[str] | dict[str, float]
+_KINDS_OF_VALUES = "a path, a list of paths, or {path: weight, ...}"
 _SHUFFLED = 1000  # streamed rows that are held to be shuffled among each other
 
 
@@ -132,7 +133,7 @@ def _source(key: str, files: Files) -> Source:
     listed = files if isinstance(files, list) else [files]
     paths = tuple(path for pattern in listed for path in _paths(key, pattern))
     if not paths:
-        raise ConfigErrors([Problem(key, "names no file")])
+        raise ConfigErrors([Problem(key, "names no file", _KINDS_OF_VALUES)])
     return Source(key, paths)
 
 
@@ -148,18 +149,19 @@ def _weighed_source(key: str, weights: Mapping[str, float]) -> Source:
         if not number or not 0 < weight < float("inf"):
             problems.append(Problem(key, f"the weight of {pattern} is {weight}", "give it a finite number above 0"))
     if problems or not paths:
-        raise ConfigErrors(problems or [Problem(key, "names no file")])
+        raise ConfigErrors(problems or [Problem(key, "names no file", _KINDS_OF_VALUES)])
     return Source(key, tuple(paths), tuple(float(weight) for weight in weights.values()))
 
 
 def _paths(key: str, pattern: Any) -> list[str]:
     """The files that a path or a pattern stands for."""
     if not isinstance(pattern, str) or not pattern.strip():
-        raise ConfigErrors([Problem(key, f"'{pattern}' is no path", "a path, a list of paths, or {path: weight, ...}")])
+        raise ConfigErrors([Problem(key, f"'{pattern}' is no path", _KINDS_OF_VALUES)])
     try:
         return _files_of(key, pattern)
     except (OSError, RuntimeError, re.error) as error:  # too long a name, no such user's home, a pattern that is none
-        raise ConfigErrors([Problem(key, f"'{pattern[:100]}' names no file: {first_line(error)[:200]}")]) from error
+        what = f"'{pattern[:100]}' names no file: {first_line(error)[:200]}"
+        raise ConfigErrors([Problem(key, what, "name a file that is there")]) from error
 
 
 def _files_of(key: str, pattern: str) -> list[str]:
@@ -172,10 +174,19 @@ def _files_of(key: str, pattern: str) -> list[str]:
     if glob.has_magic(pattern):
         found = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
         if not found:
-            raise ConfigErrors([Problem(key, f"no file matches {pattern}")])
+            raise ConfigErrors([Problem(key, f"no file matches {pattern}", _looked_for_in(path))])
         return found
     siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise ConfigErrors([Problem(key, f"{pattern}: No such file{nearest(path.name, siblings)}")])
+    what = f"{pattern}: No such file{nearest(path.name, siblings)}"
+    raise ConfigErrors([Problem(key, what, _looked_for_in(path))])
+
+
+def _looked_for_in(path: Path) -> str:
+    """Where a file or a pattern was looked for, and what would be right."""
+    folder = path.parent.absolute()
+    there = folder.is_dir() or glob.has_magic(str(folder))
+    where = f"it was looked for in {folder}" if there else f"there is no folder {folder}"
+    return f"{where}: name a file that is there"
 
 
 def _parts(source: Source, layout: Mapping[str, Any]) -> Iterator[tuple[str, Dataset]]:

@@ -71,7 +71,8 @@ def load_split(
         raise ConfigErrors([_named_wrongly(error, name, config, split, revision, key)]) from None
     except Exception as error:  # whatever the network, the files or their readers raise
         cause = error.__cause__ or error
-        raise ConfigErrors([Problem("data.name", f"{name} can't be read: {first_line(cause)}")]) from None
+        fix = "name a folder, or a data set on the hub: that needs the network once"
+        raise ConfigErrors([Problem("data.name", f"{name} can't be read: {first_line(cause)}", fix)]) from None
     if reserved := [column for column in rows.column_names or () if column in OURS]:
         raise ConfigErrors([Problem("data.name", f"{name} has a column '{reserved[0]}', a name of our own")])
     title = f"{name}/{config}" if config else name

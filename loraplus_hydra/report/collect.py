@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from loraplus_hydra import paths
+from loraplus_hydra.report.asked import override_values, overrides_again
 from loraplus_hydra.report.reading import (
     Unreadable,
     flatten,
     number,
-    parse_yaml,
     read_json,
     read_lines,
     read_yaml,
@@ -25,6 +25,7 @@ from loraplus_hydra.results import FAILED, INTERRUPTED, OK, PRUNED
 
 UNFINISHED, BROKEN = "unfinished", "broken"  # no result.json; a result.json that can't be read
 SWEEP = "sweep.json"  # the sweep's name, its command and its swept keys, where the sweep wrote them
+_UNTOLD = {INTERRUPTED: "stopped from outside", PRUNED: "ended early by a search", FAILED: "no error is told"}
 _SIGNS_OF_A_JOB = (paths.RESULT, paths.CONFIG, paths.METRICS, paths.HYDRA)
 
 
@@ -75,6 +76,7 @@ class Job:
     config: Mapping[str, Any] = field(default_factory=dict)  # resolved; dotted key -> leaf
     whole_config: bool = False  # config.yaml was there, not only what Hydra composed
     overrides: tuple[str, ...] = ()
+    again: tuple[str, ...] | None = None  # the overrides that run it again, where they are known: see asked.py
     rates: Rates | None = None
     evaluations: tuple[Point, ...] = ()  # of `metric`
     losses: tuple[Point, ...] = ()  # of training
@@ -157,7 +159,8 @@ def read_job(folder: Path) -> Job:
     if config is None:
         config = resolved(attempt(read_yaml, paths.HYDRA, "config.yaml") or {})
     leaves = flatten(config)
-    overrides = tuple(map(str, attempt(read_yaml, paths.HYDRA, "overrides.yaml", kind=list) or ()))
+    overrides, again = _overrides(folder, attempt, leaves)
+    again = None if trouble else again
     result = result or {}
     metric = str(result.get("metric") or leaves.get("task.metric") or "")
     try:
@@ -184,6 +187,7 @@ def read_job(folder: Path) -> Job:
         config=leaves,
         whole_config=whole_config,
         overrides=overrides,
+        again=again,
         rates=_rates(attempt(read_json, paths.PARAM_GROUPS, kind=list) or (), leaves),
         evaluations=_curve(lines, metric),
         losses=_curve(lines, "loss"),
@@ -193,19 +197,20 @@ def read_job(folder: Path) -> Job:
     )
 
 
-def override_values(overrides: Iterable[str]) -> dict[str, Any]:
-    """Key -> value of a job's overrides, as far as they set something: `+key=1e-4` gives key: 0.0001."""
-    values: dict[str, Any] = {}
-    for text in overrides:
-        key, found, value = text.lstrip("+").partition("=")
-        if not found or key.startswith("~"):
-            continue
-        try:
-            parsed = parse_yaml(value)
-        except (ValueError, RecursionError):
-            parsed = value
-        values[key] = value if isinstance(parsed, (dict, list)) else parsed
-    return values
+def _overrides(
+    folder: Path, attempt: Callable[..., Any], config: Mapping[str, Any]
+) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """Those that the job began with, and those that run it again as it is now, resumed or not."""
+    begun_with = attempt(read_yaml, paths.HYDRA, "overrides.yaml", kind=list)
+    if begun_with is None:
+        return (), None
+    texts = tuple(map(str, begun_with))
+    resumes = sorted(path.name for path in (folder / paths.HYDRA).glob("resumed-*"))  # by the time in their names
+    if not resumes:
+        return texts, texts
+    asked = [attempt(read_yaml, paths.HYDRA, one, "overrides.yaml", kind=list) or () for one in resumes]
+    begun = flatten(resolved(attempt(read_yaml, paths.HYDRA, "config.yaml") or {}))
+    return texts, overrides_again(texts, [str(text) for one in asked for text in one], begun, config)
 
 
 def _status(result: Any, unreadable: bool) -> tuple[str, str]:
@@ -218,7 +223,7 @@ def _status(result: Any, unreadable: bool) -> tuple[str, str]:
         return BROKEN, f"{paths.RESULT} has no status that is known"
     error = _mapping(result, "error")
     told = ": ".join(str(error[part]) for part in ("type", "text") if error.get(part))
-    return status, told or {INTERRUPTED: "stopped from outside", FAILED: "no error is told"}.get(status, "")
+    return status, told or _UNTOLD.get(status, "")
 
 
 def _rates(tensors: Iterable[Any], config: Mapping[str, Any]) -> Rates | None:

@@ -7,12 +7,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loraplus_hydra.report.collect import Job, Rates, Sweep, override_values
+from loraplus_hydra.report.asked import GOES_ON_FROM, override_values
+from loraplus_hydra.report.collect import Job, Rates, Sweep
+from loraplus_hydra.report.reading import number
 from loraplus_hydra.results import FAILED
 
 SEED = "seed"
 # What a reader looks for first, of keys that differ alike.
 _PREFERRED = (SEED, "loraplus.ratio", "loraplus.lr_A", "loraplus.lr_B", "optimizer.lr")
+# Beginnings of keys that change nothing of what is trained: where a run went on from, what it writes, shows and tells.
+_NOT_TRAINED = (
+    GOES_ON_FROM,
+    "trainer.logging_",
+    "trainer.save_",
+    "trainer.dataloader_num_workers",
+    "trainer.per_device_eval_batch_size",
+    "task.sample",
+    "logger",
+)
 
 
 @dataclass(frozen=True)
@@ -58,13 +70,15 @@ def varied_keys(sweep: Sweep) -> tuple[str, ...]:
     """The keys in which the jobs differ, the seed last.
 
     Where overrides or sweep.json say what was swept, a key that merely follows those is left out: an interpolation, or
-    what comes with a group's option. Of other keys that differ alike, one stands for all.
+    what comes with a group's option. Of other keys that differ alike, one stands for all. What changes nothing of what
+    is trained counts where sweep.json names it alone.
     """
-    given = [override_values(job.overrides) for job in sweep.jobs]
-    told = list(dict.fromkeys([*sweep.swept, *(key for values in given for key in values)]))
+    given = [key for job in sweep.jobs for key in override_values(job.overrides)]
+    told = list(dict.fromkeys([*sweep.swept, *(key for key in given if not key.startswith(_NOT_TRAINED))]))
     swept = [key for key in told if _differs(_known(sweep.jobs, key))]
     witnesses = [job for job in sweep.jobs if job.whole_config]
-    leaves = list(dict.fromkeys(key for job in witnesses for key in job.config))
+    found = dict.fromkeys(key for job in witnesses for key in job.config)
+    leaves = [key for key in found if not key.startswith(_NOT_TRAINED)]
     leaves.sort(key=lambda key: (_PREFERRED.index(key) if key in _PREFERRED else len(_PREFERRED), key.count(".")))
     unexplained = []
     explained = [tuple(str(value_of(job, key)) for key in swept) for job in witnesses]
@@ -100,11 +114,7 @@ def settings_of(sweep: Sweep, keys: Sequence[str]) -> tuple[Setting, ...]:
 def order(values: Iterable[Any]) -> list[Any]:
     """Distinct values in the order in which an axis shows them: numbers by size, then texts."""
     distinct = {repr(value): value for value in values}.values()
-    return sorted(distinct, key=lambda value: (0, value, "") if _is_number(value) else (1, 0, str(value)))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return sorted(distinct, key=lambda value: (1, 0, str(value)) if number(value) is None else (0, value, ""))
 
 
 def _known(jobs: Iterable[Job], key: str) -> list[str]:

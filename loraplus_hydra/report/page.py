@@ -12,6 +12,7 @@ from typing import Any
 from loraplus_hydra.report import sentences
 from loraplus_hydra.report.collect import Job
 from loraplus_hydra.report.keys import value_of
+from loraplus_hydra.report.reading import number
 from loraplus_hydra.report.results_of import SweepResults
 from loraplus_hydra.report.table import in_order
 from loraplus_hydra.report.wording import ABSENT, count, measured, short, with_spread
@@ -145,7 +146,8 @@ def _reached(results: SweepResults) -> list[dict[str, str]]:
             "step": "not reached" if one.step is None else f"{one.step:,}",
             "seconds": ABSENT if one.seconds is None else _duration(one.seconds),
             "fewer": ABSENT if one.times_fewer_steps is None else f"{one.times_fewer_steps:.2f}x",
-            "faster": ABSENT if one.times_faster is None else f"{one.times_faster:.2f}x",
+            # At equal steps the clock tells of start-up noise alone.
+            "faster": ABSENT if one.times_faster is None or one.times_fewer_steps == 1 else f"{one.times_faster:.2f}x",
             "mean": with_spread(one.setting.mean, one.setting.spread),
         }
         for place, one in enumerate(results.outcome.reached)
@@ -167,7 +169,7 @@ def _columns(results: SweepResults) -> list[dict[str, Any]]:
 
 def _numeric(results: SweepResults, key: str) -> bool:
     values = [value_of(job, key) for job in results.sweep.jobs]
-    return all(value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)) for value in values)
+    return all(value is None or number(value) is not None for value in values)
 
 
 def _row(results: SweepResults, job: Job) -> dict[str, Any]:

@@ -45,6 +45,12 @@ class SweepResults:
         """`ratio 16, lr 5e-5`."""
         return wording.setting_text(setting.values, self.names)
 
+    def folded_label(self, setting: Setting, width: int, *, ahead: str = "") -> str:
+        """`label` behind `ahead`, in lines of `width` characters and with long values cut: as a figure has room."""
+        values = [f"{self.names[key]} {wording.clipped(wording.short(one))}" for key, one in setting.values.items()]
+        *first, last = values or [self.label(setting)]
+        return wording.folded((*([ahead] if ahead else ()), *(f"{one}, " for one in first), last), width)
+
 
 def results_of(folder: Path) -> SweepResults:
     """Read the sweep in `folder`."""

@@ -82,11 +82,11 @@ def speed_sentence(results: SweepResults) -> str:
 def command(results: SweepResults) -> str:
     """What runs the best job again, ready for a shell; empty where its overrides aren't known."""
     job = results.outcome.best_job
-    if job is None or not job.overrides:
+    if job is None or job.again is None:
         return ""
     # A ready sweep asks for --multirun by itself: one job of it doesn't.
-    alone = ("hydra.mode=RUN",) if any(text.startswith("hparams_search=") for text in job.overrides) else ()
-    return f"{_PROGRAM} {shlex.join((*job.overrides, *alone))}"
+    alone = ("hydra.mode=RUN",) if any(text.startswith("hparams_search=") for text in job.again) else ()
+    return f"{_PROGRAM} {shlex.join((*job.again, *alone))}"
 
 
 def _against_ratio_1(results: SweepResults) -> Iterator[str]:
@@ -122,10 +122,18 @@ def _against_ratio_1(results: SweepResults) -> Iterator[str]:
 
 
 def _times(reach: Reach) -> str:
-    steps = f"in {reach.times_fewer_steps:.2g}x fewer steps"
-    if reach.times_fewer_steps == 1:
-        steps = "in as many steps"
-    return steps + (f" ({reach.times_faster:.2g}x faster by the clock)" if reach.times_faster else "")
+    """By how many steps, and by the clock; at equal steps nothing of the clock, which tells of start-up noise alone."""
+    if reach.times_fewer_steps in (None, 1):
+        return "in as many steps"
+    steps = f"in {_factor(reach.times_fewer_steps, 'fewer steps', 'more steps', 'about as many steps')}"
+    if not reach.times_faster:
+        return steps
+    return f"{steps} ({_factor(reach.times_faster, 'faster', 'slower', 'as fast')} by the clock)"
+
+
+def _factor(times: float, above: str, below: str, equal: str) -> str:
+    text = f"{max(times, 1 / times):.2g}"
+    return equal if text == "1" else f"{text}x {above if times > 1 else below}"
 
 
 def _signed(value: float) -> str:

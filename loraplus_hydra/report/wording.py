@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 ABSENT = "–"  # noqa: RUF001
@@ -60,3 +60,20 @@ def names(keys: Sequence[str]) -> dict[str, str]:
 def setting_text(values: Mapping[str, Any], short_names: Mapping[str, str]) -> str:
     """`ratio 16, lr 5e-5`."""
     return ", ".join(f"{short_names[key]} {short(value)}" for key, value in values.items()) or "the one setting"
+
+
+def clipped(text: str, most: int = 24) -> str:
+    """`text` in `most` characters, its middle left out where it has more: paths differ at their ends."""
+    start = most // 3
+    return text if len(text) <= most else f"{text[:start]}…{text[start + 1 - most :]}"
+
+
+def folded(parts: Iterable[str], width: int, most: int = 4) -> str:
+    """The parts in lines of `width` characters, broken between parts alone; behind line `most` the rest is left out."""
+    lines = [""]
+    for part in parts:
+        if lines[-1] and len((lines[-1] + part).rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    kept = [line.rstrip() for line in lines[:most]]
+    return "\n".join(kept) + (" …" if len(lines) > most else "")

@@ -21,6 +21,7 @@ from loraplus_hydra.report.keys import Setting
 from loraplus_hydra.report.results_of import SweepResults
 
 _MOST_POINTS = 400  # of one line; more can't be told apart and only make the page heavy
+_WIDTH = 52  # characters of a line of the legend
 
 
 def draw(results: SweepResults) -> Picture | None:
@@ -33,21 +34,23 @@ def draw(results: SweepResults) -> Picture | None:
         panels.append(("training loss", [(job, job.losses) for job in jobs]))
     if not panels:
         return None
-    figure = new_figure(10.4, 4.3)
+    compared = _compared(results)
+    lines = max((label.count("\n") + 1 for _, _, label in compared), default=1)
+    figure = new_figure(10.4, 4.14 + 0.16 * lines)
     beyond = 0
     for place, (name, curves) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), place + 1)
-        beyond += _panel(axes, results, curves)
+        beyond += _panel(axes, compared, curves)
         axes.set_title(name)
         axes.set_xlabel("optimizer step")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        if name == results.sweep.metric and results.outcome.target is not None and _compared(results)[1:]:
+        if name == results.sweep.metric and results.outcome.target is not None and compared[1:]:
             axes.axhline(results.outcome.target, color=BASELINE, linestyle=":", linewidth=1.2, zorder=2)
     handles = [line for line in figure.axes[0].get_lines() if not line.get_label().startswith("_")]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     caption = "Every job is a line; in colour the settings that are compared"
     caption += ": thick the mean over their seeds, thin each seed." if results.seeds else "."
-    if results.outcome.target is not None and _compared(results)[1:]:
+    if results.outcome.target is not None and compared[1:]:
         caption += " Dotted: where ratio 1 ends."
     if any(not job.counts for job, _ in panels[0][1]):
         caption += " A cross ends the curve of a job that has no result."
@@ -56,9 +59,10 @@ def draw(results: SweepResults) -> Picture | None:
     return Picture("curves", "Curves of every job", caption, figure)
 
 
-def _panel(axes: Any, results: SweepResults, curves: Sequence[tuple[Job, Sequence[Point]]]) -> int:
+def _panel(
+    axes: Any, compared: Sequence[tuple[Setting, str, str]], curves: Sequence[tuple[Job, Sequence[Point]]]
+) -> int:
     """Draw one panel; returns how many points lie beyond its axis."""
-    compared = _compared(results)
     highlighted = {job.folder: colour for setting, colour, _ in compared for job in setting.done}
     values = [point.value for _, curve in curves for point in curve]
     low, high, beyond = robust_limits(values)
@@ -105,12 +109,12 @@ def _compared(results: SweepResults) -> list[tuple[Setting, str, str]]:
     outcome = results.outcome
     if outcome.best is None:
         return []
-    shown = [(outcome.best, BEST, f"best: {results.label(outcome.best)}")]
+    shown = [(outcome.best, BEST, "best: ")]
     if outcome.baseline is not None and outcome.baseline is not outcome.best:
-        shown.append((outcome.baseline, BASELINE, f"best at ratio 1: {results.label(outcome.baseline)}"))
+        shown.append((outcome.baseline, BASELINE, "best at ratio 1: "))
     elif outcome.contender is not None and outcome.contender is not outcome.best:
-        shown.append((outcome.contender, BASELINE, f"best at another ratio: {results.label(outcome.contender)}"))
-    return shown
+        shown.append((outcome.contender, BASELINE, "best at another ratio: "))
+    return [(one, colour, results.folded_label(one, _WIDTH, ahead=which)) for one, colour, which in shown]
 
 
 def _mean_of(setting: Setting, curves: dict[str, Sequence[Point]]) -> Sequence[Point]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from loraplus_hydra.report.figures.style import BEST, MUTED, PAPER, Picture, new_figure, robust_limits
 from loraplus_hydra.report.keys import order
+from loraplus_hydra.report.reading import number
 from loraplus_hydra.report.results_of import SweepResults
-from loraplus_hydra.report.wording import short
+from loraplus_hydra.report.wording import clipped, folded, short
 
 _MOST_KEYS = 8
+_CHARACTERS = 110  # beside each other in the figure
 _LINE_POINTS = 24  # of the curve between two axes
 
 
@@ -27,11 +30,12 @@ def draw(results: SweepResults) -> Picture | None:
     high = high if high > low else low + 1e-9
     figure = new_figure(10.4, 4.4)
     axes = figure.add_subplot()
+    width = _CHARACTERS // (len(keys) + 1)
     places = [
-        _axis(axes, column, results.names[key], [one.values.get(key) for one in ranked])
+        _axis(axes, column, results.names[key], [one.values.get(key) for one in ranked], width)
         for column, key in enumerate(keys)
     ]
-    _metric_axis(axes, len(keys), results, low, high)
+    _metric_axis(axes, len(keys), results, low, high, width)
     colours = matplotlib.colormaps["viridis"]
     for rank, one in reversed(list(enumerate(ranked))):
         share = min(max(((one.mean or 0.0) - low) / (high - low), 0.0), 1.0)
@@ -60,10 +64,10 @@ def draw(results: SweepResults) -> Picture | None:
     return Picture("keys", "All varied keys at once", caption, figure)
 
 
-def _axis(axes: Any, column: int, name: str, values: Sequence[Any]) -> Callable[[Any], float]:
+def _axis(axes: Any, column: int, name: str, values: Sequence[Any], width: int) -> Callable[[Any], float]:
     """Draw one key's axis; returns where on it, from 0 to 1, a value stands."""
     distinct = order(values)
-    numeric = all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in distinct)
+    numeric = all(number(one) is not None for one in distinct)
     heights: dict[str, float]
     if numeric and len(distinct) > 8:  # a search: at their true places
         scaled = [math.log(one) if distinct[0] > 0 else float(one) for one in distinct]
@@ -77,18 +81,22 @@ def _axis(axes: Any, column: int, name: str, values: Sequence[Any]) -> Callable[
         ticks = distinct[:: -(-len(distinct) // 12)]
     axes.plot([column, column], [-0.04, 1.04], color=MUTED, linewidth=1, zorder=5)
     for one in ticks:
-        text = short(one)
-        _tick(axes, column, heights[repr(one)], text if len(text) <= 22 else text[:21] + "…")
-    axes.text(column, 1.09, name, ha="center", va="bottom", fontweight="bold")
+        _tick(axes, column, heights[repr(one)], clipped(short(one), width))
+    _head(axes, column, name, width)
     return lambda value: heights[repr(value)]
 
 
-def _metric_axis(axes: Any, column: int, results: SweepResults, low: float, high: float) -> None:
+def _metric_axis(axes: Any, column: int, results: SweepResults, low: float, high: float, width: int) -> None:
     axes.plot([column, column], [-0.04, 1.04], color=MUTED, linewidth=1, zorder=5)
     for part in (0, 0.25, 0.5, 0.75, 1):
         share = part if results.sweep.greater_is_better else 1 - part
         _tick(axes, column, part, short(low + share * (high - low)))
-    axes.text(column, 1.09, results.sweep.metric, ha="center", va="bottom", fontweight="bold")
+    _head(axes, column, results.sweep.metric, width)
+
+
+def _head(axes: Any, column: int, name: str, width: int) -> None:
+    text = folded(re.findall(r"[^_.]+[_.]*|^[_.]+", name), width)
+    axes.text(column, 1.09, text, ha="center", va="bottom", fontweight="bold")
 
 
 def _tick(axes: Any, column: int, height: float, text: str) -> None:

@@ -8,6 +8,7 @@ from loraplus_hydra.report.figures.style import BASELINE, BEST, MUTED, Picture, 
 from loraplus_hydra.report.results_of import SweepResults
 
 _MOST = 30  # settings that can be read in one figure
+_WIDTH = 56  # characters of a line of a setting's label
 
 
 def draw(results: SweepResults) -> Picture | None:
@@ -19,7 +20,9 @@ def draw(results: SweepResults) -> Picture | None:
     baseline = results.outcome.baseline
     if baseline is not None and baseline not in shown:
         shown[-1] = baseline
-    figure = new_figure(9.4, 1.1 + 0.27 * len(shown))
+    labels = [results.folded_label(one, _WIDTH) for one in shown]
+    lines = max(label.count("\n") for label in labels) + 1
+    figure = new_figure(9.4, 1.1 + (0.11 + 0.16 * lines) * len(shown))
     axes = figure.add_subplot()
     low, high, beyond = robust_limits([value for one in shown for value in one.measured])
     for place, one in enumerate(shown):
@@ -27,7 +30,7 @@ def draw(results: SweepResults) -> Picture | None:
         axes.plot(one.measured, [place] * len(one.measured), "o", color=colour, alpha=0.4, markersize=4, zorder=2)
         spread = one.spread or 0
         axes.errorbar([one.mean], [place], xerr=[[spread], [spread]], fmt="o", **_bar(colour))
-    axes.set_yticks(range(len(shown)), [results.label(one) for one in shown])
+    axes.set_yticks(range(len(shown)), labels)
     for label, one in zip(axes.get_yticklabels(), shown, strict=True):
         if one in (results.outcome.best, baseline):
             label.set_fontweight("bold")

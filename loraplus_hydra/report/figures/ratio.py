@@ -23,6 +23,8 @@ from loraplus_hydra.report.wording import short
 # Keys that the axis and the lines show already; what else varies gives panels.
 _SHOWN = ("loraplus.ratio", "loraplus.lr_A", "loraplus.lr_B", "optimizer.lr", "model.lr")
 _MOST_PANELS, _MOST_LINES = 6, 12
+_COLUMNS = 3  # of panels
+_CHARACTERS = 100  # beside each other in their titles
 _MARKERS = "osD^v"  # beside the colours, for those who can't tell these apart
 
 
@@ -38,12 +40,13 @@ def draw(results: SweepResults) -> Picture | None:
         rate: {"color": colour, "marker": _MARKERS[place % len(_MARKERS)]}
         for place, (rate, colour) in enumerate(zip(rates, ordered_colours(len(rates)), strict=True))
     }
-    columns = min(3, len(panels))
-    height = 4.2 if len(panels) == 1 else 3.3 * math.ceil(len(panels) / columns) + 0.4
+    columns = min(_COLUMNS, len(panels))
+    lines = max(title.count("\n") for title, _ in panels)  # beyond the first
+    height = 4.2 if len(panels) == 1 else (3.3 + 0.16 * lines) * math.ceil(len(panels) / columns) + 0.4
     figure = new_figure(8.6 if len(panels) == 1 else 10.4, height)
     low, high, beyond = robust_limits([value for one in settings for value in one.measured])
     grid = figure.subplots(math.ceil(len(panels) / columns), columns, sharex=True, sharey=True, squeeze=False)
-    for axes, (title, members) in zip(grid.flat, panels.items(), strict=False):
+    for axes, (title, members) in zip(grid.flat, panels, strict=False):
         for rate in rates:
             _line(axes, [one for one in members if _rate(one) == rate], looks[rate], (low, high))
         _mark_best(axes, results, members)
@@ -62,7 +65,7 @@ def draw(results: SweepResults) -> Picture | None:
 
 
 def _caption(
-    results: SweepResults, settings: Sequence[Setting], panels: Mapping[str, Any], rates: Sequence[float], beyond: int
+    results: SweepResults, settings: Sequence[Setting], panels: Sequence[Any], rates: Sequence[float], beyond: int
 ) -> str:
     caption = "Ring: the best setting."
     if results.seeds:
@@ -78,20 +81,22 @@ def _caption(
     return caption
 
 
-def _panels(results: SweepResults, settings: Sequence[Setting]) -> dict[str, Sequence[Setting]]:
-    """Title -> its settings."""
+def _panels(results: SweepResults, settings: Sequence[Setting]) -> list[tuple[str, Sequence[Setting]]]:
+    """Titles, with the settings of each."""
     others = [key for key in results.compared if key not in _SHOWN]
     values = order(tuple(one.values.get(key) for key in others) for one in settings)
     if not others or not 2 <= len(values) <= _MOST_PANELS:
-        return {"": _best_of_each(results, settings)} if others else {"": settings}
+        return [("", _best_of_each(results, settings) if others else settings)]
     if len(others) == 1:
         values = [(value,) for value in order(value[0] for value in values)]
-    return {
-        ", ".join(f"{results.names[key]} {short(part)}" for key, part in zip(others, value, strict=True)): [
-            one for one in settings if tuple(one.values.get(key) for key in others) == value
-        ]
+    width = _CHARACTERS // min(_COLUMNS, len(values))
+    return [
+        (
+            results.folded_label(Setting(dict(zip(others, value, strict=True)), ()), width),
+            [one for one in settings if tuple(one.values.get(key) for key in others) == value],
+        )
         for value in values
-    }
+    ]
 
 
 def _best_of_each(results: SweepResults, settings: Sequence[Setting]) -> Sequence[Setting]:
