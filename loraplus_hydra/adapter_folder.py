@@ -63,10 +63,7 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
     from loraplus_hydra.initialisation import on_original_base
 
-    # `default` alone: DPO keeps its frozen reference as a second adapter.
-    model.save_pretrained(
-        str(folder), safe_serialization=True, save_embedding_layers=False, selected_adapters=["default"]
-    )
+    save_factors(model, folder)
     initial = getattr(model, "initial_factors", None)
     if initial:
         tensors, config = on_original_base(
@@ -79,6 +76,18 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
     base_config.save_pretrained(str(folder))
     base_config.use_cache = used
     tokenizer.save_pretrained(str(folder))
+
+
+def save_factors(model: PeftModel, folder: Path, **arguments: Any) -> None:
+    """PEFT's own files of the trained tensors, without its card of placeholders: `export` writes one that is true.
+
+    Not the frozen embedding, nor DPO's frozen reference, which is a second adapter. `arguments` are of PEFT's
+    `save_pretrained`.
+    """
+    model.save_pretrained(
+        str(folder), safe_serialization=True, save_embedding_layers=False, selected_adapters=["default"], **arguments
+    )
+    (folder / "README.md").unlink(missing_ok=True)
 
 
 def stored_adapter(path: str, key: str = KEY) -> StoredAdapter:

@@ -24,6 +24,9 @@ _PICKLED_WEIGHTS = (".bin", ".pkl", ".pickle", ".ckpt")
 
 log = logging.getLogger(__name__)
 
+KEY = "trainer.resume_from_checkpoint"
+AUTO = "auto"  # its value for the newest whole checkpoint of the run's own folder
+
 
 @dataclass(frozen=True)
 class Checkpoint:

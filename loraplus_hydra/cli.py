@@ -6,9 +6,11 @@ Nothing heavy is imported here: `--help`, `--cfg job`, completion and a mistyped
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,16 +23,16 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from loraplus_hydra import processes
+from loraplus_hydra import processes, screen
 from loraplus_hydra.commands import COMMANDS, RESUME, TRAIN
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.flags import flags_and_overrides, refuse_wrong_flags
+from loraplus_hydra.hydra_job import is_sweep
 from loraplus_hydra.limits import refuse_unwritable
 from loraplus_hydra.overrides import has_unknown_key, is_of_composing, override_problems, quoted
 from loraplus_hydra.paths import HYDRA, config_folder, refuse_used_folder
 from loraplus_hydra.quiet import quiet_libraries
 from loraplus_hydra.schema import register, run_of
-from loraplus_hydra.sweep.folders import is_sweep
 from loraplus_hydra.sweep.folders import register as register_interpolations
 
 if TYPE_CHECKING:
@@ -98,9 +100,11 @@ def _ending_the_program() -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        screen.keep(f"Error: {error}", logging.ERROR)
         _print_error(error)
         raise SystemExit(EXIT_USER_ERROR) from error
     except Exception as error:
+        screen.keep("".join(traceback.format_exception(error)), logging.ERROR)
         if os.environ.get(_SHOW_TRACEBACK):
             raise SystemExit(_with_traceback(error)) from error
         _print_error(error)
@@ -253,8 +257,6 @@ def _print_error(error: Exception) -> None:
 
 
 def _with_traceback(error: Exception) -> int:
-    import traceback
-
     traceback.print_exception(error)
     return EXIT_USER_ERROR
 

@@ -187,12 +187,29 @@ def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
             raise ConfigErrors(problems)
         typed = OmegaConf.merge(schema, config)
     except OmegaConfBaseException as error:
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         raise ConfigErrors([Problem(str(getattr(error, "full_key", None) or KEY), first, f"see {file}")]) from None
     assert isinstance(typed, DictConfig)
     if problems := foreign_code(read_config(typed)[0], file.parent.parent if hydras else file.parent):
         raise ConfigErrors(problems)
     return typed
+
+
+def read_plain(file: Path) -> dict[str, Any]:
+    """The YAML in `file` as plain containers, nothing followed; nothing where it is missing, cut short or no mapping.
+
+    Raises ConfigErrors for one whose parts stand for others.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        _refuse_aliases(file)
+        plain = OmegaConf.to_container(OmegaConf.load(file))
+    except ConfigErrors:
+        raise
+    except Exception:  # YAML's errors have no base that omegaconf lets us name
+        return {}
+    return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
 
 
 def _interpolated(node: Any, path: str = "") -> str:

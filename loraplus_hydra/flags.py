@@ -30,7 +30,7 @@ def flags_and_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     flags: list[str] = []
     overrides: list[str] = []
     needing = False  # whether the word before needs this one as its value
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         if word in ("--info", "-i") and (following.startswith("-") or "=" in following or not following):
             word = "--info=all"  # what it means without a value; an override would be taken for one
         (flags if word.startswith("-") or needing else overrides).append(word)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from loraplus_hydra.examples import Examples
-
-log = logging.getLogger(__name__)
 
 
 def run(config: DictConfig, folder: str | Path | None = None) -> Result:
@@ -118,7 +115,6 @@ def _recorded(config: DictConfig, folder: Path, point: ResumePoint | None, track
         raise
     except (Exception, SystemExit) as error:
         result.error = {"type": type(error).__name__, "text": str(error)}
-        log.debug("The job failed.", exc_info=True)
         _say_how_to_go_on(folder)
         raise
     finally:

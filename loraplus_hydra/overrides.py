@@ -103,11 +103,12 @@ def _of_swept_groups(overrides: list[str], error: Exception) -> list[Problem]:
 
 
 def quoted(value: str) -> str:
-    """A value as Hydra's grammar reads it back, whatever characters are in it.
+    """A value as Hydra's grammar and OmegaConf read it back, whatever characters are in it.
 
-    A backslash escapes only a quote, or a backslash in front of one.
+    To Hydra a backslash escapes only a quote, or a backslash in front of one; to OmegaConf only `${`, likewise.
     """
-    inner = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    inner = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), literal)
     return f"'{inner}'"
 
 

@@ -10,13 +10,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra import checkpoints, paths, processes, screen
-from loraplus_hydra.checkpoints import Checkpoint
+from loraplus_hydra.checkpoints import AUTO, KEY, Checkpoint
 from loraplus_hydra.dotted import flat
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
 from loraplus_hydra.results import OK, Result, read_result, run_hash
 
-KEY = "trainer.resume_from_checkpoint"
-AUTO = "auto"
 _RULES = "loraplus.rules."
 
 
@@ -46,19 +44,6 @@ class ResumePoint:
 def asked(config: DictConfig) -> bool:
     """Whether the config asks to go on from a checkpoint."""
     return config.trainer.get("resume_from_checkpoint") is not None
-
-
-def checkpoint_problems(config: DictConfig) -> list[Problem]:
-    """What is wrong with a checkpoint that the config names."""
-    named = config.trainer.get("resume_from_checkpoint")
-    if named is None or named == AUTO:
-        return []
-    try:
-        checkpoints.open_checkpoint(Path(str(named)).expanduser())
-    except ValueError as error:
-        fix = f"name a whole checkpoint of a run (checkpoints/checkpoint-N), or {AUTO} for the newest of its own"
-        return [Problem(KEY, f"{named} doesn't count: {error}", fix)]
-    return []
 
 
 def finished(config: DictConfig, folder: Path) -> Result | None:

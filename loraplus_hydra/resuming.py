@@ -72,16 +72,16 @@ class ResumableMixin:
         return int(self.set_initial_training_values(self.args, loader)[-1])  # type: ignore[attr-defined]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The adapter and the tokenizer; not the frozen embedding, DPO's frozen reference, or pickled arguments."""
+        """The adapter and the tokenizer, without pickled arguments."""
         from peft import PeftModel
+
+        from loraplus_hydra.adapter_folder import save_factors
 
         if not isinstance(self.model, PeftModel):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
         elif self.args.should_save:
             folder = output_dir or self.args.output_dir
-            self.model.save_pretrained(
-                folder, state_dict=state_dict, save_embedding_layers=False, selected_adapters=["default"]
-            )
+            save_factors(self.model, Path(folder), state_dict=state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra import paths, processes
-from loraplus_hydra.sweep.folders import is_sweep
+from loraplus_hydra.hydra_job import number_in_sweep
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +33,15 @@ def say(text: str) -> None:
         log.info(text)
 
 
+def keep(text: str, level: int = logging.INFO) -> None:
+    """What the log file alone has, if there is one."""
+    fields = {"name": log.name, "levelno": level, "levelname": logging.getLevelName(level)}
+    record = logging.makeLogRecord({**fields, "msg": "%s", "args": (text,)})
+    for handler in logging.getLogger().handlers:  # not through the loggers, which have the screen for a handler too
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
+
+
 def show_config(config: Any) -> None:
     """The whole config as a tree."""
     from rich.tree import Tree
@@ -49,7 +58,7 @@ def show_config(config: Any) -> None:
 
     tree = Tree("[bold]config[/bold]", guide_style="dim")
     grow(tree, config)
-    _print(tree, on_screen=_job_of_sweep() in (None, 0))
+    _print(tree, on_screen=number_in_sweep() in (None, 0))
 
 
 def show_overview(rows: Sequence[Row]) -> None:
@@ -61,7 +70,7 @@ def show_overview(rows: Sequence[Row]) -> None:
         numbers = (f"{row.lr:.3g}", f"{row.weight_decay:g}", bits, f"{row.tensors:,}", f"{row.numbers:,}")
         cells.append((row.role, row.rule, row.group, *numbers))
     rates = table(("role", "rule", "group", *names), cells, right=names)
-    _print("What gets which rate", rates, on_screen=_job_of_sweep() in (None, 0))
+    _print("What gets which rate", rates, on_screen=number_in_sweep() in (None, 0))
 
 
 def show_tensors(placed: Sequence[Placed]) -> None:
@@ -89,7 +98,7 @@ def show_memory(memory: Memory, trained: int, total: int) -> None:
 
 def show_result(folder: Path, result: Result) -> None:
     """How the run ended: metrics before and after, the samples, where things lie and what to try next."""
-    of_sweep = _job_of_sweep() is not None
+    of_sweep = number_in_sweep() is not None
     _show_samples(result.samples, on_screen=not of_sweep)
     before, after = result.metrics_before.get(result.metric), result.value
     compared = ""
@@ -162,23 +171,9 @@ def _print(*renderables: Any, on_screen: bool = True) -> None:
 
     if on_screen:
         console().print(*renderables, sep="\n")
-    files = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
-    if not files:
-        return
     text = io.StringIO()
     Console(file=text, width=160, no_color=True).print(*renderables, sep="\n")
-    fields = {"name": log.name, "levelno": logging.INFO, "levelname": "INFO"}
-    record = logging.makeLogRecord({**fields, "msg": "\n%s", "args": (text.getvalue(),)})
-    for handler in files:  # not through the loggers, which have the screen for a handler too
-        handler.handle(record)
-
-
-def _job_of_sweep() -> int | None:
-    """The number of the job that runs in a sweep, from 0; None outside one."""
-    from hydra.core.hydra_config import HydraConfig
-
-    hydra: Any = HydraConfig.get() if HydraConfig.initialized() else None
-    return hydra.job.num if hydra is not None and is_sweep(hydra) else None
+    keep(f"\n{text.getvalue()}")
 
 
 def console() -> Console:

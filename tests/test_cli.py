@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from tests.conftest import Finished
 
@@ -171,13 +173,18 @@ def test_help_lists_every_command() -> None:
         assert name == TRAIN or f"\n  {name} " in output
 
 
-def test_text_to_predict_on_is_taken_as_it_is_typed() -> None:
+@given(st.text(st.sampled_from("ab \\'\"${}[],=:~\n"), max_size=12))
+@example("it's {odd}: [1, 2]")
+@example("costs ${x} or \\${x}")
+def test_text_to_predict_on_is_taken_as_it_is_typed(text: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
 
     from loraplus_hydra.cli import _hydra_arguments
 
-    for text in ("def add(a, b): return a + b", "it's {odd}: [1, 2]", "back\\slash", "two\nlines", "plain"):
-        overrides = [word for word in _hydra_arguments("predict", ["RUN", f"text={text}"]) if not word.startswith("--")]
-        parsed = {one.key_or_group: one.value() for one in map(OverridesParser.create().parse_override, overrides)}
-        assert parsed["text"] == text
-        assert parsed["run"] == "RUN"
+    if text[:1] in ("'", '"'):  # quoted by the user
+        return
+    overrides = [word for word in _hydra_arguments("predict", ["RUN", f"text={text}"]) if not word.startswith("--")]
+    parsed = {one.key_or_group: one.value() for one in map(OverridesParser.create().parse_override, overrides)}
+    config = OmegaConf.create(parsed)
+    assert (config.text, config.run) == (text, "RUN")

@@ -229,9 +229,12 @@ def test_deepspeed_config_of_accelerate_is_looked_at_too(
     assert "its block 'optimizer' would replace" in cli("check", *tiny_run).err
 
 
-def test_failed_run_is_told_in_our_words_alone(cli: Callable[..., Finished], tiny_run: list[str]) -> None:
-    finished = cli(*tiny_run, "optimizer.lr=1e30", "trainer.eval_strategy=no")
+def test_failed_run_is_told_in_our_words_alone_and_in_its_log(
+    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    finished = cli(*tiny_run, "optimizer.lr=1e30", "trainer.eval_strategy=no", "hydra.run.dir=run")
     assert finished.status == 1
     errors = [line for line in finished.err.splitlines() if "Error" in line]
     assert len(errors) == 1, finished.err
     assert errors[0].startswith(("Error: the loss is ", "Error: the gradient's norm is "))
+    assert errors[0] in (tmp_path / "run" / "loraplus_hydra.log").read_text()

@@ -42,8 +42,7 @@ def _check(config: DictConfig, *, with_data: bool) -> None:
     wrong = {problem.key.split(".")[0] for problem in problems}
 
     from loraplus_hydra.check.dry_run import data_problems, model_problems
-    from loraplus_hydra.check.weights import weights_problems
-    from loraplus_hydra.resume_point import checkpoint_problems
+    from loraplus_hydra.check.weights import checkpoint_problems, weights_problems
 
     if "trainer" not in wrong:
         problems += checkpoint_problems(config)

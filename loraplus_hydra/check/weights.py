@@ -1,4 +1,4 @@
-"""The weights of a model's folder, by names and headers alone: there, safetensors, and inside the folder."""
+"""What is loaded from folders, before it is: a model's weights, by names and headers alone, and a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from loraplus_hydra import checkpoints
 from loraplus_hydra.errors import Problem, UserError, first_line
 from loraplus_hydra.paths import model_location
 
@@ -42,6 +43,8 @@ def weights_problems(model: DictConfig) -> list[Problem]:
         # transformers would load the base that the adapter names instead, from wherever that is.
         fix = "name the base model here, and the adapter by adapter.path"
         return [Problem(_KEY, f"{folder} is an adapter's folder, not a model's", fix)]
+    if not (folder / "config.json").is_file():  # no model's folder at all, which is told of its config
+        return []
     if (folder / WEIGHTS).is_file():
         files = [folder / WEIGHTS]
         problems: list[Problem] = []
@@ -50,6 +53,19 @@ def weights_problems(model: DictConfig) -> list[Problem]:
     else:
         return [Problem(_KEY, f"there is no {WEIGHTS} in {folder}", _WHY)]
     return problems or [problem for file in files for problem in _header_problems(file)]
+
+
+def checkpoint_problems(config: DictConfig) -> list[Problem]:
+    """What is wrong with a checkpoint that the config names."""
+    named = config.trainer.get("resume_from_checkpoint")
+    if named is None or named == checkpoints.AUTO:
+        return []
+    try:
+        checkpoints.open_checkpoint(Path(str(named)).expanduser())
+    except ValueError as error:
+        fix = f"name a whole one (RUN/checkpoints/checkpoint-N), or {checkpoints.AUTO} for the newest of the run's own"
+        return [Problem(checkpoints.KEY, f"{named} doesn't count: {error}", fix)]
+    return []
 
 
 def _listed(folder: Path) -> tuple[list[Path], list[Problem]]:

@@ -29,7 +29,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "preview": Command("show three training rows as the model will see them: tokens, and which of them carry loss"),
     "export": Command(
-        "write a finished run's merged model, or its adapter with a card, into a folder of its own: export RUN",
+        "write a finished run's merged model (merge=false: its adapter), with a card, into a new folder: export RUN",
         config="export",
         positional="run",
         changes=("model",),
@@ -42,7 +42,7 @@ COMMANDS: dict[str, Command] = {
         changes=("model",),
     ),
     "evaluate": Command(
-        "evaluate a finished run, on other rows if you like: evaluate RUN data.eval=...",
+        "evaluate a finished run, on other rows if you like: evaluate RUN data=jsonl data.eval=...",
         config="evaluate",
         positional="run",
         changes=("model", "data", "trainer"),

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from loraplus_hydra import checkpoints, paths, processes
 from loraplus_hydra.check import check
-from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.finished import KEY, named_run, read_stored
+from loraplus_hydra.checkpoints import AUTO
+from loraplus_hydra.errors import ConfigErrors, Problem, first_line
+from loraplus_hydra.finished import KEY, named_run, read_plain, read_stored
 from loraplus_hydra.limits import refuse_unwritable
-from loraplus_hydra.resume_point import AUTO, refuse_unfit
+from loraplus_hydra.resume_point import refuse_unfit
 from loraplus_hydra.schema import RUN_GROUPS
 
 
@@ -37,6 +40,8 @@ def resumed_config(config: DictConfig) -> DictConfig:
     folder = Path(named_run(config)).expanduser()
     if not folder.is_dir():
         raise ConfigErrors([Problem(KEY, f"there is no folder {folder}", "name the folder of a run that was stopped")])
+    if "${" in str(folder.absolute()):
+        raise ConfigErrors([Problem(KEY, f"Hydra would follow the '${{' in {folder}", "give the folder another name")])
     asked = folder / paths.HYDRA / paths.CONFIG
     stored = asked if _is_of_a_run(asked) else folder / paths.CONFIG
     if not stored.is_file():
@@ -46,7 +51,14 @@ def resumed_config(config: DictConfig) -> DictConfig:
         fix = f"give its own command again, with hydra.run.dir={folder} trainer.resume_from_checkpoint=auto"
         raise ConfigErrors([Problem(KEY, f"the run in {folder} was ended before it began: {stored} is empty", fix)])
     changes = {group: config[group] for group in RUN_GROUPS if config[group]}
-    if stored != asked and "loraplus" in changes:
+    if stored == asked:
+        earlier = _changed_before(folder)
+        changes = {
+            group: OmegaConf.merge(earlier.get(group, {}), changes.get(group, {}))
+            for group in RUN_GROUPS
+            if group in earlier or group in changes
+        }
+    elif "loraplus" in changes:
         what = f"in {stored} the rules hold numbers, which loraplus.ratio no longer reaches"
         raise ConfigErrors([Problem("loraplus", what, "leave the loraplus keys as they are")])
     run = read_stored(stored, changes)
@@ -61,9 +73,37 @@ def resumed_config(config: DictConfig) -> DictConfig:
     try:
         OmegaConf.to_container(run, resolve=True)
     except OmegaConfBaseException as error:
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         raise ConfigErrors([Problem(str(getattr(error, "full_key", None) or KEY), first, f"see {stored}")]) from None
     return run
+
+
+def _changed_before(folder: Path) -> dict[str, Any]:
+    """What earlier resumes changed, by group, as far as it is in force: the run's own config.yaml has it.
+
+    So a run that was given more steps, and is stopped again, goes on to those.
+    """
+    in_force = read_plain(folder / paths.CONFIG)
+    found = OmegaConf.create()
+    for file in sorted((folder / paths.HYDRA).glob(f"resumed-*/{paths.CONFIG}")):
+        asked = read_plain(file)
+        found.merge_with(_common({group: asked.get(group) for group in RUN_GROUPS}, in_force))
+    plain = OmegaConf.to_container(found)
+    assert isinstance(plain, dict)
+    return {str(group): keys for group, keys in plain.items()}
+
+
+def _common(asked: Mapping[Any, Any], in_force: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The leaves of `asked` that `in_force` has with the same value; none that refers to something else."""
+    common: dict[Any, Any] = {}
+    for key, value in asked.items():
+        there = in_force.get(key)
+        if isinstance(value, Mapping) and isinstance(there, Mapping):
+            if inner := _common(value, there):
+                common[key] = inner
+        elif key in in_force and value == there and "${" not in str(value):
+            common[key] = value
+    return common
 
 
 def _is_of_a_run(asked: Path) -> bool:

@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
+from loraplus_hydra.report.collect import SWEEP
 from loraplus_hydra.report.wording import count
 from loraplus_hydra.sweep import records
-from loraplus_hydra.sweep.plan import TOLD, Sweep
+from loraplus_hydra.sweep.plan import Sweep
 
 
 def end(sweep: Sweep) -> bool:
@@ -65,7 +66,7 @@ def _tell(sweep: Sweep, jobs: list[records.Record], told: Collection[str]) -> No
 def _remove_empty(sweep: Sweep) -> None:
     if not sweep.is_new or any(path.is_dir() for path in sweep.folder.iterdir()):
         return
-    for name in (TOLD, "multirun.yaml"):  # the second is Hydra's
+    for name in (SWEEP, "multirun.yaml"):  # the second is Hydra's
         (sweep.folder / name).unlink(missing_ok=True)
     if not any(sweep.folder.iterdir()):
         sweep.folder.rmdir()

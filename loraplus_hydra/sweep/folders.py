@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from loraplus_hydra import paths
+from loraplus_hydra.hydra_job import is_sweep
 from loraplus_hydra.results import OK, config_hash, read_result, run_hash
 from loraplus_hydra.schema import run_of
 from loraplus_hydra.sweep.names import HASH_DIGITS, job_name
@@ -116,11 +117,6 @@ def _is_left_alone(root: DictConfig) -> bool:
     if not is_sweep(root.hydra):
         return False
     return state_of(Path(root.hydra.runtime.output_dir), hash_of(run_of(root))) in (State.DONE, State.TAKEN)
-
-
-def is_sweep(hydra: Any) -> bool:
-    """Whether Hydra's node is that of a sweep or of one of its jobs."""
-    return getattr(hydra.mode, "name", hydra.mode) == "MULTIRUN"
 
 
 def _value(root: DictConfig, key: str) -> Any:

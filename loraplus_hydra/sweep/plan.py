@@ -18,12 +18,12 @@ from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.limits import refuse_unwritable
 from loraplus_hydra.overrides import quoted
 from loraplus_hydra.paths import write_text
+from loraplus_hydra.report.collect import SWEEP
 from loraplus_hydra.results import config_hash
 from loraplus_hydra.schema import NOT_OF_A_RUN
 from loraplus_hydra.sweep import records
 from loraplus_hydra.sweep.names import sweep_name
 
-TOLD = "sweep.json"
 _GOOD_NAME = re.compile(r"[\w+-][\w.+-]*")
 
 
@@ -68,7 +68,7 @@ def begin(config: DictConfig, words: list[str]) -> Sweep:
         "command": shlex.join(["python", "-m", "loraplus_hydra", *words]),
         "swept": [*keys, *earlier],  # of a folder that several commands have filled
     }
-    write_text(folder / TOLD, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / SWEEP, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
     return Sweep(folder, keys, start, is_new)
 
 
@@ -126,7 +126,7 @@ def _checked(name: str | None) -> str | None:
 
 def _told(folder: Path) -> dict[str, Any]:
     try:
-        told = json.loads((folder / TOLD).read_text(encoding="utf-8"))
+        told = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return told if isinstance(told, dict) and isinstance(told.get("swept"), list) else {}

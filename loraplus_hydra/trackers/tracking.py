@@ -64,7 +64,7 @@ class Tracking:
                 log.warning(
                     "Warning: the run goes on without its logger, which failed: %s: %s. metrics.jsonl has everything",
                     type(error).__name__,
-                    first_line(error).rstrip("."),
+                    first_line(error),
                 )
                 log.debug("The logger failed.", exc_info=True)
             self._works = False
@@ -102,7 +102,7 @@ def _place() -> tuple[Path, str | None]:
     """Where the command was given, and the sweep's name if this is a job of one."""
     from hydra.core.hydra_config import HydraConfig
 
-    from loraplus_hydra.sweep.folders import is_sweep
+    from loraplus_hydra.hydra_job import is_sweep
 
     if not HydraConfig.initialized():
         return Path.cwd(), None
