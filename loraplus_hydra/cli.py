@@ -210,7 +210,7 @@ def _hydra_arguments(name: str, arguments: list[str]) -> list[str]:
     extra = []
     if name != TRAIN:
         extra.append(f"hydra.callbacks.before_run.command={name}")
-    if command.positional and rest and "=" not in rest[0] and not rest[0].startswith("-"):
+    if command.positional and rest and _is_bare(rest[0]):
         extra.append(f"{command.positional}={quoted(rest.pop(0))}")
     flags = [argument.removeprefix("--") for argument in rest if argument.removeprefix("--") in command.flags]
     if flags:
@@ -222,6 +222,11 @@ def _hydra_arguments(name: str, arguments: list[str]) -> list[str]:
     hydras, overrides = flags_and_overrides(rest)
     config = [f"--config-name={command.config}"] if command.config != "config" else []
     return [*config, *hydras, *extra, *overrides]
+
+
+def _is_bare(word: str) -> bool:
+    """Whether a word is neither a flag nor an override: a folder may have a `=` in its name."""
+    return not word.startswith("-") and ("=" not in word or Path(word).is_dir())
 
 
 def _verbatim(argument: str, keys: tuple[str, ...]) -> str:

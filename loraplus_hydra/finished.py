@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from loraplus_hydra import paths
 from loraplus_hydra.check.foreign import foreign_code
 from loraplus_hydra.check.keys import read_config, unknown_keys
+from loraplus_hydra.dotted import flat
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.results import OK
 from loraplus_hydra.schema import RunConfig
@@ -28,6 +30,7 @@ MODEL_GROUPS = ("model", "quantization", "adapter", "task", "seed")
 _LABEL_SETTINGS = ("id2label", "label2id", "problem_type")
 _NOT_RESULTS = ("runtime", "per_second", "preparation_time", "num_tokens", "epoch")
 KEY = "run"
+_RESOLVER = re.compile(r"\$\{[^}]*:")  # ${oc.env:HOME}
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,8 @@ def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
         what = f"{file}: {key} is an interpolation, which no run writes: it could read your environment"
         raise ConfigErrors([Problem(KEY, what, "write the value in its place")])
     stored.pop("sweep", None)  # of the program, not of the run
+    if hydras:
+        _put_values_for_resolvers(stored, file.parent.parent / paths.CONFIG)
     schema = OmegaConf.structured(RunConfig)
     changes = {group: dict(keys) for group, keys in overrides.items() if keys}
     try:
@@ -193,6 +198,22 @@ def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
     if problems := foreign_code(read_config(typed)[0], file.parent.parent if hydras else file.parent):
         raise ConfigErrors(problems)
     return typed
+
+
+def _put_values_for_resolvers(stored: DictConfig, resolved: Path) -> None:
+    """Replace each `${resolver:...}` by the value that it had in the run: followed here it could read your environment.
+
+    Raises ConfigErrors where the run's own config.yaml doesn't have it.
+    """
+    plain: Any = OmegaConf.to_container(stored)
+    values = flat(read_plain(resolved))
+    for key, value in flat(plain).items():
+        if not _RESOLVER.search(str(value)):
+            continue
+        if key not in values or _RESOLVER.search(str(values[key])):
+            what = f"{key} is {value}, which is not followed, and {resolved} doesn't say what it was"
+            raise ConfigErrors([Problem(KEY, what, "write the value in its place")])
+        OmegaConf.update(stored, key, values[key])
 
 
 def read_plain(file: Path) -> dict[str, Any]:

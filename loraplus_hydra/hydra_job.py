@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 
 def is_sweep(hydra: Any) -> bool:
@@ -15,4 +16,6 @@ def is_sweep(hydra: Any) -> bool:
 def number_in_sweep() -> int | None:
     """The number of the job that runs in a sweep, from 0; None outside one."""
     hydra: Any = HydraConfig.get() if HydraConfig.initialized() else None
-    return hydra.job.num if hydra is not None and is_sweep(hydra) else None
+    if hydra is None or not is_sweep(hydra) or OmegaConf.is_missing(hydra.job, "num"):  # of a sweep that is over
+        return None
+    return int(hydra.job.num)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from loraplus_hydra import paths, processes, screen
 from loraplus_hydra.check import check
 from loraplus_hydra.checkpoints import sealed
+from loraplus_hydra.errors import UserError
 from loraplus_hydra.limits import explained
 from loraplus_hydra.quiet import quiet_libraries, quiet_loading
 from loraplus_hydra.results import FAILED, INTERRUPTED, OK, Result, read_result, run_hash, versions
@@ -120,15 +123,16 @@ def _recorded(config: DictConfig, folder: Path, point: ResumePoint | None, track
     finally:
         result.seconds = round(time.perf_counter() - started, 3)
         if processes.is_main():
-            _write(result, folder)
+            _write(config, result, folder)
         tracking.finish(result)
 
 
-def _write(result: Result, folder: Path) -> None:
+def _write(config: DictConfig, result: Result, folder: Path) -> None:
     """result.json; where even that can't be written, what ended the job is told all the same."""
     try:
-        result.write(folder)
-    except OSError as error:
+        with explained(config, folder):
+            result.write(folder)
+    except (OSError, UserError) as error:
         if result.status == OK:
             raise
         screen.say(f"{paths.RESULT} could not be written: {error}")
@@ -137,7 +141,8 @@ def _write(result: Result, folder: Path) -> None:
 def _say_how_to_go_on(folder: Path) -> None:
     checkpoints = sealed(folder / paths.CHECKPOINTS)
     if checkpoints and processes.is_main():
-        screen.say(f"The last checkpoint is {checkpoints[-1].name}; to go on: python -m loraplus_hydra resume {folder}")
+        command = f"python -m loraplus_hydra resume {shlex.quote(str(folder))}"
+        screen.say(f"The last checkpoint is {checkpoints[-1].name}; to go on: {command}")
 
 
 def _describe(config: DictConfig, folder: Path, result: Result, point: ResumePoint | None) -> None:
@@ -156,6 +161,8 @@ def _describe(config: DictConfig, folder: Path, result: Result, point: ResumePoi
             screen.say(f"    Changed since: {change}")
         previous = read_result(folder)
         result.resumed_at = [*(previous.resumed_at if previous else ()), point.step]
+        if previous is not None:  # what was said of its end no longer holds
+            replace(result, status=INTERRUPTED).write(folder)
         prepare(point, folder)
     paths.write_text(folder / paths.CONFIG, OmegaConf.to_yaml(config, resolve=True))
     screen.show_config(OmegaConf.to_container(config, resolve=True))

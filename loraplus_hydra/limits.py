@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,9 +50,10 @@ def explained(config: DictConfig, folder: Path) -> Iterator[None]:
         if is_out_of_memory(error):
             raise MachineLimitError(_memory_advice(config, error)) from error
         if is_disk_full(error):
+            go_on = f"python -m loraplus_hydra resume {shlex.quote(str(folder))}"
             raise MachineLimitError(
                 f"the disk is full ({first_line(error)}). What was saved before is whole; make room, then go on with "
-                f"python -m loraplus_hydra resume {folder} (trainer.save_total_limit keeps fewer checkpoints)"
+                f"{go_on} (trainer.save_total_limit keeps fewer checkpoints)"
             ) from error
         if not folder.is_dir():
             what = f"the run's folder {folder} is gone, or its disk is: {first_line(error)}"

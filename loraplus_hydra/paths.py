@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -95,7 +96,10 @@ def refuse_used_folder(folder: Path, key: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{key}: {folder} is a file; name a folder that is new or empty")
     if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{key}: {folder} isn't empty; a run never writes over another, so name a new folder")
+        go_on = ""
+        if (folder / HYDRA).is_dir():
+            go_on = f"; to go on with the run in it: python -m loraplus_hydra resume {shlex.quote(str(folder))}"
+        raise UserError(f"{key}: {folder} isn't empty; a run never writes over another, so name a new folder{go_on}")
 
 
 def new_file(path: str, key: str) -> Path:

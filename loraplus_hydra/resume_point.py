@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra import checkpoints, paths, processes, screen
 from loraplus_hydra.checkpoints import AUTO, KEY, Checkpoint
 from loraplus_hydra.dotted import flat
-from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError
+from loraplus_hydra.finished import read_plain
 from loraplus_hydra.results import OK, Result, read_result, run_hash
 
 _RULES = "loraplus.rules."
+_TRAINED_WITH = ("model", "quantization", "adapter", "optimizer", "scheduler", "loraplus", "data", "seed")
+_LENGTHENING = ("trainer.max_steps", "trainer.num_train_epochs")
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,9 @@ def finished(config: DictConfig, folder: Path) -> Result | None:
     if not asked(config):
         return None
     result = read_result(folder)
-    if result is None or result.status != OK or result.config_hash != run_hash(config):
+    if result is None or result.status != OK or not (folder / paths.ADAPTER).is_dir():
         return None
-    return result
+    return result if result.config_hash == run_hash(config) else None
 
 
 def told_as_finished(folder: Path, result: Result) -> str:
@@ -70,7 +73,8 @@ def refuse_unfit(config: DictConfig, folder: Path) -> None:
         if processes.is_main():
             print(told_as_finished(folder, result))
         raise SystemExit(0)
-    find(config, folder, tell=False)
+    with processes.alone_in(folder):
+        find(config, folder, tell=False)
 
 
 def find(config: DictConfig, folder: Path, *, tell: bool = True) -> ResumePoint | None:
@@ -87,31 +91,46 @@ def find(config: DictConfig, folder: Path, *, tell: bool = True) -> ResumePoint 
         checkpoint = checkpoints.newest_whole(folder / paths.CHECKPOINTS, tell=tell)
     else:
         checkpoint = checkpoints.open_checkpoint(Path(str(named)).expanduser())
-    if checkpoint is not None:
+    if checkpoint is None:
+        _refuse_to_replace(folder)
+    else:
         _refuse_other_training(config, checkpoint)
+        _refuse_changes_at_the_end(checkpoint, changed)
+        _lines_until(checkpoint)
     return ResumePoint(checkpoint, changed)
 
 
 def prepare(point: ResumePoint, folder: Path) -> None:
     """Bring `folder` to where the checkpoint was: metrics.jsonl cut to it, newer checkpoints out of the way."""
     metrics = folder / paths.METRICS
-    if point.checkpoint is None:
-        metrics.unlink(missing_ok=True)
-        step = -1
-    else:
-        step = point.checkpoint.step
-        own = point.checkpoint.folder.parent.parent / paths.METRICS
-        length = int(point.checkpoint.state["metrics_bytes"])
-        lines = own.read_bytes()[:length] if own.is_file() else b""
-        if len(lines) < length:
-            screen.say(f"    Note: {own} is shorter than it was at step {step}; lines are missing")
-        if own.resolve() == metrics.resolve() and metrics.is_file():
-            os.truncate(metrics, len(lines))
-        else:
-            paths.write_text(metrics, lines.decode("utf-8", errors="replace"))
+    step = -1 if point.checkpoint is None else point.checkpoint.step
+    # First these: killed in between, the run goes on from the same checkpoint again.
     for place in checkpoints.in_order(folder / paths.CHECKPOINTS):
         if checkpoints.step_of(place) > step:
             _set_aside(place)
+    if point.checkpoint is None:
+        metrics.unlink(missing_ok=True)
+        return
+    own, lines = _lines_until(point.checkpoint)
+    if len(lines) < int(point.checkpoint.state["metrics_bytes"]):
+        screen.say(f"    Note: {own} is shorter than it was at step {step}; lines are missing")
+    if own.resolve() == metrics.resolve() and metrics.is_file():
+        os.truncate(metrics, len(lines))
+    else:
+        paths.write_text(metrics, lines.decode("utf-8", errors="replace"))
+
+
+def _lines_until(checkpoint: Checkpoint) -> tuple[Path, bytes]:
+    """The metrics.jsonl of the checkpoint's own run, and what of it was there when the checkpoint was written.
+
+    Raises UserError for one that was written anew since, from another point.
+    """
+    own = checkpoint.folder.parent.parent / paths.METRICS
+    lines = own.read_bytes()[: int(checkpoint.state["metrics_bytes"])] if own.is_file() else b""
+    whole = len(lines) == int(checkpoint.state["metrics_bytes"])
+    if whole and lines and not lines.endswith(b"\n"):
+        raise UserError(f"{own} isn't the one that {checkpoint.folder.name} was written with; name another checkpoint")
+    return own, lines
 
 
 def _set_aside(place: Path) -> None:
@@ -143,15 +162,37 @@ def _refuse_other_training(config: DictConfig, checkpoint: Checkpoint) -> None:
         raise UserError(f"{checkpoint.folder / checkpoints.STATE} can't be read: {error}") from None
 
 
+def _refuse_to_replace(folder: Path) -> None:
+    """Where no checkpoint counts a run begins anew, and that would replace what a finished or a damaged one has."""
+    result = read_result(folder)
+    damaged = checkpoints.sealed(folder / paths.CHECKPOINTS)
+    if damaged or (result is not None and result.status == OK):
+        what = f"no checkpoint of {folder} is whole" if damaged else f"the run in {folder} kept no checkpoint"
+        fix = "it can't go on, and to begin anew would replace what it has: start a new run in another folder"
+        raise ConfigErrors([Problem(KEY, what, fix)])
+
+
+def _refuse_changes_at_the_end(checkpoint: Checkpoint, changed: tuple[str, ...]) -> None:
+    """A run whose steps are all taken only has to be saved: what is changed of its training would do nothing."""
+    try:
+        planned = json.loads((checkpoint.folder / "trainer_state.json").read_text(encoding="utf-8"))["max_steps"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return  # told when it is loaded
+    if checkpoint.step != planned or any(change.split(":")[0] in _LENGTHENING for change in changed):
+        return
+    if idle := [change for change in changed if change.split(".")[0] in _TRAINED_WITH]:
+        what = f"all {planned} steps are taken, so this would change nothing: {'; '.join(idle)}"
+        raise ConfigErrors([Problem("run", what, "give more steps (trainer.max_steps), or leave it as it was")])
+
+
 def _changes(stored: Path, config: DictConfig) -> list[str]:
     """Leaf keys whose value differs between the stored config and this one, in words."""
     if not stored.is_file():
         return []
-    try:
-        then = _plain(OmegaConf.load(stored))
-    except Exception as error:  # YAML's errors have no base that omegaconf lets us name
-        raise UserError(f"{stored} can't be read: {first_line(error)}") from None
-    now = _plain(config)
+    then = flat(read_plain(stored))  # nothing in it is followed: it may be somebody else's
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    now = flat(plain)
     keys = [key for key in [*now, *(key for key in then if key not in now)] if key != KEY]
     told = {key: (then.get(key, "not set"), now.get(key, "not set")) for key in keys}
     changed = {key: values for key, values in told.items() if values[0] != values[1]}
@@ -162,10 +203,3 @@ def _changes(stored: Path, config: DictConfig) -> list[str]:
         for key, (old, new) in changed.items()
         if not (key.startswith(_RULES) and (old, new) in others)
     ]
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    plain = OmegaConf.to_container(config, resolve=True)
-    if not isinstance(plain, dict):
-        raise TypeError("it holds no mapping")
-    return flat(plain)

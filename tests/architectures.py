@@ -47,6 +47,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma": {**_GROUPED, "head_dim": 16},
 }
 CAUSAL = ("gpt2", "llama", "qwen2", "mistral", "gemma")
+TOKENS = torch.arange(3, 51).reshape(4, 12)
 
 
 def config_of(architecture: str, **changes: Any) -> PretrainedConfig:
@@ -61,6 +62,12 @@ def checkpoint(architecture: str, folder: Path, pad_token: str | None = "<pad>",
     auto_class.from_config(config_of(architecture, **changes)).save_pretrained(folder)
     tokenizer(pad_token).save_pretrained(folder)
     return folder
+
+
+def base_of(folder: Path, architecture: str = "llama") -> Any:
+    """The model of a checkpoint, as transformers alone loads it."""
+    auto = AutoModelForCausalLM if architecture in CAUSAL else AutoModelForSequenceClassification
+    return auto.from_pretrained(folder)
 
 
 def tokenizer(pad_token: str | None = "<pad>") -> PreTrainedTokenizerFast:

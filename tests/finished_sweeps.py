@@ -11,6 +11,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from loraplus_hydra.report.results_of import SweepResults, results_of
+
+Values = dict[Any, float]  # (ratio, seed) -> metric
 STEPS = tuple(range(0, 201, 20))
 
 
@@ -118,3 +121,10 @@ def write_sweep(folder: Path, **written: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sweep.json").write_text(json.dumps(written))
     return folder
+
+
+def ratio_sweep(folder: Path, values: Values, **job: Any) -> SweepResults:
+    """The results of a sweep over the ratio and the seed, with a folder a job."""
+    for (ratio, seed), value in values.items():
+        write_job(folder / f"{ratio}_{seed}", {"loraplus.ratio": ratio, "seed": seed}, value, **job)
+    return results_of(folder)

@@ -197,7 +197,7 @@ def test_a_norm_over_two_dimensions_is_a_matrix_as_in_the_documented_table() -> 
     assert described(model, optimizer)[0][0] == ["0.weight", "0.bias", "1.weight"]
 
 
-def test_it_trains() -> None:
+def test_first_step_of_an_8_bit_optimizer_changes_lora_b_alone() -> None:
     model = with_lora(SmallNet(), target_modules=["lin0", "lin1"])
     optimizer = create_loraplus_optimizer(model, bnb.optim.Adam8bit, lr=5e-3, loraplus_lr_ratio=2.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -191,7 +191,7 @@ def test_no_prompt_of_the_library_holds_a_docstring(splits: dict[str, list[Pair]
 # --- pairs -----------------------------------------------------------------------------------------------------------
 
 
-def test_pairs_of_a_module() -> None:
+def test_code_without_its_docstring_and_the_docstrings_first_sentence_are_a_pair() -> None:
     colour, name, outer, inner = module_pairs(Source(MODULE))
     assert colour == Pair(
         "class Colour(enum.Enum):\n    RED = 1\n\n    @property\n    def name(self):\n"

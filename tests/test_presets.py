@@ -116,7 +116,7 @@ def test_the_peft_preset_gives_peft_s_groups_in_peft_s_order(model: str) -> None
 # what `default` and `roles` do, row by row
 
 
-def test_saved_norms_and_biases() -> None:
+def test_roles_train_saved_norms_and_biases_at_lr_where_default_has_the_rate_of_b() -> None:
     model = with_lora(llama(), target_modules=["q_proj"], modules_to_save=["norm", "lm_head"])
     assert by_role(model, "peft")["norm"] == (B, DECAY)  # an RMSNorm decays there
     assert by_role(model, "default") == {
@@ -153,7 +153,7 @@ def test_biases_of_the_base_model(bias: str) -> None:
     assert by_role(model, "roles")["bias"] == by_role(model, "none")["bias"] == (LR, 0.0)
 
 
-def test_a_bias_of_lora_b() -> None:
+def test_roles_train_a_bias_of_lora_b_at_lr_where_default_has_the_rate_of_b() -> None:
     model = with_lora(bert(), target_modules=["query"], lora_bias=True)
     assert by_role(model, "default")["lora_B_bias"] == (B, 0.0)
     assert by_role(model, "roles")["lora_B_bias"] == (LR, 0.0)
@@ -177,7 +177,7 @@ def test_trainable_tokens_and_saved_embeddings_train_at_lr() -> None:
         assert by_role(saved, name)["saved_module"] == (LR, DECAY)
 
 
-def test_adalora() -> None:
+def test_roles_train_adalora_e_at_the_rate_of_b_where_default_has_lr() -> None:
     model = get_peft_model(llama(), AdaLoraConfig(target_modules=["q_proj"], total_step=10))
     assert by_role(model, "peft") == by_role(model, "default")
     assert by_role(model, "default") == {"adalora_A": (LR, DECAY), "adalora_B": (B, DECAY), "adalora_E": (LR, DECAY)}

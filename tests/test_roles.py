@@ -77,7 +77,7 @@ def test_lora_on_every_kind_of_layer(model: Any, config: dict[str, Any], expecte
     assert kinds(with_lora(model(), **config)) == expected
 
 
-def test_attention_modules_of_torch() -> None:
+def test_lora_on_torchs_attention_has_a_pair_for_it_and_one_for_its_output_layer() -> None:
     model = nn.Sequential(nn.MultiheadAttention(8, 2))
     assert kinds(with_lora(model, target_modules=["0"])) == {
         ("lora_A", "MultiheadAttention"),
@@ -148,7 +148,7 @@ def test_trainable_tokens_inside_lora_and_alone() -> None:
 # other methods of PEFT
 
 
-def test_adalora_and_vera() -> None:
+def test_adalora_and_vera_have_roles_of_their_own_and_tell_what_starts_at_zero() -> None:
     adalora = get_peft_model(llama(), AdaLoraConfig(target_modules=["q_proj"], total_step=10))
     assert kinds(adalora) == {(f"adalora_{factor}", "Linear") for factor in "ABE"}
     assert {record.role: record.starts_at_zero for record in tensor_records(adalora)} == {

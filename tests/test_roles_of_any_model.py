@@ -82,7 +82,7 @@ def test_wrapped_in_fsdp_is_too_late() -> None:
         tensor_records(nn.Sequential(FullyShardedDataParallel(nn.Linear(2, 2))))
 
 
-def test_on_the_meta_device() -> None:
+def test_roles_and_shapes_are_known_on_the_meta_device() -> None:
     config = llama().config
     with torch.device("meta"):
         model = type(llama())(config)

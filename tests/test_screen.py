@@ -94,3 +94,12 @@ def test_titles_stand_on_one_line_and_names_are_no_markup(capsys: pytest.Capture
     lines = capsys.readouterr().out.splitlines()
     assert {"Memory, without activations", RATES} <= set(lines)
     assert any("[/mine]" in line and "[bold]" in line for line in lines)
+
+
+def test_run_behind_a_sweep_in_the_same_process_is_no_job_of_it(
+    cli: Cli, compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    from loraplus_hydra import run
+
+    assert cli("-m", *tiny_run, "trainer.max_steps=1", "loraplus.ratio=2,3").status == 0
+    assert run(compose(*tiny_run, "trainer.max_steps=1"), tmp_path / "run").status == "ok"

@@ -1,13 +1,16 @@
-"""What trackers left on disk, read back: (name, step) -> every value told there, in order."""
+"""What trackers left on disk, read back: (name, step) -> every value told there, in order, with nobody logged in."""
 
 from __future__ import annotations
 
 import json
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 Values = dict[tuple[str, int], list[float]]
 
@@ -79,6 +82,37 @@ def wandb_records(folder: Path) -> list[Any]:
         if any(record.HasField("exit") for record in records) or time.monotonic() > deadline:
             return records
         time.sleep(0.05)
+
+
+@pytest.fixture(autouse=True)
+def nobody_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No key of the user's, none of the user's settings, and no way to ask."""
+    monkeypatch.chdir(tmp_path)
+    from hydra.core.hydra_config import HydraConfig
+
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # an earlier test's command line may have left its own
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_BASE_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "no-settings"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("something is asked on stdin"))
+
+
+def installed(logger: str) -> list[str]:
+    """The overrides that choose a logger; skips the test where it isn't installed."""
+    for module in {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy")}[logger]:
+        pytest.importorskip(module)
+    return [f"logger={logger}"]
+
+
+def same(found: Values, wanted: Values) -> None:
+    """Check that a tracker holds the values that were wanted, each as often."""
+    assert found.keys() == wanted.keys()
+    for key, values in wanted.items():
+        finite = [min(value, sys.float_info.max) for value in values]  # as MLflow's store keeps what is infinite
+        assert sorted(found[key]) == pytest.approx(sorted(finite), rel=1e-6, nan_ok=True), (
+            key
+        )  # TensorBoard keeps 32 bits
 
 
 def _records(data: bytes) -> list[Any]:
