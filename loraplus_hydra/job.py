@@ -155,12 +155,13 @@ def _describe(config: DictConfig, folder: Path, result: Result, point: ResumePoi
     if not processes.is_main():
         return
     if point is not None:
-        at = f"going on from step {point.step}" if point.checkpoint else "no checkpoint counts: from step 0"
-        screen.say(f"    Resuming: {at}")
+        previous = read_result(folder)
+        if point.checkpoint or previous or (folder / paths.METRICS).is_file():  # else this is its first start
+            at = f"going on from step {point.step}" if point.checkpoint else "no checkpoint counts: from step 0"
+            screen.say(f"    Resuming: {at}")
+            result.resumed_at = [*(previous.resumed_at if previous else ()), point.step]
         for change in point.changed:
             screen.say(f"    Changed since: {change}")
-        previous = read_result(folder)
-        result.resumed_at = [*(previous.resumed_at if previous else ()), point.step]
         if previous is not None:  # what was said of its end no longer holds
             replace(result, status=INTERRUPTED).write(folder)
         prepare(point, folder)

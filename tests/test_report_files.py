@@ -51,6 +51,10 @@ def test_csv_has_a_row_a_job_the_best_first(tmp_path: Path) -> None:
 
 
 KEYS = ("status", "metric", "metrics", "eval_loss", "error", "type", "seed", "lr", "step", "loss", "norms", "groupA")
+# A thousand million million entries, were they followed.
+BOMB = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{i}: &a{i} {{{', '.join(f'{k}: *a{i - 1}' for k in 'abcdefghij')}}}\n" for i in range(1, 16)
+)
 BROKEN: dict[str, Callable[[Path], Any]] = {
     "truncated": lambda folder: (folder / "result.json").write_text('{"status": "ok", "metri'),
     "list": lambda folder: (folder / "result.json").write_text("[1, 2]"),
@@ -67,6 +71,7 @@ BROKEN: dict[str, Callable[[Path], Any]] = {
     "no_config": lambda folder: (folder / "config.yaml").unlink(),
     "yaml": lambda folder: (folder / "config.yaml").write_text("a: [1, {"),
     "yaml_tag": lambda folder: (folder / "config.yaml").write_text("a: !!python/object/apply:os.getcwd []"),
+    "yaml_bomb": lambda folder: (folder / "config.yaml").write_text(BOMB),
     "no_metrics": lambda folder: (folder / "metrics.jsonl").unlink(),
     "cut_metrics": lambda folder: (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 4}\n[3]\n{"step": 2, "lo'),
     "groups": lambda folder: (folder / "param_groups.json").write_text('[3, {"group": [], "role": {}}, {"lr": "x"}]'),
@@ -75,6 +80,7 @@ WITH_A_RESULT = {
     "no_config",
     "yaml",
     "yaml_tag",
+    "yaml_bomb",
     "no_metrics",
     "cut_metrics",
     "groups",

@@ -162,3 +162,10 @@ def test_folder_with_an_equals_sign_is_named_without_a_key(cli: Cli, tiny_run: l
 def test_used_folder_says_how_to_go_on(cli: Cli, tiny_run: list[str]) -> None:
     assert cli(*tiny_run, "hydra.run.dir=my run").status == 0
     assert "python -m loraplus_hydra resume 'my run'" in cli(*tiny_run, "hydra.run.dir=my run").err
+
+
+def test_first_start_of_a_command_for_a_cluster_is_no_resume(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
+    finished = cli(*tiny_run, AUTO, "hydra.run.dir=run")
+    assert finished.status == 0
+    assert "Resuming" not in finished.out
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["resumed_at"] == []

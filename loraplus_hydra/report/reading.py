@@ -59,8 +59,13 @@ def read_yaml(path: Path, kind: type = dict) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value that `text` means in YAML's safe subset. Raises ValueError."""
+    """The value that `text` means in YAML's safe subset. Raises ValueError; so it does for aliases.
+
+    No run writes those, and a few lines of them can stand for more than any memory holds.
+    """
     try:
+        if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_Base)):
+            raise ValueError("it holds YAML aliases, which no run writes")
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
