@@ -187,6 +187,22 @@ def continue_adapter(
     return adapted
 
 
+def refuse_other_tensors(folder: Path, adapted: PeftModel) -> None:
+    """Raise UserError unless the weights in a checkpoint's `folder` are those of `adapted`, by names and shapes.
+
+    `adapted` may be on the meta device; of the weights the header alone is read.
+    """
+    from peft import PeftConfig
+    from safetensors import SafetensorError
+
+    try:
+        misfits = _misfits(adapted, StoredAdapter(folder, PeftConfig()))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise UserError(f"{folder / WEIGHTS} can't be read: {first_line(error)}") from None
+    if misfits:
+        raise UserError(f"{folder / WEIGHTS} isn't of this run: {misfits}")
+
+
 def _cannot_go_on(stored: StoredAdapter, new_tokens: Sequence[int]) -> list[Problem]:
     from loraplus_hydra.initialisation import changes_base
 

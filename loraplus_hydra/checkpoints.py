@@ -7,15 +7,17 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from loraplus_hydra.checkpoint_state import STATE, TRAINER_STATE, run_state, trainer_state
 from loraplus_hydra.paths import write_text
 
 MANIFEST = "manifest.json"
-STATE = "run_state.json"  # what the Trainer's own files lack: see resuming.py
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # as the Trainer names them
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 _LARGEST_MANIFEST = 2**24  # bytes; a checkpoint has some dozens of files
 # Pickles that PEFT or transformers would open where safetensors are missing. The Trainer's own state (optimizer.pt and
@@ -45,7 +47,10 @@ def seal(folder: Path) -> None:
 
 
 def unseal(folder: Path) -> None:
-    """Remove a checkpoint; killed half-way, what is left doesn't count."""
+    """Remove a checkpoint; killed half-way, what is left doesn't count. Of a link nothing but itself is removed."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -62,16 +67,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`, which is whole. Raises ValueError with the reason when it isn't."""
     if why := defect(folder):
         raise ValueError(why)
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        return Checkpoint(folder, int(state["step"]), state)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"its {STATE} can't be read: {error}") from None
+    state = run_state(folder)
+    step = int(state["step"])
+    if step_of(folder) not in (step, -1):
+        raise ValueError(f"its {STATE} is of step {step}")
+    if (trainers := trainer_state(folder)["global_step"]) != step:
+        raise ValueError(f"its {STATE} is of step {step}, and its {TRAINER_STATE} of step {trainers}")
+    # The Trainer would go on without one, with random numbers of its own.
+    processes = len(state["window"]["losses"])
+    for name in ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]:
+        if not (folder / name).is_file():
+            raise ValueError(f"it has no {name}")
+    return Checkpoint(folder, step, state)
 
 
 def newest_whole(folder: Path, *, tell: bool = True) -> Checkpoint | None:
     """The newest checkpoint in `folder` (a run's checkpoints/) that counts; `tell` names newer ones, passed over."""
-    for place in sorted(in_order(folder), key=step_of, reverse=True):
+    for place in sorted(_named_after_steps(folder), key=step_of, reverse=True):
         try:
             return open_checkpoint(place)
         except ValueError as why:
@@ -81,11 +93,8 @@ def newest_whole(folder: Path, *, tell: bool = True) -> Checkpoint | None:
 
 
 def in_order(folder: Path) -> list[Path]:
-    """The folders of checkpoints in `folder`, whole or not, by step."""
-    found = (
-        [path for path in folder.iterdir() if path.is_dir() and _FOLDER.fullmatch(path.name)] if folder.is_dir() else []
-    )
-    return sorted(found, key=step_of)
+    """The folders of checkpoints in `folder`, whole or not, by step; a link to one elsewhere isn't among them."""
+    return sorted([path for path in _named_after_steps(folder) if not path.is_symlink()], key=step_of)
 
 
 def sealed(folder: Path) -> list[Path]:
@@ -104,15 +113,17 @@ def rotate(folder: Path, keep: int | None, best: str | None) -> None:
     present = in_order(folder)
     if keep is None or keep <= 0:
         return
-    spared = {present[-1].name} if present else set()
+    spared = {path.name for path in present[-1:]}
     if best is not None:
-        spared.add(Path(best).name)
+        spared |= {path.name for path in present if path.name == Path(best).name}
     surplus = len(present) - max(keep, len(spared))
     for place in [path for path in present if path.name not in spared][: max(0, surplus)]:
         unseal(place)
 
 
 def _defect(folder: Path) -> str:
+    if folder.is_symlink():
+        return "it is a link; name the folder itself"
     if not folder.is_dir():
         return "there is no such folder"
     manifest = folder / MANIFEST
@@ -131,7 +142,7 @@ def _defect(folder: Path) -> str:
     there = {path.relative_to(folder).as_posix() for path in _files(folder)} - {MANIFEST}
     for name in sorted(there ^ listed.keys()):
         return f"{name} is {'not in the manifest' if name in there else 'missing'}"
-    for name in (ADAPTER_WEIGHTS, STATE):
+    for name in (ADAPTER_WEIGHTS, STATE, TRAINER_STATE, *_optimizer_files(listed)):
         if name not in listed:
             return f"it has no {name}"
     for name, (size, digest) in listed.items():
@@ -153,6 +164,21 @@ def _bad_name(folder: Path, name: str) -> str:
     if name.endswith(_PICKLED_WEIGHTS):
         return f"{name} holds pickled weights; only safetensors are read, since a pickle can run code"
     return ""
+
+
+def _optimizer_files(listed: Collection[str]) -> tuple[str, ...]:
+    """The files that hold the optimizer and the schedule: without one the Trainer begins with new ones, silently."""
+    if any(name.endswith("_states.pt") for name in listed):  # DeepSpeed's, which can hold the schedule, too
+        return ("latest",)
+    if "optimizer_0/.metadata" in listed:  # FSDP's, in shards
+        return (SCHEDULER,)
+    return (OPTIMIZER, SCHEDULER)
+
+
+def _named_after_steps(folder: Path) -> list[Path]:
+    """What is named as a checkpoint in `folder` and is a folder or leads to one."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in found if path.is_dir() and _FOLDER.fullmatch(path.name)]
 
 
 def _files(folder: Path) -> list[Path]:

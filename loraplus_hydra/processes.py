@@ -13,6 +13,8 @@ from pathlib import Path
 
 from loraplus_hydra.errors import UserError
 
+_locked: set[int] = set()  # file descriptors by which this process holds folders: see `alone_in`
+
 
 def rank() -> int:
     """This process's place among those of the run, 0 for the first and for a process that is alone."""
@@ -64,12 +66,14 @@ def agree_on(folder: Path) -> Path:
 def alone_in(folder: Path) -> Iterator[None]:
     """Refuse, with a UserError, a folder in which another run is at work; inside, others are refused.
 
-    The lock is the operating system's own, so that a killed run leaves none behind.
+    The lock is the operating system's own, so that a killed run leaves none behind. It lasts as long as any process has
+    its descriptor, so forked ones (a DataLoader's workers, which outlive a killed run by seconds) give theirs up.
     """
     if not is_main():
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
+    _locked.add(handle)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,7 +83,17 @@ def alone_in(folder: Path) -> Iterator[None]:
             pass
         yield
     finally:
-        os.close(handle)
+        if handle in _locked:  # not in a forked process that comes by here
+            _locked.remove(handle)
+            os.close(handle)
+
+
+def _give_up_locks() -> None:
+    while _locked:
+        os.close(_locked.pop())
+
+
+os.register_at_fork(after_in_child=_give_up_locks)
 
 
 def _on_cpu() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra import checkpoints, paths, processes, screen
+from loraplus_hydra.checkpoint_state import STATE, trainer_state
 from loraplus_hydra.checkpoints import AUTO, KEY, Checkpoint
 from loraplus_hydra.dotted import flat
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
@@ -145,6 +145,7 @@ def _set_aside(place: Path) -> None:
 
 
 def _refuse_other_training(config: DictConfig, checkpoint: Checkpoint) -> None:
+    from loraplus_hydra.adapter_folder import refuse_other_tensors
     from loraplus_hydra.assemble import loraplus_settings
     from loraplus_hydra.check.dry_run import placed_on_meta
     from loraplus_hydra.resuming import full_name, refuse_other_groups
@@ -153,13 +154,19 @@ def _refuse_other_training(config: DictConfig, checkpoint: Checkpoint) -> None:
     if 0 < steps < checkpoint.step:
         what = f"the checkpoint is of step {checkpoint.step}, beyond trainer.max_steps={steps}"
         raise ConfigErrors([Problem("trainer.max_steps", what, "give more steps, or an earlier checkpoint")])
+    adapted, placed = placed_on_meta(config)
+    epochs = config.trainer.get("num_train_epochs", 3.0)
+    if steps <= 0 and trainer_state(checkpoint.folder)["epoch"] > epochs:
+        what = f"the checkpoint is of epoch {trainer_state(checkpoint.folder)['epoch']:.3g}, beyond {epochs:g}"
+        raise ConfigErrors([Problem("trainer.num_train_epochs", what, "give more epochs, or an earlier checkpoint")])
     groups: dict[str, list[str]] = {}
-    for one in placed_on_meta(config)[1]:
+    for one in placed:
         groups.setdefault(one.group.name, []).append(one.record.name)
     try:
         refuse_other_groups(checkpoint.state, full_name(loraplus_settings(config).optimizer_class), groups)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{checkpoint.folder / checkpoints.STATE} can't be read: {error}") from None
+        raise UserError(f"{checkpoint.folder / STATE} can't be read: {error}") from None
+    refuse_other_tensors(checkpoint.folder, adapted)
 
 
 def _refuse_to_replace(folder: Path) -> None:
@@ -174,10 +181,7 @@ def _refuse_to_replace(folder: Path) -> None:
 
 def _refuse_changes_at_the_end(checkpoint: Checkpoint, changed: tuple[str, ...]) -> None:
     """A run whose steps are all taken only has to be saved: what is changed of its training would do nothing."""
-    try:
-        planned = json.loads((checkpoint.folder / "trainer_state.json").read_text(encoding="utf-8"))["max_steps"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return  # told when it is loaded
+    planned = trainer_state(checkpoint.folder)["max_steps"]
     if checkpoint.step != planned or any(change.split(":")[0] in _LENGTHENING for change in changed):
         return
     if idle := [change for change in changed if change.split(".")[0] in _TRAINED_WITH]:

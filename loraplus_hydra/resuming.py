@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import EarlyStoppingCallback
-from transformers.trainer_utils import TrainOutput
 
 from loraplus_hydra import screen
-from loraplus_hydra.checkpoints import STATE, rotate, seal, unseal
+from loraplus_hydra.checkpoint_state import STATE
+from loraplus_hydra.checkpoints import OPTIMIZER, open_checkpoint, rotate, seal, step_of, unseal
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.paths import write_text
+from loraplus_hydra.paths import replace_folder, unfinished, write_text
 from loraplus_hydra.quiet import quiet_about_steps
 
 # Where TRL's trainers keep the metrics that aren't logged yet (ORPO's under a name of its own), and the tokens seen.
@@ -43,33 +46,60 @@ class ResumableMixin:
     lr_scheduler: Any
     processing_class: Any
     state: Any
+    control: Any
+    callback_handler: Any
     resumed_with: tuple[str, ...] = ()
 
     def train_or_restore(self, checkpoint: str | None) -> Any:
-        """Train, from `checkpoint` on if there is one; when it is of the last step, only bring the model there.
+        """Train, from `checkpoint` on if there is one; when no step comes after it, only bring the model there.
 
-        The Trainer itself would take one step more: it looks for the end behind a step.
+        The Trainer itself would take one step more: it looks for the end behind a step. Raises UserError when the
+        checkpoint is beyond the run's steps.
         """
-        if checkpoint is None or (stored := _stored(checkpoint))["step"] < self._planned_steps():
+        if checkpoint is None or not self._is_last(checkpoint):
             with quiet_about_steps():
                 return self.train(resume_from_checkpoint=checkpoint)  # type: ignore[attr-defined]
+        return self._restore_last(checkpoint)
+
+    def _is_last(self, checkpoint: str) -> bool:
+        """Whether training ended at a checkpoint: with the last step, or earlier, since evaluations got no better."""
+        step, planned = _stored(checkpoint)["step"], self._planned()[1]
+        if step > planned:  # trainer.max_steps is looked at before the data are loaded
+            raise UserError(
+                f"the checkpoint is of step {step}, beyond the {planned} steps of trainer.num_train_epochs="
+                f"{self.args.num_train_epochs:g}; give more epochs, or an earlier checkpoint"
+            )
+        no_better = _evaluations_no_better(_trainer_state(checkpoint))
+        return step == planned or any(no_better >= each.early_stopping_patience for each in self._early_stopping())
+
+    def _restore_last(self, checkpoint: str) -> Any:
+        """Model, state and callbacks as `train()` leaves them, from the checkpoint that it ended at."""
         self._load_from_checkpoint(checkpoint)  # type: ignore[attr-defined]
-        self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            self._load_best_model()  # type: ignore[attr-defined]
-        window = stored["window"]
-        total = window["total"] + sum(window["losses"]) / len(window["losses"])
-        return TrainOutput(self.state.global_step, total / self.state.global_step, {"train_runtime": 0.0})
+        self.state = _trainer_state(checkpoint)
+        epochs, steps = self._planned()
+        self.state.init_training_references(self, steps, epochs, None)
+        self.neftune_noise_alpha = None  # its noise is in no layer that the end would take it out of
+        self._tr_loss = torch.tensor(0.0, device=self.args.device)
+        self.callback_handler.on_train_begin(self.args, self.state, self.control)  # brings the log's window back
+        return self._finalize_training(None, 0, time.time())
 
     @property
     def step_of_model(self) -> int:
-        """The step that the model is of: the last, or the best one where that is loaded at the end."""
-        best: int | None = self.state.best_global_step if self.args.load_best_model_at_end else None
-        return best if best is not None else int(self.state.global_step)
+        """The step that the model is of: the last, or that of the best checkpoint where one is loaded at the end.
 
-    def _planned_steps(self) -> int:
+        The best evaluation may be of another step (`best_global_step`), at which no checkpoint was written.
+        """
+        best: str | None = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        return step_of(Path(best)) if best is not None else int(self.state.global_step)
+
+    def _planned(self) -> tuple[int, int]:
+        """Epochs and steps of the run."""
         loader = self.get_train_dataloader()  # type: ignore[attr-defined]
-        return int(self.set_initial_training_values(self.args, loader)[-1])  # type: ignore[attr-defined]
+        values = self.set_initial_training_values(self.args, loader)  # type: ignore[attr-defined]
+        return int(values[0]), int(values[-1])
+
+    def _early_stopping(self) -> list[EarlyStoppingCallback]:
+        return [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The adapter and the tokenizer, without pickled arguments."""
@@ -94,16 +124,35 @@ class ResumableMixin:
         if self.args.should_save and folder.exists():
             unseal(folder)
         self.args.distributed_state.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
+        with _nothing_removed(self.args):
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        finally:
-            self.args.save_total_limit = limit
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, but no checkpoint is removed, and it is told when the best step has none."""
+        with _nothing_removed(self.args):
+            output = super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        if best is not None and best != self.step_of_model:
+            screen.say(
+                f"    Note: the best evaluation is of step {best}, which has no checkpoint, so the model is that of "
+                f"step {self.step_of_model}. With trainer.save_steps equal to trainer.eval_steps, each has one"
+            )
+        return output
+
+    def _load_best_model(self) -> None:
+        """As the Trainer's, but only from a whole checkpoint of this run's own folder."""
+        best = Path(self.args.output_dir) / Path(str(self.state.best_model_checkpoint)).name
+        _refuse_unfit_best(best)
+        self.state.best_model_checkpoint = str(best)
+        super()._load_best_model()  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the Trainer's, and then every group has the settings of this run's config, not those of the checkpoint."""
         if checkpoint is None:
             return
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # type: ignore[attr-defined]
+        if not sharded and not (Path(checkpoint) / OPTIMIZER).is_file():  # else the Trainer would keep the new one
+            raise UserError(f"{checkpoint} was written under DeepSpeed or FSDP; go on with the trainer keys of then")
         stored = _stored(checkpoint)
         groups = {group["name"]: _copied(group) for group in self.optimizer.param_groups}
         schedule = copy.deepcopy(self.lr_scheduler.state_dict())
@@ -160,6 +209,7 @@ class CheckpointKeeper(TrainerCallback):
             return
         for change in self.trainer.resumed_with:
             screen.say(f"    Changed from here on: {change}")
+        state.best_model_checkpoint = own_best(args.resume_from_checkpoint, args)
         # Steps that are given as a share of all are a share of this run's steps, not of the checkpoint's.
         state.compute_steps(args, state.max_steps)
         window = _stored(args.resume_from_checkpoint)["window"]
@@ -170,10 +220,54 @@ class CheckpointKeeper(TrainerCallback):
         self.trainer._total_loss_scalar = window["total"]
         _restore_trl_window(self.trainer, window["trl"])
         self.trainer._initial_global_step = 0  # the mean loss of the run is over all its steps
-        for callback in self.trainer.callback_handler.callbacks:
-            if isinstance(callback, EarlyStoppingCallback):
-                kept = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
-                callback.early_stopping_patience_counter = kept.get("early_stopping_patience_counter", 0)
+        for callback in self.trainer._early_stopping():
+            callback.early_stopping_patience_counter = _evaluations_no_better(state)
+
+
+def own_best(checkpoint: str, args: Any) -> str | None:
+    """The best checkpoint that `checkpoint` knows of, as one of this run's own folder; None when it knows of none.
+
+    It lies beside `checkpoint`, whatever path is stored: the run may have been moved. One of another run is copied,
+    since that run may remove it. Raises UserError when it is to be loaded at the end and isn't whole.
+    """
+    stored = _trainer_state(checkpoint).best_model_checkpoint
+    if stored is None:
+        return None
+    best = Path(checkpoint).parent / Path(str(stored)).name
+    own = Path(args.output_dir) / best.name
+    if not args.load_best_model_at_end:
+        return str(own) if own.is_dir() else None
+    _refuse_unfit_best(best)
+    if args.process_index == 0 and best.resolve() != own.resolve():
+        draft = unfinished(own)
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(best, draft)
+        replace_folder(draft, own)
+    args.distributed_state.wait_for_everyone()
+    return str(own)
+
+
+def _refuse_unfit_best(folder: Path) -> None:
+    """Raise UserError unless `folder` is a whole checkpoint, from which nothing but safetensors is read."""
+    try:
+        if step_of(folder) < 0:
+            raise ValueError("that isn't the name of a checkpoint")
+        open_checkpoint(folder)
+    except ValueError as why:
+        raise UserError(
+            f"the best checkpoint, {folder}, can't be loaded at the end: {why}. With "
+            "trainer.load_best_model_at_end=false the run goes on to the adapter of its last step"
+        ) from None
+
+
+@contextmanager
+def _nothing_removed(args: Any) -> Iterator[None]:
+    """Inside, the Trainer removes no checkpoint: that is left to `rotate`, which never removes the newest."""
+    limit, args.save_total_limit = args.save_total_limit, None
+    try:
+        yield
+    finally:
+        args.save_total_limit = limit
 
 
 def described(trainer: Any, groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -241,6 +335,16 @@ def _stored(checkpoint: str) -> dict[str, Any]:
     return state
 
 
+def _trainer_state(checkpoint: str) -> TrainerState:
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+
+
+def _evaluations_no_better(state: TrainerState) -> int:
+    """How many evaluations in a row were no better, as early stopping has counted them up to a checkpoint."""
+    kept = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+    return int(kept.get("early_stopping_patience_counter", 0))
+
+
 def _copied(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
 
@@ -273,6 +377,8 @@ def _trl_window(trainer: Any) -> dict[str, Any]:
 
 def _restore_trl_window(trainer: Any, window: Mapping[str, Any]) -> None:
     for name, held in window.items():
+        if name not in _TRL_WINDOW or not hasattr(trainer, name):  # another trainer's, or none that a run writes
+            continue
         if isinstance(held, dict):
             getattr(trainer, name)["train"].update(held)
         else:

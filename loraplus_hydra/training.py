@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils.data import Sampler
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.grouping import Group, Rule, assign
@@ -100,6 +102,13 @@ class LoraPlusMixin:
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, but the order of rows grouped by length is the seed's and the epoch's alone."""
+        sampler = super()._get_train_sampler(*args, **kwargs)  # type: ignore[misc]
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        return _OrderOfEpoch(sampler, self.args.seed, lambda: self.state.epoch)  # type: ignore[attr-defined]
+
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass; a loss that isn't finite stops the job before its step is taken."""
         step = self.state.global_step  # type: ignore[attr-defined]
@@ -175,6 +184,25 @@ class LoraPlusMixin:
             prefix = kwargs.get("metric_key_prefix", "eval")
             output.metrics[f"{prefix}_loss"] = float(sums[0] / sums[1])
         return output
+
+
+class _OrderOfEpoch(Sampler[int]):
+    """Rows grouped by length, in an order that a run which goes on has again.
+
+    The Trainer draws it from the global generator, which an evaluation before the first step has moved on.
+    """
+
+    def __init__(self, grouped: LengthGroupedSampler, seed: int, epoch: Callable[[], float]) -> None:
+        self.grouped = grouped
+        self.seed = seed
+        self.epoch = epoch  # how many are behind, the part of the one under way included
+
+    def __len__(self) -> int:
+        return len(self.grouped)
+
+    def __iter__(self) -> Iterator[int]:
+        self.grouped.generator = torch.Generator().manual_seed(self.seed + int(self.epoch()))
+        return iter(self.grouped)
 
 
 def with_loraplus(trainer_class: type[Trainer]) -> type[Trainer]:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from loraplus_hydra import run
-from loraplus_hydra.checkpoints import MANIFEST, STATE, defect, newest_whole, rotate, seal
+from loraplus_hydra.checkpoint_state import STATE
+from loraplus_hydra.checkpoints import MANIFEST, defect, newest_whole, rotate, seal
 from tests.conftest import Finished
 
 
@@ -24,7 +25,15 @@ def made(folder: Path, step: int) -> Path:
     (place / "adapter_model.safetensors").write_bytes(bytes(range(200)))
     (place / "optimizer.pt").write_bytes(b"state" * 50)
     (place / "sub" / "part").write_bytes(b"part")
-    (place / STATE).write_text(json.dumps({"step": step, "metrics_bytes": 0}))
+    for name in ("scheduler.pt", "rng_state.pth"):
+        (place / name).write_bytes(b"state")
+    window = {"losses": [0.0], "since_step": 0, "total": 0.0, "trl": {}}
+    told = {"optimizer": "x", "groups": {}, "schedule": {"is": "x", "arguments": {}}, "max_steps": step}
+    told |= {"step": step, "seconds": 0.0, "metrics_bytes": 0, "window": window}
+    (place / STATE).write_text(json.dumps(told))
+    trainers = {"global_step": step, "epoch": 0, "max_steps": step, "num_train_epochs": 1, "total_flos": 0}
+    trainers |= {"num_input_tokens_seen": 0, "log_history": [], "stateful_callbacks": {}}
+    (place / "trainer_state.json").write_text(json.dumps(trainers))
     seal(place)
     return place
 

@@ -59,7 +59,10 @@ def test_run_at_work_keeps_what_was_asked_for(cli: Cli, tiny_run: list[str], tmp
 
 
 def test_run_that_goes_on_no_longer_says_that_it_ended_well(
-    stopped: Callable[..., None], compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path  # noqa: F811
+    stopped: Callable[..., None],
+    compose: Callable[..., Any],
+    tiny_run: list[str],
+    tmp_path: Path,
 ) -> None:
     overrides = [*tiny_run, "trainer.save_steps=2"]
     run(compose(*overrides), tmp_path / "run")

@@ -160,7 +160,8 @@ def value_problems(plain: dict[str, Any]) -> list[Problem]:
         present, arguments = select(plain, place)
         names = arguments if present and isinstance(arguments, dict) else ()
         problems += [problem for name in names if (problem := set_elsewhere(f"{place}.{name}"))]
-    return problems + _endless(plain) + _rows_left_out(plain) + _never_evaluated(plain) + _lone_answers(plain)
+    problems += _endless(plain) + _rows_left_out(plain) + _never_evaluated(plain) + _lone_answers(plain)
+    return problems + _never_resumed(plain)
 
 
 def set_elsewhere(key: str) -> Problem | None:
@@ -188,6 +189,15 @@ def _never_evaluated(plain: dict[str, Any]) -> list[Problem]:
         return []
     what = "training ends early by its evaluations, and trainer.eval_strategy=no has none"
     return [Problem("trainer.early_stopping_patience", what, "trainer.eval_strategy=steps")]
+
+
+def _never_resumed(plain: dict[str, Any]) -> list[Problem]:
+    """The Trainer would go on from a checkpoint without its optimizer's state, with a new optimizer."""
+    key = "trainer.save_only_model"
+    if select(plain, key)[1] in (None, False):
+        return []
+    what = "its checkpoints lack the optimizer's state, so no run could go on from them"
+    return [Problem(key, what, "leave it out: a checkpoint holds the adapter alone, not the model")]
 
 
 def _lone_answers(plain: dict[str, Any]) -> list[Problem]:
