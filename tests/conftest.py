@@ -156,6 +156,29 @@ def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFi
     return called
 
 
+@pytest.fixture
+def stopped(compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Train `overrides` in `folder` and stop as Ctrl-C does in step `at`."""
+    import os
+    import signal
+
+    from loraplus_hydra import run
+    from loraplus_hydra.interrupts import StopAtStep
+
+    def train(folder: Path, *overrides: str, at: int) -> None:
+        def begin(self: StopAtStep, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.training = True
+            if state.global_step == at - 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StopAtStep, "on_step_begin", begin)
+            with pytest.raises(KeyboardInterrupt):
+                run(compose(*overrides), folder)
+
+    return train
+
+
 def _close_log_files() -> None:
     """Take away the log handlers that Hydra set up: their files and streams end with the command."""
     import logging

@@ -23,9 +23,7 @@ from loraplus_hydra.errors import UserError
 from loraplus_hydra.processes import alone_in
 from tests.conftest import Finished
 from tests.forking import differences
-from tests.test_resume import AUTO, stopped
-
-__all__ = ["stopped"]
+from tests.test_resume import AUTO
 
 ROOT = Path(__file__).resolve().parent.parent
 B8 = ("trainer.max_steps=8", "trainer.save_steps=2", "trainer.save_total_limit=null")

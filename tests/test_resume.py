@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,25 +73,6 @@ def test_signals_end_a_run_with_a_checkpoint_of_its_last_step(tiny_run: list[str
         assert trial["said"] == "interrupted"
         assert 0 < trial["steps"] == trial["newest"] < 200
         assert (trial["status"], trial["differences"]) == (0, []), trial
-
-
-@pytest.fixture
-def stopped(compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Train `overrides` in `folder` and stop as Ctrl-C does in step `at`."""
-    from loraplus_hydra.interrupts import StopAtStep
-
-    def train(folder: Path, *overrides: str, at: int) -> None:
-        def begin(self: StopAtStep, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.training = True
-            if state.global_step == at - 1:
-                os.kill(os.getpid(), signal.SIGINT)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(StopAtStep, "on_step_begin", begin)
-            with pytest.raises(KeyboardInterrupt):
-                run(compose(*overrides), folder)
-
-    return train
 
 
 VARIANTS = {

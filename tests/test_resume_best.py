@@ -15,7 +15,7 @@ from loraplus_hydra import job, run
 from loraplus_hydra.checkpoints import defect, rotate, seal
 from loraplus_hydra.errors import UserError
 from tests.forking import differences, lines
-from tests.test_resume import AUTO, stopped  # noqa: F401
+from tests.test_resume import AUTO
 
 WEIGHTS = "adapter_model.safetensors"
 # Called better when it is greater, a loss that falls was best at the first evaluation.
@@ -66,7 +66,7 @@ def tell(place: Path, **changed: Any) -> None:
 @pytest.mark.parametrize("load_best", [(), ("+trainer.load_best_model_at_end=true",)], ids=["last", "best"])
 def test_checkpoint_of_ctrl_c_stays_at_a_limit_of_one(
     load_best: tuple[str, ...],
-    stopped: Callable[..., None],  # noqa: F811
+    stopped: Callable[..., None],
     compose: Callable[..., Any],
     tiny_run: list[str],
     tmp_path: Path,
@@ -127,7 +127,7 @@ def test_metric_and_adapter_are_of_the_best_step_that_has_a_checkpoint(
 def test_moved_run_ends_with_its_best_adapter(
     at: int,
     killed: Callable[..., None],
-    stopped: Callable[..., None],  # noqa: F811
+    stopped: Callable[..., None],
     compose: Callable[..., Any],
     tiny_run: list[str],
     tmp_path: Path,
@@ -147,7 +147,7 @@ def test_moved_run_ends_with_its_best_adapter(
 def test_best_checkpoint_that_does_not_count_is_refused(
     at: int,
     killed: Callable[..., None],
-    stopped: Callable[..., None],  # noqa: F811
+    stopped: Callable[..., None],
     compose: Callable[..., Any],
     tiny_run: list[str],
     tmp_path: Path,

@@ -13,7 +13,7 @@ from transformers import Trainer
 from loraplus_hydra import job, run
 from tests.conftest import Finished
 from tests.forking import differences
-from tests.test_resume import AUTO, stopped  # noqa: F401
+from tests.test_resume import AUTO
 
 # At a rate of nothing no evaluation is better than the first.
 STILL = ("optimizer.lr=1e-30", "trainer.max_steps=20", "trainer.eval_steps=2", "trainer.early_stopping_patience=3")
@@ -90,7 +90,7 @@ def test_more_patience_goes_on(
 def test_end_of_an_epoch_is_logged_and_evaluated_when_stopped_there(
     at: int,
     save: str,
-    stopped: Callable[..., None],  # noqa: F811
+    stopped: Callable[..., None],
     compose: Callable[..., Any],
     tiny_run: list[str],
     tmp_path: Path,
@@ -152,7 +152,7 @@ def test_adalora_killed_before_the_adapter_has_the_ranks_that_were_kept(
 @pytest.mark.parametrize("eval_strategy", ["steps", "epoch"])
 def test_stop_at_an_evaluation_that_is_no_better_writes_a_checkpoint(
     eval_strategy: str,
-    stopped: Callable[..., None],  # noqa: F811
+    stopped: Callable[..., None],
     compose: Callable[..., Any],
     tiny_run: list[str],
     tmp_path: Path,
@@ -175,6 +175,6 @@ def test_fewer_epochs_than_were_trained_are_refused(
     killed(tmp_path / "run", *overrides, "trainer.eval_steps=16", in_evaluation_at=16)
     finished = cli("resume", "run", "trainer.num_train_epochs=1")
     assert finished.status == 1
-    told = "the checkpoint is of step 15, beyond the 10 steps of trainer.num_train_epochs=1"
+    told = "trainer.num_train_epochs: the checkpoint is of epoch 1.5, beyond 1"
     assert told in finished.err, finished.err
     assert not (tmp_path / "run" / "adapter").exists()

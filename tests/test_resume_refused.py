@@ -16,7 +16,7 @@ from loraplus_hydra.processes import alone_in
 from loraplus_hydra.resume_point import find, prepare
 from tests.conftest import Finished
 from tests.forking import differences
-from tests.test_resume import AUTO, files, stopped  # noqa: F401
+from tests.test_resume import AUTO, files
 
 Cli = Callable[..., Finished]
 TO_EIGHT = ("trainer.max_steps=8", "trainer.save_steps=2")
