@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra import checkpoints, paths, processes, screen
+from loraplus_hydra.checkpoint_changes import full_name, refuse_other_groups
 from loraplus_hydra.checkpoint_state import STATE, trainer_state
 from loraplus_hydra.checkpoints import AUTO, KEY, Checkpoint
 from loraplus_hydra.dotted import flat
@@ -148,7 +149,6 @@ def _refuse_other_training(config: DictConfig, checkpoint: Checkpoint) -> None:
     from loraplus_hydra.adapter_folder import refuse_other_tensors
     from loraplus_hydra.assemble import loraplus_settings
     from loraplus_hydra.check.dry_run import placed_on_meta
-    from loraplus_hydra.resuming import full_name, refuse_other_groups
 
     steps = config.trainer.get("max_steps", -1)
     if 0 < steps < checkpoint.step:
