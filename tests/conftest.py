@@ -171,10 +171,15 @@ def stopped(compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Cal
             if state.global_step == at - 1:
                 os.kill(os.getpid(), signal.SIGINT)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(StopAtStep, "on_step_begin", begin)
-            with pytest.raises(KeyboardInterrupt):
-                run(compose(*overrides), folder)
+        # A shell's background jobs, in which the tests may run, ignore Ctrl-C.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(StopAtStep, "on_step_begin", begin)
+                with pytest.raises(KeyboardInterrupt):
+                    run(compose(*overrides), folder)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     return train
 
