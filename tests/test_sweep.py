@@ -101,6 +101,15 @@ def test_more_values_extend_the_sweep(cli: Cli, tiny_sweep: list[str], tmp_path:
     assert set(results(the_sweep(tmp_path))) == {"ratio-1", "ratio-2", "ratio-3", "seed-1"}
 
 
+def test_start_whose_name_looks_like_a_number_knows_its_jobs(
+    cli: Cli, tiny_sweep: list[str], reported: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import uuid
+
+    monkeypatch.setattr("loraplus_hydra.sweep.records.uuid.uuid4", lambda: uuid.UUID(hex="12e456789012" + "0" * 20))
+    assert "2 jobs: 2 done" in cli(*tiny_sweep, "loraplus.ratio=1,2").out
+
+
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch, tiny_sweep: list[str], cli: Cli) -> Callable[..., str]:
     """The name of the sweep that a command begins; no job is run."""

@@ -58,7 +58,7 @@ def begin(config: DictConfig, words: list[str]) -> Sweep:
         [
             f"hydra.sweep.dir={quoted(str(folder))}",
             f"hydra.callbacks.before_run.swept=[{','.join(map(quoted, keys))}]",
-            f"hydra.callbacks.before_run.start={start.name}",
+            f"hydra.callbacks.before_run.start={quoted(start.name)}",  # 12e456789012 would be a number
         ]
     )
     told = _told(folder)
