@@ -108,7 +108,7 @@ def quoted(value: str) -> str:
     To Hydra a backslash escapes only a quote, or a backslash in front of one; to OmegaConf only `${`, likewise.
     """
     literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-    inner = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), literal)
+    inner = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), literal)
     return f"'{inner}'"
 
 

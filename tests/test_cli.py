@@ -175,6 +175,7 @@ def test_help_lists_every_command() -> None:
 
 @given(st.text(st.sampled_from("ab \\'\"${}[],=:~\n"), max_size=12))
 @example("it's {odd}: [1, 2]")
+@example("a backslash at the end of a line\\\n")
 @example("costs ${x} or \\${x}")
 def test_text_to_predict_on_is_taken_as_it_is_typed(text: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
