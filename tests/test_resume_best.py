@@ -123,21 +123,30 @@ def test_metric_and_adapter_are_of_the_best_step_that_has_a_checkpoint(
     assert result.metrics["eval_loss"] == loss_at(tmp_path, 2)
 
 
+@pytest.fixture
+def ended(killed: Callable[..., None], stopped: Callable[..., None]) -> Callable[..., None]:
+    """Train `overrides` in `folder` and stop in step `at`; at 8, the last, as a kill does before the adapter is saved."""
+
+    def train(folder: Path, *overrides: str, at: int) -> None:
+        if at == 8:
+            killed(folder, *overrides)
+        else:
+            stopped(folder, *overrides, at=at)
+
+    return train
+
+
 @pytest.mark.parametrize("at", [7, 8], ids=["before its last step", "after its last step"])
 def test_moved_run_ends_with_its_best_adapter(
     at: int,
-    killed: Callable[..., None],
-    stopped: Callable[..., None],
+    ended: Callable[..., None],
     compose: Callable[..., Any],
     tiny_run: list[str],
     tmp_path: Path,
 ) -> None:
     overrides = [*tiny_run, *BEST]
     run(compose(*overrides), tmp_path / "unbroken")
-    if at == 8:
-        killed(tmp_path / "run", *overrides)
-    else:
-        stopped(tmp_path / "run", *overrides, at=at)
+    ended(tmp_path / "run", *overrides, at=at)
     (tmp_path / "run").rename(tmp_path / "moved")
     assert run(compose(*overrides, AUTO), tmp_path / "moved").resumed_at[-1] == at
     assert differences(tmp_path / "moved", tmp_path / "unbroken") == []
@@ -146,16 +155,12 @@ def test_moved_run_ends_with_its_best_adapter(
 @pytest.mark.parametrize("at", [7, 8], ids=["before its last step", "after its last step"])
 def test_best_checkpoint_that_does_not_count_is_refused(
     at: int,
-    killed: Callable[..., None],
-    stopped: Callable[..., None],
+    ended: Callable[..., None],
     compose: Callable[..., Any],
     tiny_run: list[str],
     tmp_path: Path,
 ) -> None:
-    if at == 8:
-        killed(tmp_path, *tiny_run, *BEST)
-    else:
-        stopped(tmp_path, *tiny_run, *BEST, at=at)
+    ended(tmp_path, *tiny_run, *BEST, at=at)
     os.truncate(tmp_path / "checkpoints" / "checkpoint-2" / WEIGHTS, 10)
     with pytest.raises(UserError, match=r"checkpoint-2, can't be loaded at the end: .* is 10 bytes long"):
         run(compose(*tiny_run, *BEST, AUTO), tmp_path)

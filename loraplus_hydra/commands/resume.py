@@ -66,8 +66,8 @@ def resumed_config(config: DictConfig) -> DictConfig:
         what = "the run's model brings Python of its own (model.trust_remote_code)"
         raise ConfigErrors([Problem("trust_remote_code", what, "read it, then set trust_remote_code=true")])
     begun_from = run.trainer.get("resume_from_checkpoint")  # as changed here, or as the run itself once began
-    own = checkpoints.newest_whole(folder / paths.CHECKPOINTS, tell=False)
-    if config.trainer.get("resume_from_checkpoint") is None and own is not None:
+    began_elsewhere = begun_from not in (None, AUTO) and config.trainer.get("resume_from_checkpoint") is None
+    if began_elsewhere and checkpoints.newest_whole(folder / paths.CHECKPOINTS, tell=False) is not None:
         begun_from = AUTO
     with open_dict(run):
         run.trainer.resume_from_checkpoint = begun_from or AUTO
