@@ -125,7 +125,7 @@ def test_metric_and_adapter_are_of_the_best_step_that_has_a_checkpoint(
 
 @pytest.fixture
 def ended(killed: Callable[..., None], stopped: Callable[..., None]) -> Callable[..., None]:
-    """Train `overrides` in `folder` and stop in step `at`; at 8, the last, as a kill does before the adapter is saved."""
+    """Train `overrides` in `folder` and stop in step `at`; at 8, the last, as a kill ahead of the adapter does."""
 
     def train(folder: Path, *overrides: str, at: int) -> None:
         if at == 8:
