@@ -14,19 +14,17 @@ help: ## this list
 run: $(VENV)/.installed ## train the embedded default; ARGS="..." passes overrides
 	$(BIN)/python -m loraplus_hydra $(ARGS)
 
-test: $(VENV)/.installed ## lint, types and the tests (under ten minutes on two cores)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+test: lint ## lint, types and the tests (under ten minutes on two cores)
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed ## the slow tests alone
 	$(BIN)/python -m pytest -n 2 -m slow $(PYTEST_ARGS)
 
-lint: $(VENV)/.installed ## ruff and mypy
+lint: $(VENV)/.installed ## ruff, mypy and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/.installed ## put the code into its standard form
 	$(BIN)/ruff check --fix .

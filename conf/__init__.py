@@ -4,6 +4,6 @@ Hydra imports this package when it opens `pkg://loraplus_hydra.conf`, so the sch
 these configs, whether or not it imports anything else of ours.
 """
 
-from loraplus_hydra.schema import register
+from loraplus_hydra.config.schema import register
 
 register()

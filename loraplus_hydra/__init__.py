@@ -9,19 +9,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loraplus_hydra.job import run
-    from loraplus_hydra.optimizer import create_loraplus_optimizer, group_parameters
-    from loraplus_hydra.training import LoraPlus, LoraPlusMixin, with_loraplus
+    from loraplus_hydra.loraplus.optimizer import create_loraplus_optimizer, group_parameters
+    from loraplus_hydra.loraplus.settings import LoraPlus
+    from loraplus_hydra.runs.job import run
+    from loraplus_hydra.training.hf_trainer.loraplus_mixin import LoraPlusMixin, with_loraplus
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "create_loraplus_optimizer": "loraplus_hydra.optimizer",
-    "group_parameters": "loraplus_hydra.optimizer",
-    "LoraPlus": "loraplus_hydra.training",
-    "LoraPlusMixin": "loraplus_hydra.training",
-    "with_loraplus": "loraplus_hydra.training",
-    "run": "loraplus_hydra.job",
+    "create_loraplus_optimizer": "loraplus_hydra.loraplus.optimizer",
+    "group_parameters": "loraplus_hydra.loraplus.optimizer",
+    "LoraPlus": "loraplus_hydra.training.hf_trainer.loraplus_mixin",
+    "LoraPlusMixin": "loraplus_hydra.training.hf_trainer.loraplus_mixin",
+    "with_loraplus": "loraplus_hydra.training.hf_trainer.loraplus_mixin",
+    "run": "loraplus_hydra.runs.job",
 }
 __all__ = [
     "LoraPlus",

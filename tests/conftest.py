@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-pytest_plugins = ["tests.tiny"]
+pytest_plugins = ["tests.support.tiny"]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the machine
@@ -91,7 +91,7 @@ def tiny_run(tiny_model: Path, rows: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A folder with a tiny checkpoint of an architecture, made once."""
-    from tests.architectures import checkpoint
+    from tests.support.architectures import checkpoint
 
     made: dict[str, Path] = {}
 
@@ -110,8 +110,8 @@ def compose() -> Callable[..., Any]:
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from loraplus_hydra.paths import config_folder
-    from loraplus_hydra.schema import register, run_of
+    from loraplus_hydra.config.locations import config_folder
+    from loraplus_hydra.config.schema import register, run_of
 
     def composed(*overrides: str) -> Any:
         register()
@@ -135,7 +135,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFi
         monkeypatch.delenv(name)
 
     def called(*arguments: str) -> Finished:
-        from loraplus_hydra.cli import main
+        from loraplus_hydra.cli.main import main
 
         GlobalHydra.instance().clear()
         monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
@@ -163,7 +163,7 @@ def stopped(compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Cal
     import signal
 
     from loraplus_hydra import run
-    from loraplus_hydra.interrupts import StopAtStep
+    from loraplus_hydra.training.hf_trainer.stop_at_step import StopAtStep
 
     def train(folder: Path, *overrides: str, at: int) -> None:
         def begin(self: StopAtStep, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -13,7 +13,7 @@ def adapter_problems(config_class: type, adapter: dict[str, Any], trainer: dict[
     """Problems of an `adapter` group whose class is known to be a PEFT config."""
     from peft import AdaLoraConfig
 
-    from loraplus_hydra.adapter import peft_arguments
+    from loraplus_hydra.models.adapter import peft_arguments
 
     arguments = {key: value for key, value in peft_arguments(adapter).items() if key != "_target_"}
     problems = argument_problems(config_class, arguments, "adapter")
@@ -27,8 +27,8 @@ def quantization_problems(
     config_class: type, quantization: dict[str, Any], adapter: dict[str, Any], trainer: dict[str, Any]
 ) -> list[Problem]:
     """Problems of a `quantization` group whose class is known to be a quantisation config, and of the adapter on it."""
-    from loraplus_hydra.initialisation import changes_base
-    from loraplus_hydra.quantization import quantization_config
+    from loraplus_hydra.models.initialisation import changes_base
+    from loraplus_hydra.models.quantization import quantization_config
 
     arguments = {key: value for key, value in quantization.items() if key != "_target_"}
     # The class takes any keyword and forgets those that it doesn't know.
@@ -54,7 +54,7 @@ def quantization_problems(
 
 
 def _start_problems(start: Any) -> list[Problem]:
-    from loraplus_hydra.initialisation import UNSUPPORTED
+    from loraplus_hydra.models.initialisation import UNSUPPORTED
 
     reason = UNSUPPORTED.get(start.lower()) if isinstance(start, str) else None
     if reason is None:
@@ -64,7 +64,7 @@ def _start_problems(start: Any) -> list[Problem]:
 
 
 def _adalora_problems(adapter: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
-    from loraplus_hydra.adalora import phases
+    from loraplus_hydra.models.adalora import phases
 
     problems = []
     if adapter.get("total_step") is not None:

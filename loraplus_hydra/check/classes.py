@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from loraplus_hydra.build import locate
 from loraplus_hydra.check.kinds import (
     derives,
     is_auto_class,
@@ -17,10 +16,11 @@ from loraplus_hydra.check.kinds import (
 )
 from loraplus_hydra.check.signatures import argument_problems
 from loraplus_hydra.check.values import MASTERS
+from loraplus_hydra.config.schema import EARLY_STOPPING
+from loraplus_hydra.config.targets import locate
 from loraplus_hydra.data.rows import loader_arguments
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line, nearest
-from loraplus_hydra.processes import world_size
-from loraplus_hydra.schema import EARLY_STOPPING
+from loraplus_hydra.io.processes import world_size
 
 TARGET = "_target_"
 # Where a `_target_` may stand. Inside `adapter` further ones may, for PEFT's nested configs.
@@ -125,7 +125,7 @@ def _quantization(quantization: dict[str, Any], adapter: dict[str, Any], trainer
 def _optimizer(optimizer: dict[str, Any]) -> list[Problem]:
     from torch.optim import Optimizer
 
-    from loraplus_hydra.optimizer import optimizer_problems
+    from loraplus_hydra.loraplus.optimizer import optimizer_problems
 
     wanted = "a torch.optim.Optimizer class, such as torch.optim.AdamW"
     found, problems = _resolve(optimizer.get(TARGET), "optimizer._target_", derives(Optimizer), wanted)
@@ -151,7 +151,7 @@ def _scheduler(scheduler: dict[str, Any], steps: int) -> list[Problem]:
         return problems
     import torch
 
-    from loraplus_hydra.schedule import build_schedule
+    from loraplus_hydra.loraplus.schedule import build_schedule
 
     groups = [
         {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr, "name": name}
@@ -246,9 +246,11 @@ def _data(data: dict[str, Any]) -> list[Problem]:
 
 
 def _logger(logger: dict[str, Any]) -> list[Problem]:
-    from loraplus_hydra.trackers.tracker import Tracker
+    from loraplus_hydra.training.trackers.tracker import Tracker
 
-    wanted = "a class derived from loraplus_hydra.trackers.tracker.Tracker, such as the logger group's options name"
+    wanted = (
+        "a class derived from loraplus_hydra.training.trackers.tracker.Tracker, such as the logger group's options name"
+    )
     found, problems = _resolve(logger.get(TARGET), "logger._target_", derives(Tracker), wanted)
     if found is None:
         return problems
@@ -258,7 +260,7 @@ def _logger(logger: dict[str, Any]) -> list[Problem]:
 
 
 def _rules(plain: dict[str, Any]) -> list[Problem]:
-    from loraplus_hydra.grouping import parse_rules
+    from loraplus_hydra.loraplus.grouping import parse_rules
 
     problems: list[Problem] = []
     for name in ("rules", "extra_rules"):

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from loraplus_hydra.config.locations import PACKAGE_SCHEME
 from loraplus_hydra.errors import Problem
-from loraplus_hydra.paths import PACKAGE_SCHEME
 
 # Keys whose value is a dotted path that is imported, and those whose value may name a package's folder.
 _IMPORTED = ("_target_", "args_class", "auto_class", "examples")

@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from loraplus_hydra.config.schema import RUN_GROUPS, ModelConfig, RunConfig, TaskConfig
 from loraplus_hydra.errors import Problem, first_line, nearest
-from loraplus_hydra.schema import RUN_GROUPS, ModelConfig, RunConfig, TaskConfig
 
 CLOSED: dict[str, type] = {"": RunConfig, "model": ModelConfig, "task": TaskConfig}
 NOT_SET = "is not set"

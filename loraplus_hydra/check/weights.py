@@ -8,9 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from loraplus_hydra import checkpoints
+from loraplus_hydra.config.locations import model_location
 from loraplus_hydra.errors import Problem, UserError, first_line
-from loraplus_hydra.paths import model_location
+from loraplus_hydra.io import checkpoints
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _KEY = "model.path"

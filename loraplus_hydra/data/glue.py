@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraplus_hydra.config.locations import is_local
 from loraplus_hydra.data import mixing
 from loraplus_hydra.data.cache import file_digest, generated
 from loraplus_hydra.data.hub import load_split
 from loraplus_hydra.data.rows import ORIGIN
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, nearest
-from loraplus_hydra.paths import is_local
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, Features

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Union
 
-from loraplus_hydra.build import instantiate
+from loraplus_hydra.config.targets import instantiate
 from loraplus_hydra.errors import ConfigErrors, Problem
 
 if TYPE_CHECKING:

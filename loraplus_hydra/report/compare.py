@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from loraplus_hydra.report.collect import Job, Point
-from loraplus_hydra.report.keys import Setting
+from loraplus_hydra.report.read_sweep import Job, Point
+from loraplus_hydra.report.settings import Setting
 
 ONE_SEED, NOISE, UNCLEAR, CLEAR = "one seed", "noise", "unclear", "clear"
 NEAR = 0.01  # within 1% of the best

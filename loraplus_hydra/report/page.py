@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraplus_hydra.report import sentences
-from loraplus_hydra.report.collect import Job
-from loraplus_hydra.report.keys import value_of
-from loraplus_hydra.report.reading import number
-from loraplus_hydra.report.results_of import SweepResults
+from loraplus_hydra.io.result import OK
+from loraplus_hydra.report import summary
+from loraplus_hydra.report.formatting import ABSENT, count, measured, short, with_spread
+from loraplus_hydra.report.read_files import number
+from loraplus_hydra.report.read_sweep import Job
+from loraplus_hydra.report.results import SweepResults
+from loraplus_hydra.report.settings import value_of
 from loraplus_hydra.report.table import in_order
-from loraplus_hydra.report.wording import ABSENT, count, measured, short, with_spread
-from loraplus_hydra.results import OK
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _MOST_CHARACTERS = 120  # of a reason before it folds
@@ -59,10 +59,10 @@ def page(results: SweepResults, figures: Sequence[Shown]) -> str:
         policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'",
         summary=_summary(results),
         facts=list(_facts(results)),
-        headline=sentences.headline(results),
-        details=sentences.details(results),
-        speed=sentences.speed_sentence(results),
-        best_command=sentences.command(results),
+        headline=summary.headline(results),
+        details=summary.details(results),
+        speed=summary.speed_sentence(results),
+        best_command=summary.command(results),
         reached=_reached(results),
         figures=[{**vars(one), "svg": Markup(one.svg)} for one in figures],
         columns=_columns(results),

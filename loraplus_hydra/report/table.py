@@ -7,9 +7,9 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from loraplus_hydra.report.collect import Job
-from loraplus_hydra.report.keys import value_of
-from loraplus_hydra.report.results_of import SweepResults
+from loraplus_hydra.report.read_sweep import Job
+from loraplus_hydra.report.results import SweepResults
+from loraplus_hydra.report.settings import value_of
 
 
 def csv_text(results: SweepResults) -> str:

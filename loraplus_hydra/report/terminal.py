@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loraplus_hydra import screen
-from loraplus_hydra.report import sentences
-from loraplus_hydra.report.results_of import SweepResults
-from loraplus_hydra.report.sweep import PAGE, SweepReport
-from loraplus_hydra.report.wording import ABSENT, count, short, with_spread
+from loraplus_hydra.io import screen
+from loraplus_hydra.report import summary
+from loraplus_hydra.report.formatting import ABSENT, count, short, with_spread
+from loraplus_hydra.report.results import SweepResults
+from loraplus_hydra.report.write import PAGE, SweepReport
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,11 +31,11 @@ def show(report: SweepReport) -> None:
     if report.unsuccessful:
         console.print("Without a result")
         console.print(_without_result(report))
-    for sentence in (*results.sweep.notes, sentences.headline(results), *sentences.details(results)):
+    for sentence in (*results.sweep.notes, summary.headline(results), *summary.details(results)):
         console.print(sentence, markup=False)
-    if speed := sentences.speed_sentence(results):
+    if speed := summary.speed_sentence(results):
         console.print(speed, markup=False)
-    if command := sentences.command(results):
+    if command := summary.command(results):
         console.print("The best job again:", markup=False)
         print(f"  {command}")  # unwrapped, to be copied
     print(f"The report lies in {report.folder / PAGE}")

@@ -14,21 +14,22 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from loraplus_hydra import paths
-from loraplus_hydra.hydra_job import is_sweep
-from loraplus_hydra.results import OK, config_hash, read_result, run_hash
-from loraplus_hydra.schema import run_of
+from loraplus_hydra.config.hydra_job import is_sweep
+from loraplus_hydra.config.identity import config_hash, run_hash
+from loraplus_hydra.config.schema import run_of
+from loraplus_hydra.io import files, run_folder
+from loraplus_hydra.io.result import OK, read_result
 from loraplus_hydra.sweep.names import HASH_DIGITS, job_name
 
 LOG = "sweep.log"  # what is said of jobs whose folders are left alone
 _WRITTEN = (
-    paths.CONFIG,
-    paths.PARAM_GROUPS,
-    paths.METRICS,
-    paths.RESULT,
-    paths.FIGURE,
-    paths.ADAPTER,
-    paths.CHECKPOINTS,
+    run_folder.CONFIG,
+    run_folder.PARAM_GROUPS,
+    run_folder.METRICS,
+    run_folder.RESULT,
+    run_folder.FIGURE,
+    run_folder.ADAPTER,
+    run_folder.CHECKPOINTS,
 )
 
 
@@ -54,7 +55,7 @@ def register() -> None:
 def state_of(folder: Path, wanted: str) -> State:
     """What lies in `folder` for a job whose config has the hash `wanted`."""
     result = read_result(folder)
-    stored = (result.config_hash if result is not None else "") or _hash_of_file(folder / paths.CONFIG)
+    stored = (result.config_hash if result is not None else "") or _hash_of_file(folder / run_folder.CONFIG)
     if stored is None:
         return State.LEFT if any((folder / name).exists() for name in _WRITTEN) else State.FREE
     if stored != wanted:
@@ -74,7 +75,7 @@ def clear(folder: Path) -> None:
     """Remove what an unfinished run has left in `folder`, but its log; files that no run writes stay."""
     for name in _WRITTEN:
         place = folder / name
-        for path in (place, paths.unfinished(place), place.with_name(f".{name}.old")):
+        for path in (place, files.unfinished(place), place.with_name(f".{name}.old")):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -102,7 +103,7 @@ def _job_folder(*, _root_: DictConfig) -> str:
 
 def _hydra_folder(*, _root_: DictConfig) -> str | None:
     """hydra.output_subdir: none where Hydra is to leave the folder alone."""
-    return None if _is_left_alone(_root_) else paths.HYDRA
+    return None if _is_left_alone(_root_) else run_folder.HYDRA
 
 
 def _log_file(*, _root_: DictConfig) -> str:

@@ -15,10 +15,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from loraplus_hydra.build import locate
+from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.measure import reset_peak_memory
-from loraplus_hydra.quiet import quiet_libraries
+from loraplus_hydra.io.quiet import quiet_libraries
+from loraplus_hydra.training.measure import reset_peak_memory
 
 Restore = Callable[[], Any]
 

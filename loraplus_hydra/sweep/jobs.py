@@ -11,10 +11,10 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from loraplus_hydra import checkpoints, paths, processes, screen
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.results import read_result
-from loraplus_hydra.sweep import records
+from loraplus_hydra.io import checkpoints, processes, run_folder, screen
+from loraplus_hydra.io.result import read_result
+from loraplus_hydra.sweep import job_status
 from loraplus_hydra.sweep.folders import State, clear, hash_of, state_of
 from loraplus_hydra.sweep.gpus import take_one
 from loraplus_hydra.sweep.isolation import free, isolated
@@ -35,7 +35,7 @@ class _Job:
         return os.path.relpath(self.folder, self.sweep)
 
     def note(self, status: str, text: str = "", value: float | None = None) -> None:
-        records.note(self.sweep, self.start, records.Record(self.name, status, text, value))
+        job_status.note(self.sweep, self.start, job_status.Record(self.name, status, text, value))
 
 
 def run_job(config: DictConfig) -> float | None:
@@ -50,26 +50,26 @@ def run_job(config: DictConfig) -> float | None:
     state = state_of(job.folder, hash_of(config))
     if state is State.DONE:
         return _done_before(job)
-    job.note(records.RUNNING)
+    job.note(job_status.RUNNING)
     take_one(hydra)
     try:
         if state is State.TAKEN:
             raise UserError(f"{job.folder} holds another config's run, which is left as it is")
         with isolated(config):
-            from loraplus_hydra.job import run
+            from loraplus_hydra.runs.job import run
 
             value = run(_prepared(config, job.folder), job.folder).value
     except KeyboardInterrupt:
-        job.note(records.INTERRUPTED)
+        job.note(job_status.INTERRUPTED)
         raise
     except (Exception, SystemExit) as error:
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         screen.say(f"    Failed: {text}")
         _FILE.error("The job failed.", exc_info=error)
-        job.note(records.FAILED, text)
+        job.note(job_status.FAILED, text)
         free(error)
         return None
-    job.note(records.DONE, value=value)
+    job.note(job_status.DONE, value=value)
     return value
 
 
@@ -77,13 +77,13 @@ def _done_before(job: _Job) -> float | None:
     result = read_result(job.folder)
     assert result is not None, "a job that is done has a result"
     screen.say(f"    Done before: {job.name}: {result.metric} {result.value}")
-    job.note(records.SKIPPED, value=result.value)
+    job.note(job_status.SKIPPED, value=result.value)
     return result.value
 
 
 def _prepared(config: DictConfig, folder: Path) -> DictConfig:
     """The config with which the job goes on from its newest whole checkpoint, or begins anew in a cleared folder."""
-    if checkpoints.newest_whole(folder / paths.CHECKPOINTS) is None:
+    if checkpoints.newest_whole(folder / run_folder.CHECKPOINTS) is None:
         with processes.alone_in(folder):
             clear(folder)
         return config

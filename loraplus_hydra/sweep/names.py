@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from loraplus_hydra.report.wording import names as short_names
-from loraplus_hydra.report.wording import short
+from loraplus_hydra.report.formatting import names as short_names
+from loraplus_hydra.report.formatting import short
 
 HASH_DIGITS = 8
 _LONGEST = 120  # bytes of the readable part; file systems take 255 for a name

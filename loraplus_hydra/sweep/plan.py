@@ -14,14 +14,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from loraplus_hydra.config.hydra_job import quoted
+from loraplus_hydra.config.identity import config_hash
+from loraplus_hydra.config.schema import NOT_OF_A_RUN
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.limits import refuse_unwritable
-from loraplus_hydra.overrides import quoted
-from loraplus_hydra.paths import write_text
-from loraplus_hydra.report.collect import SWEEP
-from loraplus_hydra.results import config_hash
-from loraplus_hydra.schema import NOT_OF_A_RUN
-from loraplus_hydra.sweep import records
+from loraplus_hydra.io.files import refuse_unwritable, write_text
+from loraplus_hydra.report.read_sweep import SWEEP
+from loraplus_hydra.sweep import job_status
 from loraplus_hydra.sweep.names import sweep_name
 
 _GOOD_NAME = re.compile(r"[\w+-][\w.+-]*")
@@ -33,7 +32,7 @@ class Sweep:
 
     folder: Path
     swept: tuple[str, ...]  # the keys that it varies
-    start: records.Start  # what this start of it notes of its jobs
+    start: job_status.Start  # what this start of it notes of its jobs
     is_new: bool  # whether the folder wasn't there before
 
 
@@ -52,7 +51,7 @@ def begin(config: DictConfig, words: list[str]) -> Sweep:
     refuse_unwritable(folder, key="hydra.sweep.dir")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    start = records.begin(folder)
+    start = job_status.begin(folder)
     # A relative folder starts where the command was given; workers may start elsewhere.
     config.hydra.overrides.hydra.extend(
         [

@@ -11,8 +11,8 @@ from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
-from loraplus_hydra import screen
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
+from loraplus_hydra.io import screen
 from loraplus_hydra.sweep.plan import Sweep
 from loraplus_hydra.sweep.plugins import OPTUNA
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from loraplus_hydra.data.cache import converted, tokenizer_digest
 from loraplus_hydra.data.rows import SPLITS, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem, nearest
-from loraplus_hydra.examples import Examples
+from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.tasks.labels import Labels, find_labels
 from loraplus_hydra.tasks.metrics import METRICS, MULTI, SINGLE, metrics_of
 from loraplus_hydra.tasks.rows import batch_rows, refuse_unread, require_columns, text_in

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.data.rows import SPLITS, all_columns
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.examples import Examples
+from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.tasks.rows import batch_rows, refuse_unread, require_columns, text_in, wrong_value
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.data.rows import all_columns, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.examples import Examples
 from loraplus_hydra.tasks.dpo import in_turns, rendered, turn
+from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.tasks.rows import batch_rows, described, refuse_unread, require_columns, text_in, wrong_value
 
 if TYPE_CHECKING:

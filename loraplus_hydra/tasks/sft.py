@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from loraplus_hydra.data.cache import converted, tokenizer_digest
 from loraplus_hydra.data.rows import SPLITS, all_columns, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.examples import Examples
 from loraplus_hydra.tasks.conversation import Conversation, Shape, Text, shape_of
+from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.tasks.rows import batch_rows, refuse_unread
 from loraplus_hydra.tasks.template import check_template, end_token, loss_rule, take_template
 from loraplus_hydra.tasks.tokens import IGNORED, Encoded, LossRule, encode_conversation, encode_texts

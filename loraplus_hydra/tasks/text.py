@@ -10,7 +10,7 @@ import numpy as np
 from loraplus_hydra.data.cache import converted, digest, generated, tokenizer_digest
 from loraplus_hydra.data.rows import CONTINUED, CONTINUES, SPLITS, all_columns, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.examples import Examples
+from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.tasks.rows import batch_rows, refuse_unread, require_columns, text_in
 
 if TYPE_CHECKING:

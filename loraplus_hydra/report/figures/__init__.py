@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from loraplus_hydra.report.figures import curves, parallel, ranking, rates, ratio, signals
 from loraplus_hydra.report.figures.style import Picture
-from loraplus_hydra.report.results_of import SweepResults
+from loraplus_hydra.report.results import SweepResults
 
 NAMES = ("ratio", "heatmap", "curves", "settings", "keys", "signals")
 

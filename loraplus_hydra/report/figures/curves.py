@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from loraplus_hydra.report.collect import Job, Point
 from loraplus_hydra.report.compare import mean_curve
 from loraplus_hydra.report.figures.style import (
     BASELINE,
@@ -17,8 +16,9 @@ from loraplus_hydra.report.figures.style import (
     padded,
     robust_limits,
 )
-from loraplus_hydra.report.keys import Setting
-from loraplus_hydra.report.results_of import SweepResults
+from loraplus_hydra.report.read_sweep import Job, Point
+from loraplus_hydra.report.results import SweepResults
+from loraplus_hydra.report.settings import Setting
 
 _MOST_POINTS = 400  # of one line; more can't be told apart and only make the page heavy
 _WIDTH = 52  # characters of a line of the legend

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from loraplus_hydra.report.figures.style import BEST, MUTED, PAPER, Picture, new_figure, robust_limits
-from loraplus_hydra.report.keys import order
-from loraplus_hydra.report.reading import number
-from loraplus_hydra.report.results_of import SweepResults
-from loraplus_hydra.report.wording import clipped, folded, short
+from loraplus_hydra.report.formatting import clipped, folded, short
+from loraplus_hydra.report.read_files import number
+from loraplus_hydra.report.results import SweepResults
+from loraplus_hydra.report.settings import order
 
 _MOST_KEYS = 8
 _CHARACTERS = 110  # beside each other in the figure

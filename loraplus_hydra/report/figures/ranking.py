@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from loraplus_hydra.report.figures.style import BASELINE, BEST, MUTED, Picture, new_figure, padded, robust_limits
-from loraplus_hydra.report.results_of import SweepResults
+from loraplus_hydra.report.results import SweepResults
 
 _MOST = 30  # settings that can be read in one figure
 _WIDTH = 56  # characters of a line of a setting's label

@@ -17,9 +17,9 @@ from loraplus_hydra.report.figures.style import (
     new_figure,
     robust_limits,
 )
-from loraplus_hydra.report.keys import Setting
-from loraplus_hydra.report.results_of import SweepResults
-from loraplus_hydra.report.wording import measured, short
+from loraplus_hydra.report.formatting import measured, short
+from loraplus_hydra.report.results import SweepResults
+from loraplus_hydra.report.settings import Setting
 
 _FULL = 0.6  # share of cells that must be there for a grid; below it the points stand alone on log axes
 _MOST_NUMBERS = 81  # cells that still have room for their number

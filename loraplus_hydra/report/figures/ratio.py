@@ -16,9 +16,9 @@ from loraplus_hydra.report.figures.style import (
     padded,
     robust_limits,
 )
-from loraplus_hydra.report.keys import Setting, order
-from loraplus_hydra.report.results_of import SweepResults
-from loraplus_hydra.report.wording import short
+from loraplus_hydra.report.formatting import short
+from loraplus_hydra.report.results import SweepResults
+from loraplus_hydra.report.settings import Setting, order
 
 # Keys that the axis and the lines show already; what else varies gives panels.
 _SHOWN = ("loraplus.ratio", "loraplus.lr_A", "loraplus.lr_B", "optimizer.lr", "model.lr")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loraplus_hydra.report.collect import Job, Norms
 from loraplus_hydra.report.figures.style import PALETTE, Picture, new_figure
-from loraplus_hydra.report.results_of import SweepResults
-from loraplus_hydra.report.wording import short
+from loraplus_hydra.report.formatting import short
+from loraplus_hydra.report.read_sweep import Job, Norms
+from loraplus_hydra.report.results import SweepResults
 
 
 def draw(results: SweepResults) -> Picture | None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from loraplus_hydra.report.wording import short
+from loraplus_hydra.report.formatting import short
 
 # On the page each becomes the variable of its name; no other colour may equal one of them.
 INK, MUTED, GRID, PAPER, OTHERS = "#1b1f24", "#5b6470", "#dfe3e8", "#fefefe", "#b4bbc4"

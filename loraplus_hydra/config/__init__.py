@@ -1,0 +1,1 @@
+"""The schema, and how a config names things."""

@@ -1,1 +1,0 @@
-"""The embedded default: reading the standard library's source, and the small model pretrained on it."""

@@ -1,0 +1,1 @@
+"""Files, locks and screen of a process."""

@@ -1,0 +1,216 @@
+"""Checkpoints count once they are whole: a manifest, written last, names every file with its size and hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from loraplus_hydra.io.checkpoint_state import STATE, TRAINER_STATE, run_state, trainer_state
+from loraplus_hydra.io.files import write_text
+
+MANIFEST = "manifest.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # as the Trainer names them
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+_LARGEST_MANIFEST = 2**24  # bytes; a checkpoint has some dozens of files
+# Pickles that PEFT or transformers would open where safetensors are missing. The Trainer's own state (optimizer.pt and
+# its like) is read by torch with `weights_only=True`.
+_PICKLED_WEIGHTS = (".bin", ".pkl", ".pickle", ".ckpt")
+
+log = logging.getLogger(__name__)
+
+KEY = "trainer.resume_from_checkpoint"
+AUTO = "auto"  # its value for the newest whole checkpoint of the run's own folder
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: its folder, the optimizer step it was written at, and what the run noted there."""
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of a checkpoint that has all its other files. From then on it counts."""
+    files = {path.relative_to(folder).as_posix(): path for path in _files(folder) if path.name != MANIFEST}
+    listed = {name: {"size": path.stat().st_size, "sha256": _sha256(path)} for name, path in sorted(files.items())}
+    write_text(folder / MANIFEST, json.dumps({"files": listed}, indent=2) + "\n")
+
+
+def unseal(folder: Path) -> None:
+    """Remove a checkpoint; killed half-way, what is left doesn't count. Of a link nothing but itself is removed."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def defect(folder: Path) -> str:
+    """Why the checkpoint in `folder` doesn't count, in words; empty for a whole one."""
+    try:
+        return _defect(folder)
+    except OSError as error:
+        return f"it can't be read: {error}"
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`, which is whole. Raises ValueError with the reason when it isn't."""
+    if why := defect(folder):
+        raise ValueError(why)
+    state = run_state(folder)
+    step = int(state["step"])
+    if step_of(folder) not in (step, -1):
+        raise ValueError(f"its {STATE} is of step {step}")
+    if (trainers := trainer_state(folder)["global_step"]) != step:
+        raise ValueError(f"its {STATE} is of step {step}, and its {TRAINER_STATE} of step {trainers}")
+    # The Trainer would go on without one, with random numbers of its own.
+    processes = len(state["window"]["losses"])
+    for name in ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]:
+        if not (folder / name).is_file():
+            raise ValueError(f"it has no {name}")
+    return Checkpoint(folder, step, state)
+
+
+def newest_whole(folder: Path, *, tell: bool = True) -> Checkpoint | None:
+    """The newest checkpoint in `folder` (a run's checkpoints/) that counts; `tell` names newer ones, passed over."""
+    for place in sorted(_named_after_steps(folder), key=step_of, reverse=True):
+        try:
+            return open_checkpoint(place)
+        except ValueError as why:
+            if tell:
+                log.warning("    Passed over %s: %s", place, why)
+    return None
+
+
+def in_order(folder: Path) -> list[Path]:
+    """The folders of checkpoints in `folder`, whole or not, by step; a link to one elsewhere isn't among them."""
+    return sorted([path for path in _named_after_steps(folder) if not path.is_symlink()], key=step_of)
+
+
+def sealed(folder: Path) -> list[Path]:
+    """Those of them that were finished, by step; whether they are still whole isn't looked at."""
+    return [path for path in in_order(folder) if (path / MANIFEST).is_file()]
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step that a checkpoint's folder is named after."""
+    matched = _FOLDER.fullmatch(folder.name)
+    return int(matched[1]) if matched else -1
+
+
+def rotate(folder: Path, keep: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond `keep`, but never the newest nor `best`; None keeps all."""
+    present = in_order(folder)
+    if keep is None or keep <= 0:
+        return
+    spared = {path.name for path in present[-1:]}
+    if best is not None:
+        spared |= {path.name for path in present if path.name == Path(best).name}
+    surplus = len(present) - max(keep, len(spared))
+    for place in [path for path in present if path.name not in spared][: max(0, surplus)]:
+        unseal(place)
+
+
+def _defect(folder: Path) -> str:
+    if folder.is_symlink():
+        return "it is a link; name the folder itself"
+    if not folder.is_dir():
+        return "there is no such folder"
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return f"it has no {MANIFEST}, so it was never finished"
+    if manifest.stat().st_size > _LARGEST_MANIFEST:
+        return f"its {MANIFEST} is too large to be one"
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        listed = {str(name): (int(told["size"]), str(told["sha256"])) for name, told in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"its {MANIFEST} can't be read: {type(error).__name__}: {error}"
+    for name in listed:
+        if why := _bad_name(folder, name):
+            return why
+    there = {path.relative_to(folder).as_posix() for path in _files(folder)} - {MANIFEST}
+    for name in sorted(there ^ listed.keys()):
+        return f"{name} is {'not in the manifest' if name in there else 'missing'}"
+    for name in (ADAPTER_WEIGHTS, STATE, TRAINER_STATE, *_optimizer_files(listed)):
+        if name not in listed:
+            return f"it has no {name}"
+    for name, (size, digest) in listed.items():
+        if (folder / name).stat().st_size != size:
+            return f"{name} is {(folder / name).stat().st_size} bytes long, not {size}"
+        if _sha256(folder / name) != digest:
+            return f"{name} isn't what was written: its hash differs"
+    return ""
+
+
+def _bad_name(folder: Path, name: str) -> str:
+    """What is wrong with a name in a manifest: it leads out of the folder, through a link, or to a pickle."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
+        return f"its manifest names {name!r}, which isn't inside it"
+    links = [part for part in (folder / name, *(folder / name).parents) if part.is_symlink()]
+    if any(folder in link.parents for link in links):
+        return f"{name} is a link"
+    if name.endswith(_PICKLED_WEIGHTS):
+        return f"{name} holds pickled weights; only safetensors are read, since a pickle can run code"
+    return ""
+
+
+def _optimizer_files(listed: Collection[str]) -> tuple[str, ...]:
+    """The files that hold the optimizer and the schedule: without one the Trainer begins with new ones, silently."""
+    if any(name.endswith("_states.pt") for name in listed):  # DeepSpeed's, which can hold the schedule, too
+        return ("latest",)
+    if "optimizer_0/.metadata" in listed:  # FSDP's, in shards
+        return (SCHEDULER,)
+    return (OPTIMIZER, SCHEDULER)
+
+
+def _named_after_steps(folder: Path) -> list[Path]:
+    """What is named as a checkpoint in `folder` and is a folder or leads to one."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in found if path.is_dir() and _FOLDER.fullmatch(path.name)]
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint to go on from, or None to begin anew, in a folder that a run has used before."""
+
+    checkpoint: Checkpoint | None
+    changed: tuple[str, ...] = ()  # keys of the config that differ from the run's stored one, in words
+
+    @property
+    def folder(self) -> str | None:
+        """The checkpoint's folder as the Trainer takes it."""
+        return None if self.checkpoint is None else str(self.checkpoint.folder)
+
+    @property
+    def step(self) -> int:
+        """The step that it goes on from; 0 from the beginning."""
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
+    @property
+    def seconds(self) -> float:
+        """What training had taken when the checkpoint was written."""
+        return 0.0 if self.checkpoint is None else float(self.checkpoint.state.get("seconds", 0.0))

@@ -1,0 +1,93 @@
+"""result.json: how a job ended, written whole, also when it failed."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from loraplus_hydra.io.files import write_text
+from loraplus_hydra.io.run_folder import RESULT
+
+OK, FAILED, INTERRUPTED, PRUNED = "ok", "failed", "interrupted", "pruned"
+VERSIONED = (
+    "loraplus_hydra",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "hydra-core",
+    "omegaconf",
+)
+
+
+@dataclass
+class Result:
+    """How a job ended. JSON keys are an interface: change one only with a line in the CHANGELOG."""
+
+    status: str  # ok | failed | interrupted | pruned; the last for a search that ends a job early: none here does
+    metric: str  # the name of the metric that a sweep optimises
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    metrics_before: dict[str, float] = field(default_factory=dict)  # of the evaluation before the first step
+    best: dict[str, Any] = field(default_factory=dict)  # step and value of the best evaluation by `metric`
+    train_loss: float | None = None  # mean over all steps
+    steps: int = 0  # optimizer steps taken
+    seconds: float = 0.0  # of the whole job
+    train_seconds: float = 0.0  # of training, evaluations inside it included
+    peak_memory_bytes: int = 0  # GPU memory allocated, or the process's resident memory on a CPU
+    device: str = ""
+    trained_parameters: int = 0
+    total_parameters: int = 0
+    seed: int = 0
+    config_hash: str = ""  # of the resolved config
+    versions: dict[str, str] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)  # prompt, reference, before, after
+    error: dict[str, str] | None = None  # type and text, of a job that failed
+    resumed_at: list[int] = field(default_factory=list)  # steps of the checkpoints that the run went on from
+
+    @property
+    def value(self) -> float | None:
+        """The metric that a sweep optimises, or None when the job has none."""
+        return self.metrics.get(self.metric)
+
+    def write(self, folder: Path) -> None:
+        """Write result.json into `folder`, whole or not at all. A number that isn't finite is written as null."""
+        write_text(folder / RESULT, json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_result(folder: Path) -> Result | None:
+    """The result that lies in `folder`; None when there is none, or it can't be read."""
+    try:
+        stored = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        return Result(**{each.name: stored[each.name] for each in fields(Result) if each.name in stored})
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """`value` with NaN and infinities as None, since JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,193 @@
+"""Parameter groups into an optimizer: the drop-in for PEFT's LoRA+ function, and what the Trainer mixin builds with."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from loraplus_hydra.errors import UserError
+from loraplus_hydra.loraplus.grouping import (
+    GROUP_ORDER,
+    Group,
+    Rule,
+    TensorRecord,
+    assign,
+    check_rate,
+    first_match,
+    parse_rules,
+)
+from loraplus_hydra.loraplus.optimizer_check import optimizer_problems, takes, unknown_setting
+from loraplus_hydra.loraplus.optimizer_state import keep_32bit_state
+from loraplus_hydra.loraplus.roles import trained_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["build_optimizer", "create_loraplus_optimizer", "group_parameters", "optimizer_problems"]
+
+
+def create_loraplus_optimizer(
+    model: torch.nn.Module,
+    optimizer_cls: type[Optimizer],
+    *,
+    lr: float,
+    loraplus_lr_ratio: float,
+    loraplus_weight_decay: float | None = None,
+    loraplus_lr_embedding: float = 1e-6,
+    **kwargs: Any,
+) -> Optimizer:
+    """An optimizer whose groups train lora_B at `lr` x `loraplus_lr_ratio` and lora_A at `lr`: LoRA+ (arXiv
+    2402.12354).
+
+    A drop-in for `peft.optimizers.create_loraplus_optimizer`: the same four groups in the same order (A, embedding,
+    B, B without decay), empty ones too. It differs where that function misses what it means to do: norm weights of
+    every kind don't decay (PEFT knows `nn.LayerNorm` only); bitsandbytes' 8-bit optimizers really keep 32-bit state
+    for trained embedding tensors, of this optimizer only; lora_B is told by the layer that owns it and not by a name.
+    `weight_decay=`, which PEFT silently ignores, counts as `loraplus_weight_decay`.
+
+    `lr` is eta_A, `loraplus_lr_ratio` eta_B / eta_A, `loraplus_lr_embedding` the rate of the factors of a LoRA
+    embedding, `loraplus_weight_decay` (0.0) that of the first three groups; all other arguments go to
+    `optimizer_cls`. Raises UserError (a ValueError) for a rate or ratio that isn't finite and above 0.
+    """
+    check_rate(lr, "lr")
+    check_rate(loraplus_lr_ratio, "loraplus_lr_ratio")
+    check_rate(loraplus_lr_embedding, "loraplus_lr_embedding")
+    decay = _one_weight_decay(loraplus_weight_decay, kwargs.pop("weight_decay", None))
+    rules = _drop_in_rules(ratio=loraplus_lr_ratio, lr_embedding=loraplus_lr_embedding)
+    records, parameters = trained_tensors(model)
+    members: dict[str, list[TensorRecord]] = {name: [] for name in GROUP_ORDER}
+    for record, rule in zip(records, first_match(records, rules), strict=True):
+        members[rule.group].append(record)
+    by_group = {rule.group: rule for rule in rules}
+    groups = [
+        Group(
+            name=name,
+            lr=by_group[name].rate(lr),
+            weight_decay=0.0 if name == "groupB_no_decay" else decay,
+            records=tuple(members[name]),
+        )
+        for name in GROUP_ORDER
+    ]
+    named = zip((record.name for record in records), parameters, strict=True)
+    return build_optimizer(optimizer_cls, groups, named, {"lr": lr, **kwargs})
+
+
+def group_parameters(
+    model: torch.nn.Module,
+    rules: Sequence[Rule] | Mapping[str, Any],
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    extra_rules: Sequence[Rule] | Mapping[str, Any] = (),
+) -> list[dict[str, Any]]:
+    """Parameter groups for those who build an optimizer themselves: `params`, `param_names`, `name`, `lr`,
+    `weight_decay` and settings.
+
+    `rules` as in `loraplus.rules` of the YAML files (a mapping of mappings) or as `Rule`s; `extra_rules` stand ahead
+    of them. Raises UserError as `grouping.assign` does. 8-bit state is none of a group's business: build_optimizer
+    sees to that.
+    """
+    parsed = parse_rules(rules) if isinstance(rules, Mapping) else list(rules)
+    extra = parse_rules(extra_rules, "loraplus.extra_rules") if isinstance(extra_rules, Mapping) else list(extra_rules)
+    records, parameters = trained_tensors(model)
+    groups = assign(records, parsed, lr=lr, weight_decay=weight_decay, extra=extra)
+    return torch_groups(groups, zip((record.name for record in records), parameters, strict=True))
+
+
+def build_optimizer(
+    optimizer_cls: type[Optimizer],
+    groups: Sequence[Group],
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    kwargs: Mapping[str, Any],
+) -> Optimizer:
+    """`optimizer_cls` over `groups`, each with its name and its parameters' names in it.
+
+    `named_parameters` may come from the wrapped model, as long as the names are the records'. `kwargs` are the
+    class's arguments; a `lr` and a `weight_decay` among them are its defaults, while each group has its own. Under
+    bitsandbytes' 8-bit classes trained embedding tensors keep 32-bit state. Raises UserError for a class that can't,
+    or for a setting that it doesn't have.
+    """
+    problems = optimizer_problems(optimizer_cls, kwargs)
+    problems += [problem for group in groups if (problem := unknown_setting(optimizer_cls, group))]
+    if problems:
+        raise UserError("; ".join(problems))
+    param_groups = torch_groups(groups, named_parameters)
+    if not takes(optimizer_cls, "weight_decay"):
+        for param_group in param_groups:
+            del param_group["weight_decay"]
+    arguments = dict(kwargs)
+    if groups and takes(optimizer_cls, "lr"):
+        arguments.setdefault("lr", groups[0].lr)
+    try:
+        optimizer = optimizer_cls(param_groups, **arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{optimizer_cls.__name__} refuses these parameters or arguments: {error}"
+            + _muon_advice(optimizer_cls, groups)
+        ) from error
+    keep_32bit_state(
+        optimizer, (record.name for group in groups for record in group.records if record.trained_embedding)
+    )
+    return optimizer
+
+
+def torch_groups(
+    groups: Iterable[Group], named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
+) -> list[dict[str, Any]]:
+    """Groups of records as groups of parameters, matched by name; UserError for a name that no parameter has."""
+    by_name = dict(named_parameters)
+    try:
+        return [
+            {
+                "name": group.name,
+                "params": [by_name[record.name] for record in group.records],
+                "param_names": [record.name for record in group.records],
+                "lr": group.lr,
+                "weight_decay": group.weight_decay,
+                **group.settings,
+            }
+            for group in groups
+        ]
+    except KeyError as error:
+        raise UserError(
+            f"the model has no parameter {error.args[0]}: its names changed after the groups were made"
+        ) from error
+
+
+def _drop_in_rules(*, ratio: float, lr_embedding: float) -> list[Rule]:
+    """The documented table: one-dimensional tensors go with lora_B, norms and biases among them without decay."""
+    undecayed = ("bias", "norm", "lora_B_bias")
+    return [
+        Rule("embedding", role=("lora_embedding_A", "lora_embedding_B"), lr=lr_embedding),
+        Rule("groupB_no_decay", role=undecayed, ndim=(1,), ratio=ratio),
+        Rule("groupB", role=("lora_B", "adalora_B"), ratio=ratio),
+        Rule("vectors", ndim=(1,), group="groupB", ratio=ratio),
+        Rule("groupA"),
+    ]
+
+
+def _one_weight_decay(loraplus_weight_decay: float | None, weight_decay: float | None) -> float:
+    if weight_decay is None:
+        decay = 0.0 if loraplus_weight_decay is None else loraplus_weight_decay
+    elif loraplus_weight_decay is None or loraplus_weight_decay == weight_decay:
+        warnings.warn("weight_decay is used as loraplus_weight_decay; PEFT's function ignores it", stacklevel=3)
+        decay = weight_decay
+    else:
+        raise UserError(
+            f"loraplus_weight_decay={loraplus_weight_decay} and weight_decay={weight_decay} contradict each other: "
+            "give loraplus_weight_decay only"
+        )
+    return check_rate(decay, "loraplus_weight_decay", zero=True)
+
+
+def _muon_advice(optimizer_cls: type[Optimizer], groups: Sequence[Group]) -> str:
+    if optimizer_cls.__name__ != "Muon":
+        return ""
+    others = [f"{record.name} ({record.ndim}-D)" for group in groups for record in group.records if record.ndim != 2]
+    return (
+        f". Muon takes matrices only, and here it would also get {', '.join(others[:3])}: "
+        "use optimizer=adamw, or train matrices only"
+    )

@@ -1,0 +1,121 @@
+"""Whether an optimizer class and its arguments can do LoRA+: takes what it is given, keeps a rate for each group."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from loraplus_hydra.errors import nearest
+from loraplus_hydra.loraplus.grouping import Group
+from loraplus_hydra.loraplus.rules import RULE_KEYS
+
+OWN_RATE = "finds its rate itself, so a rate for each group, and with it the ratio, means nothing to it"
+
+REFUSED: dict[str, str] = {
+    "LBFGS": "takes one parameter group only, so A and B can't have rates of their own",
+    "Rprop": "keeps a step size for each weight; lr is only where they start, and the schedule never reaches them",
+    "SparseAdam": "takes sparse gradients only; an adapter's are dense",
+    "Prodigy": OWN_RATE,
+    "DAdaptAdam": OWN_RATE,
+    "DAdaptAdamW": OWN_RATE,
+    "DAdaptAdaGrad": OWN_RATE,
+    "DAdaptSGD": OWN_RATE,
+    "DAdaptLion": OWN_RATE,
+    "DAdaptAdan": OWN_RATE,
+    "DAdaptAdanIP": OWN_RATE,
+    "Lomo": "updates during the backward pass, with one rate for all",
+    "AdaLomo": "updates during the backward pass, with one rate for all",
+}
+"""Class name -> why its per-group rates don't hold."""
+
+TORCH_ADAFACTOR = (
+    "torch's Adafactor scales each update by the parameter's own size, so lora_B, which starts at zero, hardly moves "
+    "(measured: B's update 0.08 of A's at ratio 8); use optimizer=adafactor: transformers', with scale_parameter false"
+)
+TRANSFORMERS_ADAFACTOR: dict[str, str] = {
+    "relative_step": "sets its own rate from the step count, so no group's rate is used; say `relative_step: false`",
+    "scale_parameter": (
+        "scales each update by the parameter's own size, so lora_B, which starts at zero, hardly moves; "
+        "say `scale_parameter: false`"
+    ),
+}
+
+
+def optimizer_problems(cls: object, kwargs: Mapping[str, Any]) -> list[str]:
+    """Why this class with these arguments can't be the optimizer, one sentence a reason; empty where it can.
+
+    `kwargs` without the parameters. Nothing is built. Covers: no Optimizer class, a class whose per-group rates don't
+    hold (by name, with the reason), an argument that it doesn't take (with the nearest that it does), an argument
+    missing that it needs.
+    """
+    from torch.optim import Optimizer
+
+    if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
+        return [f"{_spell(cls)} is no subclass of torch.optim.Optimizer"]
+    name = cls.__name__
+    base_names = [base.__name__ for base in cls.__mro__]
+    problems = [f"{name} can't be used: it {REFUSED[base]}" for base in base_names if base in REFUSED][:1]
+    if "Adafactor" in base_names:
+        problems += _adafactor_problems(cls, kwargs)
+    return problems + _argument_problems(cls, kwargs)
+
+
+def takes(cls: type, argument: str) -> bool:
+    """Whether the class's constructor has this argument, or takes any."""
+    parameters, takes_any = _parameters(cls)
+    return takes_any or argument in parameters
+
+
+def unknown_setting(cls: type, group: Group) -> str:
+    """What is wrong with a group's settings for this class, or nothing."""
+    for key in group.settings:
+        if not takes(cls, key):
+            candidates = [*RULE_KEYS, *_parameters(cls)[0]]
+            rule = ", ".join(group.rules) or group.name
+            return f"rule {rule}: {cls.__name__} has no setting '{key}'{nearest(key, candidates)}"
+    if group.weight_decay and not takes(cls, "weight_decay"):
+        return f"group {group.name}: {cls.__name__} has no weight decay, but {group.weight_decay:g} is asked for"
+    return ""
+
+
+def _adafactor_problems(cls: type, kwargs: Mapping[str, Any]) -> list[str]:
+    if not takes(cls, "relative_step"):
+        return [TORCH_ADAFACTOR]
+    parameters, _ = _parameters(cls)
+    return [
+        f"{cls.__name__} with {argument} {reason}"
+        for argument, reason in TRANSFORMERS_ADAFACTOR.items()
+        if kwargs.get(argument, parameters[argument].default)
+    ]
+
+
+def _argument_problems(cls: type, kwargs: Mapping[str, Any]) -> list[str]:
+    parameters, takes_any = _parameters(cls)
+    problems = []
+    if not takes_any:
+        problems += [
+            f"{cls.__name__} takes no argument '{key}'{nearest(key, parameters)}; it takes {', '.join(parameters)}"
+            for key in kwargs
+            if key not in parameters
+        ]
+    problems += [
+        f"{cls.__name__} needs an argument '{key}'"
+        for key, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty and key not in kwargs and key != "lr"
+    ]
+    return problems
+
+
+def _parameters(cls: type) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The constructor's arguments behind `params`, and whether it takes any others by **kwargs."""
+    found = list(inspect.signature(cls).parameters.values())
+    named = [
+        parameter for parameter in found if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    ]
+    takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in found)
+    return {parameter.name: parameter for parameter in named[1:]}, takes_any
+
+
+def _spell(cls: object) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}" if isinstance(cls, type) else repr(cls)

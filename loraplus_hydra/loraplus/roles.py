@@ -1,0 +1,251 @@
+"""A model's trained tensors and their roles, by the layer that owns each and the attribute that holds it; knows
+PEFT's layers.
+
+A name's text decides nothing here: an adapter called `my_lora_B` or a target called `lora_Block` are names like any
+other. Call it before anything wraps or shards the model: FSDP's flat shards have neither owner nor shape.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+from loraplus_hydra.errors import UserError
+from loraplus_hydra.loraplus.grouping import TensorRecord
+from loraplus_hydra.loraplus.peft_layers import (
+    ADALORA_ROLES,
+    FACTORS,
+    LORAPLUS_SUPPORT,
+    ROLE_OF_ATTRIBUTE,
+    SPLIT,
+    zero_start,
+)
+from loraplus_hydra.loraplus.starts import noted_starts
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LORAPLUS_SUPPORT", "SPLIT", "tensor_records", "trained_tensors"]
+
+# LlamaRMSNorm, T5LayerNorm, LayerNorm2d, MambaRMSNormGated, RMS_norm; not NormHead (Baichuan's output matrix), not
+# Normalize.
+NORM_CLASS = re.compile(r"(layer|rms|batch|group|instance|scale)_?norm|norm_?(\dd)?$", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Kind:
+    """What the walk needs to know of a module's class."""
+
+    owner: str
+    owner_classes: tuple[str, ...]
+    is_norm: bool
+    is_embedding: bool
+    is_peft_layer: bool
+    is_adalora: bool
+    holds_copies: bool
+    """A `modules_to_save` wrapper, or LN-tuning's layer: whole copies of a module, one for each adapter."""
+    adapter_attributes: frozenset[str]
+    """The attributes of a PEFT layer that hold something for each adapter."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    """Where in PEFT's structure a module stands."""
+
+    tuner: _Kind | None = None
+    """The adapted layer, inside one of its PEFT layer's attributes; None in the base model and in copies of it."""
+    role: str = "other"
+    per_adapter: bool = False
+    """The next name below is the adapter's."""
+    adapter: str | None = None
+    saved: bool = False
+
+
+_BASE = _Place()
+# Attributes of PEFT's layers that never hold a tensor, a container and a module for each layer.
+_DROPOUTS = frozenset({"lora_dropout", "vera_dropout"})
+
+
+def tensor_records(model: torch.nn.Module) -> list[TensorRecord]:
+    """A record for each trained tensor of `model`, in the order of `named_parameters()`; one linear walk.
+
+    Trained is what requires a gradient, so a frozen reference adapter is no part of it. Works for models without PEFT
+    and on the meta device. Raises UserError for a model that FSDP has flattened.
+    """
+    return trained_tensors(model)[0]
+
+
+def trained_tensors(model: torch.nn.Module) -> tuple[list[TensorRecord], list[torch.nn.Parameter]]:
+    """As `tensor_records`, and beside it the tensor of each record, so that nobody needs to walk the model again."""
+    records: list[TensorRecord] = []
+    parameters: list[torch.nn.Parameter] = []
+    seen: set[int] = set()  # ids of `parameters`: what has several names counts once, by the first
+    # A model has few kinds of layers and many layers, so each of these is worked out once.
+    kind_of, place_below = cache(_kind), cache(_place_below)
+    pattern_of = cache(partial(_pattern, _initialisations(model)))
+
+    def collect(prefix: str, module: Any, place: _Place) -> None:
+        """A module's own trained tensors; their names begin with `prefix`."""
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                parameters.append(parameter)
+                pattern = pattern_of(name, parameter.dtype, kind_of(module.__class__), place)
+                records.append(_record(prefix + name, parameter, pattern))
+
+    def visit(prefix: str, module: Any, place: _Place) -> None:
+        """Collect a module's own tensors, then its children's.
+
+        A large mixture of experts has half a million modules, most of them empty or frozen. So `_parameters` and
+        `_modules` are read as they are, since torch's iterators pass each tensor up through a generator a level; and a
+        frozen layer is left before its name is made.
+        """
+        if module._parameters:
+            collect(prefix, module, place)
+        kind = kind_of(module.__class__)
+        adapted = kind_of(_adapted_class(module)) if kind.is_peft_layer else None
+        skipped = _DROPOUTS if kind.is_peft_layer else ()
+        for name, child in module._modules.items():
+            if child is None or name in skipped:
+                continue
+            if child._modules:
+                visit(f"{prefix}{name}.", child, place_below(place, kind, adapted, name))
+                continue
+            for parameter in child._parameters.values():
+                if parameter is not None and parameter.requires_grad:
+                    collect(f"{prefix}{name}.", child, place_below(place, kind, adapted, name))
+                    break
+
+    visit("", model, _BASE)
+    return records, parameters
+
+
+def _place_below(place: _Place, kind: _Kind, adapted: _Kind | None, name: str) -> _Place:
+    """The place of the module `name` in a module of this kind that stands at `place`."""
+    if not kind.is_peft_layer:
+        return _Place(place.tuner, place.role, adapter=name, saved=place.saved) if place.per_adapter else place
+    if name == "base_layer":
+        return _BASE
+    if name not in kind.adapter_attributes:
+        return _BASE if kind.holds_copies else place
+    if kind.holds_copies:
+        return _Place(saved=True, per_adapter=True)
+    roles = ADALORA_ROLES if kind.is_adalora and name in ADALORA_ROLES else ROLE_OF_ATTRIBUTE
+    return _Place(adapted, roles.get(name, "other"), per_adapter=True)
+
+
+def _record(name: str, parameter: torch.nn.Parameter, pattern: TensorRecord) -> TensorRecord:
+    """The record of a tensor: `pattern`, with what is its own."""
+    _, role, owner, _, adapter, dtype, trained_embedding, starts_at_zero, owner_classes = pattern
+    if starts_at_zero is None and role in FACTORS and not parameter.is_meta:
+        starts_at_zero = not bool(parameter.detach().any())  # the config doesn't say, the values do
+    shape = tuple(parameter.shape)
+    if shape == (0,):  # DeepSpeed ZeRO-3 keeps a part elsewhere, and the shape with it
+        shape = tuple(getattr(parameter, "ds_shape", shape))
+    return TensorRecord(name, role, owner, shape, adapter, dtype, trained_embedding, starts_at_zero, owner_classes)
+
+
+def _pattern(inits: Mapping[str, object], name: str, dtype: torch.dtype, kind: _Kind, place: _Place) -> TensorRecord:
+    """What the records of all tensors of this name share that stand at the same place in modules of the same kind."""
+    owner = place.tuner or kind
+    # In a ParameterDict the parameter's own name is the adapter's.
+    adapter = name if place.per_adapter else place.adapter
+    if place.tuner is None:
+        role = _plain_role(name, kind, place)
+    elif place.role == "lora_B" and name == "bias" and not place.per_adapter:
+        role = "lora_B_bias"
+    else:
+        role = place.role
+    embedding_factor = role in ("lora_embedding_A", "lora_embedding_B", "trainable_tokens")
+    embedding_weight = place.tuner is None and kind.is_embedding and name == "weight"
+    return TensorRecord(
+        name="",
+        role=role,
+        owner=owner.owner,
+        shape=(),
+        adapter=adapter,
+        dtype=str(dtype).removeprefix("torch."),
+        trained_embedding=embedding_factor or embedding_weight,
+        starts_at_zero=None if adapter is None else zero_start(role, inits.get(adapter)),
+        owner_classes=owner.owner_classes,
+    )
+
+
+def _plain_role(name: str, kind: _Kind, place: _Place) -> str:
+    words = name.split("_")
+    # `bias`, `in_proj_bias`, `bias_ih_l0`; not `relative_position_bias_table`, nor a module called `..._bias` with a
+    # weight
+    if words[0] == "bias" or words[-1] == "bias":
+        return "bias"
+    if kind.is_norm:
+        return "norm"
+    return "saved_module" if place.saved else "other"
+
+
+def _initialisations(model: torch.nn.Module) -> dict[str, object]:
+    """Adapter name -> how it starts: a start of ours, or what its config has as `init_lora_weights` (or such)."""
+    found: dict[str, object] = {}
+    module: Any = model
+    for _ in range(4):  # trainer wrapper, PeftModel, tuner, base model
+        for adapter, start in noted_starts(module).items():
+            found.setdefault(adapter, start)
+        configs = getattr(module, "peft_config", None)
+        if isinstance(configs, Mapping):
+            for adapter, config in configs.items():
+                init = getattr(config, "init_lora_weights", None)
+                found.setdefault(str(adapter), init if init is not None else getattr(config, "init_weights", True))
+        module = getattr(module, "module", None) or getattr(module, "base_model", None)
+        if module is None:
+            break
+    return found
+
+
+def _adapted_class(layer: Any) -> type:
+    """The class of the layer that a PEFT layer adapts, through every PEFT layer in between."""
+    module = inner = layer
+    while inner is not None:
+        module = inner
+        inner = module._modules.get("base_layer", module._modules.get("token_adapter"))
+    return type(module)
+
+
+def _kind(cls: type) -> _Kind:
+    import torch
+
+    if cls.__name__ == "FullyShardedDataParallel":
+        raise UserError(
+            "the model is already wrapped in FSDP, whose flat shards have no roles: make the groups before wrapping it"
+        )
+    tuner_layers, adalora_layers, holders = _peft_classes()
+    is_peft_layer = issubclass(cls, (*tuner_layers, *holders))
+    classes = [base for base in cls.__mro__ if base not in (object, torch.nn.Module)]
+    names = dict.fromkeys(
+        name for base in classes for name in (base.__name__, f"{base.__module__}.{base.__qualname__}")
+    )
+    attributes = (*cls.adapter_layer_names, *cls.other_param_names) if is_peft_layer else ()  # type: ignore[attr-defined]
+    return _Kind(
+        owner=cls.__name__,
+        owner_classes=tuple(names),
+        is_norm=any(NORM_CLASS.search(base.__name__) for base in classes),
+        is_embedding=issubclass(cls, (torch.nn.Embedding, torch.nn.EmbeddingBag)),
+        is_peft_layer=is_peft_layer,
+        is_adalora=issubclass(cls, adalora_layers),
+        holds_copies=issubclass(cls, holders),
+        adapter_attributes=frozenset(attributes),
+    )
+
+
+def _peft_classes() -> tuple[tuple[type, ...], tuple[type, ...], tuple[type, ...]]:
+    """PEFT's layers, those of AdaLoRA among them, and those that hold copies of modules."""
+    if "peft" not in sys.modules:  # then no layer of the model can be PEFT's
+        return (), (), ()
+    from peft.tuners.adalora.layer import AdaLoraLayer
+    from peft.tuners.ln_tuning.layer import LNTuningLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return (BaseTunerLayer,), (AdaLoraLayer,), (ModulesToSaveWrapper, LNTuningLayer)

@@ -1,0 +1,140 @@
+"""What a sweep says, in plain sentences: the same on the page and on the screen."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+from loraplus_hydra.report.compare import CLEAR, NOISE, ONE_SEED, UNCLEAR, Difference, Reach
+from loraplus_hydra.report.formatting import count, measured, with_spread
+from loraplus_hydra.report.results import SweepResults
+
+_PROGRAM = "python -m loraplus_hydra"
+# With so many settings the best one owes part of its lead to luck with the seeds.
+_MANY = 6
+
+
+def headline(results: SweepResults) -> str:
+    """The answer in one sentence."""
+    best, metric = results.outcome.best, results.sweep.metric
+    if best is None:
+        return "No job has a result, so there is nothing to compare."
+    if len(results.settings) == 1:
+        return f"The one setting has {metric} {with_spread(best.mean, best.spread)}."
+    seeds = f" over {count(len(best.measured), 'seed')}" if len(best.measured) > 1 else ""
+    return f"Best: {results.label(best)}, with {metric} {with_spread(best.mean, best.spread)}{seeds}."
+
+
+def details(results: SweepResults) -> list[str]:
+    """By how much, over what, and what can be said about noise."""
+    outcome = results.outcome
+    if outcome.best is None:
+        return []
+    found = [*_against_ratio_1(results)]
+    if outcome.passed_over is not None:
+        found.append(
+            f"{results.label(outcome.passed_over)} has a better mean ({measured(outcome.passed_over.mean)}) but "
+            f"{count(outcome.passed_over.failed, 'failed job')}, so it isn't called the best."
+        )
+    if outcome.near:
+        settings = count(len(outcome.near), "other setting")
+        found.append(f"{settings} {'is' if len(outcome.near) == 1 else 'are'} within 1% of the best.")
+    if len(outcome.ranked) >= _MANY and len(outcome.best.measured) > 1:
+        found.append(
+            f"The best of {len(outcome.ranked)} settings was picked by the same seeds that measure it, which flatters "
+            "it: to be sure, run it and its rival again with fresh seeds."
+        )
+    return found
+
+
+def verdict(gap: Difference) -> str:
+    """What the spread over seeds says of a difference."""
+    if gap.verdict == ONE_SEED:
+        return "One seed alone: nothing can be said about noise. Sweep seed=1,2,3 as well to know."
+    assert gap.interval is not None
+    seeds = f"{count(len(gap.better.measured), 'seed')} against {len(gap.worse.measured)}"
+    interval = f"95% interval of the difference: {_signed(gap.interval[0])} to {_signed(gap.interval[1])}, {seeds}"
+    won = f"; better at {gap.wins} of {count(gap.shared, 'shared seed')}" if gap.shared else ""
+    return {
+        NOISE: f"Noise explains it: the difference is no larger than the spread between seeds "
+        f"({measured(gap.spread)}).",
+        UNCLEAR: f"It may be noise: larger than the spread between seeds, but so few seeds can't settle it ({interval}"
+        f"{won}).",
+        CLEAR: f"More than the seeds' noise ({interval}{won}).",
+    }[gap.verdict]
+
+
+def speed_sentence(results: SweepResults) -> str:
+    """How much sooner the best setting is as good as ratio 1 is at its end; nothing where it isn't the question."""
+    outcome = results.outcome
+    if outcome.target is None or outcome.best is None or outcome.best is outcome.baseline:
+        return ""
+    reach = next((one for one in outcome.reached if one.setting is outcome.best), None)
+    metric = results.sweep.metric
+    if reach is None or reach.step is None or reach.times_fewer_steps is None:
+        return f"The best setting's mean curve never gets to ratio 1's last {metric} ({measured(outcome.target)})."
+    return (
+        f"The best setting gets to ratio 1's last {metric} ({measured(outcome.target)}) {_times(reach)}: by step "
+        f"{reach.step:,} instead of {outcome.reached[0].step:,}. Counted at evaluations, with nothing assumed between."
+    )
+
+
+def command(results: SweepResults) -> str:
+    """What runs the best job again, ready for a shell; empty where its overrides aren't known."""
+    job = results.outcome.best_job
+    if job is None or job.again is None:
+        return ""
+    # A ready sweep asks for --multirun by itself: one job of it doesn't.
+    alone = ("hydra.mode=RUN",) if any(text.startswith("hparams_search=") for text in job.again) else ()
+    return f"{_PROGRAM} {shlex.join((*job.again, *alone))}"
+
+
+def _against_ratio_1(results: SweepResults) -> Iterator[str]:
+    outcome = results.outcome
+    gap = outcome.against_baseline
+    if outcome.baseline is None:
+        if any(one.ratio == 1 for one in results.settings):
+            yield "No setting at ratio 1 has a result, so there is nothing to compare LoRA+ with."
+        elif outcome.contender is not None:
+            yield "The sweep has no ratio 1 (plain LoRA) to compare with: add 1 to the swept ratios."
+        return
+    if gap is None:
+        return
+    worse = with_spread(gap.worse.mean, gap.worse.spread)
+    share = f" ({abs(gap.relative):.2%})" if gap.relative is not None else ""
+    if gap.better is outcome.baseline:
+        yield (
+            f"Plain LoRA does best here: {results.label(gap.better)} beats the best other ratio, "
+            f"{results.label(gap.worse)} ({worse}), by {measured(gap.gain)}{share}."
+        )
+    else:
+        label = results.label(gap.worse)
+        which = "" if label == "ratio 1" else f", {label}"
+        yield f"That beats the best at ratio 1 (plain LoRA){which} ({worse}), by {measured(gap.gain)}{share}."
+    yield verdict(gap)
+    if twin := outcome.against_twin:
+        noise = "" if twin.verdict == ONE_SEED else f" {verdict(twin)}"
+        yield (
+            f"{results.label(twin.better)} with nothing but its ratio changed to 1 has "
+            f"{with_spread(twin.worse.mean, twin.worse.spread)}: {measured(abs(twin.gain))} "
+            f"{'worse' if twin.gain > 0 else 'better'}.{noise}"
+        )
+
+
+def _times(reach: Reach) -> str:
+    """By how many steps, and by the clock; at equal steps nothing of the clock, which tells of start-up noise alone."""
+    if reach.times_fewer_steps in (None, 1):
+        return "in as many steps"
+    steps = f"in {_factor(reach.times_fewer_steps, 'fewer steps', 'more steps', 'about as many steps')}"
+    if not reach.times_faster:
+        return steps
+    return f"{steps} ({_factor(reach.times_faster, 'faster', 'slower', 'as fast')} by the clock)"
+
+
+def _factor(times: float, above: str, below: str, equal: str) -> str:
+    text = f"{max(times, 1 / times):.2g}"
+    return equal if text == "1" else f"{text}x {above if times > 1 else below}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}" if abs(value) < 1e3 else f"{value:+.3g}"

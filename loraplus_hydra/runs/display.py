@@ -1,0 +1,132 @@
+"""Tables and messages about a run: its config, rates, memory and result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraplus_hydra.config.hydra_job import number_in_sweep
+from loraplus_hydra.io import run_folder
+from loraplus_hydra.io.screen import _print, say, table
+
+if TYPE_CHECKING:
+    from loraplus_hydra.io.result import Result
+    from loraplus_hydra.loraplus.memory import Memory
+    from loraplus_hydra.loraplus.plan import Placed, Row
+
+
+def show_config(config: Any) -> None:
+    """The whole config as a tree."""
+    from rich.tree import Tree
+
+    def grow(branch: Tree, node: Mapping[Any, Any]) -> None:
+        for key, value in node.items():
+            if isinstance(value, Mapping) and value and any(isinstance(inner, Mapping) for inner in value.values()):
+                grow(branch.add(f"[bold]{key}[/bold]"), value)
+            elif isinstance(value, Mapping) and value:
+                leaves = "  ".join(f"[dim]{inner}[/dim]={_shown(item)}" for inner, item in value.items())
+                branch.add(f"[bold]{key}[/bold]  {leaves}")
+            else:
+                branch.add(f"[dim]{key}[/dim]={_shown(value)}")
+
+    tree = Tree("[bold]config[/bold]", guide_style="dim")
+    grow(tree, config)
+    _print(tree, on_screen=number_in_sweep() in (None, 0))
+
+
+def show_overview(rows: Sequence[Row]) -> None:
+    """The table of what gets which rate: a row for each distinct role, rule, group, rate, decay and state."""
+    names = ("lr", "weight decay", "state bits", "tensors", "numbers")
+    cells = []
+    for row in rows:
+        bits = "?" if row.state_bits is None else str(row.state_bits or "none")
+        numbers = (f"{row.lr:.3g}", f"{row.weight_decay:g}", bits, f"{row.tensors:,}", f"{row.numbers:,}")
+        cells.append((row.role, row.rule, row.group, *numbers))
+    rates = table(("role", "rule", "group", *names), cells, right=names)
+    _print("What gets which rate", rates, on_screen=number_in_sweep() in (None, 0))
+
+
+def show_tensors(placed: Sequence[Placed]) -> None:
+    """Every trained tensor with its rate and the reason for it."""
+    cells = []
+    for one in placed:
+        shape = " x ".join(map(str, one.record.shape))
+        cells.append((one.record.name, shape, one.record.owner, one.group.name, f"{one.group.lr:.3g}", one.why()))
+    _print("Every trained tensor", table(("tensor", "shape", "owner", "group", "lr", "why"), cells, right=("lr",)))
+
+
+def show_memory(memory: Memory, trained: int, total: int) -> None:
+    """What weights, adapter, gradients and optimizer state take."""
+    parts = (
+        ("frozen weights", memory.weights),
+        ("trained tensors", memory.adapter),
+        ("their gradients", memory.gradients),
+        ("optimizer state", memory.optimizer),
+        ("together", memory.total),
+    )
+    cells = [(name, "unknown" if size is None else f"{size / 2**20:,.1f}") for name, size in parts]
+    _print("Memory, without activations", table(("what", "MiB"), cells, right=("MiB",)))
+    print(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}).")
+
+
+def show_result(folder: Path, result: Result) -> None:
+    """How the run ended: metrics before and after, the samples, where things lie and what to try next."""
+    of_sweep = number_in_sweep() is not None
+    _show_samples(result.samples, on_screen=not of_sweep)
+    before, after = result.metrics_before.get(result.metric), result.value
+    compared = ""
+    if before is not None and after is not None:
+        compared = f"{result.metric}: {before:.4f} before training, {after:.4f} after {result.steps} steps"
+    if of_sweep:
+        say(f"{compared or f'{result.steps} steps'}; {result.seconds:.0f} s, in {folder.name}")
+        return
+    if compared:
+        say(compared)
+    say(f"Trained {result.trained_parameters:,} of {result.total_parameters:,} parameters in {result.seconds:.0f} s.")
+    say(f"Everything lies in {folder}")
+    for name, what in (
+        (run_folder.ADAPTER, "the adapter, as PEFT loads it"),
+        (run_folder.FIGURE, "loss and rates over steps"),
+        (run_folder.METRICS, "a line for each logged step"),
+        (run_folder.PARAM_GROUPS, "every trained tensor and its rate"),
+        (run_folder.RESULT, "the result"),
+    ):
+        say(f"  {name:<20}{what}")
+    if next_steps := ", ".join(_next_steps(folder)):
+        say(f"Next: {next_steps}.")
+
+
+def _next_steps(folder: Path) -> Iterator[str]:
+    """What the run in `folder` leaves to be tried, by its config."""
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.load(folder / run_folder.CONFIG)
+    ratio = OmegaConf.select(config, "loraplus.ratio")
+    if ratio is not None:
+        yield f"another ratio (loraplus.ratio={16 if ratio == 4 else 4})"
+    if "8bit" not in str(OmegaConf.select(config, "optimizer._target_")).lower():
+        yield "an 8-bit optimizer (optimizer=adamw8bit)"
+    if OmegaConf.select(config, "data._target_") == "loraplus_hydra.data.embedded.load":
+        yield "your own rows (data=jsonl)"
+
+
+def _show_samples(samples: Sequence[Mapping[str, str]], *, on_screen: bool) -> None:
+    if not samples:
+        return
+    cells = []
+    for sample in samples:
+        prompt = sample["prompt"] if len(sample["prompt"]) <= 240 else sample["prompt"][:240] + " ..."
+        cells.append((prompt, sample["reference"], sample["before"], sample["after"]))
+    answers = table(("prompt", "reference", "before", "after"), cells, lines=True)
+    _print("Held-out prompts", answers, on_screen=on_screen)
+
+
+def _shown(value: Any) -> str:
+    from rich.markup import escape
+
+    if isinstance(value, float):
+        return f"{value:g}"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return escape(str(value))

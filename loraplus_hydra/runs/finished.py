@@ -1,0 +1,154 @@
+"""A finished run, opened again from its folder: its config, its result, and its model with the adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from loraplus_hydra.errors import ConfigErrors, Problem, first_line
+from loraplus_hydra.io import run_folder
+from loraplus_hydra.io.result import OK
+from loraplus_hydra.runs.stored_config import KEY, read_stored
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+# What of a stored config is needed to rebuild the model, without training or rows.
+MODEL_GROUPS = ("model", "quantization", "adapter", "task", "seed")
+# What the task sets in a model's config, kept in the config.json beside the adapter.
+_LABEL_SETTINGS = ("id2label", "label2id", "problem_type")
+_NOT_RESULTS = ("runtime", "per_second", "preparation_time", "num_tokens", "epoch")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run's folder with its whole config and what result.json says."""
+
+    folder: Path
+    config: DictConfig
+    result: Mapping[str, Any]
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / run_folder.ADAPTER
+
+    def model_arguments(self) -> dict[str, Any]:
+        """What the task has set in the model's config: the labels' names and their kind."""
+        file = self.adapter / "config.json"
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            found = {name: stored[name] for name in _LABEL_SETTINGS if stored.get(name) is not None}
+            if "id2label" in found:
+                found["id2label"] = {int(number): name for number, name in found["id2label"].items()}
+                found["num_labels"] = len(found["id2label"])
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise _no_run(f"{file} can't be read: {first_line(error)}") from error
+        return found
+
+
+def unnamed_run(config: DictConfig) -> list[Problem]:
+    """What is wrong when a command is given no run's folder."""
+    missing = OmegaConf.is_missing(config, "run")
+    return [Problem(KEY, "no run is named", "write its folder behind the command")] if missing else []
+
+
+def named_run(config: DictConfig) -> str:
+    """The run's folder that a command is given. Raises ConfigErrors when it is given none."""
+    if problems := unnamed_run(config):
+        raise ConfigErrors(problems)
+    return str(config.run)
+
+
+def results(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an evaluation's metrics is about the model: not how long it took, nor how far training had come."""
+    return {name: value for name, value in metrics.items() if not any(part in name for part in _NOT_RESULTS)}
+
+
+def open_run(
+    folder: str,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    trust_remote_code: bool = False,
+    groups: Iterable[str] | None = MODEL_GROUPS,
+) -> FinishedRun:
+    """The finished run in `folder`, with `overrides` (group -> keys) merged into its config.
+
+    Its config is checked like any other, in `groups` (None: everywhere) and without its rows, since a folder may come
+    from anybody: what it names must be of the kind that its place expects, and code that came with a model runs only
+    with `trust_remote_code`. Raises ConfigErrors.
+    """
+    place = Path(folder).expanduser()
+    result = _result(place)
+    config = read_stored(place / run_folder.CONFIG, overrides or {})
+    from loraplus_hydra.check import stored_problems
+
+    problems = stored_problems(config, groups)
+    if config.model.trust_remote_code and not trust_remote_code:
+        what = "the run's model brings Python of its own (model.trust_remote_code)"
+        problems.append(Problem("trust_remote_code", what, "read it, then set trust_remote_code=true"))
+    if problems:
+        raise ConfigErrors(problems)
+    return FinishedRun(place, config, result)
+
+
+def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The run's model with its adapter, and the tokenizer that was saved with it. Raises UserError."""
+    from transformers import set_seed
+
+    from loraplus_hydra.io.quiet import quiet_loading
+    from loraplus_hydra.models.adapter_files import attach, stored_adapter
+    from loraplus_hydra.models.base_model import load_base
+
+    quiet_loading()
+    stored = stored_adapter(str(run.adapter), key=KEY)
+    tokenizer = load_run_tokenizer(run)
+    # Rows of new tokens and a new head: all of them are the adapter's, but some are drawn first.
+    set_seed(run.config.seed)
+    base = load_base(run.config, tokenizer, run.model_arguments())
+    base.config.use_cache = True
+    model = attach(base, stored, trainable=trainable)
+    model.eval()
+    return model, tokenizer
+
+
+def load_run_tokenizer(run: FinishedRun) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the run's adapter: its new tokens, pad token and template are in it."""
+    from loraplus_hydra.models.tokenizer import load_tokenizer
+
+    model = run.config.model.copy()
+    model.tokenizer, model.add_tokens, model.pad_token, model.revision = str(run.adapter.absolute()), [], None, None
+    return load_tokenizer(model)
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    """result.json of a run that is finished, or ConfigErrors saying what the folder is instead."""
+    if not folder.is_dir():
+        raise _no_run(f"there is no folder {folder}")
+    if not (folder / run_folder.CONFIG).is_file():
+        runs = sorted(path.parent.name for path in folder.glob(f"*/{run_folder.CONFIG}"))
+        hint = f"it holds the runs {', '.join(runs[:5])}; name one" if runs else "name the folder of a finished run"
+        raise _no_run(f"{folder} is no run's folder: there is no {run_folder.CONFIG} in it", hint)
+    try:
+        result = json.loads((folder / run_folder.RESULT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _no_run(f"the run in {folder} hasn't finished: there is no {run_folder.RESULT}") from None
+    except (ValueError, OSError) as error:
+        raise _no_run(f"{folder / run_folder.RESULT} can't be read: {error}") from None
+    if not isinstance(result, dict) or result.get("status") != OK:
+        status = result.get("status") if isinstance(result, dict) else "unknown"
+        told = (result.get("error") or {}) if isinstance(result, dict) else {}
+        why = f" ({told.get('type')}: {str(told.get('text')).splitlines()[0]})" if told.get("text") else ""
+        raise _no_run(f"the run in {folder} ended as '{status}'{why}")
+    if not (folder / run_folder.ADAPTER).is_dir():
+        raise _no_run(f"there is no {run_folder.ADAPTER} in {folder}")
+    return result
+
+
+def _no_run(what: str, fix: str = "name the folder of a finished run") -> ConfigErrors:
+    return ConfigErrors([Problem(KEY, what, fix)])

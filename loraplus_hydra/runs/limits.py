@@ -1,0 +1,101 @@
+"""The limits of the machine, in words: memory that is too small, a disk that is full, a folder that is gone."""
+
+from __future__ import annotations
+
+import errno
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from loraplus_hydra.errors import UserError, first_line
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_cpu")
+# torch.save says no more than that its file is shorter than what it has written ("unexpected pos").
+_NO_SPACE = ("no space left", "disk quota exceeded", "pytorchstreamwriter failed", "unexpected pos")
+
+
+class MachineLimitError(UserError):
+    """The machine has too little memory or disk for what the config asks."""
+
+
+@contextmanager
+def explained(config: DictConfig, folder: Path) -> Iterator[None]:
+    """Turn what torch and the operating system say of a limit into a MachineLimitError that says what to change."""
+    try:
+        yield
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise MachineLimitError(_memory_advice(config, error)) from error
+    except (OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise MachineLimitError(_memory_advice(config, error)) from error
+        if is_disk_full(error):
+            go_on = f"python -m loraplus_hydra resume {shlex.quote(str(folder))}"
+            raise MachineLimitError(
+                f"the disk is full ({first_line(error)}). What was saved before is whole; make room, then go on with "
+                f"{go_on} (trainer.save_total_limit keeps fewer checkpoints)"
+            ) from error
+        if not folder.is_dir():
+            what = f"the run's folder {folder} is gone, or its disk is: {first_line(error)}"
+            raise MachineLimitError(what) from error
+        if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise MachineLimitError(f"{error.filename or folder} can't be written: {error.strerror}") from error
+        raise
+    except Exception as error:  # safetensors has an exception of its own, which derives from none of these
+        if is_disk_full(error):
+            raise MachineLimitError(f"the disk is full ({first_line(error)})") from error
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or the operating system refused memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a file could not be written for want of room."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(words in str(error).lower() for words in _NO_SPACE)
+
+
+def _memory_advice(config: DictConfig, error: BaseException) -> str:
+    trainer: Any = config.trainer
+    batch, accumulated = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
+    changes = []
+    if batch > 1:
+        half = max(1, batch // 2)
+        changes.append(
+            f"trainer.per_device_train_batch_size={half} "
+            f"trainer.gradient_accumulation_steps={accumulated * -(-batch // half)} (the same steps)"
+        )
+    if not trainer.get("activation_checkpointing"):
+        changes.append("trainer.activation_checkpointing=true")
+    if not config.quantization.get("_target_"):
+        changes.append("quantization=nf4")
+    if "8bit" not in str(config.optimizer._target_):
+        changes.append("optimizer=adamw8bit")
+    changes.append("shorter rows")
+    return (
+        f"out of memory: {first_line(error)}. Without activations the run takes {_estimate(config)}; what is beyond "
+        f"that grows with the batch. Any of these needs less: {'; '.join(changes)}"
+    )
+
+
+def _estimate(config: DictConfig) -> str:
+    from loraplus_hydra.loraplus.memory import estimate
+    from loraplus_hydra.training.prepare import placed_on_meta
+
+    quantization: Any = OmegaConf.to_container(config.quantization, resolve=True)
+    try:
+        memory = estimate(*placed_on_meta(config), quantization)
+    except (MemoryError, RuntimeError, UserError):  # there may be no memory left to count with
+        return "what `inspect` says"
+    return f"{memory.total / 2**20:,.0f} MiB, as `inspect` counts it ({memory.weights / 2**20:,.0f} of them the base)"

@@ -1,0 +1,158 @@
+"""The card beside an exported model or adapter: base, data, LoRA+ settings, results and config of its run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from loraplus_hydra.config.locations import is_local, model_location
+from loraplus_hydra.io import files, run_folder
+from loraplus_hydra.runs.finished import FinishedRun, results
+
+_METHODS = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "VERA": "VeRA"}  # as people write them
+_PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
+
+
+def write_card(run: FinishedRun, folder: Path, *, merged: bool) -> None:
+    """Write README.md into `folder`. Its numbers are those of result.json and param_groups.json, to the digit."""
+    files.write_text(folder / "README.md", card(run, merged=merged))
+
+
+def card(run: FinishedRun, *, merged: bool) -> str:
+    """The card's text."""
+    config = OmegaConf.to_container(run.config, resolve=True)
+    assert isinstance(config, dict)
+    groups = json.loads((run.folder / run_folder.PARAM_GROUPS).read_text(encoding="utf-8"))
+    parts = [
+        _front_matter(run, merged=merged),
+        *_introduction(run, merged=merged),
+        "## How to load it",
+        _loading(run, merged=merged),
+        "## Data",
+        "\n".join(f"- `{key}`: {_shown(value)}" for key, value in config["data"].items() if value is not None),
+        "## LoRA+",
+        "Each group of trained tensors had its own rate (at the schedule's peak):",
+        _table(("group", "lr", "weight decay", "tensors", "numbers"), _group_rows(groups)),
+        "## Results",
+        _table(("metric", "before training", "after training"), _metric_rows(run.result)),
+        f"{run.result['steps']} steps, seed {run.result['seed']}, {run.result['seconds']} s on {run.result['device']}; "
+        f"{run.result['trained_parameters']} of {run.result['total_parameters']} parameters trained.",
+        *_samples(run.result.get("samples") or []),
+        "## Config",
+        f"Hash of the config: `{run.result['config_hash']}`",
+        f"```yaml\n{OmegaConf.to_yaml(OmegaConf.create(_published(config)))}```",
+        "## Versions",
+        ", ".join(f"{name} {version}" for name, version in run.result["versions"].items()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(run: FinishedRun, *, merged: bool) -> str:
+    base = _base_name(run)
+    fields: dict[str, Any] = {"library_name": "transformers" if merged else "peft", "tags": ["lora", "lora-plus"]}
+    if not is_local(model_location(run.config.model.path)):
+        fields = {"base_model": base, "base_model_relation": "finetune" if merged else "adapter", **fields}
+    if pipeline := _PIPELINES.get(str(run.config.task.task_type)):
+        fields["pipeline_tag"] = pipeline
+    return f"---\n{OmegaConf.to_yaml(OmegaConf.create(fields))}---"
+
+
+def _introduction(run: FinishedRun, *, merged: bool) -> Iterator[str]:
+    what = "merged model" if merged else "adapter"
+    yield f"# {_base_name(run)} with {_method(run)}, trained with LoRA+"
+    quantised = run.config.quantization.get("_target_") is not None
+    base = f"`{_base_name(run)}`" + (f", revision `{run.config.model.revision}`" if run.config.model.revision else "")
+    yield (
+        f"This {what} was trained on {base}{' (quantised)' if quantised else ''} with LoRA+ "
+        f"([arXiv 2402.12354](https://arxiv.org/abs/2402.12354)): lora_B learns faster than lora_A, by a ratio."
+    )
+    if merged and quantised:
+        yield "Its weights are the dequantised ones, on which the adapter was trained, with the adapter's update added."
+
+
+def _loading(run: FinishedRun, *, merged: bool) -> str:
+    auto = str(run.config.task.auto_class).rpartition(".")[2]
+    if merged:
+        return f'```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("<this folder>")\n```'
+    labels = run.model_arguments()
+    extra = f", num_labels={labels['num_labels']}" if run.config.task.task_type == "SEQ_CLS" else ""
+    grown = "model.resize_token_embeddings(len(tokenizer))\n" if run.config.model.add_tokens else ""
+    base, packaged = f'"{_base_name(run)}"', ""
+    if run.config.model.path.startswith("pkg://"):
+        base, packaged = f"model_location({base})", "from loraplus_hydra.io.files import model_location\n"
+    return (
+        f"```python\n{packaged}from peft import PeftModel\nfrom transformers import {auto}, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("<this folder>")\n'
+        f"model = {auto}.from_pretrained({base}{extra})\n{grown}"
+        f'model = PeftModel.from_pretrained(model, "<this folder>")\n```'
+    )
+
+
+def _group_rows(groups: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
+    for name in dict.fromkeys(row["group"] for row in groups):
+        rows = [row for row in groups if row["group"] == name]
+        yield name, rows[0]["lr"], rows[0]["weight_decay"], len(rows), sum(_numel(row["shape"]) for row in rows)
+
+
+def _metric_rows(result: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    before, after = result["metrics_before"], result["metrics"]
+    for name in dict.fromkeys([*results(after), *results(before)]):
+        yield name, before.get(name, ""), after.get(name, "")
+    yield "train_loss (mean over the steps)", "", result["train_loss"]
+
+
+def _samples(samples: list[dict[str, str]]) -> Iterator[str]:
+    if samples:
+        yield "Held-out prompts:"
+        columns = ("prompt", "reference", "before", "after")
+        yield _table(columns, ([sample[column] for column in columns] for sample in samples))
+
+
+def _table(columns: tuple[str, ...], rows: Any) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")
+
+
+def _numel(shape: list[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _method(run: FinishedRun) -> str:
+    from loraplus_hydra.models.adapter_files import stored_adapter
+
+    config = stored_adapter(str(run.adapter), key="run").config
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    name = "DoRA" if getattr(config, "use_dora", False) else _METHODS.get(kind, kind)
+    rank, start = getattr(config, "r", None), run.config.adapter.get("init_lora_weights")
+    begun = f" ({start})" if isinstance(start, str) else ""
+    return f"{name}{begun} of rank {rank}" if rank and kind == "LORA" else name + begun
+
+
+def _base_name(run: FinishedRun) -> str:
+    return str(_published(run.config.model.path))
+
+
+def _shown(value: Any) -> str:
+    return f"`{_published(value)}`"
+
+
+def _published(value: Any) -> Any:
+    """A config's value for others to read: of a path on this machine only its last part."""
+    if isinstance(value, dict):
+        return {_published(key): _published(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_published(item) for item in value]
+    if isinstance(value, str) and value.startswith(("/", "~")):
+        return Path(value).name
+    return value

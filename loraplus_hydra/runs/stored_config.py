@@ -1,0 +1,123 @@
+"""Read the stored config of a run without following anything in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from loraplus_hydra.check.foreign import foreign_code
+from loraplus_hydra.check.keys import read_config, unknown_keys
+from loraplus_hydra.config.flatten import flat
+from loraplus_hydra.config.schema import RunConfig
+from loraplus_hydra.errors import ConfigErrors, Problem, first_line
+from loraplus_hydra.io import run_folder
+
+KEY = "run"
+
+
+_RESOLVER = re.compile(r"\$\{[^}]*:")  # ${oc.env:HOME}
+
+
+def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
+    """The stored config in `file` with `overrides` (group -> keys), as the schema types it. Raises ConfigErrors.
+
+    Also when it names code that lies in the run's own folder.
+    """
+    hydras = file.parent.name == run_folder.HYDRA  # Hydra's copy, as it was asked for; it lies one folder deeper
+    try:
+        _refuse_aliases(file)
+        stored = OmegaConf.load(file)
+    except ConfigErrors:
+        raise
+    except Exception as error:  # YAML's errors have no base that omegaconf lets us name
+        raise ConfigErrors([Problem(KEY, f"{file} can't be read: {error}", "name another run")]) from None
+    if not isinstance(stored, DictConfig):
+        raise ConfigErrors([Problem(KEY, f"{file} holds a list, not a config", "name another run")])
+    if not hydras and (key := _interpolated(stored)):
+        what = f"{file}: {key} is an interpolation, which no run writes: it could read your environment"
+        raise ConfigErrors([Problem(KEY, what, "write the value in its place")])
+    stored.pop("sweep", None)  # of the program, not of the run
+    if hydras:
+        _put_values_for_resolvers(stored, file.parent.parent / run_folder.CONFIG)
+    schema = OmegaConf.structured(RunConfig)
+    changes = {group: dict(keys) for group, keys in overrides.items() if keys}
+    try:
+        # Untyped first, so that every key that nobody knows is told at once.
+        config = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(schema)), stored, changes)
+        assert isinstance(config, DictConfig)
+        if problems := _unknown(config):
+            raise ConfigErrors(problems)
+        typed = OmegaConf.merge(schema, config)
+    except OmegaConfBaseException as error:
+        first = first_line(error)
+        raise ConfigErrors([Problem(str(getattr(error, "full_key", None) or KEY), first, f"see {file}")]) from None
+    assert isinstance(typed, DictConfig)
+    if problems := foreign_code(read_config(typed)[0], file.parent.parent if hydras else file.parent):
+        raise ConfigErrors(problems)
+    return typed
+
+
+def _put_values_for_resolvers(stored: DictConfig, resolved: Path) -> None:
+    """Replace each `${resolver:...}` by the value that it had in the run: followed here it could read your environment.
+
+    Raises ConfigErrors where the run's own config.yaml doesn't have it.
+    """
+    plain: Any = OmegaConf.to_container(stored)
+    values = flat(read_plain(resolved))
+    for key, value in flat(plain).items():
+        if not _RESOLVER.search(str(value)):
+            continue
+        if key not in values or _RESOLVER.search(str(values[key])):
+            what = f"{key} is {value}, which is not followed, and {resolved} doesn't say what it was"
+            raise ConfigErrors([Problem(KEY, what, "write the value in its place")])
+        OmegaConf.update(stored, key, values[key])
+
+
+def read_plain(file: Path) -> dict[str, Any]:
+    """The YAML in `file` as plain containers, nothing followed; nothing where it is missing, cut short or no mapping.
+
+    Raises ConfigErrors for one whose parts stand for others.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        _refuse_aliases(file)
+        plain = OmegaConf.to_container(OmegaConf.load(file))
+    except ConfigErrors:
+        raise
+    except Exception:  # YAML's errors have no base that omegaconf lets us name
+        return {}
+    return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
+
+
+def _interpolated(node: Any, path: str = "") -> str:
+    """The key of the first interpolation in a config, or nothing."""
+    keys: Iterable[Any] = node if isinstance(node, DictConfig) else range(len(node))
+    for key in keys:
+        inside = f"{path}.{key}" if path else str(key)
+        if OmegaConf.is_interpolation(node, key):
+            return inside
+        value = None if OmegaConf.is_missing(node, key) else node._get_node(key)
+        if OmegaConf.is_config(value) and (found := _interpolated(value, inside)):
+            return found
+    return ""
+
+
+def _refuse_aliases(file: Path) -> None:
+    """Raise ConfigErrors for a YAML whose parts stand for others: a few lines of that can fill any memory."""
+    import yaml  # type: ignore[import-untyped]
+
+    with file.open(encoding="utf-8") as stream:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(stream, Loader=yaml.SafeLoader)):
+            raise ConfigErrors([Problem(KEY, f"{file} holds YAML aliases, which no run writes", "name another run")])
+
+
+def _unknown(config: DictConfig) -> list[Problem]:
+    plain = OmegaConf.to_container(config)
+    assert isinstance(plain, dict)
+    return unknown_keys({str(key): value for key, value in plain.items()}, OmegaConf.create())

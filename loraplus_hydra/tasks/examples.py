@@ -1,0 +1,64 @@
+"""Examples: what a task makes of the rows, loaded once for the check and the run behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from loraplus_hydra.config.identity import config_hash
+from loraplus_hydra.config.targets import locate
+from loraplus_hydra.data.rows import is_streamed, load_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Training and evaluation examples as the task's Trainer takes them, and the held-out rows to show as samples."""
+
+    train: Dataset | IterableDataset
+    eval: Dataset
+    prompts: tuple[str, ...] = ()  # held-out prompts as text
+    rendered: tuple[str, ...] = ()  # the same as the model sees them
+    references: tuple[str, ...] = ()  # what the rows answer
+    trainer_arguments: dict[str, Any] = field(default_factory=dict)  # further arguments of the Trainer
+    model_arguments: dict[str, Any] = field(default_factory=dict)  # what the model's config must say: num_labels, ...
+    notes: tuple[str, ...] = ()  # what the user should know of the rows, such as how many are cut
+
+    def counts(self) -> str:
+        """How many there are, in words."""
+        train = "a stream of examples" if is_streamed(self.train) else f"{len(self.train):,} examples"
+        return f"{train} to train on, {len(self.eval):,} to evaluate on"
+
+
+# Examples that a check has made and the run right behind it takes: at most one, and only for the same config.
+_kept: dict[str, Examples] = {}
+
+
+def load_examples(config: DictConfig, tokenizer: PreTrainedTokenizerBase, *, keep: bool = False) -> Examples:
+    """The examples of the config's rows. With `keep`, the next call with this config gets the same ones."""
+    key = _key(config)
+    examples = _kept.pop(key, None)
+    if examples is None:
+        _kept.clear()
+        examples = locate(config.task.examples)(load_rows(config.data), tokenizer, config.task, config.data)
+    if keep:
+        _kept[key] = examples
+    return examples
+
+
+def kept_examples(config: DictConfig) -> Examples | None:
+    """The examples that were kept for this config, which stay kept; None when there are none."""
+    try:
+        return _kept.get(_key(config))
+    except OmegaConfBaseException:  # a config with interpolations that lead nowhere has none
+        return None
+
+
+def _key(config: DictConfig) -> str:
+    return config_hash({name: OmegaConf.to_container(config[name], resolve=True) for name in ("model", "task", "data")})

@@ -1,0 +1,149 @@
+"""`evaluate`: a finished run's own metrics again, and those on other rows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from loraplus_hydra.cli.commands.evaluate import evaluate
+from loraplus_hydra.config.locations import config_folder
+from loraplus_hydra.runs.finished import load_run, open_run
+from tests.conftest import Finished
+from tests.support.finished_runs import NO_PLACE, RUNS, finished
+
+__all__ = ["finished"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_run_is_evaluated_again_to_its_own_numbers(name: str, finished: Callable[[str], Path]) -> None:
+    folder = finished(name)
+    before = sorted(folder.rglob("*"))
+    metrics = evaluate(open_run(str(folder), groups=None))
+    own = json.loads((folder / "result.json").read_text())["metrics"]
+    compared = [
+        key for key in own if not any(word in key for word in ("second", "runtime", "time", "epoch", "num_tokens"))
+    ]
+    assert "eval_loss" in compared
+    for key in compared:
+        assert metrics[key] == pytest.approx(own[key], abs=1e-6), key
+    assert sorted(folder.rglob("*")) == before, "the run's folder stays as it is"
+
+
+def test_other_rows_give_their_own_loss(finished: Callable[[str], Path], cli: Callable[..., Finished]) -> None:
+    Path("other.jsonl").write_text('{"prompt": "say five", "completion": " seven"}\n')
+    ended = cli("evaluate", str(finished("sft")), "data.eval=other.jsonl", "out=metrics.json")
+    assert ended.status == 0, ended.err
+    metrics = json.loads(Path("metrics.json").read_text())
+    model, tokenizer = load_run(open_run(str(finished("sft"))))
+    ids = tokenizer("say five seven<eos>", return_tensors="pt")["input_ids"]
+    labels = ids.clone()
+    labels[:, : len(tokenizer("say five")["input_ids"])] = -100
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=labels).loss.item()
+    assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-5)
+    assert f"eval_loss = {metrics['eval_loss']:.6g} (at the end of training: " in ended.out
+
+
+def test_another_kind_of_data_takes_the_place_of_the_runs(
+    finished: Callable[[str], Path], cli: Callable[..., Finished]
+) -> None:
+    Path("other.csv").write_text("prompt,completion\nsay five, seven\n")
+    Path("other.jsonl").write_text('{"prompt": "say five", "completion": " seven"}\n')
+    told = [
+        cli("evaluate", str(finished("sft")), *words)
+        for words in (("data=csv", "data.eval=other.csv"), ("data.eval=other.jsonl", "trainer.use_cpu=true"))
+    ]
+    assert [ended.status for ended in told] == [0, 0], told[0].err + told[1].err
+    assert told[0].out == told[1].out
+
+
+def test_classifier_meets_other_rows_with_its_own_labels(
+    finished: Callable[[str], Path], cli: Callable[..., Finished]
+) -> None:
+    Path("other.csv").write_text("text,label\nsay one 1,one\nsay two 2,two\n")
+    ended = cli("evaluate", str(finished("label")), "data.eval=other.csv", "out=metrics.json")
+    assert ended.status == 0, ended.err
+    accuracy = json.loads(Path("metrics.json").read_text())["eval_accuracy"]
+    model, tokenizer = load_run(open_run(str(finished("label"))))
+    with torch.no_grad():
+        inputs = tokenizer(["say one 1", "say two 2"], padding=True, return_tensors="pt")
+        found = [model.config.id2label[index] for index in model(**inputs).logits.argmax(-1).tolist()]
+    assert accuracy == pytest.approx(sum(label == word for label, word in zip(found, ("one", "two"), strict=True)) / 2)
+    Path("strange.csv").write_text("text,label\nsay one 1,eleven\n")
+    ended = cli("evaluate", str(finished("label")), "data.eval=strange.csv")
+    assert ended.status == 1
+    assert "eleven" in ended.err
+    Path("else.csv").write_text("text,label\nsay one 1,red\nsay two,blue\nsay three,red\n")
+    ended = cli("evaluate", str(finished("label")), "data.train=else.csv", "data.eval=else.csv")
+    assert ended.status == 1
+    assert "the run's model has" in ended.err
+
+
+def test_other_rows_for_a_run_of_the_embedded_ones_need_another_option(
+    finished: Callable[[str], Path], cli: Callable[..., Finished], tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(finished("sft"), tmp_path / "copied"))
+    config = OmegaConf.load(copied / "config.yaml")
+    config.data = OmegaConf.load(config_folder() / "data" / "embedded.yaml")
+    OmegaConf.save(config, copied / "config.yaml")
+    Path("other.jsonl").write_text('{"prompt": "say five", "completion": " seven"}\n')
+    ended = cli("evaluate", str(copied), "data.eval=other.jsonl")
+    assert ended.status == 1
+    assert [line for line in ended.err.splitlines() if line.startswith("  - ")] == [
+        "  - data.eval: load takes no argument 'eval'; name another option: data=jsonl data.eval=..."
+    ]
+    ended = cli("evaluate", str(copied), "data=jsonl", "data.eval=other.jsonl")
+    assert ended.status == 0, ended.err
+
+
+def test_classifiers_own_rows_that_are_gone_are_told_at_their_own_key(
+    finished: Callable[[str], Path], cli: Callable[..., Finished], tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(finished("label"), tmp_path / "copied"))
+    config = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(config.replace("labels.csv", "gone.csv"))
+    Path("other.csv").write_text("text,label\nsay one 1,one\n")
+    ended = cli("evaluate", str(copied), "data.eval=other.csv")
+    assert ended.status == 1
+    assert "data.train: " in ended.err
+    assert "gone.csv: No such file" in ended.err
+
+
+@pytest.mark.parametrize("folder", [NO_PLACE])
+def test_out_that_cannot_be_written_is_told_before_the_work(
+    folder: str, finished: Callable[[str], Path], cli: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplus_hydra.cli.commands.evaluate.load_run", None)
+    ended = cli("evaluate", str(finished("sft")), f"out={folder}/metrics.json")
+    assert ended.status == 1
+    assert f"out: {folder} can't be written into" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["data.evl=a"], "data.evl: load takes no argument 'evl' (did you mean 'eval'?)"),
+        (["data.eval=nothing.jsonl"], "data.eval: nothing.jsonl: No such file"),
+        (["data=jsonl", "data.eval=nothing.jsonl"], "data.eval: nothing.jsonl: No such file"),
+        (["data=jsonl", "data.eval=[]"], "data.eval: "),
+        (["trainer.per_device_eval_batch_sise=2"], "(did you mean 'per_device_eval_batch_size'?)"),
+        (["trainer.per_device_eval_batch_size=0"], "trainer.per_device_eval_batch_size: 0 is out of range"),
+        (["trainer.learning_rate=1"], "trainer.learning_rate: is set elsewhere"),
+        (["data=jsn"], "data: there is no option 'jsn' (did you mean 'jsonl'?)"),
+        (["optimizer.lr=1"], "optimizer.lr: there is no such key"),
+        (["data.prompt_column=question"], "rows have no column 'question'"),
+    ],
+)
+def test_wrong_arguments_are_told(
+    arguments: list[str], told: str, finished: Callable[[str], Path], cli: Callable[..., Finished]
+) -> None:
+    ended = cli("evaluate", str(finished("sft")), *arguments)
+    assert ended.status == 1
+    assert told in ended.err
+    assert "Traceback" not in ended.err

@@ -1,0 +1,332 @@
+"""`export`: it gives the run's logits, plain libraries load it, and its card tells the run's numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from loraplus_hydra.cli.commands.export import export
+from loraplus_hydra.runs.finished import load_run, open_run
+from tests.conftest import Finished
+from tests.support.architectures import checkpoint
+from tests.support.finished_runs import NO_PLACE, quick_run
+
+TOKENS = torch.arange(3, 51).reshape(4, 12)
+CSV = "text,label\n" + "".join(f"say {word} {i},{word}\n" for i in range(8) for word in ("one", "two", "three"))
+
+# Everything that changes how a model is put together again: architecture, then overrides.
+RUNS: dict[str, tuple[str, list[str]]] = {
+    "lora": ("llama", []),
+    "dora": ("mistral", ["adapter=dora"]),
+    "pissa": ("llama", ["adapter=pissa"]),
+    "adalora": ("llama", ["adapter=adalora", "loraplus=roles", "adapter.deltaT=1", "trainer.max_steps=8"]),
+    "vera": ("gemma", ["adapter=vera", "loraplus=roles"]),
+    "embeddings, tied": ("gpt2", ["adapter=lora_embeddings", "loraplus.lr_embedding=1e-2"]),
+    "embeddings, untied": ("llama", ["adapter=lora_embeddings", "loraplus.lr_embedding=1e-2"]),
+    "new tokens, tied": ("qwen2", ["model.add_tokens=['<call>','<answer>']"]),
+    "new tokens, untied": ("llama", ["model.add_tokens=['<call>','<answer>']"]),
+    "biases": ("gpt2", ["adapter.bias=all"]),
+    "nf4": ("llama", ["quantization=nf4"]),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Callable[[str], Path]:
+    """The folder of a finished run of RUNS, or of a classifier, trained once a module."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from loraplus_hydra.config.locations import config_folder
+    from loraplus_hydra.config.schema import register
+
+    place = tmp_path_factory.mktemp("exported")
+
+    def finished(name: str) -> Path:
+        folder = place / name.replace(", ", "_") / "run"
+        if folder.exists():
+            return folder
+        if name == "classifier":
+            (place / "labels.csv").write_text(CSV)
+            architecture, overrides = "bert", ["task=classification", "data=csv", f"data.train={place / 'labels.csv'}"]
+        else:
+            architecture, overrides = RUNS[name]
+            overrides = ["data=jsonl", f"data.train={rows}", "task.samples=1", "task.sample_tokens=4", *overrides]
+        base = checkpoint(architecture, folder.parent / "base")
+        common = ["model=hub", f"model.path={base}", "trainer.max_steps=3", "optimizer.lr=5e-3"]
+        register()
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+            config = compose("config", overrides=[*common, *overrides])
+        quick_run(config, folder)
+        return folder
+
+    return finished
+
+
+def logits(model: Any) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_merged_model_gives_the_runs_logits(name: str, runs: Callable[[str], Path], tmp_path: Path) -> None:
+    finished = open_run(str(runs(name)))
+    model, tokenizer = load_run(finished)
+    expected = logits(model)
+    with model.disable_adapter():
+        assert (logits(model) - expected).abs().max() > 1e-4
+    folder = export(finished, tmp_path / "model")
+    exported = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits(exported), expected, atol=2e-5, rtol=1e-4)
+    assert not any("lora" in key for key in exported.state_dict())
+    assert exported.config.use_cache
+    assert len(AutoTokenizer.from_pretrained(folder)) == len(tokenizer)
+    assert sorted(path.suffix for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")) == [
+        ".safetensors"
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "nf4"])
+def test_exported_adapter_is_loaded_by_plain_peft(name: str, runs: Callable[[str], Path], tmp_path: Path) -> None:
+    finished = open_run(str(runs(name)))
+    expected = logits(load_run(finished)[0])
+    folder = export(finished, tmp_path / "adapter", merge=False)
+    base = AutoModelForCausalLM.from_pretrained(finished.config.model.path)
+    if "tokens" in name:
+        base.resize_token_embeddings(len(AutoTokenizer.from_pretrained(folder)), mean_resizing=False)
+    assert torch.equal(logits(PeftModel.from_pretrained(base, folder)), expected)
+
+
+def test_classifier_is_taken_away_with_its_labels(runs: Callable[[str], Path], tmp_path: Path) -> None:
+    finished = open_run(str(runs("classifier")))
+    expected = logits(load_run(finished)[0])
+    merged = AutoModelForSequenceClassification.from_pretrained(export(finished, tmp_path / "model"))
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-4)
+    assert sorted(merged.config.id2label.values()) == ["one", "three", "two"]
+    adapter = export(finished, tmp_path / "adapter", merge=False)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        finished.config.model.path, num_labels=3, ignore_mismatched_sizes=True
+    )
+    assert torch.equal(logits(PeftModel.from_pretrained(base, adapter)), expected)
+
+
+def test_weights_come_in_the_dtype_that_is_asked_for(runs: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = export(open_run(str(runs("lora"))), tmp_path / "model", dtype="bfloat16")
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_card_tells_the_runs_own_numbers(merged: bool, runs: Callable[[str], Path], tmp_path: Path) -> None:
+    source = runs("lora")
+    folder = export(open_run(str(source)), tmp_path / "out", merge=merged)
+    card = (folder / "README.md").read_text()
+    result = json.loads((source / "result.json").read_text())
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in card.splitlines() if line[:1] == "|"]
+    table = {line[0]: line[1:] for line in cells}
+    assert [float(cell) for cell in table["eval_loss"]] == [
+        result["metrics_before"]["eval_loss"],
+        result["metrics"]["eval_loss"],
+    ]
+    assert float(table["train_loss (mean over the steps)"][1]) == result["train_loss"]
+    for number in (result["steps"], result["trained_parameters"], result["total_parameters"], result["config_hash"]):
+        assert str(number) in card
+    groups = json.loads((source / "param_groups.json").read_text())
+    for group in ("groupA", "groupB"):
+        mine = [row for row in groups if row["group"] == group]
+        numbers = sum(torch.Size(row["shape"]).numel() for row in mine)
+        lr, decay, *rest = table[group]
+        assert (float(lr), float(decay)) == (mine[0]["lr"], mine[0]["weight_decay"])
+        assert [int(cell) for cell in rest] == [len(mine), numbers]
+    assert "ratio: 8" in card, "the LoRA+ settings of the config"
+    assert f"library_name: {'transformers' if merged else 'peft'}" in card
+    assert str(source.parent.parent) not in card, "no folder of this machine"
+
+
+def test_export_by_the_command_line(runs: Callable[[str], Path], cli: Callable[..., Finished], tmp_path: Path) -> None:
+    source = tmp_path / "copy"
+    shutil.copytree(runs("lora"), source)
+    ended = cli("export", str(source))
+    assert ended.status == 0, ended.err
+    assert (source / "export" / "model" / "model.safetensors").is_file()
+    assert str(source / "export" / "model") in ended.out
+    assert cli("export", str(source), "merge=false", "to=there").status == 0
+    assert Path("there/adapter_model.safetensors").is_file()
+    again = cli("export", str(source), "to=there")
+    assert again.status == 1
+    assert "to: there isn't empty" in again.err
+    assert not Path("there/model.safetensors").exists()
+    Path("empty").mkdir()
+    assert cli("export", str(source), "to=empty").status == 0
+
+
+def test_a_model_that_has_moved_is_named_again(runs: Callable[[str], Path], cli: Any, tmp_path: Path) -> None:
+    source = tmp_path / "copy"
+    shutil.copytree(runs("lora").parent, source)
+    config = source / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(runs("lora").parent / "base"), "/nowhere/base"))
+    ended = cli("export", str(source / "run"), "to=out")
+    assert ended.status == 1
+    assert "model.path: " in ended.err
+    assert not Path("out").exists()
+    assert cli("export", str(source / "run"), "to=out", f"model.path={source / 'base'}").status == 0
+
+
+def test_nothing_is_left_of_an_export_that_failed(
+    runs: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import loraplus_hydra.runs.model_card as model_card
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(model_card, "write_card", broken)
+    with pytest.raises(OSError, match="no space"):
+        export(open_run(str(runs("lora"))), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_that_cannot_be_merged_says_so(tmp_path: Path, tiny_run: list[str], compose: Any, cli: Any) -> None:
+    overrides = ["adapter._target_=peft.PromptTuningConfig", "+adapter.num_virtual_tokens=4", "loraplus=none"]
+    removed = ("path", "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "init_lora_weights")
+    overrides += [f"~adapter.{name}" for name in removed if name != "path"]
+    quick_run(compose(*tiny_run, *overrides, "task.samples=0"), tmp_path / "run")
+    ended = cli("export", str(tmp_path / "run"), f"to={tmp_path / 'out'}")
+    assert ended.status == 1
+    assert "use merge=false" in ended.err
+    assert not (tmp_path / "out").exists()
+    assert cli("export", str(tmp_path / "run"), f"to={tmp_path / 'out'}", "merge=false").status == 0
+
+
+# --- folders that are no finished run, or not to be trusted
+
+
+@pytest.fixture
+def copied(runs: Callable[[str], Path], tmp_path: Path) -> Path:
+    shutil.copytree(runs("lora"), tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+def broken_run(copied: Path, kind: str) -> Path:
+    if kind == "no such folder":
+        return copied / "nothing"
+    if kind == "no config":
+        (copied / "config.yaml").unlink()
+    elif kind == "a sweep":
+        (copied / "config.yaml").rename(copied / "adapter" / "config.yaml")
+    elif kind == "unfinished":
+        (copied / "result.json").unlink()
+    elif kind == "broken result":
+        (copied / "result.json").write_text('{"status": "ok"')
+    elif kind == "failed":
+        failed = {"status": "failed", "error": {"type": "OutOfMemoryError", "text": "out of memory"}}
+        (copied / "result.json").write_text(json.dumps(failed))
+    elif kind == "no adapter":
+        shutil.rmtree(copied / "adapter")
+    elif kind == "pickled adapter":
+        weights = copied / "adapter" / "adapter_model.safetensors"
+        torch.save(load_file(weights), copied / "adapter" / "adapter_model.bin")
+        weights.unlink()
+    elif kind == "broken config":
+        (copied / "config.yaml").write_text("model: [")
+    elif kind == "unknown keys":
+        with (copied / "config.yaml").open("a") as file:
+            file.write("further: 1\n")
+    elif kind == "other weights":
+        shutil.copy(copied / "adapter" / "adapter_model.safetensors", copied / "kept")
+        narrower = {name: t[:, :-1].contiguous() for name, t in load_file(copied / "kept").items()}
+        from safetensors.torch import save_file
+
+        save_file(narrower, copied / "adapter" / "adapter_model.safetensors")
+    return copied
+
+
+@pytest.mark.parametrize("command", [["export"], ["predict", "text=say"], ["evaluate"]])
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("no such folder", "run: there is no folder"),
+        ("no config", "is no run's folder"),
+        ("a sweep", "it holds the runs adapter; name one"),
+        ("unfinished", "hasn't finished: there is no result.json"),
+        ("broken result", "result.json can't be read"),
+        ("failed", "ended as 'failed' (OutOfMemoryError: out of memory)"),
+        ("no adapter", "there is no adapter in"),
+        ("pickled adapter", "only safetensors are read"),
+        ("broken config", "config.yaml can't be read"),
+        ("unknown keys", "further: there is no such key"),
+        ("other weights", "doesn't fit the model"),
+    ],
+)
+def test_folder_that_is_no_finished_run_is_refused(
+    command: list[str], kind: str, told: str, copied: Path, cli: Callable[..., Finished]
+) -> None:
+    folder = broken_run(copied, kind)
+    before = sorted(copied.rglob("*")) if copied.exists() else []
+    ended = cli(command[0], str(folder), *command[1:])
+    assert ended.status == 1
+    assert told in ended.err
+    assert "Traceback" not in ended.err
+    assert sorted(copied.rglob("*")) == before, "nothing is left behind"
+
+
+@pytest.mark.parametrize("command", [["export"], ["predict", "text=say"], ["evaluate"]])
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("auto_class: transformers.AutoModelForCausalLM", "auto_class: os.system", "task.auto_class"),
+        ("_target_: peft.LoraConfig", "_target_: torch.load", "adapter._target_"),
+        ("trust_remote_code: false", "trust_remote_code: true", "trust_remote_code: the run's model brings Python"),
+        ("dtype: float32", "dtype: {_target_: os.system}", "model.dtype"),
+    ],
+)
+def test_hostile_config_is_refused(
+    command: list[str], old: str, new: str, told: str, copied: Path, cli: Callable[..., Finished]
+) -> None:
+    text = (copied / "config.yaml").read_text()
+    assert old in text
+    (copied / "config.yaml").write_text(text.replace(old, new))
+    ended = cli(command[0], str(copied), *command[1:])
+    assert ended.status == 1
+    assert told in ended.err
+    assert not (copied / "export").exists()
+
+
+@pytest.mark.parametrize("folder", [NO_PLACE])
+def test_folder_that_cannot_be_made_is_told_before_the_work(
+    folder: str, runs: Callable[[str], Path], cli: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplus_hydra.cli.commands.export.load_run", None)
+    ended = cli("export", str(runs("lora")), f"to={folder}/export/model")
+    assert ended.status == 1
+    assert f"to: {folder} can't be written into" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "run: no run is named"),
+        (["dtype=int8"], "run: no run is named"),
+        (["RUN", "dtype=int8"], "dtype: 'int8' is no dtype; one of: float32, bfloat16, float16"),
+        (["RUN", "dtype=bfloat16", "merge=false"], "dtype: an adapter keeps the dtype"),
+        (["RUN", "mrge=false"], "mrge: there is no such key (did you mean 'merge'?)"),
+        (["RUN", "merge=perhaps"], "merge: Value 'perhaps' is not a valid bool"),
+        (["RUN", "model.pth=x"], "model.pth: there is no such key (did you mean 'path'?)"),
+    ],
+)
+def test_wrong_arguments_are_told(
+    arguments: list[str], told: str, runs: Callable[[str], Path], cli: Callable[..., Finished]
+) -> None:
+    ended = cli("export", *[str(runs("lora")) if word == "RUN" else word for word in arguments])
+    assert ended.status == 1
+    assert told in ended.err

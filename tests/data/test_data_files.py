@@ -1,0 +1,242 @@
+"""Rows from files: what is read, held out, drawn, mixed, streamed, and kept between runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loraplus_hydra.data import mixing
+from loraplus_hydra.data.files import load
+from loraplus_hydra.data.rows import CONTINUES, ORIGIN
+from loraplus_hydra.errors import ConfigErrors
+from tests.support.tiny import write_jsonl
+
+
+def numbered(path: Path, count: int, name: str = "a") -> Path:
+    return write_jsonl(path, ({"prompt": f"{name}{number}", "completion": "x"} for number in range(count)))
+
+
+def test_rows_know_the_line_they_stand_in(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('\ufeff{"prompt": "a"}\n\n{"prompt": "b"}\n', encoding="utf-8")
+    rows = load(str(path), str(path))["train"]
+    assert list(rows["prompt"]) == ["a", "b"]
+    assert list(rows[ORIGIN]) == [f"{path}, line 1", f"{path}, line 3"]
+
+
+def test_json_values_come_back_as_they_are(tmp_path: Path) -> None:
+    values = [[{"role": "user", "content": "5", "extra": None}], "5", 5, {"a": {"b": [1, 2.5]}}, None, "text", True]
+    path = write_jsonl(tmp_path / "a.jsonl", ({"mixed": value, "number": 1 if value else 2.5} for value in values))
+    rows = load(str(path), str(path))["train"]
+    assert list(rows["mixed"]) == values
+    assert list(rows["number"])[:5] == [1.0, 1.0, 1.0, 1.0, 2.5]
+
+
+def test_csv_cells_are_text_whatever_is_in_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('text,label\n"two\nlines, quoted",1\nNA,null\n007,\n')
+    rows = load(str(path), str(path))["train"]
+    assert list(rows["text"]) == ["two\nlines, quoted", "NA", "007"]
+    assert list(rows["label"]) == ["1", "null", ""]
+    assert [origin.rpartition(" ")[2] for origin in rows[ORIGIN]] == ["2", "4", "5"]
+
+
+def test_csv_without_a_header_with_tabs_and_stray_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text('5"\tx\n6"\ty\n')
+    rows = load(str(path), str(path), header=False, quote=None)["train"]
+    assert list(rows["0"]) == ['5"', '6"']
+    assert list(rows["1"]) == ["x", "y"]
+
+
+def test_parquet_rows_are_numbered(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.parquet")
+    Dataset.from_dict({"text": ["a", "b", "c"]}).to_parquet(path)
+    rows = load(path, eval_fraction=0.4)
+    assert sorted([*rows["train"]["text"], *rows["eval"]["text"]]) == ["a", "b", "c"]
+    for row in rows["train"]:
+        assert row[ORIGIN] == f"{path}, row {'abc'.index(row['text']) + 1}"
+
+
+@pytest.mark.parametrize(
+    ("unit", "expected"),
+    [("paragraph", ["one\ntwo", "three"]), ("line", ["one", "two", "three"]), ("file", ["one\ntwo\n\n\nthree"])],
+)
+def test_text_comes_in_units(tmp_path: Path, unit: str, expected: list[str]) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one\ntwo\n\n\nthree")
+    assert list(load(str(path), str(path), unit=unit)["train"]["text"]) == expected
+
+
+def test_a_long_text_file_loses_nothing(tmp_path: Path) -> None:
+    text = "".join(f"line {number}\n{' ' * (number % 3)}\n" for number in range(2000))
+    (tmp_path / "a.txt").write_text(text)
+    rows = load(str(tmp_path / "a.txt"), eval_fraction=0.1)
+    assert "".join([*rows["train"]["text"], *rows["eval"]["text"]]) == text
+    assert list(rows["eval"][CONTINUES])[-1] is False
+    assert all(rows["train"][CONTINUES])
+
+
+def test_other_encodings(tmp_path: Path) -> None:
+    for encoding in ("latin-1", "utf-16"):
+        path = tmp_path / f"{encoding}.jsonl"
+        path.write_text('{"prompt": "caf\u00e9"}\n', encoding=encoding)
+        assert list(load(str(path), str(path), encoding=encoding)["train"]["prompt"]) == ["caf\u00e9"]
+
+
+def test_a_share_is_held_out_by_the_seed(tmp_path: Path) -> None:
+    path = str(numbered(tmp_path / "a.jsonl", 40))
+    first, again, other = (load(path, eval_fraction=0.25, seed=seed) for seed in (0, 0, 1))
+    assert len(first["eval"]) == 10
+    assert not set(first["train"]["prompt"]) & set(first["eval"]["prompt"])
+    assert len({*first["train"]["prompt"], *first["eval"]["prompt"]}) == 40
+    assert list(first["eval"]["prompt"]) == list(again["eval"]["prompt"]) != list(other["eval"]["prompt"])
+
+
+def test_few_rows_are_drawn_from_all(tmp_path: Path) -> None:
+    path = str(numbered(tmp_path / "a.jsonl", 100))
+    rows = load(path, path, max_samples=10)
+    assert [len(rows[split]) for split in ("train", "eval")] == [10, 10]
+    assert list(rows["train"]["prompt"]) != [f"a{number}" for number in range(10)]
+
+
+def test_lists_and_patterns_take_every_row(tmp_path: Path) -> None:
+    numbered(tmp_path / "a.jsonl", 3, "a")
+    numbered(tmp_path / "b.jsonl", 2, "b")
+    everything = ["a0", "a1", "a2", "b0", "b1"]
+    for train in (f"{tmp_path}/*.jsonl", [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]):
+        assert list(load(train, f"{tmp_path}/a.jsonl")["train"]["prompt"]) == everything
+
+
+def test_files_are_mixed_by_weight_and_no_row_comes_twice(tmp_path: Path) -> None:
+    big, small = numbered(tmp_path / "a.jsonl", 1000, "a"), numbered(tmp_path / "b.jsonl", 30, "b")
+    prompts = list(load({str(big): 0.7, str(small): 0.3}, str(small))["train"]["prompt"])
+    assert len(set(prompts)) == len(prompts) == 100
+    assert sum(prompt.startswith("b") for prompt in prompts) == 30
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 500), st.floats(0.01, 100)), min_size=1, max_size=5),
+)
+def test_shares_stand_in_the_ratio_of_the_weights_and_use_one_part_whole(parts: list[tuple[int, float]]) -> None:
+    sizes, weights = zip(*parts, strict=True)
+    counts = mixing.shares(sizes, weights)
+    assert all(1 <= count <= size for count, size in zip(counts, sizes, strict=True))
+    assert any(count == size for count, size in zip(counts, sizes, strict=True))
+    total = min(size / weight for size, weight in parts)
+    assert all(abs(count - total * weight) <= 1 for count, weight in zip(counts, weights, strict=True))
+
+
+def test_columns_that_one_file_lacks_are_null_there(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b", "note": "c"}])
+    write_jsonl(tmp_path / "b.jsonl", [{"prompt": "a", "completion": "b"}])
+    rows = load([f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"], f"{tmp_path}/a.jsonl")["train"]
+    assert list(rows["note"]) == ["c", None]
+
+
+def test_streamed_rows_are_the_files_rows(tmp_path: Path) -> None:
+    path = str(numbered(tmp_path / "a.jsonl", 50))
+    rows = load(path, path, streaming=True)
+    assert sorted(row["prompt"] for row in rows["train"]) == sorted(f"a{number}" for number in range(50))
+    assert len(list(load(path, path, streaming=True, max_samples=7)["train"])) == 7
+    other = str(numbered(tmp_path / "b.jsonl", 50, "b"))
+    mixed = [row["prompt"][0] for row in load({path: 0.9, other: 0.1}, path, streaming=True)["train"]]
+    assert 0.75 < mixed.count("a") / len(mixed) < 1
+
+
+def test_streamed_rows_need_rows_to_evaluate_on(tmp_path: Path) -> None:
+    with pytest.raises(ConfigErrors, match=r"data\.eval: of streamed rows none can be held out"):
+        load(str(numbered(tmp_path / "a.jsonl", 3)), streaming=True)
+
+
+def test_any_callable_that_returns_a_dataset_dict_will_do(compose: Callable[..., Any]) -> None:
+    from omegaconf import OmegaConf
+
+    from loraplus_hydra.data.rows import load_rows
+
+    data = OmegaConf.create({"_target_": "tests.test_data_files.own_rows", "count": 3, "prompt_column": "q"})
+    assert list(load_rows(data)["train"]["q"]) == ["0", "1", "2"]
+
+
+def own_rows(count: int, kind: str = "good") -> Any:
+    from datasets import DatasetDict
+
+    rows = Dataset.from_dict({"q": [str(number) for number in range(count)]})
+    if kind == "no dictionary":
+        return rows
+    if kind == "no eval":
+        return DatasetDict(train=rows, test=rows)
+    return DatasetDict(train=rows, eval=rows if kind == "good" else rows.to_iterable_dataset())
+
+
+@pytest.mark.parametrize(
+    ("count", "kind", "said"),
+    [
+        (3, "no dictionary", "returned a Dataset, not a DatasetDict with 'train' and 'eval'"),
+        (3, "no eval", r"returned splits \['test', 'train'\]"),
+        (3, "streamed eval", "the rows to evaluate on are streamed"),
+        (0, "good", "there are no rows in 'train'"),
+    ],
+)
+def test_what_a_callable_returns_is_looked_at(count: int, kind: str, said: str) -> None:
+    from omegaconf import OmegaConf
+
+    from loraplus_hydra.data.rows import load_rows
+
+    data = OmegaConf.create({"_target_": "tests.test_data_files.own_rows", "count": count, "kind": kind})
+    with pytest.raises(ConfigErrors, match=said):
+        load_rows(data)
+
+
+TWICE = """
+import sys
+import datasets
+from omegaconf import OmegaConf
+from loraplus_hydra.data import readers
+from loraplus_hydra.tasks.examples import load_examples
+from loraplus_hydra.tasks import sft
+from loraplus_hydra.models.tokenizer import load_tokenizer
+
+made = []
+for module, name in ((readers, "_encoded"), (sft, "encode_texts"), (sft, "encode_conversation")):
+    function = getattr(module, name)
+    setattr(module, name, lambda *a, _f=function, _n=name, **k: made.append(_n) or _f(*a, **k))
+config = OmegaConf.load(sys.argv[1])
+tokenizer = load_tokenizer(config.model)
+tokenizer(["one", "another one"], padding=True, truncation=True, max_length=4)  # leaves its mark on the tokenizer
+examples = load_examples(config, tokenizer)
+print(sorted(set(made)), examples.train["input_ids"][0], len(examples.train))
+"""
+
+
+def test_rows_and_tokens_are_kept_by_content_between_processes(
+    compose: Callable[..., Any], llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from omegaconf import OmegaConf
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = numbered(tmp_path / "a.jsonl", 20)
+    config = compose("model=hub", f"model.path={llama_folder}", "data=jsonl", f"data.train={path}")
+    OmegaConf.save(config, tmp_path / "config.yaml", resolve=True)
+
+    def run() -> str:
+        script = [sys.executable, "-c", TWICE, str(tmp_path / "config.yaml")]
+        root = Path(__file__).resolve().parents[2]
+        return subprocess.run(script, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    first = run()
+    assert first.startswith("['_encoded', 'encode_conversation', 'encode_texts']")
+    path.touch()  # another time stamp, the same content
+    assert run() == first.replace("['_encoded', 'encode_conversation', 'encode_texts']", "[]")
+    numbered(path, 20, "b")
+    changed = run()
+    assert changed.startswith("['_encoded', 'encode_conversation', 'encode_texts']")
+    assert changed != first

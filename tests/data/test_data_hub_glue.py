@@ -1,0 +1,190 @@
+"""Rows from a data set laid out as on a hub, and from GLUE's original files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from loraplus_hydra.data import glue, hub
+from loraplus_hydra.data.rows import ORIGIN, columns
+from loraplus_hydra.errors import ConfigErrors
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder as the hub has it: two configs, of which one has a validation split."""
+    folder = tmp_path_factory.mktemp("published")
+    for config, splits in {"main": ("train", "validation"), "extra": ("train",)}.items():
+        for split in splits:
+            (folder / config).mkdir(exist_ok=True)
+            rows = {"question": [f"{config} {split} {number}" for number in range(10)], "answer": ["x"] * 10}
+            Dataset.from_dict(rows).to_parquet(str(folder / config / f"{split}.parquet"))
+    configs = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("main", "extra"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    return str(folder)
+
+
+def test_splits_by_name(published: str) -> None:
+    rows = hub.load(published, "main", eval_split="validation")
+    assert rows["train"]["question"][0] == "main train 0"
+    assert rows["eval"]["question"][9] == "main validation 9"
+    assert rows["eval"][ORIGIN][9] == f"{published}/main[validation], row 10"
+    assert columns(rows["train"]) == ["question", "answer"]
+
+
+def test_a_share_of_the_training_split_is_held_out(published: str) -> None:
+    rows = hub.load(published, "extra", eval_fraction=0.2, max_samples=5)
+    assert [len(rows[split]) for split in ("train", "eval")] == [5, 2]
+
+
+def test_streamed(published: str) -> None:
+    rows = hub.load(published, "main", eval_split="validation", streaming=True, max_samples=4)
+    assert len(list(rows["train"])) == 4
+    assert len(rows["eval"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"config": None}, r"data\.config: is not set; one of: (main, extra|extra, main)"),
+        ({"config": "mian"}, r"data\.config: .* has no 'mian' \(did you mean 'main'\?\)"),
+        ({"config": "main", "train_split": "trian"}, r"data\.train_split: .* no split 'trian' \(did you mean 'train'"),
+        ({"config": "extra", "eval_split": "validation"}, r"data\.eval_split: .* no split 'validation'; one of: train"),
+        ({"config": "main", "streaming": True}, r"data\.eval_split: of streamed rows none can be held out"),
+    ],
+)
+def test_what_is_not_there_is_told_with_what_is(published: str, arguments: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigErrors, match=said):
+        hub.load(published, **arguments)
+
+
+def test_a_data_set_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigErrors, match=r"data\.name: .*nowhere"):
+        hub.load(str(tmp_path / "nowhere"))
+
+
+# Task -> training and development files (name: text), the rows of the training file, the labels' names.
+TSV: dict[str, tuple[dict[str, str], list[tuple[str, str | None, float]], list[str] | None]] = {
+    "cola": (
+        {"train.tsv": 'gj04\t1\t\tA sentence.\ngj04\t0\t*\tSentence "a\n', "dev.tsv": "gj04\t1\t\tAnother.\n"},
+        [("A sentence.", None, 1), ('Sentence "a', None, 0)],
+        ["unacceptable", "acceptable"],
+    ),
+    "sst2": (
+        {"train.tsv": "sentence\tlabel\nbad \t0\ngood \t1\n", "dev.tsv": "sentence\tlabel\nso \t1\n"},
+        [("bad ", None, 0), ("good ", None, 1)],
+        ["negative", "positive"],
+    ),
+    "mnli": (
+        {
+            "train.tsv": "index\tgenre\tsentence1\tsentence2\tlabel1\tgold_label\n"
+            "0\tfiction\tA\tB\tneutral\tneutral\n1\tfiction\tC\tD\tentailment\tentailment\n2\tfiction\tE\tF\t-\t-\n",
+            "dev_matched.tsv": "index\tsentence1\tsentence2\tgold_label\n0\tG\tH\tcontradiction\n",
+            "dev_mismatched.tsv": "index\tsentence1\tsentence2\tgold_label\n0\tI\tJ\tneutral\n",
+        },
+        [("A", "B", 1), ("C", "D", 0)],
+        ["entailment", "neutral", "contradiction"],
+    ),
+    "qqp": (
+        {
+            "train.tsv": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tWhat?\tWhy?\t0\n4\t5\tbroken\n",
+            "dev.tsv": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tA\tA\t1\n",
+        },
+        [("What?", "Why?", 0)],
+        ["not_duplicate", "duplicate"],
+    ),
+    "qnli": (
+        {
+            "train.tsv": "index\tquestion\tsentence\tlabel\n0\tWho?\tI.\tnot_entailment\n",
+            "dev.tsv": "index\tquestion\tsentence\tlabel\n0\tWho?\tMe.\tentailment\n",
+        },
+        [("Who?", "I.", 1)],
+        ["entailment", "not_entailment"],
+    ),
+    "rte": (
+        {
+            "train.tsv": "index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\tentailment\n",
+            "dev.tsv": "index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\tnot_entailment\n",
+        },
+        [("A.", "B.", 0)],
+        ["entailment", "not_entailment"],
+    ),
+    "mrpc": (
+        {
+            "train.tsv": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tA.\tB.\n",
+            "dev.tsv": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t7\t8\tA.\tC.\n",
+        },
+        [("A.", "B.", 1)],
+        ["not_equivalent", "equivalent"],
+    ),
+    "stsb": (
+        {
+            "train.tsv": "index\tgenre\tsentence1\tsentence2\tscore\n0\tnews\tA.\tB.\t3.800\n",
+            "dev.tsv": "index\tgenre\tsentence1\tsentence2\tscore\n0\tnews\tA.\tB.\t0\n",
+        },
+        [("A.", "B.", 3.8)],
+        None,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def glue_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("glue")
+    for name, (files, _, _) in TSV.items():
+        (folder / glue.TASKS[name].folder).mkdir()
+        for file, text in files.items():
+            (folder / glue.TASKS[name].folder / file).write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", TSV)
+def test_each_task_is_read_from_its_original_files(glue_folder: Path, name: str) -> None:
+    _, expected, names = TSV[name]
+    rows = glue.load(name, str(glue_folder))
+    train = rows["train"]
+    assert [(row["text"], row["text_pair"], row["label"]) for row in train] == expected
+    assert getattr(train.features["label"], "names", None) == names
+    assert len(rows["eval"]) == 1
+
+
+def test_mnli_is_evaluated_on_either_half(glue_folder: Path) -> None:
+    assert glue.load("mnli", str(glue_folder))["eval"]["text"][0] == "G"
+    assert glue.load("mnli", str(glue_folder / "MNLI"), matched=False)["eval"]["text"][0] == "I"
+
+
+def test_single_sentences_are_classified_without_a_pair(glue_folder: Path, compose, bert_folder: Path) -> None:  # type: ignore[no-untyped-def]
+    from loraplus_hydra.models.tokenizer import load_tokenizer
+    from loraplus_hydra.tasks.examples import load_examples
+
+    def made(name: str, *overrides: str) -> list[int]:
+        config = compose(
+            "task=classification",
+            "data=glue",
+            f"data.name={name}",
+            f"data.path={glue_folder}",
+            "model=hub",
+            f"model.path={bert_folder}",
+            *overrides,
+        )
+        return load_examples(config, load_tokenizer(config.model)).train[0]["token_type_ids"]
+
+    assert 1 not in made("cola", "task.metric=eval_matthews")
+    assert 1 in made("stsb", "task.metric=eval_pearson")
+
+
+def test_mistakes_in_the_files_are_told_with_their_line(glue_folder: Path, tmp_path: Path) -> None:
+    for name, text, said in (
+        ("train.tsv", "sentence\tmark\nbad\t0\n", "line 1: no column 'label'; there are: sentence, mark"),
+        ("train.tsv", "sentence\tlabel\nbad\t7\n", "line 2: the label '7' is not one of 0, 1"),
+        ("dev.tsv", "sentence\tlabel\n", "has no rows"),
+    ):
+        for file in ("train.tsv", "dev.tsv"):
+            (tmp_path / file).write_text("sentence\tlabel\nbad\t0\n")
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ConfigErrors, match=said):
+            glue.load("sst2", str(tmp_path))
+    with pytest.raises(ConfigErrors, match=r"no task 'sst' .did you mean 'sst2'"):
+        glue.load("sst", str(glue_folder))

@@ -1,0 +1,121 @@
+"""The package as others get it: a wheel, and a second repository that composes its configs into its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CONFIG = """
+defaults:
+  - /run@lora
+  - override /model@lora.model: hub
+  - override /data@lora.data: jsonl
+  - override /adapter@lora.adapter: rslora
+  - _self_
+
+hydra:
+  searchpath: [pkg://loraplus_hydra.conf]
+  run:
+    dir: results
+
+who: a made-up repository
+lora:
+  loraplus:
+    ratio: 4
+  trainer:
+    max_steps: 2
+  task:
+    samples: 0
+"""
+PROGRAM = """
+import hydra
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(config):
+    from loraplus_hydra import run
+
+    print("METRIC", run(config.lora).value)
+
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with nothing but the wheel's content."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    source = folder / "source"
+    _copy_checkout(source)
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)], check=True)
+    wheel = next(folder.glob("*.whl"))
+    site = folder / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
+    return site
+
+
+def _copy_checkout(target: Path) -> None:
+    import shutil
+
+    left_out = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "outputs")
+    for name in ("loraplus_hydra", "conf"):
+        shutil.copytree(ROOT / name, target / name, ignore=left_out)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target / name)
+
+
+def run_in(folder: Path, site: Path, *command: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_wheel_holds_every_file_of_the_package(installed: Path) -> None:
+    wheel = next(installed.parent.glob("*.whl"))
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    for folder, prefix in ((ROOT / "conf", "loraplus_hydra/conf"), (ROOT / "loraplus_hydra", "loraplus_hydra")):
+        for path in folder.rglob("*"):
+            parts = path.relative_to(folder).parts
+            if path.is_file() and not any(part.startswith((".", "__pycache__")) for part in parts):
+                assert f"{prefix}/{path.relative_to(folder).as_posix()}" in packed
+
+
+def test_wheel_composes_the_same_config_as_the_checkout(installed: Path, tmp_path: Path) -> None:
+    where = run_in(tmp_path, installed, "-c", "import loraplus_hydra; print(loraplus_hydra.__file__)")
+    assert str(installed) in where
+    from_wheel = run_in(tmp_path, installed, "-m", "loraplus_hydra", "--cfg", "job")
+    from_checkout = run_in(tmp_path, ROOT, "-m", "loraplus_hydra", "--cfg", "job")
+    assert from_wheel == from_checkout
+    assert "ratio: 8.0" in from_wheel
+
+
+def test_second_repository_composes_a_run_with_its_own_override(
+    installed: Path, tiny_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "config.yaml").write_text(CONFIG)
+    (tmp_path / "main.py").write_text(PROGRAM)
+    overrides = [f"lora.model.path={tiny_model}", f"lora.data.train={rows}", "lora.optimizer.lr=1e-3"]
+    output = run_in(tmp_path, installed, "main.py", *overrides)
+    assert "METRIC" in output
+    result = json.loads((tmp_path / "results" / "result.json").read_text())
+    assert result["status"] == "ok"
+    assert result["steps"] == 2
+    groups = json.loads((tmp_path / "results" / "param_groups.json").read_text())
+    assert {row["group"]: row["lr"] for row in groups} == pytest.approx({"groupA": 1e-3, "groupB": 4e-3})
+
+
+def test_wheel_runs_from_the_command_line(installed: Path, tiny_run: list[str], tmp_path: Path) -> None:
+    run_in(tmp_path, installed, "-m", "loraplus_hydra", *tiny_run, "hydra.run.dir=run")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "ok"

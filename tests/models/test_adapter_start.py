@@ -1,0 +1,197 @@
+"""Every adapter starts as its base, and what is saved of it is right on that base."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from loraplus_hydra.errors import ConfigErrors
+from loraplus_hydra.models.adapter import add_adapter
+from loraplus_hydra.models.adapter_files import save_adapter
+from tests.conftest import Finished
+from tests.support.architectures import CAUSAL, TOKENS, base_of, tokenizer
+from tests.support.finished_runs import quick_run
+
+OPTIONS = ("lora", "rslora", "dora", "pissa", "olora", "lora_a_zero", "lora_embeddings", "adalora", "vera")
+
+
+def logits(model: Any) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+def train(model: Any, steps: int = 3, causal: bool = True) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model.train()
+    for _ in range(steps):
+        model(input_ids=TOKENS, labels=TOKENS if causal else torch.tensor([0, 1, 0, 1])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "roberta"])
+def test_adapter_starts_as_the_base_and_its_file_is_right_on_the_base(
+    architecture: str, option: str, checkpoints: Any, tmp_path: Path, compose: Callable[..., DictConfig]
+) -> None:
+    folder, causal = checkpoints(architecture), architecture in CAUSAL
+    config = compose(f"adapter={option}", "loraplus=roles")
+    torch.manual_seed(0)
+    if (architecture, option) == ("gpt2", "olora"):
+        for on_meta in (True, False):
+            with pytest.raises(ConfigErrors, match="doesn't know the Conv1D layers"):
+                add_adapter(base_of(folder, architecture), config.adapter, "CAUSAL_LM", on_meta=on_meta)
+        return
+    before = logits(base_of(folder, architecture))
+    model = add_adapter(base_of(folder, architecture), config.adapter, "CAUSAL_LM" if causal else "SEQ_CLS")
+    torch.testing.assert_close(logits(model), before, atol=1e-6, rtol=1e-5)
+    train(model, causal=causal)
+    trained = logits(model)
+    assert (trained - before).abs().max() > 1e-5
+    save_adapter(model, tokenizer(), tmp_path)
+    again = logits(PeftModel.from_pretrained(base_of(folder, architecture), tmp_path))
+    if option in ("pissa", "olora"):  # the residual base was rounded
+        torch.testing.assert_close(again, trained, atol=2e-6, rtol=1e-5)
+    else:
+        assert torch.equal(again, trained)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    if stored["peft_type"] == "LORA":
+        assert stored["init_lora_weights"] in (True, False), "a plain LoRA, whatever it started from"
+        assert not any("embed_tokens.base_layer" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_conversion_equals_pefts_own(start: str, use_rslora: bool, checkpoints: Any, tmp_path: Path) -> None:
+    folder = checkpoints("llama")
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=start, use_rslora=use_rslora)
+    model = get_peft_model(base_of(folder), config)
+    model.save_pretrained(tmp_path / "initial")
+    train(model)
+    model.save_pretrained(tmp_path / "peft", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+
+    adapter = OmegaConf.create(
+        {
+            "_target_": "peft.LoraConfig",
+            "r": 4,
+            "target_modules": "all-linear",
+            "init_lora_weights": start,
+            "use_rslora": use_rslora,
+        }
+    )
+    ours = add_adapter(base_of(folder), adapter, None)
+    train(ours)
+    save_adapter(ours, tokenizer(), tmp_path / "ours")
+    expected, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "ours"))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, msg=name)
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("peft", "ours")]
+    for key in ("r", "lora_alpha", "init_lora_weights", "use_rslora", "target_modules"):
+        one, other = (sorted(c[key]) if isinstance(c[key], list) else c[key] for c in configs)
+        assert one == other, key
+
+
+def test_conversion_keeps_a_classifiers_head(checkpoints: Any, tmp_path: Path, compose: Callable[..., Any]) -> None:
+    model = add_adapter(base_of(checkpoints("bert"), "bert"), compose("adapter=pissa").adapter, "SEQ_CLS")
+    train(model, causal=False)
+    save_adapter(model, tokenizer(), tmp_path)
+    fresh = base_of(checkpoints("bert"), "bert")
+    torch.nn.init.normal_(fresh.classifier.weight)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(fresh, tmp_path)), logits(model), atol=2e-6, rtol=1e-5)
+
+
+def test_a_zero_is_the_reverse_of_pefts_start(checkpoints: Any, compose: Callable[..., DictConfig]) -> None:
+    def start(seed: int, *overrides: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        model = add_adapter(base_of(checkpoints("llama")), compose(*overrides, "adapter.r=16").adapter, "CAUSAL_LM")
+        return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+    reverse = start(0, "adapter=lora_a_zero")
+    a = [tensor for name, tensor in reverse.items() if ".lora_A." in name]
+    b = torch.cat([tensor.flatten() for name, tensor in reverse.items() if ".lora_B." in name])
+    assert all((tensor == 0).all() for tensor in a)
+    # Uniform within 1 / sqrt(r): that is its deviation, and no number is outside.
+    assert b.abs().max() <= 1 / math.sqrt(16)
+    assert b.std().item() == pytest.approx(1 / math.sqrt(3 * 16), rel=0.02)
+    again, other = start(0, "adapter=lora_a_zero"), start(1, "adapter=lora_a_zero")
+    assert all(torch.equal(reverse[name], again[name]) for name in reverse)
+    assert not all(torch.equal(reverse[name], other[name]) for name in reverse)
+    by_key = start(0, "adapter.init_lora_weights=a_zero")
+    assert all(torch.equal(reverse[name], by_key[name]) for name in reverse)
+
+
+@pytest.mark.parametrize(
+    "also", [{"use_dora": True}, {"lora_bias": True}, {"target_modules": ["q_proj", "embed_tokens"]}]
+)
+def test_a_zero_starts_as_the_base_whatever_else_the_adapter_has(also: dict[str, Any], checkpoints: Any) -> None:
+    adapter = {"_target_": "peft.LoraConfig", "target_modules": ["q_proj", "v_proj"], "init_lora_weights": "a_zero"}
+    model = add_adapter(base_of(checkpoints("llama")), {**adapter, **also}, "CAUSAL_LM")
+    torch.testing.assert_close(logits(model), logits(base_of(checkpoints("llama"))), atol=1e-6, rtol=1e-5)
+
+
+def test_embeddings_join_all_linears_whatever_they_are_called(checkpoints: Any, compose: Callable[..., Any]) -> None:
+    adapter = compose("adapter=lora_embeddings").adapter
+    for architecture, name in (("llama", "embed_tokens"), ("gpt2", "wte"), ("bert", "word_embeddings")):
+        model = add_adapter(base_of(checkpoints(architecture), architecture), adapter, None)
+        trained = {key for key, p in model.named_parameters() if p.requires_grad}
+        assert {key.split(".")[-3] for key in trained if "lora_embedding_A" in key} == {name}
+        assert any("lora_A" in key for key in trained)
+        assert not any("lm_head" in key for key in trained)
+
+
+@pytest.mark.parametrize("start", ["eva", "corda", "lora_ga", "loftq"])
+def test_starts_that_need_more_than_a_config_are_refused(
+    start: str, cli: Callable[..., Finished], tiny_run: list[str]
+) -> None:
+    ended = cli("check", *tiny_run, f"adapter.init_lora_weights={start}")
+    assert ended.status == 1
+    assert f"adapter.init_lora_weights: '{start}' can't be had here" in ended.err
+
+
+def test_vera_needs_a_preset_that_splits_it(cli: Callable[..., Finished], tiny_run: list[str]) -> None:
+    ended = cli("check", *tiny_run, "adapter=vera")
+    assert ended.status == 1
+    assert "loraplus=roles" in ended.err
+    assert cli("check", *tiny_run, "adapter=vera", "loraplus=roles").status == 0
+
+
+def test_any_other_method_of_peft_goes_by_its_class(
+    tiny_run: list[str], compose: Callable[..., DictConfig], tmp_path: Path, tiny_model: Path
+) -> None:
+    overrides = ["adapter._target_=peft.LoHaConfig", "~adapter.lora_alpha", "~adapter.lora_dropout", "~adapter.bias"]
+    overrides += ["~adapter.init_lora_weights", "loraplus=none", "trainer.max_steps=2", "task.samples=0"]
+    result = quick_run(compose(*tiny_run, *overrides), tmp_path / "run")
+    assert result.steps == 2
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "run" / "adapter")
+    assert model.active_peft_config.peft_type == "LOHA"
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "olora", "adalora", "vera", "lora_embeddings", "lora_a_zero"])
+def test_what_trains_is_the_same_on_the_meta_device(
+    adapter: str, tiny_model: Path, compose: Callable[..., Any]
+) -> None:
+    from loraplus_hydra.loraplus.roles import tensor_records
+    from loraplus_hydra.models.adapter import add_adapter
+    from loraplus_hydra.models.base_model import load_base
+    from loraplus_hydra.models.tokenizer import load_tokenizer
+    from loraplus_hydra.training.prepare import adapted_meta_model
+
+    config = compose("model=hub", f"model.path={tiny_model}", f"adapter={adapter}", "loraplus=roles")
+    base = load_base(config, load_tokenizer(config.model), {})
+    real = tensor_records(add_adapter(base, config.adapter, config.task.task_type))
+    told = tensor_records(adapted_meta_model(config, {}))
+    assert [(each.name, each.role, each.shape) for each in told] == [
+        (each.name, each.role, each.shape) for each in real
+    ]

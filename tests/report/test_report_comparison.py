@@ -1,0 +1,151 @@
+"""What a report says of the settings and their noise, against numbers worked out by hand and by other libraries."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import numpy
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from loraplus_hydra.report import summary
+from loraplus_hydra.report.compare import CLEAR, NOISE, ONE_SEED, UNCLEAR, first_reaching, welch
+from loraplus_hydra.report.read_sweep import Point
+from loraplus_hydra.report.results import results_of
+from tests.support.finished_sweeps import ratio_sweep, write_job
+
+
+def test_mean_and_spread_over_seeds_are_those_of_the_statistics_module(tmp_path: Path) -> None:
+    values = {(1, 1): 3.7, (1, 2): 3.72, (1, 3): 3.75, (8, 1): 3.6, (8, 2): 3.61, (8, 3): 3.68}
+    results = ratio_sweep(tmp_path, values)
+    assert results.keys == ("loraplus.ratio", "seed")
+    for setting in results.settings:
+        mine = [value for (ratio, _), value in values.items() if ratio == setting.values["loraplus.ratio"]]
+        assert setting.mean == pytest.approx(statistics.fmean(mine))
+        assert setting.spread == pytest.approx(numpy.std(mine, ddof=1))
+    outcome = results.outcome
+    assert outcome.best is not None
+    assert outcome.best.values == {"loraplus.ratio": 8}
+    assert outcome.best_job is not None
+    assert outcome.best_job.folder == "8_1"
+    assert outcome.against_baseline is not None
+    assert outcome.against_baseline.gain == pytest.approx(11.17 / 3 - 10.89 / 3)
+
+
+@pytest.mark.parametrize(
+    ("plain", "loraplus", "verdict", "said"),
+    [
+        ((3.70,), (3.60,), ONE_SEED, "nothing can be said about noise"),
+        ((3.70, 3.60, 3.80), (3.69, 3.61, 3.77), NOISE, "Noise explains it"),
+        ((3.70, 3.73), (3.66, 3.69), UNCLEAR, "It may be noise"),
+        ((3.70, 3.71, 3.72), (3.60, 3.61, 3.62), CLEAR, "More than the seeds' noise"),
+    ],
+)
+def test_noise_is_called_noise(
+    tmp_path: Path, plain: tuple[float, ...], loraplus: tuple[float, ...], verdict: str, said: str
+) -> None:
+    values = {(1, seed): value for seed, value in enumerate(plain)}
+    values |= {(4, seed): value for seed, value in enumerate(loraplus)}
+    results = ratio_sweep(tmp_path, values)
+    gap = results.outcome.against_baseline
+    assert gap is not None
+    assert gap.verdict == verdict
+    assert gap.wins == sum(mine < theirs for mine, theirs in zip(loraplus, plain, strict=True))
+    assert said in " ".join(summary.details(results))
+
+
+@given(
+    st.lists(st.floats(-5, 5), min_size=2, max_size=6),
+    st.lists(st.floats(-5, 5), min_size=2, max_size=6),
+)
+@settings(max_examples=60, deadline=None)
+def test_interval_is_scipys(first: list[float], second: list[float]) -> None:
+    from scipy.stats import ttest_ind
+
+    assume(min(statistics.variance(first), statistics.variance(second)) > 1e-6)  # scipy loses precision below
+    theirs = ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    assert welch(first, second) == pytest.approx((theirs.low, theirs.high), abs=1e-8)
+
+
+def test_higher_is_better_where_the_task_says_so(tmp_path: Path) -> None:
+    values = {(1, 0): 0.80, (4, 0): 0.86, (16, 0): 0.83}
+    results = ratio_sweep(tmp_path, values, greater_is_better=True, metric="eval_accuracy")
+    assert results.sweep.metric == "eval_accuracy"
+    assert [one.values["loraplus.ratio"] for one in results.outcome.ranked] == [4, 16, 1]
+    assert results.outcome.against_baseline is not None
+    assert results.outcome.against_baseline.gain == pytest.approx(0.06)
+
+
+def test_plain_lora_that_wins_is_said_to_win(tmp_path: Path) -> None:
+    results = ratio_sweep(tmp_path, {(1, 0): 3.60, (4, 0): 3.65, (16, 0): 3.70})
+    assert results.outcome.best is results.outcome.baseline
+    told = " ".join(summary.details(results))
+    assert "Plain LoRA does best here" in told
+    assert "by 0.0500" in told
+    assert summary.speed_sentence(results) == ""
+
+
+def test_sweep_without_ratio_1_says_that_it_has_no_comparison(tmp_path: Path) -> None:
+    results = ratio_sweep(tmp_path, {(4, 0): 3.65, (16, 0): 3.70})
+    assert results.outcome.baseline is None
+    assert "no ratio 1" in " ".join(summary.details(results))
+
+
+def test_setting_with_a_failed_seed_is_not_the_best(tmp_path: Path) -> None:
+    values = {(1, 1): 3.7, (1, 2): 3.7, (4, 1): 3.65, (4, 2): 3.66, (64, 1): 3.5}
+    error = {"type": "NotFiniteError", "text": "the loss is nan"}
+    write_job(tmp_path / "x", {"loraplus.ratio": 64, "seed": 2}, None, status="failed", error=error)
+    results = ratio_sweep(tmp_path, values)
+    assert results.outcome.best is not None
+    assert results.outcome.best.values == {"loraplus.ratio": 4}
+    assert "ratio 64 has a better mean (3.5000) but 1 failed job" in " ".join(summary.details(results))
+
+
+def test_speed_counts_evaluations_that_truly_get_there(tmp_path: Path) -> None:
+    slow = [(0, 5.0), (10, 4.5), (20, 4.2), (30, 4.1), (40, 4.0)]
+    fast = [(0, 5.0), (10, 4.2), (20, 3.9), (30, 3.8), (40, 3.7)]
+    never = [(0, 5.0), (10, 4.8), (20, 4.6), (30, 4.4), (40, 4.2)]
+    for ratio, curve in ((1, slow), (4, fast), (16, never)):
+        write_job(tmp_path / str(ratio), {"loraplus.ratio": ratio}, curve[-1][1], curve=curve)
+    outcome = results_of(tmp_path).outcome
+    assert outcome.target == 4.0
+    steps = {one.setting.values["loraplus.ratio"]: (one.step, one.times_fewer_steps) for one in outcome.reached}
+    assert steps == {1: (40, 1.0), 4: (20, 2.0), 16: (None, None)}
+    clock = next(one for one in outcome.reached if one.step == 20)
+    assert clock.times_faster == pytest.approx((40 * 0.1 + 0.5) / (20 * 0.1 + 0.5))
+
+
+@pytest.mark.parametrize(
+    ("heights", "pace", "said"),
+    [
+        ((5.0, 4.2, 4.0, 3.9, 3.7), 0.1, "in 2x fewer steps (1.8x faster by the clock): by step 20 instead of 40."),
+        ((5.0, 4.2, 4.0, 3.9, 3.7), 0.5, "in 2x fewer steps (2.3x slower by the clock): by step 20 instead of 40."),
+        ((5.0, 4.2, 4.0, 3.9, 3.7), 0.2, "in 2x fewer steps (as fast by the clock): by step 20 instead of 40."),
+        ((5.0, 4.5, 4.2, 4.1, 3.9), 0.2, "in as many steps: by step 40 instead of 40."),
+        ((5.0, 4.5, 4.2, 4.1, 3.9), 0.01, "in as many steps: by step 40 instead of 40."),
+    ],
+)
+def test_clock_is_told_as_it_is_and_not_at_equal_steps(
+    tmp_path: Path, heights: tuple[float, ...], pace: float, said: str
+) -> None:
+    for ratio, curve, its_pace in ((1, (5.0, 4.5, 4.2, 4.1, 4.0), 0.1), (4, heights, pace)):
+        points = list(zip((0, 10, 20, 30, 40), curve, strict=True))
+        write_job(tmp_path / str(ratio), {"loraplus.ratio": ratio}, curve[-1], curve=points, pace=its_pace)
+    assert said in summary.speed_sentence(results_of(tmp_path))
+
+
+def test_later_than_ratio_1_is_more_steps(tmp_path: Path) -> None:
+    for ratio, curve in ((1, (5.0, 4.0, 4.1, 4.0)), (4, (5.0, 4.4, 3.9, 3.8))):
+        points = list(zip((0, 10, 20, 30), curve, strict=True))
+        write_job(tmp_path / str(ratio), {"loraplus.ratio": ratio}, curve[-1], curve=points)
+    assert "in 2x more steps (1.7x slower by the clock)" in summary.speed_sentence(results_of(tmp_path))
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=12), st.floats(0, 10), st.booleans())
+def test_reaching_is_the_first_evaluation_as_good(heights: list[float], target: float, greater: bool) -> None:
+    curve = [Point(step, height) for step, height in enumerate(heights)]
+    good = [p.step for p in curve[1:] if (p.value >= target if greater else p.value <= target)]
+    found = first_reaching(curve, target, greater_is_better=greater)
+    assert (found.step if found else None) == (min(good) if good else None)

@@ -1,0 +1,358 @@
+"""Nothing lost: a run that is killed or stopped goes on to the numbers of one that never was."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraplus_hydra import run
+from loraplus_hydra.errors import UserError
+from tests.conftest import Finished
+from tests.support.forking import differences, lines
+
+AUTO = "trainer.resume_from_checkpoint=auto"
+ROOT = Path(__file__).resolve().parents[2]
+# Saves that are no multiple of the logged steps; dropout and accumulation, so that every random state counts.
+LONGER = (
+    *("trainer.max_steps=30", "trainer.logging_steps=7", "trainer.save_steps=5", "trainer.eval_steps=10"),
+    *("trainer.gradient_accumulation_steps=2", "adapter.lora_dropout=0.1", "trainer.save_total_limit=2"),
+)
+SHORT = ("trainer.max_steps=8", "trainer.logging_steps=3", "trainer.save_steps=2")
+
+
+def trials(folder: Path, how: str, *overrides: str) -> list[dict[str, Any]]:
+    """What `tests.forking` saw."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.forking", str(folder), how, *overrides],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def check_killed(seen: list[dict[str, Any]], kills: int) -> None:
+    assert len(seen) == kills
+    for trial in seen:
+        assert trial["status"] == 0, trial
+        assert trial["broken"] == [], trial
+        assert trial["differences"] == [], trial
+    assert sum(trial["killed"] for trial in seen) >= kills * 3 // 4
+    assert sum(trial["in_save"] for trial in seen) >= kills / 3
+    assert sum(trial.get("killed_again", False) for trial in seen) >= kills // 10
+
+
+def test_killed_runs_go_on_to_the_bits_of_the_unbroken_one(tiny_run: list[str], tmp_path: Path) -> None:
+    check_killed(trials(tmp_path, "6", *tiny_run, *LONGER), 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_twenty_killed_runs_go_on_to_the_bits_of_the_unbroken_one(
+    optimizer: str, tiny_run: list[str], tmp_path: Path
+) -> None:
+    # From 4,096 numbers a tensor on bitsandbytes keeps 8-bit state.
+    check_killed(trials(tmp_path, "20", *tiny_run, *LONGER, f"optimizer={optimizer}", "adapter.r=128"), 20)
+
+
+def test_signals_end_a_run_with_a_checkpoint_of_its_last_step(tiny_run: list[str], tmp_path: Path) -> None:
+    seen = trials(tmp_path, "signals", *tiny_run, *LONGER, "trainer.max_steps=200", "trainer.eval_steps=100")
+    assert [trial["stopped_with"] for trial in seen] == [130, 143]
+    for trial in seen:
+        assert trial["said"] == "interrupted"
+        assert 0 < trial["steps"] == trial["newest"] < 200
+        assert (trial["status"], trial["differences"]) == (0, []), trial
+
+
+VARIANTS = {
+    "dropout": ("adapter.lora_dropout=0.1",),
+    "8-bit optimizer": ("optimizer=adamw8bit", "adapter.r=128", "adapter.lora_dropout=0.1"),
+    "paged 32-bit optimizer": ("optimizer=paged_adamw32bit",),
+    "Lion": ("optimizer=lion",),
+    "muon": ("optimizer=muon",),
+    "PiSSA": ("adapter=pissa",),
+    "OLoRA": ("adapter=olora",),
+    "DoRA": ("adapter=dora", "adapter.lora_dropout=0.1"),
+    "A = 0": ("adapter=lora_a_zero",),
+    "AdaLoRA": ("adapter=adalora", "adapter.tinit=1", "adapter.tfinal=1"),
+    "VeRA": ("adapter=vera", "loraplus=roles", "adapter.vera_dropout=0.1"),
+    "LoRA on embeddings": ("adapter=lora_embeddings",),
+    "saved modules": ("+adapter.modules_to_save=[lm_head]",),
+    "new tokens": ("model.add_tokens=[new_a,new_b]",),
+    "cosine": ("scheduler=cosine", "scheduler.warmup_ratio=0.3"),
+    "one cycle": ("scheduler=one_cycle",),
+    "epochs": ("trainer.max_steps=-1", "trainer.num_train_epochs=2", "trainer.eval_strategy=epoch"),
+    "nf4": ("quantization=nf4",),
+    "no clipping": ("trainer.max_grad_norm=0",),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stopped_run_goes_on_to_the_bits_of_the_unbroken_one(
+    variant: str, stopped: Callable[..., None], compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    overrides = [*tiny_run, *SHORT, *VARIANTS[variant]]
+    run(compose(*overrides), tmp_path / "unbroken")
+    stopped(tmp_path / "broken", *overrides, at=5)
+    assert json.loads((tmp_path / "broken" / "result.json").read_text())["status"] == "interrupted"
+    result = run(compose(*overrides, AUTO), tmp_path / "broken")
+    assert result.resumed_at == [5]
+    assert differences(tmp_path / "broken", tmp_path / "unbroken") == []
+    assert [line["step"] for line in lines(tmp_path / "broken")] == sorted(
+        line["step"] for line in lines(tmp_path / "unbroken")
+    )
+
+
+def test_resume_takes_the_new_configs_rates_and_says_so(
+    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    overrides = [*tiny_run, *SHORT, "trainer.logging_steps=1", "loraplus.ratio=16", "scheduler=constant"]
+    assert cli(*overrides, "hydra.run.dir=run", "trainer.max_steps=4").status == 0
+    changes = ["loraplus.ratio=4", "optimizer.weight_decay=0.1", "trainer.max_steps=8"]
+    finished = cli("resume", "run", *changes)
+    assert finished.status == 0, finished.err
+    for told in ("loraplus.ratio: 16", "groupB: lr 0.016 -> 0.004", "groupA: weight_decay 0.0 -> 0.1", "steps: 4 -> 8"):
+        assert told in finished.out, told
+    rates = {line["step"]: line["lr"] for line in lines(tmp_path / "run") if "lr" in line}
+    assert rates[4] == {"groupA": 1e-3, "groupB": 16e-3}
+    assert [rates[step] for step in (5, 6, 7, 8)] == [{"groupA": 1e-3, "groupB": 4e-3}] * 4
+    assert {row["lr"] for row in json.loads((tmp_path / "run" / "param_groups.json").read_text())} == {1e-3, 4e-3}
+
+
+def test_what_a_resume_changed_holds_for_the_next_one(
+    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    overrides = [*tiny_run, *SHORT, "trainer.logging_steps=1", "loraplus.ratio=16", "scheduler=constant"]
+    assert cli(*overrides, "hydra.run.dir=run", "trainer.max_steps=4").status == 0
+    assert cli("resume", "run", "loraplus.ratio=4", "trainer.max_steps=6").status == 0
+    again = cli("resume", "run")
+    assert (again.status, "has finished: 6 steps" in again.out) == (0, True), again.err
+    further = cli("resume", "run", "trainer.max_steps=8")
+    assert further.status == 0, further.err
+    assert "trainer.max_steps: 6 -> 8" in further.out
+    assert "loraplus.ratio" not in further.out.partition("2/6")[0].partition("Changed")[2]
+    rates = {line["step"]: line["lr"]["groupB"] for line in lines(tmp_path / "run") if "lr" in line}
+    assert [rates[step] for step in (4, 5, 8)] == [16e-3, 4e-3, 4e-3]
+    back = cli("resume", "run", "loraplus.ratio=16", "trainer.max_steps=10")
+    assert "loraplus.ratio: 4 -> 16" in back.out, back.err
+
+
+def test_more_steps_follow_the_longer_schedule(
+    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    assert cli(*tiny_run, "trainer.max_steps=4", "trainer.save_steps=4", "hydra.run.dir=run").status == 0
+    assert cli("resume", "run", "trainer.max_steps=10").status == 0
+    rates = {line["step"]: line["lr"]["groupA"] for line in lines(tmp_path / "run") if "lr" in line}
+    # transformers' linear schedule of ten steps, at the rate that the step begins with
+    assert [rates[step] for step in range(5, 11)] == pytest.approx([1e-3 * (10 - done) / 10 for done in range(4, 10)])
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["loraplus=none"], "names another option"),
+        (["adapter.target_modules=[q_proj]"], "group groupA has other tensors"),
+        (["optimizer._target_=torch.optim.SGD", "optimizer.fused=null"], "optimizer"),
+        (["trainer.max_steps=3"], "beyond trainer.max_steps=3"),
+        (["seed=3"], "seed"),
+        (["optimizer=sgd"], "names another option"),
+        (["optimizer.lr=-1"], "out of range"),
+    ],
+)
+def test_what_cannot_be_gone_on_with_is_refused_and_nothing_touched(
+    changes: list[str], told: str, cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
+    before = files(tmp_path / "run")
+    finished = cli("resume", "run", *changes)
+    assert finished.status == 1
+    assert told in finished.err, finished.err
+    assert files(tmp_path / "run") == before
+
+
+def test_own_command_with_other_groups_is_refused_and_nothing_touched(
+    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    command = [*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run"]
+    assert cli(*command).status == 0
+    before = files(tmp_path / "run")
+    finished = cli(*command, "trainer.max_steps=8", "adapter.target_modules=[q_proj]", AUTO)
+    assert finished.status == 1
+    assert "group groupA has other tensors" in finished.err
+    assert files(tmp_path / "run") == before  # also what Hydra stored of the command, which `resume` reads
+
+
+def test_lora_cannot_become_loraplus_on_the_way(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    run(compose(*tiny_run, "trainer.save_steps=2", "loraplus=none"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"is gone.*group groupA .* is new"):
+        run(compose(*tiny_run, "trainer.max_steps=8", AUTO), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "ok"
+
+
+def test_finished_run_is_left_as_it_is(cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path) -> None:
+    assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
+    before = files(tmp_path / "run")
+    for again in (["resume", "run"], [*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run", AUTO]):
+        finished = cli(*again)
+        assert finished.status == 0, finished.err
+        assert "has finished: 4 steps" in finished.out
+    assert files(tmp_path / "run") == before
+
+
+def test_killed_after_its_last_step_a_run_only_has_to_be_finished(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    import shutil
+
+    overrides = [*tiny_run, "trainer.save_steps=2"]
+    run(compose(*overrides), tmp_path / "unbroken")
+    shutil.copytree(tmp_path / "unbroken", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "result.json").unlink()
+    run(compose(*overrides, AUTO), tmp_path / "run")
+    assert differences(tmp_path / "run", tmp_path / "unbroken") == []
+
+
+def test_a_run_goes_on_from_a_named_checkpoint_of_another(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    overrides = [*tiny_run, "trainer.save_steps=2", "trainer.max_steps=6", "trainer.save_total_limit=null"]
+    run(compose(*overrides), tmp_path / "first")
+    named = f"trainer.resume_from_checkpoint={tmp_path / 'first' / 'checkpoints' / 'checkpoint-2'}"
+    run(compose(*overrides, named), tmp_path / "second")
+    assert differences(tmp_path / "second", tmp_path / "first") == []
+
+
+@pytest.mark.parametrize("around", [None, "lora:\n  seed: 3\n"], ids=["Python", "a program around it"])
+def test_run_of_the_library_is_resumed_on_the_command_line(
+    around: str | None,
+    stopped: Callable[..., None],
+    compose: Callable[..., Any],
+    cli: Callable[..., Finished],
+    tiny_run: list[str],
+    tmp_path: Path,
+) -> None:
+    overrides = [*tiny_run, *SHORT]
+    run(compose(*overrides), tmp_path / "unbroken")
+    stopped(tmp_path / "run", *overrides, at=5)
+    if around is not None:  # what Hydra keeps of the program's own config
+        (tmp_path / "run" / ".hydra").mkdir()
+        (tmp_path / "run" / ".hydra" / "config.yaml").write_text(around)
+    refused = cli("resume", "run", "loraplus.ratio=2")
+    assert (refused.status, "the rules hold numbers" in refused.err) == (1, True), refused.err
+    finished = cli("resume", "run")
+    assert finished.status == 0, finished.err
+    assert differences(tmp_path / "run", tmp_path / "unbroken") == []
+
+
+@pytest.mark.parametrize("name", ["a b", "a,b", "it's", "é", "x[1]"])
+def test_run_is_resumed_whatever_its_folder_is_called(
+    name: str, cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
+    (tmp_path / "run").rename(tmp_path / name)
+    finished = cli("resume", name, "trainer.max_steps=5")
+    assert finished.status == 0, finished.err
+    assert json.loads((tmp_path / name / "result.json").read_text())["steps"] == 5
+
+
+def test_folder_that_hydra_would_read_as_an_interpolation_is_refused(cli: Callable[..., Finished]) -> None:
+    Path("${x}").mkdir()
+    finished = cli("resume", "${x}")
+    assert (finished.status, "give the folder another name" in finished.err) == (1, True), finished.err
+
+
+def test_used_folder_is_gone_on_in_only_when_asked(
+    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    assert cli(*tiny_run, "hydra.run.dir=run").status == 0
+    finished = cli(*tiny_run, "hydra.run.dir=run")
+    assert (finished.status, "isn't empty" in finished.err) == (1, True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    finished = cli(*tiny_run, "hydra.run.dir=mine", AUTO)
+    assert (finished.status, "isn't empty" in finished.err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [("missing", "there is no folder missing"), (".", "is no run's folder"), (None, "no run is named")],
+)
+def test_resume_says_what_is_no_run(named: str | None, told: str, cli: Callable[..., Finished]) -> None:
+    finished = cli("resume", *([named] if named else []))
+    assert finished.status == 1
+    assert told in finished.err
+
+
+def test_run_that_was_ended_before_it_began_is_told(
+    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    (tmp_path / "run" / ".hydra" / "config.yaml").write_text("")  # killed while Hydra wrote it
+    finished = cli("resume", "run")
+    assert finished.status == 1
+    assert "trainer.resume_from_checkpoint=auto" in finished.err
+    assert cli(*tiny_run, "hydra.run.dir=run", AUTO).status == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "ok"
+
+
+def test_two_runs_never_share_a_folder(compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path) -> None:
+    from loraplus_hydra.io.processes import alone_in
+
+    (tmp_path / "run").mkdir()
+    with alone_in(tmp_path / "run"), pytest.raises(UserError, match="a run is at work"):
+        run(compose(*tiny_run), tmp_path / "run")
+
+
+def test_evaluation_that_is_no_longer_better_ends_training(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    # At a rate of nothing no evaluation is better than the first.
+    still = [*tiny_run, "optimizer.lr=1e-30", "trainer.max_steps=20", "trainer.eval_steps=2", "trainer.save_steps=2"]
+    result = run(compose(*still, "trainer.early_stopping_patience=3"), tmp_path / "run")
+    assert result.steps == 8
+    assert result.status == "ok"
+
+
+def test_patience_is_gone_on_with(
+    stopped: Callable[..., None], compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    still = [*tiny_run, "optimizer.lr=1e-30", "trainer.max_steps=20", "trainer.eval_steps=2", "trainer.save_steps=2"]
+    still.append("trainer.early_stopping_patience=3")
+    stopped(tmp_path / "run", *still, at=6)
+    assert run(compose(*still, AUTO), tmp_path / "run").steps == 8
+
+
+def test_best_checkpoint_is_what_is_saved_and_measured(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    # Called better when it is greater, a loss that falls was best at the first step.
+    falling = [*tiny_run, "trainer.max_steps=8", "trainer.eval_steps=1", "trainer.save_steps=1"]
+    falling += ["trainer.save_total_limit=1", "+trainer.load_best_model_at_end=true", "task.greater_is_better=true"]
+    result = run(compose(*falling), tmp_path / "run")
+    losses = {line["step"]: line["eval_loss"] for line in lines(tmp_path / "run") if "eval_loss" in line}
+    assert losses[8] < losses[1] == result.metrics["eval_loss"]
+    weights = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert weights == (tmp_path / "run" / "checkpoints" / "checkpoint-1" / "adapter_model.safetensors").read_bytes()
+
+
+def test_early_stopping_needs_evaluations(cli: Callable[..., Finished], tiny_run: list[str]) -> None:
+    finished = cli(*tiny_run, "trainer.early_stopping_patience=2", "trainer.eval_strategy=no")
+    assert (finished.status, "trainer.eval_strategy=steps" in finished.err) == (1, True)

@@ -1,0 +1,212 @@
+"""The best checkpoint: metric and adapter of one step, from the run's own folder alone, the newest kept beside."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraplus_hydra import run
+from loraplus_hydra.errors import UserError
+from loraplus_hydra.io.checkpoints import defect, rotate, seal
+from loraplus_hydra.runs import job
+from tests.runs.test_resume import AUTO
+from tests.support.forking import differences, lines
+
+WEIGHTS = "adapter_model.safetensors"
+# Called better when it is greater, a loss that falls was best at the first evaluation.
+EIGHT = ("trainer.max_steps=8", "trainer.save_steps=2", "trainer.eval_steps=2", "task.greater_is_better=true")
+BEST = (*EIGHT, "+trainer.load_best_model_at_end=true")
+
+
+class Killed(BaseException):
+    """What ends a run here as SIGKILL would."""
+
+
+@pytest.fixture
+def killed(compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Train `overrides` in `folder` and kill the run before it saves the adapter."""
+
+    def kill(*args: Any) -> None:
+        raise Killed
+
+    def train(folder: Path, *overrides: str) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(job, "_save", kill)
+            with pytest.raises(Killed):
+                run(compose(*overrides), folder)
+        (folder / "result.json").unlink()
+
+    return train
+
+
+def kept(folder: Path) -> list[str]:
+    """The checkpoints in a run's folder, which are all whole."""
+    places = sorted((folder / "checkpoints").glob("checkpoint-*"))
+    assert [defect(place) for place in places] == [""] * len(places)
+    return [place.name for place in places]
+
+
+def loss_at(folder: Path, step: int) -> float:
+    """The loss of the evaluation at `step`."""
+    return next(float(line["eval_loss"]) for line in lines(folder) if line["step"] == step and "eval_loss" in line)
+
+
+def tell(place: Path, **changed: Any) -> None:
+    """Change what a checkpoint's trainer_state.json says, and seal it as somebody would who wants it to be loaded."""
+    file = place / "trainer_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    seal(place)
+
+
+@pytest.mark.parametrize("load_best", [(), ("+trainer.load_best_model_at_end=true",)], ids=["last", "best"])
+def test_checkpoint_of_ctrl_c_stays_at_a_limit_of_one(
+    load_best: tuple[str, ...],
+    stopped: Callable[..., None],
+    compose: Callable[..., Any],
+    tiny_run: list[str],
+    tmp_path: Path,
+) -> None:
+    overrides = [*tiny_run, *EIGHT, *load_best, "trainer.save_total_limit=1"]
+    run(compose(*overrides), tmp_path / "unbroken")
+    assert kept(tmp_path / "unbroken") == ["checkpoint-2", "checkpoint-8"]
+    stopped(tmp_path / "run", *overrides, at=7)
+    assert kept(tmp_path / "run") == ["checkpoint-2", "checkpoint-7"]
+    assert run(compose(*overrides, AUTO), tmp_path / "run").resumed_at == [7]
+    assert differences(tmp_path / "run", tmp_path / "unbroken") == []
+
+
+def test_finished_run_at_a_limit_of_one_is_extended_from_its_last_step(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    overrides = [*tiny_run, *EIGHT, "trainer.save_total_limit=1"]
+    run(compose(*overrides), tmp_path)
+    assert run(compose(*overrides, "trainer.max_steps=10", AUTO), tmp_path).resumed_at == [8]
+
+
+def test_best_checkpoint_that_is_not_there_takes_no_place(tmp_path: Path) -> None:
+    for step in (20, 30):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    rotate(tmp_path, 1, "/another/run/checkpoints/checkpoint-10")
+    assert [place.name for place in tmp_path.iterdir()] == ["checkpoint-30"]
+
+
+def test_metric_and_adapter_are_of_one_step_where_the_best_step_has_no_checkpoint(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        result = run(compose(*tiny_run, *BEST, "trainer.eval_steps=1"), tmp_path)
+    assert result.metrics["eval_loss"] == loss_at(tmp_path, 8) < loss_at(tmp_path, 1)
+    last = tmp_path / "checkpoints" / "checkpoint-8"
+    assert (tmp_path / "adapter" / WEIGHTS).read_bytes() == (last / WEIGHTS).read_bytes()
+    assert "the best evaluation is of step 1, which has no checkpoint, so the model is that of step 8" in caplog.text
+
+
+def test_metric_and_adapter_are_of_the_best_step_that_has_a_checkpoint(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Trainer
+
+    determine, metric = Trainer._determine_best_metric, {2: 1.0, 3: 2.0}
+
+    def at_three(self: Any, metrics: dict[str, float], trial: Any) -> bool:
+        return determine(self, {"eval_loss": metric.get(self.state.global_step, 0.0)}, trial)
+
+    monkeypatch.setattr(Trainer, "_determine_best_metric", at_three)
+    result = run(compose(*tiny_run, *BEST, "trainer.eval_steps=1"), tmp_path)
+    best = tmp_path / "checkpoints" / "checkpoint-2"
+    assert (tmp_path / "adapter" / WEIGHTS).read_bytes() == (best / WEIGHTS).read_bytes()
+    assert result.metrics["eval_loss"] == loss_at(tmp_path, 2)
+
+
+@pytest.fixture
+def ended(killed: Callable[..., None], stopped: Callable[..., None]) -> Callable[..., None]:
+    """Train `overrides` in `folder` and stop in step `at`; at 8, the last, as a kill ahead of the adapter does."""
+
+    def train(folder: Path, *overrides: str, at: int) -> None:
+        if at == 8:
+            killed(folder, *overrides)
+        else:
+            stopped(folder, *overrides, at=at)
+
+    return train
+
+
+@pytest.mark.parametrize("at", [7, 8], ids=["before its last step", "after its last step"])
+def test_moved_run_ends_with_its_best_adapter(
+    at: int,
+    ended: Callable[..., None],
+    compose: Callable[..., Any],
+    tiny_run: list[str],
+    tmp_path: Path,
+) -> None:
+    overrides = [*tiny_run, *BEST]
+    run(compose(*overrides), tmp_path / "unbroken")
+    ended(tmp_path / "run", *overrides, at=at)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert run(compose(*overrides, AUTO), tmp_path / "moved").resumed_at[-1] == at
+    assert differences(tmp_path / "moved", tmp_path / "unbroken") == []
+
+
+@pytest.mark.parametrize("at", [7, 8], ids=["before its last step", "after its last step"])
+def test_best_checkpoint_that_does_not_count_is_refused(
+    at: int,
+    ended: Callable[..., None],
+    compose: Callable[..., Any],
+    tiny_run: list[str],
+    tmp_path: Path,
+) -> None:
+    ended(tmp_path, *tiny_run, *BEST, at=at)
+    os.truncate(tmp_path / "checkpoints" / "checkpoint-2" / WEIGHTS, 10)
+    with pytest.raises(UserError, match=r"checkpoint-2, can't be loaded at the end: .* is 10 bytes long"):
+        run(compose(*tiny_run, *BEST, AUTO), tmp_path)
+    assert not (tmp_path / "adapter").exists()
+    result = run(compose(*tiny_run, *EIGHT, "+trainer.load_best_model_at_end=false", AUTO), tmp_path)
+    assert (result.status, result.metrics["eval_loss"]) == ("ok", loss_at(tmp_path, 8))
+
+
+@pytest.mark.parametrize("named", ["evil", "evil/checkpoint-2", ".."])
+def test_best_checkpoint_of_another_place_is_never_opened(
+    named: str,
+    killed: Callable[..., None],
+    compose: Callable[..., Any],
+    tiny_run: list[str],
+    tmp_path: Path,
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    folder, evil = tmp_path / "run", tmp_path / named
+    killed(folder, *tiny_run, *BEST)
+    own = folder / "checkpoints" / "checkpoint-2" / WEIGHTS
+    if named != "..":
+        evil.mkdir(parents=True)
+    shutil.copy(own.parent / "adapter_config.json", evil)
+    torch.save({name: weight + 1 for name, weight in load_file(own).items()}, evil / "adapter_model.bin")
+    tell(folder / "checkpoints" / "checkpoint-8", best_model_checkpoint=str(evil))
+    if Path(named).name == "checkpoint-2":
+        run(compose(*tiny_run, *BEST, AUTO), folder)
+        assert (folder / "adapter" / WEIGHTS).read_bytes() == own.read_bytes()
+    else:
+        with pytest.raises(UserError, match="that isn't the name of a checkpoint"):
+            run(compose(*tiny_run, *BEST, AUTO), folder)
+        assert not (folder / "adapter").exists()
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_run_from_a_checkpoint_of_another_run_keeps_that_ones_best(
+    step: int, killed: Callable[..., None], compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    overrides = [*tiny_run, *BEST, "trainer.save_total_limit=null"]
+    run(compose(*overrides), tmp_path / "other")
+    shutil.copytree(tmp_path / "other", tmp_path / "first")  # to compare with
+    named = f"trainer.resume_from_checkpoint={tmp_path / 'other' / 'checkpoints' / f'checkpoint-{step}'}"
+    killed(tmp_path / "second", *overrides, named)
+    shutil.rmtree(tmp_path / "other")
+    run(compose(*overrides, AUTO), tmp_path / "second")
+    assert differences(tmp_path / "second", tmp_path / "first") == []

@@ -1,0 +1,174 @@
+"""What a resume may not do: lose what a run has, follow what somebody else's run says, or record what isn't so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraplus_hydra import run
+from loraplus_hydra.errors import UserError
+from loraplus_hydra.io.processes import alone_in
+from loraplus_hydra.runs.resume import find, prepare
+from tests.conftest import Finished
+from tests.runs.test_resume import AUTO, files
+from tests.support.forking import differences
+
+Cli = Callable[..., Finished]
+TO_EIGHT = ("trainer.max_steps=8", "trainer.save_steps=2")
+
+
+def test_finished_run_without_checkpoints_is_not_replaced(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
+    assert cli(*tiny_run, "trainer.save_strategy=no", "hydra.run.dir=run").status == 0
+    before = files(tmp_path / "run")
+    finished = cli("resume", "run", "trainer.max_steps=8")
+    assert (finished.status, "kept no checkpoint" in finished.err) == (1, True), finished.err
+    assert files(tmp_path / "run") == before
+
+
+def test_run_whose_checkpoints_are_all_damaged_is_not_replaced(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
+    assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
+    for state in (tmp_path / "run").glob("checkpoints/*/trainer_state.json"):
+        state.write_text("{")
+    before = files(tmp_path / "run")
+    finished = cli("resume", "run", "trainer.max_steps=8")
+    assert (finished.status, "no checkpoint of run is whole" in finished.err) == (1, True), finished.err
+    assert files(tmp_path / "run") == before
+
+
+def test_changes_that_come_after_the_last_step_are_refused(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
+    assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
+    before = files(tmp_path / "run")
+    finished = cli("resume", "run", "loraplus.ratio=2")
+    assert (finished.status, "all 4 steps are taken" in finished.err) == (1, True), finished.err
+    assert files(tmp_path / "run") == before
+
+
+def test_run_at_work_keeps_what_was_asked_for(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
+    command = [*tiny_run, *TO_EIGHT, "hydra.run.dir=run"]
+    assert cli(*command).status == 0
+    before = files(tmp_path / "run")
+    with alone_in(tmp_path / "run"):
+        finished = cli(*command, "loraplus.ratio=2", "trainer.max_steps=12", AUTO)
+    assert (finished.status, "a run is at work" in finished.err) == (1, True), finished.err
+    assert files(tmp_path / "run") == before
+
+
+def test_run_that_goes_on_no_longer_says_that_it_ended_well(
+    stopped: Callable[..., None],
+    compose: Callable[..., Any],
+    tiny_run: list[str],
+    tmp_path: Path,
+) -> None:
+    overrides = [*tiny_run, "trainer.save_steps=2"]
+    run(compose(*overrides), tmp_path / "run")
+    stopped(tmp_path / "run", *overrides, "trainer.max_steps=8", AUTO, at=6)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["status"], result["resumed_at"]) == ("interrupted", [4])
+
+
+@pytest.mark.parametrize("place", ["model.tokenizer", "seed", "adapter.r"])
+def test_no_variable_of_the_environment_is_read_for_somebody_elses_run(
+    place: str, cli: Cli, tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from omegaconf import OmegaConf
+
+    monkeypatch.setenv("A_SECRET", "top-secret")
+    assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
+    for stored in (tmp_path / "run" / ".hydra" / "config.yaml", tmp_path / "run" / "config.yaml"):
+        config = OmegaConf.load(stored)
+        OmegaConf.update(config, place, "${oc.env:A_SECRET}")
+        stored.write_text(OmegaConf.to_yaml(config))
+        finished = cli("resume", "run", "trainer.max_steps=6")
+        assert "top-secret" not in finished.out + finished.err
+    assert finished.status == 1
+    assert "is not followed" in finished.err
+
+
+def test_own_variable_in_a_command_has_the_value_that_it_had(
+    cli: Cli, tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A_DTYPE", "float32")
+    assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run", "model.dtype=${oc.env:A_DTYPE}").status == 0
+    monkeypatch.setenv("A_DTYPE", "bfloat16")
+    finished = cli("resume", "run", "trainer.max_steps=6")
+    assert finished.status == 0, finished.err
+    assert "model.dtype" not in finished.out
+
+
+def test_aliases_in_the_resolved_config_are_refused(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
+    assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
+    with (tmp_path / "run" / "config.yaml").open("a") as file:
+        file.write("a: &a [x]\nb: *a\n")
+    finished = cli("resume", "run", "trainer.max_steps=6")
+    assert (finished.status, "aliases" in finished.err) == (1, True), finished.err
+
+
+def test_first_save_of_a_run_begun_from_anothers_checkpoint_may_be_cut_short(
+    compose: Callable[..., Any], cli: Cli, tiny_run: list[str], tmp_path: Path
+) -> None:
+    run(compose(*tiny_run, *TO_EIGHT, "trainer.save_total_limit=null"), tmp_path / "first")
+    named = f"trainer.resume_from_checkpoint={tmp_path / 'first' / 'checkpoints' / 'checkpoint-4'}"
+    assert cli(*tiny_run, *TO_EIGHT, "trainer.save_total_limit=null", named, "hydra.run.dir=run").status == 0
+    for name in ("adapter", "checkpoints/checkpoint-8"):
+        shutil.rmtree(tmp_path / "run" / name)
+    (tmp_path / "run" / "result.json").unlink()
+    (tmp_path / "run" / "checkpoints" / "checkpoint-6" / "manifest.json").unlink()  # killed there
+    finished = cli("resume", "run")
+    assert finished.status == 0, finished.err
+    assert "going on from step 4" in finished.out
+    assert differences(tmp_path / "run", tmp_path / "first") == []
+
+
+def test_killed_while_it_is_brought_back_a_run_is_brought_back_again(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [*tiny_run, *TO_EIGHT, "trainer.save_total_limit=null"]
+    folder = tmp_path / "run"
+    run(compose(*overrides), folder)
+    shutil.copytree(folder, tmp_path / "unbroken")
+    config = compose(*overrides, f"trainer.resume_from_checkpoint={folder / 'checkpoints' / 'checkpoint-4'}")
+    (folder / "result.json").unlink()
+    point = find(config, folder)
+    assert point is not None
+    with monkeypatch.context() as patch:
+        patch.setattr("os.truncate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(point, folder)
+    run(compose(*overrides, AUTO), folder)
+    assert differences(folder, tmp_path / "unbroken") == []
+
+
+def test_checkpoint_of_another_branch_is_refused(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    overrides = [*tiny_run, *TO_EIGHT, "trainer.save_total_limit=null"]
+    folder = tmp_path / "run"
+    run(compose(*overrides), folder)
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"step"', '"step" ', 1))  # written anew since
+    with pytest.raises(UserError, match=r"isn't the one that checkpoint-8 was written with"):
+        find(compose(*overrides, "trainer.max_steps=12", AUTO), folder)
+
+
+def test_folder_with_an_equals_sign_is_named_without_a_key(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
+    assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
+    (tmp_path / "run").rename(tmp_path / "lr=1")
+    finished = cli("resume", "lr=1", "trainer.max_steps=5")
+    assert finished.status == 0, finished.err
+
+
+def test_used_folder_says_how_to_go_on(cli: Cli, tiny_run: list[str]) -> None:
+    assert cli(*tiny_run, "hydra.run.dir=my run").status == 0
+    assert "python -m loraplus_hydra resume 'my run'" in cli(*tiny_run, "hydra.run.dir=my run").err
+
+
+def test_first_start_of_a_command_for_a_cluster_is_no_resume(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
+    finished = cli(*tiny_run, AUTO, "hydra.run.dir=run")
+    assert finished.status == 0
+    assert "Resuming" not in finished.out
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["resumed_at"] == []

@@ -1,0 +1,105 @@
+"""What a run says: the same on the screen and in its log file, short in a sweep, and nothing that isn't the case."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from loraplus_hydra.io.result import Result
+from loraplus_hydra.loraplus.memory import Memory
+from loraplus_hydra.loraplus.plan import Row
+from loraplus_hydra.runs import display
+from tests.conftest import Finished
+
+Cli = Callable[..., Finished]
+TREE, RATES, SAMPLES = "└── logger", "What gets which rate", "Held-out prompts"
+
+
+def bare(text: str) -> str:
+    """Without what wrapping changes, nor a log line's beginning."""
+    return re.sub(r"[\s│├└─]+", "", re.sub(r"^\[[^]]*\]\[[^]]*\]\[[^]]*\] - ", "", text, flags=re.MULTILINE))
+
+
+def test_all_that_a_run_says_is_in_its_log_file_too(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
+    finished = cli(*tiny_run, f"hydra.run.dir={tmp_path / 'run'}")
+    log = (tmp_path / "run" / "loraplus_hydra.log").read_text()
+    assert [line for line in finished.out.splitlines() if bare(line) not in bare(log)] == []
+    for part in (TREE, RATES, SAMPLES, "Next: "):
+        assert (finished.out.count(part), log.count(part)) == (1, 1), part
+
+
+def test_inspect_shows_its_tables_once(cli: Cli, tiny_run: list[str]) -> None:
+    assert cli("inspect", *tiny_run).out.count(RATES) == 1
+
+
+def test_sweep_shows_config_and_rates_once_and_a_line_for_each_end(
+    cli: Cli, tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplus_hydra.sweep.finish._report", lambda _: ())
+    said = cli("-m", *tiny_run, "trainer.max_steps=1", "loraplus.ratio=2,3,4").out
+    assert (said.count(TREE), said.count(RATES), said.count(SAMPLES), said.count("Next: ")) == (1, 1, 0, 0)
+    folders = sorted((tmp_path / "outputs" / "sweeps").glob("*/ratio-*"))
+    ends = re.findall(r"^eval_loss: \S+ before training, \S+ after 1 steps; \d+ s, in (\S+)$", said, re.MULTILINE)
+    assert ends == [folder.name for folder in folders]
+    assert len(ends) == 3
+    for folder in folders:
+        log = (folder / "loraplus_hydra.log").read_text()
+        assert (log.count(TREE), log.count(RATES), log.count(SAMPLES)) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("loraplus", "optimizer", "data", "said"),
+    [
+        (
+            {"ratio": 8},
+            "torch.optim.AdamW",
+            "loraplus_hydra.data.embedded.load",
+            "Next: another ratio (loraplus.ratio=4), an 8-bit optimizer (optimizer=adamw8bit), your own rows "
+            "(data=jsonl).",
+        ),
+        ({"ratio": 4}, "bitsandbytes.optim.AdamW8bit", "my.load", "Next: another ratio (loraplus.ratio=16)."),
+        (
+            {"lr_A": 1e-4, "lr_B": 1e-3},
+            "torch.optim.SGD",
+            "loraplus_hydra.data.files.load",
+            "Next: an 8-bit optimizer (optimizer=adamw8bit).",
+        ),
+        ({}, "bitsandbytes.optim.Lion8bit", "loraplus_hydra.data.files.load", ""),
+    ],
+)
+def test_only_what_the_run_has_not_done_is_suggested(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    loraplus: dict[str, Any],
+    optimizer: str,
+    data: str,
+    said: str,
+) -> None:
+    config = {"loraplus": loraplus, "optimizer": {"_target_": optimizer}, "data": {"_target_": data}}
+    OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
+    caplog.set_level(logging.INFO, "loraplus_hydra")
+    display.show_result(tmp_path, Result(status="ok", metric="eval_loss"))
+    assert [one for one in caplog.messages if one.startswith("Next")] == ([said] if said else [])
+
+
+def test_titles_stand_on_one_line_and_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    display.show_memory(Memory(weights=2**20, adapter=2**20, gradients=2**20, optimizer=2**21), 1, 2)
+    display.show_overview([Row("lora_A", "[/mine]", "[bold]", 1e-4, 0.0, 32, 1, 8)])
+    lines = capsys.readouterr().out.splitlines()
+    assert {"Memory, without activations", RATES} <= set(lines)
+    assert any("[/mine]" in line and "[bold]" in line for line in lines)
+
+
+def test_run_behind_a_sweep_in_the_same_process_is_no_job_of_it(
+    cli: Cli, compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    from loraplus_hydra import run
+
+    assert cli("-m", *tiny_run, "trainer.max_steps=1", "loraplus.ratio=2,3").status == 0
+    assert run(compose(*tiny_run, "trainer.max_steps=1"), tmp_path / "run").status == "ok"

@@ -1,0 +1,304 @@
+"""A sweep survives its failures, finds its folder again, and runs only what is missing there."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Finished
+
+Cli = Callable[..., Finished]
+
+
+@pytest.fixture
+def tiny_sweep(tiny_run: list[str]) -> list[str]:
+    return ["-m", *tiny_run, "task.samples=0", "trainer.max_steps=2", "trainer.eval_strategy=no"]
+
+
+@pytest.fixture
+def reported(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders that a report was made of, in place of making it."""
+    from loraplus_hydra.sweep import finish
+
+    folders: list[Path] = []
+
+    def reporting(folder: Path) -> tuple[str, ...]:
+        folders.append(folder)
+        return ()
+
+    monkeypatch.setattr(finish, "_report", reporting)
+    return folders
+
+
+def the_sweep(place: Path) -> Path:
+    """The one sweep's folder below `place`."""
+    (folder,) = (place / "outputs" / "sweeps").iterdir()
+    return folder
+
+
+def results(sweep: Path) -> dict[str, dict[str, Any]]:
+    """Each job's result by its folder's name without the hash."""
+    return {path.parent.name.rpartition("_")[0]: json.loads(path.read_text()) for path in sweep.glob("*/result.json")}
+
+
+def files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below `folder`: when it was written, and what is in it."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_failed_jobs_harm_no_other_and_run_again_alone(
+    cli: Cli, tiny_sweep: list[str], tmp_path: Path, reported: list[Path]
+) -> None:
+    sweep = [*tiny_sweep, "loraplus.ratio=4,-2,1e30", "hydra.sweeper.max_batch_size=1"]
+    first = cli(*sweep)
+    folder = the_sweep(tmp_path)
+    assert first.status == 1
+    assert reported == [folder]
+    assert "3 jobs: 1 done, 2 failed" in first.out
+    found = results(folder)
+    assert {name: result["status"] for name, result in found.items()} == {
+        "ratio-4": "ok",
+        "ratio--2": "failed",
+        "ratio-1e30": "failed",
+    }
+    assert "out of range" in found["ratio--2"]["error"]["text"]
+    assert found["ratio-1e30"]["error"]["type"] == "NotFiniteError"
+    for name, words in (("ratio--2", "out of range"), ("ratio-1e30", "Traceback")):
+        (log,) = folder.glob(f"{name}_*/loraplus_hydra.log")
+        assert words in log.read_text()
+        assert words in first.out or words == "Traceback"
+    assert json.loads((folder / "sweep.json").read_text()) == {
+        "name": folder.name,
+        "command": shlex.join(["python", "-m", "loraplus_hydra", *sweep]),
+        "swept": ["loraplus.ratio"],
+    }
+    (done,) = folder.glob("ratio-4_*")
+    before = files(done)
+    second = cli(*sweep)
+    assert second.status == 1
+    assert f"Done before: {done.name}: eval_loss {found['ratio-4']['metrics']['eval_loss']}" in second.out
+    assert "3 jobs: 1 done before, 2 failed" in second.out
+    assert files(done) == before
+    assert not (folder / ".jobs").exists()
+
+
+def test_more_values_extend_the_sweep(cli: Cli, tiny_sweep: list[str], tmp_path: Path, reported: list[Path]) -> None:
+    assert cli(*tiny_sweep, "loraplus.ratio=1,2").status == 0
+    finished = cli(*tiny_sweep, "loraplus.ratio=2,3")
+    assert finished.status == 0
+    assert "2 jobs: 1 done, 1 done before" in finished.out
+    again = cli(*tiny_sweep, "loraplus.ratio=1", "seed=0,1", f"hydra.sweep.dir={the_sweep(tmp_path)}")
+    assert "2 jobs: 1 done, 1 done before" in again.out  # the job is known by its config, whatever is swept
+    assert set(results(the_sweep(tmp_path))) == {"ratio-1", "ratio-2", "ratio-3", "seed-1"}
+
+
+def test_start_whose_name_looks_like_a_number_knows_its_jobs(
+    cli: Cli, tiny_sweep: list[str], reported: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import uuid
+
+    monkeypatch.setattr("loraplus_hydra.sweep.job_status.uuid.uuid4", lambda: uuid.UUID(hex="12e456789012" + "0" * 20))
+    assert "2 jobs: 2 done" in cli(*tiny_sweep, "loraplus.ratio=1,2").out
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch, tiny_sweep: list[str], cli: Cli) -> Callable[..., str]:
+    """The name of the sweep that a command begins; no job is run."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    from loraplus_hydra.sweep import plan
+
+    begun: list[str] = []
+    begin = plan.begin
+
+    def beginning(*arguments: Any) -> Any:
+        sweep = begin(*arguments)
+        begun.append(sweep.folder.name)
+        return sweep
+
+    monkeypatch.setattr(plan, "begin", beginning)
+    monkeypatch.setattr(BasicSweeper, "sweep", lambda *_, **__: None)
+
+    def named(*words: str) -> str:
+        finished = cli(*(tiny_sweep if "-m" in words else tiny_sweep[1:]), *(word for word in words if word != "-m"))
+        assert finished.status == 0, finished.err
+        return begun[-1]
+
+    return named
+
+
+def test_sweep_of_other_settings_or_keys_is_another(names: Callable[..., str], tmp_path: Path) -> None:
+    ratio = names("-m", "loraplus.ratio=1,2")
+    assert ratio.startswith("ratio_")
+    assert names("-m", "loraplus.ratio=3,4,5") == ratio
+    assert names("-m", "seed=0", "loraplus.ratio=1,2") == ratio
+    assert names("-m", "loraplus.ratio=1,2", "trainer.max_steps=3") != ratio
+    assert names("-m", "loraplus.ratio=1,2", "seed=1,2").startswith("ratio_seed_")
+    assert names("-m", "loraplus.ratio=1", "seed=1,2").startswith("seed_")
+    assert names("-m", "+trainer.label_smoothing_factor=0.1,0.2").startswith("label_smoothing_factor_")
+    assert names("-m", "loraplus.ratio=2,3", "sweep.name=mine") == "mine"
+    assert not (tmp_path / "outputs/sweeps/mine").exists()  # no job came of it
+
+
+def test_sweep_over_a_group_has_one_name(names: Callable[..., str]) -> None:
+    options = names("-m", "optimizer=adam,sgd", "optimizer.weight_decay=0.1")
+    assert options.startswith("optimizer_")
+    assert names("-m", "optimizer=sgd,adamw,adam", "optimizer.weight_decay=0.1") == options
+    assert names("-m", "optimizer=adam,sgd") != options
+    momentum = names("-m", "optimizer=sgd,muon", "++optimizer.momentum=0.5")
+    assert names("-m", "optimizer=sgd,muon", "++optimizer.momentum=0.6") != momentum
+
+
+def test_ready_sweep_is_the_same_sweep_as_its_command(names: Callable[..., str]) -> None:
+    assert names("hparams_search=ratio") == names("-m", "loraplus.ratio=1,2")
+    assert names("hparams_search=ratio", "seed=1,2") == names("-m", "seed=1,2", "loraplus.ratio=1,2")
+    assert names("hparams_search=ratio", "loraplus.ratio=4", "-m", "seed=1,2").startswith("seed_")
+    assert names("hparams_search=lr_grid").startswith("lr_A_lr_B_")
+
+
+def test_ready_sweeps_hold_what_they_say() -> None:
+    from omegaconf import OmegaConf
+
+    from loraplus_hydra.config.locations import config_folder
+
+    def params(name: str) -> dict[str, list[float]]:
+        config = OmegaConf.load(config_folder() / "hparams_search" / f"{name}.yaml")
+        assert config.hydra.mode == "MULTIRUN"
+        return {key: [float(one) for one in str(text).split(",")] for key, text in config.hydra.sweeper.params.items()}
+
+    assert params("ratio")["loraplus.ratio"][0] == 1
+    grid = params("lr_grid")
+    assert grid["loraplus.lr_A"] == grid["loraplus.lr_B"]  # so that there is a diagonal
+    assert len(grid["loraplus.lr_A"]) == 5
+    assert len(set(params("seeds")["seed"])) == 5
+
+
+def test_folder_of_another_config_is_left_as_it_is(
+    cli: Cli, tiny_sweep: list[str], tmp_path: Path, reported: list[Path]
+) -> None:
+    place = ["hydra.sweep.dir=mine", "hydra.sweep.subdir='job${hydra.job.num}'"]
+    assert cli(*tiny_sweep, *place, "loraplus.ratio=2").status == 0
+    before = files(tmp_path / "mine" / "job0")
+    finished = cli(*tiny_sweep, *place, "loraplus.ratio=3")
+    assert finished.status == 1
+    assert "holds another config's run" in finished.out
+    assert files(tmp_path / "mine" / "job0") == before
+    assert reported == [tmp_path / "mine"] * 2
+
+
+def test_job_that_exits_is_a_failed_job(
+    cli: Cli, tiny_sweep: list[str], tmp_path: Path, reported: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraplus_hydra.runs import job
+    from loraplus_hydra.training.hf_trainer import train
+
+    train = train._train
+
+    def exiting(config: Any, *rest: Any) -> Any:
+        if config.seed == 1:
+            raise SystemExit("the data loader gave up")
+        return train(config, *rest)
+
+    monkeypatch.setattr(job, "_train", exiting)
+    assert cli(*tiny_sweep, "seed=1,2").status == 1
+    found = results(the_sweep(tmp_path))
+    assert {name: result["status"] for name, result in found.items()} == {"seed-1": "failed", "seed-2": "ok"}
+    assert found["seed-1"]["error"] == {"type": "SystemExit", "text": "the data loader gave up"}
+
+
+@pytest.mark.parametrize(("exception", "code"), [("KeyboardInterrupt", 130), ("Terminated", 143)])
+def test_interrupted_sweep_ends_with_the_report_of_what_is_there(
+    cli: Cli,
+    tiny_sweep: list[str],
+    tmp_path: Path,
+    reported: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    exception: str,
+    code: int,
+) -> None:
+    from loraplus_hydra.cli import main as program
+    from loraplus_hydra.runs import job
+    from loraplus_hydra.training.hf_trainer import train
+
+    train = train._train
+
+    def interrupted(config: Any, *rest: Any) -> Any:
+        if config.seed == 2:
+            raise program.Terminated if exception == "Terminated" else KeyboardInterrupt
+        return train(config, *rest)
+
+    monkeypatch.setattr(job, "_train", interrupted)
+    finished = cli(*tiny_sweep, "seed=1,2,3")
+    folder = the_sweep(tmp_path)
+    assert finished.status == code
+    assert "2 jobs: 1 done, 1 interrupted" in finished.out
+    assert reported == [folder]
+    assert {name: result["status"] for name, result in results(folder).items()} == {
+        "seed-1": "ok",
+        "seed-2": "interrupted",
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["loraplus.ratio=1,2", "optimizr=a"], "did you mean 'optimizer'"),
+        (["optimizer=adamw,adamx"], "no option 'adamx'"),
+        (["loraplus.ratio=1,2", "sweep.name=../up"], "no name for a folder"),
+        (["loraplus.ratio=1,2", "sweep.nam=x"], "did you mean 'name'"),
+        (["optimizer=sgd,muon", "optimizer.momentum=0.5"], "write ++optimizer.momentum=0.5"),
+        (["optimizer=sgd,muon", "+optimizer.momentum=0.5"], "in a sweep of groups: ++optimizer.momentum=0.5"),
+    ],
+)
+def test_sweep_that_does_not_compose_leaves_nothing(
+    cli: Cli, tiny_sweep: list[str], tmp_path: Path, words: list[str], said: str
+) -> None:
+    finished = cli(*tiny_sweep, *words)
+    assert finished.status == 1
+    assert said in finished.err
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_sweep_that_the_config_asks_for_is_refused_under_torchrun(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    finished = cli("hparams_search=ratio")
+    assert finished.status == 1
+    assert "torchrun" in finished.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_report_that_can_not_be_made_is_told_and_hides_no_job(
+    cli: Cli, tiny_sweep: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import loraplus_hydra.report.write as report
+
+    def broken(folder: Path) -> None:
+        raise OSError("no room for it")
+
+    monkeypatch.setattr(report, "write_report", broken)
+    finished = cli(*tiny_sweep, "loraplus.ratio=-1,2")
+    assert finished.status == 1
+    assert "The report could not be made: OSError: no room for it" in finished.err
+    assert "2 jobs: 1 done, 1 failed" in finished.out
+    assert "ratio--1_" in finished.out.partition("2 jobs")[2]
+
+
+def test_report_is_made_and_shown_at_the_end(cli: Cli, tiny_sweep: list[str], tmp_path: Path) -> None:
+    finished = cli(*tiny_sweep, "loraplus.ratio=1,-1,4")
+    folder = the_sweep(tmp_path)
+    assert finished.status == 1
+    assert (folder / "report.html").is_file()
+    assert len((folder / "results.csv").read_text().splitlines()) == 4
+    assert "Without a result" in finished.out

@@ -1,0 +1,90 @@
+"""Each task trains on each shape of rows: two steps of a tiny model, from the command's config to the saved adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftConfig
+
+from loraplus_hydra.runs.job import run
+from tests.support.tiny import write_jsonl
+
+TURNS = [
+    {"role": "user", "content": "say 1"},
+    {"role": "assistant", "content": "the number 1"},
+    {"role": "user", "content": "and after"},
+    {"role": "assistant", "content": "the number 2"},
+]
+PAIRS = [{"prompt": f"say {number}", "completion": f"the number {number}"} for number in range(8)]
+TEXTS = [{"text": f"the number after {number} is {number + 1}"} for number in range(8)]
+CARDS = [{"text": "the card has arrived", "other": "say 1", "label": number % 2} for number in range(8)]
+CLASSIFY = ["task=classification"]
+
+RUNS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
+    "prompt and completion": ("plain", PAIRS, []),
+    "prompt and completion in a template": ("llama", PAIRS, []),
+    "turns as prompt and completion": ("llama", [{"prompt": TURNS[:3], "completion": TURNS[3:]}] * 4, []),
+    "conversations": ("llama", [{"messages": TURNS}] * 4, []),
+    "the assistant's turns": ("llama", [{"messages": TURNS}] * 4, ["task.args.assistant_only_loss=true"]),
+    "plain text, fine-tuned": ("llama", TEXTS, []),
+    "packed": ("llama", PAIRS, ["task.args.packing=true", "task.args.max_length=32"]),
+    "packed conversations": (
+        "llama",
+        [{"messages": TURNS}] * 4,
+        ["task.args.packing=true", "task.args.max_length=64", "task.args.assistant_only_loss=true"],
+    ),
+    "streamed": ("llama", PAIRS, ["data.streaming=true"]),
+    "one label": ("bert", CARDS, CLASSIFY),
+    "one label of a causal model": ("llama", CARDS, CLASSIFY),
+    "pairs of texts": ("bert", CARDS, [*CLASSIFY, "data.text_pair_column=other"]),
+    "several labels": (
+        "bert",
+        [{"text": "a card", "label": ["a", "b"]}, {"text": "the dog", "label": ["a"]}] * 4,
+        [*CLASSIFY, "task.metric=eval_f1"],
+    ),
+    "measured numbers": (
+        "bert",
+        [{"text": "a card", "label": 0.5}, {"text": "the dog", "label": 2}] * 4,
+        [*CLASSIFY, "task.metric=eval_pearson"],
+    ),
+    "text": ("llama", TEXTS, ["task=text", "task.block_size=16"]),
+    "text, streamed": ("llama", TEXTS * 4, ["task=text", "task.block_size=16", "data.streaming=true"]),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_task_trains_on_shape(
+    name: str,
+    compose: Callable[..., Any],
+    tmp_path: Path,
+    llama_folder: Path,
+    plain_llama_folder: Path,
+    bert_folder: Path,
+) -> None:
+    model, rows, overrides = RUNS[name]
+    folder = {"llama": llama_folder, "plain": plain_llama_folder, "bert": bert_folder}[model]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = compose(
+        "model=hub",
+        f"model.path={folder}",
+        "data=jsonl",
+        f"data.train={path}",
+        f"data.eval={path}",
+        "trainer.max_steps=2",
+        "trainer.per_device_train_batch_size=2",
+        "trainer.logging_steps=1",
+        "trainer.use_cpu=true",
+        "task.sample_tokens=2",
+        *overrides,
+    )
+    result = run(config, tmp_path / "run")
+    assert (result.status, result.steps) == ("ok", 2)
+    assert math.isfinite(result.train_loss)
+    assert math.isfinite(result.metrics_before[result.metric])
+    assert math.isfinite(result.value)
+    assert result.metrics["eval_loss"] != result.metrics_before["eval_loss"]
+    assert PeftConfig.from_pretrained(tmp_path / "run" / "adapter").task_type == config.task.task_type

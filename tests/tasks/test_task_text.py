@@ -1,0 +1,135 @@
+"""Continuation of plain text: blocks that lose no token and mark where documents end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from loraplus_hydra.errors import ConfigErrors
+from loraplus_hydra.models.tokenizer import load_tokenizer
+from loraplus_hydra.tasks.examples import Examples, load_examples
+from loraplus_hydra.tasks.text import cut_into_blocks
+from tests.support.tiny import END, ids_of, write_jsonl
+
+Made = Callable[..., Examples]
+
+
+@pytest.fixture
+def made(compose: Callable[..., Any], llama_folder: Path) -> Made:
+    """Examples of the text task."""
+
+    def make(*overrides: str) -> Examples:
+        config = compose("task=text", "model=hub", f"model.path={llama_folder}", *overrides)
+        return load_examples(config, load_tokenizer(config.model))
+
+    return make
+
+
+def tokens(blocks: Any) -> list[int]:
+    return [token for block in blocks["input_ids"] for token in block]
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=20), max_size=8), st.integers(1, 7))
+def test_blocks_are_the_text_in_order_and_only_the_last_is_shorter(parts: list[list[int]], size: int) -> None:
+    blocks = [block.tolist() for block in cut_into_blocks((np.array(part, dtype=np.int32) for part in parts), size)]
+    assert list(chain.from_iterable(blocks)) == list(chain.from_iterable(parts))
+    assert all(len(block) == size for block in blocks[:-1])
+    assert all(0 < len(block) <= size for block in blocks[-1:])
+
+
+def test_documents_follow_each_other_with_an_end_behind_each(made: Made, llama_folder: Path, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "the lazy dog"}, {"text": "say 1 2 3"}])
+    examples = made("data=jsonl", f"data.train={rows}", f"data.eval={rows}", "task.block_size=5")
+    ids = ids_of(AutoTokenizer.from_pretrained(llama_folder), "the lazy dog", END, "say 1 2 3", END)
+    blocks = list(examples.train)
+    assert [block["input_ids"] for block in blocks] == [ids[:5], ids[5:]]
+    assert all(block["labels"] == block["input_ids"] for block in blocks)
+
+
+def test_a_file_is_one_document_whose_end_is_held_out(made: Made, llama_folder: Path, tmp_path: Path) -> None:
+    text = "\n".join(f"say {number} the quick brown fox" for number in range(300))
+    (tmp_path / "book.txt").write_text(text)
+    examples = made("data=text", f"data.train={tmp_path / 'book.txt'}", "data.eval_fraction=0.3", "task.block_size=64")
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    train, held_out = tokens(examples.train), tokens(examples.eval)
+    assert held_out[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in train + held_out[:-1]
+    assert tokenizer.decode(train) + tokenizer.decode(held_out[:-1]) == text
+    assert 0.2 < len(held_out) / (len(train) + len(held_out)) < 0.4
+
+
+def test_the_last_block_is_padded_without_loss_and_ends_keep_theirs(made: Made, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "the lazy dog"}, {"text": "say 1 2 3"}])
+    examples = made("data=jsonl", f"data.train={rows}", f"data.eval={rows}", "task.block_size=6")
+    first, last = examples.train
+    batch = examples.trainer_arguments["data_collator"]([first, last])
+    shorter = len(last["input_ids"])
+    assert batch["labels"].shape == (2, 6)
+    assert batch["labels"][0].tolist() == first["input_ids"]
+    assert batch["labels"][1].tolist() == last["input_ids"] + [-100] * (6 - shorter)
+    assert batch["attention_mask"][1].tolist() == [1] * shorter + [0] * (6 - shorter)
+
+
+def test_an_end_that_is_the_pad_token_too_keeps_its_loss(made: Made, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "the lazy dog"}])
+    override = f"model.pad_token='{END}'"
+    examples = made("data=jsonl", f"data.train={rows}", f"data.eval={rows}", "task.block_size=8", override)
+    batch = examples.trainer_arguments["data_collator"](list(examples.train))
+    assert batch["labels"][0, -1].item() == batch["input_ids"][0, -1].item() != -100
+
+
+def test_evaluation_loss_is_the_mean_over_all_tokens(
+    made: Made, compose: Any, llama_folder: Path, tmp_path: Path
+) -> None:
+    """By hand over the blocks of the held-out text, whose last is shorter, whatever the batch."""
+    from transformers import AutoModelForCausalLM
+
+    from loraplus_hydra.runs.job import run
+
+    text = tmp_path / "book.txt"
+    text.write_text("\n".join(f"say {number} the quick brown fox" for number in range(150)))
+    overrides = ["data=text", f"data.train={text}", "data.eval_fraction=0.3", "task.block_size=48"]
+    blocks = made(*overrides).eval
+    config = compose(
+        "task=text",
+        "model=hub",
+        f"model.path={llama_folder}",
+        "trainer.max_steps=1",
+        "trainer.per_device_eval_batch_size=4",
+        "task.samples=0",
+        *overrides,
+    )
+    result = run(config, tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(llama_folder).eval()
+    total, count = 0.0, 0
+    for block in blocks:
+        ids = torch.tensor([block["input_ids"]])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits
+        total += torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+    assert len(blocks[-1]["input_ids"]) < 48
+    assert result.metrics_before["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_blocks_beyond_the_models_context_are_an_error(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("the lazy dog\n" * 300)
+    with pytest.raises(ConfigErrors, match=r"task\.block_size: 256 tokens are more than the 128"):
+        made("data=text", f"data.train={tmp_path / 'book.txt'}")
+
+
+def test_streamed_text_gives_the_same_blocks(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("".join(f"say {number} the quick brown fox\n" for number in range(300)))
+    paths = [f"data.train={tmp_path / 'book.txt'}", f"data.eval={tmp_path / 'book.txt'}", "task.block_size=32"]
+    whole = made("data=text", *paths).train
+    streamed = made("data=text", *paths, "data.streaming=true").train
+    assert [block["input_ids"] for block in streamed] == [block["input_ids"] for block in whole]
