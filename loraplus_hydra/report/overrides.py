@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from loraplus_hydra.config.schema import RUN_GROUPS
-from loraplus_hydra.report.read_files import parse_yaml
+from loraplus_hydra.io.read import parse_yaml
 
 GOES_ON_FROM = "trainer.resume_from_checkpoint"  # no setting of a run, which is the same with it
 

@@ -12,11 +12,11 @@ from typing import Any
 from loraplus_hydra.io.result import OK
 from loraplus_hydra.report import summary
 from loraplus_hydra.report.formatting import ABSENT, count, measured, short, with_spread
-from loraplus_hydra.report.read_files import number
 from loraplus_hydra.report.read_sweep import Job
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import value_of
 from loraplus_hydra.report.table import in_order
+from loraplus_hydra.report.values import number
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _MOST_CHARACTERS = 120  # of a reason before it folds

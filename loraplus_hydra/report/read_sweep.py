@@ -10,18 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from loraplus_hydra.io import run_folder
+from loraplus_hydra.io.read import Missing, Unreadable, read_json, read_lines, read_yaml
 from loraplus_hydra.io.result import FAILED, INTERRUPTED, OK, PRUNED
 from loraplus_hydra.report.overrides import override_values, overrides_again
-from loraplus_hydra.report.read_files import (
-    Unreadable,
-    flatten,
-    number,
-    read_json,
-    read_lines,
-    read_yaml,
-    resolved,
-    whole,
-)
+from loraplus_hydra.report.values import flatten, number, resolved, whole
 
 UNFINISHED, BROKEN = "unfinished", "broken"  # no result.json; a result.json that can't be read
 SWEEP = "sweep.json"  # the sweep's name, its command and its swept keys, where the sweep wrote them
@@ -115,10 +107,12 @@ def collect(folder: Path) -> Sweep:
     folders = sorted((one for one in folder.iterdir() if one.is_dir() and one.name[0] != "."), key=_natural)
     found = [one for one in folders if any((one / sign).exists() for sign in _SIGNS_OF_A_JOB)]
     notes = []
+    told = {}
     try:
-        told = read_json(folder / SWEEP) or {}
+        told = read_json(folder / SWEEP)
+    except Missing:
+        pass
     except Unreadable as error:
-        told = {}
         notes.append(f"{error}; the report goes by the jobs' own files")
     jobs = tuple(read_job(one) for one in found)
     named = [job.metric for job in jobs if job.counts] or [job.metric for job in jobs if job.metric]
@@ -145,9 +139,11 @@ def read_job(folder: Path) -> Job:
     """One job's folder. Never raises: what can't be read stands in `reason`."""
     trouble: list[str] = []
 
-    def attempt(read: Any, *names: str, kind: type = dict) -> Any:
+    def attempt(read: Any, *names: str, **kind: type) -> Any:
         try:
-            return read(folder.joinpath(*names), kind)
+            return read(folder.joinpath(*names), **kind)
+        except Missing:
+            return None
         except Unreadable as error:
             trouble.append(str(error))
             return None
@@ -163,11 +159,7 @@ def read_job(folder: Path) -> Job:
     again = None if trouble else again
     result = result or {}
     metric = str(result.get("metric") or leaves.get("task.metric") or "")
-    try:
-        lines = read_lines(folder / run_folder.METRICS)
-    except Unreadable as error:
-        trouble.append(str(error))
-        lines = []
+    lines = attempt(read_lines, run_folder.METRICS) or ()
     metrics, best = _mapping(result, "metrics"), _mapping(result, "best")
     value = number(metrics.get(metric))
     if status == OK and value is None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from loraplus_hydra.io.result import FAILED
 from loraplus_hydra.report.overrides import GOES_ON_FROM, override_values
-from loraplus_hydra.report.read_files import number
 from loraplus_hydra.report.read_sweep import Job, Rates, Sweep
+from loraplus_hydra.report.values import number
 
 SEED = "seed"
 # What a reader looks for first, of keys that differ alike.

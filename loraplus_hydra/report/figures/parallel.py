@@ -9,9 +9,9 @@ from typing import Any
 
 from loraplus_hydra.report.figures.style import BEST, MUTED, PAPER, Picture, new_figure, robust_limits
 from loraplus_hydra.report.formatting import clipped, folded, short
-from loraplus_hydra.report.read_files import number
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import order
+from loraplus_hydra.report.values import number
 
 _MOST_KEYS = 8
 _CHARACTERS = 110  # beside each other in the figure

@@ -1,0 +1,117 @@
+"""Reader of the JSON, YAML and JSON-lines files in a run's folder, which may be missing, broken or untrusted."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from loraplus_hydra.errors import first_line
+
+_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader takes a tenth of the time
+_DEEPEST = 100  # levels; the C loader ends the process with a segmentation fault where there are some ten thousand
+_NAMES = {dict: "mapping", list: "list", type(None): "null"}
+
+
+class Unreadable(ValueError):
+    """A file that can't be read. The text names it, without its folder, and the reason."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path.name} can't be read: {reason}")
+
+
+class Missing(Unreadable):
+    """A file that doesn't exist."""
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Return the JSON value in `path`, which is of the Python type `kind`. Raises Missing or Unreadable."""
+    return _read(path, kind, json.loads)
+
+
+def read_yaml(path: Path, kind: type = dict) -> Any:
+    """Return the YAML value in `path`, which is of the Python type `kind`. Raises Missing or Unreadable."""
+    return _read(path, kind, parse_yaml)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects in a file of JSON lines, without lines that hold none. Raises Missing or Unreadable."""
+    found = []
+    for line in _text(path).splitlines():
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # a killed run leaves its last line cut short
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the value of `text` in YAML's safe subset, typed as OmegaConf types it.
+
+    Raises ValueError, also for aliases, for a key that is there twice and for more than 100 levels.
+    """
+    try:
+        _refuse_traps(text)
+        return yaml.load(text, Loader=_Loader)
+    except Exception as error:  # nearly any: KeyError for `!!bool x`, OverflowError for a date
+        raise ValueError(first_line(error)) from error
+
+
+def _refuse_traps(text: str) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=_Base):
+        if isinstance(event, yaml.AliasEvent):  # a few lines of aliases can stand for more than any memory holds
+            raise ValueError("it holds YAML aliases, which no run writes")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+
+
+class _Loader(_Base):
+    """YAML's safe subset with the types of OmegaConf's own loader, which is ten times slower."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(keys)) < len(keys):
+            raise yaml.YAMLError(f"a key is there twice: {next(key for key in keys if keys.count(key) > 1)}")
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]  # a date stays a string
+    for first, resolvers in _Base.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(  # YAML 1.1 takes 1e-4 for a string, since it has no dot
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(?:\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+_Loader.add_multi_constructor(  # OmegaConf writes paths so
+    "tag:yaml.org,2002:python/object/apply:pathlib.",
+    lambda loader, _, node: Path(*map(str, loader.construct_sequence(node))),
+)
+
+
+def _read(path: Path, kind: type, parse: Any) -> Any:
+    text = _text(path)
+    try:
+        value = parse(text)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(path, first_line(error)[:120]) from error
+    if not isinstance(value, kind):
+        raise Unreadable(path, f"it holds a {_NAMES.get(type(value), type(value).__name__)}, not a {_NAMES[kind]}")
+    return value
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Missing(path, "there is no such file") from error
+    except UnicodeDecodeError as error:
+        raise Unreadable(path, "it isn't UTF-8 text") from error
+    except OSError as error:
+        raise Unreadable(path, error.strerror or str(error)) from error
