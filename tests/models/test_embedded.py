@@ -1,4 +1,4 @@
-"""The embedded model: what its checkpoint holds, what it was pretrained on, and that the script makes another one."""
+"""The embedded model: the files of its checkpoint, its training text, and the script that makes it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from loraplus_hydra.data.embedded import library_pairs
 from loraplus_hydra.data.embedded.source import is_held_out
+from tools.embedded_model.card import Facts, model_card
 from tools.embedded_model.pretrain import (
     CHAT_TEMPLATE,
     CONTEXT,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[2]
-CHECKPOINT = ROOT / "loraplus_hydra" / "embedded" / "checkpoint"
+CHECKPOINT = ROOT / "loraplus_hydra" / "models" / "embedded"
 FILES = {
     "README.md",
     "config.json",
@@ -89,10 +90,31 @@ def test_weights_are_float16() -> None:
         assert set(weights.metadata() or {}) <= {"format"}
 
 
-def test_the_card_says_how_it_came_about() -> None:
+def test_the_shipped_card_is_the_one_that_the_script_writes() -> None:
     card = (CHECKPOINT / "README.md").read_text(encoding="utf-8")
-    for said in ("python -m tools.embedded_model.pretrain", "--seed", "CPython 3.", "PSF", "held-out", "Limits"):
-        assert said in card
+    shipped = Facts(
+        steps=4500,
+        seed=0,
+        threads=2,
+        seconds=1200,
+        python="3.11.7",
+        copyright=re.sub(
+            "^    ", "", card[card.index("    Copyright") : card.index("\n\nThe Python")], flags=re.MULTILINE
+        ),
+        torch="2.13.0+cpu",
+        transformers="5.23.0",
+        modules=546,
+        characters=6_800_000,
+        held_out=62,
+        turns=10_421,
+        tokens=3_900_000,
+        parameters=1_115_264,
+        train_loss=2.08,
+        held_out_loss=2.65,
+        characters_a_token=3.18,
+    )
+    assert card == model_card(shipped)
+    assert "python -m tools.embedded_model.pretrain --out FOLDER" in card
 
 
 # --- the tokenizer ---------------------------------------------------------------------------------------------------
@@ -130,7 +152,7 @@ def test_the_prompt_with_its_generation_prompt_begins_the_whole(tokenizer: PreTr
     assert whole[: len(asked)] == asked
 
 
-def test_the_template_marks_what_the_assistant_says(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_template_marks_the_assistants_turns(tokenizer: PreTrainedTokenizerFast) -> None:
     encoded = tokenizer.apply_chat_template(MESSAGES * 2, return_dict=True, return_assistant_tokens_mask=True)
     marked = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
     assert tokenizer.decode(marked) == "Return x.<|end|>" * 2
@@ -179,18 +201,18 @@ def _loss(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
         return float(model(input_ids=tokens[None], labels=tokens[None]).loss)
 
 
-def test_it_knows_code_it_has_not_seen(
+def test_held_out_code_has_a_lower_loss_than_shuffled_code(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
 ) -> None:
     import torch
 
     tokens = torch.tensor(tokenizer(corpus.held_out["calendar"][:6000])["input_ids"][:512])
     shuffled = tokens[torch.randperm(512, generator=torch.Generator().manual_seed(0))]
-    assert _loss(model, tokens) < 4.0 < _loss(model, shuffled)  # log(2048), of one that knows nothing, is 7.6
+    assert _loss(model, tokens) < 4.0 < _loss(model, shuffled)  # untrained: log(2048) = 7.6
 
 
 def test_turn_tokens_are_trained(model: LlamaForCausalLM) -> None:
-    """The library's source has none of them, so without conversations in pretraining they would be noise."""
+    """The library's source has none of these tokens: only the conversations in pretraining train them."""
     norms = model.get_input_embeddings().weight.detach().norm(dim=1)
     assert ((norms[1:4] / norms.median() > 0.5) & (norms[1:4] / norms.median() < 2)).all()
 
@@ -207,7 +229,7 @@ def test_a_turn_is_followed_by_an_answer(model: LlamaForCausalLM, tokenizer: Pre
 # --- the script ------------------------------------------------------------------------------------------------------
 
 
-def test_the_shipped_tokenizer_comes_out_again(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_script_trains_the_shipped_tokenizer_again(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> None:
     card = (CHECKPOINT / "README.md").read_text(encoding="utf-8")
     if f"CPython {platform.python_version()}:" not in card:
         pytest.skip("the library of another Python is another text")
@@ -233,7 +255,7 @@ def test_training_repeats_by_its_seed() -> None:
 
 @pytest.mark.slow
 def test_the_script_makes_the_same_checkpoint_twice(tmp_path: Path) -> None:
-    """One step each, in processes of their own, the second in another hash order."""
+    """Both train one step, in separate processes with different hash seeds."""
     made = []
     for seed in ("1", "2"):
         out = tmp_path / seed
@@ -242,7 +264,7 @@ def test_the_script_makes_the_same_checkpoint_twice(tmp_path: Path) -> None:
         subprocess.run(command, env=environment, check=True, capture_output=True)
         assert {path.name for path in out.iterdir()} == FILES
         assert str(tmp_path) not in (out / "README.md").read_text(encoding="utf-8")
-        made.append({name: (out / name).read_bytes() for name in FILES - {"README.md"}})  # which tells the seconds
+        made.append({name: (out / name).read_bytes() for name in FILES - {"README.md"}})  # it has the seconds
     assert made[0] == made[1]
 
 

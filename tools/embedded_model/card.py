@@ -1,4 +1,4 @@
-"""The model card that lies beside the embedded model's weights."""
+"""The model card beside the embedded model's weights."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run of the pretraining script has to say about its result."""
+    """Arguments, measurements and versions of one run of the pretraining script."""
 
     steps: int
     seed: int
     threads: int
     seconds: float
     python: str  # version of the CPython whose library was read
-    copyright: str  # what that Python says of itself
+    copyright: str  # of that Python
     torch: str
     transformers: str
     modules: int
@@ -29,7 +29,7 @@ class Facts:
 
 
 def model_card(facts: Facts) -> str:
-    """The card as Markdown, with the front matter that the Hugging Face hub reads."""
+    """Return the card as Markdown, with front matter for the Hugging Face hub."""
     return _CARD.format(
         facts=facts,
         command=f"--out FOLDER --steps {facts.steps} --seed {facts.seed} --threads {facts.threads}",
@@ -56,7 +56,9 @@ A very small Llama ({facts.parameters:,} weights, float16) with a byte-level BPE
 there so that `python -m loraplus_hydra` trains something real without a network: fine-tuned on `data=embedded`, it
 learns to say in one sentence what a piece of Python does. It is of no use for anything else.
 
-## How it came about
+## How it was made
+
+From a checkout of loraplus_hydra:
 
     python -m tools.embedded_model.pretrain {command}
 
@@ -64,8 +66,8 @@ learns to say in one sentence what a piece of Python does. It is of no use for a
   characters, comments included, **every docstring cut out**. Left out: tests, character tables (`encodings`), the
   manual's text (`pydoc_data`), and the {facts.held_out} modules that the embedded data set holds out for evaluation;
   the tokenizer has not seen those either.
-- **Conversations**: {facts.turns:,} functions of the same modules once more, each cut in two at a line's end: the user
-  begins, the assistant goes on. So the chat template's tokens are trained; no answer in them is about anything.
+- **Conversations**: {facts.turns:,} functions of the same modules again, each cut in two at a line's end: a user's turn
+  and the assistant's. They train the chat template's tokens; they hold no questions and answers.
 - **Training**: {facts.steps:,} steps of AdamW, 2,048 tokens each, {tokens:.1f} million tokens a pass,
   {minutes:.0f} minutes on {facts.threads} CPU threads; torch {facts.torch}, transformers {facts.transformers}. Nothing
   was downloaded. The same machine, versions, seed and threads give the same weights; another machine rounds otherwise.
@@ -78,8 +80,8 @@ learns to say in one sentence what a piece of Python does. It is of no use for a
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 
 Its special tokens are `<|user|>`, `<|assistant|>`, `<|end|>` (end of a turn, end of a text, eos) and `<|pad|>`.
-A system turn reads like a user's. The template marks what the assistant says with `generation`, so TRL's
-`assistant_only_loss` works. It was trained on sequences of 512 tokens and knows nothing longer.
+A system turn reads like a user's. The template marks the assistant's turns with `generation`, so TRL's
+`assistant_only_loss` works. It was trained on sequences of 512 tokens and has seen none longer.
 
 ## Limits
 
@@ -92,7 +94,7 @@ one that is held out; between CPython 3.10 and 3.13 no held-out prompt of the da
 The text is CPython's, under the [PSF licence](https://docs.python.org/3/license.html); parts of the library carry
 licences of their own, listed there. None of it is shipped here: the tokenizer holds fragments of words, the weights
 are numbers learnt from it. As far as they derive from it, they come under the same licence; the changes made are those
-described above (docstrings and modules left out, the rest reduced to weights). That Python says of itself:
+described above (docstrings and modules left out, the rest reduced to weights). The copyright of that Python:
 
 {copyright}
 

@@ -1,7 +1,8 @@
-"""Makes the embedded model: `python -m tools.embedded_model.pretrain --out FOLDER`.
+"""Pretraining of the embedded model: `python -m tools.embedded_model.pretrain --out FOLDER`.
 
-A byte-level BPE tokenizer and a small Llama, both learnt from the standard library's source with its docstrings cut out
-and without the modules that the embedded data set holds out. The shipped weights came from this script; see their card.
+Trains a byte-level BPE tokenizer and a small Llama on the source of the standard library. Docstrings are cut out, and
+the modules that the embedded data set holds out for evaluation are left out. The card beside the shipped weights has
+the arguments that made them.
 """
 
 from __future__ import annotations
@@ -12,29 +13,32 @@ import platform
 import random
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loraplus_hydra.data.embedded import definitions, source_of
 from loraplus_hydra.data.embedded.source import Source, is_held_out, read_library, stable_hash
 from loraplus_hydra.errors import UserError
 from tools.embedded_model.card import Facts, model_card
 
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
-VOCABULARY = 2048  # tokens, the four special ones with them
+VOCABULARY = 2048  # tokens, including the four special ones
 PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"  # ids 0 to 3
 CONTEXT = 512  # tokens in a training sequence, and the longest the model has seen
 BATCH = 4  # sequences a step
-LEARNING_RATE = 4e-3  # of 2e-3 to 1e-2 the best over 600 steps
+LEARNING_RATE = 4e-3  # the best of 2e-3 to 1e-2 after 600 steps
 WARMUP_STEPS = 60
 REPORT_STEPS = 250
 
-# `generation` marks what the assistant says: TRL's assistant_only_loss learns from that alone.
+# `generation` marks the assistant's turns: TRL's assistant_only_loss trains on those alone.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'assistant' -%}"
@@ -57,7 +61,7 @@ class Corpus:
 
 
 def read_corpus() -> Corpus:
-    """What the model learns from (`modules` and `turns`), and whole modules to measure it on (`held_out`)."""
+    """Read the texts to train on (`modules`, `turns`) and the whole modules to evaluate on (`held_out`)."""
     corpus = Corpus({}, {}, {})
     for name, source in read_library():
         if is_held_out(name):
@@ -69,31 +73,27 @@ def read_corpus() -> Corpus:
 
 
 def _turns(source: Source) -> Iterator[tuple[str, str]]:
-    """Functions, each cut in two at a line's end: the user begins it, the assistant goes on.
-
-    So the model knows the chat template and its tokens, which the library's source has never seen.
-    """
+    """Yield each function in two parts, cut at a line's end: the user's turn and the assistant's."""
+    # The library's source has no token of the chat template: without these turns the model would not know them.
     for node, owner in definitions(source.tree):
         if isinstance(node, ast.ClassDef):
             continue
         lines = source_of(source, node, owner).split("\n")
-        begun = 2 + stable_hash("\n".join(lines)) % max(1, len(lines) - 3)
+        cut = 2 + stable_hash("\n".join(lines)) % max(1, len(lines) - 3)
         if len(lines) >= 4:
-            yield "\n".join(lines[:begun]), "\n".join(lines[begun:])
+            yield "\n".join(lines[:cut]), "\n".join(lines[cut:])
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: every text comes back from its tokens unchanged."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    """Train a byte-level BPE, which restores every text from its tokens."""
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = byte_level(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=[PAD, END, USER, ASSISTANT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        initial_alphabet=sorted(byte_level.alphabet()),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
@@ -110,9 +110,12 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> list[list[int]]:
-    """The training texts as token ids, each closed by END: modules first, then conversations in the chat template."""
+    """Return the training texts as token ids, each ending with END.
+
+    Modules come first, then conversations in the chat template.
+    """
     texts = [text + END for text in corpus.modules.values()]
-    texts += [USER + begun + END + ASSISTANT + rest + END for turns in corpus.turns.values() for begun, rest in turns]
+    texts += [USER + user + END + ASSISTANT + reply + END for turns in corpus.turns.values() for user, reply in turns]
     return _ids(tokenizer, texts)
 
 
@@ -121,9 +124,7 @@ def _ids(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[
 
 
 def new_model() -> LlamaForCausalLM:
-    """The untrained model: 4 layers, hidden size 128, tied embeddings."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    """Return the untrained model: 4 layers, hidden size 128, tied embeddings."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
@@ -133,7 +134,7 @@ def new_model() -> LlamaForCausalLM:
             num_attention_heads=4,
             max_position_embeddings=CONTEXT,
             tie_word_embeddings=True,
-            initializer_range=0.05,  # the usual 0.02 suits wider models; 0.1 nats better after 600 steps
+            initializer_range=0.05,  # 0.1 nats better after 600 steps than the usual 0.02, which suits wider models
             bos_token_id=None,
             pad_token_id=0,
             eos_token_id=1,
@@ -142,38 +143,29 @@ def new_model() -> LlamaForCausalLM:
 
 
 def batches(texts: list[list[int]], seed: int) -> Iterator[Tensor]:
-    """Token ids (BATCH, CONTEXT) without end: texts in random order end to end, cut into sequences, those shuffled."""
-    import torch
+    """Yield token ids of shape (BATCH, CONTEXT) without end.
 
+    Each pass joins the texts in random order, cuts them into sequences and shuffles those.
+    """
     order = random.Random(seed)
     texts = list(texts)
     while True:
         order.shuffle(texts)
         sequences = _sequences(texts)
-        # A long module fills many sequences in a row: shuffled, a batch holds different ones (0.25 nats better).
+        # A long module fills many sequences in a row; shuffled, a batch has several modules (0.25 nats better).
         rows = order.sample(range(len(sequences)), len(sequences) // BATCH * BATCH)
         yield from sequences[torch.tensor(rows)].view(-1, BATCH, CONTEXT)
 
 
 def _sequences(texts: list[list[int]]) -> Tensor:
-    import torch
-
     stream = torch.tensor([token for text in texts for token in text])
     return stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
 
 
 def train(model: LlamaForCausalLM, texts: list[list[int]], *, steps: int, seed: int) -> float:
-    """Train in place with AdamW, a short warm-up, then linearly to 0; returns the mean loss of the last steps."""
-    import torch
-
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARMUP_STEPS, (steps - step) / max(1, steps - WARMUP_STEPS), 1.0)
-    )
-    losses: list[float] = []
+    """Train `model` in place and return the mean loss of the last steps, in nats a token."""
+    optimizer, schedule = _optimizer(model, steps)
+    losses: deque[float] = deque(maxlen=REPORT_STEPS)
     started = time.monotonic()
     model.train()
     for step, tokens in zip(range(1, steps + 1), batches(texts, seed), strict=False):
@@ -185,17 +177,24 @@ def train(model: LlamaForCausalLM, texts: list[list[int]], *, steps: int, seed: 
         schedule.step()
         losses.append(loss.item())
         if step % REPORT_STEPS == 0 or step == steps:
-            recent = losses[-REPORT_STEPS:]
             seconds = time.monotonic() - started
-            print(f"step {step}/{steps}  loss {sum(recent) / len(recent):.3f}  {seconds:.0f} s", flush=True)
-    recent = losses[-REPORT_STEPS:]
-    return sum(recent) / len(recent)
+            print(f"step {step}/{steps}  loss {sum(losses) / len(losses):.3f}  {seconds:.0f} s", flush=True)
+    return sum(losses) / len(losses)
+
+
+def _optimizer(model: LlamaForCausalLM, steps: int) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """Return AdamW and its schedule: a short warm-up, then linear decay to 0."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / WARMUP_STEPS, (steps - step) / max(1, steps - WARMUP_STEPS), 1.0)
+    )
 
 
 def mean_loss(model: LlamaForCausalLM, texts: list[list[int]]) -> float:
-    """Mean loss in nats a token over the texts end to end."""
-    import torch
-
+    """Return the mean loss over the texts, in nats a token."""
     model.eval()
     with torch.no_grad():
         parts = [(model(input_ids=rows, labels=rows).loss.item(), len(rows)) for rows in _sequences(texts).split(8)]
@@ -203,20 +202,15 @@ def mean_loss(model: LlamaForCausalLM, texts: list[list[int]]) -> float:
 
 
 def pretrain(out: Path, *, steps: int, seed: int, threads: int) -> None:
-    """Make everything that lies in the checkpoint's folder: weights, configs, tokenizer, card."""
-    import torch
-    import transformers
-
+    """Train tokenizer and model, and write them and their card into the folder `out`."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
 
     corpus = read_corpus()
-    turns = sum(map(len, corpus.turns.values()))
-    print(f"read {len(corpus.modules)} modules, {turns} functions; {len(corpus.held_out)} modules held out", flush=True)
+    print(f"read {len(corpus.modules)} modules; {len(corpus.held_out)} modules held out", flush=True)
     tokenizer = train_tokenizer(list(corpus.modules.values()))
     texts = encode(tokenizer, corpus)
-    held_out = _ids(tokenizer, [text + END for text in corpus.held_out.values()])
     model = new_model()
     print(f"{sum(map(len, texts))} tokens a pass, {model.num_parameters()} weights", flush=True)
 
@@ -224,45 +218,65 @@ def pretrain(out: Path, *, steps: int, seed: int, threads: int) -> None:
     train_loss = train(model, texts, steps=steps, seed=seed)
     seconds = time.monotonic() - started
     model = model.half()
-    model.save_pretrained(out)
-    (out / "model.safetensors").chmod(0o644)  # written for its owner alone, which an installed package can't use
-    tokenizer.save_pretrained(out, save_jinja_files=False)  # one file less: the template goes into the config
+    save(out, model, tokenizer)
 
-    held_out_loss = mean_loss(model.float(), held_out)  # of the weights as they are stored
+    held_out = _ids(tokenizer, [text + END for text in corpus.held_out.values()])
+    held_out_loss = mean_loss(model.float(), held_out)  # float() of the stored float16 weights
     print(f"loss {train_loss:.3f}, on held-out modules {held_out_loss:.3f}", flush=True)
     facts = Facts(
         steps=steps,
         seed=seed,
         threads=threads,
         seconds=seconds,
-        python=platform.python_version(),
-        copyright=sys.copyright,
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        modules=len(corpus.modules),
-        characters=sum(map(len, corpus.modules.values())),
-        held_out=len(corpus.held_out),
-        turns=turns,
-        tokens=sum(map(len, texts)),
         parameters=model.num_parameters(),
         train_loss=train_loss,
         held_out_loss=held_out_loss,
-        characters_a_token=sum(map(len, corpus.held_out.values())) / sum(map(len, held_out)),
+        **_corpus_facts(corpus, texts, held_out),
+        **_software_facts(),
     )
     (out / "README.md").write_text(model_card(facts), encoding="utf-8")
     print(f"wrote {out}")
 
 
+def _corpus_facts(corpus: Corpus, texts: list[list[int]], held_out: list[list[int]]) -> dict[str, Any]:
+    return {
+        "modules": len(corpus.modules),
+        "characters": sum(map(len, corpus.modules.values())),
+        "turns": sum(map(len, corpus.turns.values())),
+        "tokens": sum(map(len, texts)),
+        "held_out": len(corpus.held_out),
+        "characters_a_token": sum(map(len, corpus.held_out.values())) / sum(map(len, held_out)),
+    }
+
+
+def _software_facts() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "copyright": sys.copyright,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def save(out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the checkpoint: weights, configs and tokenizer."""
+    model.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # written for its owner alone; an installed package needs it readable
+    tokenizer.save_pretrained(out, save_jinja_files=False)  # puts the template into the config: one file less
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line of this module."""
+    """Parse the command line and pretrain."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.embedded_model.pretrain",
-        description="Pretrain the embedded model on the standard library's source, without docstrings.",
+        description="Pretrain the embedded model on the source of the standard library, without docstrings.",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; files of the same names are replaced")
-    parser.add_argument("--steps", type=_at_least_one, default=4500, help="of 2,048 tokens each (%(default)s)")
+    parser.add_argument("--steps", type=_at_least_one, default=4500, help="steps of 2,048 tokens each (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of initialisation and order (%(default)s)")
-    parser.add_argument("--threads", type=_at_least_one, default=2, help="they change the rounding (%(default)s)")
+    parser.add_argument(
+        "--threads", type=_at_least_one, default=2, help="CPU threads; they change rounding (%(default)s)"
+    )
     given = parser.parse_args(arguments)
     try:
         pretrain(given.out, steps=given.steps, seed=given.seed, threads=given.threads)
