@@ -32,7 +32,7 @@ from loraplus_hydra.config.schema import register, run_of
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io import processes, screen
 from loraplus_hydra.io.files import refuse_unwritable, refuse_used_folder
-from loraplus_hydra.io.quiet import quiet_libraries
+from loraplus_hydra.io.quiet_libraries import quiet_libraries
 from loraplus_hydra.io.run_folder import HYDRA
 from loraplus_hydra.sweep.folders import register as register_interpolations
 
@@ -69,9 +69,9 @@ class BeforeRun(Callback):
             from loraplus_hydra.sweep.plan import begin
 
             _begun.append(begin(config, sys.argv[1:]))
-            from loraplus_hydra.sweep.search import go_on
+            from loraplus_hydra.sweep.search import continue_study
 
-            go_on(config, _begun[-1])
+            continue_study(config, _begun[-1])
 
     def _do(self, config: DictConfig) -> None:
         folder = Path(config.hydra.run.dir)
@@ -101,11 +101,11 @@ def _ending_the_program() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        screen.keep(f"Error: {error}", logging.ERROR)
+        screen.log_to_file(f"Error: {error}", logging.ERROR)
         _print_error(error)
         raise SystemExit(EXIT_USER_ERROR) from error
     except Exception as error:
-        screen.keep("".join(traceback.format_exception(error)), logging.ERROR)
+        screen.log_to_file("".join(traceback.format_exception(error)), logging.ERROR)
         if os.environ.get(_SHOW_TRACEBACK):
             raise SystemExit(_with_traceback(error)) from error
         _print_error(error)
@@ -192,9 +192,9 @@ def _end_sweep() -> bool:
     """Tell how the sweep's jobs ended, if there was one, and make its report. Returns whether any of them failed."""
     if not _begun:
         return False
-    from loraplus_hydra.sweep.finish import end
+    from loraplus_hydra.sweep.finish import finish
 
-    return not end(_begun.pop())
+    return not finish(_begun.pop())
 
 
 def split_command(arguments: list[str]) -> tuple[str, list[str]]:

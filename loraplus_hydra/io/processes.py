@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import atexit
-import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from loraplus_hydra.errors import UserError
-
-_locked: set[int] = set()  # file descriptors by which this process holds folders: see `alone_in`
 
 
 def rank() -> int:
@@ -49,7 +44,7 @@ def refuse_sweep(arguments: list[str]) -> None:
         )
 
 
-def agree_on(folder: Path) -> Path:
+def shared_folder(folder: Path) -> Path:
     """The first process's folder, in every process."""
     if world_size() == 1:
         return folder
@@ -60,40 +55,6 @@ def agree_on(folder: Path) -> Path:
     told = [str(folder.absolute())]
     broadcast_object_list(told)
     return Path(told[0])
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Refuse, with a UserError, a folder in which another run is at work; inside, others are refused.
-
-    The lock is the operating system's own, so that a killed run leaves none behind. It lasts as long as any process has
-    its descriptor, so forked ones (a DataLoader's workers, which outlive a killed run by seconds) give theirs up.
-    """
-    if not is_main():
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    _locked.add(handle)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"a run is at work in {folder}; wait for it, or name another hydra.run.dir") from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        if handle in _locked:  # not in a forked process that comes by here
-            _locked.remove(handle)
-            os.close(handle)
-
-
-def _give_up_locks() -> None:
-    while _locked:
-        os.close(_locked.pop())
-
-
-os.register_at_fork(after_in_child=_give_up_locks)
 
 
 def _on_cpu() -> bool:

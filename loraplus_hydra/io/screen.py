@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("loraplus_hydra")
 
 
-def say(text: str) -> None:
+def show(text: str) -> None:
     """One line on the screen and in the log file, from the run's first process alone."""
     if processes.is_main():
         log.info(text)
 
 
-def keep(text: str, level: int = logging.INFO) -> None:
+def log_to_file(text: str, level: int = logging.INFO) -> None:
     """What the log file alone has, if there is one."""
     fields = {"name": log.name, "levelno": level, "levelname": logging.getLevelName(level)}
     record = logging.makeLogRecord({**fields, "msg": "%s", "args": (text,)})
@@ -37,7 +37,7 @@ def keep(text: str, level: int = logging.INFO) -> None:
             handler.handle(record)
 
 
-def _print(*renderables: Any, on_screen: bool = True) -> None:
+def print_rich(*renderables: Any, on_screen: bool = True) -> None:
     """On the screen as it is, and in the log file, if there is one, as plain text."""
     import io
 
@@ -47,7 +47,7 @@ def _print(*renderables: Any, on_screen: bool = True) -> None:
         console().print(*renderables, sep="\n")
     text = io.StringIO()
     Console(file=text, width=160, no_color=True).print(*renderables, sep="\n")
-    keep(f"\n{text.getvalue()}")
+    log_to_file(f"\n{text.getvalue()}")
 
 
 def console() -> Console:

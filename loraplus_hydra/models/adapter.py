@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.config.targets import instantiate
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.io.quiet import quiet_peft
+from loraplus_hydra.io.quiet_libraries import quiet_peft
 from loraplus_hydra.loraplus.starts import A_ZERO, TRAINED, note_start
 from loraplus_hydra.models.initialisation import changes_base, factors, start_with_a_zero
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.config.locations import is_local, model_location
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
-from loraplus_hydra.io.quiet import quiet_peft
+from loraplus_hydra.io.quiet_libraries import quiet_peft
 from loraplus_hydra.io.run_folder import ADAPTER
 
 if TYPE_CHECKING:

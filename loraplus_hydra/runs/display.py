@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.config.hydra_job import number_in_sweep
 from loraplus_hydra.io import run_folder
-from loraplus_hydra.io.screen import _print, say, table
+from loraplus_hydra.io.screen import print_rich, show, table
 
 if TYPE_CHECKING:
     from loraplus_hydra.io.result import Result
@@ -32,7 +32,7 @@ def show_config(config: Any) -> None:
 
     tree = Tree("[bold]config[/bold]", guide_style="dim")
     grow(tree, config)
-    _print(tree, on_screen=number_in_sweep() in (None, 0))
+    print_rich(tree, on_screen=number_in_sweep() in (None, 0))
 
 
 def show_overview(rows: Sequence[Row]) -> None:
@@ -44,7 +44,7 @@ def show_overview(rows: Sequence[Row]) -> None:
         numbers = (f"{row.lr:.3g}", f"{row.weight_decay:g}", bits, f"{row.tensors:,}", f"{row.numbers:,}")
         cells.append((row.role, row.rule, row.group, *numbers))
     rates = table(("role", "rule", "group", *names), cells, right=names)
-    _print("What gets which rate", rates, on_screen=number_in_sweep() in (None, 0))
+    print_rich("What gets which rate", rates, on_screen=number_in_sweep() in (None, 0))
 
 
 def show_tensors(placed: Sequence[Placed]) -> None:
@@ -53,7 +53,7 @@ def show_tensors(placed: Sequence[Placed]) -> None:
     for one in placed:
         shape = " x ".join(map(str, one.record.shape))
         cells.append((one.record.name, shape, one.record.owner, one.group.name, f"{one.group.lr:.3g}", one.why()))
-    _print("Every trained tensor", table(("tensor", "shape", "owner", "group", "lr", "why"), cells, right=("lr",)))
+    print_rich("Every trained tensor", table(("tensor", "shape", "owner", "group", "lr", "why"), cells, right=("lr",)))
 
 
 def show_memory(memory: Memory, trained: int, total: int) -> None:
@@ -66,7 +66,7 @@ def show_memory(memory: Memory, trained: int, total: int) -> None:
         ("together", memory.total),
     )
     cells = [(name, "unknown" if size is None else f"{size / 2**20:,.1f}") for name, size in parts]
-    _print("Memory, without activations", table(("what", "MiB"), cells, right=("MiB",)))
+    print_rich("Memory, without activations", table(("what", "MiB"), cells, right=("MiB",)))
     print(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}).")
 
 
@@ -79,12 +79,12 @@ def show_result(folder: Path, result: Result) -> None:
     if before is not None and after is not None:
         compared = f"{result.metric}: {before:.4f} before training, {after:.4f} after {result.steps} steps"
     if of_sweep:
-        say(f"{compared or f'{result.steps} steps'}; {result.seconds:.0f} s, in {folder.name}")
+        show(f"{compared or f'{result.steps} steps'}; {result.seconds:.0f} s, in {folder.name}")
         return
     if compared:
-        say(compared)
-    say(f"Trained {result.trained_parameters:,} of {result.total_parameters:,} parameters in {result.seconds:.0f} s.")
-    say(f"Everything lies in {folder}")
+        show(compared)
+    show(f"Trained {result.trained_parameters:,} of {result.total_parameters:,} parameters in {result.seconds:.0f} s.")
+    show(f"Everything lies in {folder}")
     for name, what in (
         (run_folder.ADAPTER, "the adapter, as PEFT loads it"),
         (run_folder.FIGURE, "loss and rates over steps"),
@@ -92,9 +92,9 @@ def show_result(folder: Path, result: Result) -> None:
         (run_folder.PARAM_GROUPS, "every trained tensor and its rate"),
         (run_folder.RESULT, "the result"),
     ):
-        say(f"  {name:<20}{what}")
+        show(f"  {name:<20}{what}")
     if next_steps := ", ".join(_next_steps(folder)):
-        say(f"Next: {next_steps}.")
+        show(f"Next: {next_steps}.")
 
 
 def _next_steps(folder: Path) -> Iterator[str]:
@@ -119,7 +119,7 @@ def _show_samples(samples: Sequence[Mapping[str, str]], *, on_screen: bool) -> N
         prompt = sample["prompt"] if len(sample["prompt"]) <= 240 else sample["prompt"][:240] + " ..."
         cells.append((prompt, sample["reference"], sample["before"], sample["after"]))
     answers = table(("prompt", "reference", "before", "after"), cells, lines=True)
-    _print("Held-out prompts", answers, on_screen=on_screen)
+    print_rich("Held-out prompts", answers, on_screen=on_screen)
 
 
 def _shown(value: Any) -> str:

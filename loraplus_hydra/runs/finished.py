@@ -101,7 +101,7 @@ def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, P
     """The run's model with its adapter, and the tokenizer that was saved with it. Raises UserError."""
     from transformers import set_seed
 
-    from loraplus_hydra.io.quiet import quiet_loading
+    from loraplus_hydra.io.quiet_libraries import quiet_loading
     from loraplus_hydra.models.adapter_files import attach, stored_adapter
     from loraplus_hydra.models.base_model import load_base
 

@@ -19,7 +19,8 @@ from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import files, processes, run_folder, screen
 from loraplus_hydra.io.checkpoints import ResumePoint, sealed
-from loraplus_hydra.io.quiet import quiet_libraries, quiet_loading
+from loraplus_hydra.io.locks import folder_lock
+from loraplus_hydra.io.quiet_libraries import quiet_libraries, quiet_loading
 from loraplus_hydra.io.result import FAILED, INTERRUPTED, OK, Result, read_result, versions
 from loraplus_hydra.runs import display
 from loraplus_hydra.runs.limits import explained
@@ -43,11 +44,11 @@ def run(config: DictConfig, folder: str | Path | None = None) -> Result:
     """
     quiet_libraries()
     config = run_of(config)
-    folder = processes.agree_on(Path(folder) if folder is not None else _hydra_folder())
+    folder = processes.shared_folder(Path(folder) if folder is not None else _hydra_folder())
     folder.mkdir(parents=True, exist_ok=True)
-    with processes.alone_in(folder):
+    with folder_lock(folder):
         if (done := finished(config, folder)) is not None:
-            screen.say(told_as_finished(folder, done))
+            screen.show(told_as_finished(folder, done))
             return done
         point = _resume_point(config, folder)
         tracking = Tracking()
@@ -59,7 +60,7 @@ def run(config: DictConfig, folder: str | Path | None = None) -> Result:
 
 
 def _run(config: DictConfig, folder: Path, result: Result, point: ResumePoint | None, tracking: Tracking) -> None:
-    screen.say("1/6 Checking the config")
+    screen.show("1/6 Checking the config")
     if point is None:  # else it was checked before the folder was looked at
         check(config)
     quiet_loading()
@@ -70,24 +71,24 @@ def _run(config: DictConfig, folder: Path, result: Result, point: ResumePoint | 
     from loraplus_hydra.tasks.examples import load_examples
     from loraplus_hydra.training.hf_trainer.assemble import make_trainer  # heavy
 
-    screen.say("2/6 Loading the data and the tokenizer")
+    screen.show("2/6 Loading the data and the tokenizer")
     tokenizer = load_tokenizer(config.model)
     examples = load_examples(config, tokenizer)
-    screen.say(f"    {examples.counts()}")
+    screen.show(f"    {examples.counts()}")
     for note in examples.notes:
-        screen.say(f"    Note: {note}")
+        screen.show(f"    Note: {note}")
 
-    screen.say("3/6 Loading the model and adding the adapter")
+    screen.show("3/6 Loading the model and adding the adapter")
     model = _load_model(config, tokenizer, examples)
 
-    screen.say("4/6 Deciding which tensor gets which rate")
-    trainer = make_trainer(config, folder, model, tokenizer, examples, point, tracking.tell)
+    screen.show("4/6 Deciding which tensor gets which rate")
+    trainer = make_trainer(config, folder, model, tokenizer, examples, point, tracking.log)
     _show_and_write_groups(folder, trainer)
 
-    screen.say("5/6 Training")
+    screen.show("5/6 Training")
     _train(config, trainer, examples, result, point)
 
-    screen.say("6/6 Saving the adapter")
+    screen.show("6/6 Saving the adapter")
     if processes.is_main():
         _save(folder, model, tokenizer)
 
@@ -137,14 +138,14 @@ def _write(config: DictConfig, result: Result, folder: Path) -> None:
     except (OSError, UserError) as error:
         if result.status == OK:
             raise
-        screen.say(f"{run_folder.RESULT} could not be written: {error}")
+        screen.show(f"{run_folder.RESULT} could not be written: {error}")
 
 
 def _say_how_to_go_on(folder: Path) -> None:
     checkpoints = sealed(folder / run_folder.CHECKPOINTS)
     if checkpoints and processes.is_main():
         command = f"python -m loraplus_hydra resume {shlex.quote(str(folder))}"
-        screen.say(f"The last checkpoint is {checkpoints[-1].name}; to go on: {command}")
+        screen.show(f"The last checkpoint is {checkpoints[-1].name}; to go on: {command}")
 
 
 def _describe(config: DictConfig, folder: Path, result: Result, point: ResumePoint | None) -> None:
@@ -160,10 +161,10 @@ def _describe(config: DictConfig, folder: Path, result: Result, point: ResumePoi
         previous = read_result(folder)
         if point.checkpoint or previous or (folder / run_folder.METRICS).is_file():  # else this is its first start
             at = f"going on from step {point.step}" if point.checkpoint else "no checkpoint counts: from step 0"
-            screen.say(f"    Resuming: {at}")
+            screen.show(f"    Resuming: {at}")
             result.resumed_at = [*(previous.resumed_at if previous else ()), point.step]
         for change in point.changed:
-            screen.say(f"    Changed since: {change}")
+            screen.show(f"    Changed since: {change}")
         if previous is not None:  # what was said of its end no longer holds
             replace(result, status=INTERRUPTED).write(folder)
         prepare(point, folder)
@@ -183,7 +184,7 @@ def _show_and_write_groups(folder: Path, trainer: Any) -> None:
     display.show_overview(rows(placed))
     total = sum(parameter.numel() for parameter in trainer.model.parameters())
     for sentence in ratio_advice([one.record for one in placed], largest_ratio(placed), total):
-        screen.say(f"    Note: {sentence}")
+        screen.show(f"    Note: {sentence}")
     table = [
         {
             "name": one.record.name,

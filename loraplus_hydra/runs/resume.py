@@ -13,6 +13,7 @@ from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io import checkpoints, files, processes, run_folder, screen
 from loraplus_hydra.io.checkpoint_state import STATE, trainer_state
 from loraplus_hydra.io.checkpoints import AUTO, KEY, Checkpoint, ResumePoint
+from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.result import OK, Result, read_result
 from loraplus_hydra.runs.stored_config import read_plain
 from loraplus_hydra.training.checkpoint_changes import full_name, refuse_other_groups
@@ -51,7 +52,7 @@ def refuse_unfit(config: DictConfig, folder: Path) -> None:
         if processes.is_main():
             print(told_as_finished(folder, result))
         raise SystemExit(0)
-    with processes.alone_in(folder):
+    with folder_lock(folder):
         find(config, folder, tell=False)
 
 
@@ -91,7 +92,7 @@ def prepare(point: ResumePoint, folder: Path) -> None:
         return
     own, lines = _lines_until(point.checkpoint)
     if len(lines) < int(point.checkpoint.state["metrics_bytes"]):
-        screen.say(f"    Note: {own} is shorter than it was at step {step}; lines are missing")
+        screen.show(f"    Note: {own} is shorter than it was at step {step}; lines are missing")
     if own.resolve() == metrics.resolve() and metrics.is_file():
         os.truncate(metrics, len(lines))
     else:
@@ -119,7 +120,7 @@ def _set_aside(place: Path) -> None:
     aside = place.with_name(f"set-aside-{place.name}")
     checkpoints.unseal(aside)
     place.rename(aside)
-    screen.say(f"    Note: {place.name} is newer than where this goes on from; it is now {aside.name}")
+    screen.show(f"    Note: {place.name} is newer than where this goes on from; it is now {aside.name}")
 
 
 def _refuse_other_training(config: DictConfig, checkpoint: Checkpoint) -> None:

@@ -14,7 +14,7 @@ from loraplus_hydra.sweep import job_status
 from loraplus_hydra.sweep.plan import Sweep
 
 
-def end(sweep: Sweep) -> bool:
+def finish(sweep: Sweep) -> bool:
     """Make and show the report, and tell of the jobs that this start ran. Returns whether all of them are done.
 
     A sweep that never came to a job leaves nothing behind.

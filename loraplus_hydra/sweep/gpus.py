@@ -6,16 +6,18 @@ take all of them for each job.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 _NOT_HANDING_OUT = ("hydra_joblib_launcher.joblib_launcher.JoblibLauncher", "submitit_launcher.LocalLauncher")
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _MOST_ON_ONE = 64  # processes
-_held: list[int] = []  # the open lock file of the GPU that is this process's until it ends
+_held: list[FileLock] = []  # the lock on this process's GPU, kept until the process ends
 
 
 def take_one(hydra: Any) -> str | None:
@@ -34,7 +36,10 @@ def take_one(hydra: Any) -> str | None:
     folder.mkdir(mode=0o700, exist_ok=True)
     for turn in range(_MOST_ON_ONE):  # a second process on a GPU only when each has one
         for name in names:
-            if _lock(folder / f"{name.replace(os.sep, '-')}.{turn}"):
+            lock = FileLock(folder / f"{name.replace(os.sep, '-')}.{turn}", timeout=0)
+            with suppress(OSError, NotImplementedError):  # another worker has it, or the file system has no locks
+                lock.acquire()
+                _held.append(lock)
                 os.environ[_VISIBLE] = name
                 return name
     return None
@@ -50,14 +55,3 @@ def visible() -> list[str]:
     if os.environ.get(_VISIBLE):
         return [name.strip() for name in os.environ[_VISIBLE].split(",")][:count]
     return [str(index) for index in range(count)]
-
-
-def _lock(file: Path) -> bool:
-    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return False
-    _held.append(handle)
-    return True

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.io.quiet import quiet_libraries
+from loraplus_hydra.io.quiet_libraries import quiet_libraries
 from loraplus_hydra.training.measure import reset_peak_memory
 
 Restore = Callable[[], Any]

@@ -6,16 +6,17 @@ the sweep's folder, which the start reads at its end and removes.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import uuid
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.files import write_text
+from loraplus_hydra.io.locks import folder_lock
 
 FOLDER = ".jobs"
 RUNNING, DONE, SKIPPED, FAILED, INTERRUPTED = "running", "done", "skipped", "failed", "interrupted"
@@ -23,10 +24,10 @@ RUNNING, DONE, SKIPPED, FAILED, INTERRUPTED = "running", "done", "skipped", "fai
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a sweep. It holds a lock of the operating system's, so that what a killed one leaves is known."""
+    """One start of a sweep, which locks the folder of its jobs' files until it ends."""
 
     folder: Path
-    handle: int
+    lock: ExitStack
 
     @property
     def name(self) -> str:
@@ -44,21 +45,16 @@ class Record:
 
 
 def begin(sweep: Path) -> Start:
-    """A place for the notes of a new start; those of starts that were killed are removed."""
+    """Make and lock the folder for a new start's files, and remove the folders of starts that were killed."""
     for old in (sweep / FOLDER).glob("*"):
-        with suppress(OSError):  # a file system without locks, or a start at work
-            handle = os.open(old, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(UserError, OSError), folder_lock(old) as locked:
+            if locked:  # no process holds it; without locks nobody knows
                 shutil.rmtree(old)
-            finally:
-                os.close(handle)
     folder = sweep / FOLDER / uuid.uuid4().hex[:12]
     folder.mkdir(parents=True)
-    handle = os.open(folder, os.O_RDONLY)
-    with suppress(OSError):
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return Start(folder, handle)
+    lock = ExitStack()
+    lock.enter_context(folder_lock(folder))
+    return Start(folder, lock)
 
 
 def note(sweep: Path, start: str, record: Record) -> None:
@@ -78,9 +74,8 @@ def collect(start: Start) -> list[Record]:
 
 
 def end(start: Start) -> None:
-    """Remove the notes."""
+    """Remove the start's files and give up its lock."""
     shutil.rmtree(start.folder, ignore_errors=True)
-    with suppress(OSError):
+    with suppress(OSError):  # not empty: another start is active
         start.folder.parent.rmdir()
-    with suppress(OSError):
-        os.close(start.handle)
+    start.lock.close()

@@ -12,7 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.io import checkpoints, processes, run_folder, screen
+from loraplus_hydra.io import checkpoints, run_folder, screen
+from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.result import read_result
 from loraplus_hydra.sweep import job_status
 from loraplus_hydra.sweep.folders import State, clear, hash_of, state_of
@@ -64,7 +65,7 @@ def run_job(config: DictConfig) -> float | None:
         raise
     except (Exception, SystemExit) as error:
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        screen.say(f"    Failed: {text}")
+        screen.show(f"    Failed: {text}")
         _FILE.error("The job failed.", exc_info=error)
         job.note(job_status.FAILED, text)
         free(error)
@@ -76,7 +77,7 @@ def run_job(config: DictConfig) -> float | None:
 def _done_before(job: _Job) -> float | None:
     result = read_result(job.folder)
     assert result is not None, "a job that is done has a result"
-    screen.say(f"    Done before: {job.name}: {result.metric} {result.value}")
+    screen.show(f"    Done before: {job.name}: {result.metric} {result.value}")
     job.note(job_status.SKIPPED, value=result.value)
     return result.value
 
@@ -84,7 +85,7 @@ def _done_before(job: _Job) -> float | None:
 def _prepared(config: DictConfig, folder: Path) -> DictConfig:
     """The config with which the job goes on from its newest whole checkpoint, or begins anew in a cleared folder."""
     if checkpoints.newest_whole(folder / run_folder.CHECKPOINTS) is None:
-        with processes.alone_in(folder):
+        with folder_lock(folder):
             clear(folder)
         return config
     with open_dict(config):

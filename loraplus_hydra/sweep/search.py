@@ -20,7 +20,7 @@ _SWEEPER = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
 _OLDEST = 4  # optuna's major version: older ones can't write their sqlite file with today's SQLAlchemy
 
 
-def go_on(config: DictConfig, sweep: Sweep) -> None:
+def continue_study(config: DictConfig, sweep: Sweep) -> None:
     """Set the plugin's `n_trials`, `direction` and sampler's seed by the study that is there.
 
     `config` is the program's, `sweep` what has begun by it; another sweeper than Optuna's is left alone. Raises
@@ -48,7 +48,7 @@ def go_on(config: DictConfig, sweep: Sweep) -> None:
             sweeper.sampler.seed += len(study.trials)
     if done:
         more = f"{wanted - done} to go" if done < wanted else f"for more set hydra.sweeper.n_trials above {wanted}"
-        screen.say(f"The study has {done} finished trials, the best {study.best_value}; {more}")
+        screen.show(f"The study has {done} finished trials, the best {study.best_value}; {more}")
 
 
 def _put_in_order(study: Any, states: Any) -> int:

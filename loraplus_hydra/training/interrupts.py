@@ -31,7 +31,7 @@ def finishing_the_step(stop: StopAtStep) -> Iterator[None]:
             before[number](number, frame)
         else:
             stop.asked = number
-            screen.say("    Stopping: this step is finished and a checkpoint written; once more to stop at once")
+            screen.show("    Stopping: this step is finished and a checkpoint written; once more to stop at once")
 
     for number in map(int, SIGNALS):
         handler = signal.getsignal(number)

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +13,7 @@ import pytest
 from loraplus_hydra import run
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.checkpoint_state import STATE
-from loraplus_hydra.io.checkpoints import MANIFEST, in_order, newest_whole, open_checkpoint, rotate, seal, unseal
-from loraplus_hydra.io.processes import alone_in
+from loraplus_hydra.io.checkpoints import in_order, newest_whole, open_checkpoint, rotate, seal, unseal
 from loraplus_hydra.models.adapter_files import refuse_other_tensors
 from tests.conftest import Finished
 from tests.runs.test_resume import AUTO
@@ -211,81 +205,6 @@ def test_order_by_length_is_another_in_each_epoch() -> None:
     behind[0] = 1.0
     assert list(order) != first
     assert sorted(order) == list(range(40))
-
-
-def held(folder: Path) -> bool:
-    """Whether another process holds `folder`."""
-    try:
-        with alone_in(folder):
-            return False
-    except UserError:
-        return True
-
-
-HOLD = """
-import os, sys, time
-from pathlib import Path
-from loraplus_hydra.io.processes import alone_in
-
-with alone_in(Path(sys.argv[1])):
-    child = os.fork()
-    if child == 0:
-        print(os.getpid(), flush=True)
-    time.sleep(60)
-"""
-
-
-def test_lock_ends_with_its_run_though_a_forked_worker_lives_on(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdout is not None
-        worker = int(process.stdout.readline())
-        try:
-            assert held(tmp_path)
-            process.kill()
-            process.wait()
-            os.kill(worker, 0)  # it is still there
-            assert not held(tmp_path)
-        finally:
-            os.kill(worker, signal.SIGKILL)
-
-
-def test_lock_outlasts_the_end_of_a_forked_process(tmp_path: Path) -> None:
-    with alone_in(tmp_path):
-        child = os.fork()
-        if child == 0:
-            os._exit(0)
-        os.waitpid(child, 0)
-        done = subprocess.run(
-            [sys.executable, "-c", HOLD, str(tmp_path)],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert "a run is at work" in done.stderr
-
-
-def test_run_with_workers_is_resumed_right_after_its_kill(tiny_run: list[str], tmp_path: Path) -> None:
-    overrides = [*tiny_run, "trainer.max_steps=100000", "trainer.save_steps=5", "trainer.dataloader_num_workers=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "loraplus_hydra"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [*command, *overrides, f"hydra.run.dir={tmp_path / 'run'}"],
-            stdout=log, stderr=log, env=environment, cwd=tmp_path,
-        )  # fmt: skip
-    end = time.monotonic() + 120
-    while not (tmp_path / "run" / "checkpoints" / "checkpoint-5" / MANIFEST).is_file():
-        assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    assert Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split(), "it has no workers"
-    process.kill()
-    process.wait()
-    assert not held(tmp_path / "run")
 
 
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {

@@ -139,7 +139,7 @@ def test_hub_without_an_address_is_asked_for_nothing(
 
 def test_tries_to_reach_the_hub_are_not_on_the_screen() -> None:
     code = (
-        "from loraplus_hydra.io.quiet import quiet_libraries; quiet_libraries()\n"
+        "from loraplus_hydra.io.quiet_libraries import quiet_libraries; quiet_libraries()\n"
         "from huggingface_hub.utils import logging\n"
         "logging.get_logger('huggingface_hub.utils._http').warning('Retrying in 1s')\n"
     )

@@ -314,10 +314,10 @@ def test_run_that_was_ended_before_it_began_is_told(
 
 
 def test_two_runs_never_share_a_folder(compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path) -> None:
-    from loraplus_hydra.io.processes import alone_in
+    from loraplus_hydra.io.locks import folder_lock
 
     (tmp_path / "run").mkdir()
-    with alone_in(tmp_path / "run"), pytest.raises(UserError, match="a run is at work"):
+    with folder_lock(tmp_path / "run"), pytest.raises(UserError, match="a run is active"):
         run(compose(*tiny_run), tmp_path / "run")
 
 

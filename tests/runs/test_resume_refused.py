@@ -12,7 +12,7 @@ import pytest
 
 from loraplus_hydra import run
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.io.processes import alone_in
+from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.runs.resume import find, prepare
 from tests.conftest import Finished
 from tests.runs.test_resume import AUTO, files
@@ -52,9 +52,9 @@ def test_run_at_work_keeps_what_was_asked_for(cli: Cli, tiny_run: list[str], tmp
     command = [*tiny_run, *TO_EIGHT, "hydra.run.dir=run"]
     assert cli(*command).status == 0
     before = files(tmp_path / "run")
-    with alone_in(tmp_path / "run"):
+    with folder_lock(tmp_path / "run"):
         finished = cli(*command, "loraplus.ratio=2", "trainer.max_steps=12", AUTO)
-    assert (finished.status, "a run is at work" in finished.err) == (1, True), finished.err
+    assert (finished.status, "a run is active" in finished.err) == (1, True), finished.err
     assert files(tmp_path / "run") == before
 
 

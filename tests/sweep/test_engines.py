@@ -142,8 +142,8 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(gpus, "_held", [])
     yield
-    for handle in gpus._held:
-        os.close(handle)
+    for lock in gpus._held:
+        lock.release()
 
 
 def next_worker(monkeypatch: pytest.MonkeyPatch) -> str | None:
@@ -166,7 +166,7 @@ def test_gpu_is_free_again_when_its_worker_has_ended(monkeypatch: pytest.MonkeyP
     assert next_worker(monkeypatch) == "0"
     ended = gpus._held
     assert next_worker(monkeypatch) == "1"
-    os.close(ended.pop())
+    ended.pop().release()
     assert next_worker(monkeypatch) == "0"
 
 

@@ -77,7 +77,7 @@ def test_what_a_job_changes_of_the_process_is_put_back(
     from bitsandbytes.optim import GlobalOptimManager
     from transformers.utils import logging as transformers_logging
 
-    from loraplus_hydra.io.quiet import quiet_libraries
+    from loraplus_hydra.io.quiet_libraries import quiet_libraries
     from loraplus_hydra.runs import job
 
     seen: list[dict[str, Any]] = []

@@ -104,12 +104,12 @@ def test_search_for_a_metric_that_should_grow_maximises(compose: Callable[..., A
 
     from loraplus_hydra.sweep import job_status
     from loraplus_hydra.sweep.plan import Sweep
-    from loraplus_hydra.sweep.search import _SWEEPER, go_on
+    from loraplus_hydra.sweep.search import _SWEEPER, continue_study
 
     sweeper = {"_target_": _SWEEPER, "storage": f"sqlite:///{tmp_path}/study.db", "study_name": "loraplus"}
     sweeper |= {"n_trials": 5, "direction": None, "sampler": {"seed": 3}}
     config = OmegaConf.create({"hydra": {"sweeper": sweeper}, "task": {"greater_is_better": True}})
-    go_on(config, Sweep(tmp_path, (), job_status.begin(tmp_path), is_new=True))
+    continue_study(config, Sweep(tmp_path, (), job_status.begin(tmp_path), is_new=True))
     assert config.hydra.sweeper.direction == "maximize"
     assert study(tmp_path).direction.name == "MAXIMIZE"
     assert (config.hydra.sweeper.n_trials, config.hydra.sweeper.sampler.seed) == (5, 3)

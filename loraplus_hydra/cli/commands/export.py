@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io import files
 from loraplus_hydra.io.files import refuse_unwritable
-from loraplus_hydra.io.quiet import quiet_peft
+from loraplus_hydra.io.quiet_libraries import quiet_peft
 from loraplus_hydra.runs.finished import FinishedRun, load_run, named_run, open_run, unnamed_run
 
 if TYPE_CHECKING:

@@ -98,7 +98,7 @@ def _trainer_without_weights(
     from transformers import set_seed
 
     from loraplus_hydra.config.targets import locate
-    from loraplus_hydra.io.quiet import quiet_loading
+    from loraplus_hydra.io.quiet_libraries import quiet_loading
     from loraplus_hydra.training.hf_trainer.assemble import training_arguments
     from loraplus_hydra.training.prepare import adapted_meta_model
 

@@ -26,7 +26,7 @@ from loraplus_hydra.io import screen
 from loraplus_hydra.io.checkpoint_state import STATE
 from loraplus_hydra.io.checkpoints import OPTIMIZER, open_checkpoint, rotate, seal, step_of, unseal
 from loraplus_hydra.io.files import replace_folder, unfinished, write_text
-from loraplus_hydra.io.quiet import quiet_about_steps
+from loraplus_hydra.io.quiet_libraries import quiet_step_mismatch
 from loraplus_hydra.training.checkpoint_changes import described, differences
 
 # Where TRL's trainers keep the metrics that aren't logged yet (ORPO's under a name of its own), and the tokens seen.
@@ -56,7 +56,7 @@ class ResumableMixin:
         checkpoint is beyond the run's steps.
         """
         if checkpoint is None or not self._is_last(checkpoint):
-            with quiet_about_steps():
+            with quiet_step_mismatch():
                 return self.train(resume_from_checkpoint=checkpoint)  # type: ignore[attr-defined]
         return self._restore_last(checkpoint)
 
@@ -132,7 +132,7 @@ class ResumableMixin:
             output = super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         if best is not None and best != self.step_of_model:
-            screen.say(
+            screen.show(
                 f"    Note: the best evaluation is of step {best}, which has no checkpoint, so the model is that of "
                 f"step {self.step_of_model}. With trainer.save_steps equal to trainer.eval_steps, each has one"
             )
@@ -207,7 +207,7 @@ class CheckpointKeeper(TrainerCallback):
         if not isinstance(args.resume_from_checkpoint, str):
             return
         for change in self.trainer.resumed_with:
-            screen.say(f"    Changed from here on: {change}")
+            screen.show(f"    Changed from here on: {change}")
         state.best_model_checkpoint = own_best(args.resume_from_checkpoint, args)
         # Steps that are given as a share of all are a share of this run's steps, not of the checkpoint's.
         state.compute_steps(args, state.max_steps)

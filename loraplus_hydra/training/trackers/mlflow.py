@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
+
+from filelock import FileLock
 
 from loraplus_hydra.config.flatten import flat
 from loraplus_hydra.io.files import write_text
@@ -53,7 +54,7 @@ class MLflow(Tracker):
         uri, place = located(self.tracking_uri, run.started_in)
         if place is not None and not uri.startswith(_SQLITE):
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder was asked for; later versions ask again
-        with _alone(place):  # two jobs that make the tables at the same time break one another's
+        with _store_lock(place):  # two jobs that make the tables at the same time break one another's
             self._client = MlflowClient(tracking_uri=uri)
             experiment = self._client.get_experiment_by_name(self.experiment)
             number = experiment.experiment_id if experiment else self._new_experiment(place)
@@ -144,15 +145,13 @@ def located(uri: str, start: Path) -> tuple[str, Path | None]:
 
 
 @contextmanager
-def _alone(place: Path | None) -> Iterator[None]:
-    """Inside, other processes that start with the same local store wait."""
-    if place is None:
-        yield
-        return
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with place.with_name(f".{place.name}.lock").open("w") as handle:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
+def _store_lock(place: Path | None) -> Iterator[None]:
+    """Make other processes that open the same local store wait until the block ends."""
+    with ExitStack() as stack:
+        if place is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError, NotImplementedError):  # a file system without locks
+                stack.enter_context(FileLock(place.with_name(f".{place.name}.lock")))
         yield
 
 

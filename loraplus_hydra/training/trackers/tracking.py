@@ -38,7 +38,7 @@ class Tracking:
         self._works = True
         self._do(lambda: self._begin(logger, _described(config, folder, resumed_at)))
 
-    def tell(self, line: Mapping[str, Any]) -> None:
+    def log(self, line: Mapping[str, Any]) -> None:
         """Pass the numbers of a line of metrics.jsonl on, at its step."""
         tracker = self._tracker
         if tracker is None or not self._works:

@@ -44,7 +44,7 @@ def quiet_peft() -> Iterator[None]:
 
 
 @contextmanager
-def quiet_about_steps() -> Iterator[None]:
+def quiet_step_mismatch() -> Iterator[None]:
     """Without transformers' warning that a share of the steps (0.25) isn't the number that a checkpoint has it as."""
     logger = logging.getLogger("transformers.trainer_utils")
     level = logger.level
