@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+from loraplus_hydra.io.read import read_json
 
 STATE = "run_state.json"  # what the Trainer's own files lack: see resuming.py
 TRAINER_STATE = "trainer_state.json"  # as the Trainer names it
@@ -15,7 +16,7 @@ TRAINER_STATE = "trainer_state.json"  # as the Trainer names it
 
 def run_state(folder: Path) -> dict[str, Any]:
     """A checkpoint's run_state.json. Raises ValueError unless it is as `resuming.CheckpointKeeper` writes it."""
-    state = _json(folder / STATE)
+    state: dict[str, Any] = read_json(folder / STATE)
     step: Any = state.get("step")
     right = {
         "step": _whole(step, 1),
@@ -75,7 +76,7 @@ def trainer_state(folder: Path) -> dict[str, Any]:
     """A checkpoint's trainer_state.json. Raises ValueError unless a TrainerState can be made of it and gone on with."""
     from transformers import TrainerState  # heavy
 
-    state = _json(folder / TRAINER_STATE)
+    state: dict[str, Any] = read_json(folder / TRAINER_STATE)
     if unknown := sorted(state.keys() - {field.name for field in fields(TrainerState)}):
         raise ValueError(f"its {TRAINER_STATE} has a key that this transformers doesn't know: {unknown[0]}")
     step, history, callbacks = (state.get(name) for name in ("global_step", "log_history", "stateful_callbacks"))
@@ -110,16 +111,6 @@ def _is_callback(kept: Any) -> bool:
         and _whole(one["attributes"].get("early_stopping_patience_counter", 0), 0)
         for one in each
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"its {path.name} can't be read: {type(error).__name__}: {error}") from None
-    if not isinstance(plain, dict):
-        raise ValueError(f"its {path.name} can't be read: it holds no mapping")
-    return plain
 
 
 def _refuse_others(name: str, right: dict[str, bool]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from loraplus_hydra.io.checkpoint_state import STATE, TRAINER_STATE, run_state, trainer_state
 from loraplus_hydra.io.files import write_text
+from loraplus_hydra.io.read import Unreadable, read_json
 
 MANIFEST = "manifest.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -132,9 +133,11 @@ def _defect(folder: Path) -> str:
     if manifest.stat().st_size > _LARGEST_MANIFEST:
         return f"its {MANIFEST} is too large to be one"
     try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        files = read_json(manifest)["files"]
         listed = {str(name): (int(told["size"]), str(told["sha256"])) for name, told in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except Unreadable as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} can't be read: {type(error).__name__}: {error}"
     for name in listed:
         if why := _bad_name(folder, name):

@@ -9,22 +9,23 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from loraplus_hydra.errors import first_line
+from loraplus_hydra.errors import UserError, first_line
 
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader takes a tenth of the time
 _DEEPEST = 100  # levels; the C loader ends the process with a segmentation fault where there are some ten thousand
-_NAMES = {dict: "mapping", list: "list", type(None): "null"}
+_NAMES: dict[type, str] = {dict: "mapping", list: "list"}
 
 
-class Unreadable(ValueError):
-    """A file that can't be read. The text names it, without its folder, and the reason."""
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path.name} can't be read: {reason}")
+class Unreadable(UserError):
+    """A file that can't be read. The text names it and the reason."""
 
 
 class Missing(Unreadable):
     """A file that doesn't exist."""
+
+
+class Hostile(Unreadable):
+    """YAML that no run writes, and that could take all memory or end the process."""
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -53,23 +54,25 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def parse_yaml(text: str) -> Any:
     """Return the value of `text` in YAML's safe subset, typed as OmegaConf types it.
 
-    Raises ValueError, also for aliases, for a key that is there twice and for more than 100 levels.
+    Raises Unreadable, also for a key that exists twice; for aliases and for more than 100 levels Hostile.
     """
     try:
         _refuse_traps(text)
         return yaml.load(text, Loader=_Loader)
+    except Hostile:
+        raise
     except Exception as error:  # nearly any: KeyError for `!!bool x`, OverflowError for a date
-        raise ValueError(first_line(error)) from error
+        raise Unreadable(first_line(error)) from error
 
 
 def _refuse_traps(text: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=_Base):
         if isinstance(event, yaml.AliasEvent):  # a few lines of aliases can stand for more than any memory holds
-            raise ValueError("it holds YAML aliases, which no run writes")
+            raise Hostile("it holds YAML aliases, which no run writes")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
-            raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+            raise Hostile(f"it is nested more than {_DEEPEST} levels deep")
 
 
 class _Loader(_Base):
@@ -78,7 +81,7 @@ class _Loader(_Base):
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(set(keys)) < len(keys):
-            raise yaml.YAMLError(f"a key is there twice: {next(key for key in keys if keys.count(key) > 1)}")
+            raise yaml.YAMLError(f"a key exists twice: {next(key for key in keys if keys.count(key) > 1)}")
         return super().construct_mapping(node, deep=deep)
 
 
@@ -100,9 +103,11 @@ def _read(path: Path, kind: type, parse: Any) -> Any:
     try:
         value = parse(text)
     except (ValueError, RecursionError) as error:
-        raise Unreadable(path, first_line(error)[:120]) from error
+        refused = Hostile if isinstance(error, Hostile) else Unreadable
+        raise refused(f"{path} can't be read: {first_line(error)[:120]}") from error
     if not isinstance(value, kind):
-        raise Unreadable(path, f"it holds a {_NAMES.get(type(value), type(value).__name__)}, not a {_NAMES[kind]}")
+        held = f"holds a {_NAMES.get(type(value), type(value).__name__)}, not a {_NAMES[kind]}"
+        raise Unreadable(f"{path} can't be read: it {'is empty' if value is None else held}")
     return value
 
 
@@ -110,8 +115,8 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise Missing(path, "there is no such file") from error
+        raise Missing(f"{path} can't be read: there is no such file") from error
     except UnicodeDecodeError as error:
-        raise Unreadable(path, "it isn't UTF-8 text") from error
+        raise Unreadable(f"{path} can't be read: it isn't UTF-8 text") from error
     except OSError as error:
-        raise Unreadable(path, error.strerror or str(error)) from error
+        raise Unreadable(f"{path} can't be read: {error.strerror or error}") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplus_hydra.io.files import write_text
+from loraplus_hydra.io.read import Unreadable, read_json
 from loraplus_hydra.io.run_folder import RESULT
 
 OK, FAILED, INTERRUPTED, PRUNED = "ok", "failed", "interrupted", "pruned"
@@ -65,9 +66,9 @@ class Result:
 def read_result(folder: Path) -> Result | None:
     """The result that lies in `folder`; None when there is none, or it can't be read."""
     try:
-        stored = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        stored = read_json(folder / RESULT)
         return Result(**{each.name: stored[each.name] for each in fields(Result) if each.name in stored})
-    except (OSError, ValueError, TypeError):
+    except (Unreadable, TypeError):
         return None
 
 

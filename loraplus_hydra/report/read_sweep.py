@@ -113,7 +113,7 @@ def collect(folder: Path) -> Sweep:
     except Missing:
         pass
     except Unreadable as error:
-        notes.append(f"{error}; the report goes by the jobs' own files")
+        notes.append(f"{_inside(folder, error)}; the report goes by the jobs' own files")
     jobs = tuple(read_job(one) for one in found)
     named = [job.metric for job in jobs if job.counts] or [job.metric for job in jobs if job.metric]
     metric = Counter(named).most_common(1)[0][0] if named else "eval_loss"
@@ -145,7 +145,7 @@ def read_job(folder: Path) -> Job:
         except Missing:
             return None
         except Unreadable as error:
-            trouble.append(str(error))
+            trouble.append(_inside(folder, error))
             return None
 
     result = attempt(read_json, run_folder.RESULT)
@@ -275,6 +275,10 @@ def _without_value(job: Job, metric: str) -> Job:
 def _mapping(value: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     inner = value.get(key)
     return inner if isinstance(inner, dict) else {}
+
+
+def _inside(folder: Path, error: Unreadable) -> str:
+    return str(error).removeprefix(f"{folder}/")
 
 
 def _natural(path: Path) -> list[tuple[int, int | str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.io import run_folder
+from loraplus_hydra.io.read import Missing, Unreadable, read_json
 from loraplus_hydra.io.result import OK
 from loraplus_hydra.runs.stored_config import KEY, read_stored
 
@@ -42,12 +42,14 @@ class FinishedRun:
         """What the task has set in the model's config: the labels' names and their kind."""
         file = self.adapter / "config.json"
         try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
+            stored = read_json(file)
             found = {name: stored[name] for name in _LABEL_SETTINGS if stored.get(name) is not None}
             if "id2label" in found:
                 found["id2label"] = {int(number): name for number, name in found["id2label"].items()}
                 found["num_labels"] = len(found["id2label"])
-        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        except Unreadable as error:
+            raise _no_run(str(error)) from error
+        except (ValueError, AttributeError, TypeError) as error:
             raise _no_run(f"{file} can't be read: {first_line(error)}") from error
         return found
 
@@ -135,14 +137,13 @@ def _result(folder: Path) -> dict[str, Any]:
         hint = f"it holds the runs {', '.join(runs[:5])}; name one" if runs else "name the folder of a finished run"
         raise _no_run(f"{folder} is no run's folder: there is no {run_folder.CONFIG} in it", hint)
     try:
-        result = json.loads((folder / run_folder.RESULT).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        result: dict[str, Any] = read_json(folder / run_folder.RESULT)
+    except Missing:
         raise _no_run(f"the run in {folder} hasn't finished: there is no {run_folder.RESULT}") from None
-    except (ValueError, OSError) as error:
-        raise _no_run(f"{folder / run_folder.RESULT} can't be read: {error}") from None
-    if not isinstance(result, dict) or result.get("status") != OK:
-        status = result.get("status") if isinstance(result, dict) else "unknown"
-        told = (result.get("error") or {}) if isinstance(result, dict) else {}
+    except Unreadable as error:
+        raise _no_run(str(error)) from None
+    if (status := result.get("status")) != OK:
+        told = result.get("error") or {}
         why = f" ({told.get('type')}: {str(told.get('text')).splitlines()[0]})" if told.get("text") else ""
         raise _no_run(f"the run in {folder} ended as '{status}'{why}")
     if not (folder / run_folder.ADAPTER).is_dir():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from omegaconf import OmegaConf
 
 from loraplus_hydra.config.locations import is_local, model_location
 from loraplus_hydra.io import files, run_folder
+from loraplus_hydra.io.read import read_json
 from loraplus_hydra.runs.finished import FinishedRun, results
 
 _METHODS = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "VERA": "VeRA"}  # as people write them
@@ -26,7 +26,7 @@ def card(run: FinishedRun, *, merged: bool) -> str:
     """The card's text."""
     config = OmegaConf.to_container(run.config, resolve=True)
     assert isinstance(config, dict)
-    groups = json.loads((run.folder / run_folder.PARAM_GROUPS).read_text(encoding="utf-8"))
+    groups = read_json(run.folder / run_folder.PARAM_GROUPS, list)
     parts = [
         _front_matter(run, merged=merged),
         *_introduction(run, merged=merged),

@@ -16,6 +16,7 @@ from loraplus_hydra.config.flatten import flat
 from loraplus_hydra.config.schema import RunConfig
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.io import run_folder
+from loraplus_hydra.io.read import Hostile, Unreadable, read_yaml
 
 KEY = "run"
 
@@ -30,14 +31,11 @@ def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
     """
     hydras = file.parent.name == run_folder.HYDRA  # Hydra's copy, as it was asked for; it lies one folder deeper
     try:
-        _refuse_aliases(file)
-        stored = OmegaConf.load(file)
-    except ConfigErrors:
-        raise
-    except Exception as error:  # YAML's errors have no base that omegaconf lets us name
-        raise ConfigErrors([Problem(KEY, f"{file} can't be read: {error}", "name another run")]) from None
-    if not isinstance(stored, DictConfig):
-        raise ConfigErrors([Problem(KEY, f"{file} holds a list, not a config", "name another run")])
+        stored = OmegaConf.create(read_yaml(file))
+    except Unreadable as error:
+        raise ConfigErrors([Problem(KEY, str(error), "name another run")]) from None
+    except OmegaConfBaseException as error:
+        raise ConfigErrors([Problem(KEY, f"{file} can't be read: {first_line(error)}", "name another run")]) from None
     if not hydras and (key := _interpolated(stored)):
         what = f"{file}: {key} is an interpolation, which no run writes: it could read your environment"
         raise ConfigErrors([Problem(KEY, what, "write the value in its place")])
@@ -79,20 +77,16 @@ def _put_values_for_resolvers(stored: DictConfig, resolved: Path) -> None:
 
 
 def read_plain(file: Path) -> dict[str, Any]:
-    """The YAML in `file` as plain containers, nothing followed; nothing where it is missing, cut short or no mapping.
+    """Return the YAML in `file` with its interpolations as text; an empty mapping where it is missing or broken.
 
-    Raises ConfigErrors for one whose parts stand for others.
+    Raises ConfigErrors where reading it could take all memory.
     """
-    if not file.is_file():
-        return {}
     try:
-        _refuse_aliases(file)
-        plain = OmegaConf.to_container(OmegaConf.load(file))
-    except ConfigErrors:
-        raise
-    except Exception:  # YAML's errors have no base that omegaconf lets us name
+        return {str(key): value for key, value in read_yaml(file).items()}
+    except Hostile as error:
+        raise ConfigErrors([Problem(KEY, str(error), "name another run")]) from None
+    except Unreadable:
         return {}
-    return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
 
 
 def _interpolated(node: Any, path: str = "") -> str:
@@ -106,15 +100,6 @@ def _interpolated(node: Any, path: str = "") -> str:
         if OmegaConf.is_config(value) and (found := _interpolated(value, inside)):
             return found
     return ""
-
-
-def _refuse_aliases(file: Path) -> None:
-    """Raise ConfigErrors for a YAML whose parts stand for others: a few lines of that can fill any memory."""
-    import yaml  # type: ignore[import-untyped]
-
-    with file.open(encoding="utf-8") as stream:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(stream, Loader=yaml.SafeLoader)):
-            raise ConfigErrors([Problem(KEY, f"{file} holds YAML aliases, which no run writes", "name another run")])
 
 
 def _unknown(config: DictConfig) -> list[Problem]:

@@ -18,6 +18,7 @@ from loraplus_hydra.config.hydra_job import is_sweep
 from loraplus_hydra.config.identity import config_hash, run_hash
 from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.io import files, run_folder
+from loraplus_hydra.io.read import Unreadable, read_yaml
 from loraplus_hydra.io.result import OK, read_result
 from loraplus_hydra.sweep.names import HASH_DIGITS, job_name
 
@@ -85,10 +86,9 @@ def clear(folder: Path) -> None:
 def _hash_of_file(file: Path) -> str | None:
     """The hash of a stored config; None where there is none to be read."""
     try:
-        stored = OmegaConf.load(file)
-    except Exception:  # a file cut short: YAML's errors have no base that omegaconf lets us name
+        return hash_of(OmegaConf.create(read_yaml(file)))
+    except (Unreadable, OmegaConfBaseException):
         return None
-    return hash_of(stored) if isinstance(stored, DictConfig) else None
 
 
 def _job_folder(*, _root_: DictConfig) -> str:

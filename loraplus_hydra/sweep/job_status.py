@@ -17,6 +17,7 @@ from pathlib import Path
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.files import write_text
 from loraplus_hydra.io.locks import folder_lock
+from loraplus_hydra.io.read import Unreadable, read_json
 
 FOLDER = ".jobs"
 RUNNING, DONE, SKIPPED, FAILED, INTERRUPTED = "running", "done", "skipped", "failed", "interrupted"
@@ -68,8 +69,8 @@ def collect(start: Start) -> list[Record]:
     """What was noted of the jobs of `start`, by name."""
     found = []
     for path in sorted(start.folder.glob("*.json")):
-        with suppress(OSError, ValueError, TypeError):
-            found.append(Record(**json.loads(path.read_text(encoding="utf-8"))))
+        with suppress(Unreadable, TypeError):
+            found.append(Record(**read_json(path)))
     return found
 
 

@@ -19,6 +19,7 @@ from loraplus_hydra.config.identity import config_hash
 from loraplus_hydra.config.schema import NOT_OF_A_RUN
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.io.files import refuse_unwritable, write_text
+from loraplus_hydra.io.read import Unreadable, read_json
 from loraplus_hydra.report.read_sweep import SWEEP
 from loraplus_hydra.sweep import job_status
 from loraplus_hydra.sweep.names import sweep_name
@@ -60,8 +61,7 @@ def begin(config: DictConfig, words: list[str]) -> Sweep:
             f"hydra.callbacks.before_run.start={quoted(start.name)}",  # 12e456789012 would be a number
         ]
     )
-    told = _told(folder)
-    earlier = [key for key in told.get("swept", []) if key not in keys]
+    earlier = [key for key in _swept_before(folder) if key not in keys]
     told = {
         "name": folder.name,
         "command": shlex.join(["python", "-m", "loraplus_hydra", *words]),
@@ -123,9 +123,9 @@ def _checked(name: str | None) -> str | None:
     return name
 
 
-def _told(folder: Path) -> dict[str, Any]:
+def _swept_before(folder: Path) -> list[str]:
     try:
-        told = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return told if isinstance(told, dict) and isinstance(told.get("swept"), list) else {}
+        swept = read_json(folder / SWEEP).get("swept")
+    except Unreadable:
+        return []
+    return swept if isinstance(swept, list) else []

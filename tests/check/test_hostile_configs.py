@@ -210,7 +210,7 @@ def test_code_in_the_runs_own_folder_is_not_imported(
         ("a: " + "[" * 1500, "config.yaml can't be read"),
         ("\x00", "config.yaml can't be read"),
         ("[1, 2]", "holds a list"),
-        ("", "model.path"),
+        ("", "it is empty"),
     ],
 )
 def test_stored_config_that_is_no_config_is_refused(

@@ -27,6 +27,7 @@ from loraplus_hydra.io.checkpoint_state import STATE
 from loraplus_hydra.io.checkpoints import OPTIMIZER, open_checkpoint, rotate, seal, step_of, unseal
 from loraplus_hydra.io.files import replace_folder, unfinished, write_text
 from loraplus_hydra.io.quiet_libraries import quiet_step_mismatch
+from loraplus_hydra.io.read import read_json
 from loraplus_hydra.training.checkpoint_changes import described, differences
 
 # Where TRL's trainers keep the metrics that aren't logged yet (ORPO's under a name of its own), and the tokens seen.
@@ -270,8 +271,8 @@ def _nothing_removed(args: Any) -> Iterator[None]:
 
 
 def _stored(checkpoint: str) -> dict[str, Any]:
-    """What a checkpoint's run_state.json says."""
-    state: dict[str, Any] = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
+    """Return a checkpoint's run_state.json."""
+    state: dict[str, Any] = read_json(Path(checkpoint) / STATE)
     return state
 
 
