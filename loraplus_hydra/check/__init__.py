@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,9 +18,17 @@ from loraplus_hydra.errors import ConfigErrors, Problem
 log = logging.getLogger(__name__)
 
 
-def check(config: DictConfig) -> None:
-    """Raise ConfigErrors with every mistake in a composed `run` config; return when there is none."""
+@dataclass(frozen=True)
+class Checked:
+    """A config without errors, as `check` returns it."""
+
+    config: DictConfig
+
+
+def check(config: DictConfig) -> Checked:
+    """Check a composed `run` config. Raises ConfigErrors with every error in it."""
     _check(config, with_data=True)
+    return Checked(config)
 
 
 def check_without_data(config: DictConfig) -> None:

@@ -260,7 +260,7 @@ def _logger(logger: dict[str, Any]) -> list[Problem]:
 
 
 def _rules(plain: dict[str, Any]) -> list[Problem]:
-    from loraplus_hydra.loraplus.grouping import parse_rules
+    from loraplus_hydra.loraplus.rules import parse_rules
 
     problems: list[Problem] = []
     for name in ("rules", "extra_rules"):

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
 
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
-from loraplus_hydra.training.prepare import _adapted, _model_arguments
-
-if TYPE_CHECKING:
-    pass
 
 
 def data_problems(config: DictConfig) -> list[Problem]:
@@ -40,18 +36,19 @@ def data_problems(config: DictConfig) -> list[Problem]:
 
 def model_problems(config: DictConfig) -> list[Problem]:
     """Build the model on the meta device, add the adapter, and group its tensors for the optimizer."""
-    from loraplus_hydra.loraplus.plan import place
-    from loraplus_hydra.loraplus.roles import tensor_records
+    from loraplus_hydra.loraplus.memory import measure_state
     from loraplus_hydra.models.base_model import meta_model
+    from loraplus_hydra.tasks.examples import kept_examples
     from loraplus_hydra.training.hf_trainer.whole_head import head_problem
-    from loraplus_hydra.training.prepare import loraplus_settings
+    from loraplus_hydra.training.prepare import add_meta_adapter, loraplus_settings
 
+    examples = kept_examples(config)
     try:
-        model = meta_model(config.model, config.task.auto_class, _model_arguments(config))
+        model = meta_model(config.model, config.task.auto_class, examples.model_arguments if examples else {})
     except UserError as error:
         return _problems(error, "model.path")
     try:
-        adapted = _adapted(model, config)
+        adapted = add_meta_adapter(model, config)
     except UserError as error:
         return _problems(error, "adapter")
     except Exception as error:  # PEFT raises whatever comes of its arguments and of this model's layers
@@ -59,7 +56,8 @@ def model_problems(config: DictConfig) -> list[Problem]:
     if problem := head_problem(adapted, config.task._target_):
         return [problem]
     try:
-        place(tensor_records(adapted), loraplus_settings(config))
+        settings = loraplus_settings(config)
+        measure_state(settings.plan(adapted), settings)
     except UserError as error:
         return _problems(error, "loraplus")
     except Exception as error:  # the optimizer's class, of settings that contradict each other

@@ -82,9 +82,9 @@ class BeforeRun(Callback):
         quiet_libraries()
         importlib.import_module(f"loraplus_hydra.cli.commands.{self.command}").main(run_of(config), self.flags)
         if self.command == TRAIN and _goes_on(config, folder):
-            from loraplus_hydra.runs.resume import refuse_unfit
+            from loraplus_hydra.runs.resume import resume_point_or_exit
 
-            refuse_unfit(run_of(config), folder)
+            resume_point_or_exit(run_of(config), folder)
         if self.command not in (TRAIN, RESUME):
             raise SystemExit(0)
 

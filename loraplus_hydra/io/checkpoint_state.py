@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from loraplus_hydra.io.files import write_text
 from loraplus_hydra.io.read import read_json
 
 STATE = "run_state.json"  # what the Trainer's own files lack: see resuming.py
@@ -30,6 +33,11 @@ def run_state(folder: Path) -> dict[str, Any]:
     }
     _refuse_others(STATE, right)
     return state
+
+
+def write_run_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint's run_state.json."""
+    write_text(folder / STATE, json.dumps(state, indent=2) + "\n")
 
 
 def _is_window(window: Any, step: int) -> bool:

@@ -1,4 +1,4 @@
-"""Checkpoints count once they are whole: a manifest, written last, names every file with its size and hash."""
+"""Complete and incomplete checkpoints: the manifest, written last, lists every file with its size and hash."""
 
 from __future__ import annotations
 
@@ -28,27 +28,58 @@ _PICKLED_WEIGHTS = (".bin", ".pkl", ".pickle", ".ckpt")
 log = logging.getLogger(__name__)
 
 KEY = "trainer.resume_from_checkpoint"
-AUTO = "auto"  # its value for the newest whole checkpoint of the run's own folder
+AUTO = "auto"  # its value for the newest complete checkpoint of the run's own folder
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: its folder, the optimizer step it was written at, and what the run noted there."""
+    """A complete checkpoint: its folder, its optimizer step, and its run_state.json."""
 
     folder: Path
     step: int
     state: dict[str, Any]
+    manifest: bytes = b""  # as it was when every file was compared with it
+
+    def is_unchanged(self) -> bool:
+        """Return True if the manifest is still the one that every file was compared with."""
+        try:
+            return (self.folder / MANIFEST).read_bytes() == self.manifest
+        except OSError:
+            return False
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run resumes: at a checkpoint, or at step 0 in a folder that a run has used before."""
+
+    checkpoint: Checkpoint | None
+    changed: tuple[str, ...] = ()  # keys of the config that differ from the run's stored one, a text each
+
+    @property
+    def folder(self) -> str | None:
+        """The checkpoint's folder as the Trainer takes it."""
+        return None if self.checkpoint is None else str(self.checkpoint.folder)
+
+    @property
+    def step(self) -> int:
+        """The checkpoint's step; 0 without a checkpoint."""
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training before the checkpoint was written."""
+        return 0.0 if self.checkpoint is None else float(self.checkpoint.state.get("seconds", 0.0))
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of a checkpoint that has all its other files. From then on it counts."""
+    """Write the manifest of a checkpoint that has all its other files, which makes it complete."""
     files = {path.relative_to(folder).as_posix(): path for path in _files(folder) if path.name != MANIFEST}
     listed = {name: {"size": path.stat().st_size, "sha256": _sha256(path)} for name, path in sorted(files.items())}
     write_text(folder / MANIFEST, json.dumps({"files": listed}, indent=2) + "\n")
 
 
 def unseal(folder: Path) -> None:
-    """Remove a checkpoint; killed half-way, what is left doesn't count. Of a link nothing but itself is removed."""
+    """Remove a checkpoint, its manifest first. Of a link only the link itself is removed."""
     if folder.is_symlink():
         folder.unlink()
         return
@@ -57,7 +88,7 @@ def unseal(folder: Path) -> None:
 
 
 def defect(folder: Path) -> str:
-    """Why the checkpoint in `folder` doesn't count, in words; empty for a whole one."""
+    """Return why the checkpoint in `folder` is incomplete; empty for a complete one."""
     try:
         return _defect(folder)
     except OSError as error:
@@ -65,7 +96,8 @@ def defect(folder: Path) -> str:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, which is whole. Raises ValueError with the reason when it isn't."""
+    """Open the checkpoint in `folder`. Raises ValueError with the reason when it is incomplete."""
+    manifest = (folder / MANIFEST).read_bytes() if (folder / MANIFEST).is_file() else b""
     if why := defect(folder):
         raise ValueError(why)
     state = run_state(folder)
@@ -74,37 +106,37 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise ValueError(f"its {STATE} is of step {step}")
     if (trainers := trainer_state(folder)["global_step"]) != step:
         raise ValueError(f"its {STATE} is of step {step}, and its {TRAINER_STATE} of step {trainers}")
-    # The Trainer would go on without one, with random numbers of its own.
+    # Without it the Trainer would resume silently with other random numbers.
     processes = len(state["window"]["losses"])
     for name in ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]:
         if not (folder / name).is_file():
             raise ValueError(f"it has no {name}")
-    return Checkpoint(folder, step, state)
+    return Checkpoint(folder, step, state, manifest)
 
 
-def newest_whole(folder: Path, *, tell: bool = True) -> Checkpoint | None:
-    """The newest checkpoint in `folder` (a run's checkpoints/) that counts; `tell` names newer ones, passed over."""
+def newest_complete(folder: Path, *, report: bool = True) -> Checkpoint | None:
+    """Return the newest complete checkpoint in `folder`, a run's checkpoints/; `report` logs those passed over."""
     for place in sorted(_named_after_steps(folder), key=step_of, reverse=True):
         try:
             return open_checkpoint(place)
         except ValueError as why:
-            if tell:
+            if report:
                 log.warning("    Passed over %s: %s", place, why)
     return None
 
 
 def in_order(folder: Path) -> list[Path]:
-    """The folders of checkpoints in `folder`, whole or not, by step; a link to one elsewhere isn't among them."""
+    """Return the folders of checkpoints in `folder` by step, complete or not, without links."""
     return sorted([path for path in _named_after_steps(folder) if not path.is_symlink()], key=step_of)
 
 
 def sealed(folder: Path) -> list[Path]:
-    """Those of them that were finished, by step; whether they are still whole isn't looked at."""
+    """Return the folders of checkpoints with a manifest, by step; their files are not compared with it."""
     return [path for path in in_order(folder) if (path / MANIFEST).is_file()]
 
 
 def step_of(folder: Path) -> int:
-    """The optimizer step that a checkpoint's folder is named after."""
+    """Return the optimizer step that a checkpoint's folder is named after, -1 for any other name."""
     matched = _FOLDER.fullmatch(folder.name)
     return int(matched[1]) if matched else -1
 
@@ -157,7 +189,7 @@ def _defect(folder: Path) -> str:
 
 
 def _bad_name(folder: Path, name: str) -> str:
-    """What is wrong with a name in a manifest: it leads out of the folder, through a link, or to a pickle."""
+    """Return what is wrong with a name in a manifest: outside the folder, through a link, or a pickle."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
         return f"its manifest names {name!r}, which isn't inside it"
@@ -170,7 +202,8 @@ def _bad_name(folder: Path, name: str) -> str:
 
 
 def _optimizer_files(listed: Collection[str]) -> tuple[str, ...]:
-    """The files that hold the optimizer and the schedule: without one the Trainer begins with new ones, silently."""
+    """Return the files of optimizer and schedule, which a complete checkpoint has."""
+    # Without one of them the Trainer silently begins with a new optimizer or schedule.
     if any(name.endswith("_states.pt") for name in listed):  # DeepSpeed's, which can hold the schedule, too
         return ("latest",)
     if "optimizer_0/.metadata" in listed:  # FSDP's, in shards
@@ -179,7 +212,7 @@ def _optimizer_files(listed: Collection[str]) -> tuple[str, ...]:
 
 
 def _named_after_steps(folder: Path) -> list[Path]:
-    """What is named as a checkpoint in `folder` and is a folder or leads to one."""
+    """Return the folders in `folder`, or links to folders, that are named as checkpoints."""
     found = folder.iterdir() if folder.is_dir() else ()
     return [path for path in found if path.is_dir() and _FOLDER.fullmatch(path.name)]
 
@@ -194,26 +227,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """A checkpoint to go on from, or None to begin anew, in a folder that a run has used before."""
-
-    checkpoint: Checkpoint | None
-    changed: tuple[str, ...] = ()  # keys of the config that differ from the run's stored one, in words
-
-    @property
-    def folder(self) -> str | None:
-        """The checkpoint's folder as the Trainer takes it."""
-        return None if self.checkpoint is None else str(self.checkpoint.folder)
-
-    @property
-    def step(self) -> int:
-        """The step that it goes on from; 0 from the beginning."""
-        return 0 if self.checkpoint is None else self.checkpoint.step
-
-    @property
-    def seconds(self) -> float:
-        """What training had taken when the checkpoint was written."""
-        return 0.0 if self.checkpoint is None else float(self.checkpoint.state.get("seconds", 0.0))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loraplus_hydra.loraplus.grouping import TensorRecord
+from loraplus_hydra.loraplus.rules import TensorRecord
 
 LLAMA_SIZE = 3_000_000_000  # parameters from which the paper's Llama ratios are the nearer ones
 PAPER = "arXiv 2402.12354, section 5.3"

@@ -1,39 +1,23 @@
-"""Trained tensors and rules in, parameter groups out: the heart of LoRA+, pure Python without torch.
+"""Assign each trained tensor to a parameter group: the first rule that matches wins.
 
-A tensor arrives as a `TensorRecord` (roles.py makes them). An ordered list of `Rule`s says at which rate a tensor
-trains; the first rule that matches wins. `assign` turns both into `Group`s, one for each group name, in a fixed
-order.
+Pure Python without torch. `roles.tensor_records` makes the records, `rules.parse_rules` the rules.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.loraplus.rules import ROLES, Rule, TensorRecord, parse_rules
-
-__all__ = ["GROUP_ORDER", "ROLES", "Group", "Rule", "TensorRecord", "assign", "first_match", "parse_rules"]
+from loraplus_hydra.loraplus.plan import Group, Plan, PlannedTensor
+from loraplus_hydra.loraplus.rules import Rule, TensorRecord
 
 GROUP_ORDER = ("groupA", "embedding", "groupB", "groupB_no_decay")
 """The documented groups come first, in PEFT's order; every other group follows, in the order of the rules."""
 
 FROM_THE_BASE_MODEL = frozenset({"saved_module", "bias", "norm", "trainable_tokens"})
-"""Roles of tensors that train beside the adapter's own: no ratio between these two is LoRA+."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """One parameter group: tensors that share rate, weight decay and every other setting of the optimizer."""
-
-    name: str
-    lr: float
-    weight_decay: float
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    records: tuple[TensorRecord, ...] = ()
-    rules: tuple[str, ...] = ()
+"""Roles of tensors that train beside the adapter's own: a ratio between two of these is not LoRA+."""
 
 
 def assign(
@@ -43,13 +27,13 @@ def assign(
     lr: float,
     weight_decay: float,
     extra: Sequence[Rule] = (),
-) -> list[Group]:
-    """Put every tensor into the group of the first rule that matches it; the `extra` rules stand ahead of `rules`.
+) -> Plan:
+    """Put every tensor into the group of the first rule that matches it.
 
-    `lr` (eta_A) and `weight_decay` are the optimizer's: what a rule that names none stands for. Groups come back as
-    `GROUP_ORDER` says, their tensors in the order of `records`, never an empty one.
+    The `extra` rules stand ahead of `rules`. `lr` (eta_A) and `weight_decay` are the optimizer's: the defaults of rules
+    that set none. Groups are in the order of `GROUP_ORDER`, their tensors in the order of `records`, and none is empty.
 
-    Raises UserError: a tensor that no rule matches; an extra rule that wins no tensor (unless it says
+    Raises UserError: a tensor that no rule matches; an extra rule that wins no tensor (unless it has
     `allow_unmatched`); two rules of one group that disagree; a ratio other than 1 that separates no two trained
     tensors of the adapter.
     """
@@ -61,21 +45,23 @@ def assign(
             "nothing is trained: no tensor of the model requires a gradient; add an adapter, or unfreeze some tensors"
         )
     ordered = [*extra, *rules]
-    settings = _settings_by_group(ordered, lr=lr, weight_decay=weight_decay)
+    groups = _groups_of_rules(ordered, lr=lr, weight_decay=weight_decay)
     winners = first_match(records, ordered)
     _check_every_extra_rule_matched(extra, winners, records)
     _check_the_ratio_does_something(ordered, winners, records)
-    return _collect(records, winners, ordered, settings)
+    return _plan(records, winners, ordered, list(groups.values()))
 
 
 def first_match(records: Sequence[TensorRecord], rules: Sequence[Rule]) -> list[Rule]:
-    """The first rule that matches, for each record; one linear walk. UserError for records that no rule matches."""
+    """Return the first rule that matches each record, in one linear walk.
+
+    Raises UserError for records that no rule matches.
+    """
     candidates: dict[tuple[object, ...], list[Rule]] = {}
     winners: list[Rule] = []
     unmatched: list[str] = []
     for record in records:
-        # Tensors that differ in their names only share the rules that their names then decide about: there are few such
-        # kinds in a model of any size, which keeps this linear with a small constant.
+        # Even a large model has few kinds of tensors. Rules are filtered once a kind, names are matched once a tensor.
         kind = (record.role, record.owner, len(record.shape), record.owner_classes)
         rules_for_kind = candidates.get(kind)
         if rules_for_kind is None:
@@ -95,7 +81,7 @@ def first_match(records: Sequence[TensorRecord], rules: Sequence[Rule]) -> list[
 
 
 def check_rate(value: object, what: str, *, zero: bool = False) -> float:
-    """`value` as a float if it is finite and above zero (or zero, if `zero` allows it); UserError otherwise."""
+    """Return `value` as a float if it is finite and above 0 (or 0, with `zero`). Raises UserError otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"{what} must be a number, got {value!r}")
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
@@ -103,49 +89,44 @@ def check_rate(value: object, what: str, *, zero: bool = False) -> float:
     return float(value)
 
 
-def _settings_by_group(
-    rules: Sequence[Rule], *, lr: float, weight_decay: float
-) -> dict[str, tuple[float, float, dict[str, Any]]]:
-    """What each group's rules say about it, in the groups' final order; they have to agree."""
-    found: dict[str, tuple[float, float, dict[str, Any]]] = {}
+def _groups_of_rules(rules: Sequence[Rule], *, lr: float, weight_decay: float) -> dict[str, Group]:
+    """Return the groups that the rules name, still empty, in their final order.
+
+    Raises UserError for two rules of one group that disagree.
+    """
+    found: dict[str, Group] = {}
     first_rule: dict[str, str] = {}
     for rule in rules:
         decay = weight_decay if rule.weight_decay is None else rule.weight_decay
-        settings = (rule.rate(lr), float(decay), dict(rule.settings))
+        group = Group(rule.group, rule.rate(lr), float(decay), dict(rule.settings))
         if rule.group not in found:
-            found[rule.group], first_rule[rule.group] = settings, rule.name
-        elif found[rule.group] != settings:
+            found[rule.group], first_rule[rule.group] = group, rule.name
+        elif found[rule.group] != group:
             raise UserError(
                 f"rules '{first_rule[rule.group]}' and '{rule.name}' share group '{rule.group}' but disagree: "
-                f"{_spell(found[rule.group])} against {_spell(settings)}. Give one of them its own (`group:`)"
+                f"{_spell(found[rule.group])} against {_spell(group)}. Give one of them its own (`group:`)"
             )
     documented = [name for name in GROUP_ORDER if name in found]
     return {name: found[name] for name in [*documented, *(name for name in found if name not in GROUP_ORDER)]}
 
 
-def _collect(
-    records: Sequence[TensorRecord],
-    winners: Sequence[Rule],
-    rules: Sequence[Rule],
-    settings: Mapping[str, tuple[float, float, dict[str, Any]]],
-) -> list[Group]:
-    members: dict[str, list[TensorRecord]] = {name: [] for name in settings}
-    used: set[int] = set()
+def _plan(records: Sequence[TensorRecord], winners: Sequence[Rule], rules: Sequence[Rule], empty: list[Group]) -> Plan:
+    """Fill the `empty` groups with the records whose winning rule names them; leave out groups without any."""
+    members: dict[str, list[tuple[TensorRecord, Rule]]] = {group.name: [] for group in empty}
     for record, rule in zip(records, winners, strict=True):
-        members[rule.group].append(record)
-        used.add(id(rule))
-    return [
-        Group(
-            name=name,
-            lr=lr,
-            weight_decay=weight_decay,
-            settings=extra_settings,
-            records=tuple(members[name]),
-            rules=tuple(rule.name for rule in rules if rule.group == name and id(rule) in used),
+        members[rule.group].append((record, rule))
+    used = {id(rule) for rule in winners}
+    groups = [
+        replace(
+            group,
+            records=tuple(record for record, _ in members[group.name]),
+            rules=tuple(rule.name for rule in rules if rule.group == group.name and id(rule) in used),
         )
-        for name, (lr, weight_decay, extra_settings) in settings.items()
-        if members[name]
+        for group in empty
+        if members[group.name]
     ]
+    tensors = (PlannedTensor(record, rule, group) for group in groups for record, rule in members[group.name])
+    return Plan(tuple(groups), tuple(tensors))
 
 
 def _check_every_extra_rule_matched(
@@ -171,7 +152,7 @@ def _check_every_extra_rule_matched(
 def _check_the_ratio_does_something(
     rules: Sequence[Rule], winners: Sequence[Rule], records: Sequence[TensorRecord]
 ) -> None:
-    """LoRA+ is a ratio between two tensors of one adapter; a ratio that all of them get, or none, is plain training."""
+    """Raise UserError for a ratio that all tensors of the adapter get, or none of them."""
     meant = [rule for rule in rules if rule.ratio != 1]
     if not meant:
         return
@@ -198,16 +179,13 @@ def _check_the_ratio_does_something(
 def _belongs_to_the_pair(record: TensorRecord) -> bool:
     if record.adapter is None or record.role in FROM_THE_BASE_MODEL:
         return False
-    # Vectors of methods that LoRA+ knows nothing about (DeLoRA's lambda) are no partner for a ratio; matrices a rule
-    # may pair.
+    # Matrices of an unknown PEFT method may be a pair that a rule separates; its vectors (DeLoRA's lambda) never are.
     return record.role != "other" or record.ndim > 1
 
 
-def _spell(settings: tuple[float, float, dict[str, Any]]) -> str:
-    lr, weight_decay, others = settings
-    return ", ".join(
-        [f"lr {lr:g}", f"weight_decay {weight_decay:g}", *(f"{key} {value}" for key, value in others.items())]
-    )
+def _spell(group: Group) -> str:
+    others = (f"{key} {value}" for key, value in group.settings.items())
+    return ", ".join([f"lr {group.lr:g}", f"weight_decay {group.weight_decay:g}", *others])
 
 
 def _some(names: Sequence[str], limit: int = 3) -> str:

@@ -1,17 +1,27 @@
-"""What weights, adapter, gradients and optimizer state take, from shapes alone. Activations are not in it."""
+"""Memory of training: weights, adapter, gradients and optimizer state. Activations are not included.
+
+The optimizer's state is measured, not assumed: the run's own optimizer class takes one step on stand-ins of the trained
+tensors' shapes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from loraplus_hydra.loraplus.plan import Placed
+from loraplus_hydra.loraplus.optimizer import build_optimizer
+from loraplus_hydra.loraplus.plan import Group, Plan, PlannedTensor, StateSize
+from loraplus_hydra.loraplus.rules import TensorRecord
+from loraplus_hydra.loraplus.settings import LoraPlus
 
 BLOCK_4BIT = 64  # numbers that share one scale in bitsandbytes' 4-bit weights
 BLOCK_OF_SCALES = 256  # scales that share one scale again, with double quantisation
+LARGEST_STAND_IN = 2**21  # numbers; a larger tensor's stand-in has only its first rows
 
 
 @dataclass(frozen=True)
@@ -25,23 +35,78 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """All parts together."""
         return self.weights + self.adapter + self.gradients + (self.optimizer or 0)
 
 
-def estimate(model: nn.Module, placed: Sequence[Placed], quantization: Mapping[str, Any] | None = None) -> Memory:
-    """Memory of training `model` (the meta device will do) with the tensors of `placed` trained.
+def estimate(model: nn.Module, plan: Plan, quantization: Mapping[str, Any] | None = None) -> Memory:
+    """Estimate the memory of training `model` (the meta device will do) by `plan`, whose state is measured.
 
     `quantization` holds BitsAndBytesConfig's `load_in_4bit`, `load_in_8bit` and `bnb_4bit_use_double_quant`.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     adapter = sum(parameter.numel() * parameter.element_size() for parameter in trained.values())
-    states = [one.state_bytes for one in placed]
+    states = [tensor.state for tensor in plan.tensors]
     return Memory(
         weights=_frozen_bytes(model, quantization or {}),
         adapter=adapter,
         gradients=adapter,
-        optimizer=None if any(size is None for size in states) else sum(size or 0 for size in states),
+        optimizer=None if None in states else sum(state.bytes for state in states if state is not None),
     )
+
+
+def measure_state(plan: Plan, settings: LoraPlus) -> Plan:
+    """Return `plan` with the size of each tensor's optimizer state; without it where the class steps on GPUs only."""
+    # One stand-in for each kind of tensor of a group: equal shapes have equal states.
+    records = {_kind(tensor): tensor.record for tensor in plan.tensors}
+    stand_ins = {kind: _stand_in(record) for kind, record in records.items()}
+    optimizer = build_optimizer(
+        settings.optimizer_class,
+        [_with_one_record_per_kind(group, records) for group in plan.groups],
+        ((records[kind].name, stand_in) for kind, stand_in in stand_ins.items()),
+        dict(settings.optimizer_arguments),
+    )
+    try:
+        optimizer.step()
+    except (RuntimeError, ValueError, NotImplementedError):
+        return plan
+    sizes = {kind: _state_size(optimizer.state[one], one, records[kind].numel) for kind, one in stand_ins.items()}
+    return replace(plan, tensors=tuple(tensor._replace(state=sizes[_kind(tensor)]) for tensor in plan.tensors))
+
+
+def _kind(tensor: PlannedTensor) -> tuple[Any, ...]:
+    return tensor.group.name, tensor.record.shape, tensor.record.trained_embedding
+
+
+def _with_one_record_per_kind(group: Group, records: Mapping[tuple[Any, ...], TensorRecord]) -> Group:
+    return replace(group, records=tuple(record for kind, record in records.items() if kind[0] == group.name))
+
+
+def _stand_in(record: TensorRecord) -> nn.Parameter:
+    stand_in = nn.Parameter(torch.zeros(_bounded(record.shape)))
+    stand_in.grad = torch.ones_like(stand_in)
+    return stand_in
+
+
+def _bounded(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return `shape` with fewer rows where it has too many numbers.
+
+    The bound is far above bitsandbytes' own `min_8bit_size`, so the state keeps its bits.
+    """
+    numbers = math.prod(shape)
+    if numbers <= LARGEST_STAND_IN or not shape:
+        return shape
+    return (max(1, shape[0] * LARGEST_STAND_IN // numbers), *shape[1:])
+
+
+def _state_size(state: Mapping[str, Any], stand_in: nn.Parameter, numel: int) -> StateSize:
+    """Return the size of a tensor's state, scaled from its stand-in to its `numel` numbers."""
+    numbers = stand_in.numel()
+    # bitsandbytes' quantisation maps (qmap1, qmap2) are one tensor for all parameters
+    tensors = [x for name, x in state.items() if isinstance(x, torch.Tensor) and not name.startswith("qmap")]
+    size = sum(value.numel() * value.element_size() for value in tensors)
+    bits = max((value.element_size() * 8 for value in tensors if value.numel() >= numbers > 1), default=0)
+    return StateSize(bits, round(size * numel / max(1, numbers)))
 
 
 def _frozen_bytes(model: nn.Module, quantization: Mapping[str, Any]) -> int:
@@ -58,7 +123,7 @@ def _frozen_bytes(model: nn.Module, quantization: Mapping[str, Any]) -> int:
 
 
 def _quantized_weights(model: nn.Module, quantization: Mapping[str, Any]) -> set[int]:
-    """The weights that bitsandbytes replaces: those of every linear layer but the output layer."""
+    """Return the ids of the weights that bitsandbytes replaces: all linear layers but the output layer."""
     if not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         return set()
     output = getattr(model, "get_output_embeddings", lambda: None)()

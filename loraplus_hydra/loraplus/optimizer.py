@@ -9,19 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.loraplus.grouping import (
-    GROUP_ORDER,
-    Group,
-    Rule,
-    TensorRecord,
-    assign,
-    check_rate,
-    first_match,
-    parse_rules,
-)
+from loraplus_hydra.loraplus.grouping import GROUP_ORDER, assign, check_rate, first_match
 from loraplus_hydra.loraplus.optimizer_check import optimizer_problems, takes, unknown_setting
 from loraplus_hydra.loraplus.optimizer_state import keep_32bit_state
+from loraplus_hydra.loraplus.plan import Group
 from loraplus_hydra.loraplus.roles import trained_tensors
+from loraplus_hydra.loraplus.rules import Rule, TensorRecord, parse_rules
 
 if TYPE_CHECKING:
     import torch
@@ -93,8 +86,8 @@ def group_parameters(
     parsed = parse_rules(rules) if isinstance(rules, Mapping) else list(rules)
     extra = parse_rules(extra_rules, "loraplus.extra_rules") if isinstance(extra_rules, Mapping) else list(extra_rules)
     records, parameters = trained_tensors(model)
-    groups = assign(records, parsed, lr=lr, weight_decay=weight_decay, extra=extra)
-    return torch_groups(groups, zip((record.name for record in records), parameters, strict=True))
+    plan = assign(records, parsed, lr=lr, weight_decay=weight_decay, extra=extra)
+    return torch_groups(plan.groups, zip((record.name for record in records), parameters, strict=True))
 
 
 def build_optimizer(

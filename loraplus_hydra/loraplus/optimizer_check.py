@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loraplus_hydra.errors import nearest
-from loraplus_hydra.loraplus.grouping import Group
+from loraplus_hydra.loraplus.plan import Group
 from loraplus_hydra.loraplus.rules import RULE_KEYS
 
 OWN_RATE = "finds its rate itself, so a rate for each group, and with it the ratio, means nothing to it"

@@ -15,7 +15,6 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.loraplus.grouping import TensorRecord
 from loraplus_hydra.loraplus.peft_layers import (
     ADALORA_ROLES,
     FACTORS,
@@ -24,6 +23,7 @@ from loraplus_hydra.loraplus.peft_layers import (
     SPLIT,
     zero_start,
 )
+from loraplus_hydra.loraplus.rules import TensorRecord
 from loraplus_hydra.loraplus.starts import noted_starts
 
 if TYPE_CHECKING:

@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 
-from loraplus_hydra.loraplus.grouping import Rule
+from loraplus_hydra.loraplus.grouping import assign
+from loraplus_hydra.loraplus.plan import Plan
+from loraplus_hydra.loraplus.roles import tensor_records
+from loraplus_hydra.loraplus.rules import Rule
 
 
 @dataclass(frozen=True)
 class LoraPlus:
-    """What the Trainer makes its optimizer and schedule from.
+    """Settings from which a Trainer makes its optimizer and schedule.
 
     `lr` is eta_A; `rules` and `extra_rules` decide each tensor's rate (see `grouping.assign`). `schedule` is a callable
-    as `schedule.build_schedule` takes it.
+    that `schedule.build_schedule` accepts.
     """
 
     optimizer_class: type[torch.optim.Optimizer]
@@ -27,3 +30,9 @@ class LoraPlus:
     weight_decay: float = 0.0
     optimizer_arguments: Mapping[str, Any] = field(default_factory=dict)
     schedule_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def plan(self, model: torch.nn.Module) -> Plan:
+        """Assign each trained tensor of `model` to its group. Raises UserError as `grouping.assign` does."""
+        return assign(
+            tensor_records(model), self.rules, extra=self.extra_rules, lr=self.lr, weight_decay=self.weight_decay
+        )

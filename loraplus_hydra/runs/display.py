@@ -13,7 +13,7 @@ from loraplus_hydra.io.screen import print_rich, show, table
 if TYPE_CHECKING:
     from loraplus_hydra.io.result import Result
     from loraplus_hydra.loraplus.memory import Memory
-    from loraplus_hydra.loraplus.plan import Placed, Row
+    from loraplus_hydra.loraplus.plan import PlannedTensor, Row
 
 
 def show_config(config: Any) -> None:
@@ -35,8 +35,8 @@ def show_config(config: Any) -> None:
     print_rich(tree, on_screen=number_in_sweep() in (None, 0))
 
 
-def show_overview(rows: Sequence[Row]) -> None:
-    """The table of what gets which rate: a row for each distinct role, rule, group, rate, decay and state."""
+def show_rates(rows: Sequence[Row]) -> None:
+    """Show the table of rates, one row per distinct role, rule, group and optimizer state."""
     names = ("lr", "weight decay", "state bits", "tensors", "numbers")
     cells = []
     for row in rows:
@@ -47,12 +47,13 @@ def show_overview(rows: Sequence[Row]) -> None:
     print_rich("What gets which rate", rates, on_screen=number_in_sweep() in (None, 0))
 
 
-def show_tensors(placed: Sequence[Placed]) -> None:
-    """Every trained tensor with its rate and the reason for it."""
+def show_tensors(tensors: Sequence[PlannedTensor]) -> None:
+    """Show every trained tensor with its rate and the reason for it."""
     cells = []
-    for one in placed:
-        shape = " x ".join(map(str, one.record.shape))
-        cells.append((one.record.name, shape, one.record.owner, one.group.name, f"{one.group.lr:.3g}", one.why()))
+    for tensor in tensors:
+        record, group = tensor.record, tensor.group
+        shape = " x ".join(map(str, record.shape))
+        cells.append((record.name, shape, record.owner, group.name, f"{group.lr:.3g}", tensor.reason()))
     print_rich("Every trained tensor", table(("tensor", "shape", "owner", "group", "lr", "why"), cells, right=("lr",)))
 
 

@@ -1,4 +1,4 @@
-"""One job: a config in, a trained adapter and a result out."""
+"""One job: from a config to a trained adapter and a result."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from loraplus_hydra.check import check
+from loraplus_hydra.check import Checked, check
 from loraplus_hydra.config.identity import run_hash
 from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.errors import UserError
@@ -22,195 +23,160 @@ from loraplus_hydra.io.checkpoints import ResumePoint, sealed
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.quiet_libraries import quiet_libraries, quiet_loading
 from loraplus_hydra.io.result import FAILED, INTERRUPTED, OK, Result, read_result, versions
+from loraplus_hydra.loraplus.advice import ratio_advice
+from loraplus_hydra.loraplus.plan import Plan, table_rows
+from loraplus_hydra.models.adapter_files import save_adapter
 from loraplus_hydra.runs import display
-from loraplus_hydra.runs.limits import explained
-from loraplus_hydra.runs.resume import asked, find, finished, prepare, told_as_finished
-from loraplus_hydra.training.hf_trainer.train import _train
-from loraplus_hydra.training.prepare import _load_model
+from loraplus_hydra.runs.figure import draw_training
+from loraplus_hydra.runs.limits import explain_resource_errors
+from loraplus_hydra.runs.resume import find_resume_point, finished_message, finished_result, roll_back
+from loraplus_hydra.training.hf_trainer.assemble import make_trainer
+from loraplus_hydra.training.hf_trainer.train import train
+from loraplus_hydra.training.measure import count_parameters
+from loraplus_hydra.training.prepare import Prepared, prepare
 from loraplus_hydra.training.trackers.tracking import Tracking
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+
+@dataclass(frozen=True)
+class Run:
+    """A job at work: its config and folder, its result so far, and where it resumes from."""
+
+    config: DictConfig
+    folder: Path
+    result: Result
+    point: ResumePoint | None
+    tracking: Tracking
 
 
-def run(config: DictConfig, folder: str | Path | None = None) -> Result:
-    """Train one adapter as `config` (a composed `run`) says, and write everything into `folder`.
+def run(config: DictConfig | Checked, folder: str | Path | None = None, *, point: ResumePoint | None = None) -> Result:
+    """Train one adapter by `config` (a composed `run`, or a checked one) and write everything into `folder`.
 
-    `folder` is by default the one that Hydra made for the job. With `trainer.resume_from_checkpoint` the run goes on
-    from a checkpoint; one that has finished with this config is left as it is. Returns the result; `result.value` is
-    the metric that a sweep optimises. Raises ConfigErrors before anything heavy when the config is wrong; whatever else
-    goes wrong is raised after it is written into result.json.
+    `folder` is by default the one that Hydra made for the job. With `trainer.resume_from_checkpoint` the run resumes
+    from a checkpoint (`point`, if it was found before); one that has finished with this config is left unchanged.
+    Returns the result; `result.value` is the metric that a sweep optimises. Raises ConfigErrors before anything heavy
+    when the config is wrong; any other error is raised after it is written into result.json.
     """
     quiet_libraries()
-    config = run_of(config)
+    checked = config if isinstance(config, Checked) else None
+    config = run_of(config.config if isinstance(config, Checked) else config)
     folder = processes.shared_folder(Path(folder) if folder is not None else _hydra_folder())
     folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder):
-        if (done := finished(config, folder)) is not None:
-            screen.show(told_as_finished(folder, done))
+        if (done := finished_result(config, folder)) is not None:
+            screen.show(finished_message(folder, done))
             return done
-        point = _resume_point(config, folder)
-        tracking = Tracking()
-        with _recorded(config, folder, point, tracking) as result, explained(config, folder):
-            _run(config, folder, result, point, tracking)
+        if config.trainer.get("resume_from_checkpoint") is not None:
+            # Before anything in the folder changes.
+            checked = checked or check(config)
+            point = find_resume_point(config, folder, found_before=point)
+        with _recorded(config, folder, point) as job, explain_resource_errors(config, folder):
+            _run(job, checked)
     if processes.is_main():
-        _report(folder, result)
-    return result
+        draw_training(folder / run_folder.METRICS, folder / run_folder.FIGURE)
+        display.show_result(folder, job.result)
+    return job.result
 
 
-def _run(config: DictConfig, folder: Path, result: Result, point: ResumePoint | None, tracking: Tracking) -> None:
+def _run(job: Run, checked: Checked | None) -> None:
     screen.show("1/6 Checking the config")
-    if point is None:  # else it was checked before the folder was looked at
-        check(config)
+    if checked is None:
+        check(job.config)
     quiet_loading()
-    _describe(config, folder, result, point)
-    tracking.start(config, folder, resumed_at=None if point is None else point.step)
-
-    from loraplus_hydra.models.tokenizer import load_tokenizer
-    from loraplus_hydra.tasks.examples import load_examples
-    from loraplus_hydra.training.hf_trainer.assemble import make_trainer  # heavy
-
-    screen.show("2/6 Loading the data and the tokenizer")
-    tokenizer = load_tokenizer(config.model)
-    examples = load_examples(config, tokenizer)
-    screen.show(f"    {examples.counts()}")
-    for note in examples.notes:
-        screen.show(f"    Note: {note}")
-
-    screen.show("3/6 Loading the model and adding the adapter")
-    model = _load_model(config, tokenizer, examples)
-
-    screen.show("4/6 Deciding which tensor gets which rate")
-    trainer = make_trainer(config, folder, model, tokenizer, examples, point, tracking.log)
-    _show_and_write_groups(folder, trainer)
-
+    _begin(job)
+    prepared = prepare(job.config)  # steps 2 to 4
+    trainer = make_trainer(prepared, job.folder, job.point, job.tracking.log)
+    _show_and_write_plan(job.folder, prepared, trainer.loraplus_plan)
     screen.show("5/6 Training")
-    _train(config, trainer, examples, result, point)
-
+    train(trainer, prepared, job.result, job.point)
     screen.show("6/6 Saving the adapter")
     if processes.is_main():
-        _save(folder, model, tokenizer)
-
-
-def _resume_point(config: DictConfig, folder: Path) -> ResumePoint | None:
-    """What the run goes on from, found before anything in its folder is changed."""
-    if not asked(config):
-        return None
-    check(config)
-    return find(config, folder)
+        _save(job.folder, prepared)
 
 
 def _hydra_folder() -> Path:
-    from hydra.core.hydra_config import HydraConfig
-
     return Path(HydraConfig.get().runtime.output_dir)
 
 
 @contextmanager
-def _recorded(config: DictConfig, folder: Path, point: ResumePoint | None, tracking: Tracking) -> Iterator[Result]:
-    """A Result that lands in `folder`, and that `tracking` is told, however the job ends."""
+def _recorded(config: DictConfig, folder: Path, point: ResumePoint | None) -> Iterator[Run]:
+    """Write the job's result into `folder`, and report it to the tracker, however the job ends."""
     started = time.perf_counter() - (0.0 if point is None else point.seconds)
     result = Result(status=FAILED, metric=str(OmegaConf.select(config, "task.metric")), versions=versions())
+    job = Run(config, folder, result, point, Tracking())
     try:
-        yield result
+        yield job
         result.status = OK
     except KeyboardInterrupt:
         result.status = INTERRUPTED
-        _say_how_to_go_on(folder)
+        _print_resume_hint(folder)
         raise
     except (Exception, SystemExit) as error:
         result.error = {"type": type(error).__name__, "text": str(error)}
-        _say_how_to_go_on(folder)
+        _print_resume_hint(folder)
         raise
     finally:
         result.seconds = round(time.perf_counter() - started, 3)
         if processes.is_main():
-            _write(config, result, folder)
-        tracking.finish(result)
+            _write_result(job)
+        job.tracking.finish(result)
 
 
-def _write(config: DictConfig, result: Result, folder: Path) -> None:
-    """result.json; where even that can't be written, what ended the job is told all the same."""
+def _write_result(job: Run) -> None:
+    """Write result.json; if that fails after another error, only print why, so that the first error is reported."""
     try:
-        with explained(config, folder):
-            result.write(folder)
+        with explain_resource_errors(job.config, job.folder):
+            job.result.write(job.folder)
     except (OSError, UserError) as error:
-        if result.status == OK:
+        if job.result.status == OK:
             raise
         screen.show(f"{run_folder.RESULT} could not be written: {error}")
 
 
-def _say_how_to_go_on(folder: Path) -> None:
+def _print_resume_hint(folder: Path) -> None:
     checkpoints = sealed(folder / run_folder.CHECKPOINTS)
     if checkpoints and processes.is_main():
         command = f"python -m loraplus_hydra resume {shlex.quote(str(folder))}"
-        screen.show(f"The last checkpoint is {checkpoints[-1].name}; to go on: {command}")
+        screen.show(f"The last checkpoint is {checkpoints[-1].name}; to resume: {command}")
 
 
-def _describe(config: DictConfig, folder: Path, result: Result, point: ResumePoint | None) -> None:
-    """Write and show the whole resolved config, and put its hash and seed into `result`.
+def _begin(job: Run) -> None:
+    """Start the tracker; write and show the resolved config; bring a resumed run's folder back to its checkpoint."""
+    job.result.seed = job.config.seed
+    job.result.config_hash = run_hash(job.config)
+    if processes.is_main():
+        if job.point is not None:
+            _begin_resumed(job, job.point)
+        files.write_text(job.folder / run_folder.CONFIG, OmegaConf.to_yaml(job.config, resolve=True))
+        display.show_config(OmegaConf.to_container(job.config, resolve=True))
+    job.tracking.start(job.config, job.folder, resumed_at=None if job.point is None else job.point.step)
 
-    Of a run that goes on it says from where, and with what that has changed since.
-    """
-    result.seed = config.seed
-    result.config_hash = run_hash(config)
+
+def _begin_resumed(job: Run, point: ResumePoint) -> None:
+    previous = read_result(job.folder)
+    if point.checkpoint or previous or (job.folder / run_folder.METRICS).is_file():  # else this is its first start
+        at = f"from step {point.step}" if point.checkpoint else "no complete checkpoint, so from step 0"
+        screen.show(f"    Resuming: {at}")
+        job.result.resumed_at = [*(previous.resumed_at if previous else ()), point.step]
+    for change in point.changed:
+        screen.show(f"    Changed since: {change}")
+    if previous is not None:  # its status no longer holds
+        replace(job.result, status=INTERRUPTED).write(job.folder)
+    roll_back(point, job.folder)
+
+
+def _show_and_write_plan(folder: Path, prepared: Prepared, plan: Plan) -> None:
+    """Show the table of rates and write param_groups.json, both from the plan that the Trainer has."""
     if not processes.is_main():
         return
-    if point is not None:
-        previous = read_result(folder)
-        if point.checkpoint or previous or (folder / run_folder.METRICS).is_file():  # else this is its first start
-            at = f"going on from step {point.step}" if point.checkpoint else "no checkpoint counts: from step 0"
-            screen.show(f"    Resuming: {at}")
-            result.resumed_at = [*(previous.resumed_at if previous else ()), point.step]
-        for change in point.changed:
-            screen.show(f"    Changed since: {change}")
-        if previous is not None:  # what was said of its end no longer holds
-            replace(result, status=INTERRUPTED).write(folder)
-        prepare(point, folder)
-    files.write_text(folder / run_folder.CONFIG, OmegaConf.to_yaml(config, resolve=True))
-    display.show_config(OmegaConf.to_container(config, resolve=True))
-
-
-def _show_and_write_groups(folder: Path, trainer: Any) -> None:
-    """The table that `inspect` shows, and param_groups.json: every trained tensor, role, rule, group and rate."""
-    from loraplus_hydra.loraplus.advice import ratio_advice
-    from loraplus_hydra.loraplus.plan import largest_ratio, place, rows
-    from loraplus_hydra.loraplus.roles import tensor_records
-
-    if not processes.is_main():
-        return
-    placed = place(tensor_records(trainer.model), trainer.loraplus)
-    display.show_overview(rows(placed))
-    total = sum(parameter.numel() for parameter in trainer.model.parameters())
-    for sentence in ratio_advice([one.record for one in placed], largest_ratio(placed), total):
+    display.show_rates(table_rows(plan))
+    for sentence in ratio_advice(plan.records, plan.largest_ratio, count_parameters(prepared.model)[1]):
         screen.show(f"    Note: {sentence}")
-    table = [
-        {
-            "name": one.record.name,
-            "role": one.record.role,
-            "rule": one.rule.name,
-            "group": one.group.name,
-            "shape": list(one.record.shape),
-            "lr": one.group.lr,
-            "weight_decay": one.group.weight_decay,
-        }
-        for one in placed
-    ]
-    files.write_text(folder / run_folder.PARAM_GROUPS, json.dumps(table, indent=2) + "\n")
+    entries: list[dict[str, Any]] = [tensor.as_dict() for tensor in plan.tensors]
+    files.write_text(folder / run_folder.PARAM_GROUPS, json.dumps(entries, indent=2) + "\n")
 
 
-def _save(folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """adapter/ in PEFT's own layout with the tokenizer, there whole or not at all."""
-    from loraplus_hydra.models.adapter_files import save_adapter
-
+def _save(folder: Path, prepared: Prepared) -> None:
+    """Write adapter/ in PEFT's own layout with the tokenizer, complete or not at all."""
     draft = files.unfinished(folder / run_folder.ADAPTER)
-    save_adapter(model, tokenizer, draft)
+    save_adapter(prepared.model, prepared.tokenizer, draft)
     files.replace_folder(draft, folder / run_folder.ADAPTER)
-
-
-def _report(folder: Path, result: Result) -> None:
-    from loraplus_hydra.runs.figure import draw_training
-
-    draw_training(folder / run_folder.METRICS, folder / run_folder.FIGURE)
-    display.show_result(folder, result)

@@ -12,6 +12,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.errors import UserError, first_line
+from loraplus_hydra.loraplus.memory import estimate
+from loraplus_hydra.training.prepare import plan_on_meta
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_cpu")
 # torch.save says no more than that its file is shorter than what it has written ("unexpected pos").
@@ -23,7 +25,7 @@ class MachineLimitError(UserError):
 
 
 @contextmanager
-def explained(config: DictConfig, folder: Path) -> Iterator[None]:
+def explain_resource_errors(config: DictConfig, folder: Path) -> Iterator[None]:
     """Turn what torch and the operating system say of a limit into a MachineLimitError that says what to change."""
     try:
         yield
@@ -90,12 +92,10 @@ def _memory_advice(config: DictConfig, error: BaseException) -> str:
 
 
 def _estimate(config: DictConfig) -> str:
-    from loraplus_hydra.loraplus.memory import estimate
-    from loraplus_hydra.training.prepare import placed_on_meta
 
     quantization: Any = OmegaConf.to_container(config.quantization, resolve=True)
     try:
-        memory = estimate(*placed_on_meta(config), quantization)
+        memory = estimate(*plan_on_meta(config), quantization)
     except (MemoryError, RuntimeError, UserError):  # there may be no memory left to count with
         return "what `inspect` says"
     return f"{memory.total / 2**20:,.0f} MiB, as `inspect` counts it ({memory.weights / 2**20:,.0f} of them the base)"

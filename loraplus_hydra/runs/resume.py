@@ -1,4 +1,4 @@
-"""Where a run goes on from: the newest whole checkpoint, and what of the run's folder belongs to it."""
+"""Find the checkpoint from which to resume, and roll the run's folder back to it."""
 
 from __future__ import annotations
 
@@ -15,22 +15,19 @@ from loraplus_hydra.io.checkpoint_state import STATE, trainer_state
 from loraplus_hydra.io.checkpoints import AUTO, KEY, Checkpoint, ResumePoint
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.result import OK, Result, read_result
+from loraplus_hydra.models.adapter_files import refuse_other_tensors
 from loraplus_hydra.runs.stored_config import read_plain
 from loraplus_hydra.training.checkpoint_changes import full_name, refuse_other_groups
+from loraplus_hydra.training.prepare import loraplus_settings, plan_on_meta
 
 _RULES = "loraplus.rules."
 _TRAINED_WITH = ("model", "quantization", "adapter", "optimizer", "scheduler", "loraplus", "data", "seed")
 _LENGTHENING = ("trainer.max_steps", "trainer.num_train_epochs")
 
 
-def asked(config: DictConfig) -> bool:
-    """Whether the config asks to go on from a checkpoint."""
-    return config.trainer.get("resume_from_checkpoint") is not None
-
-
-def finished(config: DictConfig, folder: Path) -> Result | None:
-    """The result of the run in `folder` that has finished with this very config, when it is asked to go on."""
-    if not asked(config):
+def finished_result(config: DictConfig, folder: Path) -> Result | None:
+    """Return the result of the run in `folder` if it is to resume but has finished with this very config."""
+    if config.trainer.get("resume_from_checkpoint") is None:
         return None
     result = read_result(folder)
     if result is None or result.status != OK or not (folder / run_folder.ADAPTER).is_dir():
@@ -38,36 +35,38 @@ def finished(config: DictConfig, folder: Path) -> Result | None:
     return result if result.config_hash == run_hash(config) else None
 
 
-def told_as_finished(folder: Path, result: Result) -> str:
-    """What is said of a run that has finished."""
+def finished_message(folder: Path, result: Result) -> str:
+    """Return the message about a run that has finished."""
     return f"The run in {folder} has finished: {result.steps} steps, {result.metric} {result.value}"
 
 
-def refuse_unfit(config: DictConfig, folder: Path) -> None:
-    """Raise UserError if the checked `config` can't go on in `folder`; end the program if nothing is left to do.
+def resume_point_or_exit(config: DictConfig, folder: Path) -> ResumePoint:
+    """Return where the checked `config` resumes in `folder`; end the program if that run has finished.
 
-    For the command line, before Hydra writes what is asked for into that folder.
+    For the command line, before Hydra writes its files into that folder. Raises UserError when it can't resume.
     """
-    if (result := finished(config, folder)) is not None:
+    if (result := finished_result(config, folder)) is not None:
         if processes.is_main():
-            print(told_as_finished(folder, result))
+            print(finished_message(folder, result))
         raise SystemExit(0)
     with folder_lock(folder):
-        find(config, folder, tell=False)
+        return find_resume_point(config, folder, report=False)
 
 
-def find(config: DictConfig, folder: Path, *, tell: bool = True) -> ResumePoint | None:
-    """What the checked `config` goes on from in `folder`; None when it doesn't ask to.
+def find_resume_point(
+    config: DictConfig, folder: Path, *, report: bool = True, found_before: ResumePoint | None = None
+) -> ResumePoint:
+    """Return where the checked `config` resumes in `folder`. Nothing is changed there.
 
-    Nothing is touched; `tell` says which checkpoints don't count. Raises UserError when the checkpoint can't be gone on
-    from: other groups, or fewer steps.
+    `report` logs incomplete checkpoints. `found_before` is returned if its checkpoint is still the one, so that its
+    files are hashed once only. Raises UserError when the run can't resume: other groups, or fewer steps.
     """
-    if not asked(config):
-        return None
-    named = config.trainer.resume_from_checkpoint
+    if found_before is not None and _still_holds(found_before, config, folder):
+        return found_before
     changed = tuple(_changes(folder / run_folder.CONFIG, config))
+    named = config.trainer.resume_from_checkpoint
     if named == AUTO:
-        checkpoint = checkpoints.newest_whole(folder / run_folder.CHECKPOINTS, tell=tell)
+        checkpoint = checkpoints.newest_complete(folder / run_folder.CHECKPOINTS, report=report)
     else:
         checkpoint = checkpoints.open_checkpoint(Path(str(named)).expanduser())
     if checkpoint is None:
@@ -79,11 +78,21 @@ def find(config: DictConfig, folder: Path, *, tell: bool = True) -> ResumePoint 
     return ResumePoint(checkpoint, changed)
 
 
-def prepare(point: ResumePoint, folder: Path) -> None:
-    """Bring `folder` to where the checkpoint was: metrics.jsonl cut to it, newer checkpoints out of the way."""
+def _still_holds(point: ResumePoint, config: DictConfig, folder: Path) -> bool:
+    """Return True if no other process changed the run since `point` was found, when its lock was released."""
+    if point.checkpoint is None or not point.checkpoint.is_unchanged():
+        return False
+    if config.trainer.resume_from_checkpoint != AUTO:
+        return True
+    complete = checkpoints.sealed(folder / run_folder.CHECKPOINTS)
+    return bool(complete) and complete[-1] == point.checkpoint.folder
+
+
+def roll_back(point: ResumePoint, folder: Path) -> None:
+    """Bring `folder` back to the checkpoint: cut metrics.jsonl, move newer checkpoints out of the way."""
     metrics = folder / run_folder.METRICS
     step = -1 if point.checkpoint is None else point.checkpoint.step
-    # First these: killed in between, the run goes on from the same checkpoint again.
+    # Checkpoints first: killed in between, the run resumes from the same checkpoint again.
     for place in checkpoints.in_order(folder / run_folder.CHECKPOINTS):
         if checkpoints.step_of(place) > step:
             _set_aside(place)
@@ -100,64 +109,59 @@ def prepare(point: ResumePoint, folder: Path) -> None:
 
 
 def _lines_until(checkpoint: Checkpoint) -> tuple[Path, bytes]:
-    """The metrics.jsonl of the checkpoint's own run, and what of it was there when the checkpoint was written.
+    """Return the metrics.jsonl of the checkpoint's own run, and its content when the checkpoint was written.
 
-    Raises UserError for one that was written anew since, from another point.
+    Raises UserError for a file that was written anew since.
     """
     own = checkpoint.folder.parent.parent / run_folder.METRICS
     lines = own.read_bytes()[: int(checkpoint.state["metrics_bytes"])] if own.is_file() else b""
-    whole = len(lines) == int(checkpoint.state["metrics_bytes"])
-    if whole and lines and not lines.endswith(b"\n"):
+    is_complete = len(lines) == int(checkpoint.state["metrics_bytes"])
+    if is_complete and lines and not lines.endswith(b"\n"):
         raise UserError(f"{own} isn't the one that {checkpoint.folder.name} was written with; name another checkpoint")
     return own, lines
 
 
 def _set_aside(place: Path) -> None:
-    """Out of the way of the checkpoints to come: one that was never finished is removed, any other renamed."""
+    """Remove an incomplete checkpoint, rename a complete one, so that new checkpoints can take the name."""
     if not (place / checkpoints.MANIFEST).is_file():
         checkpoints.unseal(place)
         return
     aside = place.with_name(f"set-aside-{place.name}")
     checkpoints.unseal(aside)
     place.rename(aside)
-    screen.show(f"    Note: {place.name} is newer than where this goes on from; it is now {aside.name}")
+    screen.show(f"    Note: {place.name} is newer than the one resumed from; it is now {aside.name}")
 
 
 def _refuse_other_training(config: DictConfig, checkpoint: Checkpoint) -> None:
-    from loraplus_hydra.models.adapter_files import refuse_other_tensors
-    from loraplus_hydra.training.prepare import loraplus_settings, placed_on_meta
-
     steps = config.trainer.get("max_steps", -1)
     if 0 < steps < checkpoint.step:
         what = f"the checkpoint is of step {checkpoint.step}, beyond trainer.max_steps={steps}"
         raise ConfigErrors([Problem("trainer.max_steps", what, "give more steps, or an earlier checkpoint")])
-    adapted, placed = placed_on_meta(config)
-    epochs = config.trainer.get("num_train_epochs", 3.0)
-    if steps <= 0 and trainer_state(checkpoint.folder)["epoch"] > epochs:
-        what = f"the checkpoint is of epoch {trainer_state(checkpoint.folder)['epoch']:.3g}, beyond {epochs:g}"
+    epochs, reached = config.trainer.get("num_train_epochs", 3.0), trainer_state(checkpoint.folder)["epoch"]
+    if steps <= 0 and reached > epochs:
+        what = f"the checkpoint is of epoch {reached:.3g}, beyond {epochs:g}"
         raise ConfigErrors([Problem("trainer.num_train_epochs", what, "give more epochs, or an earlier checkpoint")])
-    groups: dict[str, list[str]] = {}
-    for one in placed:
-        groups.setdefault(one.group.name, []).append(one.record.name)
+    model, plan = plan_on_meta(config)
+    groups = {group.name: [record.name for record in group.records] for group in plan.groups}
     try:
         refuse_other_groups(checkpoint.state, full_name(loraplus_settings(config).optimizer_class), groups)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{checkpoint.folder / STATE} can't be read: {error}") from None
-    refuse_other_tensors(checkpoint.folder, adapted)
+    refuse_other_tensors(checkpoint.folder, model)
 
 
 def _refuse_to_replace(folder: Path) -> None:
-    """Where no checkpoint counts a run begins anew, and that would replace what a finished or a damaged one has."""
+    """Raise ConfigErrors where beginning anew would replace the results of a finished or damaged run."""
     result = read_result(folder)
     damaged = checkpoints.sealed(folder / run_folder.CHECKPOINTS)
     if damaged or (result is not None and result.status == OK):
-        what = f"no checkpoint of {folder} is whole" if damaged else f"the run in {folder} kept no checkpoint"
-        fix = "it can't go on, and to begin anew would replace what it has: start a new run in another folder"
+        what = f"no checkpoint of {folder} is complete" if damaged else f"the run in {folder} kept no checkpoint"
+        fix = "it can't resume, and to begin anew would replace its files: start a new run in another folder"
         raise ConfigErrors([Problem(KEY, what, fix)])
 
 
 def _refuse_changes_at_the_end(checkpoint: Checkpoint, changed: tuple[str, ...]) -> None:
-    """A run whose steps are all taken only has to be saved: what is changed of its training would do nothing."""
+    """Raise ConfigErrors for changes of training in a run whose steps are all taken: they would do nothing."""
     planned = trainer_state(checkpoint.folder)["max_steps"]
     if checkpoint.step != planned or any(change.split(":")[0] in _LENGTHENING for change in changed):
         return
@@ -167,17 +171,17 @@ def _refuse_changes_at_the_end(checkpoint: Checkpoint, changed: tuple[str, ...])
 
 
 def _changes(stored: Path, config: DictConfig) -> list[str]:
-    """Leaf keys whose value differs between the stored config and this one, in words."""
+    """Return the keys whose value differs between the stored config and this one, a text each."""
     if not stored.is_file():
         return []
-    then = flat(read_plain(stored))  # nothing in it is followed: it may be somebody else's
+    then = flat(read_plain(stored))  # its interpolations are not followed: it may be untrusted
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     now = flat(plain)
     keys = [key for key in [*now, *(key for key in then if key not in now)] if key != KEY]
-    told = {key: (then.get(key, "not set"), now.get(key, "not set")) for key in keys}
-    changed = {key: values for key, values in told.items() if values[0] != values[1]}
-    # A rule's ratio follows loraplus.ratio, and is told with it.
+    pairs = {key: (then.get(key, "not set"), now.get(key, "not set")) for key in keys}
+    changed = {key: values for key, values in pairs.items() if values[0] != values[1]}
+    # A rule's ratio follows loraplus.ratio, which is reported already.
     others = [values for key, values in changed.items() if key.startswith("loraplus.") and not key.startswith(_RULES)]
     return [
         f"{key}: {old} -> {new}"

@@ -84,7 +84,7 @@ def _done_before(job: _Job) -> float | None:
 
 def _prepared(config: DictConfig, folder: Path) -> DictConfig:
     """The config with which the job goes on from its newest whole checkpoint, or begins anew in a cleared folder."""
-    if checkpoints.newest_whole(folder / run_folder.CHECKPOINTS) is None:
+    if checkpoints.newest_complete(folder / run_folder.CHECKPOINTS) is None:
         with folder_lock(folder):
             clear(folder)
         return config

@@ -1,28 +1,104 @@
-"""Prepare what a job trains with: LoRA+ settings, model with adapter, and the same without weights."""
+"""Prepare what a job trains with: tokenizer, examples, model with adapter, and the plan of the groups.
+
+`plan_on_meta` prepares the same without weights, on the meta device, for `check`, `inspect` and `preview`.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
+from transformers import set_seed
 
 from loraplus_hydra.config.targets import locate
-from loraplus_hydra.loraplus.grouping import parse_rules
+from loraplus_hydra.io import screen
+from loraplus_hydra.loraplus.memory import measure_state
+from loraplus_hydra.loraplus.plan import Plan
+from loraplus_hydra.loraplus.rules import parse_rules
 from loraplus_hydra.loraplus.settings import LoraPlus
+from loraplus_hydra.models.adapter import add_adapter
+from loraplus_hydra.models.base_model import load_base, meta_model
+from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
+from loraplus_hydra.tasks.examples import Examples, kept_examples, load_examples
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from loraplus_hydra.loraplus.plan import Placed
-    from loraplus_hydra.tasks.examples import Examples
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a job trains with."""
+
+    config: DictConfig
+    tokenizer: PreTrainedTokenizerBase
+    examples: Examples
+    model: PeftModel
+    settings: LoraPlus
+    plan: Plan
+
+
+def prepare(config: DictConfig) -> Prepared:
+    """Load tokenizer, examples and model, add the adapter and plan its groups. Raises UserError."""
+    screen.show("2/6 Loading the data and the tokenizer")
+    tokenizer = load_tokenizer(config.model)
+    examples = load_examples(config, tokenizer)
+    screen.show(f"    {examples.counts()}")
+    for note in examples.notes:
+        screen.show(f"    Note: {note}")
+    screen.show("3/6 Loading the model and adding the adapter")
+    model = load_adapted_model(config, tokenizer, examples)
+    screen.show("4/6 Deciding which tensor gets which rate")
+    return bundle(config, tokenizer, examples, model)
+
+
+def bundle(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples, model: PeftModel) -> Prepared:
+    """Return what is loaded together with the plan of its groups. Raises UserError."""
+    settings = loraplus_settings(config)
+    return Prepared(config, tokenizer, examples, model, settings, measure_state(settings.plan(model), settings))
+
+
+def load_adapted_model(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> PeftModel:
+    """Load the base model with its weights and add the adapter."""
+    set_seed(config.seed)  # the adapter's initialisation
+    return add_adapter(
+        load_base(config, tokenizer, examples.model_arguments),
+        config.adapter,
+        config.task.task_type,
+        new_tokens=new_token_ids(tokenizer, config.model),
+        revision=config.model.revision,
+    )
+
+
+def plan_on_meta(config: DictConfig) -> tuple[PeftModel, Plan]:
+    """Return the adapted model on the meta device and the plan of its groups. Raises UserError."""
+    model = adapted_meta_model(config)
+    settings = loraplus_settings(config)
+    return model, measure_state(settings.plan(model), settings)
+
+
+def adapted_meta_model(config: DictConfig, model_arguments: dict[str, Any] | None = None) -> PeftModel:
+    """Build the config's model with its adapter on the meta device.
+
+    `model_arguments` are settings of the model that follow from the rows, such as the number of labels. By default they
+    come from the rows already loaded for this config, if any.
+    """
+    if model_arguments is None:
+        model_arguments = examples.model_arguments if (examples := kept_examples(config)) else {}
+    return add_meta_adapter(meta_model(config.model, config.task.auto_class, model_arguments), config)
+
+
+def add_meta_adapter(model: Any, config: DictConfig) -> PeftModel:
+    """Add the config's adapter to a model on the meta device, whose last rows are those of `model.add_tokens`."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    new_tokens = range(rows - len(config.model.add_tokens), rows)
+    return add_adapter(model, config.adapter, config.task.task_type, new_tokens=new_tokens, on_meta=True)
 
 
 def loraplus_settings(config: DictConfig) -> LoraPlus:
-    """The `optimizer`, `scheduler` and `loraplus` groups of a config as the mixin takes them."""
-    optimizer = _plain(config.optimizer)
-    scheduler = _plain(config.scheduler)
-    loraplus = _plain(config.loraplus)
+    """Return the `optimizer`, `scheduler` and `loraplus` groups of a config as `LoraPlus`."""
+    optimizer, scheduler, loraplus = (plain_group(config[name]) for name in ("optimizer", "scheduler", "loraplus"))
     return LoraPlus(
         optimizer_class=locate(optimizer.pop("_target_")),
         lr=optimizer["lr"],  # stays among the arguments too: schedules with a floor measure it against this default
@@ -35,61 +111,8 @@ def loraplus_settings(config: DictConfig) -> LoraPlus:
     )
 
 
-def _plain(group: DictConfig) -> dict[str, Any]:
+def plain_group(group: DictConfig) -> dict[str, Any]:
+    """Return a group of the config as plain, resolved containers."""
     plain = OmegaConf.to_container(group, resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
-
-
-def placed_on_meta(config: DictConfig) -> tuple[Any, list[Placed]]:
-    """The adapted model on the meta device, and its trained tensors, each with its rule and group."""
-
-    from loraplus_hydra.loraplus.plan import place
-    from loraplus_hydra.loraplus.roles import tensor_records
-
-    model = adapted_meta_model(config)
-    return model, place(tensor_records(model), loraplus_settings(config))
-
-
-def adapted_meta_model(config: DictConfig, model_arguments: dict[str, Any] | None = None) -> Any:
-    """The config's model with its adapter, on the meta device.
-
-    `model_arguments` is what the rows say of the model; by default what those say that were read for this config.
-    """
-    from loraplus_hydra.models.base_model import meta_model
-
-    arguments = _model_arguments(config) if model_arguments is None else model_arguments
-    return _adapted(meta_model(config.model, config.task.auto_class, arguments), config)
-
-
-def _model_arguments(config: DictConfig) -> dict[str, Any]:
-    """What the rows say of the model, such as how many labels there are; nothing while they aren't known."""
-    from loraplus_hydra.tasks.examples import kept_examples
-
-    examples = kept_examples(config)
-    return examples.model_arguments if examples else {}
-
-
-def _adapted(model: Any, config: DictConfig) -> Any:
-    from loraplus_hydra.models.adapter import add_adapter
-
-    rows = model.get_input_embeddings().weight.shape[0]
-    new_tokens = range(rows - len(config.model.add_tokens), rows)
-    return add_adapter(model, config.adapter, config.task.task_type, new_tokens=new_tokens, on_meta=True)
-
-
-def _load_model(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> PeftModel:
-    from transformers import set_seed
-
-    from loraplus_hydra.models.adapter import add_adapter
-    from loraplus_hydra.models.base_model import load_base
-    from loraplus_hydra.models.tokenizer import new_token_ids
-
-    set_seed(config.seed)  # the adapter's initialisation
-    return add_adapter(
-        load_base(config, tokenizer, examples.model_arguments),
-        config.adapter,
-        config.task.task_type,
-        new_tokens=new_token_ids(tokenizer, config.model),
-        revision=config.model.revision,
-    )

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from loraplus_hydra.loraplus.advice import initialisation, ratio_advice
-from loraplus_hydra.loraplus.grouping import TensorRecord
 from loraplus_hydra.loraplus.memory import estimate
-from loraplus_hydra.loraplus.plan import place, rows
+from loraplus_hydra.loraplus.plan import table_rows
 from loraplus_hydra.loraplus.roles import tensor_records
+from loraplus_hydra.loraplus.rules import TensorRecord
 from tests.conftest import Finished
 
 
@@ -81,7 +81,7 @@ def test_memory_is_within_five_percent_of_a_real_run(
     from loraplus_hydra.loraplus.optimizer import build_optimizer
     from loraplus_hydra.models.adapter import add_adapter
     from loraplus_hydra.models.base_model import load_model
-    from loraplus_hydra.training.prepare import loraplus_settings, placed_on_meta
+    from loraplus_hydra.training.prepare import loraplus_settings, plan_on_meta
 
     config = compose(
         "model=hub",
@@ -90,12 +90,12 @@ def test_memory_is_within_five_percent_of_a_real_run(
         "adapter.r=64",
         "+adapter.modules_to_save=[lm_head]",
     )
-    meta, placed = placed_on_meta(config)
-    told = estimate(meta, placed)
+    meta, plan = plan_on_meta(config)
+    told = estimate(meta, plan)
 
     model = add_adapter(load_model(config.model, config.task.auto_class), config.adapter, config.task.task_type)
     settings = loraplus_settings(config)
-    groups = list({one.group.name: one.group for one in place(tensor_records(model), settings)}.values())
+    groups = settings.plan(model).groups
     made = build_optimizer(
         settings.optimizer_class, groups, model.named_parameters(), dict(settings.optimizer_arguments)
     )
@@ -110,16 +110,16 @@ def test_memory_is_within_five_percent_of_a_real_run(
 
 
 def test_state_bits_are_those_of_the_optimizer(compose: Callable[..., Any], tiny_model: Path) -> None:
-    from loraplus_hydra.training.prepare import placed_on_meta
+    from loraplus_hydra.training.prepare import plan_on_meta
 
     base = ["model=hub", f"model.path={tiny_model}", "adapter.r=128", "adapter.target_modules=[q_proj,embed_tokens]"]
-    _, placed = placed_on_meta(compose(*base, "optimizer=adamw8bit"))
-    bits = {row.role: row.state_bits for row in rows(placed)}
+    _, plan = plan_on_meta(compose(*base, "optimizer=adamw8bit"))
+    bits = {row.role: row.state_bits for row in table_rows(plan)}
     assert bits == {"lora_A": 8, "lora_B": 8, "lora_embedding_A": 32, "lora_embedding_B": 32}
-    _, placed = placed_on_meta(compose(*base, "optimizer=adamw"))
-    assert {row.state_bits for row in rows(placed)} == {32}
-    _, placed = placed_on_meta(compose(*base, "optimizer=sgd"))
-    assert {row.state_bits for row in rows(placed)} <= {0, 32}
+    _, plan = plan_on_meta(compose(*base, "optimizer=adamw"))
+    assert {row.state_bits for row in table_rows(plan)} == {32}
+    _, plan = plan_on_meta(compose(*base, "optimizer=sgd"))
+    assert {row.state_bits for row in table_rows(plan)} <= {0, 32}
 
 
 STARTS = {
@@ -137,10 +137,10 @@ def test_start_and_advice_are_those_of_the_run(adapter: str, compose: Callable[.
     """Without weights the start is known from the config, and with them it is what the values are."""
     from loraplus_hydra.models.adapter import add_adapter
     from loraplus_hydra.models.base_model import load_model
-    from loraplus_hydra.training.prepare import placed_on_meta
+    from loraplus_hydra.training.prepare import plan_on_meta
 
     config = compose("model=hub", f"model.path={tiny_model}", f"adapter={adapter}")
-    records = [one.record for one in placed_on_meta(config)[1]]
+    records = plan_on_meta(config)[1].records
     model = add_adapter(load_model(config.model, config.task.auto_class), config.adapter, config.task.task_type)
     values = dict(model.named_parameters())
     assert {r.name: r.starts_at_zero for r in records} == {
@@ -165,14 +165,14 @@ def test_an_adapter_that_goes_on_gets_no_advice_on_its_start(
     """Its config still tells the start that it had when it was new."""
     from loraplus_hydra.models.adapter import add_adapter
     from loraplus_hydra.models.base_model import load_model
-    from loraplus_hydra.training.prepare import placed_on_meta
+    from loraplus_hydra.training.prepare import plan_on_meta
 
     config = compose("model=hub", f"model.path={tiny_model}")
     new = add_adapter(load_model(config.model, config.task.auto_class), config.adapter, config.task.task_type)
     new.save_pretrained(tmp_path)
     config = compose("model=hub", f"model.path={tiny_model}", "adapter=existing", f"adapter.path={tmp_path}")
     on = add_adapter(load_model(config.model, config.task.auto_class), config.adapter, config.task.task_type)
-    for records in ([one.record for one in placed_on_meta(config)[1]], tensor_records(on)):
+    for records in (plan_on_meta(config)[1].records, tensor_records(on)):
         assert {record.role for record in records} == {"lora_A", "lora_B"}
         assert ratio_advice(records, 16, 10**8) == []
 

@@ -13,7 +13,7 @@ import pytest
 from loraplus_hydra import run
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.checkpoint_state import STATE
-from loraplus_hydra.io.checkpoints import in_order, newest_whole, open_checkpoint, rotate, seal, unseal
+from loraplus_hydra.io.checkpoints import in_order, newest_complete, open_checkpoint, rotate, seal, unseal
 from loraplus_hydra.models.adapter_files import refuse_other_tensors
 from tests.conftest import Finished
 from tests.runs.test_resume import AUTO
@@ -73,7 +73,7 @@ def test_checkpoint_without_a_part_of_the_trainers_state_does_not_count(
     seal(newest)
     with pytest.raises(ValueError, match=f"it has no {name}"):
         open_checkpoint(newest)
-    found = newest_whole(folder, tell=False)
+    found = newest_complete(folder, report=False)
     assert found is not None
     assert found.step == 6
 
@@ -137,7 +137,7 @@ NOT_AS_WRITTEN: dict[str, tuple[str, Callable[[Any], Any]]] = {
 def test_state_that_is_not_as_written_is_passed_over(kind: str, checkpoints: Callable[..., Path]) -> None:
     folder = checkpoints()
     changed(folder / "checkpoint-8", *NOT_AS_WRITTEN[kind])
-    found = newest_whole(folder, tell=False)
+    found = newest_complete(folder, report=False)
     assert found is not None
     assert found.step == 6
 
@@ -148,7 +148,7 @@ def test_state_that_is_none_is_passed_over(text: str, name: str, checkpoints: Ca
     folder = checkpoints()
     (folder / "checkpoint-8" / name).write_text(text)
     seal(folder / "checkpoint-8")
-    found = newest_whole(folder, tell=False)
+    found = newest_complete(folder, report=False)
     assert found is not None
     assert found.step == 6
 
@@ -253,12 +253,12 @@ def test_own_weights_are_not_refused(
     overrides: tuple[str, ...], checkpoints: Callable[..., Path], compose: Callable[..., Any], tiny_run: list[str]
 ) -> None:
     from loraplus_hydra.check.dry_run import data_problems
-    from loraplus_hydra.training.prepare import placed_on_meta
+    from loraplus_hydra.training.prepare import plan_on_meta
 
     config = compose(*tiny_run, *B8, *overrides)
     folder = checkpoints(*overrides)
     assert data_problems(config) == []
-    adapted = placed_on_meta(config)[0]
+    adapted = plan_on_meta(config)[0]
     for step in (2, 8):
         refuse_other_tensors(folder / f"checkpoint-{step}", adapted)
 
@@ -270,7 +270,7 @@ def test_link_is_no_checkpoint_and_what_it_leads_to_is_left_alone(checkpoints: C
     (folder / "checkpoint-8").rename(elsewhere)
     link = folder / "checkpoint-8"
     link.symlink_to(elsewhere)
-    found = newest_whole(folder, tell=False)
+    found = newest_complete(folder, report=False)
     assert found is not None
     assert found.step == 6
     assert link not in in_order(folder)

@@ -14,7 +14,7 @@ import pytest
 
 from loraplus_hydra import run
 from loraplus_hydra.io.checkpoint_state import STATE
-from loraplus_hydra.io.checkpoints import MANIFEST, defect, newest_whole, rotate, seal
+from loraplus_hydra.io.checkpoints import MANIFEST, defect, newest_complete, rotate, seal
 from tests.conftest import Finished
 
 
@@ -94,7 +94,7 @@ def test_faulty_checkpoint_is_passed_over_for_the_one_before(
     spoil, told = FAULTS[fault]
     spoil(newer)
     with caplog.at_level(logging.WARNING):
-        found = newest_whole(tmp_path)
+        found = newest_complete(tmp_path)
     assert found is not None
     assert (found.folder, found.step) == (older, 9)
     assert told in caplog.text
@@ -114,9 +114,9 @@ def test_any_changed_byte_is_seen(tmp_path: Path) -> None:
 
 
 def test_without_any_whole_checkpoint_there_is_none(tmp_path: Path) -> None:
-    assert newest_whole(tmp_path / "missing") is None
+    assert newest_complete(tmp_path / "missing") is None
     (made(tmp_path, 3) / MANIFEST).unlink()
-    assert newest_whole(tmp_path) is None
+    assert newest_complete(tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -12,16 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplus_hydra.errors import ConfigErrors, UserError
-from loraplus_hydra.loraplus.grouping import (
-    GROUP_ORDER,
-    ROLES,
-    Group,
-    Rule,
-    TensorRecord,
-    assign,
-    first_match,
-    parse_rules,
-)
+from loraplus_hydra.loraplus.grouping import GROUP_ORDER, assign, first_match
+from loraplus_hydra.loraplus.plan import Group
+from loraplus_hydra.loraplus.rules import ROLES, Rule, TensorRecord, parse_rules
 
 A = TensorRecord("layers.0.q.lora_A.default.weight", "lora_A", "Linear", (4, 16), adapter="default")
 B = TensorRecord("layers.0.q.lora_B.default.weight", "lora_B", "Linear", (16, 4), adapter="default")
@@ -36,7 +29,7 @@ LORA_PLUS = [Rule("groupB", role=("lora_B",), ratio=8.0), Rule("groupA")]
 
 def groups_of(records: list[TensorRecord], rules: list[Rule], **options: object) -> dict[str, Group]:
     arguments: Any = {"lr": 1e-3, "weight_decay": 0.1, **options}
-    return {group.name: group for group in assign(records, rules, **arguments)}
+    return {group.name: group for group in assign(records, rules, **arguments).groups}
 
 
 # rules from a mapping
@@ -314,7 +307,7 @@ def vars_of(rule: Rule) -> dict[str, object]:
 def test_every_tensor_is_in_exactly_one_group_by_its_first_rule(
     records: list[TensorRecord], rules: list[Rule], lr: float, weight_decay: float
 ) -> None:
-    groups = assign(records, rules, lr=lr, weight_decay=weight_decay)
+    groups = assign(records, rules, lr=lr, weight_decay=weight_decay).groups
     assert all(group.records for group in groups)
     placed = [id(record) for group in groups for record in group.records]
     assert sorted(placed) == sorted(map(id, records))
@@ -359,7 +352,7 @@ def test_a_ratio_is_refused_exactly_when_no_two_tensors_of_the_adapter_differ_in
         with pytest.raises(UserError, match="does nothing here"):
             assign(records, rules, lr=1e-3, weight_decay=0.0)
     else:
-        assert assign(records, rules, lr=1e-3, weight_decay=0.0)
+        assert assign(records, rules, lr=1e-3, weight_decay=0.0).groups
 
 
 @given(records_, rule_lists(), st.randoms())

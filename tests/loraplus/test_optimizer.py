@@ -14,7 +14,7 @@ from transformers.optimization import Adafactor
 
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import ConfigErrors, UserError
-from loraplus_hydra.loraplus.grouping import Rule, assign
+from loraplus_hydra.loraplus.grouping import assign
 from loraplus_hydra.loraplus.optimizer import (
     build_optimizer,
     create_loraplus_optimizer,
@@ -22,6 +22,7 @@ from loraplus_hydra.loraplus.optimizer import (
     optimizer_problems,
 )
 from loraplus_hydra.loraplus.roles import tensor_records
+from loraplus_hydra.loraplus.rules import Rule
 from tests.support.models import ConvNet, llama, train, with_lora
 from tests.support.presets import CONF, LR, arguments, preset
 
@@ -30,7 +31,7 @@ RULES = [Rule("groupB", role=("lora_B",), ratio=8.0), Rule("groupA")]
 
 
 def build(model: nn.Module, cls: Any, rules: list[Rule] = RULES, **kwargs: Any) -> torch.optim.Optimizer:
-    groups = assign(tensor_records(model), rules, lr=LR, weight_decay=kwargs.pop("weight_decay", 0.0))
+    groups = assign(tensor_records(model), rules, lr=LR, weight_decay=kwargs.pop("weight_decay", 0.0)).groups
     return build_optimizer(cls, groups, model.named_parameters(), kwargs)
 
 
@@ -51,7 +52,7 @@ def test_each_takes_two_steps_under_the_default_preset(name: str) -> None:
     cls, lr, weight_decay = locate(keys.pop("_target_")), keys.pop("lr"), keys.pop("weight_decay")
     assert optimizer_problems(cls, keys) == []
     model = with_lora(llama())
-    groups = assign(tensor_records(model), preset("default", ratio=16.0), lr=lr, weight_decay=weight_decay)
+    groups = assign(tensor_records(model), preset("default", ratio=16.0), lr=lr, weight_decay=weight_decay).groups
     optimizer = build_optimizer(cls, groups, model.named_parameters(), keys)
     assert [(group["name"], group["lr"]) for group in optimizer.param_groups] == [("groupA", lr), ("groupB", lr * 16.0)]
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -197,7 +198,7 @@ def test_weight_decay_for_a_class_without_is_an_error() -> None:
 
 def test_names_that_changed_are_noticed() -> None:
     model = with_lora(llama(layers=1))
-    groups = assign(tensor_records(model), RULES, lr=LR, weight_decay=0.0)
+    groups = assign(tensor_records(model), RULES, lr=LR, weight_decay=0.0).groups
     with pytest.raises(UserError, match=r"the model has no parameter base_model.*names changed"):
         build_optimizer(torch.optim.AdamW, groups, nn.ModuleDict({"x": model}).named_parameters(), {})
 

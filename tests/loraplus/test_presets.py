@@ -28,8 +28,9 @@ from peft.optimizers import create_loraplus_optimizer as peft_optimizer
 from torch import nn
 
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.loraplus.grouping import Rule, assign, first_match, parse_rules
+from loraplus_hydra.loraplus.grouping import assign, first_match
 from loraplus_hydra.loraplus.roles import tensor_records
+from loraplus_hydra.loraplus.rules import Rule, parse_rules
 from tests.loraplus.test_grouping import rule_lists, satisfies
 from tests.support.models import ADAPTED, ConvNet, bert, llama, with_lora
 from tests.support.presets import LR, preset
@@ -109,7 +110,7 @@ def test_the_peft_preset_gives_peft_s_groups_in_peft_s_order(model: str) -> None
     optimizer = peft_optimizer(made, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=8.0)
     names = {id(p): name for name, p in made.named_parameters()}
     theirs = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups if group["params"]]
-    ours = assign(tensor_records(made), preset("peft"), lr=LR, weight_decay=0.0)
+    ours = assign(tensor_records(made), preset("peft"), lr=LR, weight_decay=0.0).groups
     assert [[record.name for record in group.records] for group in ours] == theirs
 
 
@@ -212,8 +213,8 @@ def test_where_the_ratio_does_nothing_it_is_refused(config: Any) -> None:
     for name in ("default", "roles"):
         with pytest.raises(UserError, match="the LoRA\\+ ratio 8 does nothing here"):
             assign(records, preset(name), lr=LR, weight_decay=DECAY)
-        assert assign(records, preset(name, ratio=1.0), lr=LR, weight_decay=DECAY)
-    assert assign(records, preset("none"), lr=LR, weight_decay=DECAY)
+        assert assign(records, preset(name, ratio=1.0), lr=LR, weight_decay=DECAY).groups
+    assert assign(records, preset("none"), lr=LR, weight_decay=DECAY).groups
 
 
 def test_an_adapter_or_a_target_with_lora_b_in_its_name() -> None:
@@ -235,7 +236,7 @@ def test_an_adapter_or_a_target_with_lora_b_in_its_name() -> None:
 
 
 def test_no_group_is_empty_in_the_ordinary_case() -> None:
-    groups = assign(tensor_records(with_lora(llama())), preset("default"), lr=LR, weight_decay=DECAY)
+    groups = assign(tensor_records(with_lora(llama())), preset("default"), lr=LR, weight_decay=DECAY).groups
     assert [(group.name, group.lr, group.weight_decay) for group in groups] == [
         ("groupA", LR, DECAY),
         ("groupB", B, DECAY),
@@ -255,7 +256,7 @@ def test_rates_by_depth_go_together_with_the_ratio() -> None:
         extra[f"layer{layer}_B"] = {"pattern": rf"layers\.{layer}\.", "role": "lora_B", "lr_mult": factor, "ratio": 8.0}
         extra[f"layer{layer}_A"] = {"pattern": rf"layers\.{layer}\.", "lr_mult": factor}
     records = tensor_records(with_lora(llama()))
-    groups = assign(records, preset("default"), lr=LR, weight_decay=DECAY, extra=parse_rules(extra))
+    groups = assign(records, preset("default"), lr=LR, weight_decay=DECAY, extra=parse_rules(extra)).groups
     assert {group.name: group.lr for group in groups} == {
         "layer0_B": B / 2,
         "layer0_A": LR / 2,
@@ -353,7 +354,7 @@ def test_in_any_family_any_rules_place_each_tensor_once_by_the_first_that_matche
     layout: Any, adapters: list[str], options: dict[str, Any], rules: list[Rule]
 ) -> None:
     model = family(layout, adapters, options)
-    groups = assign(tensor_records(model), rules, lr=LR, weight_decay=DECAY)
+    groups = assign(tensor_records(model), rules, lr=LR, weight_decay=DECAY).groups
     placed = [record.name for group in groups for record in group.records]
     assert sorted(placed) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
     for group in groups:
@@ -372,7 +373,7 @@ def test_in_any_family_each_tensor_has_one_group_and_the_order_of_modules_decide
     placed = []
     for backwards in (False, True):
         model = family(layout, adapters, options, backwards)
-        groups = assign(tensor_records(model), rules, lr=LR, weight_decay=DECAY)
+        groups = assign(tensor_records(model), rules, lr=LR, weight_decay=DECAY).groups
         assert all(group.records for group in groups)
         flat = {
             record.name: (group.name, group.lr, group.weight_decay, record)

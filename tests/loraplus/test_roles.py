@@ -21,8 +21,8 @@ from peft import (
 )
 from torch import nn
 
-from loraplus_hydra.loraplus.grouping import TensorRecord
 from loraplus_hydra.loraplus.roles import LORAPLUS_SUPPORT, SPLIT, tensor_records
+from loraplus_hydra.loraplus.rules import TensorRecord
 from tests.support.models import ConvNet, bert, gpt2, llama, mixtral, with_lora
 
 

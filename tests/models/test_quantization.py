@@ -42,11 +42,11 @@ def frozen(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_quantised_run_trains_and_its_adapter_gives_its_logits_again(
     kind: str, llama: Path, rows: Path, tmp_path: Path, compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import loraplus_hydra.training.hf_trainer.assemble as assemble
+    from loraplus_hydra.runs import job
 
     trainers = []
-    make_trainer = assemble.make_trainer
-    monkeypatch.setattr(assemble, "make_trainer", lambda *a: trainers.append(make_trainer(*a)) or trainers[-1])
+    make_trainer = job.make_trainer
+    monkeypatch.setattr(job, "make_trainer", lambda *a: trainers.append(make_trainer(*a)) or trainers[-1])
     overrides = ["model=hub", f"model.path={llama}", f"quantization={kind}", "data=jsonl", f"data.train={rows}"]
     config = compose(*overrides, "trainer.max_steps=4", "trainer.eval_steps=2", "optimizer.lr=1e-3", "task.samples=0")
     result = quick_run(config, tmp_path / "run")

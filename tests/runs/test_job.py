@@ -203,7 +203,7 @@ def test_interrupt_is_recorded_and_ends_with_its_status(
     def interrupted(*args: Any) -> None:
         raise program.Terminated if exception == "Terminated" else KeyboardInterrupt
 
-    monkeypatch.setattr(job, "_train", interrupted)
+    monkeypatch.setattr(job, "train", interrupted)
     assert cli(*tiny_run, "hydra.run.dir=run").status == code
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == status
 
@@ -227,7 +227,7 @@ def test_failure_before_training_still_tells_seed_and_config(
     def broken(*args: Any) -> None:
         raise RuntimeError("the disk is on fire")
 
-    monkeypatch.setattr(job, "_load_model", broken)
+    monkeypatch.setattr(job, "prepare", broken)
     with pytest.raises(RuntimeError):
         job.run(compose(*tiny_run, "seed=7"), tmp_path / "run")
     result = json.loads((tmp_path / "run" / "result.json").read_text())

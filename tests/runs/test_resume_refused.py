@@ -13,7 +13,7 @@ import pytest
 from loraplus_hydra import run
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.locks import folder_lock
-from loraplus_hydra.runs.resume import find, prepare
+from loraplus_hydra.runs.resume import find_resume_point, roll_back
 from tests.conftest import Finished
 from tests.runs.test_resume import AUTO, files
 from tests.support.forking import differences
@@ -133,12 +133,12 @@ def test_killed_while_it_is_brought_back_a_run_is_brought_back_again(
     shutil.copytree(folder, tmp_path / "unbroken")
     config = compose(*overrides, f"trainer.resume_from_checkpoint={folder / 'checkpoints' / 'checkpoint-4'}")
     (folder / "result.json").unlink()
-    point = find(config, folder)
+    point = find_resume_point(config, folder)
     assert point is not None
     with monkeypatch.context() as patch:
         patch.setattr("os.truncate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            prepare(point, folder)
+            roll_back(point, folder)
     run(compose(*overrides, AUTO), folder)
     assert differences(folder, tmp_path / "unbroken") == []
 
@@ -152,7 +152,7 @@ def test_checkpoint_of_another_branch_is_refused(
     metrics = folder / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"step"', '"step" ', 1))  # written anew since
     with pytest.raises(UserError, match=r"isn't the one that checkpoint-8 was written with"):
-        find(compose(*overrides, "trainer.max_steps=12", AUTO), folder)
+        find_resume_point(compose(*overrides, "trainer.max_steps=12", AUTO), folder)
 
 
 def test_folder_with_an_equals_sign_is_named_without_a_key(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_only_what_the_run_has_not_done_is_suggested(
 
 def test_titles_stand_on_one_line_and_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     display.show_memory(Memory(weights=2**20, adapter=2**20, gradients=2**20, optimizer=2**21), 1, 2)
-    display.show_overview([Row("lora_A", "[/mine]", "[bold]", 1e-4, 0.0, 32, 1, 8)])
+    display.show_rates([Row("lora_A", "[/mine]", "[bold]", 1e-4, 0.0, 32, 1, 8)])
     lines = capsys.readouterr().out.splitlines()
     assert {"Memory, without activations", RATES} <= set(lines)
     assert any("[/mine]" in line and "[bold]" in line for line in lines)

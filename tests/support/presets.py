@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from loraplus_hydra.loraplus.grouping import Rule, parse_rules
+from loraplus_hydra.loraplus.rules import Rule, parse_rules
 
 CONF = Path(__file__).parents[2] / "conf"
 LR = 1e-3

@@ -18,15 +18,15 @@ States = dict[str, tuple[torch.dtype, ...]]
 def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[list[weakref.ref[Any]], list[States]]:
     """Filled by each run of this process: a weak reference to its model, and the dtypes of its optimizer's states."""
     from loraplus_hydra.runs import job
-    from loraplus_hydra.training.hf_trainer import train
+    from loraplus_hydra.training.hf_trainer import train as training
 
     models: list[weakref.ref[Any]] = []
     states: list[States] = []
-    train = train._train
+    train = training.train
 
-    def watching(config: Any, trainer: Any, *rest: Any) -> Any:
+    def watching(trainer: Any, *rest: Any) -> Any:
         models.append(weakref.ref(trainer.model))
-        returned = train(config, trainer, *rest)
+        returned = train(trainer, *rest)
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         states.append(
             {
@@ -41,7 +41,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[list[weakref.ref[Any]], li
         )
         return returned
 
-    monkeypatch.setattr(job, "_train", watching)
+    monkeypatch.setattr(job, "train", watching)
     return models, states
 
 

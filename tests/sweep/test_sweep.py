@@ -199,16 +199,16 @@ def test_job_that_exits_is_a_failed_job(
     cli: Cli, tiny_sweep: list[str], tmp_path: Path, reported: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from loraplus_hydra.runs import job
-    from loraplus_hydra.training.hf_trainer import train
+    from loraplus_hydra.training.hf_trainer import train as training
 
-    train = train._train
+    train = training.train
 
-    def exiting(config: Any, *rest: Any) -> Any:
-        if config.seed == 1:
+    def exiting(trainer: Any, prepared: Any, *rest: Any) -> Any:
+        if prepared.config.seed == 1:
             raise SystemExit("the data loader gave up")
-        return train(config, *rest)
+        return train(trainer, prepared, *rest)
 
-    monkeypatch.setattr(job, "_train", exiting)
+    monkeypatch.setattr(job, "train", exiting)
     assert cli(*tiny_sweep, "seed=1,2").status == 1
     found = results(the_sweep(tmp_path))
     assert {name: result["status"] for name, result in found.items()} == {"seed-1": "failed", "seed-2": "ok"}
@@ -227,16 +227,16 @@ def test_interrupted_sweep_ends_with_the_report_of_what_is_there(
 ) -> None:
     from loraplus_hydra.cli import main as program
     from loraplus_hydra.runs import job
-    from loraplus_hydra.training.hf_trainer import train
+    from loraplus_hydra.training.hf_trainer import train as training
 
-    train = train._train
+    train = training.train
 
-    def interrupted(config: Any, *rest: Any) -> Any:
-        if config.seed == 2:
+    def interrupted(trainer: Any, prepared: Any, *rest: Any) -> Any:
+        if prepared.config.seed == 2:
             raise program.Terminated if exception == "Terminated" else KeyboardInterrupt
-        return train(config, *rest)
+        return train(trainer, prepared, *rest)
 
-    monkeypatch.setattr(job, "_train", interrupted)
+    monkeypatch.setattr(job, "train", interrupted)
     finished = cli(*tiny_sweep, "seed=1,2,3")
     folder = the_sweep(tmp_path)
     assert finished.status == code

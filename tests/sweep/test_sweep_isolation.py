@@ -117,7 +117,7 @@ def test_what_a_job_changes_of_the_process_is_put_back(
 
     quiet_libraries()  # once for the process, not for a job
     before = state()
-    monkeypatch.setattr(job, "_train", messing_up)
+    monkeypatch.setattr(job, "train", messing_up)
     assert cli("-m", *tiny_sweep, "loraplus.ratio=1,2").status == 1
     after = state()
     # imports set some of the environment, and use Python's generator
@@ -136,7 +136,7 @@ def test_failed_job_is_freed_before_the_next_begins(
     models: list[weakref.ref[Any]] = []
     alive: list[int] = []
 
-    def failing(config: Any, trainer: Any, *rest: Any) -> Any:
+    def failing(trainer: Any, *rest: Any) -> Any:
         alive.append(sum(model() is not None for model in models))
         models.append(weakref.ref(trainer.model))
         try:
@@ -144,7 +144,7 @@ def test_failed_job_is_freed_before_the_next_begins(
         except ValueError as error:
             raise RuntimeError("outside") from error
 
-    monkeypatch.setattr(job, "_train", failing)
+    monkeypatch.setattr(job, "train", failing)
     gc.disable()  # nobody else collects
     try:
         assert cli("-m", *tiny_sweep, "seed=1,2,3").status == 1

@@ -46,7 +46,7 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
     from loraplus_hydra.training.hf_trainer import metrics_callback
 
     found: dict[str, list[float]] = {"lora_A": [], "lora_B": []}
-    original = metrics_callback.MetricsWriter.on_pre_optimizer_step
+    original = metrics_callback.MetricsCallback.on_pre_optimizer_step
 
     def watched(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for group in kwargs["optimizer"].param_groups:
@@ -55,7 +55,7 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
                     values.append(group["lr"])
         original(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(metrics_callback.MetricsWriter, "on_pre_optimizer_step", watched)
+    monkeypatch.setattr(metrics_callback.MetricsCallback, "on_pre_optimizer_step", watched)
     return found
 
 
@@ -167,7 +167,7 @@ def test_mixin_fits_a_trainer_class_of_ones_own(tiny_model: Path, tmp_path: Path
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, get_constant_schedule
 
     from loraplus_hydra import LoraPlus, LoraPlusMixin
-    from loraplus_hydra.loraplus.grouping import Rule
+    from loraplus_hydra.loraplus.rules import Rule
 
     class Own(Trainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -200,7 +200,7 @@ def test_layer_of_the_models_own_that_is_called_like_a_wrapper(tmp_path: Path) -
     from transformers import Trainer, TrainingArguments, get_constant_schedule
 
     from loraplus_hydra import LoraPlus, with_loraplus
-    from loraplus_hydra.loraplus.grouping import Rule
+    from loraplus_hydra.loraplus.rules import Rule
 
     class Inner(torch.nn.Module):
         def __init__(self) -> None:

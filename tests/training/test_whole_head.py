@@ -14,6 +14,7 @@ from loraplus_hydra.models.base_model import load_base
 from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
 from loraplus_hydra.tasks.examples import load_examples
 from loraplus_hydra.training.hf_trainer.assemble import make_trainer
+from loraplus_hydra.training.prepare import bundle
 from tests.conftest import Finished
 from tests.support.architectures import checkpoint
 
@@ -38,7 +39,7 @@ def test_sft_loss_and_gradients_are_the_models_own(
     torch.manual_seed(0)
     ids = new_token_ids(tokenizer, config.model)
     model = add_adapter(load_base(config, tokenizer), config.adapter, "CAUSAL_LM", new_tokens=ids)
-    trainer = make_trainer(config, tmp_path, model, tokenizer, examples)
+    trainer = make_trainer(bundle(config, tokenizer, examples, model), tmp_path)
     trainer.model.eval()
     batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
     for index in ids:

@@ -49,13 +49,14 @@ def evaluate(run: FinishedRun) -> dict[str, float]:
     """The metrics of the run's adapter on the held-out rows of its config. Raises UserError."""
     from loraplus_hydra.tasks.examples import load_examples
     from loraplus_hydra.training.hf_trainer.assemble import make_trainer
+    from loraplus_hydra.training.prepare import bundle
 
     tokenizer = load_run_tokenizer(run)
     examples = load_examples(run.config, tokenizer)
     _same_labels(run, examples)
     model, tokenizer = load_run(run, trainable=True)  # the Trainer makes its groups out of what trains
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(run.config, Path(folder), model, tokenizer, examples)
+        trainer = make_trainer(bundle(run.config, tokenizer, examples, model), Path(folder))
         metrics: dict[str, float] = trainer.evaluate()
     return metrics
 

@@ -10,28 +10,28 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.check import check_without_data
-from loraplus_hydra.loraplus.plan import Placed, largest_ratio, rows
+from loraplus_hydra.loraplus.advice import ratio_advice
+from loraplus_hydra.loraplus.memory import estimate
+from loraplus_hydra.loraplus.plan import Plan, table_rows
 from loraplus_hydra.runs import display
-from loraplus_hydra.training.prepare import placed_on_meta
+from loraplus_hydra.training.measure import count_parameters
+from loraplus_hydra.training.prepare import plan_on_meta
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
     """Print the table of a config's tensors; `--tensors` lists each one with its reason, `--json` is for machines."""
     check_without_data(config)
-    model, placed = placed_on_meta(config)
-    from loraplus_hydra.loraplus.advice import ratio_advice
-    from loraplus_hydra.loraplus.memory import estimate
-    from loraplus_hydra.training.measure import count_parameters
-
+    model, plan = plan_on_meta(config)
     trained, total = count_parameters(model)
-    memory = estimate(model, placed, quantization_of(config))
-    advice = ratio_advice([one.record for one in placed], largest_ratio(placed), total)
+    memory = estimate(model, plan, quantization_of(config))
+    advice = ratio_advice(plan.records, plan.largest_ratio, total)
     if "json" in flags:
-        print(json.dumps(_as_json(placed, asdict(memory) | {"total": memory.total}, advice, trained, total), indent=2))
+        memory_bytes = asdict(memory) | {"total": memory.total}
+        print(json.dumps(_as_json(plan, memory_bytes, advice, trained, total), indent=2))
         return
-    display.show_overview(rows(placed))
+    display.show_rates(table_rows(plan))
     if "tensors" in flags:
-        display.show_tensors(placed)
+        display.show_tensors(plan.tensors)
     display.show_memory(memory, trained, total)
     for sentence in advice:
         print(f"Note: {sentence}")
@@ -44,25 +44,17 @@ def quantization_of(config: DictConfig) -> dict[str, Any]:
     return plain if isinstance(plain, dict) else {}  # type: ignore[return-value]
 
 
-def _as_json(
-    placed: Sequence[Placed], memory: dict[str, Any], advice: Sequence[str], trained: int, total: int
-) -> dict[str, Any]:
+def _as_json(plan: Plan, memory: dict[str, Any], advice: Sequence[str], trained: int, total: int) -> dict[str, Any]:
     return {
-        "rows": [asdict(row) for row in rows(placed)],
+        "rows": [asdict(row) for row in table_rows(plan)],
         "tensors": [
             {
-                "name": one.record.name,
-                "role": one.record.role,
-                "rule": one.rule.name,
-                "group": one.group.name,
-                "owner": one.record.owner,
-                "shape": list(one.record.shape),
-                "lr": one.group.lr,
-                "weight_decay": one.group.weight_decay,
-                "state_bits": one.state_bits,
-                "why": one.why(),
+                **tensor.as_dict(),
+                "owner": tensor.record.owner,
+                "state_bits": None if tensor.state is None else tensor.state.bits,
+                "why": tensor.reason(),
             }
-            for one in placed
+            for tensor in plan.tensors
         ],
         "memory_bytes": memory,
         "trained_parameters": trained,

@@ -17,7 +17,7 @@ from loraplus_hydra.io import checkpoints, processes, run_folder
 from loraplus_hydra.io.checkpoints import AUTO
 from loraplus_hydra.io.files import refuse_unwritable
 from loraplus_hydra.runs.finished import named_run
-from loraplus_hydra.runs.resume import refuse_unfit
+from loraplus_hydra.runs.resume import resume_point_or_exit
 from loraplus_hydra.runs.stored_config import KEY, read_plain, read_stored
 
 
@@ -26,7 +26,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     run = resumed_config(config)
     check(run)
     folder = Path(named_run(config)).expanduser()
-    refuse_unfit(run, folder)
+    resume_point_or_exit(run, folder)
     if processes.is_main():
         refuse_unwritable(folder, key=KEY)
 
@@ -68,7 +68,7 @@ def resumed_config(config: DictConfig) -> DictConfig:
         raise ConfigErrors([Problem("trust_remote_code", what, "read it, then set trust_remote_code=true")])
     begun_from = run.trainer.get("resume_from_checkpoint")  # as changed here, or as the run itself once began
     began_elsewhere = begun_from not in (None, AUTO) and config.trainer.get("resume_from_checkpoint") is None
-    if began_elsewhere and checkpoints.newest_whole(folder / run_folder.CHECKPOINTS, tell=False) is not None:
+    if began_elsewhere and checkpoints.newest_complete(folder / run_folder.CHECKPOINTS, report=False) is not None:
         begun_from = AUTO
     with open_dict(run):
         run.trainer.resume_from_checkpoint = begun_from or AUTO

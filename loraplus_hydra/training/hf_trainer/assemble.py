@@ -1,79 +1,101 @@
-"""Config + model + examples -> the Trainer, with LoRA+ in it."""
+"""Assemble the HF Trainer of a prepared job, with LoRA+, checkpoints and metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-from loraplus_hydra.training.prepare import _plain, loraplus_settings
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-    from peft import PeftModel
-
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from accelerate.utils import DistributedType
 from omegaconf import DictConfig
+from peft import AdaLoraConfig, PeftModel
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 from loraplus_hydra.config.schema import EARLY_STOPPING
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import UserError
+from loraplus_hydra.io.checkpoints import ResumePoint
+from loraplus_hydra.io.metrics_log import MetricsLog
 from loraplus_hydra.io.run_folder import CHECKPOINTS, METRICS
-from loraplus_hydra.training.hf_trainer import progress_callback
+from loraplus_hydra.models.adalora import AdaLoraCallback
+from loraplus_hydra.training.hf_trainer.checkpoint_callback import CheckpointCallback
 from loraplus_hydra.training.hf_trainer.loraplus_mixin import with_loraplus
-from loraplus_hydra.training.hf_trainer.metrics_callback import MetricsWriter
-from loraplus_hydra.training.hf_trainer.resumable_mixin import CheckpointKeeper, resumable
+from loraplus_hydra.training.hf_trainer.metrics_callback import MetricsCallback
+from loraplus_hydra.training.hf_trainer.progress_callback import ShowProgress, remove_own_printing
+from loraplus_hydra.training.hf_trainer.resumable_mixin import resumable
 from loraplus_hydra.training.hf_trainer.whole_head import score_with_whole_head
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase, TrainingArguments
-
-    from loraplus_hydra.io.checkpoints import ResumePoint
-    from loraplus_hydra.tasks.examples import Examples
+from loraplus_hydra.training.prepare import Prepared, plain_group
+from loraplus_hydra.training.progress import ProgressDisplay
 
 
 def make_trainer(
-    config: DictConfig,
+    job: Prepared,
     folder: Path,
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Examples,
     point: ResumePoint | None = None,
-    tell: Callable[[dict[str, Any]], None] | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
 ) -> Any:
-    """The Trainer of `config.task._target_` with the LoRA+ mixin ahead of it, writing into `folder`.
+    """Make the Trainer of `task._target_` with the LoRA+ mixin, writing into `folder`.
 
-    With `point` its next `train()` goes on from that checkpoint. `tell` is given each line of metrics.jsonl.
+    With `point` its next `train()` resumes from that checkpoint. `report` gets each line of metrics.jsonl.
     """
-    seconds = 0.0 if point is None else point.seconds
+    config, seconds = job.config, 0.0 if point is None else point.seconds
     trainer: Any = with_loraplus(resumable(locate(config.task._target_)))(
-        model=model,
+        model=job.model,
         args=training_arguments(config, folder, resume_from=None if point is None else point.folder),
-        train_dataset=examples.train,
-        eval_dataset=examples.eval,
-        processing_class=tokenizer,
-        loraplus=loraplus_settings(config),
+        train_dataset=job.examples.train,
+        eval_dataset=job.examples.eval,
+        processing_class=job.tokenizer,
+        loraplus=job.settings,
+        plan=job.plan,
         callbacks=[
-            MetricsWriter(folder / METRICS, seconds=seconds, tell=tell),
-            progress_callback.progress(),
-            *trainer_callbacks(model, config.adapter),
+            MetricsCallback(MetricsLog(folder / METRICS, seconds=seconds, report=report)),
+            ShowProgress(ProgressDisplay(bar=sys.stdout.isatty())),
+            *trainer_callbacks(job.model, config.adapter),
             *_early_stopping(config),
         ],
-        **examples.trainer_arguments,
+        **job.examples.trainer_arguments,
     )
-    trainer.add_callback(CheckpointKeeper(trainer, folder / METRICS, seconds=seconds))
-    score_with_whole_head(model)
-    progress_callback.keep_only_our_progress(trainer)
+    trainer.add_callback(CheckpointCallback(trainer, folder / METRICS, seconds=seconds))
+    score_with_whole_head(job.model)
+    remove_own_printing(trainer)
     _refuse_silent_ddp(trainer)
     return trainer
 
 
-def _early_stopping(config: DictConfig) -> list[Any]:
-    from transformers import EarlyStoppingCallback
+def training_arguments(config: DictConfig, folder: Path, *, resume_from: str | None = None) -> TrainingArguments:
+    """Return the `trainer` group and `task.args` as the task's arguments class, with our other groups' settings.
 
+    `resume_from` is the checkpoint that `trainer.resume_from_checkpoint` names.
+    """
+    arguments = plain_group(config.trainer)
+    arguments["resume_from_checkpoint"] = resume_from
+    for name in EARLY_STOPPING:
+        arguments.pop(name, None)
+    arguments.update(plain_group(config.task.args))
+    made: TrainingArguments = locate(config.task.args_class)(
+        output_dir=str(folder / CHECKPOINTS),
+        seed=config.seed,
+        metric_for_best_model=config.task.metric,
+        greater_is_better=config.task.greater_is_better,
+        report_to="none",
+        # Not `evaluate()` ahead of `train()`: that marks the model as prepared, so train() would not wrap it in DDP,
+        # and each process would train alone.
+        eval_on_start=resume_from is None,
+        disable_tqdm=True,  # the screen has our progress bar
+        **arguments,
+    )
+    return made
+
+
+def trainer_callbacks(model: PeftModel, adapter: DictConfig | Mapping[str, Any]) -> list[Any]:
+    """Return the callbacks that this adapter needs."""
+    if not isinstance(model.active_peft_config, AdaLoraConfig):
+        return []
+    return [AdaLoraCallback(model, tinit=adapter.get("tinit", 0), tfinal=adapter.get("tfinal", 0))]
+
+
+def _early_stopping(config: DictConfig) -> list[EarlyStoppingCallback]:
     patience = config.trainer.get("early_stopping_patience")
     if patience is None:
         return []
@@ -81,48 +103,10 @@ def _early_stopping(config: DictConfig) -> list[Any]:
 
 
 def _refuse_silent_ddp(trainer: Any) -> None:
-    """The Trainer falls back to DDP, or to one process, without a word where FSDP can't be had."""
-    from accelerate.utils import DistributedType
-
+    """Raise UserError where FSDP is asked for but not active: the Trainer silently falls back to DDP or one process."""
     active = trainer.accelerator.distributed_type
     if trainer.args.fsdp and active is not DistributedType.FSDP:
         raise UserError(
             f"trainer.fsdp is set, but FSDP isn't active (what runs is {active.value}): it needs GPUs and several "
             "processes (torchrun --nproc_per_node N -m loraplus_hydra trainer=fsdp2). Use trainer=ddp or default"
         )
-
-
-def training_arguments(config: DictConfig, folder: Path, *, resume_from: str | None = None) -> TrainingArguments:
-    """The `trainer` group and `task.args` as the task's arguments class; what has another master is set from there.
-
-    `resume_from` is the checkpoint that the config's `trainer.resume_from_checkpoint` has led to.
-    """
-    arguments = _plain(config.trainer)
-    arguments["resume_from_checkpoint"] = resume_from
-    for name in EARLY_STOPPING:
-        arguments.pop(name, None)
-    arguments.update(_plain(config.task.args))
-    made: TrainingArguments = locate(config.task.args_class)(
-        output_dir=str(folder / CHECKPOINTS),
-        seed=config.seed,
-        metric_for_best_model=config.task.metric,
-        greater_is_better=config.task.greater_is_better,
-        report_to="none",
-        # Not `evaluate()` ahead of `train()`: it marks the model as prepared, and train() then leaves it as it is, so
-        # that under DDP each process would train alone.
-        eval_on_start=resume_from is None,
-        disable_tqdm=True,  # the screen has its own progress bar
-        **arguments,
-    )
-    return made
-
-
-def trainer_callbacks(model: PeftModel, adapter: DictConfig | Mapping[str, Any]) -> list[Any]:
-    """What a Trainer must call for this adapter."""
-    from peft import AdaLoraConfig
-
-    from loraplus_hydra.models.adalora import AdaLoraCallback
-
-    if not isinstance(model.active_peft_config, AdaLoraConfig):
-        return []
-    return [AdaLoraCallback(model, tinit=adapter.get("tinit", 0), tfinal=adapter.get("tfinal", 0))]

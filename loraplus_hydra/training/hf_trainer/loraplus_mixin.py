@@ -1,4 +1,4 @@
-"""LoRA+ for any Hugging Face Trainer: a mixin that makes optimizer and schedule, and stops at what isn't finite."""
+"""LoRA+ for any Hugging Face Trainer, as a mixin."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.loraplus.grouping import Group, assign
 from loraplus_hydra.loraplus.optimizer import build_optimizer
-from loraplus_hydra.loraplus.roles import tensor_records
+from loraplus_hydra.loraplus.plan import Plan
 from loraplus_hydra.loraplus.schedule import build_schedule
 from loraplus_hydra.loraplus.settings import LoraPlus
 
@@ -22,7 +21,7 @@ _AT_FAULT = (
     "The rate is too high, or the data or the precision is at fault: try a lower optimizer.lr (at the same "
     "loraplus.ratio), trainer.max_grad_norm, or bf16 in place of fp16"
 )
-# What torch.compile, DDP and FSDP put into the names of a model's parameters.
+# Parts of parameter names that torch.compile, DDP and FSDP add.
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")
 
 
@@ -31,49 +30,47 @@ class NotFiniteError(UserError):
 
 
 class LoraPlusMixin:
-    """Put ahead of a Trainer class, it trains with LoRA+: `class MyTrainer(LoraPlusMixin, SFTTrainer): ...`.
+    """Put ahead of a Trainer class, trains with LoRA+: `class MyTrainer(LoraPlusMixin, SFTTrainer): ...`.
 
-    Takes one more argument, `loraplus`. Tensors are classified right after the Trainer is made, before anything wraps
-    or shards the model, since a shard has lost its owner and its shape.
+    Takes `loraplus`, the settings, and optionally `plan`, the groups if they are planned already. Also makes a language
+    model's evaluation loss the mean over tokens, and stops training at a loss or gradient that isn't finite.
     """
 
     optimizer: Any  # the Trainer's own
     lr_scheduler: Any
 
-    def __init__(self, *args: Any, loraplus: LoraPlus, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, loraplus: LoraPlus, plan: Plan | None = None, **kwargs: Any) -> None:
         model = kwargs.get("model", args[0] if args else None)
         weights = _trained_weights(model)
         super().__init__(*args, **kwargs)
         _restore(model, weights)
         self.loraplus = loraplus
-        self.loraplus_groups: list[Group] = assign(
-            tensor_records(self.model),  # type: ignore[attr-defined]
-            loraplus.rules,
-            extra=loraplus.extra_rules,
-            lr=loraplus.lr,
-            weight_decay=loraplus.weight_decay,
-        )
+        # Planned before anything wraps or shards the model: a shard has lost its owner and its shape. A Trainer may
+        # have changed what trains when it was made; then a plan made before is out of date.
+        if plan is None or not _plans_for(plan, self.model):  # type: ignore[attr-defined]
+            plan = loraplus.plan(self.model)  # type: ignore[attr-defined]
+        self.loraplus_plan = plan
         self._eval_loss_sum = 0.0
         self._eval_tokens = 0
         self._batches: tuple[int, int] = (-1, 0)  # a step, and how many of its batches have been seen
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer over the groups that were decided when the Trainer was made."""
+        """Build the optimizer over the plan's groups."""
         if self.optimizer is None:
             trained = self.model if model is None else model  # type: ignore[attr-defined]
-            # Both sides without the wrappers' words: a model's own layer may be called `module`.
-            own = {_without_wrappers(each.name): each.name for group in self.loraplus_groups for each in group.records}
+            # Wrappers' parts are removed on both sides: a model's own layer may be called `module`.
+            own = {_without_wrappers(record.name): record.name for record in self.loraplus_plan.records}
             bare = ((_without_wrappers(name), parameter) for name, parameter in trained.named_parameters())
             self.optimizer = build_optimizer(
                 self.loraplus.optimizer_class,
-                self.loraplus_groups,
+                self.loraplus_plan.groups,
                 ((own.get(name, name), parameter) for name, parameter in bare),
                 dict(self.loraplus.optimizer_arguments),
             )
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The schedule, which keeps the ratio between the groups' rates at every step."""
+        """Build the schedule, which keeps the ratio between the groups' rates at every step."""
         if self.lr_scheduler is None:
             self.lr_scheduler = build_schedule(
                 self.loraplus.schedule,
@@ -85,14 +82,14 @@ class LoraPlusMixin:
         return self.lr_scheduler
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, but the order of rows grouped by length is the seed's and the epoch's alone."""
+        """Return the Trainer's sampler, with an order of length-grouped rows that depends on seed and epoch only."""
         sampler = super()._get_train_sampler(*args, **kwargs)  # type: ignore[misc]
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         return _OrderOfEpoch(sampler, self.args.seed, lambda: self.state.epoch)  # type: ignore[attr-defined]
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass; a loss that isn't finite stops the job before its step is taken."""
+        """Run forward and backward; raise NotFiniteError for a loss that isn't finite, before its step is taken."""
         step = self.state.global_step  # type: ignore[attr-defined]
         self._batches = (step, self._batches[1] + 1 if self._batches[0] == step else 1)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
@@ -101,8 +98,9 @@ class LoraPlusMixin:
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """As the Trainer's; one that isn't finite stops the job, but under float16, whose scaler skips the step."""
+        """Return the gradient's norm; raise NotFiniteError when it isn't finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        # Under float16 the scaler skips such a step.
         if self.accelerator.scaler is None and not math.isfinite(norm):  # type: ignore[attr-defined]
             raise NotFiniteError(f"the gradient's norm is {float(norm)} at {self._place()}. {_AT_FAULT}")
         return norm
@@ -113,20 +111,20 @@ class LoraPlusMixin:
         return f"step {step + 1}" + (f", batch {batch} of its {of}" if of > 1 else "")
 
     def _beginning(self, inputs: Any) -> str:
-        """How a batch begins, as text, so that the row can be found."""
+        """Return the beginning of a batch as text, by which a person finds the row."""
         tokens, tokenizer = inputs.get("input_ids"), self.processing_class  # type: ignore[attr-defined]
         if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or not hasattr(tokenizer, "decode"):
             return ""
         return f", in the batch that begins {tokenizer.decode(tokens[0, :24], skip_special_tokens=True)!r}"
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        """As the Trainer's, and adds up the loss over the batch's tokens."""
+        """Predict as the Trainer does, and add up the loss over the batch's tokens."""
         step = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
         if step[0] is None or not getattr(self, "_loss_shifts_labels", False):
             return step
         loss, counted, weight = step[0], inputs, 1
         examples = self._examples_not_repeated(inputs)
-        if examples is not None:  # the loss of this batch without the repetitions that fill it up
+        if examples is not None:  # once more, without the repeated rows that fill the batch
             weight = min(examples, 1)
             counted = {name: _first(value, max(examples, 1)) for name, value in inputs.items()}
             loss = super().prediction_step(model, counted, True, ignore_keys)[0]  # type: ignore[misc]
@@ -136,10 +134,8 @@ class LoraPlusMixin:
         return step
 
     def _examples_not_repeated(self, inputs: Any) -> int | None:
-        """How many of this process's last batch are no repetition; None for any other batch.
-
-        Several processes get equally long last batches: accelerate fills them up from the beginning of the rows.
-        """
+        """Return how many rows of this process's last batch are not repeated; None for any other batch."""
+        # Several processes get last batches of one size: accelerate fills them from the beginning of the rows.
         state = self.accelerator.gradient_state  # type: ignore[attr-defined]
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:  # type: ignore[attr-defined]
             return None
@@ -147,11 +143,9 @@ class LoraPlusMixin:
         return min(max(state.remainder - self.args.process_index * size, 0), size)  # type: ignore[attr-defined]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, but a language model's loss is the mean over all tokens of all processes.
-
-        The Trainer's own is a mean of the batches' means, which changes with the batch size and counts the rows twice
-        that fill up the last batch of several processes.
-        """
+        """Evaluate as the Trainer does, with a language model's loss as the mean over all tokens of all processes."""
+        # The Trainer's own loss is a mean of the batches' means. It changes with the batch size, and counts the rows
+        # twice that fill the last batch of several processes.
         self._eval_loss_sum, self._eval_tokens = 0.0, 0
         arguments = self.args  # type: ignore[attr-defined]
         across, arguments.average_tokens_across_devices = arguments.average_tokens_across_devices, False
@@ -169,15 +163,14 @@ class LoraPlusMixin:
 
 
 class _OrderOfEpoch(Sampler[int]):
-    """Rows grouped by length, in an order that a run which goes on has again.
+    """Rows grouped by length, in an order that a resumed run has again."""
 
-    The Trainer draws it from the global generator, which an evaluation before the first step has moved on.
-    """
+    # The Trainer draws the order from the global generator, which the evaluation before the first step advances.
 
     def __init__(self, grouped: LengthGroupedSampler, seed: int, epoch: Callable[[], float]) -> None:
         self.grouped = grouped
         self.seed = seed
-        self.epoch = epoch  # how many are behind, the part of the one under way included
+        self.epoch = epoch  # epochs done, with a fraction for the current one
 
     def __len__(self) -> int:
         return len(self.grouped)
@@ -188,21 +181,27 @@ class _OrderOfEpoch(Sampler[int]):
 
 
 def with_loraplus(trainer_class: type[Trainer]) -> type[Trainer]:
-    """`trainer_class` with LoRA+ in front; a class that has it already comes back as it is."""
+    """Return `trainer_class` with LoraPlusMixin in front; a class that has it already is returned unchanged."""
     if issubclass(trainer_class, LoraPlusMixin):
         return trainer_class
     return type(f"LoraPlus{trainer_class.__name__}", (LoraPlusMixin, trainer_class), {})
 
 
+def _plans_for(plan: Plan, model: torch.nn.Module) -> bool:
+    """Return True if the plan's tensors are those that train in `model`."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return trained == {record.name for record in plan.records}
+
+
 def _trained_weights(model: Any) -> dict[str, torch.Tensor]:
-    """The tensors behind a model's trained parameters, by name; nothing is copied."""
+    """Return the tensors of a model's trained parameters by name, uncopied."""
     if not isinstance(model, torch.nn.Module):
         return {}
     return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _restore(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
-    """Undo TRL's cast of a quantised model's adapter to bfloat16, which rounds its start and most updates away."""
+    """Undo TRL's cast of a quantised model's adapter to bfloat16, which would round most updates away."""
     for name, parameter in model.named_parameters() if weights else ():
         if name in weights and parameter.dtype != weights[name].dtype:
             parameter.data = weights[name].to(parameter.device)
@@ -220,7 +219,7 @@ def _first(value: Any, examples: int) -> Any:
 
 
 def _loss_tokens(inputs: Mapping[str, Any]) -> int:
-    """Tokens that carry loss in a batch of a causal model: labels but the first, which nothing predicts."""
+    """Count the tokens that carry loss in a batch of a causal model; nothing predicts the first token."""
     labels = inputs.get("labels")
     if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
         return 0

@@ -1,32 +1,24 @@
-"""metrics.jsonl: a line for each logged step and each evaluation, complete also when the run was interrupted."""
+"""Write the HF Trainer's log to metrics.jsonl."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from loraplus_hydra.io.metrics_log import MetricsLog
 from loraplus_hydra.training.step_norms import Norms, StepNorms, can_be_seen, may_be_logged
 
 
-class MetricsWriter(TrainerCallback):
-    """Appends a line to metrics.jsonl for each logged step and each evaluation.
+class MetricsCallback(TrainerCallback):
+    """Passes each logged step and evaluation to a MetricsLog.
 
-    A training line: step, epoch, seconds since the start, loss, grad_norm and, in `lr`, the rate that each group had in
-    that step (the Trainer's own log shows the first group's alone, and the rate of the step to come); in `norms` the
-    norm of each group's weights behind the step, and of the step's change to them.
+    The Trainer's own log has the first group's rate only, and the one of the next step. So the rates of all groups are
+    noted before each step.
     """
 
-    def __init__(
-        self, path: Path, *, seconds: float = 0.0, tell: Callable[[dict[str, Any]], None] | None = None
-    ) -> None:
-        self.path = path
-        self.started = time.perf_counter() - seconds  # a resumed run goes on counting
-        self.tell = tell  # is given each line once it is written
+    def __init__(self, log: MetricsLog) -> None:
+        self.log = log
         self.rates: dict[str, float] = {}
         self.before: StepNorms | None = None
         self.norms: Norms | None = None
@@ -42,16 +34,13 @@ class MetricsWriter(TrainerCallback):
             self.norms, self.before = self.before.norms(), None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        logs = dict(logs or {})
-        if not state.is_world_process_zero or "train_runtime" in logs:  # the summary at the end is result.json's
+        values = dict(logs or {})
+        if not state.is_world_process_zero or "train_runtime" in values:  # the final summary belongs to result.json
             return
-        line: dict[str, Any] = {"step": state.global_step, "seconds": round(time.perf_counter() - self.started, 3)}
-        if logs.pop("learning_rate", None) is not None:
-            line["lr"] = self.rates
-            if self.norms is not None:
-                line["norms"] = self.norms
-        line.update(logs)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=True) + "\n")
-        if self.tell is not None:
-            self.tell(line)
+        of_training = values.pop("learning_rate", None) is not None
+        self.log.write(
+            state.global_step,
+            values,
+            rates=self.rates if of_training else None,
+            norms=self.norms if of_training else None,
+        )

@@ -1,79 +1,39 @@
-"""Progress of a training run, as a Trainer callback."""
+"""Show the HF Trainer's progress."""
 
 from __future__ import annotations
 
-import logging
-import sys
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-log = logging.getLogger("loraplus_hydra")
+from loraplus_hydra.training.progress import ProgressDisplay
+
+_LOSSES = ("loss", "eval_loss")
 
 
-class Progress(TrainerCallback):
-    """A bar with the newest losses on a terminal; elsewhere a line for each logged step."""
+class ShowProgress(TrainerCallback):
+    """Passes steps and losses to a ProgressDisplay."""
 
-    def __init__(self, bar: bool) -> None:
-        self.bar = (
-            Bar(
-                TextColumn("    training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-            )
-            if bar
-            else None
-        )
-        self.task: Any = None
-        self.newest: dict[str, float] = {}
+    def __init__(self, display: ProgressDisplay) -> None:
+        self.display = display
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None and state.is_world_process_zero:
-            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
-            self.bar.start()
+        if state.is_world_process_zero:
+            self.display.begin(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=state.global_step)
+        self.display.advance(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        shown = {name: float(value) for name, value in (logs or {}).items() if name in ("loss", "eval_loss")}
-        if not shown or not state.is_world_process_zero:
-            return
-        self.newest.update(shown)
-        if self.bar is not None and self.task is not None:
-            self.bar.update(
-                self.task, description="  ".join(f"{key} {value:.4f}" for key, value in self.newest.items())
-            )
-        elif state.max_steps:
-            text = "  ".join(f"{key} {value:.4f}" for key, value in shown.items())
-            log.info("    step %d of %d: %s", state.global_step, state.max_steps, text)
+        losses = {name: float(value) for name, value in (logs or {}).items() if name in _LOSSES}
+        if losses and state.is_world_process_zero:
+            self.display.report(state.global_step, state.max_steps, losses)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give the terminal back; calling it again changes nothing."""
-        if self.bar is not None:
-            self.bar.stop()
-        self.task = None
+        self.display.close()
 
 
-def progress() -> Any:
-    """A Trainer callback that shows progress: a bar on a terminal, a line for each logged step elsewhere."""
-
-    return Progress(bar=sys.stdout.isatty())
-
-
-def keep_only_our_progress(trainer: Any) -> None:
-    """Take the Trainer's own printing away: it would write dicts between our lines."""
-    from transformers import PrinterCallback, ProgressCallback
-
+def remove_own_printing(trainer: Any) -> None:
+    """Remove the Trainer's own printing, which would write dicts between our lines."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

@@ -1,78 +1,79 @@
-"""Ctrl-C and SIGTERM in training: the step at hand is finished, a checkpoint written, and only then the job ends."""
+"""End an HF Trainer's training with a checkpoint when a stop is requested."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import distributed
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from loraplus_hydra.training.interrupts import StopRequest
+
 
 class StopAtStep(TrainerCallback):
-    """Ends training with a checkpoint at the end of the step in which a signal came. To be added last.
+    """Ends training with a checkpoint at the end of the step in which a stop was requested. Add it last.
 
-    No checkpoint comes between a step and what belongs to the end of its epoch: a resume from it would begin the next
-    epoch, or find that training is over, and never log and evaluate that one. So at such a step all waits until then.
-    Several processes agree at each step: a signal that reached one of them stops all at the same step.
+    A checkpoint between a step and the end of its epoch would be wrong: a run resumed from it would begin the next
+    epoch, or find training finished, and never log and evaluate that epoch. So at an epoch's last step, logging,
+    evaluation and saving are deferred to the epoch's end. Several processes agree at each step, so all of them stop at
+    the same one.
     """
 
-    def __init__(self) -> None:
-        self.asked = 0  # the signal's number
-        self.training = False  # whether there is a step to finish; while the model is evaluated before the first, no
-        self.stopping = False  # whether the step at hand is the one that all processes stop at
-        self.in_epoch = False  # whether the end of an epoch is still to come
-        self.waiting: set[str] = set()  # what the step has asked for, and gets at the end of the epoch
+    def __init__(self, request: StopRequest) -> None:
+        self.request = request
+        self.stopping = False  # True at the step at which all processes stop
+        self.in_epoch = False  # True until the end of the current epoch
+        self.deferred: set[str] = set()  # names of control flags that are set again at the end of the epoch
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.in_epoch = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.training = True
+        self.request.training = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1:
-            self.asked = _largest_of_all_processes(self.asked, args.device)
-        if self.asked:
+            self.request.signal = _largest_of_all_processes(self.request.signal, args.device)
+        if self.request.signal:
             self.stopping = control.should_save = True
-            # Not the end of training yet, which early stopping may ask for in this step's evaluation.
+            # Ending the epoch, not training: early stopping may still end training in this step's evaluation.
             control.should_epoch_stop = True
             if args.save_strategy == SaveStrategy.BEST:  # the Trainer would save only after a better evaluation
                 args.save_strategy = SaveStrategy.STEPS
         if control.should_training_stop or float(state.epoch).is_integer():
-            self._wait(control, "should_log", "should_evaluate", "should_save")
+            self._defer(control, "should_log", "should_evaluate", "should_save")
         elif self.stopping:
-            self._wait(control, "should_save")
+            self._defer(control, "should_save")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_training_stop and self.in_epoch:  # stopped early
-            self._wait(control, "should_save")
+            self._defer(control, "should_save")
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.in_epoch = False
         if self.stopping:
             if not (control.should_training_stop or float(state.epoch).is_integer()):
-                # The epoch isn't over, and what belongs to its end is done after the resume.
+                # The epoch is not over. The resumed run logs and evaluates at its real end.
                 control.should_log = control.should_evaluate = False
             control.should_training_stop = True
-        for name in self.waiting:
+        for name in self.deferred:
             setattr(control, name, True)
-        self.waiting.clear()
+        self.deferred.clear()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.training = False
+        self.request.training = False
 
-    def _wait(self, control: Any, *names: str) -> None:
-        """Take back what `control` asks for of `names`, for the end of the epoch."""
+    def _defer(self, control: Any, *names: str) -> None:
+        """Defer those of the flags `names` that `control` has set to the end of the epoch."""
         for name in names:
             if getattr(control, name):
-                self.waiting.add(name)
+                self.deferred.add(name)
                 setattr(control, name, False)
 
 
 def _largest_of_all_processes(number: int, device: Any) -> int:
-    import torch
-    from torch import distributed
-
-    told = torch.tensor(number, device=device)
-    distributed.all_reduce(told, op=distributed.ReduceOp.MAX)
-    return int(told)
+    largest = torch.tensor(number, device=device)
+    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+    return int(largest)

@@ -1,36 +1,34 @@
-"""Train a job with the HF Trainer and collect its result."""
+"""Train a prepared job with the HF Trainer."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from omegaconf import DictConfig
+from transformers import set_seed
 
 from loraplus_hydra.io.checkpoints import ResumePoint
 from loraplus_hydra.io.result import Result
+from loraplus_hydra.training.hf_trainer.stop_at_step import StopAtStep
+from loraplus_hydra.training.interrupts import StopRequest, stop_requested_by_signals
+from loraplus_hydra.training.measure import count_parameters, peak_memory_bytes
+from loraplus_hydra.training.prepare import Prepared
+from loraplus_hydra.training.sampling import answers
 
-if TYPE_CHECKING:
-    from loraplus_hydra.tasks.examples import Examples
 
+def train(trainer: Any, job: Prepared, result: Result, point: ResumePoint | None = None) -> None:
+    """Evaluate, train and evaluate; write what is measured into `result`.
 
-def _train(
-    config: DictConfig, trainer: Any, examples: Examples, result: Result, point: ResumePoint | None = None
-) -> None:
-    """Evaluate, train, evaluate; everything measured goes into `result`."""
-    from transformers import set_seed
-
-    from loraplus_hydra.training.hf_trainer.stop_at_step import StopAtStep
-    from loraplus_hydra.training.interrupts import finishing_the_step
-    from loraplus_hydra.training.measure import count_parameters, peak_memory_bytes
-    from loraplus_hydra.training.sampling import answers
-
+    With `point`, training resumes from its checkpoint. Raises KeyboardInterrupt after a signal.
+    """
+    task, examples = job.config.task, job.examples
     result.device = str(trainer.args.device)
     result.trained_parameters, result.total_parameters = count_parameters(trainer.model)
-    before = answers(trainer.model, trainer.processing_class, examples.rendered, config.task.sample_tokens)
-    set_seed(config.seed)  # data order and dropout: the same whatever was evaluated before
-    trainer.add_callback(stop := StopAtStep())
+    before = answers(trainer.model, trainer.processing_class, examples.rendered, task.sample_tokens)
+    set_seed(job.config.seed)  # data order and dropout do not depend on the evaluation before
+    request = StopRequest()
+    trainer.add_callback(StopAtStep(request))
     try:
-        with finishing_the_step(stop):
+        with stop_requested_by_signals(request):
             trained = trainer.train_or_restore(None if point is None else point.folder)
     finally:
         result.steps = trainer.state.global_step
@@ -38,9 +36,9 @@ def _train(
     result.train_loss = trained.training_loss
     result.train_seconds = trained.metrics["train_runtime"] + (0.0 if point is None else point.seconds)
     result.metrics = evaluation_at(trainer.state, trainer.step_of_model) or trainer.evaluate()
-    result.best = best_evaluation(trainer.state.log_history, config.task.metric, config.task.greater_is_better)
+    result.best = best_evaluation(trainer.state.log_history, task.metric, task.greater_is_better)
     result.peak_memory_bytes = peak_memory_bytes(trainer.args.device)
-    after = answers(trainer.model, trainer.processing_class, examples.rendered, config.task.sample_tokens)
+    after = answers(trainer.model, trainer.processing_class, examples.rendered, task.sample_tokens)
     result.samples = [
         {"prompt": prompt, "reference": reference, "before": old, "after": new}
         for prompt, reference, old, new in zip(examples.prompts, examples.references, before, after, strict=True)
@@ -48,13 +46,13 @@ def _train(
 
 
 def evaluation_at(state: Any, step: int) -> dict[str, float]:
-    """The metrics of the last evaluation right at `step`, or nothing if there was none."""
+    """Return the metrics of the last evaluation at exactly `step`, empty if there was none."""
     entries = [entry for entry in state.log_history if entry["step"] == step and "eval_loss" in entry]
     return {key: value for key, value in entries[-1].items() if key != "step"} if entries else {}
 
 
 def best_evaluation(history: list[dict[str, Any]], metric: str, greater_is_better: bool) -> dict[str, Any]:
-    """Step and value of the best evaluation in a Trainer's log, the earliest of equals."""
+    """Return step and value of the best evaluation in a Trainer's log, the earliest of equals."""
     evaluations = [entry for entry in history if metric in entry]
     if not evaluations:
         return {}

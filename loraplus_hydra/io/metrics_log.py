@@ -1,0 +1,44 @@
+"""metrics.jsonl: a line per logged step and per evaluation, complete even if the run is interrupted."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends lines to a run's metrics.jsonl.
+
+    Every line has the step and the seconds since the run's start. A line of training also has `lr`, the rate of each
+    group in that step, and `norms`, for each group the norm of its weights and of the step's change to them.
+    """
+
+    def __init__(
+        self, path: Path, *, seconds: float = 0.0, report: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
+        self.path = path
+        self.started = time.perf_counter() - seconds  # a resumed run counts its earlier seconds, too
+        self.report = report  # gets each line after it is written
+
+    def write(
+        self,
+        step: int,
+        values: Mapping[str, Any],
+        *,
+        rates: Mapping[str, float] | None = None,
+        norms: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Append one line."""
+        line: dict[str, Any] = {"step": step, "seconds": round(time.perf_counter() - self.started, 3)}
+        if rates is not None:
+            line["lr"] = dict(rates)
+        if norms is not None:
+            line["norms"] = dict(norms)
+        line.update(values)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=True) + "\n")
+        if self.report is not None:
+            self.report(line)

@@ -1,0 +1,111 @@
+"""Complete the HF Trainer's checkpoints, and bring the Trainer back to the state of one."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from loraplus_hydra.errors import UserError
+from loraplus_hydra.io import screen
+from loraplus_hydra.io.checkpoint_state import run_state, write_run_state
+from loraplus_hydra.io.checkpoints import open_checkpoint, rotate, seal, step_of
+from loraplus_hydra.io.files import replace_folder, unfinished
+from loraplus_hydra.training.checkpoint_changes import describe_training
+from loraplus_hydra.training.hf_trainer.log_window import collect_window, restore_window
+
+
+class CheckpointCallback(TrainerCallback):
+    """Adds run_state.json and the manifest to each checkpoint, and restores the Trainer from them.
+
+    Add it after all callbacks that write into a checkpoint: the manifest lists every file.
+    """
+
+    def __init__(self, trainer: Any, metrics: Path, *, seconds: float = 0.0) -> None:
+        self.trainer = trainer
+        self.metrics = metrics
+        self.started = time.perf_counter() - seconds
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        window = collect_window(self.trainer)
+        if state.is_world_process_zero:
+            groups = {group["name"]: group for group in self.trainer.optimizer.param_groups}
+            write_run_state(
+                folder,
+                {
+                    "step": state.global_step,
+                    "seconds": round(time.perf_counter() - self.started, 3),
+                    "metrics_bytes": self.metrics.stat().st_size if self.metrics.is_file() else 0,
+                    "window": window,
+                    **describe_training(self.trainer.loraplus, groups, state.max_steps),
+                },
+            )
+        args.distributed_state.wait_for_everyone()  # each process writes its own random state into the folder
+        if state.is_world_process_zero:
+            seal(folder)
+            rotate(Path(args.output_dir), args.save_total_limit, state.best_model_checkpoint)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not isinstance(args.resume_from_checkpoint, str):
+            return
+        for change in self.trainer.resumed_with:
+            screen.show(f"    Changed from here on: {change}")
+        state.best_model_checkpoint = own_best(args.resume_from_checkpoint, args)
+        # Intervals given as a share of all steps are a share of this run's steps, not of the checkpoint's.
+        state.compute_steps(args, state.max_steps)
+        restore_window(self.trainer, run_state(Path(args.resume_from_checkpoint))["window"])
+        for callback in self.trainer.early_stopping():
+            callback.early_stopping_patience_counter = evaluations_without_gain(state)
+
+
+def own_best(checkpoint: str, args: Any) -> str | None:
+    """Return the best checkpoint that `checkpoint` names, as one of this run's own folder; None if it names none.
+
+    The best one of another run is copied, since that run may remove it. Raises UserError when it is to be loaded at the
+    end and is incomplete.
+    """
+    stored = stored_trainer_state(checkpoint).best_model_checkpoint
+    if stored is None:
+        return None
+    # It is beside `checkpoint`, whatever path is stored: the run may have been moved.
+    best = Path(checkpoint).parent / Path(str(stored)).name
+    own = Path(args.output_dir) / best.name
+    if not args.load_best_model_at_end:
+        return str(own) if own.is_dir() else None
+    refuse_unfit_best(best)
+    if args.process_index == 0 and best.resolve() != own.resolve():
+        draft = unfinished(own)
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(best, draft)
+        replace_folder(draft, own)
+    args.distributed_state.wait_for_everyone()
+    return str(own)
+
+
+def refuse_unfit_best(folder: Path) -> None:
+    """Raise UserError unless `folder` is a complete checkpoint, of which only safetensors are read."""
+    try:
+        if step_of(folder) < 0:
+            raise ValueError("that isn't the name of a checkpoint")
+        open_checkpoint(folder)
+    except ValueError as why:
+        raise UserError(
+            f"the best checkpoint, {folder}, can't be loaded at the end: {why}. With "
+            "trainer.load_best_model_at_end=false the run resumes and ends with the adapter of its last step"
+        ) from None
+
+
+def stored_trainer_state(checkpoint: str) -> TrainerState:
+    """Return the Trainer's state as a checkpoint has it."""
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+
+
+def evaluations_without_gain(state: TrainerState) -> int:
+    """Return how many evaluations in a row were no better, as early stopping counted them up to a checkpoint."""
+    kept = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+    return int(kept.get("early_stopping_patience_counter", 0))

@@ -1,0 +1,60 @@
+"""The part of the HF Trainer's log that is gathered but not logged yet.
+
+The Trainer's checkpoints leave it out, so without it a resumed run would log other losses than an unbroken one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Attributes of TRL's trainers: metrics for the next log line (ORPO's under a name of its own), and the tokens seen.
+_TRL_WINDOW = ("_metrics", "_stored_metrics", "_total_train_tokens")
+
+
+def collect_window(trainer: Any) -> dict[str, Any]:
+    """Return the window as JSON values. Every process must call it: each has losses of its own."""
+    return {
+        "losses": _of_all_processes(trainer, trainer._tr_loss),
+        "since_step": trainer._globalstep_last_logged,
+        "total": trainer._total_loss_scalar,
+        "trl": _trl_window(trainer),
+    }
+
+
+def restore_window(trainer: Any, window: Mapping[str, Any]) -> None:
+    """Give a Trainer the window that `collect_window` returned."""
+    losses = window["losses"]
+    of_this_process = len(losses) == trainer.args.world_size
+    trainer._tr_loss += losses[trainer.args.process_index] if of_this_process else sum(losses) / len(losses)
+    trainer._globalstep_last_logged = window["since_step"]
+    trainer._total_loss_scalar = window["total"]
+    _restore_trl_window(trainer, window["trl"])
+    trainer._initial_global_step = 0  # the mean loss of the run covers all its steps
+
+
+def _trl_window(trainer: Any) -> dict[str, Any]:
+    return {
+        name: {key: [float(value) for value in values] for key, values in held["train"].items()}
+        if isinstance(held, dict)
+        else held
+        for name, held in vars(trainer).items()
+        if name in _TRL_WINDOW
+    }
+
+
+def _restore_trl_window(trainer: Any, window: Mapping[str, Any]) -> None:
+    for name, held in window.items():
+        if name not in _TRL_WINDOW or not hasattr(trainer, name):  # written by another Trainer class
+            continue
+        if isinstance(held, dict):
+            getattr(trainer, name)["train"].update(held)
+        else:
+            setattr(trainer, name, held)
+
+
+def _of_all_processes(trainer: Any, value: Any) -> list[float]:
+    if trainer.args.world_size == 1:
+        return [float(value)]
+    gathered: list[float] = trainer.accelerator.gather(value.reshape(1)).tolist()
+    return gathered
