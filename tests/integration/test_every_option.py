@@ -70,7 +70,7 @@ FITTING = {  # what an option goes with, where it doesn't go with everything
     "adapter=vera": ["loraplus=roles"],
     "loraplus=absolute": ["loraplus.lr_A=1e-4", "loraplus.lr_B=1e-3"],
 }
-NEEDS_MORE = ("adapter=existing",)  # a path: tests/test_adapter_existing.py
+NEEDS_MORE = ("adapter=existing",)  # a path: tests/models/test_adapter_existing.py
 
 
 def rows_for(architecture: str, few_rows: dict[str, Path]) -> list[str]:

@@ -160,20 +160,20 @@ def test_log_window_sets_nothing_but_trls_own(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from loraplus_hydra.training.hf_trainer.resumable_mixin import CheckpointKeeper
+    from loraplus_hydra.training.hf_trainer.checkpoint_callback import CheckpointCallback
 
     run(compose(*tiny_run, *B8), tmp_path / "unbroken")
     stopped(tmp_path / "run", *tiny_run, *B8, at=6)
     place = tmp_path / "run" / "checkpoints" / "checkpoint-6"
     changed(place, STATE, lambda told: told["window"]["trl"].update({"args": 1, "model": {"a": [1]}, "unheard": 2}))
     seen = []
-    begin = CheckpointKeeper.on_train_begin
+    begin = CheckpointCallback.on_train_begin
 
-    def on_train_begin(self: CheckpointKeeper, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self: CheckpointCallback, *args: Any, **kwargs: Any) -> None:
         begin(self, *args, **kwargs)
         seen.append(hasattr(self.trainer, "unheard"))
 
-    monkeypatch.setattr(CheckpointKeeper, "on_train_begin", on_train_begin)
+    monkeypatch.setattr(CheckpointCallback, "on_train_begin", on_train_begin)
     run(compose(*tiny_run, *B8, AUTO), tmp_path / "run")
     assert seen == [False]
     assert differences(tmp_path / "run", tmp_path / "unbroken") == []

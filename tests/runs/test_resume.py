@@ -28,9 +28,9 @@ SHORT = ("trainer.max_steps=8", "trainer.logging_steps=3", "trainer.save_steps=2
 
 
 def trials(folder: Path, how: str, *overrides: str) -> list[dict[str, Any]]:
-    """What `tests.forking` saw."""
+    """What `tests.support.forking` saw."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.forking", str(folder), how, *overrides],
+        [sys.executable, "-m", "tests.support.forking", str(folder), how, *overrides],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -201,7 +201,7 @@ def test_lora_cannot_become_loraplus_on_the_way(
     compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
 ) -> None:
     run(compose(*tiny_run, "trainer.save_steps=2", "loraplus=none"), tmp_path / "run")
-    with pytest.raises(UserError, match=r"is gone.*group groupA .* is new"):
+    with pytest.raises(UserError, match=r"no longer exists.*group groupA .* is new"):
         run(compose(*tiny_run, "trainer.max_steps=8", AUTO), tmp_path / "run")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "ok"
 

@@ -36,7 +36,7 @@ def test_run_whose_checkpoints_are_all_damaged_is_not_replaced(cli: Cli, tiny_ru
         state.write_text("{")
     before = files(tmp_path / "run")
     finished = cli("resume", "run", "trainer.max_steps=8")
-    assert (finished.status, "no checkpoint of run is whole" in finished.err) == (1, True), finished.err
+    assert (finished.status, "no checkpoint of run is complete" in finished.err) == (1, True), finished.err
     assert files(tmp_path / "run") == before
 
 
@@ -120,7 +120,7 @@ def test_first_save_of_a_run_begun_from_anothers_checkpoint_may_be_cut_short(
     (tmp_path / "run" / "checkpoints" / "checkpoint-6" / "manifest.json").unlink()  # killed there
     finished = cli("resume", "run")
     assert finished.status == 0, finished.err
-    assert "going on from step 4" in finished.out
+    assert "Resuming: from step 4" in finished.out
     assert differences(tmp_path / "run", tmp_path / "first") == []
 
 

@@ -1,6 +1,6 @@
 """Run by torchrun in two processes: wrap a model in DDP, FSDP1 or FSDP2 and print each tensor's rate after a step.
 
-torchrun --nproc_per_node 2 tests/distributed_worker.py ddp|fsdp1|fsdp2 MODEL_FOLDER
+torchrun --nproc_per_node 2 tests/support/distributed_worker.py ddp|fsdp1|fsdp2 MODEL_FOLDER
 """
 
 from __future__ import annotations

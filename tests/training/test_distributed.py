@@ -28,7 +28,7 @@ def test_each_tensor_trains_at_the_rate_that_inspect_printed(
     how: str, cli: Callable[..., Finished], tiny_model: Path, tmp_path: Path
 ) -> None:
     told = cli("inspect", "--json", "model=hub", f"model.path={tiny_model}", "adapter=dora", "loraplus.ratio=16")
-    done = torchrun(str(ROOT / "tests" / "distributed_worker.py"), how, str(tiny_model), str(tmp_path))
+    done = torchrun(str(ROOT / "tests" / "support" / "distributed_worker.py"), how, str(tiny_model), str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     rates = json.loads((tmp_path / f"{how}.json").read_text())
     assert rates == pytest.approx({tensor["name"]: tensor["lr"] for tensor in json.loads(told.out)["tensors"]})

@@ -166,7 +166,7 @@ def test_norms_are_those_of_a_loop_by_hand(dtype: torch.dtype) -> None:
 
 
 def test_norms_of_a_wrapped_model_are_over_all_shards(tmp_path: Path) -> None:
-    done = torchrun(str(ROOT / "tests" / "step_norms_worker.py"), str(tmp_path))
+    done = torchrun(str(ROOT / "tests" / "support" / "step_norms_worker.py"), str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     for how in ("ddp", "fsdp1", "fsdp2"):
         for rank in (0, 1):
