@@ -1,6 +1,7 @@
 """Run by torchrun in two processes: norms around a step of a wrapped model beside those of the same model, unwrapped.
 
-torchrun --nproc_per_node 2 tests/support/step_norms_worker.py OUT   writes OUT/<how>.json of each wrapper: [wrapped, unwrapped]
+torchrun --nproc_per_node 2 tests/support/step_norms_worker.py OUT
+writes OUT/<how>.json of each wrapper: [wrapped, unwrapped]
 """
 
 from __future__ import annotations
