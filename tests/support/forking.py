@@ -1,9 +1,9 @@
 """Runs of the command line in forked processes, to be killed: what they need is imported once, so all start fast.
 
 As a script, `python -m tests.support.forking FOLDER HOW OVERRIDES...` trains a run that nothing breaks, then others
-that are broken and resumed, and prints a JSON line for each: what was seen, and in what it differs in the end. HOW is a number
-of runs to kill with SIGKILL at random moments, every second one while it writes a checkpoint, and every third once more
-while it is resumed; or `signals`.
+that are broken and resumed, and prints a JSON line for each: what was seen, and in what it differs in the end. HOW is a
+number of runs to kill with SIGKILL at random moments, every second one while it writes a checkpoint, and every third
+once more while it is resumed; or `signals`.
 """
 
 from __future__ import annotations
