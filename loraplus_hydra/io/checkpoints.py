@@ -1,4 +1,7 @@
-"""Complete and incomplete checkpoints: the manifest, written last, lists every file with its size and hash."""
+"""Complete and incomplete checkpoints.
+
+The manifest, written last, lists every file with its size and hash.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run resumes: at a checkpoint, or at step 0 in a folder that a run has used before."""
+    """A checkpoint to resume from, or step 0 in a folder that a run has used before."""
 
     checkpoint: Checkpoint | None
     changed: tuple[str, ...] = ()  # keys of the config that differ from the run's stored one, a text each
@@ -115,7 +118,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def newest_complete(folder: Path, *, report: bool = True) -> Checkpoint | None:
-    """Return the newest complete checkpoint in `folder`, a run's checkpoints/; `report` logs those passed over."""
+    """Return the newest complete checkpoint in `folder`, a run's checkpoints/.
+
+    `report` logs the incomplete ones that are newer.
+    """
     for place in sorted(_named_after_steps(folder), key=step_of, reverse=True):
         try:
             return open_checkpoint(place)
@@ -189,7 +195,7 @@ def _defect(folder: Path) -> str:
 
 
 def _bad_name(folder: Path, name: str) -> str:
-    """Return what is wrong with a name in a manifest: outside the folder, through a link, or a pickle."""
+    """Return the error in a manifest's file name: outside the folder, through a link, or a pickle."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
         return f"its manifest names {name!r}, which isn't inside it"

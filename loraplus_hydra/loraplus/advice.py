@@ -1,4 +1,4 @@
-"""Whether the ratio suits the initialisation, as the paper found it; pure, no torch.
+"""Advice on the LoRA+ ratio for an adapter's initialisation.
 
 Source: LoRA+, arXiv 2402.12354, section 5.3 and appendix: 2^4 on RoBERTa was found with Init[2] (A = 0, B random); with
 Init[1] (B = 0, A random), which is PEFT's default, 2^2 to 2^3; 2^1 to 2^2 for Llama-7b.
@@ -15,9 +15,9 @@ PAPER = "arXiv 2402.12354, section 5.3"
 
 
 def initialisation(records: Sequence[TensorRecord]) -> str | None:
-    """`Init[1]` where lora_B starts at zero, `Init[2]` where lora_A does, None where neither is known to.
+    """Return `Init[1]` where lora_B starts at zero, `Init[2]` where lora_A does, None otherwise.
 
-    Neither does under PiSSA and OLoRA, nor in an adapter that goes on: the paper says nothing of those.
+    None stands for PiSSA and OLoRA, and for an adapter that is trained further: the paper does not cover these.
     """
     zero = {record.role for record in records if record.starts_at_zero}
     if "lora_A" in zero:
@@ -26,7 +26,7 @@ def initialisation(records: Sequence[TensorRecord]) -> str | None:
 
 
 def ratio_advice(records: Sequence[TensorRecord], ratio: float, total_parameters: int) -> list[str]:
-    """What to think over about the LoRA+ ratio, a sentence each; nothing where it suits."""
+    """Return warnings about a ratio that does not suit the initialisation, a sentence each."""
     init = initialisation(records)
     if ratio == 1 or init is None:
         return []

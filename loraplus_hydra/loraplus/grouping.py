@@ -81,7 +81,10 @@ def first_match(records: Sequence[TensorRecord], rules: Sequence[Rule]) -> list[
 
 
 def check_rate(value: object, what: str, *, zero: bool = False) -> float:
-    """Return `value` as a float if it is finite and above 0 (or 0, with `zero`). Raises UserError otherwise."""
+    """Return `value` as a float if it is finite and above 0 (with `zero`, also 0).
+
+    Raises UserError otherwise.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"{what} must be a number, got {value!r}")
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
@@ -111,7 +114,7 @@ def _groups_of_rules(rules: Sequence[Rule], *, lr: float, weight_decay: float) -
 
 
 def _plan(records: Sequence[TensorRecord], winners: Sequence[Rule], rules: Sequence[Rule], empty: list[Group]) -> Plan:
-    """Fill the `empty` groups with the records whose winning rule names them; leave out groups without any."""
+    """Fill the `empty` groups with their records, and leave out groups without any."""
     members: dict[str, list[tuple[TensorRecord, Rule]]] = {group.name: [] for group in empty}
     for record, rule in zip(records, winners, strict=True):
         members[rule.group].append((record, rule))

@@ -40,9 +40,10 @@ class Memory:
 
 
 def estimate(model: nn.Module, plan: Plan, quantization: Mapping[str, Any] | None = None) -> Memory:
-    """Estimate the memory of training `model` (the meta device will do) by `plan`, whose state is measured.
+    """Estimate the memory of training `model` by `plan`, whose state is measured.
 
-    `quantization` holds BitsAndBytesConfig's `load_in_4bit`, `load_in_8bit` and `bnb_4bit_use_double_quant`.
+    The model may be on the meta device. `quantization` holds BitsAndBytesConfig's `load_in_4bit`, `load_in_8bit` and
+    `bnb_4bit_use_double_quant`.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     adapter = sum(parameter.numel() * parameter.element_size() for parameter in trained.values())
@@ -56,7 +57,10 @@ def estimate(model: nn.Module, plan: Plan, quantization: Mapping[str, Any] | Non
 
 
 def measure_state(plan: Plan, settings: LoraPlus) -> Plan:
-    """Return `plan` with the size of each tensor's optimizer state; without it where the class steps on GPUs only."""
+    """Return `plan` with the size of each tensor's optimizer state.
+
+    The sizes stay None for an optimizer class that steps on GPUs only.
+    """
     # One stand-in for each kind of tensor of a group: equal shapes have equal states.
     records = {_kind(tensor): tensor.record for tensor in plan.tensors}
     stand_ins = {kind: _stand_in(record) for kind, record in records.items()}

@@ -1,4 +1,4 @@
-"""Parameter groups into an optimizer: the drop-in for PEFT's LoRA+ function, and what the Trainer mixin builds with."""
+"""Build optimizers from parameter groups, among them the drop-in for PEFT's LoRA+ function."""
 
 from __future__ import annotations
 
@@ -32,17 +32,16 @@ def create_loraplus_optimizer(
     loraplus_lr_embedding: float = 1e-6,
     **kwargs: Any,
 ) -> Optimizer:
-    """An optimizer whose groups train lora_B at `lr` x `loraplus_lr_ratio` and lora_A at `lr`: LoRA+ (arXiv
-    2402.12354).
+    """Return a LoRA+ optimizer: lora_A trains at `lr`, lora_B at `lr` x `loraplus_lr_ratio`.
 
-    A drop-in for `peft.optimizers.create_loraplus_optimizer`: the same four groups in the same order (A, embedding,
-    B, B without decay), empty ones too. It differs where that function misses what it means to do: norm weights of
-    every kind don't decay (PEFT knows `nn.LayerNorm` only); bitsandbytes' 8-bit optimizers really keep 32-bit state
-    for trained embedding tensors, of this optimizer only; lora_B is told by the layer that owns it and not by a name.
-    `weight_decay=`, which PEFT silently ignores, counts as `loraplus_weight_decay`.
+    A drop-in for `peft.optimizers.create_loraplus_optimizer` (LoRA+, arXiv 2402.12354): the same four groups in the
+    same order (A, embedding, B, B without decay), empty ones too. Four things differ. Norm weights of every kind don't
+    decay; PEFT knows `nn.LayerNorm` only. bitsandbytes' 8-bit optimizers really keep 32-bit state for trained embedding
+    tensors, and only for this optimizer. lora_B is known by the layer that owns it, not by its name. `weight_decay=`,
+    which PEFT silently ignores, counts as `loraplus_weight_decay`.
 
     `lr` is eta_A, `loraplus_lr_ratio` eta_B / eta_A, `loraplus_lr_embedding` the rate of the factors of a LoRA
-    embedding, `loraplus_weight_decay` (0.0) that of the first three groups; all other arguments go to
+    embedding, `loraplus_weight_decay` (0.0) the decay of the first three groups. All other arguments go to
     `optimizer_cls`. Raises UserError (a ValueError) for a rate or ratio that isn't finite and above 0.
     """
     check_rate(lr, "lr")
@@ -76,12 +75,11 @@ def group_parameters(
     weight_decay: float = 0.0,
     extra_rules: Sequence[Rule] | Mapping[str, Any] = (),
 ) -> list[dict[str, Any]]:
-    """Parameter groups for those who build an optimizer themselves: `params`, `param_names`, `name`, `lr`,
-    `weight_decay` and settings.
+    """Return parameter groups for an optimizer of your own.
 
-    `rules` as in `loraplus.rules` of the YAML files (a mapping of mappings) or as `Rule`s; `extra_rules` stand ahead
-    of them. Raises UserError as `grouping.assign` does. 8-bit state is none of a group's business: build_optimizer
-    sees to that.
+    Each has `params`, `param_names`, `name`, `lr`, `weight_decay` and the rule's settings. `rules` are as in
+    `loraplus.rules` of the YAML files (a mapping of mappings) or `Rule`s; `extra_rules` stand ahead of them. Raises
+    UserError as `grouping.assign` does. The groups say nothing about 8-bit state: `build_optimizer` sets that.
     """
     parsed = parse_rules(rules) if isinstance(rules, Mapping) else list(rules)
     extra = parse_rules(extra_rules, "loraplus.extra_rules") if isinstance(extra_rules, Mapping) else list(extra_rules)
@@ -130,7 +128,10 @@ def build_optimizer(
 def torch_groups(
     groups: Iterable[Group], named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
 ) -> list[dict[str, Any]]:
-    """Groups of records as groups of parameters, matched by name; UserError for a name that no parameter has."""
+    """Return groups of records as torch parameter groups, matched by name.
+
+    Raises UserError for a name that no parameter has.
+    """
     by_name = dict(named_parameters)
     try:
         return [
@@ -151,7 +152,10 @@ def torch_groups(
 
 
 def _drop_in_rules(*, ratio: float, lr_embedding: float) -> list[Rule]:
-    """The documented table: one-dimensional tensors go with lora_B, norms and biases among them without decay."""
+    """Return PEFT's documented table as rules.
+
+    One-dimensional tensors train like lora_B; norms and biases among them don't decay.
+    """
     undecayed = ("bias", "norm", "lora_B_bias")
     return [
         Rule("embedding", role=("lora_embedding_A", "lora_embedding_B"), lr=lr_embedding),

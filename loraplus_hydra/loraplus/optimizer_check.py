@@ -1,4 +1,4 @@
-"""Whether an optimizer class and its arguments can do LoRA+: takes what it is given, keeps a rate for each group."""
+"""Check that an optimizer class with its arguments can do LoRA+."""
 
 from __future__ import annotations
 
@@ -43,11 +43,10 @@ TRANSFORMERS_ADAFACTOR: dict[str, str] = {
 
 
 def optimizer_problems(cls: object, kwargs: Mapping[str, Any]) -> list[str]:
-    """Why this class with these arguments can't be the optimizer, one sentence a reason; empty where it can.
+    """Return the reasons why this class with these arguments can't be the optimizer, a sentence each.
 
-    `kwargs` without the parameters. Nothing is built. Covers: no Optimizer class, a class whose per-group rates don't
-    hold (by name, with the reason), an argument that it doesn't take (with the nearest that it does), an argument
-    missing that it needs.
+    `kwargs` are the arguments without the parameters. Nothing is built. Reasons: no Optimizer class; a class whose
+    rates per group don't hold; an argument that it doesn't take, with the nearest one that it does; a missing argument.
     """
     from torch.optim import Optimizer
 
@@ -62,13 +61,13 @@ def optimizer_problems(cls: object, kwargs: Mapping[str, Any]) -> list[str]:
 
 
 def takes(cls: type, argument: str) -> bool:
-    """Whether the class's constructor has this argument, or takes any."""
+    """Return True if the class's constructor has this argument, or takes any."""
     parameters, takes_any = _parameters(cls)
     return takes_any or argument in parameters
 
 
 def unknown_setting(cls: type, group: Group) -> str:
-    """What is wrong with a group's settings for this class, or nothing."""
+    """Return the error in a group's settings for this class, empty if there is none."""
     for key in group.settings:
         if not takes(cls, key):
             candidates = [*RULE_KEYS, *_parameters(cls)[0]]
@@ -108,7 +107,7 @@ def _argument_problems(cls: type, kwargs: Mapping[str, Any]) -> list[str]:
 
 
 def _parameters(cls: type) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The constructor's arguments behind `params`, and whether it takes any others by **kwargs."""
+    """Return the constructor's arguments after `params`, and True if it takes others by **kwargs."""
     found = list(inspect.signature(cls).parameters.values())
     named = [
         parameter for parameter in found if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)

@@ -1,8 +1,8 @@
-"""32-bit state for trained embeddings under bitsandbytes' 8-bit optimizers, without its process-wide singleton.
+"""32-bit state for trained embeddings under bitsandbytes' 8-bit optimizers.
 
-`GlobalOptimManager` holds overrides by (group index, position), for every optimizer of the process: those of one job
-reach the first tensors of the next, and the modules registered with it stay alive. So each optimizer gets a manager
-of its own here.
+bitsandbytes' `GlobalOptimManager` is a singleton whose overrides go by (group index, position). One job's overrides
+reach the first tensors of the next job, and modules registered with it stay alive. So each optimizer gets a manager of
+its own.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 
 def keep_32bit_state(optimizer: Optimizer, names: Iterable[str]) -> None:
-    """Give a bitsandbytes optimizer its own manager, with 32-bit state for the tensors `names` of its `param_names`.
+    """Make a bitsandbytes optimizer keep 32-bit state for the tensors `names`.
 
-    Any other optimizer is left as it is. Call it before the first step. Overrides registered with bitsandbytes' global
-    manager don't reach the optimizer any more.
+    Other optimizers are left unchanged. The names are those in the groups' `param_names`. Call it before the first
+    step. Overrides in bitsandbytes' global manager no longer reach the optimizer.
     """
     if not is_bitsandbytes(optimizer):
         return
@@ -38,7 +38,7 @@ def keep_32bit_state(optimizer: Optimizer, names: Iterable[str]) -> None:
 
 
 def is_bitsandbytes(optimizer: Optimizer | type) -> bool:
-    """Whether this optimizer (or class) is built on bitsandbytes' base class, all of whose kinds read a manager."""
+    """Return True if the optimizer or class derives from bitsandbytes' base class, which reads a manager."""
     if "bitsandbytes" not in sys.modules:
         return False
     from bitsandbytes.optim.optimizer import Optimizer8bit

@@ -1,7 +1,6 @@
-"""What LoRA+ can do for each of PEFT's methods: which attribute holds which factor, and where there is nothing to
-split.
+"""Tables of PEFT's methods: the role of each attribute, and whether LoRA+ has factors to split.
 
-Plain data, read by roles.py; a test goes over `peft.PeftType`, so that a new method can't be missed.
+A test compares them with `peft.PeftType`, which fails for a new method that is missing here.
 """
 
 from __future__ import annotations
@@ -109,10 +108,11 @@ STARTED_ROLES = frozenset({*ROLE_OF_ATTRIBUTE.values(), *ADALORA_ROLES.values(),
 
 
 def zero_start(role: str, initialisation: object) -> bool | None:
-    """Whether a tensor starts at zero, from its role and its config's `init_lora_weights`; None where that doesn't say.
+    """Return True if a tensor starts at zero, by its role and its config's `init_lora_weights`.
 
-    `initialisation` may also be a start of ours: `A_ZERO`, `TRAINED`. False says nothing: whoever sets it usually goes
-    on to write the factors. Source: the `reset_*`, `*_init` methods of PEFT 0.21's layers.
+    `initialisation` may also be `A_ZERO` or `TRAINED` of starts.py. Returns None where it is unknown: False (no
+    initialisation) usually means that the caller writes the factors later. Source: the `reset_*` and `*_init` methods
+    of PEFT 0.21's layers.
     """
     if initialisation == TRAINED:
         return False if role in STARTED_ROLES else None

@@ -59,9 +59,9 @@ class PlannedTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Which tensor trains in which group, and by which rule.
+    """The rule and group of every trained tensor.
 
-    Made once a run by `grouping.assign`. Optimizer, table, param_groups.json and `inspect` all read this one plan.
+    Made once a run by `grouping.assign`. Optimizer, table of rates, param_groups.json and `inspect` all read it.
     """
 
     groups: tuple[Group, ...]

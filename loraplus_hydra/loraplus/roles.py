@@ -1,8 +1,8 @@
-"""A model's trained tensors and their roles, by the layer that owns each and the attribute that holds it; knows
-PEFT's layers.
+"""Find a model's trained tensors and their roles.
 
-A name's text decides nothing here: an adapter called `my_lora_B` or a target called `lora_Block` are names like any
-other. Call it before anything wraps or shards the model: FSDP's flat shards have neither owner nor shape.
+A role follows from the PEFT layer that owns the tensor and the attribute that holds it, never from a name: an adapter
+may be called `my_lora_B`, a target `lora_Block`. Call this before anything wraps or shards the model: FSDP's flat
+shards have neither owner nor shape.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NORM_CLASS = re.compile(r"(layer|rms|batch|group|instance|scale)_?norm|norm_?(\d
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kind:
-    """What the walk needs to know of a module's class."""
+    """Facts about a module's class that the walk needs."""
 
     owner: str
     owner_classes: tuple[str, ...]
@@ -54,7 +54,7 @@ class _Kind:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Place:
-    """Where in PEFT's structure a module stands."""
+    """A module's place in PEFT's structure."""
 
     tuner: _Kind | None = None
     """The adapted layer, inside one of its PEFT layer's attributes; None in the base model and in copies of it."""
@@ -71,16 +71,16 @@ _DROPOUTS = frozenset({"lora_dropout", "vera_dropout"})
 
 
 def tensor_records(model: torch.nn.Module) -> list[TensorRecord]:
-    """A record for each trained tensor of `model`, in the order of `named_parameters()`; one linear walk.
+    """Return a record for each trained tensor of `model`, in the order of `named_parameters()`.
 
-    Trained is what requires a gradient, so a frozen reference adapter is no part of it. Works for models without PEFT
-    and on the meta device. Raises UserError for a model that FSDP has flattened.
+    A tensor is trained if it requires a gradient, so a frozen reference adapter is left out. Takes one linear walk.
+    Works for models without PEFT and on the meta device. Raises UserError for a model that FSDP has flattened.
     """
     return trained_tensors(model)[0]
 
 
 def trained_tensors(model: torch.nn.Module) -> tuple[list[TensorRecord], list[torch.nn.Parameter]]:
-    """As `tensor_records`, and beside it the tensor of each record, so that nobody needs to walk the model again."""
+    """Return the records of `tensor_records` and, in the same order, their parameters."""
     records: list[TensorRecord] = []
     parameters: list[torch.nn.Parameter] = []
     seen: set[int] = set()  # ids of `parameters`: what has several names counts once, by the first
@@ -89,7 +89,7 @@ def trained_tensors(model: torch.nn.Module) -> tuple[list[TensorRecord], list[to
     pattern_of = cache(partial(_pattern, _initialisations(model)))
 
     def collect(prefix: str, module: Any, place: _Place) -> None:
-        """A module's own trained tensors; their names begin with `prefix`."""
+        """Collect a module's own trained tensors; `prefix` is its name."""
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
@@ -125,7 +125,7 @@ def trained_tensors(model: torch.nn.Module) -> tuple[list[TensorRecord], list[to
 
 
 def _place_below(place: _Place, kind: _Kind, adapted: _Kind | None, name: str) -> _Place:
-    """The place of the module `name` in a module of this kind that stands at `place`."""
+    """Return the place of the child `name` of a module of this kind at `place`."""
     if not kind.is_peft_layer:
         return _Place(place.tuner, place.role, adapter=name, saved=place.saved) if place.per_adapter else place
     if name == "base_layer":
@@ -139,7 +139,7 @@ def _place_below(place: _Place, kind: _Kind, adapted: _Kind | None, name: str) -
 
 
 def _record(name: str, parameter: torch.nn.Parameter, pattern: TensorRecord) -> TensorRecord:
-    """The record of a tensor: `pattern`, with what is its own."""
+    """Return the record of a tensor: the shared `pattern` with the tensor's own name, shape and start."""
     _, role, owner, _, adapter, dtype, trained_embedding, starts_at_zero, owner_classes = pattern
     if starts_at_zero is None and role in FACTORS and not parameter.is_meta:
         starts_at_zero = not bool(parameter.detach().any())  # the config doesn't say, the values do
@@ -150,7 +150,10 @@ def _record(name: str, parameter: torch.nn.Parameter, pattern: TensorRecord) -> 
 
 
 def _pattern(inits: Mapping[str, object], name: str, dtype: torch.dtype, kind: _Kind, place: _Place) -> TensorRecord:
-    """What the records of all tensors of this name share that stand at the same place in modules of the same kind."""
+    """Return the part of a record that equal layers share.
+
+    It is computed once per kind of layer. A model has many layers of few kinds.
+    """
     owner = place.tuner or kind
     # In a ParameterDict the parameter's own name is the adapter's.
     adapter = name if place.per_adapter else place.adapter
@@ -187,7 +190,7 @@ def _plain_role(name: str, kind: _Kind, place: _Place) -> str:
 
 
 def _initialisations(model: torch.nn.Module) -> dict[str, object]:
-    """Adapter name -> how it starts: a start of ours, or what its config has as `init_lora_weights` (or such)."""
+    """Return each adapter's initialisation: a noted one, or its config's `init_lora_weights`."""
     found: dict[str, object] = {}
     module: Any = model
     for _ in range(4):  # trainer wrapper, PeftModel, tuner, base model
@@ -205,7 +208,7 @@ def _initialisations(model: torch.nn.Module) -> dict[str, object]:
 
 
 def _adapted_class(layer: Any) -> type:
-    """The class of the layer that a PEFT layer adapts, through every PEFT layer in between."""
+    """Return the class of the layer under a PEFT layer, however many PEFT layers are stacked."""
     module = inner = layer
     while inner is not None:
         module = inner
@@ -240,7 +243,7 @@ def _kind(cls: type) -> _Kind:
 
 
 def _peft_classes() -> tuple[tuple[type, ...], tuple[type, ...], tuple[type, ...]]:
-    """PEFT's layers, those of AdaLoRA among them, and those that hold copies of modules."""
+    """Return PEFT's classes: its layers, AdaLoRA's layers, and holders of whole copies of modules."""
     if "peft" not in sys.modules:  # then no layer of the model can be PEFT's
         return (), (), ()
     from peft.tuners.adalora.layer import AdaLoraLayer

@@ -1,4 +1,4 @@
-"""What a rule sees of a tensor, what a rule is, and how a mapping (YAML, command line) becomes one; no torch."""
+"""Rules that decide a tensor's rate, and the records of tensors that they match."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ RESERVED = frozenset({"params", "name", "param_names", "initial_lr"})
 
 
 class TensorRecord(NamedTuple):
-    """One trained tensor, as far as a rule can see it.
+    """Everything about a trained tensor that a rule can match.
 
-    `owner` is the class of the layer that holds the tensor (for an adapter's tensor: of the layer that it adapts),
-    and `owner_classes` also names the classes which that one derives from, with their full paths too. `shape` is the
-    logical shape, before anything shards the model. `trained_embedding` marks what 8-bit optimizers keep in 32-bit
-    state. `starts_at_zero` is None where nobody can know.
+    `owner` is the class of the layer that holds the tensor; for an adapter's tensor, of the adapted layer.
+    `owner_classes` also has its base classes and all full paths. `shape` is the shape before anything shards the model.
+    `trained_embedding` marks tensors for which 8-bit optimizers keep 32-bit state. `starts_at_zero` is None where it is
+    unknown.
     """
 
     name: str
@@ -67,13 +67,13 @@ class TensorRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """Which tensors (all conditions must hold; an empty one holds always) train how.
+    """Conditions on tensors, and the rate and settings of those that match.
 
-    `role`, `owner` and `ndim` hold if one of their values is the tensor's, `pattern` if one of its regular
-    expressions is found in the tensor's name; `owner` also takes a class which the owner derives from, by its name or
-    by its full path. The rate is `lr` (absolute) or the optimizer's lr x `lr_mult` x `ratio`, where `ratio` is
-    LoRA+'s eta_B / eta_A. `weight_decay` None is the optimizer's. `settings` are the optimizer's other per-group
-    arguments (`betas`, ...).
+    All conditions must hold; an empty one always holds. `role`, `owner` and `ndim` hold if one of their values is the
+    tensor's. `pattern` holds if one of its regular expressions is found in the tensor's name. `owner` also takes a base
+    class of the owner, by name or full path. The rate is `lr`, or the optimizer's lr x `lr_mult` x `ratio`, where
+    `ratio` is LoRA+'s eta_B / eta_A. `weight_decay` None is the optimizer's. `settings` are the optimizer's other
+    arguments per group (`betas`, ...).
     """
 
     name: str
@@ -95,15 +95,15 @@ class Rule:
         object.__setattr__(self, "_patterns", tuple(re.compile(pattern) for pattern in self.pattern))
 
     def rate(self, base_lr: float) -> float:
-        """The learning rate of this rule's tensors where the optimizer's is `base_lr`."""
+        """Return the learning rate of this rule's tensors for the optimizer's rate `base_lr`."""
         return float(self.lr) if self.lr is not None else base_lr * self.lr_mult * self.ratio
 
     def matches(self, record: TensorRecord) -> bool:
-        """Whether all conditions hold for this tensor."""
+        """Return True if all conditions hold for this tensor."""
         return self.matches_kind(record) and self.matches_name(record.name)
 
     def matches_kind(self, record: TensorRecord) -> bool:
-        """Whether the conditions on role, owner and number of dimensions hold."""
+        """Return True if the conditions on role, owner and ndim hold."""
         if self.role and record.role not in self.role:
             return False
         if self.ndim and record.ndim not in self.ndim:
@@ -111,19 +111,19 @@ class Rule:
         return not self.owner or record.owner in self.owner or any(name in self.owner for name in record.owner_classes)
 
     def matches_name(self, name: str) -> bool:
-        """Whether one of the patterns is found in the tensor's name."""
+        """Return True if one of the patterns is found in the tensor's name."""
         return not self._patterns or any(pattern.search(name) for pattern in self._patterns)
 
     def conditions(self) -> str:
-        """The conditions, for a message."""
+        """Return the conditions as text for a message."""
         found = [f"{key}: {', '.join(map(str, getattr(self, key)))}" for key in CONDITIONS if getattr(self, key)]
         return "; ".join(found) or "everything"
 
 
 def parse_rules(rules: Mapping[str, Any], where: str = "loraplus.rules") -> list[Rule]:
-    """The rules of a mapping `name -> {condition or setting: value}`, in its order; a rule that is null is left out.
+    """Return the rules of a mapping `name -> {condition or setting: value}`, in its order.
 
-    Raises ConfigErrors with every mistake in it, each under its key below `where`.
+    A rule that is null is left out. Raises ConfigErrors with every error, each under its key below `where`.
     """
     problems: list[Problem] = []
     if not isinstance(rules, Mapping):
@@ -237,7 +237,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Lists from YAML as tuples: what the optimizers' own defaults are (`betas`), and comparable."""
+    """Return lists from YAML as tuples, like the optimizers' own defaults (`betas`)."""
     return (
         tuple(_plain(item) for item in value) if isinstance(value, Sequence) and not isinstance(value, str) else value
     )

@@ -1,4 +1,4 @@
-"""Learning-rate schedules that keep the LoRA+ ratio: one factor for all groups at every step, warm-up included."""
+"""Learning-rate schedules that keep the LoRA+ ratio at every step."""
 
 from __future__ import annotations
 
@@ -30,17 +30,16 @@ INSTEAD: dict[str, str] = {
 def build_schedule(
     factory: Callable[..., Any], optimizer: Optimizer, *, num_training_steps: int, kwargs: Mapping[str, Any]
 ) -> LRScheduler:
-    """The schedule `factory(optimizer, ...)`, once a dry run has shown that it keeps the ratio between the groups'
-    rates.
+    """Build the schedule `factory(optimizer, ...)` after a dry run has shown that it keeps the ratio.
 
     `factory` is any callable that returns an LRScheduler: a `transformers.get_..._schedule...` function, a class of
-    `torch.optim.lr_scheduler`, a function of your own. Of `kwargs`, `num_warmup_steps` (steps) or `warmup_ratio`
-    (share of the training steps, rounded up) and likewise `num_decay_steps` or `decay_ratio` say how long warm-up and
-    decay last; the others go to `factory` as they are. The number of training steps goes to its `num_training_steps`,
-    `total_steps` or `T_max`, if it has one.
+    `torch.optim.lr_scheduler`, or your own function. In `kwargs`, `num_warmup_steps` (steps) or `warmup_ratio` (share
+    of the training steps, rounded up) set the warm-up, `num_decay_steps` or `decay_ratio` the decay; the others go to
+    `factory` unchanged. The number of training steps goes to its `num_training_steps`, `total_steps` or `T_max`, if it
+    has one.
 
     Raises UserError: an argument that `factory` doesn't take or refuses; a schedule that reacts to the loss; a ratio
-    that changes, with the step and the rates. `optimizer` is only touched when all is well.
+    that changes, with the step and the rates. `optimizer` is only changed when all is well.
     """
     arguments = _arguments(factory, num_training_steps, kwargs)
     rehearsal = _call(factory, _stand_in(optimizer), arguments)
@@ -56,11 +55,11 @@ def one_cycle(
     final_div_factor: float = 1e4,
     last_epoch: int = -1,
 ) -> LRScheduler:
-    """One cycle with each group's own rate as its peak: the shape of torch's `OneCycleLR`, without its one `max_lr`
-    for all.
+    """Return one cycle with each group's own rate as its peak.
 
-    Rises along a cosine from rate / `div_factor` over the first `pct_start` of the steps, then falls along one to
-    rate / `div_factor` / `final_div_factor`. Momentum stays as it is. Source: arXiv 1708.07120.
+    The shape of torch's `OneCycleLR`, whose `max_lr` is one for all groups. Rises along a cosine from rate /
+    `div_factor` over the first `pct_start` of the steps, then falls along one to rate / `div_factor` /
+    `final_div_factor`. Momentum stays unchanged. Source: arXiv 1708.07120.
     """
     if not 0 <= pct_start <= 1:
         raise ValueError(f"pct_start is a share of the steps, from 0 to 1, got {pct_start}")
@@ -83,7 +82,7 @@ def _cosine(start: float, end: float, share: float) -> float:
 
 
 def _arguments(factory: Callable[..., Any], steps: int, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What `factory` is called with, the numbers of steps filled in."""
+    """Return the arguments of `factory` with the numbers of steps filled in."""
     name = _name(factory)
     given = {key: value for key, value in kwargs.items() if value is not None}
     parameters = inspect.signature(factory).parameters
@@ -159,7 +158,7 @@ def _call(factory: Callable[..., Any], optimizer: Optimizer, arguments: Mapping[
 
 
 class _StandIn(Optimizer):
-    """Groups, rates and defaults of another optimizer, with nothing to train: for a rehearsal of a schedule."""
+    """Groups, rates and defaults of another optimizer without its parameters, for a dry run."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         return None

@@ -18,10 +18,10 @@ ADAPTER = "default"
 
 
 def note_start(model: nn.Module, start: str) -> None:
-    """Note on the model that its adapter starts in a way of ours, `A_ZERO` or `TRAINED`: no PEFT config says so."""
+    """Note on the model that its adapter starts by `A_ZERO` or `TRAINED`, which no PEFT config says."""
     model.adapter_starts = {ADAPTER: start}  # type: ignore[assignment]
 
 
 def noted_starts(model: nn.Module) -> dict[str, str]:
-    """Adapter name -> what `note_start` noted; empty where PEFT's config says it all."""
+    """Return the noted start of each adapter; empty where PEFT's config says it all."""
     return getattr(model, "adapter_starts", None) or {}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def show_config(config: Any) -> None:
-    """The whole config as a tree."""
+    """Show the config as a tree."""
     from rich.tree import Tree
 
     def grow(branch: Tree, node: Mapping[Any, Any]) -> None:
@@ -58,7 +58,7 @@ def show_tensors(tensors: Sequence[PlannedTensor]) -> None:
 
 
 def show_memory(memory: Memory, trained: int, total: int) -> None:
-    """What weights, adapter, gradients and optimizer state take."""
+    """Show the memory of weights, adapter, gradients and optimizer state."""
     parts = (
         ("frozen weights", memory.weights),
         ("trained tensors", memory.adapter),
@@ -72,7 +72,7 @@ def show_memory(memory: Memory, trained: int, total: int) -> None:
 
 
 def show_result(folder: Path, result: Result) -> None:
-    """How the run ended: metrics before and after, the samples, where things lie and what to try next."""
+    """Show a finished run's metrics, samples and files, and suggest next commands."""
     of_sweep = number_in_sweep() is not None
     _show_samples(result.samples, on_screen=not of_sweep)
     before, after = result.metrics_before.get(result.metric), result.value
@@ -99,7 +99,7 @@ def show_result(folder: Path, result: Result) -> None:
 
 
 def _next_steps(folder: Path) -> Iterator[str]:
-    """What the run in `folder` leaves to be tried, by its config."""
+    """Yield suggestions for a next run, by the config of the run in `folder`."""
     from omegaconf import OmegaConf
 
     config = OmegaConf.load(folder / run_folder.CONFIG)

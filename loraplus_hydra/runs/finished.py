@@ -1,4 +1,4 @@
-"""A finished run, opened again from its folder: its config, its result, and its model with the adapter."""
+"""Open a finished run from its folder: config, result and model with adapter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NOT_RESULTS = ("runtime", "per_second", "preparation_time", "num_tokens", "epoc
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's folder with its whole config and what result.json says."""
+    """A finished run's folder, config and result."""
 
     folder: Path
     config: DictConfig
@@ -39,7 +39,7 @@ class FinishedRun:
         return self.folder / run_folder.ADAPTER
 
     def model_arguments(self) -> dict[str, Any]:
-        """What the task has set in the model's config: the labels' names and their kind."""
+        """Return the settings that the task made in the model's config: labels and their kind."""
         file = self.adapter / "config.json"
         try:
             stored = read_json(file)
@@ -55,20 +55,20 @@ class FinishedRun:
 
 
 def unnamed_run(config: DictConfig) -> list[Problem]:
-    """What is wrong when a command is given no run's folder."""
+    """Return a Problem when a command is given no run's folder."""
     missing = OmegaConf.is_missing(config, "run")
     return [Problem(KEY, "no run is named", "write its folder behind the command")] if missing else []
 
 
 def named_run(config: DictConfig) -> str:
-    """The run's folder that a command is given. Raises ConfigErrors when it is given none."""
+    """Return the run's folder that a command is given. Raises ConfigErrors when there is none."""
     if problems := unnamed_run(config):
         raise ConfigErrors(problems)
     return str(config.run)
 
 
 def results(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an evaluation's metrics is about the model: not how long it took, nor how far training had come."""
+    """Drop timing and progress entries from an evaluation's metrics."""
     return {name: value for name, value in metrics.items() if not any(part in name for part in _NOT_RESULTS)}
 
 
@@ -79,11 +79,11 @@ def open_run(
     trust_remote_code: bool = False,
     groups: Iterable[str] | None = MODEL_GROUPS,
 ) -> FinishedRun:
-    """The finished run in `folder`, with `overrides` (group -> keys) merged into its config.
+    """Open the finished run in `folder`, with `overrides` (group -> keys) merged into its config.
 
-    Its config is checked like any other, in `groups` (None: everywhere) and without its rows, since a folder may come
-    from anybody: what it names must be of the kind that its place expects, and code that came with a model runs only
-    with `trust_remote_code`. Raises ConfigErrors.
+    Its config is checked like any other, in `groups` (None: all) and without its rows, since a folder may be untrusted.
+    Its targets must be allowed at their places, and a model's own code runs only with `trust_remote_code`. Raises
+    ConfigErrors.
     """
     place = Path(folder).expanduser()
     result = _result(place)
@@ -100,7 +100,7 @@ def open_run(
 
 
 def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """The run's model with its adapter, and the tokenizer that was saved with it. Raises UserError."""
+    """Load the run's model with its adapter and its tokenizer. Raises UserError."""
     from transformers import set_seed
 
     from loraplus_hydra.io.quiet_libraries import quiet_loading
@@ -120,7 +120,7 @@ def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, P
 
 
 def load_run_tokenizer(run: FinishedRun) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the run's adapter: its new tokens, pad token and template are in it."""
+    """Load the tokenizer that was saved with the run's adapter."""
     from loraplus_hydra.models.tokenizer import load_tokenizer
 
     model = run.config.model.copy()
@@ -129,7 +129,7 @@ def load_run_tokenizer(run: FinishedRun) -> PreTrainedTokenizerBase:
 
 
 def _result(folder: Path) -> dict[str, Any]:
-    """result.json of a run that is finished, or ConfigErrors saying what the folder is instead."""
+    """Return a finished run's result.json. Raises ConfigErrors when the folder has none."""
     if not folder.is_dir():
         raise _no_run(f"there is no folder {folder}")
     if not (folder / run_folder.CONFIG).is_file():

@@ -49,12 +49,13 @@ class Run:
 
 
 def run(config: DictConfig | Checked, folder: str | Path | None = None, *, point: ResumePoint | None = None) -> Result:
-    """Train one adapter by `config` (a composed `run`, or a checked one) and write everything into `folder`.
+    """Train one adapter by `config` and write everything into `folder`.
 
-    `folder` is by default the one that Hydra made for the job. With `trainer.resume_from_checkpoint` the run resumes
-    from a checkpoint (`point`, if it was found before); one that has finished with this config is left unchanged.
-    Returns the result; `result.value` is the metric that a sweep optimises. Raises ConfigErrors before anything heavy
-    when the config is wrong; any other error is raised after it is written into result.json.
+    `config` is a composed `run`, or a checked one. `folder` is by default the one that Hydra made for the job. With
+    `trainer.resume_from_checkpoint` the run resumes from a checkpoint (`point`, if it was found before); one that has
+    finished with this config is left unchanged. Returns the result; `result.value` is the metric that a sweep
+    optimises. Raises ConfigErrors before anything heavy when the config is wrong; any other error is raised after it is
+    written into result.json.
     """
     quiet_libraries()
     checked = config if isinstance(config, Checked) else None
@@ -122,7 +123,7 @@ def _recorded(config: DictConfig, folder: Path, point: ResumePoint | None) -> It
 
 
 def _write_result(job: Run) -> None:
-    """Write result.json; if that fails after another error, only print why, so that the first error is reported."""
+    """Write result.json; after an earlier error, only print why that fails."""
     try:
         with explain_resource_errors(job.config, job.folder):
             job.result.write(job.folder)
@@ -140,7 +141,7 @@ def _print_resume_hint(folder: Path) -> None:
 
 
 def _begin(job: Run) -> None:
-    """Start the tracker; write and show the resolved config; bring a resumed run's folder back to its checkpoint."""
+    """Start the tracker, write and show the config, and roll a resumed run's folder back."""
     job.result.seed = job.config.seed
     job.result.config_hash = run_hash(job.config)
     if processes.is_main():

@@ -1,4 +1,4 @@
-"""The limits of the machine, in words: memory that is too small, a disk that is full, a folder that is gone."""
+"""Explain errors of the machine: too little memory, a full disk, a folder that is gone."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _NO_SPACE = ("no space left", "disk quota exceeded", "pytorchstreamwriter failed
 
 
 class MachineLimitError(UserError):
-    """The machine has too little memory or disk for what the config asks."""
+    """The machine has too little memory or disk for the config."""
 
 
 @contextmanager
 def explain_resource_errors(config: DictConfig, folder: Path) -> Iterator[None]:
-    """Turn what torch and the operating system say of a limit into a MachineLimitError that says what to change."""
+    """Turn errors of memory and disk into a MachineLimitError that says what to change."""
     try:
         yield
     except UserError:
@@ -55,14 +55,14 @@ def explain_resource_errors(config: DictConfig, folder: Path) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or the operating system refused memory."""
+    """Return True if torch or the operating system refused memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a file could not be written for want of room."""
+    """Return True if a file could not be written for want of space."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return any(words in str(error).lower() for words in _NO_SPACE)

@@ -1,4 +1,4 @@
-"""The card beside an exported model or adapter: base, data, LoRA+ settings, results and config of its run."""
+"""Model card of an exported model or adapter."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 
 
 def write_card(run: FinishedRun, folder: Path, *, merged: bool) -> None:
-    """Write README.md into `folder`. Its numbers are those of result.json and param_groups.json, to the digit."""
+    """Write README.md into `folder`.
+
+    Its numbers are those of result.json and param_groups.json, to the digit.
+    """
     files.write_text(folder / "README.md", card(run, merged=merged))
 
 
 def card(run: FinishedRun, *, merged: bool) -> str:
-    """The card's text."""
+    """Return the card's text."""
     config = OmegaConf.to_container(run.config, resolve=True)
     assert isinstance(config, dict)
     groups = read_json(run.folder / run_folder.PARAM_GROUPS, list)
@@ -148,7 +151,7 @@ def _shown(value: Any) -> str:
 
 
 def _published(value: Any) -> Any:
-    """A config's value for others to read: of a path on this machine only its last part."""
+    """Return a config's value for publication, with a local path cut to its last part."""
     if isinstance(value, dict):
         return {_published(key): _published(item) for key, item in value.items()}
     if isinstance(value, list):

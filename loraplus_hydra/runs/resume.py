@@ -58,8 +58,8 @@ def find_resume_point(
 ) -> ResumePoint:
     """Return where the checked `config` resumes in `folder`. Nothing is changed there.
 
-    `report` logs incomplete checkpoints. `found_before` is returned if its checkpoint is still the one, so that its
-    files are hashed once only. Raises UserError when the run can't resume: other groups, or fewer steps.
+    `report` logs incomplete checkpoints. `found_before` is returned if its checkpoint is still the right one, which
+    saves hashing its files again. Raises UserError when the run can't resume: other groups, or fewer steps.
     """
     if found_before is not None and _still_holds(found_before, config, folder):
         return found_before
@@ -109,7 +109,7 @@ def roll_back(point: ResumePoint, folder: Path) -> None:
 
 
 def _lines_until(checkpoint: Checkpoint) -> tuple[Path, bytes]:
-    """Return the metrics.jsonl of the checkpoint's own run, and its content when the checkpoint was written.
+    """Return the metrics.jsonl of the checkpoint's run, and its content at the checkpoint.
 
     Raises UserError for a file that was written anew since.
     """
@@ -122,7 +122,7 @@ def _lines_until(checkpoint: Checkpoint) -> tuple[Path, bytes]:
 
 
 def _set_aside(place: Path) -> None:
-    """Remove an incomplete checkpoint, rename a complete one, so that new checkpoints can take the name."""
+    """Remove an incomplete checkpoint and rename a complete one, to free the name."""
     if not (place / checkpoints.MANIFEST).is_file():
         checkpoints.unseal(place)
         return
@@ -161,7 +161,7 @@ def _refuse_to_replace(folder: Path) -> None:
 
 
 def _refuse_changes_at_the_end(checkpoint: Checkpoint, changed: tuple[str, ...]) -> None:
-    """Raise ConfigErrors for changes of training in a run whose steps are all taken: they would do nothing."""
+    """Raise ConfigErrors for changes of training after the last step, where they do nothing."""
     planned = trainer_state(checkpoint.folder)["max_steps"]
     if checkpoint.step != planned or any(change.split(":")[0] in _LENGTHENING for change in changed):
         return

@@ -25,9 +25,9 @@ _RESOLVER = re.compile(r"\$\{[^}]*:")  # ${oc.env:HOME}
 
 
 def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
-    """The stored config in `file` with `overrides` (group -> keys), as the schema types it. Raises ConfigErrors.
+    """Return the stored config in `file`, typed by the schema, with `overrides` (group -> keys).
 
-    Also when it names code that lies in the run's own folder.
+    Raises ConfigErrors, also when it names code in the run's own folder.
     """
     hydras = file.parent.name == run_folder.HYDRA  # Hydra's copy, as it was asked for; it lies one folder deeper
     try:
@@ -61,9 +61,9 @@ def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
 
 
 def _put_values_for_resolvers(stored: DictConfig, resolved: Path) -> None:
-    """Replace each `${resolver:...}` by the value that it had in the run: followed here it could read your environment.
+    """Replace each `${resolver:...}` by its value in the run: following it could read the environment.
 
-    Raises ConfigErrors where the run's own config.yaml doesn't have it.
+    Raises ConfigErrors where the run's own config.yaml doesn't have the value.
     """
     plain: Any = OmegaConf.to_container(stored)
     values = flat(read_plain(resolved))
@@ -77,9 +77,9 @@ def _put_values_for_resolvers(stored: DictConfig, resolved: Path) -> None:
 
 
 def read_plain(file: Path) -> dict[str, Any]:
-    """Return the YAML in `file` with its interpolations as text; an empty mapping where it is missing or broken.
+    """Return the YAML in `file` with its interpolations as text; empty where it is missing or broken.
 
-    Raises ConfigErrors where reading it could take all memory.
+    Raises ConfigErrors for YAML aliases.
     """
     try:
         return {str(key): value for key, value in read_yaml(file).items()}
@@ -90,7 +90,7 @@ def read_plain(file: Path) -> dict[str, Any]:
 
 
 def _interpolated(node: Any, path: str = "") -> str:
-    """The key of the first interpolation in a config, or nothing."""
+    """Return the key of the first interpolation in a config, empty if there is none."""
     keys: Iterable[Any] = node if isinstance(node, DictConfig) else range(len(node))
     for key in keys:
         inside = f"{path}.{key}" if path else str(key)

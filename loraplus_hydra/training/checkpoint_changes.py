@@ -1,4 +1,4 @@
-"""Compare optimizer, groups and schedule of a run with those that a checkpoint stores."""
+"""Compare optimizer, groups and schedule of a run with a checkpoint's."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def refuse_other_groups(then: Mapping[str, Any], optimizer: str, groups: Mapping[str, list[str]]) -> None:
-    """Raise UserError when the optimizer's class or the members of the groups differ from the checkpoint's.
+    """Raise UserError when the optimizer's class or a group's members differ from the checkpoint's.
 
     `groups` maps a group's name to its tensors' names.
     """

@@ -1,4 +1,4 @@
-"""What a run took: parameters and memory."""
+"""Measure a run's parameters and memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Numbers of the model: trained and all; a 4-bit weight counts as the numbers that it packs."""
+    """Return the trained and all parameters; a 4-bit weight counts as the numbers that it packs."""
     trained = total = 0
     for parameter in model.parameters():
         # bitsandbytes packs two 4-bit numbers a byte and keeps the shape that they stand for.
@@ -26,9 +26,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most GPU memory that torch had allocated, or on a CPU the most memory that the process had resident.
+    """Return the peak memory since the last `reset_peak_memory`.
 
-    Both since `reset_peak_memory` was called last.
+    On a GPU the memory that torch had allocated, on a CPU the process's resident memory.
     """
     import torch
 
@@ -42,7 +42,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def reset_peak_memory() -> None:
-    """Begin to count the peak anew, as far as the system lets us: for a job that isn't its process's first."""
+    """Start counting the peak anew, as far as the system allows, for the next job of a process."""
     import torch
 
     if torch.cuda.is_initialized():

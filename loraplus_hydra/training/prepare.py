@@ -1,4 +1,4 @@
-"""Prepare what a job trains with: tokenizer, examples, model with adapter, and the plan of the groups.
+"""Prepare a job: tokenizer, examples, model with adapter, and the plan of its groups.
 
 `plan_on_meta` prepares the same without weights, on the meta device, for `check`, `inspect` and `preview`.
 """
@@ -54,7 +54,7 @@ def prepare(config: DictConfig) -> Prepared:
 
 
 def bundle(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples, model: PeftModel) -> Prepared:
-    """Return what is loaded together with the plan of its groups. Raises UserError."""
+    """Return the loaded parts with the plan of the model's groups. Raises UserError."""
     settings = loraplus_settings(config)
     return Prepared(config, tokenizer, examples, model, settings, measure_state(settings.plan(model), settings))
 
@@ -90,7 +90,10 @@ def adapted_meta_model(config: DictConfig, model_arguments: dict[str, Any] | Non
 
 
 def add_meta_adapter(model: Any, config: DictConfig) -> PeftModel:
-    """Add the config's adapter to a model on the meta device, whose last rows are those of `model.add_tokens`."""
+    """Add the config's adapter to a model on the meta device.
+
+    The embedding's last rows are the new tokens of `model.add_tokens`.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     new_tokens = range(rows - len(config.model.add_tokens), rows)
     return add_adapter(model, config.adapter, config.task.task_type, new_tokens=new_tokens, on_meta=True)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def answers(
     model: PreTrainedModel | Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
 ) -> list[str]:
-    """The model's greedy answer to each prompt (as rendered for the model), its special tokens left out."""
+    """Return the model's greedy answer to each rendered prompt, without special tokens."""
     was_training = model.training
     model.eval()
     # A template writes its own special tokens; a plain prompt gets the tokenizer's.
@@ -30,7 +30,10 @@ def answer(
     *,
     special_tokens: bool,
 ) -> str:
-    """The model's greedy answer as it comes; `special_tokens` has the tokenizer put its own around the prompt."""
+    """Return the model's greedy answer to one prompt.
+
+    With `special_tokens` the tokenizer adds its own tokens to the prompt.
+    """
     import torch
 
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=special_tokens)

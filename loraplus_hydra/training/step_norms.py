@@ -1,7 +1,7 @@
-"""The norms of a step: that of each group's weights after it, and that of the change which it made to them.
+"""Norms of each group's weights after a step and of the step's change to them.
 
-Efficient learning in the sense of LoRA+ (arXiv 2402.12354, section 3) is that the updates of A and of B both move the
-model's features; plain LoRA at one rate moves B too little. The norms of both groups' updates show which it is.
+Efficient learning in the sense of LoRA+ (arXiv 2402.12354, section 3) means that the updates of A and of B both move
+the model's features; plain LoRA at one rate moves B too little. The norms of both groups' updates show it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Norms = dict[str, dict[str, float]]
 
 
 def may_be_logged(args: Any, state: Any, train_dataloader: Any) -> bool:
-    """Whether the step that is about to be taken may get a line in the log, by the Trainer's own rules.
+    """Return True if the Trainer may log the next step.
 
-    With `logging_strategy=epoch` an epoch may also end early, behind an evaluation that stops training.
+    With `logging_strategy=epoch` an epoch may also end early, after an evaluation that stops training.
     """
     step = state.global_step + 1
     if step == 1 and args.logging_first_step:
@@ -39,7 +39,7 @@ def may_be_logged(args: Any, state: Any, train_dataloader: Any) -> bool:
 
 
 class StepNorms:
-    """Made right before an optimizer step, read right after it: `before = StepNorms(...); step(); before.norms()`.
+    """Norms around one optimizer step: make it before the step, call `norms()` after it.
 
     It copies the trained tensors (in 32 bits at least), changes nothing, and draws no random numbers.
     """
@@ -50,9 +50,9 @@ class StepNorms:
         self._before = {name: [_copied(one) for one in tensors] for name, tensors in self._groups.items()}
 
     def norms(self) -> Norms:
-        """Group -> L2 norm over all its tensors' numbers now ("weight"), and of what has changed ("update").
+        """Return for each group the L2 norm of its tensors ("weight") and of their change ("update").
 
-        Of sharded tensors it is the norm over all shards; every process has to call it. To be called once: the copies
+        For sharded tensors it is the norm over all shards, and every process must call it. Call it once: the copies
         become the differences.
         """
         told: Norms = {}
@@ -76,7 +76,10 @@ class StepNorms:
 
 
 def can_be_seen(args: Any) -> bool:
-    """Whether the optimizer's step happens where the Trainer says; DeepSpeed's engine takes it elsewhere, on copies."""
+    """Return True if the optimizer steps where the Trainer says.
+
+    DeepSpeed's engine steps elsewhere, on copies.
+    """
     return args.deepspeed_plugin is None
 
 
@@ -85,14 +88,14 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _whole(norm: torch.Tensor) -> torch.Tensor:
-    """A norm over all shards."""
+    """Return a norm over all shards."""
     from torch.distributed.tensor import DTensor
 
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _process_group(model: Any) -> Any:
-    """The processes that hold shards of the older FSDP's flat parameters, which are plain tensors; None without it."""
+    """Return the processes that share FSDP1's flat parameters, None without them."""
     if not distributed.is_available() or not distributed.is_initialized():
         return None
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy

@@ -64,7 +64,7 @@ def make_trainer(
 
 
 def training_arguments(config: DictConfig, folder: Path, *, resume_from: str | None = None) -> TrainingArguments:
-    """Return the `trainer` group and `task.args` as the task's arguments class, with our other groups' settings.
+    """Return the arguments of the task's Trainer from `trainer`, `task.args` and our other groups.
 
     `resume_from` is the checkpoint that `trainer.resume_from_checkpoint` names.
     """
@@ -103,7 +103,7 @@ def _early_stopping(config: DictConfig) -> list[EarlyStoppingCallback]:
 
 
 def _refuse_silent_ddp(trainer: Any) -> None:
-    """Raise UserError where FSDP is asked for but not active: the Trainer silently falls back to DDP or one process."""
+    """Raise UserError where FSDP is set but not active: the Trainer falls back to DDP silently."""
     active = trainer.accelerator.distributed_type
     if trainer.args.fsdp and active is not DistributedType.FSDP:
         raise UserError(

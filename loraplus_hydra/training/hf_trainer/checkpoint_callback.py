@@ -64,7 +64,7 @@ class CheckpointCallback(TrainerCallback):
 
 
 def own_best(checkpoint: str, args: Any) -> str | None:
-    """Return the best checkpoint that `checkpoint` names, as one of this run's own folder; None if it names none.
+    """Return the best checkpoint that `checkpoint` names, in this run's own folder; None if it has none.
 
     The best one of another run is copied, since that run may remove it. Raises UserError when it is to be loaded at the
     end and is incomplete.
@@ -88,7 +88,7 @@ def own_best(checkpoint: str, args: Any) -> str | None:
 
 
 def refuse_unfit_best(folder: Path) -> None:
-    """Raise UserError unless `folder` is a complete checkpoint, of which only safetensors are read."""
+    """Raise UserError unless `folder` is a complete checkpoint with safetensors only."""
     try:
         if step_of(folder) < 0:
             raise ValueError("that isn't the name of a checkpoint")
@@ -106,6 +106,6 @@ def stored_trainer_state(checkpoint: str) -> TrainerState:
 
 
 def evaluations_without_gain(state: TrainerState) -> int:
-    """Return how many evaluations in a row were no better, as early stopping counted them up to a checkpoint."""
+    """Return how many evaluations in a row early stopping had counted as no better."""
     kept = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
     return int(kept.get("early_stopping_patience_counter", 0))

@@ -82,14 +82,14 @@ class LoraPlusMixin:
         return self.lr_scheduler
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the Trainer's sampler, with an order of length-grouped rows that depends on seed and epoch only."""
+        """Return the Trainer's sampler; its order of length-grouped rows depends on seed and epoch only."""
         sampler = super()._get_train_sampler(*args, **kwargs)  # type: ignore[misc]
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         return _OrderOfEpoch(sampler, self.args.seed, lambda: self.state.epoch)  # type: ignore[attr-defined]
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run forward and backward; raise NotFiniteError for a loss that isn't finite, before its step is taken."""
+        """Run forward and backward. Raises NotFiniteError for a loss that isn't finite, before its step."""
         step = self.state.global_step  # type: ignore[attr-defined]
         self._batches = (step, self._batches[1] + 1 if self._batches[0] == step else 1)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
@@ -143,7 +143,7 @@ class LoraPlusMixin:
         return min(max(state.remainder - self.args.process_index * size, 0), size)  # type: ignore[attr-defined]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as the Trainer does, with a language model's loss as the mean over all tokens of all processes."""
+        """Evaluate as the Trainer does, but with a language model's loss as the mean over all tokens."""
         # The Trainer's own loss is a mean of the batches' means. It changes with the batch size, and counts the rows
         # twice that fill the last batch of several processes.
         self._eval_loss_sum, self._eval_tokens = 0.0, 0
@@ -181,14 +181,14 @@ class _OrderOfEpoch(Sampler[int]):
 
 
 def with_loraplus(trainer_class: type[Trainer]) -> type[Trainer]:
-    """Return `trainer_class` with LoraPlusMixin in front; a class that has it already is returned unchanged."""
+    """Return `trainer_class` with LoraPlusMixin in front, unless it has it already."""
     if issubclass(trainer_class, LoraPlusMixin):
         return trainer_class
     return type(f"LoraPlus{trainer_class.__name__}", (LoraPlusMixin, trainer_class), {})
 
 
 def _plans_for(plan: Plan, model: torch.nn.Module) -> bool:
-    """Return True if the plan's tensors are those that train in `model`."""
+    """Return True if the plan's tensors are the trained tensors of `model`."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return trained == {record.name for record in plan.records}
 

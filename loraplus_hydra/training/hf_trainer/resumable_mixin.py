@@ -1,7 +1,8 @@
-"""Bit-exact resume for HF Trainers: save and restore the state that the Trainer's checkpoints leave out.
+"""Bit-exact resume for HF Trainers.
 
-Beside the Trainer's files a checkpoint holds run_state.json: the part of the logging window that is not logged yet, the
-length of metrics.jsonl, the parameter groups by name and the schedule. The manifest is written after everything else.
+The Trainer's checkpoints leave state out. Beside its files a checkpoint holds run_state.json: the part of the logging
+window that is not logged yet, the length of metrics.jsonl, the parameter groups by name and the schedule. The manifest
+is written after everything else.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class ResumableMixin:
         return step == planned or any(no_better >= each.early_stopping_patience for each in self.early_stopping())
 
     def _restore_last(self, checkpoint: str) -> Any:
-        """Bring model, state and callbacks to where `train()` leaves them, from the checkpoint at which it ended."""
+        """Restore model, state and callbacks to where `train()` left them at this last checkpoint."""
         self._load_from_checkpoint(checkpoint)  # type: ignore[attr-defined]
         self.state = stored_trainer_state(checkpoint)
         epochs, steps = self._planned()

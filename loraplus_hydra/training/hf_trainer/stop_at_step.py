@@ -66,7 +66,7 @@ class StopAtStep(TrainerCallback):
         self.request.training = False
 
     def _defer(self, control: Any, *names: str) -> None:
-        """Defer those of the flags `names` that `control` has set to the end of the epoch."""
+        """Defer to the end of the epoch the flags in `names` that `control` has set."""
         for name in names:
             if getattr(control, name):
                 self.deferred.add(name)

@@ -16,7 +16,7 @@ from loraplus_hydra.training.sampling import answers
 
 
 def train(trainer: Any, job: Prepared, result: Result, point: ResumePoint | None = None) -> None:
-    """Evaluate, train and evaluate; write what is measured into `result`.
+    """Evaluate, train and evaluate; write all measurements into `result`.
 
     With `point`, training resumes from its checkpoint. Raises KeyboardInterrupt after a signal.
     """

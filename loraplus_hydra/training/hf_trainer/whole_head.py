@@ -1,7 +1,7 @@
-"""An adapted output layer under TRL's trainers, which score tokens without it.
+"""Score tokens with an adapted output layer under TRL's trainers.
 
-To save the memory of the logits TRL multiplies by the output layer's weight itself (`add_fused_lm_head`, TRL 1.16).
-An adapter's layer there it refuses, and rows of new tokens raise an AttributeError.
+To save the memory of the logits TRL multiplies by the output layer's weight itself (`add_fused_lm_head`, TRL 1.16). It
+refuses an adapter's layer there, and rows of new tokens raise an AttributeError.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from loraplus_hydra.errors import Problem
 
 
 def score_with_whole_head(model: Any) -> bool:
-    """Have an adapted output layer compute its own logits where TRL would fuse it; returns whether there is one.
+    """Make an adapted output layer compute its own logits, and return True if there is one.
 
     `model` is a PeftModel that TRL has patched. Costs the memory of the logits: batch x tokens x vocabulary numbers.
     """
@@ -40,7 +40,7 @@ def score_with_whole_head(model: Any) -> bool:
 
 
 def head_problem(model: Any, trainer: str) -> Problem | None:
-    """A Problem where one of TRL's trainers, by its dotted path, would refuse an adapter on the output layer."""
+    """Return a Problem if TRL's trainer `trainer` would refuse an adapter on the output layer."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if not isinstance(model.get_base_model().get_output_embeddings(), BaseTunerLayer) or not trainer.startswith("trl."):
@@ -51,7 +51,7 @@ def head_problem(model: Any, trainer: str) -> Problem | None:
 
 
 def _scored(logits: torch.Tensor, labels: torch.Tensor, items: Any, output: Any) -> Any:
-    """What TRL's trainers read of a fused forward pass, from the logits of the tokens before the labels."""
+    """Return the output that TRL's trainers expect of a fused forward pass."""
     from trl.trainer.utils import FusedCausalLMOutput
 
     labels = labels.to(logits.device)
