@@ -1,4 +1,4 @@
-"""Names of the files and folders that a run writes, and where the package's own folders lie."""
+"""Atomic writes, and checks that a path can be written before a run starts."""
 
 from __future__ import annotations
 
@@ -8,66 +8,63 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io.run_folder import HYDRA
 
 
 def unfinished(path: Path) -> Path:
-    """Where something is written before it takes the name `path`: the same folder, so that the rename is atomic."""
-    return path.with_name(f".{path.name}.unfinished")
+    """Return the path under which to write something before it is renamed to `path`."""
+    return path.with_name(f".{path.name}.unfinished")  # in the same folder: only there is a rename atomic
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` whole or not at all: to a file beside it, then renamed over it."""
+    """Write `text` to `path` atomically: a reader sees the old file or the new one."""
     draft = unfinished(path)
     with draft.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # else a power cut after the rename could leave an empty file
     draft.replace(path)
 
 
 def replace_folder(draft: Path, folder: Path) -> None:
-    """Give `draft`, a finished folder, the name `folder`, in place of what has it; that is removed afterwards."""
-    if not folder.exists():
-        draft.rename(folder)
-        return
+    """Rename the finished folder `draft` to `folder`, and remove what had that name."""
     old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
+    if folder.exists():  # a rename can't replace a folder that has files
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
     draft.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def refuse_used_folder(folder: Path, key: str) -> None:
-    """Raise UserError when `folder`, set by `key`, can't become a run's folder: a file, or not empty."""
-    from loraplus_hydra.errors import UserError
-
+    """Raise UserError unless `folder`, set by `key`, is new or empty."""
     try:
         folder.lstat()
     except FileNotFoundError:
         return
-    except (OSError, ValueError) as error:  # too long a name, or none of a file system
+    except (OSError, ValueError) as error:  # a name that is too long, or not valid for the file system
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{key}: {str(folder)[:200]!r} can't be a folder: {reason}; name another") from error
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{key}: {folder} is a file; name a folder that is new or empty")
     if folder.is_dir() and any(folder.iterdir()):
-        go_on = ""
+        hint = ""
         if (folder / HYDRA).is_dir():
-            go_on = f"; to go on with the run in it: python -m loraplus_hydra resume {shlex.quote(str(folder))}"
-        raise UserError(f"{key}: {folder} isn't empty; a run never writes over another, so name a new folder{go_on}")
+            hint = f"; to resume the run in it: python -m loraplus_hydra resume {shlex.quote(str(folder))}"
+        raise UserError(f"{key}: {folder} isn't empty; a run never overwrites another, so name a new folder{hint}")
 
 
 def new_file(path: str, key: str) -> Path:
-    """The file at `path`, set by `key`, which isn't there yet. Raises UserError when it is, or its folder isn't."""
-    from loraplus_hydra.errors import UserError
+    """Return `path`, set by `key`, with `~` expanded.
 
+    Raises UserError when the file exists already, or its folder doesn't.
+    """
     file = Path(path).expanduser()
     if file.exists():
-        raise UserError(f"{key}: {file} is there already; name a new file")
+        raise UserError(f"{key}: {file} exists already; name a new file")
     if not file.parent.is_dir():
-        raise UserError(f"{key}: there is no folder {file.parent}; name a file in a folder that is there")
+        raise UserError(f"{key}: there is no folder {file.parent}; name a file in a folder that exists")
     return file
 
 
@@ -78,7 +75,7 @@ def refuse_unwritable(folder: Path, key: str) -> None:
         place = place.parent
     if not place.is_dir():
         raise ConfigErrors([Problem(key, f"{place} is a file, so there can be no {folder}", "name another folder")])
-    try:  # asked of the file system itself: permissions say nothing of /proc, of a full quota, or to root
+    try:  # permissions alone don't show /proc or a full quota, and mean nothing to root
         Path(tempfile.mkdtemp(prefix=".writable-", dir=place)).rmdir()
     except OSError as error:
         what = f"{place} can't be written into: {error.strerror}"

@@ -1,4 +1,4 @@
-"""Several processes of one run (torchrun, accelerate launch): which one speaks and writes, and what all agree on."""
+"""Rank, size and shared folder of a run's processes (torchrun, accelerate launch)."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from loraplus_hydra.errors import UserError
 
 
 def rank() -> int:
-    """This process's place among those of the run, 0 for the first and for a process that is alone."""
+    """Return this process's rank: 0 for the first process, or for a single one."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Processes of the run."""
+    """Return the number of the run's processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Whether this process speaks and writes for the run."""
+    """Return True if this process prints and writes for the run."""
     return rank() == 0
 
 
 def hydra_arguments() -> list[str]:
-    """Overrides for the processes that write nothing: a temporary folder for Hydra, no `.hydra`."""
+    """Return the overrides that keep Hydra from writing, for all ranks but the first."""
     if is_main():
         return []
     folder = tempfile.mkdtemp(prefix=f"loraplus_hydra_rank{rank()}_")
@@ -36,7 +36,7 @@ def hydra_arguments() -> list[str]:
 
 
 def refuse_sweep(arguments: list[str]) -> None:
-    """Raise UserError for a sweep inside torchrun, where every process would run the whole of it."""
+    """Raise UserError for a sweep under torchrun."""
     if world_size() > 1 and {"-m", "--multirun"} & set(arguments):
         raise UserError(
             "--multirun under torchrun would run the whole sweep in each process. Start the sweep plainly and let each "
@@ -45,19 +45,14 @@ def refuse_sweep(arguments: list[str]) -> None:
 
 
 def shared_folder(folder: Path) -> Path:
-    """The first process's folder, in every process."""
+    """Return the first process's `folder`, in every process."""
     if world_size() == 1:
         return folder
+    import torch  # heavy, and only several processes need it
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    PartialState(cpu=_on_cpu())
-    told = [str(folder.absolute())]
-    broadcast_object_list(told)
-    return Path(told[0])
-
-
-def _on_cpu() -> bool:
-    import torch
-
-    return not torch.cuda.is_available()
+    PartialState(cpu=not torch.cuda.is_available())  # joins the processes, as the Trainer would do later
+    paths = [str(folder.absolute())]
+    broadcast_object_list(paths)
+    return Path(paths[0])

@@ -1,4 +1,4 @@
-"""Other libraries' chatter, kept off the screen; most of their warnings are in the log file."""
+"""Settings that keep other libraries' messages off the screen; most of their warnings stay in the log file."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Read by the libraries when they are imported, so set before. A value that the user has set stays.
+# The libraries read these when they are imported. A value that the user has set stays.
 ENVIRONMENT = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL reports each Trainer's use otherwise
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",  # the screen has one bar, the training's
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL reports each use of a Trainer otherwise
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",  # the screen has one bar, for training
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_VERBOSITY": "error",  # warns of each try to reach the hub otherwise, on the screen and in the log
-    "TOKENIZERS_PARALLELISM": "false",  # warns at each fork of a data loader otherwise
+    "HF_HUB_VERBOSITY": "error",  # otherwise each failed request to the hub is a warning
+    "TOKENIZERS_PARALLELISM": "false",  # otherwise each fork of a data loader is a warning
 }
 
 
 def quiet_libraries() -> None:
-    """Set the environment that keeps other libraries quiet; call it before they are imported."""
+    """Set the environment that keeps other libraries quiet. Call it before they are imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", message=r".*'pin_memory' argument is set as true but no accelerator")
-    # Deprecations inside the Hugging Face libraries are for their authors to act on.
+    # Only the authors of the Hugging Face libraries can act on deprecations inside them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate|datasets)\b")
 
 
 def quiet_loading() -> None:
-    """Switch the progress bars off that transformers draws while it reads or writes weights."""
+    """Switch off the progress bars of transformers for reading and writing weights."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -36,7 +36,7 @@ def quiet_loading() -> None:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Without PEFT's warnings of what is put right by itself, or by `export` (tied embeddings)."""
+    """Ignore PEFT's warnings about settings that PEFT corrects itself, or that `export` handles (tied embeddings)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
@@ -45,7 +45,8 @@ def quiet_peft() -> Iterator[None]:
 
 @contextmanager
 def quiet_step_mismatch() -> Iterator[None]:
-    """Without transformers' warning that a share of the steps (0.25) isn't the number that a checkpoint has it as."""
+    """Silence transformers' warning that a checkpoint stores other logging, saving or evaluation steps."""
+    # It compares a share of all steps, such as save_steps=0.25, with the number that the checkpoint stores for it.
     logger = logging.getLogger("transformers.trainer_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,10 +1,11 @@
-"""result.json: how a job ended, written whole, also when it failed."""
+"""The result of a job, stored in result.json even if the job failed."""
 
 from __future__ import annotations
 
 import json
 import math
 import platform
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,13 +32,13 @@ VERSIONED = (
 
 @dataclass
 class Result:
-    """How a job ended. JSON keys are an interface: change one only with a line in the CHANGELOG."""
+    """The end of a job. Its JSON keys are an interface: a change needs a line in the CHANGELOG."""
 
-    status: str  # ok | failed | interrupted | pruned; the last for a search that ends a job early: none here does
-    metric: str  # the name of the metric that a sweep optimises
+    status: str  # ok | failed | interrupted | pruned (a search ended the job early; no search here does)
+    metric: str  # name of the metric that a sweep optimises
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     metrics_before: dict[str, float] = field(default_factory=dict)  # of the evaluation before the first step
-    best: dict[str, Any] = field(default_factory=dict)  # step and value of the best evaluation by `metric`
+    best: dict[str, Any] = field(default_factory=dict)  # step and value of the best evaluation, compared by `metric`
     train_loss: float | None = None  # mean over all steps
     steps: int = 0  # optimizer steps taken
     seconds: float = 0.0  # of the whole job
@@ -51,44 +52,41 @@ class Result:
     versions: dict[str, str] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)  # prompt, reference, before, after
     error: dict[str, str] | None = None  # type and text, of a job that failed
-    resumed_at: list[int] = field(default_factory=list)  # steps of the checkpoints that the run went on from
+    resumed_at: list[int] = field(default_factory=list)  # steps of the checkpoints that the run resumed from
 
     @property
     def value(self) -> float | None:
-        """The metric that a sweep optimises, or None when the job has none."""
+        """The metric that a sweep optimises; None when the job has none."""
         return self.metrics.get(self.metric)
 
     def write(self, folder: Path) -> None:
-        """Write result.json into `folder`, whole or not at all. A number that isn't finite is written as null."""
+        """Write result.json into `folder` atomically. NaN and infinities become null."""
         write_text(folder / RESULT, json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False) + "\n")
 
 
 def read_result(folder: Path) -> Result | None:
-    """The result that lies in `folder`; None when there is none, or it can't be read."""
+    """Return the result stored in `folder`; None when there is none, or it can't be read."""
     try:
         stored = read_json(folder / RESULT)
         return Result(**{each.name: stored[each.name] for each in fields(Result) if each.name in stored})
-    except (Unreadable, TypeError):
+    except (Unreadable, TypeError):  # TypeError: a required key is missing
         return None
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that a result depends on."""
+    """Return the versions of Python and of the installed libraries that a result depends on."""
     found = {"python": platform.python_version()}
     for name in VERSIONED:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
 def _finite(value: Any) -> Any:
-    """`value` with NaN and infinities as None, since JSON has no word for them."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return None
+        return None  # JSON has neither NaN nor infinity
     return value

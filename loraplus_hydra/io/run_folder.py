@@ -1,27 +1,11 @@
 """Names of the files in a run's folder."""
 
-from __future__ import annotations
-
-# A run's folder. The names are an interface: change one only with a line in the CHANGELOG.
+# The names are an interface: a change needs a line in the CHANGELOG.
 CONFIG = "config.yaml"
-
-
 PARAM_GROUPS = "param_groups.json"
-
-
 METRICS = "metrics.jsonl"
-
-
 RESULT = "result.json"
-
-
 FIGURE = "train.png"
-
-
 ADAPTER = "adapter"
-
-
 CHECKPOINTS = "checkpoints"
-
-
 HYDRA = ".hydra"

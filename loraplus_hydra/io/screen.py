@@ -1,12 +1,13 @@
-"""What a person sees of a run: the config as a tree, the groups as a table, progress, the result.
+"""Messages and tables on the screen and in the run's log file.
 
-Plain lines when the output isn't a terminal. Everything said here is also in the run's log file, but for the progress
-bar, whose numbers are in metrics.jsonl. Of a sweep the screen has tree and table once, for its first job, and a line
-for how each job ended; the jobs' log files have it all.
+The output is plain text unless it goes to a terminal. The log file holds everything that the screen shows, except for
+the progress bar: its numbers are in metrics.jsonl. In a sweep the screen shows config and rates once, for the first
+job, and one line for the end of each job. The jobs' log files hold everything.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,29 +19,28 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+# rich is imported in the functions: `--help` and a mistyped override draw nothing.
 
 log = logging.getLogger("loraplus_hydra")
 
 
 def show(text: str) -> None:
-    """One line on the screen and in the log file, from the run's first process alone."""
+    """Write a line to the screen and to the log file, from the run's first process only."""
     if processes.is_main():
         log.info(text)
 
 
 def log_to_file(text: str, level: int = logging.INFO) -> None:
-    """What the log file alone has, if there is one."""
+    """Write `text` to the log file only, if there is one."""
     fields = {"name": log.name, "levelno": level, "levelname": logging.getLevelName(level)}
     record = logging.makeLogRecord({**fields, "msg": "%s", "args": (text,)})
-    for handler in logging.getLogger().handlers:  # not through the loggers, which have the screen for a handler too
+    for handler in logging.getLogger().handlers:  # not through the loggers: they have the screen as a handler, too
         if isinstance(handler, logging.FileHandler):
             handler.handle(record)
 
 
 def print_rich(*renderables: Any, on_screen: bool = True) -> None:
-    """On the screen as it is, and in the log file, if there is one, as plain text."""
-    import io
-
+    """Print rich's renderables on the screen, and as plain text to the log file."""
     from rich.console import Console
 
     if on_screen:
@@ -51,22 +51,23 @@ def print_rich(*renderables: Any, on_screen: bool = True) -> None:
 
 
 def console() -> Console:
-    """A console on the present stdout; wide enough for the tables where there is no terminal."""
+    """Return a console on the present stdout."""
     from rich.console import Console
 
+    # Without a terminal rich assumes 80 columns, which fold the tables.
     return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = (), lines: bool = False
 ) -> Table:
-    """A table of texts as they are, never read as markup; the columns in `right` are numbers."""
+    """Return a table of texts, with the columns in `right` aligned as numbers and `lines` between rows."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     made = Table(box=box.ROUNDED if sys.stdout.isatty() else box.ASCII2, show_lines=lines)
-    for name in columns:
+    for name in columns:  # as Text: a name may hold brackets, which rich takes for markup
         made.add_column(Text(name), justify="right" if name in right else "left", overflow="fold")
     for row in rows:
         made.add_row(*map(Text, row))

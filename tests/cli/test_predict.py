@@ -111,7 +111,7 @@ def test_files_in_and_out(finished: Callable[[str], Path], cli: Callable[..., Fi
     assert written[0] == written[1] == written[2]
     again = cli("predict", run, "file=asked.txt", "out=asked.txt.answers")
     assert again.status == 1
-    assert "out: asked.txt.answers is there already" in again.err
+    assert "out: asked.txt.answers exists already" in again.err
 
 
 @pytest.mark.parametrize("folder", [NO_PLACE])
