@@ -1,4 +1,7 @@
-"""Settings that keep other libraries' messages off the screen; most of their warnings stay in the log file."""
+"""Settings that keep other libraries' messages off the screen.
+
+Most of their warnings stay in the log file.
+"""
 
 from __future__ import annotations
 
@@ -36,16 +39,16 @@ def quiet_loading() -> None:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Ignore PEFT's warnings about settings that PEFT corrects itself, or that `export` handles (tied embeddings)."""
+    """Ignore PEFT's warnings about settings that need no action."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT corrects it
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # `export` handles it
         yield
 
 
 @contextmanager
 def quiet_step_mismatch() -> Iterator[None]:
-    """Silence transformers' warning that a checkpoint stores other logging, saving or evaluation steps."""
+    """Silence transformers' warning that a checkpoint was saved with other step settings."""
     # It compares a share of all steps, such as save_steps=0.25, with the number that the checkpoint stores for it.
     logger = logging.getLogger("transformers.trainer_utils")
     level = logger.level

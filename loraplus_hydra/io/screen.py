@@ -61,7 +61,7 @@ def console() -> Console:
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = (), lines: bool = False
 ) -> Table:
-    """Return a table of texts, with the columns in `right` aligned as numbers and `lines` between rows."""
+    """Return a table of texts; the columns in `right` are numbers."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from loraplus_hydra.errors import ConfigErrors
-from loraplus_hydra.training.trackers.mlflow import located
+from loraplus_hydra.training.trackers.mlflow import resolve_uri
 from tests.support import tracker_files
 from tests.support.finished_runs import quick_run
 from tests.support.tracker_files import installed, nobody_logged_in, same
@@ -133,10 +133,10 @@ def test_nothing_of_a_tracker_is_imported_for_a_run_without_one() -> None:
 
 def test_places_of_mlflow_s_stores() -> None:
     here = Path("/home/me")
-    assert located("sqlite:///outputs/a.db", here) == ("sqlite:////home/me/outputs/a.db", here / "outputs" / "a.db")
-    assert located("sqlite:////elsewhere/a.db", here) == ("sqlite:////elsewhere/a.db", Path("/elsewhere/a.db"))
-    assert located("mlruns", here) == ("file:///home/me/mlruns", here / "mlruns")
-    assert located("http://localhost:5000", here) == ("http://localhost:5000", None)
+    assert resolve_uri("sqlite:///outputs/a.db", here) == ("sqlite:////home/me/outputs/a.db", here / "outputs" / "a.db")
+    assert resolve_uri("sqlite:////elsewhere/a.db", here) == ("sqlite:////elsewhere/a.db", Path("/elsewhere/a.db"))
+    assert resolve_uri("mlruns", here) == ("file:///home/me/mlruns", here / "mlruns")
+    assert resolve_uri("http://localhost:5000", here) == ("http://localhost:5000", None)
 
 
 def test_mlflow_s_store_may_be_a_folder(compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path) -> None:

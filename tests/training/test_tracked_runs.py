@@ -265,10 +265,10 @@ def test_own_tracker_works_and_one_that_fails_is_told_once(
     fails: str, cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
 ) -> None:
     Notes.made.clear()
-    own = ["logger._target_=tests.test_tracked_runs.Notes", f"+logger.fails={fails}"]
+    own = ["logger._target_=tests.training.test_tracked_runs.Notes", f"+logger.fails={fails}"]
     ended = cli(*tiny_run, "task.samples=0", *own, f"hydra.run.dir={tmp_path / 'run'}")
     assert ended.status == 0
-    assert ended.out.count("the run goes on without its logger") == bool(fails)
+    assert ended.out.count("the run continues without its logger") == bool(fails)
     assert ("which failed: OSError: no room. metrics.jsonl has everything" in ended.out) == bool(fails)
     (notes,) = Notes.made
     result = read_result(tmp_path / "run")

@@ -1,1 +1,1 @@
-"""Where a run's numbers are shown besides metrics.jsonl: one tracker a module, chosen by `logger._target_`."""
+"""Trackers, which show a run's numbers elsewhere: one a module, chosen by `logger._target_`."""

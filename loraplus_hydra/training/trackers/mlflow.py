@@ -1,4 +1,4 @@
-"""MLflow, by default into a sqlite file beside the runs, which needs no server."""
+"""MLflow, by default in a sqlite file next to the runs, which needs no server."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from filelock import FileLock
 from loraplus_hydra.config.flatten import flat
 from loraplus_hydra.io.files import write_text
 from loraplus_hydra.io.result import FAILED, INTERRUPTED
-from loraplus_hydra.training.trackers.tracker import TrackedRun, Tracker, remembered
+from loraplus_hydra.training.trackers.tracker import TrackedRun, Tracker, read_id
 
-ID = "mlflow_run_id"  # in the run's folder: a resumed run goes on under it
+ID = "mlflow_run_id"  # a file in the run's folder; a resumed run keeps its ID
 _SQLITE = "sqlite:///"
-_ENDS = {FAILED: "FAILED", INTERRUPTED: "KILLED"}
+_STATUSES = {FAILED: "FAILED", INTERRUPTED: "KILLED"}
 _BATCH = 100  # parameters that MLflow takes at once
 _LONGEST = 6000  # characters of a parameter
 _NOT_IN_NAMES = re.compile(r"[^\w.\-/ ]")
-# What a clock says differs each time that a step is taken; what was written first stays.
-_CLOCKS = ("seconds", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+# Durations differ each time that a step is taken; the first value stays.
+_DURATIONS = ("seconds", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
 
 class MLflow(Tracker):
-    """A run of MLflow's with the config as its parameters and the sweep's name as its tag `sweep`.
+    """A tracker that logs to an MLflow run.
 
-    It talks to the store through a client of its own and leaves MLflow's process-wide active run alone.
+    The config becomes the run's parameters, the sweep's name its tag `sweep`. The tracker has a client of its own and
+    leaves MLflow's process-wide active run alone.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("mlflow", "sqlalchemy", "alembic")
@@ -42,7 +43,7 @@ class MLflow(Tracker):
         self.experiment = experiment
         self._client: Any = None
         self._run_id = ""
-        self._there: dict[tuple[str, int], float] = {}  # what a run that goes on had told before it was stopped
+        self._stored: dict[tuple[str, int], float] = {}  # by name and step, logged before a resume
         self._step = 0
 
     def start(self, run: TrackedRun) -> None:
@@ -50,81 +51,77 @@ class MLflow(Tracker):
         from mlflow import MlflowClient
 
         for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # of each table that it makes it tells
-        uri, place = located(self.tracking_uri, run.started_in)
-        if place is not None and not uri.startswith(_SQLITE):
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder was asked for; later versions ask again
-        with _store_lock(place):  # two jobs that make the tables at the same time break one another's
+            logging.getLogger(name).setLevel(logging.WARNING)  # below it each new table is a message
+        uri, store = resolve_uri(self.tracking_uri, run.started_in)
+        if store is not None and not uri.startswith(_SQLITE):
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # later versions refuse a folder without it
+        with _store_lock(store):  # two jobs that make the tables at the same time break each other's
             self._client = MlflowClient(tracking_uri=uri)
             experiment = self._client.get_experiment_by_name(self.experiment)
-            number = experiment.experiment_id if experiment else self._new_experiment(place)
-        if not self._resumed(run):
-            self._begin(number, run)
+            experiment_id = experiment.experiment_id if experiment else self._create_experiment(store)
+        known = read_id(run.folder / ID) if run.resumed_at is not None else None
+        if known is None or not self._reopen_run(known, _parameters(run.config)):
+            self._create_run(experiment_id, run)
         write_text(run.folder / ID, self._run_id + "\n")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._step = step
-        new = {name: value for name, value in values.items() if self._is_new(name, step, value)}
-        self._write(new)
+        self._log_metrics({name: value for name, value in values.items() if self._is_new(name, step, value)})
 
     def finish(self, status: str, metrics: Mapping[str, float]) -> None:
         try:
-            self._write({f"final/{name}": value for name, value in metrics.items()})
+            self._log_metrics({f"final/{name}": value for name, value in metrics.items()})
             self._client.set_tag(self._run_id, "status", status)
         finally:
-            self._client.set_terminated(self._run_id, _ENDS.get(status, "FINISHED"))
+            self._client.set_terminated(self._run_id, _STATUSES.get(status, "FINISHED"))
 
-    def _new_experiment(self, place: Path | None) -> Any:
-        artifacts = None if place is None else (place.parent / "mlflow_artifacts").as_uri()
+    def _create_experiment(self, store: Path | None) -> Any:
+        artifacts = None if store is None else (store.parent / "mlflow_artifacts").as_uri()
         return self._client.create_experiment(self.experiment, artifact_location=artifacts)
 
-    def _begin(self, experiment: Any, run: TrackedRun) -> None:
+    def _create_run(self, experiment_id: Any, run: TrackedRun) -> None:
         tags = {"folder": str(run.folder), **({"sweep": run.group} if run.group is not None else {})}
-        self._run_id = self._client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
-        self._tell(_settings(run.config))
+        self._run_id = self._client.create_run(experiment_id, run_name=run.name, tags=tags).info.run_id
+        self._log_parameters(_parameters(run.config))
 
-    def _resumed(self, run: TrackedRun) -> bool:
-        """Go on with the run that is known, if there is one; settings that have changed become tags.
+    def _reopen_run(self, run_id: str, parameters: Mapping[str, str]) -> bool:
+        """Resume the run `run_id` with its present `parameters`.
 
-        MLflow's parameters can't be changed.
+        Returns False if the store lacks the run.
         """
         from mlflow.exceptions import MlflowException
 
-        known = remembered(run.folder / ID) if run.resumed_at is not None else None
-        if known is None:
-            return False
         try:
-            stored = self._client.get_run(known)
-        except MlflowException:  # another store
+            stored = self._client.get_run(run_id)
+        except MlflowException:  # the store is another one
             return False
-        self._run_id = known
-        self._client.update_run(known, status="RUNNING")
-        settings = _settings(run.config)
-        self._tell({key: value for key, value in settings.items() if key not in stored.data.params})
-        for key, value in settings.items():
-            if stored.data.params.get(key, value) != value:
-                self._client.set_tag(known, f"changed.{key}", value)
+        self._run_id = run_id
+        self._client.update_run(run_id, status="RUNNING")
+        self._log_parameters({key: value for key, value in parameters.items() if key not in stored.data.params})
+        for key, value in parameters.items():
+            if stored.data.params.get(key, value) != value:  # a tag: MLflow's parameters can't be changed
+                self._client.set_tag(run_id, f"changed.{key}", value)
         for name in stored.data.metrics:
             if not name.startswith("final/"):
-                history = self._client.get_metric_history(known, name)
-                self._there |= {(name, each.step): each.value for each in history}
+                history = self._client.get_metric_history(run_id, name)
+                self._stored |= {(name, each.step): each.value for each in history}
         return True
 
     def _is_new(self, name: str, step: int, value: float) -> bool:
-        there = self._there.get((_name(name), step))
-        if there is None:
+        stored = self._stored.get((_name(name), step))
+        if stored is None:
             return True
-        same = there == value or (there != there and value != value)
-        return not same and name not in _CLOCKS
+        same = stored == value or (stored != stored and value != value)  # NaN equals nothing, itself included
+        return not same and name not in _DURATIONS
 
-    def _tell(self, settings: Mapping[str, str]) -> None:
+    def _log_parameters(self, parameters: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
-        told = [Param(key, value) for key, value in settings.items()]
-        for start in range(0, len(told), _BATCH):
-            self._client.log_batch(self._run_id, params=told[start : start + _BATCH])
+        params = [Param(key, value) for key, value in parameters.items()]
+        for start in range(0, len(params), _BATCH):
+            self._client.log_batch(self._run_id, params=params[start : start + _BATCH])
 
-    def _write(self, values: Mapping[str, float]) -> None:
+    def _log_metrics(self, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -133,8 +130,11 @@ class MLflow(Tracker):
             self._client.log_batch(self._run_id, metrics=metrics)
 
 
-def located(uri: str, start: Path) -> tuple[str, Path | None]:
-    """A store's address with its relative path from `start` on, and its file or folder here; None for a server."""
+def resolve_uri(uri: str, start: Path) -> tuple[str, Path | None]:
+    """Return the store's URI and its local path, resolved from the folder `start`.
+
+    The path is None for a server.
+    """
     if uri.startswith(_SQLITE):
         file = start / Path(uri.removeprefix(_SQLITE)).expanduser()
         return f"{_SQLITE}{file}", file
@@ -145,13 +145,13 @@ def located(uri: str, start: Path) -> tuple[str, Path | None]:
 
 
 @contextmanager
-def _store_lock(place: Path | None) -> Iterator[None]:
+def _store_lock(store: Path | None) -> Iterator[None]:
     """Make other processes that open the same local store wait until the block ends."""
     with ExitStack() as stack:
-        if place is not None:
-            place.parent.mkdir(parents=True, exist_ok=True)
+        if store is not None:
+            store.parent.mkdir(parents=True, exist_ok=True)
             with suppress(OSError, NotImplementedError):  # a file system without locks
-                stack.enter_context(FileLock(place.with_name(f".{place.name}.lock")))
+                stack.enter_context(FileLock(store.with_name(f".{store.name}.lock")))
         yield
 
 
@@ -159,5 +159,5 @@ def _name(name: str) -> str:
     return _NOT_IN_NAMES.sub("_", name)
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, str]:
+def _parameters(config: Mapping[str, Any]) -> dict[str, str]:
     return {_name(key): str(value)[:_LONGEST] for key, value in flat(config).items()}

@@ -1,4 +1,4 @@
-"""TensorBoard: event files in the run's folder; `tensorboard --logdir outputs` shows all runs beside one another."""
+"""TensorBoard event files in the run's folder; `tensorboard --logdir outputs` shows all runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from loraplus_hydra.training.trackers.tracker import TrackedRun, Tracker
 
 
 class TensorBoard(Tracker):
-    """Scalars at their steps, the config as hyperparameters, the run's end under `final/` and `status`."""
+    """A tracker that writes TensorBoard's event files.
+
+    Numbers become scalars and the config hyperparameters. The end of the run has `final/...` and `status`.
+    """
 
     needs: ClassVar[tuple[str, ...]] = ("tensorboard",)
     extra: ClassVar[str] = "tensorboard"
@@ -25,13 +28,13 @@ class TensorBoard(Tracker):
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        # What was written of later steps, before the run was stopped, is left out by whoever reads the files.
-        beginning = 0 if not run.resumed_at else run.resumed_at + 1
         self._step = run.resumed_at or 0
-        self._writer = SummaryWriter(str(run.folder / self.folder), purge_step=beginning)
-        settings = {key: _simple(value) for key, value in flat(run.config).items()}
+        # Readers drop what an earlier start wrote of this step and later ones.
+        first = run.resumed_at + 1 if run.resumed_at else 0
+        self._writer = SummaryWriter(str(run.folder / self.folder), purge_step=first)
+        settings = {key: _hyperparameter(value) for key, value in flat(run.config).items()}
         metric = run.config.get("task", {}).get("metric", "eval_loss")
-        for summary in hparams(settings, {f"final/{metric}": 0.0})[:2]:  # the third tells of an end that is yet to come
+        for summary in hparams(settings, {f"final/{metric}": 0.0})[:2]:  # the third reports an end that is yet to come
             self._add(summary)
         self._writer.add_text("run", run.name, self._step)
         if run.group is not None:
@@ -42,32 +45,32 @@ class TensorBoard(Tracker):
         self._step = step
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # a run that is killed has lost nothing
+        self._writer.flush()  # so that a kill loses nothing
 
     def finish(self, status: str, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(f"final/{name}", value, self._step)
         self._writer.add_text("status", status, self._step)
-        self._add(_end(status))
+        self._add(_session_end(status))
         self._writer.close()
 
     def _add(self, summary: Any) -> None:
         self._writer.file_writer.add_summary(summary, self._step)
 
 
-def _end(status: str) -> Any:
-    """What TensorBoard's hyperparameters plugin reads of a session's end."""
+def _session_end(status: str) -> Any:
+    """Return the summary from which TensorBoard's hyperparameters plugin reads a session's end."""
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
-    ends = {OK: api_pb2.STATUS_SUCCESS, FAILED: api_pb2.STATUS_FAILURE}
+    statuses = {OK: api_pb2.STATUS_SUCCESS, FAILED: api_pb2.STATUS_FAILURE}
     data = plugin_data_pb2.HParamsPluginData(
         version=metadata.PLUGIN_DATA_VERSION,
-        session_end_info=plugin_data_pb2.SessionEndInfo(status=ends.get(status, api_pb2.STATUS_UNKNOWN)),
+        session_end_info=plugin_data_pb2.SessionEndInfo(status=statuses.get(status, api_pb2.STATUS_UNKNOWN)),
     )
-    told = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=metadata.create_summary_metadata(data))
-    return Summary(value=[told])
+    value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=metadata.create_summary_metadata(data))
+    return Summary(value=[value])
 
 
-def _simple(value: Any) -> bool | float | str:
+def _hyperparameter(value: Any) -> bool | float | str:
     return value if isinstance(value, (bool, int, float, str)) else "" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""What a tracker is: a class with `start`, `log` and `finish`; one of your own derives from `Tracker`."""
+"""The base class of trackers, and the description of a run that they get."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of a run when it starts."""
+    """A run as its tracker sees it at the start."""
 
-    folder: Path  # the run's own; what the tracker has to remember for a resume may lie there
+    folder: Path  # the run's own; a tracker may store there what it needs for a resume
     name: str
-    group: str | None  # the sweep's name, for a job of one
+    group: str | None  # name of the sweep, if the run is one of its jobs
     config: Mapping[str, Any]  # the whole config, nested
-    started_in: Path  # where the command was given, and relative paths begin
-    resumed_at: int | None  # the step that the run goes on from (0: from its beginning); None for a new run
+    started_in: Path  # the folder in which the command was given; relative paths start there
+    resumed_at: int | None  # step that the run resumes from (0: it starts over); None for a new run
 
 
 class Tracker(ABC):
-    """Shows the numbers of one run. It is made from the config's `logger` group, whose keys are its arguments.
+    """A tracker of one run. The keys of the config's `logger` group are its arguments.
 
-    Only the run's first process makes one. What it raises is told once as a warning, and the run goes on without it.
+    Only the run's first process makes one. When it raises an error, the run warns once and continues without it.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()  # modules that have to be installed
     extra: ClassVar[str] = ""  # this package's extra that installs them
 
     @classmethod
-    def problems(cls, **arguments: Any) -> list[str]:  # noqa: ARG003 - for those that depend on them
-        """Why it can't be used here with these arguments: looked at before the run begins."""
+    def problems(cls, **arguments: Any) -> list[str]:  # noqa: ARG003 - for subclasses
+        """Return the reasons why the tracker can't be used here with these arguments.
+
+        Called before the run starts.
+        """
         missing = [name for name in cls.needs if importlib.util.find_spec(name) is None]
         if not missing:
             return []
@@ -42,23 +45,26 @@ class Tracker(ABC):
 
     @abstractmethod
     def start(self, run: TrackedRun) -> None:
-        """Begin to track a run, or go on with it."""
+        """Start to track a run, or resume it."""
 
     @abstractmethod
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """The numbers of a line of metrics.jsonl, by names such as `loss`, `lr/groupA` and `norms/groupB/update`."""
+        """Log the numbers of one line of metrics.jsonl.
+
+        Their names are such as `loss`, `lr/groupA` and `norms/groupB/update`.
+        """
 
     @abstractmethod
     def finish(self, status: str, metrics: Mapping[str, float]) -> None:
-        """The end, also of a run that failed, and of one whose `start` or `log` raised.
+        """Close the run, also after it failed, or after `start` or `log` raised an error.
 
-        `status` is as in result.json (ok, failed, interrupted, pruned); `metrics` are those of the end, as far as the
-        run has come.
+        `status` is the one in result.json (ok, failed, interrupted, pruned). `metrics` are the final ones; a run that
+        failed has those it reached.
         """
 
 
-def remembered(file: Path) -> str | None:
-    """A line of text that was kept in `file`; None when there is none."""
+def read_id(file: Path) -> str | None:
+    """Return the run's ID at its tracker, stored in `file`; None when there is none."""
     try:
         return file.read_text(encoding="utf-8").strip() or None
     except (OSError, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""A run's tracker through its life: started, told each line of metrics.jsonl, finished however the run ends."""
+"""The tracker of a run, from start to finish."""
 
 from __future__ import annotations
 
@@ -6,63 +6,68 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.config.flatten import flat
+from loraplus_hydra.config.hydra_job import is_sweep
 from loraplus_hydra.config.targets import instantiate
 from loraplus_hydra.errors import first_line
 from loraplus_hydra.io import processes
-from loraplus_hydra.training.trackers.tracker import TrackedRun
-
-if TYPE_CHECKING:
-    from loraplus_hydra.io.result import Result
-    from loraplus_hydra.training.trackers.tracker import Tracker
+from loraplus_hydra.io.result import Result
+from loraplus_hydra.training.trackers.tracker import TrackedRun, Tracker
 
 log = logging.getLogger(__name__)
 
 
 class Tracking:
-    """The tracker that the config names, or none. One that fails is told once; the run goes on without it."""
+    """The tracker that the config names, or none.
+
+    If it fails, the run warns once and continues without it.
+    """
 
     def __init__(self) -> None:
         self._tracker: Tracker | None = None
         self._works = False
 
     def start(self, config: DictConfig, folder: Path, resumed_at: int | None) -> None:
-        """Begin with the checked `config` of the run in `folder`; `resumed_at` as in TrackedRun."""
+        """Start the tracker of the run in `folder` with its checked `config`.
+
+        `resumed_at` is as in TrackedRun.
+        """
         logger = config.get("logger")
         if not logger or logger.get("_target_") is None or not processes.is_main():
             return
         self._works = True
-        self._do(lambda: self._begin(logger, _described(config, folder, resumed_at)))
+        self._attempt(lambda: self._start(logger, _tracked_run(config, folder, resumed_at)))
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Pass the numbers of a line of metrics.jsonl on, at its step."""
+        """Pass the numbers of a line of metrics.jsonl to the tracker."""
         tracker = self._tracker
         if tracker is None or not self._works:
             return
         values = {key: value for key, value in flat(line, "/").items() if key != "step" and _is_number(value)}
-        self._do(lambda: tracker.log(line["step"], values))
+        self._attempt(lambda: tracker.log(line["step"], values))
 
     def finish(self, result: Result) -> None:
-        """The end of the run, whose `result` is final. One that has failed is finished too, so that nothing stays."""
+        """Close the tracker with the run's final `result`."""
         tracker, self._tracker = self._tracker, None
-        if tracker is not None:
-            self._do(lambda: tracker.finish(result.status, final_metrics(result)))
+        if tracker is not None:  # one that has failed, too, so that it leaves no session open
+            self._attempt(lambda: tracker.finish(result.status, final_metrics(result)))
 
-    def _begin(self, logger: DictConfig, run: TrackedRun) -> None:
+    def _start(self, logger: DictConfig, run: TrackedRun) -> None:
         self._tracker = instantiate(logger)
         self._tracker.start(run)
 
-    def _do(self, step: Callable[[], None]) -> None:
+    def _attempt(self, action: Callable[[], None]) -> None:
         try:
-            step()
-        except Exception as error:  # whatever it is, it is the tracker's, and the run's own files are written
+            action()
+        except Exception as error:  # any: the run's own files hold everything, so training continues
             if self._works:
                 log.warning(
-                    "Warning: the run goes on without its logger, which failed: %s: %s. metrics.jsonl has everything",
+                    "Warning: the run continues without its logger, which failed: %s: %s. metrics.jsonl has everything",
                     type(error).__name__,
                     first_line(error),
                 )
@@ -71,8 +76,11 @@ class Tracking:
 
 
 def final_metrics(result: Result) -> dict[str, float]:
-    """The numbers at the end of a run, by name; of one that failed, those that it came to."""
-    told: dict[str, Any] = {
+    """Return the numbers at the end of a run, by name.
+
+    A run that failed has only those it reached.
+    """
+    values: dict[str, Any] = {
         **result.metrics,
         "train_loss": result.train_loss,
         f"best_{result.metric}": result.best.get("value"),
@@ -80,12 +88,12 @@ def final_metrics(result: Result) -> dict[str, float]:
         "seconds": result.seconds,
         "peak_memory_bytes": result.peak_memory_bytes,
     }
-    return {key: value for key, value in told.items() if _is_number(value)}
+    return {key: value for key, value in values.items() if _is_number(value)}
 
 
-def _described(config: DictConfig, folder: Path, resumed_at: int | None) -> TrackedRun:
+def _tracked_run(config: DictConfig, folder: Path, resumed_at: int | None) -> TrackedRun:
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    started_in, sweep = _place()
+    started_in, sweep = _origin()
     folder = folder.absolute()
     inside = folder.relative_to(started_in) if folder.is_relative_to(started_in) else Path(folder.name)
     return TrackedRun(
@@ -98,12 +106,8 @@ def _described(config: DictConfig, folder: Path, resumed_at: int | None) -> Trac
     )
 
 
-def _place() -> tuple[Path, str | None]:
-    """Where the command was given, and the sweep's name if this is a job of one."""
-    from hydra.core.hydra_config import HydraConfig
-
-    from loraplus_hydra.config.hydra_job import is_sweep
-
+def _origin() -> tuple[Path, str | None]:
+    """Return the folder where the command was given, and the sweep's name or None."""
     if not HydraConfig.initialized():
         return Path.cwd(), None
     hydra: Any = HydraConfig.get()

@@ -1,4 +1,7 @@
-"""Weights & Biases, offline unless the config says otherwise: `wandb sync RUN/wandb/offline-run-*` uploads it later."""
+"""Weights & Biases, by default offline.
+
+`wandb sync RUN/wandb/offline-run-*` uploads such a run later.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from urllib.parse import urlsplit
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.files import write_text
 from loraplus_hydra.io.result import OK, PRUNED
-from loraplus_hydra.training.trackers.tracker import TrackedRun, Tracker, remembered
+from loraplus_hydra.training.trackers.tracker import TrackedRun, Tracker, read_id
 
 MODES = ("offline", "online")
-ID = "wandb_id"  # in the run's folder: a resumed run goes on under it
+ID = "wandb_id"  # a file in the run's folder; a resumed run keeps its ID
 _NO_KEY = (
     "mode=online needs an account, and there is no key for {host} here: set WANDB_API_KEY or run `wandb login`, or use "
     "mode=offline, which can be uploaded later (wandb sync)"
@@ -25,7 +28,10 @@ _NO_KEY = (
 
 
 class WandB(Tracker):
-    """A run of wandb's with the sweep as its group and the config as its config; it never asks for anything."""
+    """A tracker that logs to a wandb run, in the sweep's group.
+
+    It never prompts: a missing key is an error.
+    """
 
     needs: ClassVar[tuple[str, ...]] = ("wandb",)
     extra: ClassVar[str] = "wandb"
@@ -58,27 +64,28 @@ class WandB(Tracker):
         import wandb
 
         if self.mode == "online" and (host := _host_without_key()):
-            raise UserError(_NO_KEY.format(host=host))  # gone since the check; wandb would ask on a terminal
-        known = remembered(run.folder / ID) if run.resumed_at else None
-        name = known or uuid.uuid4().hex[:12]
-        write_text(run.folder / ID, name + "\n")
+            # The key is gone since the check. On a terminal wandb would prompt for one.
+            raise UserError(_NO_KEY.format(host=host))
+        known = read_id(run.folder / ID) if run.resumed_at else None
+        run_id = known or uuid.uuid4().hex[:12]
+        write_text(run.folder / ID, run_id + "\n")
         self._run = wandb.init(
             project=self.project,
             entity=self.entity,
             mode=self.mode,
-            id=name,
+            id=run_id,
             name=run.name,
             group=run.group,
             tags=self.tags,
             config=dict(run.config),
             dir=str(run.folder),
             resume="allow" if self.mode == "online" else None,
-            reinit="create_new",  # beside whatever session the process has, and without becoming its global one
+            reinit="create_new",  # leaves alone any session that the process has already
             settings=wandb.Settings(silent=True, console="off"),
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)  # of a step that is there already wandb keeps what it has
+        self._run.log(dict(values), step=step)  # for a step that it has already wandb keeps the old values
 
     def finish(self, status: str, metrics: Mapping[str, float]) -> None:
         try:
@@ -88,16 +95,19 @@ class WandB(Tracker):
 
 
 def _host_without_key() -> str:
-    """The server's name, if nothing here (environment, netrc, wandb's settings) has a key for it; else nothing."""
+    """Return the server's host name if there is no key for it here, else an empty string.
+
+    Keys come from the environment, netrc and wandb's settings.
+    """
     import wandb
 
     settings = wandb.setup().settings
     host = urlsplit(settings.base_url).hostname or settings.base_url
     if settings.api_key or any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
         return ""
-    named = os.environ.get("NETRC")
-    for file in [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]:
+    configured = os.environ.get("NETRC")
+    for file in [configured] if configured else ["~/.netrc", "~/_netrc"]:
         with suppress(OSError, netrc.NetrcParseError):
-            if netrc.netrc(str(file.expanduser())).authenticators(host) is not None:
+            if netrc.netrc(str(Path(file).expanduser())).authenticators(host) is not None:
                 return ""
     return host
