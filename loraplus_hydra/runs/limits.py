@@ -37,10 +37,10 @@ def explain_resource_errors(config: DictConfig, folder: Path) -> Iterator[None]:
         if is_out_of_memory(error):
             raise MachineLimitError(_memory_advice(config, error)) from error
         if is_disk_full(error):
-            go_on = f"python -m loraplus_hydra resume {shlex.quote(str(folder))}"
+            command = f"python -m loraplus_hydra resume {shlex.quote(str(folder))}"
             raise MachineLimitError(
-                f"the disk is full ({first_line(error)}). What was saved before is whole; make room, then go on with "
-                f"{go_on} (trainer.save_total_limit keeps fewer checkpoints)"
+                f"the disk is full ({first_line(error)}). Earlier checkpoints are complete; free some space, then resume "
+                f"with {command} (trainer.save_total_limit keeps fewer checkpoints)"
             ) from error
         if not folder.is_dir():
             what = f"the run's folder {folder} is gone, or its disk is: {first_line(error)}"
@@ -86,16 +86,15 @@ def _memory_advice(config: DictConfig, error: BaseException) -> str:
         changes.append("optimizer=adamw8bit")
     changes.append("shorter rows")
     return (
-        f"out of memory: {first_line(error)}. Without activations the run takes {_estimate(config)}; what is beyond "
-        f"that grows with the batch. Any of these needs less: {'; '.join(changes)}"
+        f"out of memory: {first_line(error)}. Without activations the run takes {_estimate(config)}; the rest "
+        f"grows with the batch. Any of these needs less: {'; '.join(changes)}"
     )
 
 
 def _estimate(config: DictConfig) -> str:
-
     quantization: Any = OmegaConf.to_container(config.quantization, resolve=True)
     try:
         memory = estimate(*plan_on_meta(config), quantization)
-    except (MemoryError, RuntimeError, UserError):  # there may be no memory left to count with
+    except (MemoryError, RuntimeError, UserError):  # the estimate itself may run out of memory
         return "what `inspect` says"
     return f"{memory.total / 2**20:,.0f} MiB, as `inspect` counts it ({memory.weights / 2**20:,.0f} of them the base)"

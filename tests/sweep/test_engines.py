@@ -18,6 +18,9 @@ from omegaconf import OmegaConf
 from loraplus_hydra.sweep import gpus
 from tests.conftest import Finished
 
+pytestmark = pytest.mark.extras
+
+
 Cli = Callable[..., Finished]
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = {

@@ -16,6 +16,8 @@ import pytest
 
 from tests.conftest import Finished
 
+pytestmark = pytest.mark.extras
+
 optuna = pytest.importorskip("optuna")
 pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
 

@@ -19,6 +19,9 @@ from tests.support.finished_runs import quick_run
 from tests.support.tracker_files import installed, nobody_logged_in, same
 from tests.training.test_distributed import ROOT
 
+pytestmark = pytest.mark.extras
+
+
 __all__ = ["nobody_logged_in"]
 
 

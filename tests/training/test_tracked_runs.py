@@ -22,6 +22,9 @@ from tests.support.finished_runs import quick_run
 from tests.support.tracker_files import Values, installed, nobody_logged_in, same
 from tests.training.test_distributed import torchrun
 
+pytestmark = pytest.mark.extras
+
+
 __all__ = ["nobody_logged_in"]
 
 AUTO = "trainer.resume_from_checkpoint=auto"
