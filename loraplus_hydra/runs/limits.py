@@ -39,8 +39,8 @@ def explain_resource_errors(config: DictConfig, folder: Path) -> Iterator[None]:
         if is_disk_full(error):
             command = f"python -m loraplus_hydra resume {shlex.quote(str(folder))}"
             raise MachineLimitError(
-                f"the disk is full ({first_line(error)}). Earlier checkpoints are complete; free some space, then resume "
-                f"with {command} (trainer.save_total_limit keeps fewer checkpoints)"
+                f"the disk is full ({first_line(error)}). Earlier checkpoints are complete; free some space, then "
+                f"resume with {command} (trainer.save_total_limit keeps fewer checkpoints)"
             ) from error
         if not folder.is_dir():
             what = f"the run's folder {folder} is gone, or its disk is: {first_line(error)}"
