@@ -100,9 +100,13 @@ def test_table_lists_every_option_of_every_group() -> None:
 
 def test_figures_of_the_readme_are_those_of_the_page_of_measurements() -> None:
     measured = text_of("docs/measured.md")
-    results = re.search(r"## What LoRA\+ gives you\n(.*?)\n## ", text_of("README.md"), flags=re.DOTALL)
+    results, sweeps = (
+        re.search(rf"## {heading}\n(.*?)\n## ", text_of("README.md"), flags=re.DOTALL)
+        for heading in (r"What LoRA\+ gives you", "Sweeps")
+    )
     assert results is not None
-    for figure in re.findall(r"\d\.\d{3,4}|\d\d\.\d\d%|step \d+", results[1]):
+    assert sweeps is not None
+    for figure in re.findall(r"\d\.\d{3,4}|\d\d\.\d\d%|step \d+", results[1] + sweeps[1]):
         assert figure in measured, figure
 
 
