@@ -1,5 +1,5 @@
-# make run   makes the environment and trains the embedded default;  make run ARGS="optimizer=adamw8bit loraplus.ratio=16"
-# make test  makes the environment and runs the tests
+# make run   creates the environment and trains the embedded default;  make run ARGS="optimizer=adamw8bit loraplus.ratio=16"
+# make test  creates the environment and runs the tests
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 
 .PHONY: help run test test-slow lint format wheel clean
 
-help: ## this list
+help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 run: $(VENV)/.installed ## train the embedded default; ARGS="..." passes overrides
@@ -20,20 +20,20 @@ test: lint ## lint, types and the tests (under ten minutes on two cores)
 test-slow: $(VENV)/.extras ## the slow tests, and those of launchers, Optuna and trackers (an hour at most)
 	$(BIN)/python -m pytest -n 2 -m "slow or extras" $(PYTEST_ARGS)
 
-lint: $(VENV)/.installed ## ruff, mypy and the direction of imports
+lint: $(VENV)/.installed ## ruff, mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(VENV)/.installed ## put the code into its standard form
+format: $(VENV)/.installed ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 wheel: $(VENV)/.installed ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
-clean: ## remove the environment and what was built
+clean: ## remove the environment and build folders
 	rm -rf $(VENV) build dist *.egg-info
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -41,7 +41,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# Two of Hydra's plugins ask for old packages that they don't need, so they are installed without their requirements.
+# Two plugins of Hydra require old packages that they do not need, so they are installed without their requirements.
 $(VENV)/.extras: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable ".[dev,tensorboard,wandb,mlflow,optuna,joblib,submitit,ray]"
