@@ -103,14 +103,14 @@ def _warn_of_remote_code(plain: dict[str, Any]) -> None:
 def _told_once(problems: list[Problem]) -> list[Problem]:
     """Without repetitions: a wrong `loraplus.ratio` is wrong again in each rule that refers to it."""
     from loraplus_hydra.check.keys import NOT_SET
-    from loraplus_hydra.check.values import RANGES
+    from loraplus_hydra.config.schema import value_ranges
 
     keys = {problem.key for problem in problems}
     referred = keys & {"loraplus.ratio", "loraplus.lr_embedding", "loraplus.lr_A", "loraplus.lr_B", "optimizer.lr"}
     kept = [problem for problem in problems if not (referred and problem.key.startswith("loraplus.rules."))]
     told: dict[tuple[str, str], Problem] = {}
     # What is told first says all of a value out of its range or not set: a signature misses it, too.
-    once = RANGES.keys() | {problem.key for problem in problems if problem.what == NOT_SET}
+    once = value_ranges().keys() | {problem.key for problem in problems if problem.what == NOT_SET}
     for problem in kept:
         told.setdefault((problem.key, "" if problem.key in once else problem.what), problem)
     return list(told.values())

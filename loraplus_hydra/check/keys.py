@@ -9,10 +9,10 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from loraplus_hydra.config.schema import RUN_GROUPS, ModelConfig, RunConfig, TaskConfig
+from loraplus_hydra.config.schema import CLOSED_GROUPS, GROUPS, RunConfig
 from loraplus_hydra.errors import Problem, first_line, nearest
 
-CLOSED: dict[str, type] = {"": RunConfig, "model": ModelConfig, "task": TaskConfig}
+CLOSED: dict[str, type] = {"": RunConfig, **{group: GROUPS[group] for group in CLOSED_GROUPS}}
 NOT_SET = "is not set"
 
 
@@ -21,7 +21,7 @@ def read_config(config: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
     problems: list[Problem] = []
     plain = _read(config, "", problems)
     assert isinstance(plain, dict)
-    for path in (*RUN_GROUPS, "task.args", "model.config"):
+    for path in (*GROUPS, "task.args", "model.config"):
         problems += _no_mapping(plain, path)
     return plain, problems
 

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from loraplus_hydra.config.types import describe, fits
 from loraplus_hydra.errors import Problem, nearest
 
 
@@ -38,7 +39,7 @@ def argument_problems(
             fix = f"it takes: {', '.join(offered)}" if len(offered) <= 30 else ""
             problems.append(Problem(key, f"{title} takes no argument '{name}'{nearest(name, offered)}", fix))
         elif name in hints and not fits(value, hints[name]):
-            problems.append(Problem(key, f"'{value}' is not {spelt(hints[name])}", "give it such a value"))
+            problems.append(Problem(key, f"'{value}' is not {describe(hints[name])}", "give it such a value"))
     for name in names:
         parameter = parameters[name]
         needed = parameter.default is parameter.empty and not dataclasses.is_dataclass(target)
@@ -58,39 +59,3 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
         return typing.get_type_hints(arguments, globalns=called.__globals__)
     except Exception:  # annotations may name what only a type checker imports
         return {}
-
-
-def fits(value: Any, annotation: Any) -> bool:
-    """Whether a value from YAML can be meant for `annotation`; True wherever that isn't plain to see."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, argument) for argument in arguments)
-    if origin is typing.Literal:
-        return value in arguments
-    if annotation is type(None):
-        return value is None
-    if annotation is bool:
-        return isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is str:
-        return isinstance(value, str)
-    if (annotation if origin is None else origin) in (list, tuple, set):
-        return isinstance(value, list)
-    if (annotation if origin is None else origin) is dict:
-        return isinstance(value, dict)
-    return True
-
-
-def spelt(annotation: Any) -> str:
-    """A type in words."""
-    arguments = typing.get_args(annotation)
-    if typing.get_origin(annotation) is typing.Literal:
-        return "one of " + ", ".join(str(argument) for argument in arguments)
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return " or ".join(spelt(argument) for argument in arguments)
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
-    words |= {list: "a list", dict: "a mapping"}
-    return words.get(annotation) or words.get(typing.get_origin(annotation)) or str(annotation)

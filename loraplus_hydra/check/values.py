@@ -2,114 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+from loraplus_hydra.config.schema import value_ranges
+from loraplus_hydra.config.types import describe, mismatch
 from loraplus_hydra.errors import Problem
-
-
-@dataclass(frozen=True)
-class Range:
-    """What a value may be: `holds` says whether, `words` what would be right, `kind` what it is in or out of range."""
-
-    words: str
-    holds: Callable[[Any], bool]
-    nullable: bool = False
-    kind: str | None = None
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-# A value that is none of its kind is told so, and not that it is out of range.
-NUMBER, WHOLE_NUMBER, LIST = "a number", "a whole number", "a list"
-_IS_OF: dict[str, Callable[[Any], bool]] = {
-    NUMBER: lambda x: isinstance(x, (int, float)) and not isinstance(x, bool),
-    WHOLE_NUMBER: _whole,
-    LIST: lambda x: isinstance(x, list),
-}
-
-POSITIVE = Range("a finite number above 0", lambda x: _number(x) and x > 0, kind=NUMBER)
-NOT_NEGATIVE = Range("a finite number from 0 on", lambda x: _number(x) and x >= 0, kind=NUMBER)
-COUNT = Range("a whole number from 1 on", lambda x: _whole(x) and x >= 1, kind=WHOLE_NUMBER)
-COUNT_OR_NULL = Range("a whole number from 1 on, or null", COUNT.holds, nullable=True, kind=WHOLE_NUMBER)
-WHOLE = Range("a whole number from 0 on", lambda x: _whole(x) and x >= 0, kind=WHOLE_NUMBER)
-WHOLE_OR_NULL = Range("a whole number from 0 on, or null", WHOLE.holds, nullable=True, kind=WHOLE_NUMBER)
-SHARE = Range("a number from 0 to 1", lambda x: _number(x) and 0 <= x <= 1, kind=NUMBER)
-PROPER_SHARE = Range("a number above 0 and below 1", lambda x: _number(x) and 0 < x < 1, kind=NUMBER)
-DROPOUT = Range("a number from 0 to below 1", lambda x: _number(x) and 0 <= x < 1, kind=NUMBER)
-EVERY = Range(
-    "a whole number of steps, or a share of them between 0 and 1",
-    lambda x: COUNT.holds(x) or PROPER_SHARE.holds(x),
-    kind=NUMBER,
-)
-DTYPE = Range("auto, float32, bfloat16 or float16", lambda x: x in ("auto", "float32", "bfloat16", "float16"))
-BETAS = Range(
-    "two or more numbers from 0 to below 1",
-    lambda x: isinstance(x, list) and len(x) >= 2 and all(DROPOUT.holds(beta) for beta in x),
-    kind=LIST,
-)
-
-PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")  # transformers' names
-
-RANGES: dict[str, Range] = {
-    "seed": Range(  # numpy's
-        "a whole number from 0 to 4294967295", lambda x: _whole(x) and 0 <= x < 2**32, kind=WHOLE_NUMBER
-    ),
-    "model.dtype": DTYPE,
-    "model.lr": POSITIVE,
-    "adapter.r": COUNT,
-    "adapter.lora_alpha": POSITIVE,
-    "adapter.lora_dropout": DROPOUT,
-    "optimizer.lr": POSITIVE,
-    "optimizer.weight_decay": NOT_NEGATIVE,
-    "optimizer.betas": BETAS,
-    "optimizer.momentum": DROPOUT,
-    "scheduler.warmup_ratio": SHARE,
-    "scheduler.num_warmup_steps": WHOLE_OR_NULL,
-    "loraplus.ratio": POSITIVE,
-    "loraplus.lr_embedding": POSITIVE,
-    "loraplus.lr_A": POSITIVE,
-    "loraplus.lr_B": POSITIVE,
-    "task.samples": WHOLE,
-    "task.sample_tokens": COUNT,
-    "task.args.max_length": COUNT_OR_NULL,
-    "task.max_length": COUNT_OR_NULL,
-    "task.block_size": Range(
-        "a whole number from 2 on", lambda x: _whole(x) and x >= 2, nullable=True, kind=WHOLE_NUMBER
-    ),
-    "task.problem_type": Range(f"{', '.join(PROBLEM_TYPES)} or null", lambda x: x in PROBLEM_TYPES, nullable=True),
-    "data.eval_fraction": PROPER_SHARE,
-    "data.max_samples": COUNT_OR_NULL,
-    "trainer.num_train_epochs": POSITIVE,
-    "trainer.max_steps": Range(
-        "a whole number from 1 on, or -1 for num_train_epochs",
-        lambda x: _whole(x) and (x >= 1 or x == -1),
-        kind=WHOLE_NUMBER,
-    ),
-    "trainer.per_device_train_batch_size": COUNT,
-    "trainer.per_device_eval_batch_size": COUNT,
-    "trainer.gradient_accumulation_steps": COUNT,
-    "trainer.max_grad_norm": NOT_NEGATIVE,
-    "trainer.logging_steps": EVERY,
-    "trainer.eval_steps": Range(EVERY.words + ", or null", EVERY.holds, nullable=True, kind=NUMBER),
-    "trainer.save_steps": EVERY,
-    "trainer.save_total_limit": COUNT_OR_NULL,
-    "trainer.early_stopping_patience": COUNT_OR_NULL,
-    "trainer.early_stopping_threshold": NOT_NEGATIVE,
-    "trainer.dataloader_num_workers": WHOLE,
-    "trainer.resume_from_checkpoint": Range(
-        "auto, a checkpoint's folder, or null", lambda x: isinstance(x, str) and x != "", nullable=True
-    ),
-}
 
 # Settings of transformers.TrainingArguments that this config sets elsewhere: one master each.
 MASTERS: dict[str, str] = {
@@ -150,12 +48,10 @@ MASTERS: dict[str, str] = {
 def value_problems(plain: dict[str, Any]) -> list[Problem]:
     """Values out of range, and settings given at a place that isn't their master."""
     problems = []
-    for path, allowed in RANGES.items():
-        present, value = select(plain, path)
-        if present and not (allowed.nullable and value is None) and not allowed.holds(value):
-            wrong_kind = allowed.kind is not None and not _IS_OF[allowed.kind](value)
-            what = f"is not {allowed.kind}" if wrong_kind else "is out of range"
-            problems.append(Problem(path, f"{shown(value)} {what}", f"it must be {allowed.words}"))
+    for key, (annotation, limits) in value_ranges().items():
+        present, value = select(plain, key)
+        if present and (why := mismatch(value, annotation, limits)):
+            problems.append(Problem(key, f"{shown(value)} {why}", f"it must be {describe(annotation, limits)}"))
     for place in ("trainer", "task.args"):
         present, arguments = select(plain, place)
         names = arguments if present and isinstance(arguments, dict) else ()

@@ -23,7 +23,7 @@ from loraplus_hydra.check.values import select, set_elsewhere
 from loraplus_hydra.cli.commands import COMMANDS
 from loraplus_hydra.cli.flags import flags_and_overrides
 from loraplus_hydra.config.locations import config_folder
-from loraplus_hydra.config.schema import OPEN_GROUPS, RUN_GROUPS, RunConfig
+from loraplus_hydra.config.schema import CLOSED_GROUPS, GROUPS, RunConfig
 from loraplus_hydra.errors import Problem, first_line, nearest
 from loraplus_hydra.sweep.plugins import missing_plugin
 
@@ -199,7 +199,7 @@ def _unknown_key(key: str, text: str, composed: Callable[[], DictConfig], is_run
     if last in names:  # a group of a finished run's config, to which no option belongs any more
         fix = f"change single keys: {key}.key=value"
         return Problem(key, f"'{text}' names another option, and the run has its own", fix)
-    options = _options_with(key) if is_run and parent in (*RUN_GROUPS, "task.args") else []
+    options = _options_with(key) if is_run and parent in (*GROUPS, "task.args") else []
     hint = "" if options else nearest(last, names)
     fix = f"{parent or 'the config'} has: {', '.join(names) or 'no key'}"
     if options:
@@ -216,7 +216,7 @@ def _may_be_added(parent: str, *, of_an_option: bool) -> str:
         return "To add it" if inside else ""  # a rule, or a key of one
     if group == "data" and of_an_option:
         return ""  # the options list all that their functions take
-    return "If it is a setting of the class behind it" if group in ("trainer", *OPEN_GROUPS) else ""
+    return "If it is a setting of the class behind it" if group in GROUPS and group not in CLOSED_GROUPS else ""
 
 
 def _options_with(key: str) -> list[str]:

@@ -1,19 +1,38 @@
-"""The typed config: every key that this project reads itself, with its unit, range and default's reason.
+"""The typed config: every key that this project reads itself, with its unit, range and the reason for its default.
 
 `RunConfig` is registered with Hydra as `run_schema`, so a mistyped key or a value of the wrong type is refused when the
 config is composed. Groups that hold another library's arguments (`optimizer`, `adapter`, `trainer`, ...) are open
 mappings there: `loraplus_hydra.check` compares them with the signature of what they configure. The keys that we read
-of an open group are the fields of its class below (`OptimizerConfig`, ...).
+of an open group are the fields of its class below (`OptimizerConfig`, ...), which nobody instantiates: they have no
+defaults, since the YAML does.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from loraplus_hydra.config.command_schemas import COMMAND_SCHEMAS
+from loraplus_hydra.config.types import COUNT, NOT_NEGATIVE, POSITIVE, WHOLE, Range, field_types, range_
+
+SHARE = Range("a number from 0 to 1", lambda x: 0 <= x <= 1)
+PROPER_SHARE = Range("a number above 0 and below 1", lambda x: 0 < x < 1)
+DROPOUT = Range("a number from 0 to below 1", lambda x: 0 <= x < 1)
+STEPS = Range(
+    "a whole number of steps, or a share of them between 0 and 1",
+    lambda x: (isinstance(x, int) and x >= 1) or 0 < x < 1,
+)
+BETAS = Range("two or more numbers from 0 to below 1", lambda x: len(x) >= 2 and all(map(DROPOUT.holds, x)))
+MAX_STEPS = Range("a whole number from 1 on, or -1 for num_train_epochs", lambda x: x >= 1 or x == -1)
+BLOCK = Range("a whole number from 2 on", lambda x: x >= 2)
+SEED = Range("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)  # numpy's
+CHECKPOINT = Range("auto or a checkpoint's folder", lambda x: x != "")
+DTYPE = Range("auto, float32, bfloat16 or float16", lambda x: x in ("auto", "float32", "bfloat16", "float16"))
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")  # transformers' names
+PROBLEM_TYPE = Range(f"one of {', '.join(PROBLEM_TYPES)}", lambda x: x in PROBLEM_TYPES)
 
 
 @dataclass
@@ -22,35 +41,35 @@ class ModelConfig:
 
     path: str = MISSING  # a folder, a hub name, or pkg://package/folder
     revision: Optional[str] = None  # hub branch, tag or commit
-    tokenizer: Optional[str] = None  # where the tokenizer lies, if not beside the model
-    pad_token: Optional[str] = None  # a token of the tokenizer that pads; null = its own, or see tokenizer.py
+    tokenizer: Optional[str] = None  # the tokenizer's folder or hub name; null = the model's
+    pad_token: Optional[str] = None  # a token of the tokenizer that pads; null = its own, or see models/tokenizer.py
     add_tokens: List[str] = field(default_factory=list)  # new tokens, whose embeddings train with the adapter
-    dtype: str = "float32"  # of the frozen weights: auto, float32, bfloat16, float16
+    dtype: str = field(default="float32", metadata=range_(DTYPE))  # of the frozen weights
     attention: Optional[str] = None  # attn_implementation: eager, sdpa, flash_attention_2; null = transformers decides
     trust_remote_code: bool = False  # true runs Python that comes with the model
-    lr: float = 5e-5  # eta_A that suits this model; optimizer.lr takes it unless it is set
+    lr: float = field(default=5e-5, metadata=range_(POSITIVE))  # eta_A that suits this model; default of optimizer.lr
     config: Dict[str, Any] = field(default_factory=dict)  # a named model's architecture, as its config.json has it
 
 
 @dataclass
 class TaskConfig:
-    """What is learnt: the Trainer, its arguments, and how rows become examples. Closed; `args` is the Trainer's own."""
+    """The Trainer, its arguments, and the function that makes examples of rows. Closed; `args` is the Trainer's own."""
 
     _target_: str = MISSING  # a transformers.Trainer class, or one derived from it
     args_class: str = MISSING  # its arguments' class, transformers.TrainingArguments or derived from it
     auto_class: str = MISSING  # the transformers class that loads the base model
     task_type: Optional[str] = None  # PEFT's task type: CAUSAL_LM, SEQ_CLS, ...
     examples: str = MISSING  # the function that turns rows into the Trainer's examples
-    metric: str = "eval_loss"  # what a sweep optimises and what `best` means; a key of the evaluation's metrics
+    metric: str = "eval_loss"  # the metric that a sweep optimises and `best` refers to; a key of the evaluation's
     greater_is_better: bool = False  # of `metric`
     chat: Optional[bool] = None  # wrap prompt and completion in the chat template; null = when the tokenizer has one
-    problem_type: Optional[str] = (
-        None  # classification: transformers' name for the kind of labels; null = by the labels
-    )
-    max_length: Optional[int] = None  # classification: tokens of a row at most; null = as many as the model takes
-    block_size: Optional[int] = None  # text: tokens in a block
-    samples: int = 0  # held-out prompts answered before and after training
-    sample_tokens: int = 48  # new tokens at most in such an answer
+    # classification: transformers' name for the kind of labels; null = by the labels
+    problem_type: Optional[str] = field(default=None, metadata=range_(PROBLEM_TYPE))
+    # classification: tokens of a row at most; null = as many as the model takes
+    max_length: Optional[int] = field(default=None, metadata=range_(COUNT))
+    block_size: Optional[int] = field(default=None, metadata=range_(BLOCK))  # text: tokens in a block
+    samples: int = field(default=0, metadata=range_(WHOLE))  # held-out prompts answered before and after training
+    sample_tokens: int = field(default=48, metadata=range_(COUNT))  # new tokens at most in such an answer
     args: Dict[str, Any] = field(default_factory=dict)  # arguments that only this Trainer's arguments class has
 
 
@@ -58,73 +77,76 @@ class TaskConfig:
 class OptimizerConfig:
     """Open: every other key is an argument of the class."""
 
-    _target_: str = MISSING  # a torch.optim.Optimizer class
-    lr: float = MISSING  # eta_A, the rate of lora_A; > 0
-    weight_decay: float = 0.0  # of the groups that decay; >= 0
+    _target_: str  # a torch.optim.Optimizer class
+    lr: float = field(metadata=range_(POSITIVE))  # eta_A, the rate of lora_A
+    weight_decay: float = field(metadata=range_(NOT_NEGATIVE))  # of the groups that decay
 
 
 @dataclass
 class SchedulerConfig:
     """Open: every other key is an argument of the callable."""
 
-    _target_: str = MISSING  # transformers.get_..._schedule..., a torch.optim.lr_scheduler class, or your function
-    warmup_ratio: float = 0.0  # share of all steps; 0 to 1
-    num_warmup_steps: Optional[int] = None  # steps; stands instead of warmup_ratio
+    _target_: str  # transformers.get_..._schedule..., a torch.optim.lr_scheduler class, or your function
+    warmup_ratio: float = field(metadata=range_(SHARE))  # share of all steps
+    num_warmup_steps: Optional[int] = field(metadata=range_(WHOLE))  # steps; used in place of warmup_ratio
 
 
 @dataclass
 class LoraPlusConfig:
     """Open: each preset has only the keys that its rules use; all of them are checked."""
 
-    ratio: float = 8.0  # eta_B / eta_A; > 0
-    lr_embedding: float = 1e-6  # rate of LoRA factors of embeddings; > 0
-    rules: Dict[str, Any] = field(default_factory=dict)  # name -> rule; the first that matches a tensor decides
-    extra_rules: Dict[str, Any] = field(default_factory=dict)  # the same, ahead of `rules`
+    ratio: float = field(metadata=range_(POSITIVE))  # eta_B / eta_A
+    lr_embedding: float = field(metadata=range_(POSITIVE))  # rate of LoRA factors of embeddings
+    lr_A: float = field(metadata=range_(POSITIVE))  # preset `absolute`: rate of lora_A
+    lr_B: float = field(metadata=range_(POSITIVE))  # preset `absolute`: rate of lora_B
+    rules: Dict[str, Any]  # name -> rule; the first that matches a tensor decides
+    extra_rules: Dict[str, Any]  # the same, ahead of `rules`
 
 
 @dataclass
 class AdapterConfig:
     """Open: every other key is a field of the PEFT config class."""
 
-    _target_: str = MISSING  # a peft.PeftConfig class
-    path: Optional[str] = None  # an adapter to train on: its folder, or a hub name
+    _target_: str  # a peft.PeftConfig class
+    path: Optional[str]  # an adapter to train on: its folder, or a hub name
 
 
 @dataclass
 class QuantizationConfig:
     """Open: every other key is an argument of the class. Empty for a base that isn't quantised."""
 
-    _target_: Optional[str] = None  # transformers.BitsAndBytesConfig
+    _target_: Optional[str]  # transformers.BitsAndBytesConfig
 
 
 @dataclass
 class DataConfig:
-    """Open: every other key is an argument of the callable; `*_column` keys say what its columns are called."""
+    """Open: every other key is an argument of the callable; `*_column` keys name its columns."""
 
-    _target_: str = MISSING  # a callable that returns a datasets.DatasetDict with "train" and "eval"
+    _target_: str  # a callable that returns a datasets.DatasetDict with "train" and "eval"
 
 
 @dataclass
 class TrainerConfig:
     """Open: every other key is a field of transformers.TrainingArguments."""
 
-    early_stopping_patience: Optional[int] = None  # evaluations without a better task.metric; null = never stops early
-    early_stopping_threshold: float = 0.0  # how much better counts as better; >= 0
-    resume_from_checkpoint: Optional[str] = None  # auto, or a checkpoint's folder
+    # evaluations without a better task.metric; null = never stops early
+    early_stopping_patience: Optional[int] = field(metadata=range_(COUNT))
+    early_stopping_threshold: float = field(metadata=range_(NOT_NEGATIVE))  # smallest change that counts as better
+    resume_from_checkpoint: Optional[str] = field(metadata=range_(CHECKPOINT))
 
 
 @dataclass
 class LoggerConfig:
     """Open: every other key is an argument of the class. Empty for a run that nothing tracks."""
 
-    _target_: Optional[str] = None  # a class derived from loraplus_hydra.training.trackers.tracker.Tracker
+    _target_: Optional[str]  # a class derived from loraplus_hydra.training.trackers.tracker.Tracker
 
 
 @dataclass
 class RunConfig:
     """One run. Registered as `run_schema`; `conf/run.yaml` extends it."""
 
-    seed: int = 0  # of initialisation, data order and dropout
+    seed: int = field(default=0, metadata=range_(SEED))  # of initialisation, data order and dropout
     model: ModelConfig = field(default_factory=ModelConfig)
     quantization: Dict[str, Any] = field(default_factory=dict)  # QuantizationConfig + the class's arguments
     adapter: Dict[str, Any] = field(default_factory=dict)  # AdapterConfig + the PEFT config's fields
@@ -139,45 +161,147 @@ class RunConfig:
 
 @dataclass
 class SweepConfig:
-    """Of the program, not of a run: registered as `sweep_schema`, which `conf/config.yaml` has under `sweep`."""
+    """Part of the program's config, not of a run's: `sweep_schema`, which `conf/config.yaml` has under `sweep`."""
 
     name: Optional[str] = None  # of its folder in outputs/sweeps; null = the swept keys and a hash of the rest
 
 
-# Of the trainer group: what is no field of TrainingArguments.
-EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
+@dataclass
+class FinishedRunConfig:
+    """Keys of every command on a stored run."""
+
+    run: str = MISSING  # the run's folder
+    trust_remote_code: bool = False  # true runs Python that came with the run's model
+    model: Dict[str, Any] = field(default_factory=dict)  # keys of the run's `model` to change: model.path=...
+
+
+@dataclass
+class ExportConfig(FinishedRunConfig):
+    """`export`. Registered as `export_schema`."""
+
+    to: Optional[str] = None  # the new folder; null = export/model or export/adapter in the run's
+    merge: bool = True  # true = the merged model, false = the adapter alone
+    dtype: Optional[str] = None  # of a merged model's weights: float32, bfloat16, float16; null = as in the run
+
+
+@dataclass
+class PredictConfig(FinishedRunConfig):
+    """`predict`. Registered as `predict_schema`."""
+
+    text: Optional[str] = None  # one text
+    text_pair: Optional[str] = None  # a classifier's second text
+    file: Optional[str] = None  # texts in a file: JSONL, CSV, Parquet, or a text a line
+    column: Optional[str] = None  # the file's column with the text; null = as the run's rows had it
+    out: Optional[str] = None  # a new JSONL file for the answers; null = the screen
+    max_new_tokens: int = field(default=128, metadata=range_(COUNT))  # tokens of an answer at most
+    batch_size: int = field(default=32, metadata=range_(COUNT))  # texts that a classifier takes at once
+
+
+@dataclass
+class EvaluateConfig(FinishedRunConfig):
+    """`evaluate`. Registered as `evaluate_schema`."""
+
+    data: Dict[str, Any] = field(default_factory=dict)  # keys of the run's `data` to change, or another option
+    trainer: Dict[str, Any] = field(default_factory=dict)  # keys of the run's `trainer` to change
+    out: Optional[str] = None  # a new JSON file for the metrics; null = the screen alone
+
+
+@dataclass
+class ResumeConfig(FinishedRunConfig):
+    """`resume`. Registered as `resume_schema`. Each group holds the keys of the run's own to change."""
+
+    quantization: Dict[str, Any] = field(default_factory=dict)
+    adapter: Dict[str, Any] = field(default_factory=dict)
+    optimizer: Dict[str, Any] = field(default_factory=dict)
+    scheduler: Dict[str, Any] = field(default_factory=dict)
+    loraplus: Dict[str, Any] = field(default_factory=dict)
+    task: Dict[str, Any] = field(default_factory=dict)
+    data: Dict[str, Any] = field(default_factory=dict)
+    trainer: Dict[str, Any] = field(default_factory=dict)
+    logger: Dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ReportConfig:
+    """`report`. Registered as `report_schema`."""
+
+    folder: str = MISSING  # the folder that holds the jobs' folders
+
+
+SCHEMAS: dict[str, type] = {
+    "run_schema": RunConfig,
+    "sweep_schema": SweepConfig,
+    "report_schema": ReportConfig,
+    "export_schema": ExportConfig,
+    "predict_schema": PredictConfig,
+    "evaluate_schema": EvaluateConfig,
+    "resume_schema": ResumeConfig,
+}
 
 # The groups of a run's config.
-RUN_GROUPS = (
-    *("model", "quantization", "adapter", "optimizer", "scheduler"),
-    *("loraplus", "task", "data", "trainer", "logger"),
-)
-
-NOT_OF_A_RUN = ("hydra", "sweep")  # what the program's config holds besides the run's
-
-# The open groups and the keys of each that we read ourselves.
-OPEN_GROUPS: dict[str, type] = {
+GROUPS: dict[str, type] = {
+    "model": ModelConfig,
     "quantization": QuantizationConfig,
     "adapter": AdapterConfig,
     "optimizer": OptimizerConfig,
     "scheduler": SchedulerConfig,
     "loraplus": LoraPlusConfig,
+    "task": TaskConfig,
     "data": DataConfig,
+    "trainer": TrainerConfig,
     "logger": LoggerConfig,
 }
+RUN_GROUPS = tuple(GROUPS)
+CLOSED_GROUPS = ("model", "task")
+
+# Keys of the trainer group that are not fields of TrainingArguments.
+EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
+
+NOT_OF_A_RUN = ("hydra", "sweep")  # nodes of the program's config beside the run's
+
+# Types and ranges of other libraries' keys, which their own signatures don't limit.
+LIBRARY_RANGES: dict[str, tuple[Any, Range]] = {
+    "adapter.r": (int, COUNT),
+    "adapter.lora_alpha": (float, POSITIVE),
+    "adapter.lora_dropout": (float, DROPOUT),
+    "optimizer.betas": (List[float], BETAS),
+    "optimizer.momentum": (float, DROPOUT),
+    "task.args.max_length": (Optional[int], COUNT),
+    "data.eval_fraction": (float, PROPER_SHARE),
+    "data.max_samples": (Optional[int], COUNT),
+    "trainer.num_train_epochs": (float, POSITIVE),
+    "trainer.max_steps": (int, MAX_STEPS),
+    "trainer.per_device_train_batch_size": (int, COUNT),
+    "trainer.per_device_eval_batch_size": (int, COUNT),
+    "trainer.gradient_accumulation_steps": (int, COUNT),
+    "trainer.max_grad_norm": (float, NOT_NEGATIVE),
+    "trainer.logging_steps": (float, STEPS),
+    "trainer.eval_steps": (Optional[float], STEPS),
+    "trainer.save_steps": (float, STEPS),
+    "trainer.save_total_limit": (Optional[int], COUNT),
+    "trainer.dataloader_num_workers": (int, WHOLE),
+}
+
+
+@functools.cache
+def value_ranges() -> dict[str, tuple[Any, Range]]:
+    """Return {dotted key: (type, range)} for every key of a run's config that has a range."""
+    ours = {"": RunConfig, **{f"{name}.": schema for name, schema in GROUPS.items()}}
+    own = {
+        prefix + name: (annotation, limits)
+        for prefix, schema in ours.items()
+        for name, (annotation, limits) in field_types(schema).items()
+        if limits is not None
+    }
+    return own | LIBRARY_RANGES
 
 
 def register() -> None:
     """Make the schemas known to Hydra; calling it again changes nothing."""
-    from hydra.core.config_store import ConfigStore
-
-    store = ConfigStore.instance()
-    store.store(name="run_schema", node=RunConfig, provider="loraplus_hydra")
-    store.store(name="sweep_schema", node=SweepConfig, provider="loraplus_hydra")
-    for name, node in COMMAND_SCHEMAS.items():
-        store.store(name=name, node=node, provider="loraplus_hydra")
+    for name, node in SCHEMAS.items():
+        ConfigStore.instance().store(name=name, node=node, provider="loraplus_hydra")
 
 
 def run_of(root: DictConfig) -> DictConfig:
-    """The run's part of the program's config."""
+    """Return the run's part of the program's config."""
     return OmegaConf.masked_copy(root, [str(key) for key in root if key not in NOT_OF_A_RUN])

@@ -1,139 +1,125 @@
-"""The JSON files of a checkpoint: read only if they are as a run writes them, since they may be somebody else's."""
+"""The JSON files of a checkpoint. They are validated when read, since a checkpoint may be untrusted."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
-import sys
-from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from loraplus_hydra.config.types import COUNT, FINITE, NOT_NEGATIVE, WHOLE, Range, fits, from_plain, range_, to_plain
 from loraplus_hydra.io.files import write_text
 from loraplus_hydra.io.read import read_json
 
-STATE = "run_state.json"  # what the Trainer's own files lack: see resuming.py
+T = TypeVar("T")
+STATE = "run_state.json"  # what the Trainer's own files lack: see training/hf_trainer/checkpoint_callback.py
 TRAINER_STATE = "trainer_state.json"  # as the Trainer names it
 
+_LOSSES = Range("a loss for each process", lambda losses: losses and all(map(FINITE.holds, losses)))
+_STEPS_LOGGED = Range("entries with a step", lambda log: all(_is_whole(entry.get("step")) for entry in log))
+_CALLBACKS = Range("callbacks' arguments and attributes", lambda kept: all(map(_is_callback, kept.values())))
 
-def run_state(folder: Path) -> dict[str, Any]:
-    """A checkpoint's run_state.json. Raises ValueError unless it is as `resuming.CheckpointKeeper` writes it."""
-    state: dict[str, Any] = read_json(folder / STATE)
-    step: Any = state.get("step")
-    right = {
-        "step": _whole(step, 1),
-        "seconds": _number(state.get("seconds"), 0),
-        "metrics_bytes": _whole(state.get("metrics_bytes"), 0),
-        "window": _whole(step, 1) and _is_window(state.get("window"), step),
-        "optimizer": isinstance(state.get("optimizer"), str),
-        "groups": _are_groups(state.get("groups")),
-        "schedule": _is_schedule(state.get("schedule")),
-        "max_steps": _whole(state.get("max_steps"), 1),
-    }
-    _refuse_others(STATE, right)
+
+@dataclass(frozen=True)
+class LogWindow:
+    """The part of training that no line of the log has yet."""
+
+    losses: list[float] = field(metadata=range_(_LOSSES))  # a sum for each process
+    since_step: int = field(metadata=range_(WHOLE))  # the last step with a line in the log
+    total: float = field(metadata=range_(FINITE))  # the sum of all logged losses
+    # Metrics that TRL has not logged. Some are NaN: a batch had nothing to measure.
+    trl: dict[str, float | dict[str, list[float]]]
+
+
+@dataclass(frozen=True)
+class GroupState:
+    """A parameter group: names of its tensors, and its settings."""
+
+    tensors: list[str]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ScheduleState:
+    """The learning-rate schedule: full name of its class or function, and its arguments."""
+
+    is_: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunState:
+    """run_state.json. JSON keys are an interface: change one only with a line in the CHANGELOG."""
+
+    step: int = field(metadata=range_(COUNT))
+    seconds: float = field(metadata=range_(NOT_NEGATIVE))  # of training so far
+    metrics_bytes: int = field(metadata=range_(WHOLE))  # length of metrics.jsonl
+    window: LogWindow
+    optimizer: str  # full name of its class
+    groups: dict[str, GroupState]
+    schedule: ScheduleState
+    max_steps: int = field(metadata=range_(COUNT))
+
+
+@dataclass(frozen=True)
+class StoredTrainerState:
+    """The entries of trainer_state.json that a resume depends on."""
+
+    global_step: int = field(metadata=range_(COUNT))
+    epoch: float = field(metadata=range_(NOT_NEGATIVE))
+    max_steps: int = field(metadata=range_(COUNT))
+    num_train_epochs: int = field(metadata=range_(WHOLE))
+    num_input_tokens_seen: float = field(metadata=range_(NOT_NEGATIVE))
+    total_flos: float = field(metadata=range_(NOT_NEGATIVE))
+    log_history: list[dict[str, Any]] = field(metadata=range_(_STEPS_LOGGED))
+    stateful_callbacks: dict[str, Any] = field(metadata=range_(_CALLBACKS))
+    logging_steps: float | None = field(default=None, metadata=range_(NOT_NEGATIVE))
+    eval_steps: float | None = field(default=None, metadata=range_(NOT_NEGATIVE))
+    save_steps: float | None = field(default=None, metadata=range_(NOT_NEGATIVE))
+    train_batch_size: int | None = field(default=None, metadata=range_(COUNT))
+    best_global_step: int | None = field(default=None, metadata=range_(WHOLE))
+    best_metric: float | None = None
+    best_model_checkpoint: str | None = None
+
+
+def run_state(folder: Path) -> RunState:
+    """Return the run_state.json of a checkpoint. Raises ValueError if no run writes it so."""
+    state = _build(RunState, read_json(folder / STATE), STATE)
+    if state.window.since_step > state.step:
+        raise ValueError(f"its {STATE} isn't as it was written: window")
     return state
 
 
-def write_run_state(folder: Path, state: Mapping[str, Any]) -> None:
+def write_run_state(folder: Path, state: RunState) -> None:
     """Write a checkpoint's run_state.json."""
-    write_text(folder / STATE, json.dumps(state, indent=2) + "\n")
+    write_text(folder / STATE, json.dumps(to_plain(state), indent=2) + "\n")
 
 
-def _is_window(window: Any, step: int) -> bool:
-    if not isinstance(window, dict):
-        return False
-    losses, trl = window.get("losses"), window.get("trl")
-    return (
-        isinstance(losses, list)
-        and len(losses) > 0
-        and all(_number(loss) for loss in losses)
-        and _whole(window.get("since_step"), 0)
-        and window["since_step"] <= step
-        and _number(window.get("total"))
-        and isinstance(trl, dict)
-        and all(_is_number(held) or _are_metrics(held) for held in trl.values())
-    )
+def trainer_state(folder: Path) -> StoredTrainerState:
+    """Return the trainer_state.json of a checkpoint. Raises ValueError if no Trainer can resume from it."""
+    from transformers import TrainerState  # takes seconds, and `io` imports no torch
 
-
-def _are_metrics(held: Any) -> bool:
-    """Lists of numbers by name; TRL has NaN among them where a batch had nothing to measure."""
-    lists = held.values() if isinstance(held, dict) else [None]
-    return all(isinstance(values, list) and all(_is_number(value) for value in values) for values in lists)
-
-
-def _are_groups(groups: Any) -> bool:
-    return isinstance(groups, dict) and all(
-        isinstance(group, dict)
-        and isinstance(group.get("settings"), dict)
-        and isinstance(group.get("tensors"), list)
-        and all(isinstance(name, str) for name in group["tensors"])
-        for group in groups.values()
-    )
-
-
-def _is_schedule(schedule: Any) -> bool:
-    return (
-        isinstance(schedule, dict)
-        and isinstance(schedule.get("is"), str)
-        and isinstance(schedule.get("arguments"), dict)
-    )
-
-
-def trainer_state(folder: Path) -> dict[str, Any]:
-    """A checkpoint's trainer_state.json. Raises ValueError unless a TrainerState can be made of it and gone on with."""
-    from transformers import TrainerState  # heavy
-
-    state: dict[str, Any] = read_json(folder / TRAINER_STATE)
-    if unknown := sorted(state.keys() - {field.name for field in fields(TrainerState)}):
+    plain = read_json(folder / TRAINER_STATE)
+    if unknown := sorted(plain.keys() - {each.name for each in dataclasses.fields(TrainerState)}):
         raise ValueError(f"its {TRAINER_STATE} has a key that this transformers doesn't know: {unknown[0]}")
-    step, history, callbacks = (state.get(name) for name in ("global_step", "log_history", "stateful_callbacks"))
-    right = {
-        "global_step": _whole(step, 1),
-        "epoch": _number(state.get("epoch"), 0),
-        "max_steps": _whole(state.get("max_steps"), 1),
-        "num_train_epochs": _whole(state.get("num_train_epochs"), 0),
-        "num_input_tokens_seen": _number(state.get("num_input_tokens_seen"), 0),
-        "total_flos": _number(state.get("total_flos"), 0),
-        "log_history": isinstance(history, list)
-        and all(isinstance(entry, dict) and _whole(entry.get("step"), 0) for entry in history),
-        "stateful_callbacks": isinstance(callbacks, dict) and all(_is_callback(kept) for kept in callbacks.values()),
-    }
-    for name in ("logging_steps", "eval_steps", "save_steps"):
-        right[name] = state.get(name) is None or _number(state[name], 0)
-    for name, least in (("train_batch_size", 1), ("best_global_step", 0)):
-        right[name] = state.get(name) is None or _whole(state[name], least)
-    right["best_metric"] = state.get("best_metric") is None or _is_number(state["best_metric"])
-    right["best_model_checkpoint"] = isinstance(state.get("best_model_checkpoint"), (str, type(None)))
-    _refuse_others(TRAINER_STATE, right)
-    return state
+    return _build(StoredTrainerState, plain, TRAINER_STATE)
+
+
+def _build(schema: type[T], plain: Any, name: str) -> T:
+    try:
+        return from_plain(schema, plain)
+    except ValueError as error:
+        raise ValueError(f"its {name} isn't as it was written: {error}") from None
 
 
 def _is_callback(kept: Any) -> bool:
-    """What a callback, or several of one class, have kept: arguments and attributes by name."""
+    """Return True for the stored state of a callback, or of several of one class."""
     each = kept if isinstance(kept, list) else [kept]
-    return all(
-        isinstance(one, dict)
-        and isinstance(one.get("args"), dict)
-        and isinstance(one.get("attributes"), dict)
-        and _whole(one["attributes"].get("early_stopping_patience_counter", 0), 0)
-        for one in each
+    return all(fits(one, dict[str, dict[str, Any]]) and {"args", "attributes"} <= one.keys() for one in each) and all(
+        _is_whole(one["attributes"].get("early_stopping_patience_counter", 0)) for one in each
     )
 
 
-def _refuse_others(name: str, right: dict[str, bool]) -> None:
-    if wrong := [key for key, holds in right.items() if not holds]:
-        raise ValueError(f"its {name} isn't as it was written: {', '.join(wrong)}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _number(value: Any, least: float = -math.inf) -> bool:
-    """Whether `value` is a finite number from `least` on."""
-    return _is_number(value) and abs(value) <= sys.float_info.max and value >= least
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_whole(value: Any) -> bool:
+    return fits(value, int) and value >= 0

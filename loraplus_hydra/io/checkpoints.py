@@ -13,9 +13,8 @@ import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from loraplus_hydra.io.checkpoint_state import STATE, TRAINER_STATE, run_state, trainer_state
+from loraplus_hydra.io.checkpoint_state import STATE, TRAINER_STATE, RunState, run_state, trainer_state
 from loraplus_hydra.io.files import write_text
 from loraplus_hydra.io.read import Unreadable, read_json
 
@@ -36,12 +35,16 @@ AUTO = "auto"  # its value for the newest complete checkpoint of the run's own f
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: its folder, its optimizer step, and its run_state.json."""
+    """A complete checkpoint: its folder and its run_state.json."""
 
     folder: Path
-    step: int
-    state: dict[str, Any]
+    state: RunState
     manifest: bytes = b""  # as it was when every file was compared with it
+
+    @property
+    def step(self) -> int:
+        """The optimizer step at which it was written."""
+        return self.state.step
 
     def is_unchanged(self) -> bool:
         """Return True if the manifest is still the one that every file was compared with."""
@@ -71,7 +74,7 @@ class ResumePoint:
     @property
     def seconds(self) -> float:
         """Seconds of training before the checkpoint was written."""
-        return 0.0 if self.checkpoint is None else float(self.checkpoint.state.get("seconds", 0.0))
+        return 0.0 if self.checkpoint is None else self.checkpoint.state.seconds
 
 
 def seal(folder: Path) -> None:
@@ -104,17 +107,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if why := defect(folder):
         raise ValueError(why)
     state = run_state(folder)
-    step = int(state["step"])
-    if step_of(folder) not in (step, -1):
-        raise ValueError(f"its {STATE} is of step {step}")
-    if (trainers := trainer_state(folder)["global_step"]) != step:
-        raise ValueError(f"its {STATE} is of step {step}, and its {TRAINER_STATE} of step {trainers}")
+    if step_of(folder) not in (state.step, -1):
+        raise ValueError(f"its {STATE} is of step {state.step}")
+    if (trainers := trainer_state(folder).global_step) != state.step:
+        raise ValueError(f"its {STATE} is of step {state.step}, and its {TRAINER_STATE} of step {trainers}")
     # Without it the Trainer would resume silently with other random numbers.
-    processes = len(state["window"]["losses"])
+    processes = len(state.window.losses)
     for name in ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]:
         if not (folder / name).is_file():
             raise ValueError(f"it has no {name}")
-    return Checkpoint(folder, step, state, manifest)
+    return Checkpoint(folder, state, manifest)
 
 
 def newest_complete(folder: Path, *, report: bool = True) -> Checkpoint | None:

@@ -11,7 +11,7 @@ from loraplus_hydra.config.flatten import flat
 from loraplus_hydra.config.identity import run_hash
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io import checkpoints, files, processes, run_folder, screen
-from loraplus_hydra.io.checkpoint_state import STATE, trainer_state
+from loraplus_hydra.io.checkpoint_state import trainer_state
 from loraplus_hydra.io.checkpoints import AUTO, KEY, Checkpoint, ResumePoint
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.result import OK, Result, read_result
@@ -100,7 +100,7 @@ def roll_back(point: ResumePoint, folder: Path) -> None:
         metrics.unlink(missing_ok=True)
         return
     own, lines = _lines_until(point.checkpoint)
-    if len(lines) < int(point.checkpoint.state["metrics_bytes"]):
+    if len(lines) < point.checkpoint.state.metrics_bytes:
         screen.show(f"    Note: {own} is shorter than it was at step {step}; lines are missing")
     if own.resolve() == metrics.resolve() and metrics.is_file():
         os.truncate(metrics, len(lines))
@@ -114,8 +114,8 @@ def _lines_until(checkpoint: Checkpoint) -> tuple[Path, bytes]:
     Raises UserError for a file that was written anew since.
     """
     own = checkpoint.folder.parent.parent / run_folder.METRICS
-    lines = own.read_bytes()[: int(checkpoint.state["metrics_bytes"])] if own.is_file() else b""
-    is_complete = len(lines) == int(checkpoint.state["metrics_bytes"])
+    lines = own.read_bytes()[: checkpoint.state.metrics_bytes] if own.is_file() else b""
+    is_complete = len(lines) == checkpoint.state.metrics_bytes
     if is_complete and lines and not lines.endswith(b"\n"):
         raise UserError(f"{own} isn't the one that {checkpoint.folder.name} was written with; name another checkpoint")
     return own, lines
@@ -137,16 +137,13 @@ def _refuse_other_training(config: DictConfig, checkpoint: Checkpoint) -> None:
     if 0 < steps < checkpoint.step:
         what = f"the checkpoint is of step {checkpoint.step}, beyond trainer.max_steps={steps}"
         raise ConfigErrors([Problem("trainer.max_steps", what, "give more steps, or an earlier checkpoint")])
-    epochs, reached = config.trainer.get("num_train_epochs", 3.0), trainer_state(checkpoint.folder)["epoch"]
+    epochs, reached = config.trainer.get("num_train_epochs", 3.0), trainer_state(checkpoint.folder).epoch
     if steps <= 0 and reached > epochs:
         what = f"the checkpoint is of epoch {reached:.3g}, beyond {epochs:g}"
         raise ConfigErrors([Problem("trainer.num_train_epochs", what, "give more epochs, or an earlier checkpoint")])
     model, plan = plan_on_meta(config)
     groups = {group.name: [record.name for record in group.records] for group in plan.groups}
-    try:
-        refuse_other_groups(checkpoint.state, full_name(loraplus_settings(config).optimizer_class), groups)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{checkpoint.folder / STATE} can't be read: {error}") from None
+    refuse_other_groups(checkpoint.state, full_name(loraplus_settings(config).optimizer_class), groups)
     refuse_other_tensors(checkpoint.folder, model)
 
 
@@ -162,7 +159,7 @@ def _refuse_to_replace(folder: Path) -> None:
 
 def _refuse_changes_at_the_end(checkpoint: Checkpoint, changed: tuple[str, ...]) -> None:
     """Raise ConfigErrors for changes of training after the last step, where they do nothing."""
-    planned = trainer_state(checkpoint.folder)["max_steps"]
+    planned = trainer_state(checkpoint.folder).max_steps
     if checkpoint.step != planned or any(change.split(":")[0] in _LENGTHENING for change in changed):
         return
     if idle := [change for change in changed if change.split(".")[0] in _TRAINED_WITH]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loraplus_hydra.errors import UserError
+from loraplus_hydra.io.checkpoint_state import GroupState, RunState, ScheduleState
 from loraplus_hydra.loraplus.settings import LoraPlus
 
 # Entries of a torch parameter group that are no settings.
@@ -14,43 +15,41 @@ _NOT_SETTINGS = ("params", "param_names", "name", "lr", "initial_lr")
 
 
 def describe_training(settings: LoraPlus, groups: Mapping[str, Mapping[str, Any]], max_steps: int) -> dict[str, Any]:
-    """Return optimizer, groups (a torch parameter group for each name) and schedule as JSON values."""
-    described = {
+    """Return optimizer, groups (a torch parameter group for each name) and schedule as fields of RunState."""
+    return {
         "optimizer": full_name(settings.optimizer_class),
         "groups": {
-            name: {"tensors": list(group["param_names"]), "settings": _settings(group)}
+            name: GroupState(list(group["param_names"]), _through_json(_settings(group)))
             for name, group in groups.items()
         },
-        "schedule": {"is": full_name(settings.schedule), "arguments": dict(settings.schedule_arguments)},
+        "schedule": ScheduleState(full_name(settings.schedule), _through_json(settings.schedule_arguments)),
         "max_steps": max_steps,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(described, default=str))
-    return plain
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(then: RunState, now: RunState) -> list[str]:
     """Return the changes of the groups' settings and of the schedule, a text each."""
     changes = []
-    for name, group in now["groups"].items():
-        old, new = then["groups"][name]["settings"], group["settings"]
+    for name, group in now.groups.items():
+        old, new = then.groups[name].settings, group.settings
         changes += [
             f"{name}: {key} {old.get(key)} -> {new.get(key)}"
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key)
         ]
-    if then["schedule"] != now["schedule"]:
-        changes.append(f"schedule: {_schedule_text(then['schedule'])} -> {_schedule_text(now['schedule'])}")
-    if then["max_steps"] != now["max_steps"]:
-        changes.append(f"steps: {then['max_steps']} -> {now['max_steps']}")
+    if then.schedule != now.schedule:
+        changes.append(f"schedule: {_schedule_text(then.schedule)} -> {_schedule_text(now.schedule)}")
+    if then.max_steps != now.max_steps:
+        changes.append(f"steps: {then.max_steps} -> {now.max_steps}")
     return changes
 
 
-def refuse_other_groups(then: Mapping[str, Any], optimizer: str, groups: Mapping[str, list[str]]) -> None:
+def refuse_other_groups(then: RunState, optimizer: str, groups: Mapping[str, list[str]]) -> None:
     """Raise UserError when the optimizer's class or a group's members differ from the checkpoint's.
 
     `groups` maps a group's name to its tensors' names.
     """
-    changes = [*_optimizer_change(then["optimizer"], optimizer), *_group_changes(then["groups"], groups)]
+    changes = [*_optimizer_change(then.optimizer, optimizer), *_group_changes(then.groups, groups)]
     if changes:
         raise UserError(
             f"can't resume from the checkpoint: {'; '.join(changes)}. Rates, weight decay and steps may change; the "
@@ -62,9 +61,9 @@ def _optimizer_change(then: str, now: str) -> list[str]:
     return [] if then == now else [f"the optimizer was {then} and is now {now}"]
 
 
-def _group_changes(then: Mapping[str, Mapping[str, Any]], groups: Mapping[str, list[str]]) -> list[str]:
+def _group_changes(then: Mapping[str, GroupState], groups: Mapping[str, list[str]]) -> list[str]:
     changes = []
-    old = {name: group["tensors"] for name, group in then.items()}
+    old = {name: group.tensors for name, group in then.items()}
     for name in dict.fromkeys([*old, *groups]):
         if name not in groups:
             changes.append(f"group {name} ({len(old[name])} tensors) no longer exists")
@@ -84,9 +83,14 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {"lr": group.get("initial_lr", group["lr"]), **settings}
 
 
-def _schedule_text(schedule: Mapping[str, Any]) -> str:
-    arguments = ", ".join(f"{name}={value}" for name, value in schedule["arguments"].items())
-    return f"{schedule['is'].rpartition('.')[2]}({arguments})"
+def _through_json(value: Mapping[str, Any]) -> Any:
+    """Return a value as reading it from a checkpoint would, so that both can be compared."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _schedule_text(schedule: ScheduleState) -> str:
+    arguments = ", ".join(f"{name}={value}" for name, value in schedule.arguments.items())
+    return f"{schedule.is_.rpartition('.')[2]}({arguments})"
 
 
 def full_name(thing: Any) -> str:

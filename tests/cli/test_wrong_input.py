@@ -28,7 +28,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "text for a rate": (["optimizer.lr=fast"], ["optimizer.lr: 'fast' is not a number; it must be a finite number"]),
     "text for a rank": (["adapter.r=abc"], ["adapter.r: 'abc' is not a whole number; it must be"]),
     "half a rank": (["adapter.r=2.5"], ["adapter.r: 2.5 is not a whole number; it must be a whole number from 1 on"]),
-    "text for a list": (["optimizer.betas=abc"], ["optimizer.betas: 'abc' is not a list; it must be two or more"]),
+    "text for a list": (
+        ["optimizer.betas=abc"],
+        ["optimizer.betas: 'abc' is not a list of numbers; it must be two"],
+    ),
     "text for a switch": (["trainer.bf16=yes"], ["trainer.bf16: 'yes' is not true or false or null; give it such"]),
     "missing value": (["optimizer.lr=???"], ["optimizer.lr", "is not set"]),
     "missing environment variable": (

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from loraplus_hydra.config.schema import PredictConfig
+from loraplus_hydra.config.types import describe, field_types, mismatch
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io import files
 from loraplus_hydra.io.files import refuse_unwritable
@@ -24,11 +26,9 @@ Text = str | list[dict[str, Any]]  # or the messages of a conversation
 def main(config: DictConfig, flags: frozenset[str]) -> None:
     """Print the answers, or write them where `out` says. Raises UserError."""
     problems = unnamed_run(config)
-    problems += [
-        Problem(key, f"{config[key]} is out of range", "it must be a whole number from 1 on")
-        for key in ("max_new_tokens", "batch_size")
-        if config[key] < 1
-    ]
+    for key, (annotation, limits) in field_types(PredictConfig).items():
+        if limits and (why := mismatch(config[key], annotation, limits)):
+            problems.append(Problem(key, f"{config[key]} {why}", f"it must be {describe(annotation, limits)}"))
     if (config.text is None) == (config.file is None):
         what = "neither a text nor a file is given" if config.text is None else "both a text and a file are given"
         problems.append(Problem("text", what, "give one of them: text=... or file=..."))

@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import screen
-from loraplus_hydra.io.checkpoint_state import run_state, write_run_state
+from loraplus_hydra.io.checkpoint_state import RunState, run_state, write_run_state
 from loraplus_hydra.io.checkpoints import open_checkpoint, rotate, seal, step_of
 from loraplus_hydra.io.files import replace_folder, unfinished
 from loraplus_hydra.training.checkpoint_changes import describe_training
@@ -37,13 +37,13 @@ class CheckpointCallback(TrainerCallback):
             groups = {group["name"]: group for group in self.trainer.optimizer.param_groups}
             write_run_state(
                 folder,
-                {
-                    "step": state.global_step,
-                    "seconds": round(time.perf_counter() - self.started, 3),
-                    "metrics_bytes": self.metrics.stat().st_size if self.metrics.is_file() else 0,
-                    "window": window,
+                RunState(
+                    step=state.global_step,
+                    seconds=round(time.perf_counter() - self.started, 3),
+                    metrics_bytes=self.metrics.stat().st_size if self.metrics.is_file() else 0,
+                    window=window,
                     **describe_training(self.trainer.loraplus, groups, state.max_steps),
-                },
+                ),
             )
         args.distributed_state.wait_for_everyone()  # each process writes its own random state into the folder
         if state.is_world_process_zero:
@@ -58,7 +58,7 @@ class CheckpointCallback(TrainerCallback):
         state.best_model_checkpoint = own_best(args.resume_from_checkpoint, args)
         # Intervals given as a share of all steps are a share of this run's steps, not of the checkpoint's.
         state.compute_steps(args, state.max_steps)
-        restore_window(self.trainer, run_state(Path(args.resume_from_checkpoint))["window"])
+        restore_window(self.trainer, run_state(Path(args.resume_from_checkpoint)).window)
         for callback in self.trainer.early_stopping():
             callback.early_stopping_patience_counter = evaluations_without_gain(state)
 

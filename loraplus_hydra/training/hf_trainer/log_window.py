@@ -8,28 +8,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from loraplus_hydra.io.checkpoint_state import LogWindow
+
 # Attributes of TRL's trainers: metrics for the next log line (ORPO's under a name of its own), and the tokens seen.
 _TRL_WINDOW = ("_metrics", "_stored_metrics", "_total_train_tokens")
 
 
-def collect_window(trainer: Any) -> dict[str, Any]:
-    """Return the window as JSON values. Every process must call it: each has losses of its own."""
-    return {
-        "losses": _of_all_processes(trainer, trainer._tr_loss),
-        "since_step": trainer._globalstep_last_logged,
-        "total": trainer._total_loss_scalar,
-        "trl": _trl_window(trainer),
-    }
+def collect_window(trainer: Any) -> LogWindow:
+    """Return a Trainer's window. Every process must call it: each has losses of its own."""
+    return LogWindow(
+        losses=_of_all_processes(trainer, trainer._tr_loss),
+        since_step=trainer._globalstep_last_logged,
+        total=trainer._total_loss_scalar,
+        trl=_trl_window(trainer),
+    )
 
 
-def restore_window(trainer: Any, window: Mapping[str, Any]) -> None:
+def restore_window(trainer: Any, window: LogWindow) -> None:
     """Give a Trainer the window that `collect_window` returned."""
-    losses = window["losses"]
+    losses = window.losses
     of_this_process = len(losses) == trainer.args.world_size
     trainer._tr_loss += losses[trainer.args.process_index] if of_this_process else sum(losses) / len(losses)
-    trainer._globalstep_last_logged = window["since_step"]
-    trainer._total_loss_scalar = window["total"]
-    _restore_trl_window(trainer, window["trl"])
+    trainer._globalstep_last_logged = window.since_step
+    trainer._total_loss_scalar = window.total
+    _restore_trl_window(trainer, window.trl)
     trainer._initial_global_step = 0  # the mean loss of the run covers all its steps
 
 

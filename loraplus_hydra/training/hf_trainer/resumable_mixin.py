@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class ResumableMixin:
 
     def _is_last(self, checkpoint: str) -> bool:
         """Return True if training ended at a checkpoint: at the last step, or by early stopping."""
-        step, planned = run_state(Path(checkpoint))["step"], self._planned()[1]
+        step, planned = run_state(Path(checkpoint)).step, self._planned()[1]
         if step > planned:  # trainer.max_steps was checked before; the steps of the epochs need the data
             raise UserError(
                 f"the checkpoint is of step {step}, beyond the {planned} steps of trainer.num_train_epochs="
@@ -156,7 +157,8 @@ class ResumableMixin:
         groups = {group["name"]: _copied(group) for group in self.optimizer.param_groups}
         schedule = copy.deepcopy(self.lr_scheduler.state_dict())
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        self.resumed_with = tuple(differences(stored, describe_training(self.loraplus, groups, self.state.max_steps)))
+        now = describe_training(self.loraplus, groups, self.state.max_steps)
+        self.resumed_with = tuple(differences(stored, replace(stored, **now)))
         if not self.resumed_with:
             return
         for group in self.optimizer.param_groups:
@@ -166,7 +168,7 @@ class ResumableMixin:
             warnings.simplefilter(
                 "ignore"
             )  # torch warns about the order of steps: the optimizer took its steps earlier
-            for _ in range(stored["step"]):
+            for _ in range(stored.step):
                 self.lr_scheduler.step()
 
 
