@@ -13,6 +13,7 @@ from loraplus_hydra.errors import UserError, first_line
 
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader takes a tenth of the time
 _DEEPEST = 100  # levels; the C loader ends the process with a segmentation fault where there are some ten thousand
+RESOLVER = re.compile(r"\$\{[^}]*:")  # ${oc.env:HOME}: followed in an untrusted file, it could read the environment
 _NAMES: dict[type, str] = {dict: "mapping", list: "list"}
 
 

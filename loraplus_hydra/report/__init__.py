@@ -1,1 +1,1 @@
-"""Tables and figures from what runs left on disk."""
+"""The report of a sweep: tables, figures and page, made from the files in its folder."""

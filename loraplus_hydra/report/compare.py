@@ -1,4 +1,4 @@
-"""What a sweep says: the best setting, the best at ratio 1, whether the seeds' noise explains the difference, speed."""
+"""Comparison of a sweep's settings: the best, the best at ratio 1, the noise of the seeds, and speed."""
 
 from __future__ import annotations
 
@@ -7,43 +7,46 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from scipy.special import stdtrit
+
 from loraplus_hydra.report.read_sweep import Job, Point
 from loraplus_hydra.report.settings import Setting
 
 ONE_SEED, NOISE, UNCLEAR, CLEAR = "one seed", "noise", "unclear", "clear"
 NEAR = 0.01  # within 1% of the best
+_MOST_REACHED = 8  # settings whose speed is compared with the baseline's
 _DECIDES_RATIO = ("loraplus.ratio", "loraplus.lr_B", "loraplus")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much `better` beats `worse`, and what the seeds' spread says of it."""
+    """Gain of `better` over `worse`, beside the spread over seeds."""
 
     better: Setting
     worse: Setting
     gain: float  # of the means, positive when `better` is better
-    relative: float | None  # of the worse one's mean; None where that isn't above zero, as a logarithm isn't
+    relative: float | None  # as a share of the worse mean; None unless both means are above zero
     spread: float | None  # the larger of the two standard deviations over seeds
     interval: tuple[float, float] | None  # 95% confidence interval of the gain (Welch)
-    wins: int  # seeds that both have, at which `better` is better
-    shared: int
+    wins: int  # shared seeds at which `better` is better
+    shared: int  # seeds that both have
     verdict: str  # one seed | noise | unclear | clear
 
 
 @dataclass(frozen=True)
 class Reach:
-    """When a setting's mean curve reaches the loss that ratio 1 ends with."""
+    """First evaluation at which a setting's mean curve is as good as ratio 1 is at the end."""
 
     setting: Setting
-    step: int | None  # None: it doesn't
+    step: int | None  # None if it never is
     seconds: float | None
-    times_fewer_steps: float | None  # ratio 1's steps over its own
-    times_faster: float | None  # the same of seconds
+    times_fewer_steps: float | None  # ratio 1's steps divided by these
+    times_faster: float | None  # the same for seconds
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a sweep says."""
+    """Comparison of a sweep's settings."""
 
     ranked: tuple[Setting, ...]  # settings with a mean, the best first
     best: Setting | None
@@ -51,34 +54,24 @@ class Outcome:
     baseline: Setting | None  # the best setting at ratio 1
     contender: Setting | None  # the best setting at another ratio
     against_baseline: Difference | None  # the better of baseline and contender against the other
-    against_twin: Difference | None  # contender against ratio 1 with all else the same, where that isn't the baseline
-    passed_over: Setting | None  # a better mean of a setting some of whose jobs failed
+    against_twin: Difference | None  # contender against itself at ratio 1, if that isn't the baseline
+    passed_over: Setting | None  # has a better mean than `best`, but failed jobs
     near: tuple[Setting, ...]  # within 1% of the best, without it
-    target: float | None  # what the baseline's mean curve ends with
+    target: float | None  # last value of the baseline's mean curve
     reached: tuple[Reach, ...]  # the baseline's own first, then the best settings
 
 
 def compare(settings: Sequence[Setting], *, greater_is_better: bool) -> Outcome:
-    """Rank the settings by their mean over seeds and compare the best with the best at ratio 1.
+    """Rank the settings by their mean over seeds, and compare the best with the best at ratio 1.
 
-    A setting one of whose jobs failed can't be the best unless every setting has such a job: the seeds that got through
-    would be a favourable choice.
+    A setting with a failed job is the best only if every setting has one.
     """
     sign = -1 if greater_is_better else 1
     ranked = sorted((one for one in settings if one.mean is not None), key=lambda one: sign * _mean(one))
-    sound = [one for one in ranked if not one.failed] or ranked
+    sound = [one for one in ranked if not one.failed] or ranked  # the seeds beside a failed one may be the lucky ones
     best = sound[0] if sound else None
     baseline = next((one for one in sound if one.ratio == 1), None)
     contender = next((one for one in sound if one.ratio not in (1, None)), None)
-    against_baseline = against_twin = None
-    if best and baseline and contender:
-        first, second = (
-            (contender, baseline) if sign * (_mean(contender) - _mean(baseline)) < 0 else (baseline, contender)
-        )
-        against_baseline = difference(first, second, greater_is_better=greater_is_better)
-        twin = next((one for one in sound if one.ratio == 1 and _alike(one, contender)), None)
-        if twin is not None and twin is not baseline:
-            against_twin = difference(contender, twin, greater_is_better=greater_is_better)
     target, reached = speed(baseline, sound, greater_is_better=greater_is_better) if baseline else (None, ())
     return Outcome(
         ranked=tuple(ranked),
@@ -86,8 +79,8 @@ def compare(settings: Sequence[Setting], *, greater_is_better: bool) -> Outcome:
         best_job=min(best.done, key=lambda job: sign * (job.value or 0.0)) if best else None,
         baseline=baseline,
         contender=contender,
-        against_baseline=against_baseline,
-        against_twin=against_twin,
+        against_baseline=_against_baseline(baseline, contender, greater_is_better=greater_is_better),
+        against_twin=_against_twin(baseline, contender, sound, greater_is_better=greater_is_better),
         passed_over=ranked[0] if ranked and ranked[0] is not best else None,
         near=tuple(one for one in ranked if best and one is not best and is_near(_mean(one), _mean(best))),
         target=target,
@@ -96,47 +89,70 @@ def compare(settings: Sequence[Setting], *, greater_is_better: bool) -> Outcome:
 
 
 def is_near(value: float, best: float) -> bool:
-    """Within 1% of the best."""
+    """Return True if `value` is within 1% of the best."""
     return abs(value - best) <= NEAR * abs(best)
 
 
-def difference(better: Setting, worse: Setting, *, greater_is_better: bool) -> Difference:
-    """The means' difference beside the spread over seeds.
+def _against_baseline(
+    baseline: Setting | None, contender: Setting | None, *, greater_is_better: bool
+) -> Difference | None:
+    if baseline is None or contender is None:
+        return None
+    ahead = _mean(contender) > _mean(baseline) if greater_is_better else _mean(contender) < _mean(baseline)
+    better, worse = (contender, baseline) if ahead else (baseline, contender)
+    return difference(better, worse, greater_is_better=greater_is_better)
 
-    The verdict: `one seed` where either has fewer than two; `noise` where the difference is no larger than the larger
-    spread; `unclear` where its 95% interval (Welch's, for unequal variances) takes in zero; `clear` otherwise.
+
+def _against_twin(
+    baseline: Setting | None, contender: Setting | None, settings: Sequence[Setting], *, greater_is_better: bool
+) -> Difference | None:
+    """Compare the contender with the setting that differs from it only by ratio 1, unless that is the baseline."""
+    if contender is None:
+        return None
+    twin = next((one for one in settings if one.ratio == 1 and _alike(one, contender)), None)
+    if twin is None or twin is baseline:
+        return None
+    return difference(contender, twin, greater_is_better=greater_is_better)
+
+
+def difference(better: Setting, worse: Setting, *, greater_is_better: bool) -> Difference:
+    """Compare two settings' means with the spread over seeds.
+
+    The verdict is `one seed` if either has fewer than two, `noise` if the difference is no larger than the larger
+    spread, `unclear` if its 95% interval (Welch's, for unequal variances) contains zero, and `clear` otherwise.
     """
-    sign = 1 if greater_is_better else -1
-    gain = sign * (_mean(better) - _mean(worse))
-    spreads = [one.spread for one in (better, worse) if one.spread is not None]
-    mine, theirs = ({job.seed: job.value or 0.0 for job in one.done} for one in (better, worse))
-    shared = mine.keys() & theirs.keys()
-    interval = welch(better.measured, worse.measured) if len(spreads) == 2 else None
-    if interval is not None and sign < 0:
-        interval = (-interval[1], -interval[0])
-    if len(spreads) < 2 or interval is None:
-        verdict = ONE_SEED
-    elif abs(gain) <= max(spreads):
-        verdict = NOISE
-    else:
-        verdict = UNCLEAR if interval[0] <= 0 <= interval[1] else CLEAR
+    high, low = (better, worse) if greater_is_better else (worse, better)
+    gain = _mean(high) - _mean(low)
+    spread = None if better.spread is None or worse.spread is None else max(better.spread, worse.spread)
+    interval = None if spread is None else welch(high.measured, low.measured)
+    highs, lows = ({job.seed: job.value or 0.0 for job in one.done} for one in (high, low))
+    shared = highs.keys() & lows.keys()
     return Difference(
         better=better,
         worse=worse,
         gain=gain,
-        relative=gain / _mean(worse) if min(_mean(better), _mean(worse)) > 0 else None,
-        spread=max(spreads) if len(spreads) == 2 else None,
+        relative=gain / _mean(worse) if min(_mean(better), _mean(worse)) > 0 else None,  # a logarithm has no share
+        spread=spread,
         interval=interval,
-        wins=sum(sign * (mine[seed] - theirs[seed]) > 0 for seed in shared),
+        wins=sum(highs[seed] > lows[seed] for seed in shared),
         shared=len(shared),
-        verdict=verdict,
+        verdict=_verdict(gain, spread, interval),
     )
 
 
-def welch(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-    """95% confidence interval of mean(first) - mean(second) for two samples of unequal variances, two or more each."""
-    from scipy.special import stdtrit
+def _verdict(gain: float, spread: float | None, interval: tuple[float, float] | None) -> str:
+    if spread is None or interval is None:
+        return ONE_SEED
+    if abs(gain) <= spread:
+        return NOISE
+    return UNCLEAR if interval[0] <= 0 <= interval[1] else CLEAR
 
+
+def welch(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Return the 95% confidence interval of mean(first) - mean(second) by Welch's method.
+
+    The samples have two values or more each, and may have unequal variances.
+    """
     parts = [statistics.variance(sample) / len(sample) for sample in (first, second)]
     gap = statistics.fmean(first) - statistics.fmean(second)
     if not sum(parts):
@@ -148,14 +164,14 @@ def welch(first: Sequence[float], second: Sequence[float]) -> tuple[float, float
     return gap - half, gap + half
 
 
-def mean_curve(jobs: Iterable[Job]) -> tuple[Point, ...]:
-    """The mean of the jobs' evaluations at the steps that all of them have."""
-    curves = [{point.step: point for point in job.evaluations} for job in jobs]
-    if not curves:
+def mean_curve(curves: Iterable[Sequence[Point]]) -> tuple[Point, ...]:
+    """Return the mean of the curves at the steps that all of them have."""
+    by_step = [{point.step: point for point in curve} for curve in curves]
+    if not by_step:
         return ()
     points = []
-    for step in sorted(set.intersection(*(set(curve) for curve in curves))):
-        here = [curve[step] for curve in curves]
+    for step in sorted(set.intersection(*map(set, by_step))):
+        here = [curve[step] for curve in by_step]
         clocks = [point.seconds for point in here if point.seconds is not None]
         seconds = statistics.fmean(clocks) if len(clocks) == len(here) else None
         points.append(Point(step, statistics.fmean(point.value for point in here), seconds))
@@ -163,27 +179,27 @@ def mean_curve(jobs: Iterable[Job]) -> tuple[Point, ...]:
 
 
 def first_reaching(curve: Iterable[Point], target: float, *, greater_is_better: bool) -> Point | None:
-    """The first evaluation after the start that is as good as `target`, or None: nothing between two is assumed."""
+    """Return the first evaluation after the start that is as good as `target`, without interpolation, or None."""
     sign = -1 if greater_is_better else 1
     return next((point for point in curve if point.step > 0 and sign * (point.value - target) <= 0), None)
 
 
 def speed(
-    baseline: Setting, settings: Iterable[Setting], *, greater_is_better: bool, at_most: int = 8
+    baseline: Setting, settings: Iterable[Setting], *, greater_is_better: bool
 ) -> tuple[float | None, tuple[Reach, ...]]:
-    """What the baseline's mean curve ends with, and when it and the best other settings first get there.
+    """Return the last value of the baseline's mean curve, and when it and the best other settings first reach it.
 
     The baseline is measured like the others: by the first evaluation that is as good as its last.
     """
-    curve = mean_curve(baseline.done)
+    curve = _evaluations(baseline)
     if len(curve) < 2:
         return None, ()
     target = curve[-1].value
     own = first_reaching(curve, target, greater_is_better=greater_is_better)
     assert own is not None, "a curve reaches its own end"
     reached = [Reach(baseline, own.step, own.seconds, 1.0, 1.0 if own.seconds else None)]
-    for setting in [one for one in settings if one is not baseline][:at_most]:
-        point = first_reaching(mean_curve(setting.done), target, greater_is_better=greater_is_better)
+    for setting in [one for one in settings if one is not baseline][:_MOST_REACHED]:
+        point = first_reaching(_evaluations(setting), target, greater_is_better=greater_is_better)
         if point is None:
             reached.append(Reach(setting, None, None, None, None))
             continue
@@ -192,12 +208,16 @@ def speed(
     return target, tuple(reached)
 
 
+def _evaluations(setting: Setting) -> tuple[Point, ...]:
+    return mean_curve(job.evaluations for job in setting.done)
+
+
 def _mean(setting: Setting) -> float:
     assert setting.mean is not None
     return setting.mean
 
 
 def _alike(one: Setting, other: Setting) -> bool:
-    """Whether two settings differ in nothing but what decides the ratio."""
+    """Return True if two settings differ only in keys that decide the ratio."""
     keys = [key for key in {**one.values, **other.values} if key not in _DECIDES_RATIO]
     return all(one.values.get(key) == other.values.get(key) for key in keys)

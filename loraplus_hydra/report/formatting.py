@@ -1,4 +1,4 @@
-"""How numbers and keys are written in the report: short, and the same on the page, in the figures and on the screen."""
+"""Short text for numbers and keys, the same on the page, in the figures and in the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ABSENT = "–"  # noqa: RUF001
 
 
 def short(value: Any) -> str:
-    """A setting's value: 0.0008 is 8e-4, 16.0 is 16, a value that isn't there a dash."""
+    """Return a setting's value as text: 0.0008 as 8e-4, 16.0 as 16, None as a dash."""
     if value is None:
         return ABSENT
     if isinstance(value, bool):
@@ -23,14 +23,14 @@ def short(value: Any) -> str:
 
 
 def measured(value: float | None) -> str:
-    """A metric: four decimals where that says something."""
+    """Return a metric as text, with four decimals unless it is very small or large."""
     if value is None:
         return ABSENT
     return f"{value:.4f}" if 1e-2 <= abs(value) < 1e4 else f"{value:.4g}"
 
 
 def with_spread(mean: float | None, spread: float | None) -> str:
-    """`3.6170 ± 0.0040`; without the spread where there is one seed alone."""
+    """Return mean and spread as text, `3.6170 ± 0.0040`; without the spread if there is one seed."""
     return measured(mean) + ("" if spread is None else f" ± {_as_precise(spread, mean)}")
 
 
@@ -39,12 +39,12 @@ def _as_precise(spread: float, mean: float | None) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """`1 job`, `3 jobs`."""
+    """Return a number with its noun: `1 job`, `3 jobs`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def names(keys: Sequence[str]) -> dict[str, str]:
-    """Each dotted key's last part, with as much ahead of it as tells it from the others."""
+    """Return each dotted key's short name: its last parts, as many as no other key ends with."""
     found = {}
     for key in keys:
         parts = key.split(".")
@@ -58,18 +58,18 @@ def names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def setting_text(values: Mapping[str, Any], short_names: Mapping[str, str]) -> str:
-    """`ratio 16, lr 5e-5`."""
+    """Return a setting's values as text: `ratio 16, lr 5e-5`."""
     return ", ".join(f"{short_names[key]} {short(value)}" for key, value in values.items()) or "the one setting"
 
 
 def clipped(text: str, most: int = 24) -> str:
-    """`text` in `most` characters, its middle left out where it has more: paths differ at their ends."""
-    start = most // 3
+    """Return `text` in at most `most` characters, with an ellipsis in its middle if it is longer."""
+    start = most // 3  # paths differ at their ends
     return text if len(text) <= most else f"{text[:start]}…{text[start + 1 - most :]}"
 
 
 def folded(parts: Iterable[str], width: int, most: int = 4) -> str:
-    """The parts in lines of `width` characters, broken between parts alone; behind line `most` the rest is left out."""
+    """Join the parts in lines of `width` characters, broken only between parts, and cut after `most` lines."""
     lines = [""]
     for part in parts:
         if lines[-1] and len((lines[-1] + part).rstrip()) > width:

@@ -1,4 +1,4 @@
-"""What a job was asked for: the overrides that it began with, and what its resumes changed."""
+"""Overrides of a job: the values they set, and those that run the job again."""
 
 from __future__ import annotations
 
@@ -6,46 +6,47 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from loraplus_hydra.config.schema import RUN_GROUPS
-from loraplus_hydra.io.read import parse_yaml
+from loraplus_hydra.io import checkpoints
+from loraplus_hydra.io.read import Unreadable, parse_yaml
 
-GOES_ON_FROM = "trainer.resume_from_checkpoint"  # no setting of a run, which is the same with it
+RESUME_KEY = checkpoints.KEY
 
 
 def override_values(overrides: Iterable[str]) -> dict[str, Any]:
-    """Key -> value of a job's overrides, as far as they set something: `+key=1e-4` gives key: 0.0001."""
+    """Return key -> value of the overrides that set a value: `+key=1e-4` gives key: 0.0001."""
     values: dict[str, Any] = {}
-    for text in overrides:
-        key, found, value = text.lstrip("+").partition("=")
-        if not found or key.startswith("~"):
+    for override in overrides:
+        key, equals, text = override.lstrip("+").partition("=")
+        if not equals or key.startswith("~"):
             continue
         try:
-            parsed = parse_yaml(value)
-        except (ValueError, RecursionError):
-            parsed = value
-        values[key] = value if isinstance(parsed, (dict, list)) else parsed
+            value = parse_yaml(text)
+        except Unreadable:
+            value = text
+        values[key] = text if isinstance(value, (dict, list)) else value
     return values
 
 
-def overrides_again(
-    begun_with: Iterable[str], resumes: Sequence[str], begun: Mapping[str, Any], config: Mapping[str, Any]
+def rerun_overrides(
+    first: Iterable[str], resumes: Sequence[str], first_config: Mapping[str, Any], config: Mapping[str, Any]
 ) -> tuple[str, ...] | None:
-    """The overrides with which a new run has the job's config; None where that can't be said.
+    """Return the overrides with which a new run has the job's present config, or None if they are unknown.
 
-    `begun_with` are those of its first start, `resumes` those of all its resumes in order; `begun` is the config of the
-    one, `config` what the last left (dotted key -> leaf). The configs tell what is in force: a resume may have been
-    refused, and the next one starts from the first start's config again.
+    `first` are the overrides of the job's first start, and `resumes` those of all its resumes in order. `first_config`
+    is the config of the first start and `config` the present one, both as dotted key -> leaf.
     """
     changes: dict[str, str] = {}
     for key in dict.fromkeys(map(_key, resumes)):
-        if key.split(".")[0] not in RUN_GROUPS or key == GOES_ON_FROM:  # of the resume itself
+        if key.split(".")[0] not in RUN_GROUPS or key == RESUME_KEY:  # a setting of the resume, not of the run
             continue
-        if key in config and config[key] == begun.get(key):
+        # The configs decide: a resume may have been refused, and each one starts from the first config again.
+        if key in config and config[key] == first_config.get(key):
             continue
-        said = [text for text in resumes if _key(text) == key and override_values([text])[key] == config.get(key)]
-        if not said:
+        setting = [text for text in resumes if _key(text) == key and override_values([text])[key] == config.get(key)]
+        if not setting:
             return None
-        changes[key] = f"++{said[-1].lstrip('+')}"  # the YAML may not list the key
-    return (*(text for text in begun_with if _key(text) not in changes), *changes.values())
+        changes[key] = f"++{setting[-1].lstrip('+')}"  # ++ since the composed config may not have the key
+    return (*(text for text in first if _key(text) not in changes), *changes.values())
 
 
 def _key(override: str) -> str:

@@ -1,16 +1,20 @@
-"""report.html: one page without a network, made from a template whose every value is escaped."""
+"""report.html: one page that needs no network, from a template that escapes every value."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
 from loraplus_hydra.io.result import OK
 from loraplus_hydra.report import summary
+from loraplus_hydra.report.compare import Reach
 from loraplus_hydra.report.formatting import ABSENT, count, measured, short, with_spread
 from loraplus_hydra.report.read_sweep import Job
 from loraplus_hydra.report.results import SweepResults
@@ -19,12 +23,20 @@ from loraplus_hydra.report.table import in_order
 from loraplus_hydra.report.values import number
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_MOST_CHARACTERS = 120  # of a reason before it folds
-_MOST_KEPT = 4000  # of a reason at all
+_LONGEST_LINE = 120  # characters of a reason that are shown before it is folded
+_LONGEST_REASON = 4000
+_FACTS = (
+    ("model", "model.path"),
+    ("adapter", "adapter._target_", "adapter.r", "adapter.lora_alpha"),
+    ("optimizer", "optimizer._target_"),
+    ("schedule", "scheduler._target_"),
+    ("task", "task._target_"),
+)
+_DATA = ("data.name", "data.path", "data.train", "data._target_")  # the first that is set is shown
 
 
 @dataclass(frozen=True)
-class Shown:
+class PageFigure:
     """A figure on the page."""
 
     name: str
@@ -33,14 +45,11 @@ class Shown:
     svg: str
 
 
-def page(results: SweepResults, figures: Sequence[Shown]) -> str:
-    """The whole page as HTML.
+def page(results: SweepResults, figures: Sequence[PageFigure]) -> str:
+    """Return the page as HTML.
 
-    Its Content-Security-Policy allows neither a request nor any script but its own, whatever a job's texts hold.
+    Its Content-Security-Policy allows no request and no script but its own, whatever the jobs' texts contain.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
     templates = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -51,20 +60,14 @@ def page(results: SweepResults, figures: Sequence[Shown]) -> str:
     script = (_TEMPLATES / "table.js.jinja").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return templates.get_template("page.html.jinja").render(
-        title=results.sweep.name,
+        **_texts(results),
         results=results,
         outcome=results.outcome,
         style=Markup((_TEMPLATES / "style.css.jinja").read_text(encoding="utf-8")),
         script=Markup(script),
         policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'",
-        summary=_summary(results),
-        facts=list(_facts(results)),
-        headline=summary.headline(results),
-        details=summary.details(results),
-        speed=summary.speed_sentence(results),
-        best_command=summary.command(results),
-        reached=_reached(results),
-        figures=[{**vars(one), "svg": Markup(one.svg)} for one in figures],
+        figures=[{**asdict(one), "svg": Markup(one.svg)} for one in figures],
+        reached=[_reach_row(results, reach) for reach in results.outcome.reached],
         columns=_columns(results),
         rows=[_row(results, job) for job in in_order(results)],
         statuses=sorted({job.status for job in results.sweep.jobs}),
@@ -74,45 +77,43 @@ def page(results: SweepResults, figures: Sequence[Shown]) -> str:
     )
 
 
-def _summary(results: SweepResults) -> str:
+def _texts(results: SweepResults) -> dict[str, Any]:
     jobs = results.sweep.jobs
-    well = sum(job.counts for job in jobs)
     varied = ", ".join(results.names[key] for key in results.keys)
-    return f"{count(len(jobs), 'job')}, {well} with a result" + (f"; varied: {varied}." if varied else ".")
+    overview = f"{count(len(jobs), 'job')}, {sum(job.has_result for job in jobs)} with a result"
+    return {
+        "title": results.sweep.name,
+        "overview": overview + (f"; varied: {varied}." if varied else "."),
+        "headline": summary.headline(results),
+        "details": summary.details(results),
+        "speed": summary.speed_sentence(results),
+        "best_command": summary.command(results),
+        "facts": [*_config_facts(jobs), *_run_facts(results)],
+    }
 
 
-def _facts(results: SweepResults) -> Iterator[tuple[str, str]]:
-    """What was run, as pairs of a word and a value; what differs between jobs is told by its number of values."""
+def _config_facts(jobs: Sequence[Job]) -> Iterator[tuple[str, str]]:
+    """Yield a label and the jobs' common value, or the number of their values."""
+    for label, *keys in _FACTS:
+        if text := ", ".join(_fact(key, value) for key in keys if (value := _common(jobs, key))):
+            yield label, text
+    if (key := next((key for key in _DATA if _common(jobs, key)), None)) is not None:
+        yield "data", _fact(key, _common(jobs, key))
+
+
+def _run_facts(results: SweepResults) -> Iterator[tuple[str, str]]:
+    """Yield a label and a value of what the jobs' results have in common."""
     jobs = results.sweep.jobs
-    for word, *keys in (
-        ("model", "model.path"),
-        ("adapter", "adapter._target_", "adapter.r", "adapter.lora_alpha"),
-        ("optimizer", "optimizer._target_"),
-        ("schedule", "scheduler._target_"),
-        ("task", "task._target_"),
-        ("data", "data.name", "data.path", "data.train", "data._target_"),
-    ):
-        told = [(key, _common(jobs, key)) for key in keys]
-        if word == "data":
-            told = [one for one in told if one[1]][:1]
-        text = ", ".join(_fact(key, value) for key, value in told if value)
-        if text:
-            yield word, text
-    steps = sorted({job.steps for job in jobs if job.status == OK and job.steps is not None})
-    if steps:
+    if steps := sorted({job.steps for job in jobs if job.status == OK and job.steps is not None}):
         yield "steps", f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
-    clock = [job.seconds for job in jobs if job.seconds is not None]
-    if clock:
-        yield "time", f"{_duration(sum(clock))} for all jobs, {_duration(sum(clock) / len(clock))} each"
+    if seconds := [job.seconds for job in jobs if job.seconds is not None]:
+        yield "time", f"{_duration(sum(seconds))} for all jobs, {_duration(sum(seconds) / len(seconds))} each"
     yield "compared by", f"{results.sweep.metric} at the end, {results.better} is better"
-    if device := _only(job.device for job in jobs if job.device):
+    if device := _joined(job.device for job in jobs if job.device):
         yield "device", device
-    versions: dict[str, set[str]] = {}
-    for job in jobs:
-        for name, version in job.versions.items():
-            versions.setdefault(name, set()).add(version)
-    if versions:
-        yield "versions", ", ".join(f"{name} {' / '.join(sorted(found))}" for name, found in versions.items())
+    names = dict.fromkeys(name for job in jobs for name in job.versions)
+    if versions := [f"{name} {_joined(job.versions[name] for job in jobs if name in job.versions)}" for name in names]:
+        yield "versions", ", ".join(versions)
 
 
 def _common(jobs: Sequence[Job], key: str) -> str:
@@ -127,7 +128,7 @@ def _fact(key: str, value: str) -> str:
     return value if key.startswith(("model", "data")) else f"{name.removeprefix('lora_')} {value}"
 
 
-def _only(values: Any) -> str:
+def _joined(values: Iterable[str]) -> str:
     return " / ".join(sorted(set(values)))
 
 
@@ -137,34 +138,34 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"
 
 
-def _reached(results: SweepResults) -> list[dict[str, str]]:
-    """The rows of the table of steps and seconds to ratio 1's last loss."""
-    return [
-        {
-            "setting": results.label(one.setting),
-            "role": "ratio 1" if place == 0 else "best" if one.setting is results.outcome.best else "",
-            "step": "not reached" if one.step is None else f"{one.step:,}",
-            "seconds": ABSENT if one.seconds is None else _duration(one.seconds),
-            "fewer": ABSENT if one.times_fewer_steps is None else f"{one.times_fewer_steps:.2f}x",
-            # At equal steps the clock tells of start-up noise alone.
-            "faster": ABSENT if one.times_faster is None or one.times_fewer_steps == 1 else f"{one.times_faster:.2f}x",
-            "mean": with_spread(one.setting.mean, one.setting.spread),
-        }
-        for place, one in enumerate(results.outcome.reached)
-    ]
+def _reach_row(results: SweepResults, reach: Reach) -> dict[str, str]:
+    """Return a row of the table of steps and seconds to ratio 1's final metric."""
+    outcome = results.outcome
+    faster = None if reach.times_fewer_steps == 1 else reach.times_faster  # at equal steps only noise of the start
+    return {
+        "setting": results.label(reach.setting),
+        "role": "ratio 1" if reach is outcome.reached[0] else "best" if reach.setting is outcome.best else "",
+        "step": "not reached" if reach.step is None else f"{reach.step:,}",
+        "seconds": ABSENT if reach.seconds is None else _duration(reach.seconds),
+        "fewer": ABSENT if reach.times_fewer_steps is None else f"{reach.times_fewer_steps:.2f}x",
+        "faster": ABSENT if faster is None else f"{faster:.2f}x",
+        "mean": with_spread(reach.setting.mean, reach.setting.spread),
+    }
 
 
 def _columns(results: SweepResults) -> list[dict[str, Any]]:
-    keys = [{"name": results.names[key], "title": key, "number": _numeric(results, key)} for key in results.keys]
-    after = [(results.sweep.metric, "at the end"), ("best", "at the job's best evaluation"), ("steps", "taken")]
-    return [
-        {"name": "job", "title": "its folder", "number": False},
-        {"name": "status", "title": "how it ended", "number": False},
-        *keys,
-        *({"name": name, "title": title, "number": True} for name, title in after),
-        {"name": "seconds", "title": "of the whole job", "number": True},
-        {"name": "reason", "title": "why it has no result, or what couldn't be read", "number": False},
-    ]
+    """Return each column's heading, its tooltip and whether it holds numbers."""
+    columns = (
+        ("job", "its folder", False),
+        ("status", "how it ended", False),
+        *((results.names[key], key, _numeric(results, key)) for key in results.keys),
+        (results.sweep.metric, "at the end", True),
+        ("best", "at the job's best evaluation", True),
+        ("steps", "optimizer steps taken", True),
+        ("seconds", "of the whole job", True),
+        ("reason", "why it has no result, and which files can't be read", False),
+    )
+    return [{"name": name, "title": title, "number": is_number} for name, title, is_number in columns]
 
 
 def _numeric(results: SweepResults, key: str) -> bool:
@@ -173,28 +174,27 @@ def _numeric(results: SweepResults, key: str) -> bool:
 
 
 def _row(results: SweepResults, job: Job) -> dict[str, Any]:
-    """A job's cells: what is shown, and what it is sorted by."""
-    values = [value_of(job, key) for key in results.keys]
-    reason = job.reason[:_MOST_KEPT]
-    cells = [
+    """Return a job's row: each cell's text, and the value by which it is sorted."""
+    cells: list[tuple[str, Any]] = [
         (job.folder, job.folder),
         (job.status, job.status),
-        *((short(value), "" if value is None else value) for value in values),
-        (measured(job.value), "" if job.value is None else job.value),
-        (measured(job.best), "" if job.best is None else job.best),
-        (ABSENT if job.steps is None else f"{job.steps:,}", "" if job.steps is None else job.steps),
-        (ABSENT if job.seconds is None else f"{job.seconds:,.1f}", "" if job.seconds is None else job.seconds),
+        *((short(value), value) for value in (value_of(job, key) for key in results.keys)),
+        (measured(job.value), job.value),
+        (measured(job.best), job.best),
+        (ABSENT if job.steps is None else f"{job.steps:,}", job.steps),
+        (ABSENT if job.seconds is None else f"{job.seconds:,.1f}", job.seconds),
     ]
+    reason = job.reason[:_LONGEST_REASON]
     return {
         "status": job.status,
         "role": "best" if job is results.outcome.best_job else "",
-        "cells": [{"text": text, "sort": sort} for text, sort in cells],
+        "cells": [{"text": text, "sort": "" if value is None else value} for text, value in cells],
         "reason": reason,
         "first_line": _first_line(reason),
-        "folds": len(reason) > _MOST_CHARACTERS or "\n" in reason.strip(),
+        "folds": len(reason) > _LONGEST_LINE or "\n" in reason.strip(),
     }
 
 
 def _first_line(reason: str) -> str:
     line = (reason.strip().splitlines() or [""])[0]
-    return line if len(line) <= _MOST_CHARACTERS else line[:_MOST_CHARACTERS] + " …"
+    return line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + " …"

@@ -1,4 +1,4 @@
-"""A sweep read, grouped and compared: what tables, figures and page are made from."""
+"""A sweep with its varied keys, settings and comparison: the input of tables, figures and page."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from loraplus_hydra.report import formatting
 from loraplus_hydra.report.compare import Outcome, compare
-from loraplus_hydra.report.read_sweep import Sweep, collect
+from loraplus_hydra.report.read_sweep import Sweep, read_sweep
 from loraplus_hydra.report.settings import SEED, Setting, settings_of, varied_keys
 
 
 @dataclass(frozen=True)
 class SweepResults:
-    """A sweep and what it says."""
+    """A sweep and its comparison."""
 
     sweep: Sweep
     keys: tuple[str, ...]  # those that vary, the seed last
@@ -33,30 +33,35 @@ class SweepResults:
 
     @property
     def better(self) -> str:
-        """Which way the metric improves: `higher` or `lower`."""
+        """The direction in which the metric improves: `higher` or `lower`."""
         return "higher" if self.sweep.greater_is_better else "lower"
 
     @property
+    def axis_label(self) -> str:
+        """The metric and its direction, as axes and tables are labelled."""
+        return f"{self.sweep.metric}, {self.better} is better"
+
+    @property
     def seeds(self) -> bool:
-        """Whether a setting has more than one seed, so that there is a spread."""
+        """Return True if a setting has more than one seed, so that there is a spread."""
         return any(len(one.measured) > 1 for one in self.settings)
 
     def label(self, setting: Setting) -> str:
-        """`ratio 16, lr 5e-5`."""
+        """Return a setting's values as text: `ratio 16, lr 5e-5`."""
         return formatting.setting_text(setting.values, self.names)
 
-    def folded_label(self, setting: Setting, width: int, *, ahead: str = "") -> str:
-        """`label` behind `ahead`, in lines of `width` characters and with long values cut: as a figure has room."""
+    def folded_label(self, setting: Setting, width: int, *, prefix: str = "") -> str:
+        """Return `prefix` and the label for a figure: in lines of `width` characters, with long values clipped."""
         values = [
             f"{self.names[key]} {formatting.clipped(formatting.short(one))}" for key, one in setting.values.items()
         ]
         *first, last = values or [self.label(setting)]
-        return formatting.folded((*([ahead] if ahead else ()), *(f"{one}, " for one in first), last), width)
+        return formatting.folded((*([prefix] if prefix else ()), *(f"{one}, " for one in first), last), width)
 
 
 def results_of(folder: Path) -> SweepResults:
-    """Read the sweep in `folder`."""
-    sweep = collect(folder)
+    """Read and compare the sweep in `folder`."""
+    sweep = read_sweep(folder)
     keys = varied_keys(sweep)
     settings = settings_of(sweep, keys)
     return SweepResults(sweep, keys, settings, compare(settings, greater_is_better=sweep.greater_is_better))

@@ -1,4 +1,4 @@
-"""What a sweep says, in plain sentences: the same on the page and on the screen."""
+"""Conclusions of a sweep in plain sentences, the same on the page and in the terminal."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from loraplus_hydra.report.formatting import count, measured, with_spread
 from loraplus_hydra.report.results import SweepResults
 
 _PROGRAM = "python -m loraplus_hydra"
-# With so many settings the best one owes part of its lead to luck with the seeds.
-_MANY = 6
+_MANY = 6  # settings, of which the best owes part of its lead to luck with the seeds
 
 
 def headline(results: SweepResults) -> str:
-    """The answer in one sentence."""
+    """Return the best setting and its metric in one sentence."""
     best, metric = results.outcome.best, results.sweep.metric
     if best is None:
         return "No job has a result, so there is nothing to compare."
@@ -26,67 +25,66 @@ def headline(results: SweepResults) -> str:
 
 
 def details(results: SweepResults) -> list[str]:
-    """By how much, over what, and what can be said about noise."""
+    """Return sentences on the comparison with ratio 1, on noise, and on other good settings."""
     outcome = results.outcome
     if outcome.best is None:
         return []
-    found = [*_against_ratio_1(results)]
+    sentences = [*_against_ratio_1(results)]
     if outcome.passed_over is not None:
-        found.append(
+        sentences.append(
             f"{results.label(outcome.passed_over)} has a better mean ({measured(outcome.passed_over.mean)}) but "
-            f"{count(outcome.passed_over.failed, 'failed job')}, so it isn't called the best."
+            f"{count(outcome.passed_over.failed, 'failed job')}, so it isn't chosen as the best."
         )
     if outcome.near:
         settings = count(len(outcome.near), "other setting")
-        found.append(f"{settings} {'is' if len(outcome.near) == 1 else 'are'} within 1% of the best.")
+        sentences.append(f"{settings} {'is' if len(outcome.near) == 1 else 'are'} within 1% of the best.")
     if len(outcome.ranked) >= _MANY and len(outcome.best.measured) > 1:
-        found.append(
-            f"The best of {len(outcome.ranked)} settings was picked by the same seeds that measure it, which flatters "
-            "it: to be sure, run it and its rival again with fresh seeds."
+        sentences.append(
+            f"The best of {len(outcome.ranked)} settings was chosen by the same seeds that measure it, so its lead is "
+            "overstated. To be sure, run it and the runner-up again with new seeds."
         )
-    return found
+    return sentences
 
 
 def verdict(gap: Difference) -> str:
-    """What the spread over seeds says of a difference."""
+    """Return a sentence on whether the seeds' noise explains a difference."""
     if gap.verdict == ONE_SEED:
-        return "One seed alone: nothing can be said about noise. Sweep seed=1,2,3 as well to know."
+        return "With one seed the noise is unknown. Sweep seed=1,2,3 as well to measure it."
     assert gap.interval is not None
     seeds = f"{count(len(gap.better.measured), 'seed')} against {len(gap.worse.measured)}"
     interval = f"95% interval of the difference: {_signed(gap.interval[0])} to {_signed(gap.interval[1])}, {seeds}"
     won = f"; better at {gap.wins} of {count(gap.shared, 'shared seed')}" if gap.shared else ""
     return {
-        NOISE: f"Noise explains it: the difference is no larger than the spread between seeds "
-        f"({measured(gap.spread)}).",
-        UNCLEAR: f"It may be noise: larger than the spread between seeds, but so few seeds can't settle it ({interval}"
-        f"{won}).",
+        NOISE: f"Noise explains it: the difference is no larger than the spread over seeds ({measured(gap.spread)}).",
+        UNCLEAR: "It may be noise: the difference is larger than the spread over seeds, but so few seeds can't settle "
+        f"it ({interval}{won}).",
         CLEAR: f"More than the seeds' noise ({interval}{won}).",
     }[gap.verdict]
 
 
 def speed_sentence(results: SweepResults) -> str:
-    """How much sooner the best setting is as good as ratio 1 is at its end; nothing where it isn't the question."""
+    """Return how much sooner the best setting reaches ratio 1's final metric; empty if there is no such comparison."""
     outcome = results.outcome
     if outcome.target is None or outcome.best is None or outcome.best is outcome.baseline:
         return ""
     reach = next((one for one in outcome.reached if one.setting is outcome.best), None)
     metric = results.sweep.metric
     if reach is None or reach.step is None or reach.times_fewer_steps is None:
-        return f"The best setting's mean curve never gets to ratio 1's last {metric} ({measured(outcome.target)})."
+        return f"The best setting's mean curve never reaches ratio 1's final {metric} ({measured(outcome.target)})."
     return (
-        f"The best setting gets to ratio 1's last {metric} ({measured(outcome.target)}) {_times(reach)}: by step "
-        f"{reach.step:,} instead of {outcome.reached[0].step:,}. Counted at evaluations, with nothing assumed between."
+        f"The best setting reaches ratio 1's final {metric} ({measured(outcome.target)}) {_times(reach)}: by step "
+        f"{reach.step:,} instead of {outcome.reached[0].step:,}. Only steps with an evaluation count."
     )
 
 
 def command(results: SweepResults) -> str:
-    """What runs the best job again, ready for a shell; empty where its overrides aren't known."""
+    """Return the shell command that runs the best job again; empty if its overrides are unknown."""
     job = results.outcome.best_job
-    if job is None or job.again is None:
+    if job is None or job.rerun is None:
         return ""
-    # A ready sweep asks for --multirun by itself: one job of it doesn't.
-    alone = ("hydra.mode=RUN",) if any(text.startswith("hparams_search=") for text in job.again) else ()
-    return f"{_PROGRAM} {shlex.join((*job.again, *alone))}"
+    # The config of a ready sweep sets hydra.mode to MULTIRUN.
+    single = ("hydra.mode=RUN",) if any(text.startswith("hparams_search=") for text in job.rerun) else ()
+    return f"{_PROGRAM} {shlex.join((*job.rerun, *single))}"
 
 
 def _against_ratio_1(results: SweepResults) -> Iterator[str]:
@@ -115,16 +113,16 @@ def _against_ratio_1(results: SweepResults) -> Iterator[str]:
     if twin := outcome.against_twin:
         noise = "" if twin.verdict == ONE_SEED else f" {verdict(twin)}"
         yield (
-            f"{results.label(twin.better)} with nothing but its ratio changed to 1 has "
+            f"With only its ratio changed to 1, {results.label(twin.better)} has "
             f"{with_spread(twin.worse.mean, twin.worse.spread)}: {measured(abs(twin.gain))} "
             f"{'worse' if twin.gain > 0 else 'better'}.{noise}"
         )
 
 
 def _times(reach: Reach) -> str:
-    """By how many steps, and by the clock; at equal steps nothing of the clock, which tells of start-up noise alone."""
+    """Return the speed-up in steps and by the clock."""
     if reach.times_fewer_steps in (None, 1):
-        return "in as many steps"
+        return "in as many steps"  # without the clock, which at equal steps shows only noise of the start
     steps = f"in {_factor(reach.times_fewer_steps, 'fewer steps', 'more steps', 'about as many steps')}"
     if not reach.times_faster:
         return steps

@@ -1,4 +1,4 @@
-"""results.csv: a row a job, in the order of the page's table."""
+"""results.csv: one row per job, in the order of the page's table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from loraplus_hydra.report.settings import value_of
 
 
 def csv_text(results: SweepResults) -> str:
-    """Columns: folder, status, each varied key in full, the metric under its name, best, steps, seconds, error."""
+    """Return results.csv.
+
+    Its columns: folder, status, each varied key in full, the metric under its name, best, steps, seconds, error.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["folder", "status", *results.keys, results.sweep.metric, "best", "steps", "seconds", "error"])
@@ -25,7 +28,8 @@ def csv_text(results: SweepResults) -> str:
 
 
 def in_order(results: SweepResults) -> list[Job]:
-    """The jobs, the best first; those without a result at the end, as their folders stand."""
+    """Return the jobs, the best first and those without a result last, in the order of their folders."""
     sign = -1 if results.sweep.greater_is_better else 1
-    counted = sorted((job for job in results.sweep.jobs if job.counts), key=lambda job: sign * (job.value or 0.0))
-    return [*counted, *results.sweep.unsuccessful]
+    successful = [job for job in results.sweep.jobs if job.has_result]
+    successful.sort(key=lambda job: sign * (job.value or 0.0))
+    return [*successful, *results.sweep.unsuccessful]

@@ -1,4 +1,4 @@
-"""The report on the screen: settings in order, jobs without a result with their reason, the best job's command."""
+"""The report in the terminal: ranked settings, jobs without a result, and the best job's command."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from loraplus_hydra.report.write import PAGE, SweepReport
 if TYPE_CHECKING:
     from rich.table import Table
 
-_MOST_KEYS = 6  # columns that a terminal has room for; the page has them all
+_MOST_KEYS = 6  # the columns that fit; the page has them all
 _MOST_SETTINGS = 25
 _MOST_CHARACTERS = 160  # of a reason
 
 
 def show(report: SweepReport) -> None:
-    """Print it. Texts of jobs are shown as they are, never read as markup."""
+    """Print the report. Texts of jobs are never interpreted as markup."""
     results = report.results
     console = screen.console()
     if results.outcome.ranked:
         spread = ", mean ± standard deviation" if results.seeds else ""
-        console.print(f"{results.sweep.metric}, {results.better} is better{spread}", markup=False)
+        console.print(f"{results.axis_label}{spread}", markup=False)
         console.print(_settings(results))
         if (left := len(results.outcome.ranked) - _MOST_SETTINGS) > 0:
             console.print(f"... and {count(left, 'setting')} more in {PAGE}", markup=False)
@@ -36,9 +36,9 @@ def show(report: SweepReport) -> None:
     if speed := summary.speed_sentence(results):
         console.print(speed, markup=False)
     if command := summary.command(results):
-        console.print("The best job again:", markup=False)
-        print(f"  {command}")  # unwrapped, to be copied
-    print(f"The report lies in {report.folder / PAGE}")
+        console.print("Run the best job again:", markup=False)
+        print(f"  {command}")  # not wrapped, so that it can be copied
+    print(f"Report: {report.folder / PAGE}")
 
 
 def _settings(results: SweepResults) -> Table:

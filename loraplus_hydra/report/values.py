@@ -1,9 +1,8 @@
-"""Values of a stored config or result, however broken: interpolations, dotted keys and numbers."""
+"""Tolerant access to values of a stored config or result: resolved configs, dotted keys and numbers."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,14 +10,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from loraplus_hydra.config.flatten import flat
+from loraplus_hydra.io.read import RESOLVER
 
 _HUGE = 1e100
-_RESOLVERS = re.compile(r"\$\{\s*[\w.]+\s*:")  # ${oc.env:...}: a stored config is read, never run
 
 
 def resolved(config: dict[str, Any]) -> dict[str, Any]:
-    """A composed config with its interpolations followed; as it stands where one leads nowhere or calls a resolver."""
-    if _RESOLVERS.search(json.dumps(config, default=str)):
+    """Resolve a config's interpolations; return it unchanged if one fails or calls a resolver."""
+    if RESOLVER.search(json.dumps(config, default=str)):
         return config
     try:
         value = OmegaConf.to_container(OmegaConf.create(config), resolve=True, throw_on_missing=False)
@@ -28,7 +27,7 @@ def resolved(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(config: Mapping[Any, Any]) -> dict[str, Any]:
-    """A nested mapping as dotted key -> leaf. A list is one leaf; interpolations that nobody followed are left out."""
+    """Return a nested mapping as dotted key -> leaf, without unresolved interpolations. A list is one leaf, as JSON."""
     return {
         key: json.dumps(value, default=str) if isinstance(value, (list, dict)) else value
         for key, value in flat(config).items()
@@ -37,13 +36,13 @@ def flatten(config: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def number(value: Any) -> float | None:
-    """`value` as a number whose square is finite too, or None."""
+    """Return `value` as a float, or None if it is no number or too large to be squared."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if abs(value) < _HUGE else None  # NaN is never smaller
+    return float(value) if abs(value) < _HUGE else None  # also None for NaN, which is never smaller
 
 
-def whole(value: Any) -> int | None:
-    """`value` as a whole number, or None."""
-    found = number(value)
-    return int(found) if found is not None and found == int(found) else None
+def whole_number(value: Any) -> int | None:
+    """Return `value` as an int, or None if it is no whole number."""
+    as_float = number(value)
+    return int(as_float) if as_float is not None and as_float == int(as_float) else None

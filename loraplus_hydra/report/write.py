@@ -1,4 +1,4 @@
-"""The report of a sweep: results.csv, report.html and the figures, made from whatever its jobs left on disk."""
+"""The report of a sweep: results.csv, report.html and figures, from whatever files its jobs left."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from pathlib import Path
 
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.files import unfinished, write_text
+from loraplus_hydra.report import figures
+from loraplus_hydra.report.figures import style
+from loraplus_hydra.report.page import PageFigure, page
 from loraplus_hydra.report.read_sweep import Job
 from loraplus_hydra.report.results import SweepResults, results_of
+from loraplus_hydra.report.table import csv_text
 
 CSV, PAGE = "results.csv", "report.html"
 
 
 @dataclass(frozen=True)
 class SweepReport:
-    """What was written, and what `terminal.show` shows of it."""
+    """A written report and its content."""
 
     folder: Path
     results: SweepResults
@@ -28,37 +32,34 @@ class SweepReport:
 
 
 def write_report(folder: Path) -> SweepReport:
-    """Read the jobs in `folder` and write results.csv, figures and report.html there, each whole or not at all.
+    """Read the jobs in `folder` and write results.csv, figures and report.html there, each atomically.
 
-    The table comes first and the page last, so that whatever stops the writing leaves the numbers. A figure of an
-    earlier report that no longer suits the sweep is taken away. Raises UserError where there is no job.
+    A figure of an earlier report that no longer suits the sweep is removed. Raises UserError if there is no job.
     """
-    from loraplus_hydra.report import figures
-    from loraplus_hydra.report.figures import style
-    from loraplus_hydra.report.page import Shown, page
-    from loraplus_hydra.report.table import csv_text
-
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name a sweep's folder, as in report outputs/sweeps/NAME")
     results = results_of(folder)
     if not results.sweep.jobs:
         raise UserError(
-            f"{folder} holds no job: none of its sub-folders has a result.json, a config.yaml, a metrics.jsonl or a "
-            ".hydra folder; name a sweep's folder, not a run's"
+            f"{folder} holds no job: none of its sub-folders has a result.json, config.yaml, metrics.jsonl or .hydra; "
+            "name a sweep's folder, not a run's"
         )
-    write_text(folder / CSV, csv_text(results))
-    shown = []
+    write_text(folder / CSV, csv_text(results))  # first, so that an error in a figure leaves the numbers
+    drawn = _write_figures(folder, results)
+    write_text(folder / PAGE, page(results, drawn))
+    return SweepReport(folder, results, (PAGE, CSV, *(f"{figure.name}.png" for figure in drawn)))
+
+
+def _write_figures(folder: Path, results: SweepResults) -> list[PageFigure]:
+    drawn = []
     with style.house_style():
         for picture in figures.draw_all(results):
             _write_bytes(folder / f"{picture.name}.png", style.png(picture.figure))
             svg = style.svg(picture.figure, picture.title)
-            shown.append(Shown(picture.name, picture.title, picture.caption, svg))
-    drawn = [picture.name for picture in shown]
-    for name in figures.NAMES:
-        if name not in drawn:
-            (folder / f"{name}.png").unlink(missing_ok=True)
-    write_text(folder / PAGE, page(results, shown))
-    return SweepReport(folder, results, (PAGE, CSV, *(f"{name}.png" for name in drawn)))
+            drawn.append(PageFigure(picture.name, picture.title, picture.caption, svg))
+    for name in set(figures.NAMES) - {figure.name for figure in drawn}:
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    return drawn
 
 
 def _write_bytes(path: Path, content: bytes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,9 @@ from loraplus_hydra.config.flatten import flat
 from loraplus_hydra.config.schema import RunConfig
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.io import run_folder
-from loraplus_hydra.io.read import Hostile, Unreadable, read_yaml
+from loraplus_hydra.io.read import RESOLVER, Hostile, Unreadable, read_yaml
 
 KEY = "run"
-
-
-_RESOLVER = re.compile(r"\$\{[^}]*:")  # ${oc.env:HOME}
 
 
 def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
@@ -68,9 +64,9 @@ def _put_values_for_resolvers(stored: DictConfig, resolved: Path) -> None:
     plain: Any = OmegaConf.to_container(stored)
     values = flat(read_plain(resolved))
     for key, value in flat(plain).items():
-        if not _RESOLVER.search(str(value)):
+        if not RESOLVER.search(str(value)):
             continue
-        if key not in values or _RESOLVER.search(str(values[key])):
+        if key not in values or RESOLVER.search(str(values[key])):
             what = f"{key} is {value}, which is not followed, and {resolved} doesn't say what it was"
             raise ConfigErrors([Problem(KEY, what, "write the value in its place")])
         OmegaConf.update(stored, key, values[key])

@@ -1,4 +1,4 @@
-"""What a report says of the settings and their noise, against numbers worked out by hand and by other libraries."""
+"""Comparison of settings and their noise, against numbers worked out by hand and by other libraries."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def test_mean_and_spread_over_seeds_are_those_of_the_statistics_module(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("plain", "loraplus", "verdict", "said"),
+    ("plain", "loraplus", "verdict", "sentence"),
     [
-        ((3.70,), (3.60,), ONE_SEED, "nothing can be said about noise"),
+        ((3.70,), (3.60,), ONE_SEED, "the noise is unknown"),
         ((3.70, 3.60, 3.80), (3.69, 3.61, 3.77), NOISE, "Noise explains it"),
         ((3.70, 3.73), (3.66, 3.69), UNCLEAR, "It may be noise"),
         ((3.70, 3.71, 3.72), (3.60, 3.61, 3.62), CLEAR, "More than the seeds' noise"),
     ],
 )
 def test_noise_is_called_noise(
-    tmp_path: Path, plain: tuple[float, ...], loraplus: tuple[float, ...], verdict: str, said: str
+    tmp_path: Path, plain: tuple[float, ...], loraplus: tuple[float, ...], verdict: str, sentence: str
 ) -> None:
     values = {(1, seed): value for seed, value in enumerate(plain)}
     values |= {(4, seed): value for seed, value in enumerate(loraplus)}
@@ -53,7 +53,7 @@ def test_noise_is_called_noise(
     assert gap is not None
     assert gap.verdict == verdict
     assert gap.wins == sum(mine < theirs for mine, theirs in zip(loraplus, plain, strict=True))
-    assert said in " ".join(summary.details(results))
+    assert sentence in " ".join(summary.details(results))
 
 
 @given(
@@ -78,16 +78,16 @@ def test_higher_is_better_where_the_task_says_so(tmp_path: Path) -> None:
     assert results.outcome.against_baseline.gain == pytest.approx(0.06)
 
 
-def test_plain_lora_that_wins_is_said_to_win(tmp_path: Path) -> None:
+def test_plain_lora_is_named_when_it_is_best(tmp_path: Path) -> None:
     results = ratio_sweep(tmp_path, {(1, 0): 3.60, (4, 0): 3.65, (16, 0): 3.70})
     assert results.outcome.best is results.outcome.baseline
-    told = " ".join(summary.details(results))
-    assert "Plain LoRA does best here" in told
-    assert "by 0.0500" in told
+    details = " ".join(summary.details(results))
+    assert "Plain LoRA does best here" in details
+    assert "by 0.0500" in details
     assert summary.speed_sentence(results) == ""
 
 
-def test_sweep_without_ratio_1_says_that_it_has_no_comparison(tmp_path: Path) -> None:
+def test_sweep_without_ratio_1_has_no_comparison(tmp_path: Path) -> None:
     results = ratio_sweep(tmp_path, {(4, 0): 3.65, (16, 0): 3.70})
     assert results.outcome.baseline is None
     assert "no ratio 1" in " ".join(summary.details(results))
@@ -103,7 +103,7 @@ def test_setting_with_a_failed_seed_is_not_the_best(tmp_path: Path) -> None:
     assert "ratio 64 has a better mean (3.5000) but 1 failed job" in " ".join(summary.details(results))
 
 
-def test_speed_counts_evaluations_that_truly_get_there(tmp_path: Path) -> None:
+def test_speed_counts_evaluations_that_reach_the_target(tmp_path: Path) -> None:
     slow = [(0, 5.0), (10, 4.5), (20, 4.2), (30, 4.1), (40, 4.0)]
     fast = [(0, 5.0), (10, 4.2), (20, 3.9), (30, 3.8), (40, 3.7)]
     never = [(0, 5.0), (10, 4.8), (20, 4.6), (30, 4.4), (40, 4.2)]
@@ -118,7 +118,7 @@ def test_speed_counts_evaluations_that_truly_get_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heights", "pace", "said"),
+    ("heights", "pace", "sentence"),
     [
         ((5.0, 4.2, 4.0, 3.9, 3.7), 0.1, "in 2x fewer steps (1.8x faster by the clock): by step 20 instead of 40."),
         ((5.0, 4.2, 4.0, 3.9, 3.7), 0.5, "in 2x fewer steps (2.3x slower by the clock): by step 20 instead of 40."),
@@ -127,13 +127,13 @@ def test_speed_counts_evaluations_that_truly_get_there(tmp_path: Path) -> None:
         ((5.0, 4.5, 4.2, 4.1, 3.9), 0.01, "in as many steps: by step 40 instead of 40."),
     ],
 )
-def test_clock_is_told_as_it_is_and_not_at_equal_steps(
-    tmp_path: Path, heights: tuple[float, ...], pace: float, said: str
+def test_clock_is_reported_unless_steps_are_equal(
+    tmp_path: Path, heights: tuple[float, ...], pace: float, sentence: str
 ) -> None:
     for ratio, curve, its_pace in ((1, (5.0, 4.5, 4.2, 4.1, 4.0), 0.1), (4, heights, pace)):
         points = list(zip((0, 10, 20, 30, 40), curve, strict=True))
         write_job(tmp_path / str(ratio), {"loraplus.ratio": ratio}, curve[-1], curve=points, pace=its_pace)
-    assert said in summary.speed_sentence(results_of(tmp_path))
+    assert sentence in summary.speed_sentence(results_of(tmp_path))
 
 
 def test_later_than_ratio_1_is_more_steps(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Figures have room for what they say, leave their scale to what hasn't diverged, and go when they no longer suit."""
+"""Figures: room for their labels, scales without diverged values, and removal when they no longer suit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.finished_sweeps import ratio_sweep, write_job
 
 
 def test_figures_have_room_for_runs_that_differ_in_many_keys(tmp_path: Path) -> None:
-    """No label is cut off, and none of the axes' heads runs into the next."""
+    """No label is cut off, and no axis's heading overlaps the next."""
     import warnings
 
     from loraplus_hydra.report import figures
@@ -51,7 +51,7 @@ def test_figures_have_room_for_runs_that_differ_in_many_keys(tmp_path: Path) -> 
     assert all(one.x1 <= other.x0 for one, other in pairwise(heads))
 
 
-def test_figures_that_no_longer_suit_are_taken_away(tmp_path: Path) -> None:
+def test_figures_that_no_longer_suit_are_removed(tmp_path: Path) -> None:
     ratio_sweep(tmp_path, {(1, 0): 3.7, (4, 0): 3.6})
     write_report(tmp_path)
     assert (tmp_path / "ratio.png").exists()

@@ -1,4 +1,4 @@
-"""Whatever the jobs' folders hold, each job has its row and the sweep its page, with nothing of theirs as markup."""
+"""Reports on broken and hostile job folders: each job has its row, and no text of a job becomes markup."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplus_hydra.report.read_sweep import collect
+from loraplus_hydra.report.read_sweep import read_sweep
 from loraplus_hydra.report.results import results_of
 from loraplus_hydra.report.table import csv_text
 from loraplus_hydra.report.write import write_report
@@ -27,7 +27,7 @@ def test_job_that_failed_before_its_config_was_written_has_its_values(tmp_path: 
     (bad / ".hydra" / "config.yaml").write_text("seed: 0\nmodel: {lr: 1e-4}\noptimizer: {lr: '${..model.lr}'}\n")
     (bad / ".hydra" / "overrides.yaml").write_text("- loraplus.ratio=-3\n- seed=0\n")
     (bad / "result.json").write_text(json.dumps({"status": "failed", "error": {"type": "ConfigErrors", "text": "no"}}))
-    job = next(job for job in collect(tmp_path).jobs if job.folder == "bad")
+    job = next(job for job in read_sweep(tmp_path).jobs if job.folder == "bad")
     assert job.config["optimizer.lr"] == 1e-4
     row = next(row for row in csv_rows(write_report(tmp_path).folder) if row["folder"] == "bad")
     assert row["loraplus.ratio"] == "-3"
@@ -51,7 +51,7 @@ def test_csv_has_a_row_a_job_the_best_first(tmp_path: Path) -> None:
 
 
 KEYS = ("status", "metric", "metrics", "eval_loss", "error", "type", "seed", "lr", "step", "loss", "norms", "groupA")
-# A thousand million million entries, were they followed.
+# 10^15 entries if the aliases were followed.
 BOMB = "a0: &a0 {x: 1}\n" + "".join(
     f"a{i}: &a{i} {{{', '.join(f'{k}: *a{i - 1}' for k in 'abcdefghij')}}}\n" for i in range(1, 16)
 )
@@ -76,7 +76,7 @@ BROKEN: dict[str, Callable[[Path], Any]] = {
     "cut_metrics": lambda folder: (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 4}\n[3]\n{"step": 2, "lo'),
     "groups": lambda folder: (folder / "param_groups.json").write_text('[3, {"group": [], "role": {}}, {"lr": "x"}]'),
 }
-WITH_A_RESULT = {
+WITH_A_RESULT = {  # another file than the result is broken
     "no_config",
     "yaml",
     "yaml_tag",
@@ -84,7 +84,7 @@ WITH_A_RESULT = {
     "no_metrics",
     "cut_metrics",
     "groups",
-}  # what is broken there is not the result
+}
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
@@ -166,5 +166,5 @@ def test_texts_of_jobs_are_never_markup(tmp_path: Path) -> None:
 
 def test_status_that_no_job_of_ours_has_is_known(tmp_path: Path) -> None:
     write_job(tmp_path / "0", {"loraplus.ratio": 4}, None, status="pruned")
-    (job,) = collect(tmp_path).jobs
+    (job,) = read_sweep(tmp_path).jobs
     assert (job.status, job.reason) == ("pruned", "ended early by a search")

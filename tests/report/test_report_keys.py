@@ -1,4 +1,4 @@
-"""The keys in which a sweep's jobs differ are found wherever they stand, and are told in short words."""
+"""Varied keys of a sweep, from overrides, sweep.json and configs, and their short names."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from loraplus_hydra.report.formatting import names, short
-from loraplus_hydra.report.read_sweep import collect
+from loraplus_hydra.report.read_sweep import read_sweep
 from loraplus_hydra.report.settings import varied_keys
 from tests.support.finished_sweeps import ratio_sweep, write_job, write_sweep
 
 
 def test_keys_that_follow_a_swept_one_are_not_varied_keys(tmp_path: Path) -> None:
-    """The ratio stands in rules too, and data.seed follows seed: neither is a key of its own."""
+    """A rule repeats the ratio, and data.seed follows seed: neither is a varied key."""
     results = ratio_sweep(tmp_path, {(ratio, seed): 3.7 for ratio in (1, 4) for seed in (1, 2)})
     assert results.keys == ("loraplus.ratio", "seed")
 
@@ -23,14 +23,14 @@ def test_keys_of_folders_without_overrides_are_found_in_their_configs(tmp_path: 
     ratio_sweep(tmp_path, {(ratio, seed): 3.7 for ratio in (1, 4) for seed in (1, 2)})
     for folder in tmp_path.iterdir():
         (folder / ".hydra" / "overrides.yaml").unlink()
-    assert varied_keys(collect(tmp_path)) == ("loraplus.ratio", "seed")
+    assert varied_keys(read_sweep(tmp_path)) == ("loraplus.ratio", "seed")
 
 
 def test_option_of_a_group_is_one_key_whatever_it_changes(tmp_path: Path) -> None:
     for place, (option, lr) in enumerate((("adamw", 5e-5), ("lion", 1e-5))):
         folder = write_job(tmp_path / str(place), {"optimizer.lr": lr, "optimizer.x": option}, 3.7)
         (folder / ".hydra" / "overrides.yaml").write_text(f"- optimizer={option}\n")
-    assert varied_keys(collect(tmp_path)) == ("optimizer",)
+    assert varied_keys(read_sweep(tmp_path)) == ("optimizer",)
 
 
 UNTRAINED: dict[str, Any] = {
@@ -42,14 +42,14 @@ UNTRAINED: dict[str, Any] = {
 }
 
 
-def test_what_changes_nothing_of_what_is_trained_is_compared_only_where_it_was_swept(tmp_path: Path) -> None:
+def test_key_without_influence_on_training_is_varied_only_if_it_was_swept(tmp_path: Path) -> None:
     write_job(tmp_path / "0", {"loraplus.ratio": 1}, 3.7)
     write_job(tmp_path / "1", {"loraplus.ratio": 4, **UNTRAINED}, 3.6)
-    assert varied_keys(collect(tmp_path)) == ("loraplus.ratio",)
+    assert varied_keys(read_sweep(tmp_path)) == ("loraplus.ratio",)
     (tmp_path / "1" / ".hydra" / "overrides.yaml").unlink()
-    assert varied_keys(collect(tmp_path)) == ("loraplus.ratio",)
+    assert varied_keys(read_sweep(tmp_path)) == ("loraplus.ratio",)
     write_sweep(tmp_path, swept=["trainer.save_steps"])
-    assert varied_keys(collect(tmp_path)) == ("trainer.save_steps", "loraplus.ratio")
+    assert varied_keys(read_sweep(tmp_path)) == ("trainer.save_steps", "loraplus.ratio")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The page in a real browser: its figures are there, its table sorts, and it asks nobody for anything."""
+"""The page in a real browser: its figures are drawn, its table sorts, and it sends no request."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ addEventListener("load", () => {
 
 
 def opened(page: Path, profile: Path) -> tuple[str, str]:
-    """The page's DOM after its scripts have run, and what the browser logged of it."""
+    """Return the page's DOM after its scripts have run, and the browser's log."""
     assert BROWSER is not None
     command = [
         *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"),
@@ -81,26 +81,26 @@ def test_page_in_a_browser(tmp_path: Path) -> None:
     dom, log = opened(folder / "report.html", tmp_path / "profile")
     assert "CONSOLE" not in log
     assert '<span id="shown" role="status">9 jobs</span>' in dom  # its policy lets its own script run
-    policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')  # it would stop the probe, as it should
+    policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')  # it would block the probe
     copy = folder / "probed.html"
     copy.write_text(policy.sub("", page).replace("</body>", PROBE + "</body>"))
     dom, log = opened(copy, tmp_path / "profile")
     assert "CONSOLE" not in log
     found = re.search(r'<pre id="probe">(.*?)</pre>', dom, re.DOTALL)
     assert found is not None
-    told = json.loads(found[1])
-    numbers = [float(text) for text in told["up"] if text]
+    probed = json.loads(found[1])
+    numbers = [float(text) for text in probed["up"] if text]
     assert numbers == sorted(numbers)
     assert len(numbers) == 8
-    assert told["up"][-1] == told["down"][-1] == ""  # the failed job comes last either way
-    assert told["down"][:-1] == told["up"][:-1][::-1]
-    assert told["direction"] == "descending"
-    assert told["folders"] == [str(place) for place in range(9)]
-    assert told["left"] == 1
-    assert {figure[0] for figure in told["figures"]} == {"heatmap", "ratio", "curves", "settings", "signals"}
-    assert all(width > 300 and height > 50 and paths > 10 for _, width, height, paths in told["figures"])
-    assert told["requests"] == []
-    assert told["wide"] <= 0
+    assert probed["up"][-1] == probed["down"][-1] == ""  # the failed job comes last either way
+    assert probed["down"][:-1] == probed["up"][:-1][::-1]
+    assert probed["direction"] == "descending"
+    assert probed["folders"] == [str(place) for place in range(9)]
+    assert probed["left"] == 1
+    assert {figure[0] for figure in probed["figures"]} == {"heatmap", "ratio", "curves", "settings", "signals"}
+    assert all(width > 300 and height > 50 and paths > 10 for _, width, height, paths in probed["figures"])
+    assert probed["requests"] == []
+    assert probed["wide"] <= 0
 
 
 def test_page_refers_to_nothing_but_the_files_beside_it(tmp_path: Path) -> None:

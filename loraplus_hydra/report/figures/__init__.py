@@ -1,4 +1,4 @@
-"""The pictures of a sweep's report, one module each: what a sweep varies decides which of them are drawn."""
+"""The figures of a report, one module each; the varied keys decide which of them are drawn."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ NAMES = ("ratio", "heatmap", "curves", "settings", "keys", "signals")
 
 
 def draw_all(results: SweepResults) -> Iterator[Picture]:
-    """Every picture that suits the sweep, in the order of the page; a picture with nothing to show isn't drawn."""
-    # Where both rates were swept as such, the grid is the question; else it is the ratio.
+    """Yield the figures that suit the sweep, in the order of the page."""
+    # A sweep over both rates asks for the grid first, any other for the ratio.
     first = (rates.draw, ratio.draw) if "loraplus.lr_B" in results.keys else (ratio.draw, rates.draw)
     for draw in (*first, curves.draw, ranking.draw, parallel.draw, signals.draw):
         picture = draw(results)

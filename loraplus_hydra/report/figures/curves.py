@@ -1,8 +1,8 @@
-"""curves.png: the metric and the training loss of every job over steps, the compared settings in colour."""
+"""curves.png: metric and training loss of every job over the steps, with the compared settings in colour."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from loraplus_hydra.report.compare import mean_curve
@@ -12,6 +12,7 @@ from loraplus_hydra.report.figures.style import (
     MUTED,
     OTHERS,
     Picture,
+    legend_below,
     new_figure,
     padded,
     robust_limits,
@@ -20,92 +21,85 @@ from loraplus_hydra.report.read_sweep import Job, Point
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import Setting
 
-_MOST_POINTS = 400  # of one line; more can't be told apart and only make the page heavy
-_WIDTH = 52  # characters of a line of the legend
+_MOST_POINTS = 400  # of one line; more are not visible and only make the page larger
+_WIDTH = 52  # characters per line of the legend
+
+Curves = Sequence[tuple[Job, Sequence[Point]]]
+Compared = Sequence[tuple[Setting, str, str]]  # setting, colour, label
 
 
 def draw(results: SweepResults) -> Picture | None:
-    """Two panels, or one where only one kind of curve was logged."""
+    """Draw a panel for the metric and one for the training loss, as far as they were logged."""
     jobs = results.sweep.jobs
-    panels = []
-    if any(len(job.evaluations) > 1 for job in jobs):
-        panels.append((results.sweep.metric, [(job, job.evaluations) for job in jobs]))
-    if any(len(job.losses) > 1 for job in jobs):
-        panels.append(("training loss", [(job, job.losses) for job in jobs]))
+    kinds: tuple[tuple[str, Curves], ...] = (
+        (results.sweep.metric, [(job, job.evaluations) for job in jobs]),
+        ("training loss", [(job, job.losses) for job in jobs]),
+    )
+    panels = [(name, curves) for name, curves in kinds if any(len(curve) > 1 for _, curve in curves)]
     if not panels:
         return None
     compared = _compared(results)
     lines = max((label.count("\n") + 1 for _, _, label in compared), default=1)
     figure = new_figure(10.4, 4.14 + 0.16 * lines)
+    target = results.outcome.target if compared[1:] else None
     beyond = 0
     for place, (name, curves) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), place + 1)
-        beyond += _panel(axes, compared, curves)
-        axes.set_title(name)
-        axes.set_xlabel("optimizer step")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if name == results.sweep.metric and results.outcome.target is not None and compared[1:]:
-            axes.axhline(results.outcome.target, color=BASELINE, linestyle=":", linewidth=1.2, zorder=2)
-    handles = [line for line in figure.axes[0].get_lines() if not line.get_label().startswith("_")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    caption = "Every job is a line; in colour the settings that are compared"
-    caption += ": thick the mean over their seeds, thin each seed." if results.seeds else "."
-    if results.outcome.target is not None and compared[1:]:
+        beyond += _panel(axes, name, compared, curves)
+        if name == results.sweep.metric and target is not None:
+            axes.axhline(target, color=BASELINE, linestyle=":", linewidth=1.2, zorder=2)
+    legend_below(figure, figure.axes[0])
+    return Picture("curves", "Curves of every job", _caption(results, target, beyond), figure)
+
+
+def _caption(results: SweepResults, target: float | None, beyond: int) -> str:
+    caption = "Every job is a line. The compared settings are in colour"
+    caption += ": thick the mean over seeds, thin each seed." if results.seeds else "."
+    if target is not None:
         caption += " Dotted: where ratio 1 ends."
-    if any(not job.counts for job, _ in panels[0][1]):
-        caption += " A cross ends the curve of a job that has no result."
-    if beyond:
-        caption += f" {beyond} points lie beyond the axis, so that the curves can be told apart."
-    return Picture("curves", "Curves of every job", caption, figure)
+    if results.sweep.unsuccessful:
+        caption += " A cross ends the curve of a job without a result."
+    return caption + (f" {beyond} points lie beyond the axis." if beyond else "")
 
 
-def _panel(
-    axes: Any, compared: Sequence[tuple[Setting, str, str]], curves: Sequence[tuple[Job, Sequence[Point]]]
-) -> int:
-    """Draw one panel; returns how many points lie beyond its axis."""
-    highlighted = {job.folder: colour for setting, colour, _ in compared for job in setting.done}
-    values = [point.value for _, curve in curves for point in curve]
-    low, high, beyond = robust_limits(values)
-    strength = 0.85 if len(curves) <= 12 else 0.5
-    named = False
+def _panel(axes: Any, name: str, compared: Compared, curves: Curves) -> int:
+    """Draw one panel; return the number of points beyond its axis."""
+    low, high, beyond = robust_limits([point.value for _, curve in curves for point in curve])
+    _job_lines(axes, compared, [(job, curve) for job, curve in curves if curve], 0.85 if len(curves) <= 12 else 0.5)
     for job, curve in curves:
-        if not curve:
-            continue
-        colour = highlighted.get(job.folder)
-        thin = _thinned(curve)
-        label = "_" if named or colour else "other jobs"
-        named = named or not colour
-        axes.plot(
-            [point.step for point in thin],
-            [point.value for point in thin],
-            color=colour or OTHERS,
-            alpha=0.45 if colour else strength,
-            linewidth=0.9,
-            zorder=2 if colour else 1,
-            label=label,
-        )
-        if not job.counts:
+        if curve and not job.has_result:
             end = min(max(curve[-1].value, low), high)
             axes.plot([curve[-1].step], [end], "x", color=MUTED, markersize=6, markeredgewidth=1.6, zorder=4)
+    by_folder = {job.folder: curve for job, curve in curves}
     for setting, colour, label in compared:
-        mean = _mean_of(setting, {job.folder: curve for job, curve in curves})
+        mean = _thinned(mean_curve(by_folder[job.folder] for job in setting.done))
         marker = "o" if len(mean) <= 25 else None
-        axes.plot(
-            [point.step for point in mean],
-            [point.value for point in mean],
-            color=colour,
-            linewidth=2.2,
-            marker=marker,
-            markersize=4,
-            zorder=3,
-            label=label,
-        )
+        _line(axes, mean, color=colour, linewidth=2.2, marker=marker, markersize=4, zorder=3, label=label)
     axes.set_ylim(*padded(low, high))
+    axes.set_title(name)
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     return beyond
 
 
-def _compared(results: SweepResults) -> list[tuple[Setting, str, str]]:
-    """The settings in colour: the best, and what it is compared with."""
+def _job_lines(axes: Any, compared: Compared, curves: Curves, strength: float) -> None:
+    highlighted: Mapping[str, str] = {job.folder: colour for setting, colour, _ in compared for job in setting.done}
+    label = "other jobs"  # of the first of them; a label that begins with _ stays out of the legend
+    for job, curve in curves:
+        thin = _thinned(curve)
+        if colour := highlighted.get(job.folder):
+            _line(axes, thin, color=colour, alpha=0.45, linewidth=0.9, zorder=2, label="_")
+        else:
+            _line(axes, thin, color=OTHERS, alpha=strength, linewidth=0.9, zorder=1, label=label)
+            label = "_"
+
+
+def _line(axes: Any, curve: Sequence[Point], **look: Any) -> None:
+    axes.plot([point.step for point in curve], [point.value for point in curve], **look)
+
+
+def _compared(results: SweepResults) -> Compared:
+    """Return the settings in colour: the best, and the one that it is compared with."""
     outcome = results.outcome
     if outcome.best is None:
         return []
@@ -114,13 +108,7 @@ def _compared(results: SweepResults) -> list[tuple[Setting, str, str]]:
         shown.append((outcome.baseline, BASELINE, "best at ratio 1: "))
     elif outcome.contender is not None and outcome.contender is not outcome.best:
         shown.append((outcome.contender, BASELINE, "best at another ratio: "))
-    return [(one, colour, results.folded_label(one, _WIDTH, ahead=which)) for one, colour, which in shown]
-
-
-def _mean_of(setting: Setting, curves: dict[str, Sequence[Point]]) -> Sequence[Point]:
-    from dataclasses import replace
-
-    return _thinned(mean_curve(replace(job, evaluations=tuple(curves[job.folder])) for job in setting.done))
+    return [(one, colour, results.folded_label(one, _WIDTH, prefix=prefix)) for one, colour, prefix in shown]
 
 
 def _thinned(curve: Sequence[Point]) -> Sequence[Point]:

@@ -1,4 +1,4 @@
-"""keys.png: parallel coordinates for sweeps of three keys and more, an axis for each key and one for the metric."""
+"""keys.png: parallel coordinates for sweeps of three or more keys, one axis per key and one for the metric."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import matplotlib
+
 from loraplus_hydra.report.figures.style import BEST, MUTED, PAPER, Picture, new_figure, robust_limits
 from loraplus_hydra.report.formatting import clipped, folded, short
 from loraplus_hydra.report.results import SweepResults
@@ -14,89 +16,88 @@ from loraplus_hydra.report.settings import order
 from loraplus_hydra.report.values import number
 
 _MOST_KEYS = 8
-_CHARACTERS = 110  # beside each other in the figure
+_CHARACTERS = 110  # of all axes' labels in a row
+_MOST_EVEN = 8  # values at even distances; those of a search, which are more, stand at their true places
 _LINE_POINTS = 24  # of the curve between two axes
 
 
 def draw(results: SweepResults) -> Picture | None:
-    """A line for each setting, from key to key to its metric; the darker, the better, the best one drawn over all."""
+    """Draw a line for each setting from key to key to its metric: the darker the better, the best one on top."""
     keys = results.compared[:_MOST_KEYS]
     ranked = results.outcome.ranked
     if len(keys) < 3 or len(ranked) < 2:
         return None
-    import matplotlib
-
-    low, high, beyond = robust_limits([one.mean for one in ranked if one.mean is not None])
+    low, high, _ = robust_limits([one.mean for one in ranked if one.mean is not None])
     high = high if high > low else low + 1e-9
     figure = new_figure(10.4, 4.4)
     axes = figure.add_subplot()
     width = _CHARACTERS // (len(keys) + 1)
-    places = [
+    heights = [
         _axis(axes, column, results.names[key], [one.values.get(key) for one in ranked], width)
         for column, key in enumerate(keys)
     ]
     _metric_axis(axes, len(keys), results, low, high, width)
-    colours = matplotlib.colormaps["viridis"]
     for rank, one in reversed(list(enumerate(ranked))):
-        share = min(max(((one.mean or 0.0) - low) / (high - low), 0.0), 1.0)
-        good = share if results.sweep.greater_is_better else 1 - share
-        heights = [place(one.values.get(key)) for place, key in zip(places, keys, strict=True)]
-        # Lines that share a value are set apart a little, so that each can be followed.
+        # Lines that share a value are shifted a little, so that each can be followed.
         offset = 0.05 * (rank / max(len(ranked) - 1, 1) - 0.5)
-        heights = [height + offset for height in heights] + [good]
-        best = one is results.outcome.best
-        x, y = _smooth(heights)
-        if best:
-            axes.plot(x, y, color=PAPER, linewidth=6, zorder=3)
-            axes.plot(x, y, color=BEST, linewidth=3, zorder=4)
-        else:
-            strength = {"alpha": 0.3 + 0.55 * good, "linewidth": 0.9 + good}
-            axes.plot(x, y, color=colours(0.78 - 0.56 * good), zorder=1 + good, **strength)
+        path = [height(one.values.get(key)) + offset for height, key in zip(heights, keys, strict=True)]
+        share = min(max(((one.mean or 0.0) - low) / (high - low), 0.0), 1.0)
+        goodness = share if results.sweep.greater_is_better else 1 - share
+        _line(axes, [*path, goodness], goodness, best=one is results.outcome.best)
     axes.set_xlim(-0.35, len(keys) + 0.35)
     axes.set_ylim(-0.12, 1.14)
     axes.set_axis_off()
-    caption = "Each line is a setting; the darker, the better. Thick and blue: the best setting."
-    caption += " Where dark lines meet on an axis, that value does well whatever the others are."
-    if len(results.compared) > len(keys):
-        caption += f" The first {len(keys)} of {len(results.compared)} varied keys."
-    if beyond:
-        caption += " Far values end at the metric's worst end." if _worst_beyond(results, low, high) else ""
+    caption = _caption(results, len(keys), worst_beyond=_worst_beyond(results, low, high))
     return Picture("keys", "All varied keys at once", caption, figure)
 
 
-def _axis(axes: Any, column: int, name: str, values: Sequence[Any], width: int) -> Callable[[Any], float]:
-    """Draw one key's axis; returns where on it, from 0 to 1, a value stands."""
-    distinct = order(values)
-    numeric = all(number(one) is not None for one in distinct)
-    heights: dict[str, float]
-    if numeric and len(distinct) > 8:  # a search: at their true places
-        scaled = [math.log(one) if distinct[0] > 0 else float(one) for one in distinct]
-        span = scaled[-1] - scaled[0]
-        heights = {repr(one): (at - scaled[0]) / span for one, at in zip(distinct, scaled, strict=True)}
-        ticks = [distinct[round(part * (len(distinct) - 1) / 4)] for part in range(5)]
+def _line(axes: Any, heights: Sequence[float], goodness: float, *, best: bool) -> None:
+    x, y = _smooth(heights)
+    if best:
+        axes.plot(x, y, color=PAPER, linewidth=6, zorder=3)
+        axes.plot(x, y, color=BEST, linewidth=3, zorder=4)
     else:
-        heights = {
-            repr(one): place / (len(distinct) - 1) if len(distinct) > 1 else 0.5 for place, one in enumerate(distinct)
-        }
-        ticks = distinct[:: -(-len(distinct) // 12)]
-    axes.plot([column, column], [-0.04, 1.04], color=MUTED, linewidth=1, zorder=5)
-    for one in ticks:
-        _tick(axes, column, heights[repr(one)], clipped(short(one), width))
-    _head(axes, column, name, width)
-    return lambda value: heights[repr(value)]
+        colour = matplotlib.colormaps["viridis"](0.78 - 0.56 * goodness)
+        look = {"alpha": 0.3 + 0.55 * goodness, "linewidth": 0.9 + goodness, "zorder": 1 + goodness}
+        axes.plot(x, y, color=colour, **look)
+
+
+def _caption(results: SweepResults, keys: int, *, worst_beyond: bool) -> str:
+    caption = "Each line is a setting; the darker, the better. Thick and blue: the best setting."
+    caption += " Where dark lines meet on an axis, that value does well whatever the others are."
+    if len(results.compared) > keys:
+        caption += f" The first {keys} of {len(results.compared)} varied keys."
+    return caption + (" Values beyond the metric's axis end at its worst end." if worst_beyond else "")
+
+
+def _axis(axes: Any, column: int, name: str, values: Sequence[Any], width: int) -> Callable[[Any], float]:
+    """Draw one key's axis; return the function that gives a value's height on it, from 0 to 1."""
+    distinct = order(values)
+    last = len(distinct) - 1
+    if last >= _MOST_EVEN and all(number(one) is not None for one in distinct):
+        scaled = [math.log(one) if distinct[0] > 0 else float(one) for one in distinct]
+        heights = [(at - scaled[0]) / (scaled[-1] - scaled[0]) for at in scaled]
+        ticks = [round(part * last / 4) for part in range(5)]
+    else:
+        heights = [place / last for place in range(len(distinct))] if last else [0.5]
+        ticks = list(range(0, len(distinct), -(-len(distinct) // 12)))
+    _draw_axis(axes, column, name, [(heights[at], clipped(short(distinct[at]), width)) for at in ticks], width)
+    by_value = {repr(one): height for one, height in zip(distinct, heights, strict=True)}
+    return lambda value: by_value[repr(value)]
 
 
 def _metric_axis(axes: Any, column: int, results: SweepResults, low: float, high: float, width: int) -> None:
+    ends = (low, high) if results.sweep.greater_is_better else (high, low)
+    ticks = [(height, short(ends[0] + height * (ends[1] - ends[0]))) for height in (0, 0.25, 0.5, 0.75, 1)]
+    _draw_axis(axes, column, results.sweep.metric, ticks, width)
+
+
+def _draw_axis(axes: Any, column: int, name: str, ticks: Sequence[tuple[float, str]], width: int) -> None:
     axes.plot([column, column], [-0.04, 1.04], color=MUTED, linewidth=1, zorder=5)
-    for part in (0, 0.25, 0.5, 0.75, 1):
-        share = part if results.sweep.greater_is_better else 1 - part
-        _tick(axes, column, part, short(low + share * (high - low)))
-    _head(axes, column, results.sweep.metric, width)
-
-
-def _head(axes: Any, column: int, name: str, width: int) -> None:
-    text = folded(re.findall(r"[^_.]+[_.]*|^[_.]+", name), width)
-    axes.text(column, 1.09, text, ha="center", va="bottom", fontweight="bold")
+    for height, text in ticks:
+        _tick(axes, column, height, text)
+    heading = folded(re.findall(r"[^_.]+[_.]*|^[_.]+", name), width)
+    axes.text(column, 1.09, heading, ha="center", va="bottom", fontweight="bold")
 
 
 def _tick(axes: Any, column: int, height: float, text: str) -> None:
@@ -106,7 +107,7 @@ def _tick(axes: Any, column: int, height: float, text: str) -> None:
 
 
 def _smooth(heights: Sequence[float]) -> tuple[list[float], list[float]]:
-    """A line through the heights that crosses every axis level, so that it can be followed through a crossing."""
+    """Return x and y of a curve through the heights that is horizontal at every axis, so that the eye can follow it."""
     x, y = [], []
     for column in range(len(heights) - 1):
         for part in range(_LINE_POINTS):

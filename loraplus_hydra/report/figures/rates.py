@@ -1,9 +1,16 @@
-"""heatmap.png: the metric over both rates, eta_A x eta_B, with the diagonal that plain LoRA is confined to."""
+"""heatmap.png: the metric over both rates, eta_A x eta_B, with the diagonal of plain LoRA."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import matplotlib
+import numpy
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
 
 from loraplus_hydra.report.compare import is_near
 from loraplus_hydra.report.figures.style import (
@@ -21,17 +28,19 @@ from loraplus_hydra.report.formatting import measured, short
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import Setting
 
-_FULL = 0.6  # share of cells that must be there for a grid; below it the points stand alone on log axes
-_MOST_NUMBERS = 81  # cells that still have room for their number
+_FULL = 0.6  # share of a grid's cells that exist; with fewer, single points on log axes are drawn
+_MOST_NUMBERS = 81  # cells that have room for their number
+_DASHED: Mapping[str, Any] = {"color": BASELINE, "linestyle": (0, (5, 3)), "linewidth": 1.4}  # equal rates
 
-Cells = dict[tuple[float, float], list[Setting]]
+Pair = tuple[float, float]  # eta_B, eta_A
+Cells = dict[Pair, list[Setting]]
+Values = Mapping[Pair, float]
 
 
 def draw(results: SweepResults) -> Picture | None:
-    """A grid of cells where the sweep is one, points on log axes where it isn't (a ratio x lr sweep, a search)."""
+    """Draw a grid of cells if most pairs of rates were run, else points on log axes."""
     cells = _cells(results.settings)
-    across = sorted({pair[0] for pair in cells})
-    up = sorted({pair[1] for pair in cells})
+    across, up = _axes_of(cells)
     best_of = {pair: _best_of(results, members) for pair, members in cells.items()}
     values = {pair: one.mean for pair, one in best_of.items() if one is not None and one.mean is not None}
     one_ratio = len({one.ratio for one in results.settings}) == 1  # then other keys decide the rates
@@ -45,79 +54,51 @@ def draw(results: SweepResults) -> Picture | None:
     (_grid if full else _points)(axes, results, cells, values, scale)
     axes.set_xlabel("η_B, rate of lora_B")
     axes.set_ylabel("η_A, rate of lora_A")
-    bar = figure.colorbar(scale.mappable(), ax=axes, pad=0.02, aspect=28, extend=_extend(values.values(), low, high))
-    bar.set_label(f"{results.sweep.metric}, {results.better} is better: brighter")
+    bar = figure.colorbar(scale.mappable, ax=axes, pad=0.02, aspect=28, extend=_extend(values.values(), low, high))
+    bar.set_label(f"{results.axis_label}: brighter")
     bar.outline.set_visible(False)
     if not results.sweep.greater_is_better:
         bar.ax.invert_yaxis()
     figure.legend(handles=_handles(results, values, cells, full), loc="outside lower center", ncols=3)
-    caption = _caption(results, cells, beyond, full)
-    return Picture("heatmap", "Both rates: η_A x η_B", caption, figure)
+    return Picture("heatmap", "Both rates: η_A x η_B", _caption(cells, beyond, full), figure)
 
 
 class _Scale:
-    """Colours of a metric between robust limits: the brightest of viridis is the best."""
+    """Colours of a metric between robust limits, the brightest for the best."""
 
     def __init__(self, low: float, high: float, greater_is_better: bool) -> None:
-        import matplotlib
-        from matplotlib.colors import Normalize
-
-        self.normal = Normalize(low, high, clip=True)
-        self.map = matplotlib.colormaps["viridis" if greater_is_better else "viridis_r"]
+        colours = matplotlib.colormaps["viridis" if greater_is_better else "viridis_r"]
+        self.mappable: Any = ScalarMappable(Normalize(low, high, clip=True), colours)
 
     def colour(self, value: float) -> Any:
-        return self.map(self.normal(value))
+        return self.mappable.to_rgba(value)
 
     def ink_on(self, value: float) -> str:
-        """Black or white, whichever can be read on the value's colour."""
+        """Return black or white, whichever is legible on the value's colour."""
         red, green, blue, _ = self.colour(value)
         return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
 
-    def mappable(self) -> Any:
-        from matplotlib.cm import ScalarMappable
 
-        return ScalarMappable(self.normal, self.map)
-
-
-def _grid(axes: Any, results: SweepResults, cells: Cells, values: Mapping[Any, float], scale: _Scale) -> None:
-    """Cells of one size, whatever the steps between the rates; the diagonal goes where both rates are equal."""
-    from matplotlib.patches import Rectangle
-
-    across = sorted({pair[0] for pair in cells})
-    up = sorted({pair[1] for pair in cells})
-    numbers = len(across) * len(up) <= _MOST_NUMBERS
+def _grid(axes: Any, results: SweepResults, cells: Cells, values: Values, scale: _Scale) -> None:
+    """Draw cells of one size, whatever the distances between the rates."""
+    across, up = _axes_of(cells)
     places = {pair: (across.index(pair[0]), up.index(pair[1])) for pair in cells}
-    for pair, (x, y) in places.items():
-        corner = (x - 0.5, y - 0.5)
-        value = values.get(pair)
-        if value is None:
-            axes.add_patch(
-                Rectangle(corner, 1, 1, facecolor="none", edgecolor=OTHERS, hatch="////", linewidth=0, zorder=1)
-            )
+    numbers = len(across) * len(up) <= _MOST_NUMBERS
+    for pair, place in places.items():
+        if pair not in values:
+            _hatch(axes, place, OTHERS, "////", zorder=1)
             continue
-        axes.add_patch(Rectangle(corner, 1, 1, facecolor=scale.colour(value), edgecolor=PAPER, linewidth=1.5, zorder=1))
+        colour, ink = scale.colour(values[pair]), scale.ink_on(values[pair])
+        _square(axes, place, facecolor=colour, edgecolor=PAPER, linewidth=1.5, zorder=1)
         if any(one.failed for one in cells[pair]):
-            axes.add_patch(
-                Rectangle(
-                    corner, 1, 1, facecolor="none", edgecolor=scale.ink_on(value), hatch="//", linewidth=0, zorder=2
-                )
-            )
+            _hatch(axes, place, ink, "//", zorder=2)
         if numbers:
-            ground = {"facecolor": scale.colour(value), "edgecolor": "none", "pad": 1.6}
-            text = {"color": scale.ink_on(value), "fontsize": 8.5, "ha": "center", "va": "center", "bbox": ground}
-            axes.text(x, y, measured(value), **text, zorder=6)
+            ground = {"facecolor": colour, "edgecolor": "none", "pad": 1.6}
+            text = {"color": ink, "fontsize": 8.5, "ha": "center", "va": "center", "bbox": ground}
+            axes.text(*place, measured(values[pair]), **text, zorder=6)
     _diagonal_between(axes, across, up)
     for pair, mark in _marks(results, values).items():
-        x, y = places[pair]
-        if mark == "near":
-            axes.plot([x + 0.38], [y + 0.34], "o", markersize=4.5, color=scale.ink_on(values[pair]), zorder=6)
-            continue
-        for inset, colour, width in ((0.035, "#000000", 3.4), (0.075, "#ffffff", 1.4)):
-            ring = Rectangle((x - 0.5 + inset, y - 0.5 + inset), 1 - 2 * inset, 1 - 2 * inset, facecolor="none")
-            ring.set(edgecolor=colour, linewidth=width, zorder=5)
-            if mark == "diagonal":
-                ring.set(edgecolor=BASELINE if width > 2 else colour, linestyle=(0, (3, 1.4)))
-            axes.add_patch(ring)
+        _mark_cell(axes, places[pair], mark, scale.ink_on(values[pair]))
     axes.set_xlim(-0.52, len(across) - 0.48)
     axes.set_ylim(-0.52, len(up) - 0.48)
     axes.set_xticks(range(len(across)), [short(rate) for rate in across])
@@ -127,10 +108,28 @@ def _grid(axes: Any, results: SweepResults, cells: Cells, values: Mapping[Any, f
     axes.spines[:].set_visible(False)
 
 
-def _diagonal_between(axes: Any, across: Sequence[float], up: Sequence[float]) -> None:
-    """The line of equal rates, through cells that stand at their places and not at their rates."""
-    import numpy
+def _square(axes: Any, place: tuple[int, int], inset: float = 0.0, **look: Any) -> None:
+    x, y = (at - 0.5 + inset for at in place)
+    axes.add_patch(Rectangle((x, y), 1 - 2 * inset, 1 - 2 * inset, **look))
 
+
+def _hatch(axes: Any, place: tuple[int, int], colour: str, hatch: str, *, zorder: int) -> None:
+    _square(axes, place, facecolor="none", edgecolor=colour, hatch=hatch, linewidth=0, zorder=zorder)
+
+
+def _mark_cell(axes: Any, place: tuple[int, int], mark: str, ink: str) -> None:
+    if mark == "near":
+        axes.plot([place[0] + 0.38], [place[1] + 0.34], "o", markersize=4.5, color=ink, zorder=6)
+        return
+    dashed = mark == "diagonal"
+    # A dark ring and a light one inside it: one of them is visible on every colour.
+    outer, line = (BASELINE if dashed else "#000000"), ((0, (3, 1.4)) if dashed else "solid")
+    for inset, colour, width in ((0.035, outer, 3.4), (0.075, "#ffffff", 1.4)):
+        _square(axes, place, inset, facecolor="none", edgecolor=colour, linewidth=width, linestyle=line, zorder=5)
+
+
+def _diagonal_between(axes: Any, across: Sequence[float], up: Sequence[float]) -> None:
+    """Draw the line of equal rates through cells that do not stand at their true rates."""
     low, high = max(across[0], up[0]), min(across[-1], up[-1])
     if low > high:
         return
@@ -139,16 +138,15 @@ def _diagonal_between(axes: Any, across: Sequence[float], up: Sequence[float]) -
     )
     x = numpy.interp(numpy.log(rates), numpy.log(across), numpy.arange(len(across)))
     y = numpy.interp(numpy.log(rates), numpy.log(up), numpy.arange(len(up)))
-    # Half a cell further at both ends, where the line goes on along the cells' own diagonal.
+    # The cells at both ends extend half a cell beyond their rates.
     x, y = ([line[0] - 0.5, *line, line[-1] + 0.5] for line in (x, y))
     axes.plot(x, y, color=PAPER, linewidth=3.2, alpha=0.9, zorder=3, solid_capstyle="butt")
-    axes.plot(x, y, color=BASELINE, linewidth=1.4, linestyle=(0, (5, 3)), zorder=4)
+    axes.plot(x, y, **_DASHED, zorder=4)
 
 
-def _points(axes: Any, results: SweepResults, cells: Cells, values: Mapping[Any, float], scale: _Scale) -> None:
-    """Points at their rates on log axes, with lines of equal ratio."""
-    across = sorted({pair[0] for pair in cells})
-    up = sorted({pair[1] for pair in cells})
+def _points(axes: Any, results: SweepResults, cells: Cells, values: Values, scale: _Scale) -> None:
+    """Draw points on log axes, with lines of equal ratio."""
+    across, up = _axes_of(cells)
     axes.set_xscale("log")
     axes.set_yscale("log")
     room = (across[-1] / across[0]) ** 0.07, (up[-1] / up[0]) ** 0.12
@@ -159,27 +157,26 @@ def _points(axes: Any, results: SweepResults, cells: Cells, values: Mapping[Any,
     _lines_of_ratio(axes, cells)
     size = 210 if len(cells) <= 40 else 90 if len(cells) <= 120 else 40
     for pair in cells:
-        if pair not in values:
-            axes.scatter(*pair, s=size, marker="X", color=MUTED, edgecolors=PAPER, zorder=4)
-            continue
-        axes.scatter(*pair, s=size, color=[scale.colour(values[pair])], edgecolors=PAPER, linewidths=1.2, zorder=4)
+        known = pair in values
+        look = {"color": [scale.colour(values[pair])], "linewidths": 1.2} if known else {"color": MUTED, "marker": "X"}
+        axes.scatter(*pair, s=size, edgecolors=PAPER, zorder=4, **look)
+    rings: dict[str, dict[str, Any]] = {
+        "best": {"edgecolors": INK},
+        "diagonal": {"edgecolors": BASELINE, "linestyles": [(0, (2, 1))]},
+    }
     for pair, mark in _marks(results, values).items():
         if mark == "near":
             axes.scatter(*pair, s=size / 10, color=scale.ink_on(values[pair]), zorder=6)
-            continue
-        style = {"linewidths": 2.4, "facecolors": "none", "zorder": 5}
-        if mark == "best":
-            axes.scatter(*pair, s=size * 2.1, edgecolors=INK, **style)
         else:
-            axes.scatter(*pair, s=size * 2.1, edgecolors=BASELINE, linestyles=[(0, (2, 1))], **style)
+            axes.scatter(*pair, s=size * 2.1, linewidths=2.4, facecolors="none", zorder=5, **rings[mark])
 
 
 def _lines_of_ratio(axes: Any, cells: Cells) -> None:
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     ratios = sorted({float(f"{pair[0] / pair[1]:.4g}") for pair in cells})
     for ratio in ratios if len(ratios) <= 12 else [ratio for ratio in ratios if ratio == 1]:
-        line = {"color": BASELINE, "linestyle": (0, (5, 3)), "linewidth": 1.4} if ratio == 1 else {"color": OTHERS}
-        axes.plot([left, right], [left / ratio, right / ratio], **{"linewidth": 0.9, "zorder": 2, **line})
+        line = _DASHED if ratio == 1 else {"color": OTHERS, "linewidth": 0.9}
+        axes.plot([left, right], [left / ratio, right / ratio], zorder=2, **line)
         x = min(right, top * ratio)
         if max(left, bottom * ratio) < x:
             at_top = top * ratio < right
@@ -196,8 +193,8 @@ def _lines_of_ratio(axes: Any, cells: Cells) -> None:
             )
 
 
-def _marks(results: SweepResults, values: Mapping[Any, float]) -> dict[tuple[float, float], str]:
-    """Pair of rates -> `best`, `diagonal` (the best there) or `near` (within 1% of the best)."""
+def _marks(results: SweepResults, values: Values) -> dict[Pair, str]:
+    """Return the marks of pairs of rates: `best`, `diagonal` (the best there) or `near` (within 1% of the best)."""
     best, baseline = results.outcome.best, results.outcome.baseline
     if best is None or best.mean is None or best.rates is None:
         return {}
@@ -209,45 +206,42 @@ def _marks(results: SweepResults, values: Mapping[Any, float]) -> dict[tuple[flo
     return marks
 
 
-def _handles(results: SweepResults, values: Mapping[Any, float], cells: Cells, full: bool) -> list[Any]:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
+def _handles(results: SweepResults, values: Values, cells: Cells, full: bool) -> list[Any]:
+    """Return the legend's entries, as far as the figure has the marks that they explain."""
     marks = set(_marks(results, values).values())
-    dashed: dict[str, Any] = {"color": BASELINE, "linestyle": (0, (5, 3)), "linewidth": 1.4}
-    handles: list[Any] = [Line2D([], [], label="η_A = η_B: plain LoRA", **dashed)]
-    if "best" in marks:
-        handles.append(Patch(facecolor="none", edgecolor=INK, linewidth=2.4, label="best"))
-    if "diagonal" in marks:
-        ring: dict[str, Any] = {"edgecolor": BASELINE, "linewidth": 2.4, "linestyle": (0, (2, 1))}
-        handles.append(Patch(facecolor="none", label="best of plain LoRA", **ring))
-    if "near" in marks:
-        handles.append(
-            Line2D([], [], color=INK, marker="o", linestyle="", markersize=4.5, label="within 1% of the best")
-        )
-    if not full and len(values) < len(cells):
-        handles.append(Line2D([], [], color=MUTED, marker="X", linestyle="", markersize=9, label="no result"))
-    if full and any(one.failed for members in cells.values() for one in members):
-        handles.append(Patch(facecolor="none", edgecolor=MUTED, hatch="////", linewidth=0, label="failed"))
-    return handles
+    ring: dict[str, Any] = {"edgecolor": BASELINE, "linewidth": 2.4, "linestyle": (0, (2, 1))}
+    dot: dict[str, Any] = {"color": INK, "marker": "o", "markersize": 4.5, "linestyle": ""}
+    cross: dict[str, Any] = {"color": MUTED, "marker": "X", "markersize": 9, "linestyle": ""}
+    failed = any(one.failed for members in cells.values() for one in members)
+    entries: tuple[tuple[bool, Any], ...] = (
+        (True, Line2D([], [], label="η_A = η_B: plain LoRA", **_DASHED)),
+        ("best" in marks, Patch(facecolor="none", edgecolor=INK, linewidth=2.4, label="best")),
+        ("diagonal" in marks, Patch(facecolor="none", label="best of plain LoRA", **ring)),
+        ("near" in marks, Line2D([], [], label="within 1% of the best", **dot)),
+        (not full and len(values) < len(cells), Line2D([], [], label="no result", **cross)),
+        (full and failed, Patch(facecolor="none", edgecolor=MUTED, hatch="////", linewidth=0, label="failed")),
+    )
+    return [handle for applies, handle in entries if applies]
 
 
-def _caption(results: SweepResults, cells: Cells, beyond: int, full: bool) -> str:
+def _caption(cells: Cells, beyond: int, full: bool) -> str:
     caption = "Below the dashed line lora_B learns faster than lora_A (LoRA+), above it slower."
     if any(len(members) > 1 for members in cells.values()):
         caption += " Several settings share a pair of rates: the best of them is shown."
     if not full:
         caption += " Grey lines: pairs of one ratio."
     if beyond:
-        caption += (
-            f" {beyond} far value{'s' if beyond > 1 else ''} would have spoilt the colours: the scale ends before "
-            "and such a cell has its end's colour."
-        )
+        caption += f" {beyond} value{'s' if beyond > 1 else ''} beyond the scale have the colour of its end."
     return caption
 
 
+def _axes_of(cells: Cells) -> tuple[list[float], list[float]]:
+    """Return the distinct rates of lora_B and of lora_A."""
+    return sorted({pair[0] for pair in cells}), sorted({pair[1] for pair in cells})
+
+
 def _cells(settings: Sequence[Setting]) -> Cells:
-    """(eta_B, eta_A) -> the settings with these rates."""
+    """Group the settings by their rates."""
     cells: Cells = {}
     for one in settings:
         if (pair := _pair(one)) is not None:
@@ -255,7 +249,7 @@ def _cells(settings: Sequence[Setting]) -> Cells:
     return cells
 
 
-def _pair(setting: Setting) -> tuple[float, float] | None:
+def _pair(setting: Setting) -> Pair | None:
     rates = setting.rates
     return None if rates is None else (float(f"{rates.lr_B:.4g}"), float(f"{rates.lr_A:.4g}"))
 
@@ -264,6 +258,6 @@ def _best_of(results: SweepResults, members: Sequence[Setting]) -> Setting | Non
     return next((one for one in results.outcome.ranked if any(one is member for member in members)), None)
 
 
-def _extend(values: Any, low: float, high: float) -> str:
+def _extend(values: Iterable[float], low: float, high: float) -> str:
     below, above = any(value < low for value in values), any(value > high for value in values)
     return {(True, True): "both", (True, False): "min", (False, True): "max"}.get((below, above), "neither")

@@ -1,10 +1,12 @@
-"""ratio.png: the metric against the ratio on a log axis, a line for each rate of lora_A."""
+"""ratio.png: the metric over the ratio on a log axis, one line per rate of lora_A."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from matplotlib.lines import Line2D
 
 from loraplus_hydra.report.figures.style import (
     INK,
@@ -20,48 +22,60 @@ from loraplus_hydra.report.formatting import short
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import Setting, order
 
-# Keys that the axis and the lines show already; what else varies gives panels.
+# Keys shown by the axis and the lines; other varied keys give panels.
 _SHOWN = ("loraplus.ratio", "loraplus.lr_A", "loraplus.lr_B", "optimizer.lr", "model.lr")
 _MOST_PANELS, _MOST_LINES = 6, 12
 _COLUMNS = 3  # of panels
-_CHARACTERS = 100  # beside each other in their titles
-_MARKERS = "osD^v"  # beside the colours, for those who can't tell these apart
+_CHARACTERS = 100  # of all titles in a row
+_MARKERS = "osD^v"  # in addition to colours, for readers with any colour vision
 
 
 def draw(results: SweepResults) -> Picture | None:
-    """Panels for the values of other varied keys where they are few; the best over those keys where they are many."""
+    """Draw a panel for each value of the other varied keys, or one of the best over them if these are many."""
     settings = [one for one in results.settings if one.ratio is not None]
     ratios = sorted({one.ratio for one in settings if one.ratio is not None})
     if len(ratios) < 2 or not any(one.mean is not None for one in settings):
         return None
     panels = _panels(results, settings)
-    rates = sorted({_rate(one) for one in settings})
-    looks: dict[float, dict[str, Any]] = {
-        rate: {"color": colour, "marker": _MARKERS[place % len(_MARKERS)]}
-        for place, (rate, colour) in enumerate(zip(rates, ordered_colours(len(rates)), strict=True))
-    }
-    columns = min(_COLUMNS, len(panels))
-    lines = max(title.count("\n") for title, _ in panels)  # beyond the first
-    height = 4.2 if len(panels) == 1 else (3.3 + 0.16 * lines) * math.ceil(len(panels) / columns) + 0.4
-    figure = new_figure(8.6 if len(panels) == 1 else 10.4, height)
-    low, high, beyond = robust_limits([value for one in settings for value in one.measured])
-    grid = figure.subplots(math.ceil(len(panels) / columns), columns, sharex=True, sharey=True, squeeze=False)
-    for axes, (title, members) in zip(grid.flat, panels, strict=False):
-        for rate in rates:
-            _line(axes, [one for one in members if _rate(one) == rate], looks[rate], (low, high))
+    looks = _looks(settings)
+    limits = robust_limits([value for one in settings for value in one.measured])
+    figure, grid = _figure([title for title, _ in panels])
+    for axes, (title, members) in zip(grid, panels, strict=False):
+        for rate, look in looks.items():
+            _line(axes, [one for one in members if _rate(one) == rate], look, limits[:2])
         _mark_best(axes, results, members)
         axes.set_title(title)
         axes.set_xscale("log", base=2)
-        axes.set_ylim(*padded(low, high, 0.09))
+        axes.set_ylim(*padded(*limits[:2], 0.09))
         if ratios[0] <= 1 <= ratios[-1]:
             axes.axvline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    log_ticks(grid.flat[0].xaxis, ratios)
+    log_ticks(grid[0].xaxis, ratios)
     figure.supxlabel("ratio = rate of lora_B / rate of lora_A (log)", fontsize=9.5)
-    figure.supylabel(f"{results.sweep.metric}, {results.better} is better", fontsize=9.5)
-    _legend(figure, rates, looks)
-    return Picture("ratio", "Which ratio?", _caption(results, settings, panels, rates, beyond), figure)
+    figure.supylabel(results.axis_label, fontsize=9.5)
+    _legend(figure, looks)
+    return Picture("ratio", "Which ratio?", _caption(results, settings, panels, list(looks), limits[2]), figure)
+
+
+def _looks(settings: Sequence[Setting]) -> dict[float, dict[str, Any]]:
+    """Return the colour and marker of each rate of lora_A, in order of the rates."""
+    rates = sorted({_rate(one) for one in settings})
+    return {
+        rate: {"color": colour, "marker": _MARKERS[place % len(_MARKERS)]}
+        for place, (rate, colour) in enumerate(zip(rates, ordered_colours(len(rates)), strict=True))
+    }
+
+
+def _figure(titles: Sequence[str]) -> tuple[Any, Any]:
+    """Return a figure and its axes, one for each title."""
+    columns = min(_COLUMNS, len(titles))
+    rows = math.ceil(len(titles) / columns)
+    further_lines = max(title.count("\n") for title in titles)
+    height = 4.2 if len(titles) == 1 else (3.3 + 0.16 * further_lines) * rows + 0.4
+    figure = new_figure(8.6 if len(titles) == 1 else 10.4, height)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat[len(titles) :]:
+        axes.set_visible(False)
+    return figure, grid.flat
 
 
 def _caption(
@@ -77,12 +91,12 @@ def _caption(
     if len(panels) == 1 and (others := [key for key in results.compared if key not in _SHOWN]):
         caption += f" Each point is the best over {', '.join(results.names[key] for key in others)}."
     if beyond or any(one.failed for one in settings):
-        caption += " A cross at the edge: a job failed, or its value lies far beyond the axis."
+        caption += " A cross at the edge: a job failed, or the value lies beyond the axis."
     return caption
 
 
 def _panels(results: SweepResults, settings: Sequence[Setting]) -> list[tuple[str, Sequence[Setting]]]:
-    """Titles, with the settings of each."""
+    """Return each panel's title and settings."""
     others = [key for key in results.compared if key not in _SHOWN]
     values = order(tuple(one.values.get(key) for key in others) for one in settings)
     if not others or not 2 <= len(values) <= _MOST_PANELS:
@@ -100,7 +114,7 @@ def _panels(results: SweepResults, settings: Sequence[Setting]) -> list[tuple[st
 
 
 def _best_of_each(results: SweepResults, settings: Sequence[Setting]) -> Sequence[Setting]:
-    """The best setting of each pair of rates."""
+    """Return the best setting of each pair of rates."""
     best: dict[Any, Setting] = {}
     rank = {id(one): place for place, one in enumerate(results.outcome.ranked)}
     for one in sorted(settings, key=lambda one: rank.get(id(one), len(rank))):
@@ -138,17 +152,15 @@ def _mark_best(axes: Any, results: SweepResults, members: Sequence[Setting]) -> 
         axes.plot([best.ratio], [best.mean], "o", markersize=13, markerfacecolor="none", markeredgecolor=INK, zorder=5)
 
 
-def _legend(figure: Any, rates: Sequence[float], looks: Mapping[float, Mapping[str, Any]]) -> None:
-    from matplotlib.lines import Line2D
-
-    if len(rates) < 2:
+def _legend(figure: Any, looks: Mapping[float, Mapping[str, Any]]) -> None:
+    if len(looks) < 2:
         return
-    shown = rates if len(rates) <= _MOST_LINES else rates[:: -(-len(rates) // _MOST_LINES)]
+    shown = list(looks)[:: -(-len(looks) // _MOST_LINES)]
     handles = [Line2D([], [], **looks[rate], markersize=5.5, label=short(rate)) for rate in shown]
     figure.legend(handles=handles[::-1], title="rate of lora_A", loc="outside right upper")
 
 
 def _rate(setting: Setting) -> float:
-    """eta_A, rounded so that equal rates are equal."""
+    """Return eta_A, rounded so that equal rates are equal."""
     assert setting.rates is not None
     return float(f"{setting.rates.lr_A:.6g}")
