@@ -75,6 +75,7 @@ def test_signals_end_a_run_with_a_checkpoint_of_its_last_step(tiny_run: list[str
         assert (trial["status"], trial["differences"]) == (0, []), trial
 
 
+STREAMED = ("data.streaming=true", "data.eval=${data.train}")
 VARIANTS = {
     "dropout": ("adapter.lora_dropout=0.1",),
     "8-bit optimizer": ("optimizer=adamw8bit", "adapter.r=128", "adapter.lora_dropout=0.1"),
@@ -93,6 +94,12 @@ VARIANTS = {
     "cosine": ("scheduler=cosine", "scheduler.warmup_ratio=0.3"),
     "one cycle": ("scheduler=one_cycle",),
     "epochs": ("trainer.max_steps=-1", "trainer.num_train_epochs=2", "trainer.eval_strategy=epoch"),
+    "streamed rows, second epoch": (*STREAMED, "data.max_samples=12"),
+    "streamed rows, end of an epoch": (*STREAMED, "data.max_samples=20"),
+    "streamed rows, accumulation": (
+        *(*STREAMED, "data.max_samples=12"),
+        *("trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2"),
+    ),
     "nf4": ("quantization=nf4",),
     "no clipping": ("trainer.max_grad_norm=0",),
 }

@@ -39,7 +39,7 @@ def test_two_processes_share_one_run_folder_and_train_as_one(
 ) -> None:
     from loraplus_hydra import run
 
-    shared = [*tiny_run, "data.eval_fraction=0.25", "trainer=cpu", "trainer.max_steps=5"]
+    shared = [*tiny_run, "data.eval_fraction=0.25", "trainer.max_steps=5"]
     done = torchrun(
         "-m",
         "loraplus_hydra",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import DistributedType
 from omegaconf import DictConfig
 from peft import AdaLoraConfig, PeftModel
@@ -15,6 +16,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 from loraplus_hydra.config.schema import EARLY_STOPPING
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import UserError
+from loraplus_hydra.io import processes
 from loraplus_hydra.io.checkpoints import ResumePoint
 from loraplus_hydra.io.metrics_log import MetricsLog
 from loraplus_hydra.io.run_folder import CHECKPOINTS, METRICS
@@ -59,7 +61,7 @@ def make_trainer(
     trainer.add_callback(CheckpointCallback(trainer, folder / METRICS, seconds=seconds))
     score_with_whole_head(job.model)
     remove_own_printing(trainer)
-    _refuse_silent_ddp(trainer)
+    _refuse_other_processes(trainer)
     return trainer
 
 
@@ -73,6 +75,8 @@ def training_arguments(config: DictConfig, folder: Path, *, resume_from: str | N
     for name in EARLY_STOPPING:
         arguments.pop(name, None)
     arguments.update(plain_group(config.task.args))
+    if processes.world_size() > 1 and not torch.accelerator.is_available():
+        arguments["use_cpu"] = True  # otherwise the Trainer looks for GPUs only, and each process trains alone
     made: TrainingArguments = locate(config.task.args_class)(
         output_dir=str(folder / CHECKPOINTS),
         seed=config.seed,
@@ -102,11 +106,17 @@ def _early_stopping(config: DictConfig) -> list[EarlyStoppingCallback]:
     return [EarlyStoppingCallback(patience, config.trainer.get("early_stopping_threshold", 0.0))]
 
 
-def _refuse_silent_ddp(trainer: Any) -> None:
-    """Raise UserError where FSDP is set but not active: the Trainer falls back to DDP silently."""
+def _refuse_other_processes(trainer: Any) -> None:
+    """Raise UserError where the Trainer does not use the processes, or FSDP, that were asked for."""
     active = trainer.accelerator.distributed_type
-    if trainer.args.fsdp and active is not DistributedType.FSDP:
+    if trainer.args.fsdp and active is not DistributedType.FSDP:  # the Trainer falls back to DDP silently
         raise UserError(
             f"trainer.fsdp is set, but FSDP isn't active (what runs is {active.value}): it needs GPUs and several "
             "processes (torchrun --nproc_per_node N -m loraplus_hydra trainer=fsdp2). Use trainer=ddp or default"
+        )
+    started, used = processes.world_size(), trainer.args.world_size
+    if started != used:
+        raise UserError(
+            f"{started} processes were started, but the Trainer uses {used}, so each would train alone in one folder. "
+            "Start one process, or see that each has a device of its own (on CPUs: trainer.use_cpu=true)"
         )

@@ -20,6 +20,7 @@ import torch
 from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer_callback import EarlyStoppingCallback
+from transformers.trainer_utils import has_length
 
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import screen
@@ -51,6 +52,7 @@ class ResumableMixin:
     control: Any
     callback_handler: Any
     loraplus: LoraPlus
+    train_dataset: Any
     resumed_with: tuple[str, ...] = ()
 
     def train_or_restore(self, checkpoint: str | None) -> Any:
@@ -103,6 +105,17 @@ class ResumableMixin:
     def early_stopping(self) -> list[EarlyStoppingCallback]:
         """Return the callbacks that stop training early."""
         return [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Return the epochs done and the batches done in the current epoch, also for streamed rows."""
+        epochs, batches = super()._init_training_state(*args, **kwargs)  # type: ignore[misc]
+        if self.state.global_step == 0 or has_length(self.train_dataset):
+            return epochs, batches
+        # Nobody knows how many steps an epoch of a stream has, so the Trainer takes all steps for the first epoch. The
+        # fraction of the stored epoch counts batches, as if an epoch had all steps of the run.
+        epochs = int(self.state.epoch)
+        planned = _planned_steps(self.args.resume_from_checkpoint)
+        return epochs, round((self.state.epoch - epochs) * planned * self.args.gradient_accumulation_steps)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the adapter and the tokenizer, without pickled arguments."""
@@ -170,6 +183,11 @@ class ResumableMixin:
             )  # torch warns about the order of steps: the optimizer took its steps earlier
             for _ in range(stored.step):
                 self.lr_scheduler.step()
+
+
+def _planned_steps(checkpoint: str) -> int:
+    """Return the steps that the run was to have when it wrote `checkpoint`."""
+    return int(stored_trainer_state(checkpoint).max_steps)
 
 
 def resumable(trainer_class: type[Trainer]) -> type[Trainer]:
