@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
+from loraplus_hydra.check.keys import NOT_SET
 from loraplus_hydra.check.kinds import (
     derives,
     is_auto_class,
@@ -16,11 +19,12 @@ from loraplus_hydra.check.kinds import (
 )
 from loraplus_hydra.check.signatures import argument_problems
 from loraplus_hydra.check.values import MASTERS
-from loraplus_hydra.config.schema import EARLY_STOPPING
+from loraplus_hydra.config.schema import EARLY_STOPPING, TaskConfig
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.data.rows import loader_arguments
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line, nearest
 from loraplus_hydra.io.processes import world_size
+from loraplus_hydra.tasks.examples import own_arguments
 
 TARGET = "_target_"
 # Where a `_target_` may stand. Inside `adapter` further ones may, for PEFT's nested configs.
@@ -34,7 +38,7 @@ def class_problems(plain: dict[str, Any]) -> list[Problem]:
     problems += _quantization(plain.get("quantization", {}), plain.get("adapter", {}), plain.get("trainer", {}))
     problems += _optimizer(plain.get("optimizer", {}))
     problems += _scheduler(plain.get("scheduler", {}), _steps(plain.get("trainer", {})))
-    problems += _task(plain.get("task", {}), plain.get("trainer", {}))
+    problems += _task(plain)
     problems += _data(plain.get("data", {}))
     problems += _logger(plain.get("logger") or {})
     problems += _rules(plain)
@@ -166,36 +170,57 @@ def _scheduler(scheduler: dict[str, Any], steps: int) -> list[Problem]:
     return problems
 
 
-def _task(task: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
+def _task(plain: dict[str, Any]) -> list[Problem]:
+    """Check what the task names, its keys, and the rules of its own module."""
     from transformers import Trainer, TrainingArguments
 
-    _, problems = _resolve(
-        task.get(TARGET), "task._target_", derives(Trainer), "a transformers.Trainer class, such as trl.SFTTrainer"
-    )
-    _, more = _resolve(
-        task.get("auto_class"),
-        "task.auto_class",
-        is_auto_class,
-        "one of transformers' auto classes, such as transformers.AutoModelForCausalLM",
-    )
-    problems += more
-    _, more = _resolve(
-        task.get("examples"),
-        "task.examples",
-        returns_examples,
-        "a function that says -> Examples, such as loraplus_hydra.tasks.sft.examples",
-    )
-    problems += more
-    arguments, more = _resolve(
-        task.get("args_class"), "task.args_class", derives(TrainingArguments), "a transformers.TrainingArguments class"
-    )
-    return problems + more + (_trainer_arguments(arguments, task, trainer) if arguments else [])
+    places = {
+        TARGET: (derives(Trainer), "a transformers.Trainer class, such as trl.SFTTrainer"),
+        "args_class": (derives(TrainingArguments), "a transformers.TrainingArguments class"),
+        "auto_class": (is_auto_class, "one of transformers' auto classes, such as transformers.AutoModelForCausalLM"),
+        "examples": (
+            returns_examples,
+            "a function that says -> Examples, such as loraplus_hydra.tasks.sft.examples",
+        ),
+    }
+    task = plain.get("task", {})
+    problems = _common_task_keys(task)
+    found = {}
+    for name, (kind, wanted) in places.items():
+        path = task.get(name)
+        found[name], more = _resolve(path if isinstance(path, str) else None, f"task.{name}", kind, wanted)
+        problems += more
+    if found["examples"] is not None:
+        problems += _example_arguments(found["examples"], task)
+    if found["args_class"] is not None:
+        problems += _trainer_arguments(found["args_class"], task, plain.get("trainer", {}))
+    return problems or _rules_of_the_task(found["examples"], plain)
+
+
+def _common_task_keys(task: dict[str, Any]) -> list[Problem]:
+    """Check the keys that every task has: all are present, each of its type."""
+    names = [field.name for field in fields(TaskConfig)]
+    missing = [name for name in names if name not in task]
+    problems = [Problem(f"task.{name}", NOT_SET, f"give it a value: +task.{name}=...") for name in missing]
+    return problems + argument_problems(TaskConfig, {name: task[name] for name in names if name in task}, "task")
+
+
+def _example_arguments(examples: Callable[..., Any], task: dict[str, Any]) -> list[Problem]:
+    """Check a task's own keys against the parameters of its function."""
+    supplied = tuple(inspect.signature(examples).parameters)[:4]  # rows, tokenizer, task, data, whatever their names
+    valid = [field.name for field in fields(TaskConfig)]
+    return argument_problems(examples, own_arguments(task), "task", supplied, also_valid=valid)
+
+
+def _rules_of_the_task(examples: Callable[..., Any] | None, plain: dict[str, Any]) -> list[Problem]:
+    """Ask the task's own module, which may have a function `config_problems` beside `examples`."""
+    module = inspect.getmodule(examples)  # None for a function that isn't set
+    rules = vars(module).get("config_problems") if module is not None else None
+    return list(rules(plain)) if rules is not None else []
 
 
 def _trainer_arguments(arguments: type, task: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
     """Fields common to all Trainers stand under `trainer`, those of this one alone under `task.args`."""
-    from dataclasses import fields
-
     from transformers import TrainingArguments
 
     trainer = _without(trainer, *EARLY_STOPPING)  # ours

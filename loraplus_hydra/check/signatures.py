@@ -6,7 +6,8 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 from loraplus_hydra.config.types import describe, fits
@@ -14,11 +15,16 @@ from loraplus_hydra.errors import Problem, nearest
 
 
 def argument_problems(
-    target: Callable[..., Any], arguments: Mapping[str, Any], where: str, supplied: tuple[str, ...] = ()
+    target: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    where: str,
+    supplied: tuple[str, ...] = (),
+    also_valid: Collection[str] = (),
 ) -> list[Problem]:
     """Problems of calling `target` with `arguments`, whose keys stand in the config below `where`.
 
-    `supplied` are the arguments that we pass ourselves; they may not stand in the config.
+    `supplied` are the arguments that we pass ourselves; they may not stand in the config. `also_valid` are the keys
+    below `where` that are no arguments of `target`, but may be meant by a mistyped one.
     """
     try:
         parameters = inspect.signature(target).parameters
@@ -36,8 +42,9 @@ def argument_problems(
             problems.append(Problem(key, "is passed by the run itself", "leave it out"))
         elif name not in names and not takes_any:
             offered = [other for other in names if other not in supplied]
-            fix = f"it takes: {', '.join(offered)}" if len(offered) <= 30 else ""
-            problems.append(Problem(key, f"{title} takes no argument '{name}'{nearest(name, offered)}", fix))
+            fix = f"it takes: {', '.join(offered) or 'none'}" if len(offered) <= 30 else ""
+            hint = nearest(name, [*offered, *also_valid])
+            problems.append(Problem(key, f"{title} takes no argument '{name}'{hint}", fix))
         elif name in hints and not fits(value, hints[name]):
             problems.append(Problem(key, f"'{value}' is not {describe(hints[name])}", "give it such a value"))
     for name in names:
@@ -55,7 +62,11 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
             return typing.get_type_hints(target)
         called = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
         annotations = {name: hint for name, hint in called.__annotations__.items() if name != "return"}
-        arguments = types.SimpleNamespace(__annotations__=annotations)
-        return typing.get_type_hints(arguments, globalns=called.__globals__)
-    except Exception:  # annotations may name what only a type checker imports
+        names = called.__globals__
+    except Exception:
         return {}
+    hints: dict[str, Any] = {}
+    for name, hint in annotations.items():
+        with suppress(Exception):  # an annotation may name what only a type checker imports
+            hints |= typing.get_type_hints(types.SimpleNamespace(__annotations__={name: hint}), globalns=names)
+    return hints

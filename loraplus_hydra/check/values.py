@@ -56,7 +56,7 @@ def value_problems(plain: dict[str, Any]) -> list[Problem]:
         present, arguments = select(plain, place)
         names = arguments if present and isinstance(arguments, dict) else ()
         problems += [problem for name in names if (problem := set_elsewhere(f"{place}.{name}"))]
-    problems += _endless(plain) + _rows_left_out(plain) + _never_evaluated(plain) + _lone_answers(plain)
+    problems += _endless(plain) + _rows_left_out(plain) + _never_evaluated(plain)
     return problems + _never_resumed(plain)
 
 
@@ -94,15 +94,6 @@ def _never_resumed(plain: dict[str, Any]) -> list[Problem]:
         return []
     what = "its checkpoints lack the optimizer's state, so no run could go on from them"
     return [Problem(key, what, "leave it out: a checkpoint holds the adapter alone, not the model")]
-
-
-def _lone_answers(plain: dict[str, Any]) -> list[Problem]:
-    """KTO's loss needs, for each prompt of a batch, the answer to another one."""
-    trainer, rows = (select(plain, path)[1] for path in ("task._target_", "trainer.per_device_train_batch_size"))
-    if trainer != "trl.KTOTrainer" or rows != 1 or select(plain, "task.args.loss_type")[1] == "apo_zero_unpaired":
-        return []
-    what = "KTO takes for each prompt of a batch the answer to another one, and a batch of one row has none"
-    return [Problem("trainer.per_device_train_batch_size", what, "2 or more")]
 
 
 def _endless(plain: dict[str, Any]) -> list[Problem]:

@@ -214,7 +214,7 @@ def _may_be_added(parent: str, *, of_an_option: bool) -> str:
     group, _, inside = parent.partition(".")
     if group == "loraplus":
         return "To add it" if inside else ""  # a rule, or a key of one
-    if group == "data" and of_an_option:
+    if group in ("data", "task") and of_an_option:
         return ""  # the options list all that their functions take
     return "If it is a setting of the class behind it" if group in GROUPS and group not in CLOSED_GROUPS else ""
 

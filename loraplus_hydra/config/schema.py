@@ -10,7 +10,7 @@ defaults, since the YAML does.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Dict, List, Optional
 
 from hydra.core.config_store import ConfigStore
@@ -53,7 +53,7 @@ class ModelConfig:
 
 @dataclass
 class TaskConfig:
-    """The Trainer, its arguments, and the function that makes examples of rows. Closed; `args` is the Trainer's own."""
+    """Open: every other key is a parameter of the `examples` function."""
 
     _target_: str = MISSING  # a transformers.Trainer class, or one derived from it
     args_class: str = MISSING  # its arguments' class, transformers.TrainingArguments or derived from it
@@ -62,12 +62,6 @@ class TaskConfig:
     examples: str = MISSING  # the function that turns rows into the Trainer's examples
     metric: str = "eval_loss"  # the metric that a sweep optimises and `best` refers to; a key of the evaluation's
     greater_is_better: bool = False  # of `metric`
-    chat: Optional[bool] = None  # wrap prompt and completion in the chat template; null = when the tokenizer has one
-    # classification: transformers' name for the kind of labels; null = by the labels
-    problem_type: Optional[str] = field(default=None, metadata=range_(PROBLEM_TYPE))
-    # classification: tokens of a row at most; null = as many as the model takes
-    max_length: Optional[int] = field(default=None, metadata=range_(COUNT))
-    block_size: Optional[int] = field(default=None, metadata=range_(BLOCK))  # text: tokens in a block
     samples: int = field(default=0, metadata=range_(WHOLE))  # held-out prompts answered before and after training
     sample_tokens: int = field(default=48, metadata=range_(COUNT))  # new tokens at most in such an answer
     args: Dict[str, Any] = field(default_factory=dict)  # arguments that only this Trainer's arguments class has
@@ -153,7 +147,8 @@ class RunConfig:
     optimizer: Dict[str, Any] = field(default_factory=dict)  # OptimizerConfig + the class's arguments
     scheduler: Dict[str, Any] = field(default_factory=dict)  # SchedulerConfig + the callable's arguments
     loraplus: Dict[str, Any] = field(default_factory=dict)  # keys of LoraPlusConfig, as the preset uses them
-    task: TaskConfig = field(default_factory=TaskConfig)
+    # Its defaults stand here, because a task's YAML leaves out keys whose default suits it.
+    task: Dict[str, Any] = field(default_factory=lambda: asdict(TaskConfig()))  # TaskConfig + parameters of `examples`
     data: Dict[str, Any] = field(default_factory=dict)  # DataConfig + the callable's arguments
     trainer: Dict[str, Any] = field(default_factory=dict)  # TrainerConfig + transformers.TrainingArguments
     logger: Dict[str, Any] = field(default_factory=dict)  # LoggerConfig + the class's arguments
@@ -252,14 +247,14 @@ GROUPS: dict[str, type] = {
     "logger": LoggerConfig,
 }
 RUN_GROUPS = tuple(GROUPS)
-CLOSED_GROUPS = ("model", "task")
+CLOSED_GROUPS = ("model",)
 
 # Keys of the trainer group that are not fields of TrainingArguments.
 EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
 
 NOT_OF_A_RUN = ("hydra", "sweep")  # nodes of the program's config beside the run's
 
-# Types and ranges of other libraries' keys, which their own signatures don't limit.
+# Types and ranges of other functions' parameters, which their own signatures don't limit.
 LIBRARY_RANGES: dict[str, tuple[Any, Range]] = {
     "adapter.r": (int, COUNT),
     "adapter.lora_alpha": (float, POSITIVE),
@@ -267,6 +262,9 @@ LIBRARY_RANGES: dict[str, tuple[Any, Range]] = {
     "optimizer.betas": (List[float], BETAS),
     "optimizer.momentum": (float, DROPOUT),
     "task.args.max_length": (Optional[int], COUNT),
+    "task.problem_type": (Optional[str], PROBLEM_TYPE),
+    "task.max_length": (Optional[int], COUNT),
+    "task.block_size": (int, BLOCK),
     "data.eval_fraction": (float, PROPER_SHARE),
     "data.max_samples": (Optional[int], COUNT),
     "trainer.num_train_epochs": (float, POSITIVE),

@@ -10,7 +10,7 @@ from loraplus_hydra.errors import ConfigErrors, Problem, nearest
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.tasks.labels import Labels, find_labels
 from loraplus_hydra.tasks.metrics import METRICS, MULTI, SINGLE, metrics_of
-from loraplus_hydra.tasks.rows import batch_rows, refuse_unread, require_columns, text_in
+from loraplus_hydra.tasks.rows import batch_rows, require_columns, text_in
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, Features
@@ -20,12 +20,19 @@ if TYPE_CHECKING:
 _NO_LIMIT = 1_000_000  # tokenizers that know no limit state a far larger number
 
 
-def examples(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictConfig, data: DictConfig) -> Examples:
+def examples(
+    rows: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    task: DictConfig,
+    data: DictConfig,
+    *,
+    problem_type: str | None = None,
+    max_length: int | None = None,
+) -> Examples:
     """Rows with the columns `data.text_column`, `data.text_pair_column` (unless null) and `data.label_column`.
 
     `model_arguments` of the result size and name the model's head. Raises ConfigErrors.
     """
-    refuse_unread(task, "block_size", "chat")
     wanted = {f"data.{key}": data[key] for key in ("text_column", "label_column") if key in data}
     if missing := [key for key in ("text_column", "label_column") if key not in data]:
         what = f"this option of `data` doesn't say what the column is called ({data._target_})"
@@ -36,9 +43,9 @@ def examples(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictCo
         what = "the labels of streamed rows can't be known before they are read"
         raise ConfigErrors([Problem("data.streaming", what, "set it to false")])
     pair = None if pair is None or _is_null(rows["train"], pair) else pair
-    labels = find_labels(rows, data.label_column, task.problem_type, sampled=data.get("max_samples") is not None)
+    labels = find_labels(rows, data.label_column, problem_type, sampled=data.get("max_samples") is not None)
     _check_metric(task, labels)
-    limit = _limit(tokenizer, task.max_length)
+    limit = _limit(tokenizer, max_length)
     key = {
         "task": "classification",
         "tokenizer": tokenizer_digest(tokenizer),

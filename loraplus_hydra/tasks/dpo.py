@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from loraplus_hydra.data.rows import SPLITS, all_columns
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.examples import Examples
-from loraplus_hydra.tasks.rows import batch_rows, refuse_unread, require_columns, text_in, wrong_value
+from loraplus_hydra.tasks.rows import batch_rows, require_columns, text_in, wrong_value
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -19,10 +19,16 @@ if TYPE_CHECKING:
 COLUMNS = ("prompt", "chosen", "rejected")  # TRL's names; `data.<name>_column` maps others to them
 
 
-def examples(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictConfig, data: DictConfig) -> Examples:
+def examples(
+    rows: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    task: DictConfig,
+    data: DictConfig,
+    *,
+    chat: bool | None = None,
+) -> Examples:
     """Rows of texts as TRL's preference examples; with a chat template each becomes a turn. Raises ConfigErrors."""
-    refuse_unread(task, "block_size", "max_length", "problem_type")
-    chat = in_turns(tokenizer, task)
+    chat = in_turns(tokenizer, chat)
     names = {name: data.get(f"{name}_column") or name for name in COLUMNS}
     require_columns(rows, {f"data.{name}_column": column for name, column in names.items()})
     held_out = rows["eval"].select(range(min(task.samples, len(rows["eval"]))))
@@ -52,11 +58,11 @@ def _pairs(rows: Rows, names: dict[str, str], split: str, *, chat: bool) -> Rows
     return rows.map(convert, batched=True, with_indices=True, remove_columns=all_columns(rows))
 
 
-def in_turns(tokenizer: PreTrainedTokenizerBase, task: DictConfig) -> bool:
-    """Whether prompts and answers are written as turns of the tokenizer's chat template. Raises ConfigErrors."""
-    if task.chat and not tokenizer.chat_template:
+def in_turns(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
+    """Return `task.chat`, or for None whether the tokenizer has a chat template. Raises ConfigErrors."""
+    if chat and not tokenizer.chat_template:
         raise ConfigErrors([Problem("task.chat", "the tokenizer has no chat template", "set task.chat=false")])
-    return bool(tokenizer.chat_template) if task.chat is None else bool(task.chat)
+    return bool(tokenizer.chat_template) if chat is None else chat
 
 
 def turn(text: str, name: str) -> list[dict[str, str]]:

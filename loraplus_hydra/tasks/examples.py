@@ -1,14 +1,30 @@
-"""Examples: what a task makes of the rows, loaded once for the check and the run behind it."""
+"""Examples: what a task makes of the rows, loaded once for the check and the run that follows it.
+
+A task is a function, named by `task.examples`. One of your own looks like this:
+
+    def examples(
+        rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictConfig, data: DictConfig, *, width: int = 80
+    ) -> Examples:
+        ...
+
+The first four are passed by position: the rows with the splits "train" and "eval", the model's tokenizer, and the two
+config groups. Every key of the `task` group that is no field of `TaskConfig` is passed by name, and is checked against
+the function's parameters and their types: here `task.width`. The return annotation is required. A function
+`config_problems(config)` in the same module, if there is one, gets the whole config as plain containers and returns a
+list of `Problem`, empty if the config suits the task.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from loraplus_hydra.config.identity import config_hash
+from loraplus_hydra.config.schema import TaskConfig
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.data.rows import is_streamed, load_rows
 
@@ -46,10 +62,17 @@ def load_examples(config: DictConfig, tokenizer: PreTrainedTokenizerBase, *, kee
     examples = _kept.pop(key, None)
     if examples is None:
         _kept.clear()
-        examples = locate(config.task.examples)(load_rows(config.data), tokenizer, config.task, config.data)
+        own: Any = own_arguments(OmegaConf.to_container(config.task, resolve=True))  # type: ignore[arg-type]
+        examples = locate(config.task.examples)(load_rows(config.data), tokenizer, config.task, config.data, **own)
     if keep:
         _kept[key] = examples
     return examples
+
+
+def own_arguments(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of the `task` group that are parameters of its own `examples` function."""
+    common = {each.name for each in fields(TaskConfig)}
+    return {str(key): value for key, value in task.items() if key not in common}
 
 
 def kept_examples(config: DictConfig) -> Examples | None:

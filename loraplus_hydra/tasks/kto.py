@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.data.rows import all_columns, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.dpo import in_turns, rendered, turn
 from loraplus_hydra.tasks.examples import Examples
-from loraplus_hydra.tasks.rows import batch_rows, described, refuse_unread, require_columns, text_in, wrong_value
+from loraplus_hydra.tasks.rows import batch_rows, described, require_columns, text_in, wrong_value
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -19,17 +20,23 @@ COLUMNS = ("prompt", "completion", "label")  # TRL's names; `data.<name>_column`
 VERDICTS = {"true": True, "1": True, "false": False, "0": False}  # as text too: CSV has nothing else
 
 
-def examples(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictConfig, data: DictConfig) -> Examples:
+def examples(
+    rows: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    task: DictConfig,
+    data: DictConfig,
+    *,
+    chat: bool | None = None,
+) -> Examples:
     """Rows of judged answers as TRL's unpaired preferences; with a chat template each text becomes a turn.
 
     TRL takes the examples in their order, the same in each epoch, for it pairs those of a batch beforehand. So the
     training rows are shuffled here, by `data.seed`. Raises ConfigErrors.
     """
-    refuse_unread(task, "block_size", "max_length", "problem_type")
     if is_streamed(rows["train"]):
         what = "KTO needs its rows as a whole, to mix good answers and bad ones"
         raise ConfigErrors([Problem("data.streaming", what, "set data.streaming=false")])
-    chat = in_turns(tokenizer, task)
+    chat = in_turns(tokenizer, chat)
     names = {name: data.get(f"{name}_column") or name for name in COLUMNS}
     require_columns(rows, {f"data.{name}_column": column for name, column in names.items()})
     train, held_out = (_judged(rows[split], names, split, chat=chat) for split in ("train", "eval"))
@@ -50,6 +57,17 @@ def examples(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictCo
         references=tuple(shown[names["completion"]]),
         notes=(f"{good:,} good answers and {len(train) - good:,} bad ones to train on",),
     )
+
+
+def config_problems(config: Mapping[str, Any]) -> list[Problem]:
+    """Return a Problem for batches of one row, since KTO's loss needs, for each prompt, the answer to another one."""
+    task, rows = config["task"], config.get("trainer", {}).get("per_device_train_batch_size")
+    # This loss alone compares no answers.
+    alone = (task.get("args") or {}).get("loss_type") == "apo_zero_unpaired"
+    if task.get("_target_") != "trl.KTOTrainer" or rows != 1 or alone:
+        return []
+    what = "KTO takes for each prompt of a batch the answer to another one, and a batch of one row has none"
+    return [Problem("trainer.per_device_train_batch_size", what, "2 or more")]
 
 
 def _judged(rows: Any, names: dict[str, str], split: str, *, chat: bool) -> Any:

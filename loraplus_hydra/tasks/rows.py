@@ -10,7 +10,6 @@ from loraplus_hydra.errors import ConfigErrors, Problem, nearest
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
-    from omegaconf import DictConfig
 
 
 def require_columns(rows: DatasetDict, wanted: Mapping[str, str]) -> None:
@@ -24,17 +23,6 @@ def require_columns(rows: DatasetDict, wanted: Mapping[str, str]) -> None:
                 problems.append(Problem(key, what, f"the columns are: {', '.join(there)}"))
     if problems:
         raise ConfigErrors(list({problem.key: problem for problem in reversed(problems)}.values()))
-
-
-def refuse_unread(task: DictConfig, *names: str) -> None:
-    """Raise ConfigErrors for settings of `task` that this task doesn't read: setting them would do nothing."""
-    problems = [
-        Problem(f"task.{name}", "this task doesn't read it", "leave it null")
-        for name in names
-        if task[name] is not None
-    ]
-    if problems:
-        raise ConfigErrors(problems)
 
 
 def batch_rows(batch: Mapping[str, list[Any]], indices: list[int], split: str) -> Iterator[tuple[dict[str, Any], str]]:

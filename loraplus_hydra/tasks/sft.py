@@ -14,7 +14,7 @@ from loraplus_hydra.data.rows import SPLITS, all_columns, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.conversation import Conversation, Shape, Text, shape_of
 from loraplus_hydra.tasks.examples import Examples
-from loraplus_hydra.tasks.rows import batch_rows, refuse_unread
+from loraplus_hydra.tasks.rows import batch_rows
 from loraplus_hydra.tasks.template import check_template, end_token, loss_rule, take_template
 from loraplus_hydra.tasks.tokens import IGNORED, Encoded, LossRule, encode_conversation, encode_texts
 
@@ -29,18 +29,24 @@ if TYPE_CHECKING:
 _ANY_TURNS = [{"role": "assistant", "content": ""}]
 
 
-def examples(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictConfig, data: DictConfig) -> Examples:
+def examples(
+    rows: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    task: DictConfig,
+    data: DictConfig,
+    *,
+    chat: bool | None = None,
+) -> Examples:
     """Rows in any of TRL's shapes as tokens and labels.
 
-    With `task.chat` (or, when it is null, with a tokenizer that has a chat template) a prompt and its completion become
-    a turn of the user and one of the assistant; plain text stays plain. Raises ConfigErrors.
+    With `chat` (or, when it is None, with a tokenizer that has a chat template) a prompt and its completion become a
+    turn of the user and one of the assistant; plain text stays plain. Raises ConfigErrors.
     """
-    refuse_unread(task, "block_size", "max_length", "problem_type")
     shape = shape_of(rows, data)
     end = end_token(tokenizer, task)
     take_template(tokenizer, task)
-    chat = bool(tokenizer.chat_template) if task.chat is None else task.chat
-    check_template(tokenizer, shape, task, chat=chat)
+    check_template(tokenizer, shape, chat=chat)
+    chat = bool(tokenizer.chat_template) if chat is None else chat
     rule, notes = loss_rule(tokenizer, shape, task, chat=chat)
     key = {
         "task": "sft",

@@ -40,8 +40,9 @@ def take_template(tokenizer: PreTrainedTokenizerBase, task: DictConfig) -> None:
     tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase, shape: Shape, task: DictConfig, *, chat: bool) -> None:
-    if shape.messages is not None and task.chat is False:
+def check_template(tokenizer: PreTrainedTokenizerBase, shape: Shape, *, chat: bool | None) -> None:
+    """Raise ConfigErrors if the rows need a chat template that isn't there, or that `task.chat` forbids."""
+    if shape.messages is not None and chat is False:
         raise ConfigErrors(
             [Problem("task.chat", "conversations can't be written without a chat template", "task.chat=null")]
         )

@@ -11,7 +11,7 @@ from loraplus_hydra.data.cache import converted, digest, generated, tokenizer_di
 from loraplus_hydra.data.rows import CONTINUED, CONTINUES, SPLITS, all_columns, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.examples import Examples
-from loraplus_hydra.tasks.rows import batch_rows, refuse_unread, require_columns, text_in
+from loraplus_hydra.tasks.rows import batch_rows, require_columns, text_in
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, Features
@@ -24,23 +24,24 @@ if TYPE_CHECKING:
 _NO_LIMIT = 1_000_000  # tokenizers that know no limit state a far larger number
 
 
-def examples(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictConfig, data: DictConfig) -> Examples:
-    """The text in `data.text_column`, document after document, in blocks of `task.block_size` tokens.
+def examples(
+    rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictConfig, data: DictConfig, *, block_size: int
+) -> Examples:
+    """The text in `data.text_column`, document after document, in blocks of `block_size` tokens.
 
     An end-of-text token stands behind each document (a row, or as many rows as the loader says). Blocks run across
     documents; the last block of a split is shorter and is kept, so that no token is lost. A block's first token carries
     no loss, since nothing in the block comes before it. Raises ConfigErrors.
     """
-    refuse_unread(task, "max_length", "problem_type", "chat")
     column = data.get("text_column")
     if column is None:
         raise ConfigErrors(
             [Problem("data.text_column", "is not set", "name the column with the text: +data.text_column=...")]
         )
     require_columns(rows, {"data.text_column": column})
-    size = _block_size(task, tokenizer)
+    _check_block_size(block_size, tokenizer)
     key = {"task": "text", "tokenizer": tokenizer_digest(tokenizer), "column": column}
-    blocks = {split: _blocks_of(rows[split], column, tokenizer, split, size, key) for split in SPLITS}
+    blocks = {split: _blocks_of(rows[split], column, tokenizer, split, block_size, key) for split in SPLITS}
     prompts, answers = _samples(blocks["eval"], tokenizer, task.samples, task.sample_tokens)
     from transformers import DataCollatorForSeq2Seq
 
@@ -68,15 +69,11 @@ def cut_into_blocks(parts: Iterable[NDArray[np.int32]], size: int) -> Iterator[N
         yield kept
 
 
-def _block_size(task: DictConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    size = task.block_size
-    if size is None:
-        raise ConfigErrors([Problem("task.block_size", "is not set", "tokens in a block, such as 256")])
+def _check_block_size(size: int, tokenizer: PreTrainedTokenizerBase) -> None:
     limit = tokenizer.model_max_length
     if limit < _NO_LIMIT and size > limit:
         what = f"{size} tokens are more than the {limit} that the model was made for"
         raise ConfigErrors([Problem("task.block_size", what, f"{limit} or fewer")])
-    return int(size)
 
 
 def _blocks_of(

@@ -171,7 +171,7 @@ MISTAKES: dict[str, Mistake] = {
     "rows that are all too long": sft(
         GOOD, overrides=("task.args.max_length=2",), said=("task.args.max_length", "leave nothing to learn")
     ),
-    "setting of another task": sft(GOOD, overrides=("task.block_size=8",), said=("task.block_size", "doesn't read it")),
+    "setting of another task": sft(GOOD, overrides=("task.block_size=8",), said=("task.block_size", "task=text")),
     "empty text": classification(*LABELLED, {"text": "", "label": "there"}, said=("line 3: 'text' is empty",)),
     "label that is null": classification(*LABELLED, {"text": "a", "label": None}, said=("line 3: 'label' is null",)),
     "label that is empty": csv(b"text,label\na,b\nc,\n", "rows.csv, line 3: 'label' is empty"),

@@ -133,7 +133,7 @@ def test_names_that_a_data_set_declares_keep_their_order(compose: Callable[..., 
         "model=hub",
         f"model.path={bert_folder}",
         "data=jsonl",
-        "data._target_=tests.test_task_classification.declared_rows",
+        "data._target_=tests.tasks.test_task_classification.declared_rows",
     )
     with open_dict(config):
         for name in ("train", "format", "eval", "eval_fraction", "streaming", "encoding", "seed", "max_samples"):

@@ -123,9 +123,9 @@ def kto_examples(rows: list[dict[str, Any]], compose: Callable[..., Any], tokeni
 
     from loraplus_hydra.tasks.kto import examples
 
-    config = compose("experiment=kto", "data.train=unread.jsonl", "model=hub", "model.path=unread", "task.chat=false")
+    config = compose("experiment=kto", "data.train=unread.jsonl", "model=hub", "model.path=unread")
     made = Dataset.from_list(rows)
-    return examples(DatasetDict({"train": made, "eval": made}), tokenizer, config.task, config.data)
+    return examples(DatasetDict({"train": made, "eval": made}), tokenizer, config.task, config.data, chat=False)
 
 
 def test_kto_mixes_good_and_bad_answers_and_shows_good_ones(compose: Callable[..., Any]) -> None:

@@ -79,9 +79,9 @@ def predict(
 
 def _rendered(text: Text, tokenizer: PreTrainedTokenizerBase, run: FinishedRun) -> tuple[str, bool]:
     """The prompt as the model has seen prompts in training, and whether the tokenizer adds its own tokens."""
-    task = run.config.task
-    # A task that reads text in blocks knows no turns.
-    chat = bool(tokenizer.chat_template) and task.block_size is None if task.chat is None else task.chat
+    chat = run.config.task.get("chat", False)  # a task without this key knows no turns
+    if chat is None:
+        chat = bool(tokenizer.chat_template)
     if isinstance(text, str) and not chat:
         return text, True
     if not tokenizer.chat_template:
@@ -109,7 +109,7 @@ def _classify(
         if any(both) and not all(both):
             raise UserError("file: some rows have a second text and others have none")
         arguments = (part, second) if any(both) else (part,)
-        limit = run.config.task.max_length
+        limit = run.config.task.get("max_length")
         inputs = tokenizer(*arguments, padding=True, truncation=True, max_length=limit, return_tensors="pt")
         with torch.no_grad():
             logits = model(**inputs.to(model.device)).logits.float().cpu()
