@@ -162,7 +162,7 @@ def test_any_callable_that_returns_a_dataset_dict_will_do(compose: Callable[...,
 
     from loraplus_hydra.data.rows import load_rows
 
-    data = OmegaConf.create({"_target_": "tests.test_data_files.own_rows", "count": 3, "prompt_column": "q"})
+    data = OmegaConf.create({"_target_": "tests.data.test_data_files.own_rows", "count": 3, "prompt_column": "q"})
     assert list(load_rows(data)["train"]["q"]) == ["0", "1", "2"]
 
 
@@ -191,7 +191,7 @@ def test_what_a_callable_returns_is_looked_at(count: int, kind: str, said: str) 
 
     from loraplus_hydra.data.rows import load_rows
 
-    data = OmegaConf.create({"_target_": "tests.test_data_files.own_rows", "count": count, "kind": kind})
+    data = OmegaConf.create({"_target_": "tests.data.test_data_files.own_rows", "count": count, "kind": kind})
     with pytest.raises(ConfigErrors, match=said):
         load_rows(data)
 
