@@ -1,4 +1,4 @@
-"""A lock on a folder that needs no lock file and ends with the process that holds it."""
+"""A lock on a folder, without a lock file."""
 
 from __future__ import annotations
 

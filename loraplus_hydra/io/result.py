@@ -32,7 +32,10 @@ VERSIONED = (
 
 @dataclass
 class Result:
-    """The end of a job. Its JSON keys are an interface: a change needs a line in the CHANGELOG."""
+    """The end of a job.
+
+    The JSON keys are an interface: a change needs a line in the CHANGELOG.
+    """
 
     status: str  # ok | failed | interrupted | pruned (a search ended the job early; no search here does)
     metric: str  # name of the metric that a sweep optimises
@@ -65,7 +68,7 @@ class Result:
 
 
 def read_result(folder: Path) -> Result | None:
-    """Return the result stored in `folder`; None when there is none, or it can't be read."""
+    """Return the result stored in `folder`; None if it can't be read."""
     try:
         stored = read_json(folder / RESULT)
         return Result(**{each.name: stored[each.name] for each in fields(Result) if each.name in stored})

@@ -25,7 +25,7 @@ log = logging.getLogger("loraplus_hydra")
 
 
 def show(text: str) -> None:
-    """Write a line to the screen and to the log file, from the run's first process only."""
+    """Write a line to screen and log file, from the run's first process only."""
     if processes.is_main():
         log.info(text)
 

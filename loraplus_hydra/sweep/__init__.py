@@ -1,1 +1,1 @@
-"""Sweeps: where each job writes, what is done already, and one process for many jobs that share nothing."""
+"""Sweeps: many jobs with names, folders and statuses, isolated from each other."""

@@ -1,7 +1,7 @@
-"""A job's folder in a sweep: its name, and whether what lies there is the job's own, done or left unfinished.
+"""The name of a job's folder, and the state of the run in it.
 
-Hydra writes into a job's folder before it calls us. So the folder's name, and whether Hydra may write there at all, are
-values of its own config that `conf/app.yaml` asks for by the interpolations registered here.
+Hydra writes into a job's folder before it calls us. So two values of Hydra's own config decide about it: the folder's
+name, and whether Hydra may write there. `conf/app.yaml` takes them from the interpolations that are registered here.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.io import files, run_folder
 from loraplus_hydra.io.read import Unreadable, read_yaml
 from loraplus_hydra.io.result import OK, read_result
+from loraplus_hydra.sweep.job_context import swept_keys
 from loraplus_hydra.sweep.names import HASH_DIGITS, job_name
 
-LOG = "sweep.log"  # what is said of jobs whose folders are left alone
+LOG = "sweep.log"  # in the sweep's folder: log of the jobs whose own folders stay as they are
 _WRITTEN = (
     run_folder.CONFIG,
     run_folder.PARAM_GROUPS,
@@ -32,19 +33,20 @@ _WRITTEN = (
     run_folder.ADAPTER,
     run_folder.CHECKPOINTS,
 )
+_MISSING = object()
 
 
 class State(Enum):
-    """What lies in a job's folder."""
+    """The state of a job's folder."""
 
-    FREE = "nothing of a run"
-    LEFT = "what is left of this very job"
-    DONE = "this very job, done"
+    FREE = "no run"
+    LEFT = "this job, incomplete"
+    DONE = "this job, done"
     TAKEN = "another config's run"
 
 
 def register() -> None:
-    """Make the interpolations of `conf/app.yaml` known; every process that runs jobs does so by importing `cli`."""
+    """Register the interpolations of `conf/app.yaml`; `cli` calls it when it is imported, also in workers."""
     for name, resolver in (
         ("job_folder", _job_folder),
         ("hydra_folder", _hydra_folder),
@@ -53,19 +55,19 @@ def register() -> None:
         OmegaConf.register_new_resolver(f"loraplus.{name}", resolver, replace=True)
 
 
-def state_of(folder: Path, wanted: str) -> State:
-    """What lies in `folder` for a job whose config has the hash `wanted`."""
+def folder_state(folder: Path, job_hash: str) -> State:
+    """Return the state of `folder` for the job whose config has the hash `job_hash`."""
     result = read_result(folder)
     stored = (result.config_hash if result is not None else "") or _hash_of_file(folder / run_folder.CONFIG)
     if stored is None:
         return State.LEFT if any((folder / name).exists() for name in _WRITTEN) else State.FREE
-    if stored != wanted:
+    if stored != job_hash:
         return State.TAKEN
     return State.DONE if result is not None and result.status == OK else State.LEFT
 
 
 def hash_of(config: DictConfig) -> str:
-    """The hash of a run's config; of one with values that can't be read, the hash of what it says instead."""
+    """Return the hash of a run's config, unresolved if it has interpolations that fail."""
     try:
         return run_hash(config)
     except OmegaConfBaseException:
@@ -73,7 +75,10 @@ def hash_of(config: DictConfig) -> str:
 
 
 def clear(folder: Path) -> None:
-    """Remove what an unfinished run has left in `folder`, but its log; files that no run writes stay."""
+    """Remove the files of an incomplete run from `folder`.
+
+    Its log stays, and so do files that no run writes.
+    """
     for name in _WRITTEN:
         place = folder / name
         for path in (place, files.unfinished(place), place.with_name(f".{name}.old")):
@@ -84,7 +89,6 @@ def clear(folder: Path) -> None:
 
 
 def _hash_of_file(file: Path) -> str | None:
-    """The hash of a stored config; None where there is none to be read."""
     try:
         return hash_of(OmegaConf.create(read_yaml(file)))
     except (Unreadable, OmegaConfBaseException):
@@ -92,48 +96,45 @@ def _hash_of_file(file: Path) -> str | None:
 
 
 def _job_folder(*, _root_: DictConfig) -> str:
-    """hydra.sweep.subdir"""
+    """Return the value of hydra.sweep.subdir."""
     digits = hash_of(run_of(_root_))
-    swept = _root_.hydra.callbacks.before_run.swept
-    name = job_name({key: _value(_root_, key) for key in swept}, digits)
-    # A sweep over other keys may have had this very job, under a name that says those.
-    there = sorted(Path(_root_.hydra.sweep.dir).glob(f"*_{digits[:HASH_DIGITS]}"))
-    return there[0].name if there else name
+    name = job_name({key: _swept_value(_root_, key) for key in swept_keys(_root_.hydra)}, digits)
+    # A sweep over other keys may have run the same job, in a folder that is named after those keys.
+    existing = sorted(Path(_root_.hydra.sweep.dir).glob(f"*_{digits[:HASH_DIGITS]}"))
+    return existing[0].name if existing else name
 
 
 def _hydra_folder(*, _root_: DictConfig) -> str | None:
-    """hydra.output_subdir: none where Hydra is to leave the folder alone."""
-    return None if _is_left_alone(_root_) else run_folder.HYDRA
+    """Return the value of hydra.output_subdir; None keeps Hydra from writing."""
+    return None if _is_kept(_root_) else run_folder.HYDRA
 
 
 def _log_file(*, _root_: DictConfig) -> str:
-    """The file that the job's log goes to."""
+    """Return the path of the job's log file."""
     hydra = _root_.hydra
-    if _is_left_alone(_root_):
+    if _is_kept(_root_):
         return str(Path(hydra.sweep.dir).absolute() / LOG)
     return f"{hydra.runtime.output_dir}/{hydra.job.name}.log"
 
 
-def _is_left_alone(root: DictConfig) -> bool:
+def _is_kept(root: DictConfig) -> bool:
+    """Return True if the job's folder must stay as it is."""
     if not is_sweep(root.hydra):
         return False
-    return state_of(Path(root.hydra.runtime.output_dir), hash_of(run_of(root))) in (State.DONE, State.TAKEN)
+    return folder_state(Path(root.hydra.runtime.output_dir), hash_of(run_of(root))) in (State.DONE, State.TAKEN)
 
 
-def _value(root: DictConfig, key: str) -> Any:
-    """A swept key's value: a group's option, or what stands in the config, or else what the override says."""
+def _swept_value(root: DictConfig, key: str) -> Any:
     choices = root.hydra.runtime.choices
-    if key in choices:
+    if key in choices:  # a group: its option
         return choices[key]
     try:
         value = OmegaConf.select(root, key, default=_MISSING)
     except OmegaConfBaseException:
         value = _MISSING
-    if value is _MISSING:
-        texts: Any = OmegaConf.to_container(root.hydra.overrides.task, resolve=False)
-        words = (str(text).lstrip("+").partition("=") for text in texts)
-        return next((text for name, _, text in words if name == key), None)
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-
-
-_MISSING = object()
+    if value is not _MISSING:
+        return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    # The config has no readable value: take the override's own text.
+    texts: Any = OmegaConf.to_container(root.hydra.overrides.task, resolve=False)
+    parts = (str(text).lstrip("+").partition("=") for text in texts)
+    return next((text for name, _, text in parts if name == key), None)

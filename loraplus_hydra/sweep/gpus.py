@@ -1,7 +1,7 @@
-"""One GPU for each worker where several jobs run on one machine.
+"""One GPU for each worker of launchers that start several jobs on one machine.
 
-SLURM and Ray hand GPUs out themselves. Other launchers start processes that all see every GPU, and the Trainer would
-take all of them for each job.
+SLURM and Ray assign GPUs themselves. Under other launchers each process sees all GPUs, and the Trainer would use all of
+them for each job.
 """
 
 from __future__ import annotations
@@ -14,27 +14,26 @@ from typing import Any
 
 from filelock import FileLock
 
-_NOT_HANDING_OUT = ("hydra_joblib_launcher.joblib_launcher.JoblibLauncher", "submitit_launcher.LocalLauncher")
+_LAUNCHERS = ("hydra_joblib_launcher.joblib_launcher.JoblibLauncher", "submitit_launcher.LocalLauncher")
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _MOST_ON_ONE = 64  # processes
 _held: list[FileLock] = []  # the lock on this process's GPU, kept until the process ends
 
 
-def take_one(hydra: Any) -> str | None:
-    """Let this process see one GPU alone, the least used by other sweeps' workers, and return its name.
+def claim_gpu(hydra: Any) -> str | None:
+    """Make this process see only the GPU with the fewest workers, and return its name.
 
-    For `hydra`, Hydra's node of a job, whose launcher starts several jobs on one machine and hands out no GPUs; else
-    None, and also where there are no two GPUs to choose from. A process keeps its GPU until it ends: once used, no
-    other can be given to it.
+    `hydra` is Hydra's node of a job's config. Returns None, and changes nothing, if the launcher assigns GPUs itself or
+    if there are fewer than two. A process keeps its GPU until it ends.
     """
-    if _held or not str(hydra.launcher.get("_target_")).endswith(_NOT_HANDING_OUT):
+    if _held or not str(hydra.launcher.get("_target_")).endswith(_LAUNCHERS):
         return None
-    names = visible()
+    names = visible_gpus()
     if len(names) < 2:
         return None
-    folder = Path(tempfile.gettempdir()) / f"loraplus_hydra_gpus_{os.getuid()}"
+    folder = Path(tempfile.gettempdir()) / f"loraplus_hydra_gpus_{os.getuid()}"  # shared by all sweeps of the user
     folder.mkdir(mode=0o700, exist_ok=True)
-    for turn in range(_MOST_ON_ONE):  # a second process on a GPU only when each has one
+    for turn in range(_MOST_ON_ONE):  # a GPU gets a second process only when each has one
         for name in names:
             lock = FileLock(folder / f"{name.replace(os.sep, '-')}.{turn}", timeout=0)
             with suppress(OSError, NotImplementedError):  # another worker has it, or the file system has no locks
@@ -45,11 +44,11 @@ def take_one(hydra: Any) -> str | None:
     return None
 
 
-def visible() -> list[str]:
-    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them; none once it has begun to use them."""
-    import torch
+def visible_gpus() -> list[str]:
+    """Return the names of the GPUs that this process sees, as in CUDA_VISIBLE_DEVICES."""
+    import torch  # most launchers need no answer
 
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # too late: torch has read the variable
         return []
     count = torch.cuda.device_count()
     if os.environ.get(_VISIBLE):

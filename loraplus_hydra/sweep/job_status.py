@@ -1,7 +1,8 @@
-"""How the jobs of one start of a sweep ended, noted by the processes that ran them, whichever launcher started those.
+"""Status files of a sweep's jobs, written by the processes that run them.
 
-A job done before has no new result.json, and a worker that was killed tells nobody; so each job leaves a small file in
-the sweep's folder, which the start reads at its end and removes.
+They work under any launcher, and belong to one start of the sweep. A job that was done before writes no new
+result.json, and a worker that was killed writes nothing at its end. So each job keeps a small file in the sweep's
+folder. The start reads these files at its end, and removes them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ RUNNING, DONE, SKIPPED, FAILED, INTERRUPTED = "running", "done", "skipped", "fai
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a sweep, which locks the folder of its jobs' files until it ends."""
+    """One start of a sweep, with the locked folder of its status files."""
 
     folder: Path
     lock: ExitStack
@@ -36,20 +37,20 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Record:
-    """A job of this start."""
+class JobStatus:
+    """The status of one job."""
 
     folder: str  # its name inside the sweep's folder
     status: str
-    text: str = ""  # its error
+    text: str = ""  # the error of a failed job
     value: float | None = None  # the metric that the sweep compares
 
 
 def begin(sweep: Path) -> Start:
-    """Make and lock the folder for a new start's files, and remove the folders of starts that were killed."""
+    """Make and lock the folder of a new start; remove those of killed ones."""
     for old in (sweep / FOLDER).glob("*"):
-        with suppress(UserError, OSError), folder_lock(old) as locked:
-            if locked:  # no process holds it; without locks nobody knows
+        with suppress(UserError, OSError), folder_lock(old) as locked:  # UserError: that start is active
+            if locked:  # else the file system has no locks, and nobody knows
                 shutil.rmtree(old)
     folder = sweep / FOLDER / uuid.uuid4().hex[:12]
     folder.mkdir(parents=True)
@@ -58,24 +59,24 @@ def begin(sweep: Path) -> Start:
     return Start(folder, lock)
 
 
-def note(sweep: Path, start: str, record: Record) -> None:
-    """Note how a job stands, in place of what was noted of it before."""
+def write(sweep: Path, start: str, status: JobStatus) -> None:
+    """Write a job's status in place of its earlier one."""
     folder = sweep / FOLDER / start
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{record.folder.replace(os.sep, '%')}.json", json.dumps(asdict(record)))
+    write_text(folder / f"{status.folder.replace(os.sep, '%')}.json", json.dumps(asdict(status)))
 
 
-def collect(start: Start) -> list[Record]:
-    """What was noted of the jobs of `start`, by name."""
-    found = []
+def read_all(start: Start) -> list[JobStatus]:
+    """Return the status of each job of `start`, in the order of their names."""
+    statuses = []
     for path in sorted(start.folder.glob("*.json")):
         with suppress(Unreadable, TypeError):
-            found.append(Record(**read_json(path)))
-    return found
+            statuses.append(JobStatus(**read_json(path)))
+    return statuses
 
 
 def end(start: Start) -> None:
-    """Remove the start's files and give up its lock."""
+    """Remove the status files and give up the lock."""
     shutil.rmtree(start.folder, ignore_errors=True)
     with suppress(OSError):  # not empty: another start is active
         start.folder.parent.rmdir()

@@ -1,4 +1,7 @@
-"""One job of a sweep: skipped when it is done, gone on with where it stopped, and no harm to the others if it fails."""
+"""One job of a sweep.
+
+It is skipped if it is done, and resumed if it has stopped. Its failure does not end the sweep.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,17 @@ from loraplus_hydra.io import checkpoints, run_folder, screen
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.result import read_result
 from loraplus_hydra.sweep import job_status
-from loraplus_hydra.sweep.folders import State, clear, hash_of, state_of
-from loraplus_hydra.sweep.gpus import take_one
-from loraplus_hydra.sweep.isolation import free, isolated
+from loraplus_hydra.sweep.folders import State, clear, folder_state, hash_of
+from loraplus_hydra.sweep.gpus import claim_gpu
+from loraplus_hydra.sweep.isolation import isolated, release_frames
+from loraplus_hydra.sweep.job_context import start_name
 
-_FILE = logging.getLogger()  # its one handler is the job's log file: see conf/app.yaml
+_log_file = logging.getLogger()  # the root logger, which has one handler: the job's log file (see conf/app.yaml)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """Where a job writes, and where it is noted how it stands."""
+    """A job's folder, and the place of its status file."""
 
     folder: Path
     sweep: Path
@@ -35,59 +39,66 @@ class _Job:
     def name(self) -> str:
         return os.path.relpath(self.folder, self.sweep)
 
-    def note(self, status: str, text: str = "", value: float | None = None) -> None:
-        job_status.note(self.sweep, self.start, job_status.Record(self.name, status, text, value))
+    def set_status(self, status: str, text: str = "", value: float | None = None) -> None:
+        job_status.write(self.sweep, self.start, job_status.JobStatus(self.name, status, text, value))
 
 
 def run_job(config: DictConfig) -> float | None:
-    """Run the job that Hydra has made the folder of, unless it is done. Returns the metric that the sweep compares.
+    """Run the job whose folder Hydra has made, unless it is done.
 
-    A failed job gives None and raises nothing: Hydra would end the sweep behind it. How it ended is noted for the end
-    of the sweep, which tells of it.
+    Returns the metric that the sweep compares, and None for a failed job. A failed job raises no error, because Hydra
+    would end the sweep. Its status file reports the error.
     """
     hydra: Any = HydraConfig.get()
-    start = str(hydra.callbacks.before_run.start)
-    job = _Job(Path(hydra.runtime.output_dir), Path(hydra.sweep.dir).absolute(), start)
-    state = state_of(job.folder, hash_of(config))
+    job = _Job(Path(hydra.runtime.output_dir), Path(hydra.sweep.dir).absolute(), start_name(hydra))
+    state = folder_state(job.folder, hash_of(config))
     if state is State.DONE:
-        return _done_before(job)
-    job.note(job_status.RUNNING)
-    take_one(hydra)
+        return _skip(job)
+    job.set_status(job_status.RUNNING)
+    claim_gpu(hydra)
     try:
-        if state is State.TAKEN:
-            raise UserError(f"{job.folder} holds another config's run, which is left as it is")
-        with isolated(config):
-            from loraplus_hydra.runs.job import run
-
-            value = run(_prepared(config, job.folder), job.folder).value
+        value = _train(config, job, state)
     except KeyboardInterrupt:
-        job.note(job_status.INTERRUPTED)
+        job.set_status(job_status.INTERRUPTED)
         raise
     except (Exception, SystemExit) as error:
-        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        screen.show(f"    Failed: {text}")
-        _FILE.error("The job failed.", exc_info=error)
-        job.note(job_status.FAILED, text)
-        free(error)
+        _report_failure(job, error)
         return None
-    job.note(job_status.DONE, value=value)
+    job.set_status(job_status.DONE, value=value)
     return value
 
 
-def _done_before(job: _Job) -> float | None:
+def _skip(job: _Job) -> float | None:
     result = read_result(job.folder)
     assert result is not None, "a job that is done has a result"
     screen.show(f"    Done before: {job.name}: {result.metric} {result.value}")
-    job.note(job_status.SKIPPED, value=result.value)
+    job.set_status(job_status.SKIPPED, value=result.value)
     return result.value
 
 
-def _prepared(config: DictConfig, folder: Path) -> DictConfig:
-    """The config with which the job goes on from its newest whole checkpoint, or begins anew in a cleared folder."""
+def _report_failure(job: _Job, error: BaseException) -> None:
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    screen.show(f"    Failed: {text}")
+    _log_file.error("The job failed.", exc_info=error)
+    job.set_status(job_status.FAILED, text)
+    release_frames(error)
+
+
+def _train(config: DictConfig, job: _Job, state: State) -> float | None:
+    if state is State.TAKEN:
+        raise UserError(f"{job.folder} holds another config's run, which is left as it is")
+    with isolated(config):
+        from loraplus_hydra.runs.job import run  # only now: `isolated` sets the environment that libraries read
+
+        return run(_resume_or_clear(config, job.folder), job.folder).value
+
+
+def _resume_or_clear(config: DictConfig, folder: Path) -> DictConfig:
+    """Return the config that resumes the job; without a complete checkpoint clear its folder."""
     if checkpoints.newest_complete(folder / run_folder.CHECKPOINTS) is None:
         with folder_lock(folder):
             clear(folder)
         return config
     with open_dict(config):
-        config.trainer.resume_from_checkpoint = "auto"  # resumes
+        config.trainer.resume_from_checkpoint = "auto"
     return config

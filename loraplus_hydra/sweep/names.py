@@ -1,4 +1,4 @@
-"""Names of folders: a sweep's and its jobs', readable, safe on every file system and in Hydra's grammar."""
+"""Folder names of sweeps and jobs, safe for file systems, shells and Hydra's grammar."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from loraplus_hydra.report.formatting import names as short_names
 from loraplus_hydra.report.formatting import short
 
 HASH_DIGITS = 8
-_LONGEST = 120  # bytes of the readable part; file systems take 255 for a name
-# What neither a shell, a file system nor Hydra's grammar gives a meaning to: so `resume FOLDER` needs no quotes.
+_LONGEST = 120  # bytes of the readable part; file systems allow 255 for a name
+# Characters that mean something to a shell, a file system or Hydra's grammar: `resume FOLDER` needs no quotes.
 _UNSAFE = re.compile(r"[^A-Za-z0-9.+_-]+")
 
 
 def job_name(varied: Mapping[str, Any], config_hash: str) -> str:
-    """A job's folder: what it varies, and the hash of its config, which alone tells it from all others.
+    """Return a job's folder name: its varied values, and a hash that makes it unique.
 
     {"loraplus.ratio": 4.0, "seed": 1} -> ratio-4_seed-1_3fa9c1d2
     """
@@ -27,12 +27,15 @@ def job_name(varied: Mapping[str, Any], config_hash: str) -> str:
 
 
 def sweep_name(swept: Iterable[str], config_hash: str) -> str:
-    """A sweep's folder: the keys that it varies, and the hash of all else. ["loraplus.ratio"] -> ratio_5b1e09aa"""
+    """Return a sweep's folder name: its keys, and a hash of everything else.
+
+    ["loraplus.ratio"] -> ratio_5b1e09aa
+    """
     return _name(short_names(list(swept)).values(), "sweep", config_hash)
 
 
-def _name(parts: Iterable[str], otherwise: str, config_hash: str) -> str:
-    readable = _UNSAFE.sub("-", "_".join(parts))[:_LONGEST].strip(".-_") or otherwise
+def _name(parts: Iterable[str], default: str, config_hash: str) -> str:
+    readable = _UNSAFE.sub("-", "_".join(parts))[:_LONGEST].strip(".-_") or default
     return f"{readable}_{config_hash[:HASH_DIGITS]}"
 
 

@@ -1,4 +1,4 @@
-"""Hydra's plugins that sweeps can use: what to install for each, where Hydra only says that an option isn't there."""
+"""Installation commands for the Hydra plugins that sweeps can use."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from hydra.errors import MissingConfigException
 
 from loraplus_hydra.errors import Problem
 
-# The plugin's own requirements name versions that don't work with this Hydra: optuna 2, or a cloudpickle and an AWS
-# client that nobody here needs. An extra can't say --no-deps, so it has what the plugin runs with, and not the plugin.
+# The plugins' own requirements don't fit: optuna 2, or an old cloudpickle and an AWS client. An extra can't ask for
+# --no-deps, so it installs what the plugin needs, without the plugin.
 _WITHOUT_REQUIREMENTS = "pip install 'loraplus_hydra[{extra}]' && pip install --no-deps '{plugin}'"
 OPTUNA = _WITHOUT_REQUIREMENTS.format(extra="optuna", plugin="hydra-optuna-sweeper==1.3.0")
 _INSTALL = {
@@ -20,10 +20,13 @@ _INSTALL = {
 
 
 def missing_plugin(error: BaseException, key: str) -> Problem | None:
-    """A Problem when Hydra lacks an option that a plugin would bring; `key` is what asked for it."""
+    """Return the Problem if `error` is about an option of a plugin that isn't installed.
+
+    `key` is the override that asked for the option. Hydra's own message doesn't name the plugin.
+    """
     if not isinstance(error, MissingConfigException):
         return None
     option = str(error.missing_cfg_file)
     if option not in _INSTALL:
         return None
-    return Problem(key, f"{option} is an option of a plugin of Hydra's that isn't installed here", _INSTALL[option])
+    return Problem(key, f"{option} is an option of a Hydra plugin that isn't installed", _INSTALL[option])

@@ -1,7 +1,7 @@
-"""A search by Optuna that goes on where it stopped: Hydra's plugin asks for as many trials at each start.
+"""Optuna searches that continue where they stopped.
 
-Before the plugin opens the study, what an earlier start has left of it is put in order here: trials that never ended or
-failed are tried again first, and only as many are asked for as are still missing.
+Hydra's plugin runs `n_trials` trials at each start. Before it opens the study, this module repairs what an earlier
+start left: trials that failed or never ended are queued again, and only the missing trials are run.
 """
 
 from __future__ import annotations
@@ -17,33 +17,30 @@ from loraplus_hydra.sweep.plan import Sweep
 from loraplus_hydra.sweep.plugins import OPTUNA
 
 _SWEEPER = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
-_OLDEST = 4  # optuna's major version: older ones can't write their sqlite file with today's SQLAlchemy
+_OLDEST = 4  # optuna's major version; older ones fail to write sqlite files with a recent SQLAlchemy
 
 
 def continue_study(config: DictConfig, sweep: Sweep) -> None:
-    """Set the plugin's `n_trials`, `direction` and sampler's seed by the study that is there.
+    """Set the sweeper's `n_trials`, `direction` and seed so that the search continues its study.
 
-    `config` is the program's, `sweep` what has begun by it; another sweeper than Optuna's is left alone. Raises
+    `config` is the whole config and `sweep` what it has begun. Sweepers other than Optuna's are left alone. Raises
     UserError.
     """
     sweeper = config.hydra.sweeper
     if sweeper.get("_target_") != _SWEEPER:
         return
-    optuna = _optuna()
+    optuna = _import_optuna()
     with open_dict(config):
         if sweeper.get("direction") is None:
             sweeper.direction = "maximize" if config.task.greater_is_better else "minimize"
         storage, name = sweeper.get("storage"), sweeper.get("study_name")
         if name is None or not str(storage).startswith("sqlite:///"):
-            return  # in memory, or in a database where others' trials may be under way
-        _refuse_company(sweep)
-        study = optuna.create_study(
-            storage=storage, study_name=name, direction=_direction(sweeper.direction), load_if_exists=True
-        )
-        _same_direction(study, _direction(sweeper.direction))
-        wanted, done = int(sweeper.n_trials), _put_in_order(study, optuna.trial.TrialState)
+            return  # in memory, or in a database where other processes' trials may be active
+        _refuse_second_start(sweep)
+        study = _open_study(optuna, storage, name, sweeper.direction)
+        wanted, done = int(sweeper.n_trials), _requeue_trials(study, optuna.trial.TrialState)
         sweeper.n_trials = max(0, wanted - done)
-        # From the same seed again a sampler would propose again what it did at the first start.
+        # With the same seed the sampler would propose the first start's values again.
         if sweeper.sampler.get("seed") is not None:
             sweeper.sampler.seed += len(study.trials)
     if done:
@@ -51,14 +48,14 @@ def continue_study(config: DictConfig, sweep: Sweep) -> None:
         screen.show(f"The study has {done} finished trials, the best {study.best_value}; {more}")
 
 
-def _put_in_order(study: Any, states: Any) -> int:
-    """Queue the trials that have no value, once each. Returns how many have one."""
+def _requeue_trials(study: Any, states: Any) -> int:
+    """Queue each trial without a value once. Returns the number of trials that have one."""
     trials = study.get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state == states.COMPLETE]
     known = [trial.params for trial in complete]
     known += [trial.system_attrs.get("fixed_params", {}) for trial in trials if trial.state == states.WAITING]
     for trial in trials:
-        if trial.state == states.RUNNING:
+        if trial.state == states.RUNNING:  # its process was killed
             study.tell(trial.number, state=states.FAIL)
         if trial.state in (states.RUNNING, states.FAIL) and trial.params and trial.params not in known:
             study.enqueue_trial(trial.params)
@@ -66,33 +63,32 @@ def _put_in_order(study: Any, states: Any) -> int:
     return len(complete)
 
 
-def _optuna() -> Any:
-    """The library, quiet. Raises UserError when it is too old."""
-    import optuna
+def _import_optuna() -> Any:
+    import optuna  # an extra
 
     if int(optuna.__version__.partition(".")[0]) < _OLDEST:
         what = f"optuna {optuna.__version__} can't keep a study in a file here"
         raise ConfigErrors([Problem("hydra.sweeper", what, OPTUNA)])
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # the plugin uses names that optuna will drop in 6.0
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the plugin uses names that optuna 6.0 will drop
     return optuna
 
 
-def _direction(direction: Any) -> str:
-    if not isinstance(getattr(direction, "name", direction), str):
+def _open_study(optuna: Any, storage: str, name: str, direction: Any) -> Any:
+    wanted = getattr(direction, "name", direction)  # the plugin's enum, or a string
+    if not isinstance(wanted, str):
         raise ConfigErrors([Problem("hydra.sweeper.direction", "a run has one metric", "minimize, maximize or null")])
-    return str(getattr(direction, "name", direction))
-
-
-def _same_direction(study: Any, wanted: str) -> None:
-    if study.direction.name.lower() != wanted:
-        what = f"is {wanted}, but the study that is there {study.direction.name.lower()}s"
+    study = optuna.create_study(storage=storage, study_name=name, direction=wanted, load_if_exists=True)
+    stored = study.direction.name.lower()
+    if stored != wanted:
+        what = f"is {wanted}, but the existing study {stored}s"
         raise ConfigErrors([Problem("hydra.sweeper.direction", what, "name another study: hydra.sweeper.study_name")])
+    return study
 
 
-def _refuse_company(sweep: Sweep) -> None:
-    """Raise UserError beside another start of the search: its trials under way look like those of a killed one."""
+def _refuse_second_start(sweep: Sweep) -> None:
+    # Its active trials would look like those of a killed start.
     others = [path for path in sweep.start.folder.parent.iterdir() if path != sweep.start.folder]
     if others:
-        fix = f"if none is (a file system without locks forgets nobody), remove {others[0]}"
-        raise UserError(f"another process is at this search; {fix}")
+        fix = f"if there is none (on a file system without locks a killed one stays listed), remove {others[0]}"
+        raise UserError(f"another process runs this search; {fix}")

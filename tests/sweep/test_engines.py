@@ -117,7 +117,7 @@ def test_plugin_that_is_missing_is_told_with_what_installs_it(
     monkeypatch.delitem(stored(group, option), f"{option}.yaml", raising=False)
     finished = cli(*words)
     assert finished.status == 1
-    assert f"hydra/{group}/{option} is an option of a plugin" in finished.err
+    assert f"hydra/{group}/{option} is an option of a Hydra plugin" in finished.err
     assert fix in finished.err
 
 
@@ -127,7 +127,7 @@ def test_launchers_that_hand_out_no_gpus_are_known_by_name(plugin: str) -> None:
     package = "hydra_joblib_launcher" if module.startswith("joblib") else "hydra_submitit_launcher"
     pytest.importorskip(f"hydra_plugins.{package}")
     found = getattr(importlib.import_module(f"hydra_plugins.{package}.{module}"), name)
-    assert f"{found.__module__}.{found.__name__}".endswith(gpus._NOT_HANDING_OUT)
+    assert f"{found.__module__}.{found.__name__}".endswith(gpus._LAUNCHERS)
 
 
 JOBLIB = OmegaConf.create(
@@ -153,14 +153,14 @@ def next_worker(monkeypatch: pytest.MonkeyPatch) -> str | None:
     """What another process gets, while the locks of those before it are held."""
     monkeypatch.setattr(gpus, "_held", [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    return gpus.take_one(JOBLIB)
+    return gpus.claim_gpu(JOBLIB)
 
 
 @pytest.mark.usefixtures("two_gpus")
 def test_workers_get_gpus_of_their_own_and_share_evenly_when_there_are_more(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [next_worker(monkeypatch) for _ in range(4)] == ["0", "1", "0", "1"]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
-    assert gpus.take_one(JOBLIB) is None  # the next job of the same process keeps what it has
+    assert gpus.claim_gpu(JOBLIB) is None  # the next job of the same process keeps what it has
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
 
 
@@ -176,7 +176,7 @@ def test_gpu_is_free_again_when_its_worker_has_ended(monkeypatch: pytest.MonkeyP
 @pytest.mark.usefixtures("two_gpus")
 def test_gpus_are_chosen_among_those_that_the_user_left_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert gpus.take_one(JOBLIB) == "3"
+    assert gpus.claim_gpu(JOBLIB) == "3"
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -186,5 +186,5 @@ def test_launchers_that_hand_out_gpus_themselves_are_left_alone() -> None:
         "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher",
         "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
     ):
-        assert gpus.take_one(OmegaConf.create({"launcher": {"_target_": target}})) is None
+        assert gpus.claim_gpu(OmegaConf.create({"launcher": {"_target_": target}})) is None
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""

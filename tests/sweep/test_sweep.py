@@ -253,7 +253,7 @@ def test_interrupted_sweep_ends_with_the_report_of_what_is_there(
     [
         (["loraplus.ratio=1,2", "optimizr=a"], "did you mean 'optimizer'"),
         (["optimizer=adamw,adamx"], "no option 'adamx'"),
-        (["loraplus.ratio=1,2", "sweep.name=../up"], "no name for a folder"),
+        (["loraplus.ratio=1,2", "sweep.name=../up"], "is not a valid folder name"),
         (["loraplus.ratio=1,2", "sweep.nam=x"], "did you mean 'name'"),
         (["optimizer=sgd,muon", "optimizer.momentum=0.5"], "write ++optimizer.momentum=0.5"),
         (["optimizer=sgd,muon", "+optimizer.momentum=0.5"], "in a sweep of groups: ++optimizer.momentum=0.5"),

@@ -155,18 +155,18 @@ def test_failed_job_is_freed_before_the_next_begins(
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_jobs(cli: Cli, tiny_sweep: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from loraplus_hydra.sweep import job_status, jobs
+    from loraplus_hydra.sweep import job_status
 
     resident: list[int] = []
-    note = job_status.note
+    write = job_status.write
 
-    def noting(sweep: Path, start: str, record: job_status.Record) -> None:
-        note(sweep, start, record)
-        if record.status == job_status.DONE:
+    def writing(sweep: Path, start: str, status: job_status.JobStatus) -> None:
+        write(sweep, start, status)
+        if status.status == job_status.DONE:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             resident.append(pages * os.sysconf("SC_PAGE_SIZE"))
 
-    monkeypatch.setattr(jobs.records, "note", noting)
+    monkeypatch.setattr(job_status, "write", writing)
     assert cli("-m", *tiny_sweep, "seed=range(10)").status == 0
     assert len(resident) == 10
     assert resident[9] < 1.1 * resident[1], [size >> 20 for size in resident]

@@ -82,7 +82,7 @@ def test_failed_trial_ends_no_search_and_is_tried_again(
     cli: Cli, tiny_search: list[str], tmp_path: Path, without_report: None
 ) -> None:
     search = [*tiny_search, "hydra.sweeper.n_trials=2", "loraplus.ratio=choice(4,-1)", "optimizer.lr=choice(1e-3)"]
-    search.append("hydra.sweeper.sampler._target_=tests.test_sweep_search.in_turn")
+    search.append("hydra.sweeper.sampler._target_=tests.sweep.test_sweep_search.in_turn")
     assert cli(*search).status == 1
     states = {trial.params["loraplus.ratio"]: trial.state.name for trial in study(tmp_path / "search").trials}
     assert states == {4: "COMPLETE", -1: "FAIL"}
@@ -127,7 +127,7 @@ def test_second_process_leaves_a_search_under_way_alone(
     start = job_status.begin(folder)  # as another process does
     refused = cli(*tiny_search)
     assert refused.status == 1
-    assert "another process is at this search" in refused.err
+    assert "another process runs this search" in refused.err
     job_status.end(start)
     assert cli(*tiny_search, "hydra.sweeper.n_trials=1").status == 0
 

@@ -95,7 +95,7 @@ class WandB(Tracker):
 
 
 def _host_without_key() -> str:
-    """Return the server's host name if there is no key for it here, else an empty string.
+    """Return the server's host name if it has no key, else an empty string.
 
     Keys come from the environment, netrc and wandb's settings.
     """

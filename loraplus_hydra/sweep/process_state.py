@@ -1,0 +1,112 @@
+"""The state of the process that a job may change, restored after it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.backends import cuda, cudnn
+
+Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # returns a value, sets it
+
+
+@contextmanager
+def process_state() -> Iterator[None]:
+    """Restore the state of the process when the block ends."""
+    before = [get() for get, _ in _SETTINGS]
+    folder, generators = Path.cwd(), _generators()
+    try:
+        yield
+    finally:
+        for (get, put), value in reversed(list(zip(_SETTINGS, before, strict=True))):
+            if get() != value:  # some setters do more than set, such as import a compiler
+                put(value)
+        os.chdir(folder)
+        _set_generators(*generators)
+
+
+def _set_environment(before: dict[str, str]) -> None:
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    for name, value in before.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+
+
+def _loggers() -> tuple[list[tuple[logging.Logger, int, bool, bool]], int]:
+    known = [one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)]
+    states = [(one, one.level, one.propagate, one.disabled) for one in (logging.root, *known)]
+    return states, logging.root.manager.disable
+
+
+def _set_loggers(before: tuple[list[tuple[logging.Logger, int, bool, bool]], int]) -> None:
+    states, threshold = before
+    for logger, level, propagate, disabled in states:
+        if logger.level != level:  # setting it clears a cache of all loggers
+            logger.setLevel(level)
+        logger.propagate, logger.disabled = propagate, disabled
+    logging.disable(threshold)
+
+
+def _generators() -> tuple[Any, ...]:
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.initial_seed(), on_gpus
+
+
+def _set_generators(python: Any, numpy: Any, cpu: torch.Tensor, seed: int, on_gpus: list[torch.Tensor] | None) -> None:
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if on_gpus is not None:
+        torch.cuda.set_rng_state_all(on_gpus)
+    elif torch.cuda.is_initialized():  # by the job
+        torch.cuda.manual_seed_all(seed)
+
+
+def _set_default_device(device: torch.device) -> None:
+    # None is the state before the first call. Set to the CPU, torch sends every call through Python.
+    torch.set_default_device(None if device.type == "cpu" else device)
+
+
+def _determinism() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _set_determinism(state: tuple[bool, bool]) -> None:
+    torch.use_deterministic_algorithms(state[0], warn_only=state[1])
+
+
+def _attribute(holder: Any, name: str) -> Setting:
+    return partial(getattr, holder, name), partial(setattr, holder, name)
+
+
+def _float32_precision() -> list[Setting]:
+    """Return the settings that let float32 products use fewer bits."""
+    if hasattr(torch.backends, "fp32_precision"):  # since torch 2.9, which refuses a mixture with the old names
+        return [_attribute(holder, "fp32_precision") for holder in (torch.backends, cuda.matmul, cudnn)]
+    return [_attribute(holder, "allow_tf32") for holder in (cuda.matmul, cudnn)]
+
+
+_SETTINGS: list[Setting] = [
+    (lambda: dict(os.environ), _set_environment),
+    (_loggers, _set_loggers),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device, _set_default_device),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.is_anomaly_enabled, torch.set_anomaly_enabled),
+    (_determinism, _set_determinism),
+    (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+    (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+    (cuda.math_sdp_enabled, cuda.enable_math_sdp),
+    *(_attribute(cudnn, name) for name in ("enabled", "benchmark", "deterministic")),
+    *_float32_precision(),
+]
