@@ -1,1 +1,1 @@
-"""Benchmarks: a YAML config each, JSON results, a table. Figures that the documentation states come from here."""
+"""Benchmarks with a YAML config, JSON results and a table each; the documentation quotes them."""

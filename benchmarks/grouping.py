@@ -1,10 +1,9 @@
-"""How long grouping takes: `peft.optimizers.create_loraplus_optimizer`, ours, and a bare `named_parameters()` walk.
+"""Time of grouping in PEFT's function, in ours, and of a bare `named_parameters()` walk.
 
     python -m benchmarks.grouping [run=[Qwen2.5-32B]]
 
-Both functions are called the same way and get an optimizer class that only keeps its groups, so that grouping alone is
-timed. Rounds alternate; garbage is collected ahead of each call, so that none pays for what another left. Seconds are
-those of the CPU, since all three are computation in one thread, and others may be at work on the machine.
+Both functions get the same arguments and an optimizer class that only stores its groups, so only grouping is timed.
+Rounds alternate. Seconds are CPU seconds: all three compute in one thread, and the machine may run other work.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from torch import nn
 from loraplus_hydra import create_loraplus_optimizer
 
 MLP = ("gate_proj", "up_proj", "down_proj")
-WIDTH = 4  # of every weight: how large they are makes no difference to grouping
+WIDTH = 4  # of every weight; grouping does not depend on it
 
 
 class NullOptimizer(torch.optim.Optimizer):
-    """Keeps its groups and does nothing else."""
+    """An optimizer that only stores its groups."""
 
     def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0) -> None:
         self.param_groups = list(params)
@@ -42,7 +41,7 @@ class NullOptimizer(torch.optim.Optimizer):
 
 
 def model_of(layout: DictConfig) -> nn.Module:
-    """A PEFT model with the modules of a published one, LoRA of rank 2 on the linears of attention and MLPs."""
+    """Return a PEFT model with a published model's modules and LoRA of rank 2."""
     layers = nn.ModuleList([_layer(layout, dense=index < layout.dense_layers) for index in range(layout.layers)])
     body = _module(embed_tokens=nn.Embedding(WIDTH, WIDTH), layers=layers, norm=nn.RMSNorm(WIDTH))
     base = _module(model=body, lm_head=_linear())
@@ -78,14 +77,15 @@ def _module(**children: nn.Module) -> nn.Module:
 
 
 def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    gc.collect()
+    """Return the CPU seconds that the call takes, and its value."""
+    gc.collect()  # else it may fall into this call, for objects of the one before
     started = time.process_time()
     returned = call()
     return time.process_time() - started, returned
 
 
 def same_groups(first: Any, second: Any) -> bool:
-    """The same tensors in the same order, rates and decays, group by group."""
+    """Return True if two optimizers' groups have equal tensors, rates and decays."""
     return len(first.param_groups) == len(second.param_groups) and all(
         [id(p) for p in one["params"]] == [id(p) for p in other["params"]]
         and (one["lr"], one["weight_decay"]) == (other["lr"], other["weight_decay"])
@@ -94,6 +94,7 @@ def same_groups(first: Any, second: Any) -> bool:
 
 
 def measure(name: str, layout: DictConfig) -> dict[str, Any]:
+    """Time the walk and both functions on one model, in alternating rounds."""
     model = model_of(layout)
     arguments: dict[str, Any] = {"lr": 1e-4, "loraplus_lr_ratio": 16.0}
     calls: dict[str, Callable[[], Any]] = {
@@ -119,6 +120,7 @@ def measure(name: str, layout: DictConfig) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
+    """Return the medians as a Markdown table."""
     lines = [
         "| model | LoRA modules | PEFT | ours | bare walk | PEFT / ours | ours / walk | ours, a module | same groups |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---|",

@@ -1,8 +1,8 @@
-"""What a sweep in one process saves: a ratio sweep through `-m`, and the same jobs in a process each, one by one.
+"""Time of a ratio sweep in one process, and in one process per job.
 
     python -m benchmarks.sweep [ratios=[1,16] rounds=3]
 
-Both ways do the same jobs and end with the same metrics, which is checked. The sweep's time has its report in it.
+Both run the same jobs, and must end with the same metrics. The sweep's time includes its report.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from loraplus_hydra.io.read import read_json, read_yaml
 
-def seconds(words: list[str], threads: int) -> float:
-    """How long the command line takes in a process of its own. Raises when it fails."""
+
+def seconds(arguments: list[str], threads: int) -> float:
+    """Return the seconds that a new process takes. Raises SystemExit if it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     started = time.perf_counter()
-    command = [sys.executable, "-m", "loraplus_hydra", *words]
+    command = [sys.executable, "-m", "loraplus_hydra", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
@@ -34,20 +36,19 @@ def seconds(words: list[str], threads: int) -> float:
 
 
 def metrics(folder: Path) -> dict[float, float]:
-    """Ratio -> the job's metric, of the jobs in `folder`."""
+    """Return ratio -> metric of the jobs in `folder`."""
     found = {}
     for path in folder.glob("*/result.json"):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        config = OmegaConf.load(path.with_name("config.yaml"))
-        found[float(config.loraplus.ratio)] = result["metrics"][result["metric"]]
+        result, config = read_json(path), read_yaml(path.with_name("config.yaml"))
+        found[float(config["loraplus"]["ratio"])] = result["metrics"][result["metric"]]
     return found
 
 
 def measure(config: Any, folder: Path) -> dict[str, Any]:
-    """One round: the sweep, then the processes."""
-    ratios, shared = list(config.ratios), [str(text) for text in config.overrides]
-    values = ",".join(map(str, ratios))
-    sweep = ["-m", *shared, f"loraplus.ratio={values}", f"hydra.sweep.dir={folder / 'sweep'}"]
+    """Time one round: the sweep, then the processes."""
+    ratios, shared = list(config.ratios), list(config.overrides)
+    swept = f"loraplus.ratio={','.join(map(str, ratios))}"
+    sweep = ["-m", *shared, swept, f"hydra.sweep.dir={folder / 'sweep'}"]
     together = seconds(sweep, config.threads)
     each = [
         seconds([*shared, f"loraplus.ratio={ratio}", f"hydra.run.dir={folder / 'alone' / str(ratio)}"], config.threads)
@@ -62,7 +63,7 @@ def measure(config: Any, folder: Path) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The medians, as Markdown."""
+    """Return the medians as a Markdown table."""
     return "\n".join(
         [
             "| jobs | one process | a process each | one / each | same metrics |",

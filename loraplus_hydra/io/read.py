@@ -1,4 +1,4 @@
-"""Reader of the JSON, YAML and JSON-lines files in a run's folder, which may be missing, broken or untrusted."""
+"""Reader of a run's files (JSON, YAML, JSON lines), which may be broken or untrusted."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import yaml  # type: ignore[import-untyped]
 
 from loraplus_hydra.errors import UserError, first_line
 
-_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader takes a tenth of the time
-_DEEPEST = 100  # levels; the C loader ends the process with a segmentation fault where there are some ten thousand
 RESOLVER = re.compile(r"\$\{[^}]*:")  # ${oc.env:HOME}: followed in an untrusted file, it could read the environment
+_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader takes a tenth of the time
+_DEEPEST = 100  # levels; on some ten thousand the C loader ends the process with a segmentation fault
 _NAMES: dict[type, str] = {dict: "mapping", list: "list"}
 
 
@@ -26,21 +26,21 @@ class Missing(Unreadable):
 
 
 class Hostile(Unreadable):
-    """YAML that no run writes, and that could take all memory or end the process."""
+    """YAML that no run writes, and that could fill the memory or end the process."""
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """Return the JSON value in `path`, which is of the Python type `kind`. Raises Missing or Unreadable."""
+    """Return the JSON value in `path`, of Python type `kind`. Raises Missing or Unreadable."""
     return _read(path, kind, json.loads)
 
 
 def read_yaml(path: Path, kind: type = dict) -> Any:
-    """Return the YAML value in `path`, which is of the Python type `kind`. Raises Missing or Unreadable."""
+    """Return the YAML value in `path`, of Python type `kind`. Raises Missing or Unreadable."""
     return _read(path, kind, parse_yaml)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects in a file of JSON lines, without lines that hold none. Raises Missing or Unreadable."""
+    """Return the objects in a file of JSON lines. Raises Missing or Unreadable."""
     found = []
     for line in _text(path).splitlines():
         try:
@@ -53,9 +53,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the value of `text` in YAML's safe subset, typed as OmegaConf types it.
+    """Return the value of `text` in YAML's safe subset, with OmegaConf's types.
 
-    Raises Unreadable, also for a key that exists twice; for aliases and for more than 100 levels Hostile.
+    Raises Unreadable, also for a key that exists twice. Raises Hostile for aliases and for more than 100 levels.
     """
     try:
         _refuse_traps(text)
@@ -69,7 +69,7 @@ def parse_yaml(text: str) -> Any:
 def _refuse_traps(text: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=_Base):
-        if isinstance(event, yaml.AliasEvent):  # a few lines of aliases can stand for more than any memory holds
+        if isinstance(event, yaml.AliasEvent):  # a few lines of aliases can expand to fill any memory
             raise Hostile("it holds YAML aliases, which no run writes")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
@@ -77,7 +77,7 @@ def _refuse_traps(text: str) -> None:
 
 
 class _Loader(_Base):
-    """YAML's safe subset with the types of OmegaConf's own loader, which is ten times slower."""
+    """Loader of YAML's safe subset, with the types of OmegaConf's slower one."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

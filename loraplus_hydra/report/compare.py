@@ -1,4 +1,4 @@
-"""Comparison of a sweep's settings: the best, the best at ratio 1, the noise of the seeds, and speed."""
+"""Comparison of a sweep's settings with each other and with ratio 1."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Reach:
-    """First evaluation at which a setting's mean curve is as good as ratio 1 is at the end."""
+    """First evaluation at which a setting is as good as ratio 1 at its end."""
 
     setting: Setting
     step: int | None  # None if it never is
@@ -62,9 +62,9 @@ class Outcome:
 
 
 def compare(settings: Sequence[Setting], *, greater_is_better: bool) -> Outcome:
-    """Rank the settings by their mean over seeds, and compare the best with the best at ratio 1.
+    """Rank the settings, and compare the best with the best at ratio 1.
 
-    A setting with a failed job is the best only if every setting has one.
+    They are ranked by their mean over seeds. A setting with a failed job is the best only if every setting has one.
     """
     sign = -1 if greater_is_better else 1
     ranked = sorted((one for one in settings if one.mean is not None), key=lambda one: sign * _mean(one))
@@ -106,7 +106,7 @@ def _against_baseline(
 def _against_twin(
     baseline: Setting | None, contender: Setting | None, settings: Sequence[Setting], *, greater_is_better: bool
 ) -> Difference | None:
-    """Compare the contender with the setting that differs from it only by ratio 1, unless that is the baseline."""
+    """Compare the contender with itself at ratio 1, unless that is the baseline."""
     if contender is None:
         return None
     twin = next((one for one in settings if one.ratio == 1 and _alike(one, contender)), None)
@@ -179,7 +179,7 @@ def mean_curve(curves: Iterable[Sequence[Point]]) -> tuple[Point, ...]:
 
 
 def first_reaching(curve: Iterable[Point], target: float, *, greater_is_better: bool) -> Point | None:
-    """Return the first evaluation after the start that is as good as `target`, without interpolation, or None."""
+    """Return the first evaluation after the start that is as good as `target`, or None."""
     sign = -1 if greater_is_better else 1
     return next((point for point in curve if point.step > 0 and sign * (point.value - target) <= 0), None)
 
@@ -187,9 +187,10 @@ def first_reaching(curve: Iterable[Point], target: float, *, greater_is_better: 
 def speed(
     baseline: Setting, settings: Iterable[Setting], *, greater_is_better: bool
 ) -> tuple[float | None, tuple[Reach, ...]]:
-    """Return the last value of the baseline's mean curve, and when it and the best other settings first reach it.
+    """Return the baseline's final metric, and when the best settings first reach it.
 
-    The baseline is measured like the others: by the first evaluation that is as good as its last.
+    The metric is that of the mean curve over seeds. The baseline is measured like the others, by the first evaluation
+    that is as good as its last.
     """
     curve = _evaluations(baseline)
     if len(curve) < 2:

@@ -1,4 +1,4 @@
-"""Short text for numbers and keys, the same on the page, in the figures and in the terminal."""
+"""Short text for numbers and keys on the page, in figures and in the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ABSENT = "–"  # noqa: RUF001
 
 
 def short(value: Any) -> str:
-    """Return a setting's value as text: 0.0008 as 8e-4, 16.0 as 16, None as a dash."""
+    """Return a setting's value as text (8e-4 for 0.0008, a dash for None)."""
     if value is None:
         return ABSENT
     if isinstance(value, bool):
@@ -30,7 +30,7 @@ def measured(value: float | None) -> str:
 
 
 def with_spread(mean: float | None, spread: float | None) -> str:
-    """Return mean and spread as text, `3.6170 ± 0.0040`; without the spread if there is one seed."""
+    """Return `3.6170 ± 0.0040`, or only the mean if there is no spread."""
     return measured(mean) + ("" if spread is None else f" ± {_as_precise(spread, mean)}")
 
 
@@ -44,7 +44,7 @@ def count(number: int, noun: str) -> str:
 
 
 def names(keys: Sequence[str]) -> dict[str, str]:
-    """Return each dotted key's short name: its last parts, as many as no other key ends with."""
+    """Return each dotted key's short name, the fewest last parts that are unique."""
     found = {}
     for key in keys:
         parts = key.split(".")
@@ -63,13 +63,13 @@ def setting_text(values: Mapping[str, Any], short_names: Mapping[str, str]) -> s
 
 
 def clipped(text: str, most: int = 24) -> str:
-    """Return `text` in at most `most` characters, with an ellipsis in its middle if it is longer."""
+    """Return `text` with its middle cut out if it has more than `most` characters."""
     start = most // 3  # paths differ at their ends
     return text if len(text) <= most else f"{text[:start]}…{text[start + 1 - most :]}"
 
 
 def folded(parts: Iterable[str], width: int, most: int = 4) -> str:
-    """Join the parts in lines of `width` characters, broken only between parts, and cut after `most` lines."""
+    """Join the parts in at most `most` lines of `width` characters, broken between parts."""
     lines = [""]
     for part in parts:
         if lines[-1] and len((lines[-1] + part).rstrip()) > width:

@@ -30,7 +30,7 @@ def override_values(overrides: Iterable[str]) -> dict[str, Any]:
 def rerun_overrides(
     first: Iterable[str], resumes: Sequence[str], first_config: Mapping[str, Any], config: Mapping[str, Any]
 ) -> tuple[str, ...] | None:
-    """Return the overrides with which a new run has the job's present config, or None if they are unknown.
+    """Return the overrides that give a new run the job's config, or None if unknown.
 
     `first` are the overrides of the job's first start, and `resumes` those of all its resumes in order. `first_config`
     is the config of the first start and `config` the present one, both as dotted key -> leaf.

@@ -1,4 +1,4 @@
-"""Reader of a sweep's folder: each job's result, config, rates and curves, as far as its files can be read."""
+"""Reader of a sweep's folder and its jobs, however broken their files are."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Norms:
-    """Frobenius norms of a parameter group's tensors and of their change in one step, at one logged step."""
+    """Frobenius norms of a group's tensors and of their change in one step."""
 
     step: int
     weight: float
@@ -103,7 +103,7 @@ class Sweep:
 
 
 def read_sweep(folder: Path) -> Sweep:
-    """Read each direct sub-folder of `folder` that has a job's files, in natural order of their names."""
+    """Read each direct sub-folder that has a job's files, in natural order of names."""
     folders = sorted((one for one in folder.iterdir() if one.is_dir() and one.name[0] != "."), key=_natural_order)
     job_folders = [one for one in folders if any((one / name).exists() for name in _JOB_FILES)]
     files = _Files(folder)
@@ -176,7 +176,7 @@ class _Files:
         self.errors: list[str] = []
 
     def read(self, reader: Any, *names: str, **kind: type) -> Any:
-        """Return what `reader` makes of a file, or None if it is missing or can't be read."""
+        """Read a file; return None if it is missing or can't be read."""
         try:
             return reader(self.folder.joinpath(*names), **kind)
         except Missing:
@@ -201,8 +201,8 @@ def _status(result: Any, *, broken: bool) -> tuple[str, str]:
 
 
 def _config(files: _Files) -> tuple[dict[str, Any], bool]:
-    """Return the job's config, and False for Hydra's copy: a job that failed early has no config.yaml."""
-    config = files.read(read_yaml, run_folder.CONFIG)
+    """Return the job's config, and False if it is only Hydra's copy."""
+    config = files.read(read_yaml, run_folder.CONFIG)  # missing in a job that failed early
     return (_hydra_config(files), False) if config is None else (flatten(config), True)
 
 
@@ -211,7 +211,7 @@ def _hydra_config(files: _Files) -> dict[str, Any]:
 
 
 def _overrides(files: _Files, config: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-    """Return the overrides of the job's first start, and those that run the job again as it is now."""
+    """Return the overrides of the job's first start, and those that run it again."""
     first = files.read(read_yaml, run_folder.HYDRA, "overrides.yaml", kind=list)
     if first is None:
         return (), None
@@ -225,7 +225,7 @@ def _overrides(files: _Files, config: Mapping[str, Any]) -> tuple[tuple[str, ...
 
 
 def _rates(tensors: Iterable[Any], config: Mapping[str, Any]) -> Rates | None:
-    """Return eta_A and eta_B of the job's tensors, or of its config if it ended before its groups were written."""
+    """Return eta_A and eta_B from the job's tensors, or else from its config."""
     used: dict[str, float | None] = {}
     known = [one for one in tensors if isinstance(one, dict) and number(one.get("lr")) is not None]
     for key, sides in (("group", {"groupA": "A", "groupB": "B"}), ("role", {"lora_A": "A", "lora_B": "B"})):

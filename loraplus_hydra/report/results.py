@@ -1,4 +1,4 @@
-"""A sweep with its varied keys, settings and comparison: the input of tables, figures and page."""
+"""A sweep with its varied keys, settings and comparison."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SweepResults:
 
     @property
     def seeds(self) -> bool:
-        """Return True if a setting has more than one seed, so that there is a spread."""
+        """Return True if a setting has more than one seed, thus a spread."""
         return any(len(one.measured) > 1 for one in self.settings)
 
     def label(self, setting: Setting) -> str:
@@ -51,7 +51,7 @@ class SweepResults:
         return formatting.setting_text(setting.values, self.names)
 
     def folded_label(self, setting: Setting, width: int, *, prefix: str = "") -> str:
-        """Return `prefix` and the label for a figure: in lines of `width` characters, with long values clipped."""
+        """Return `prefix` and the label in lines of `width` characters, long values clipped."""
         values = [
             f"{self.names[key]} {formatting.clipped(formatting.short(one))}" for key, one in setting.values.items()
         ]

@@ -1,4 +1,4 @@
-"""Keys that a sweep varies, and its settings: groups of jobs that differ only in the seed."""
+"""Keys that a sweep varies, and its jobs grouped by their values."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Setting:
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation over the seeds (n - 1 in its denominator); None for fewer than two."""
+        """Standard deviation over the seeds (with n - 1); None for fewer than two."""
         return statistics.stdev(self.measured) if len(self.measured) > 1 else None
 
     @property
@@ -82,7 +82,7 @@ def varied_keys(sweep: Sweep) -> tuple[str, ...]:
 
 
 def _unexplained_keys(jobs: Sequence[Job], named: Sequence[str]) -> list[str]:
-    """Return the keys in which the jobs' configs differ in a way that the `named` keys don't explain."""
+    """Return keys whose differences between jobs the `named` keys don't explain."""
     found = dict.fromkeys(key for job in jobs for key in job.config)
     leaves = [key for key in found if not key.startswith(_NOT_TRAINED)]
     leaves.sort(key=lambda key: (_PREFERRED.index(key) if key in _PREFERRED else len(_PREFERRED), key.count(".")))
@@ -96,18 +96,18 @@ def _unexplained_keys(jobs: Sequence[Job], named: Sequence[str]) -> list[str]:
 
 
 def value_of(job: Job, key: str) -> Any:
-    """Return the job's value of `key`, from its config or else from its override (a group's option, a mapping)."""
+    """Return the job's value of `key`, from its config or else from its override."""
     if key == SEED:
         return job.seed
     return job.config[key] if key in job.config else override_values(job.overrides).get(key)
 
 
 def settings_of(sweep: Sweep, keys: Sequence[str]) -> tuple[Setting, ...]:
-    """Group the jobs by all of `keys` but the seed; a job without config and overrides is in no group."""
+    """Group the jobs by all of `keys` but the seed."""
     groups: dict[tuple[str, ...], list[Job]] = {}
     compared = [key for key in keys if key != SEED]
     for job in sweep.jobs:
-        if job.config or job.overrides:
+        if job.config or job.overrides:  # else none of its values is known
             groups.setdefault(tuple(repr(value_of(job, key)) for key in compared), []).append(job)
     return tuple(Setting({key: value_of(jobs[0], key) for key in compared}, tuple(jobs)) for jobs in groups.values())
 

@@ -1,4 +1,4 @@
-"""Conclusions of a sweep in plain sentences, the same on the page and in the terminal."""
+"""Conclusions of a sweep in sentences, for the page and the terminal."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def verdict(gap: Difference) -> str:
 
 
 def speed_sentence(results: SweepResults) -> str:
-    """Return how much sooner the best setting reaches ratio 1's final metric; empty if there is no such comparison."""
+    """Return how much sooner the best setting reaches ratio 1's final metric, if known."""
     outcome = results.outcome
     if outcome.target is None or outcome.best is None or outcome.best is outcome.baseline:
         return ""
@@ -78,7 +78,7 @@ def speed_sentence(results: SweepResults) -> str:
 
 
 def command(results: SweepResults) -> str:
-    """Return the shell command that runs the best job again; empty if its overrides are unknown."""
+    """Return the shell command that runs the best job again, empty if unknown."""
     job = results.outcome.best_job
     if job is None or job.rerun is None:
         return ""

@@ -28,7 +28,7 @@ def csv_text(results: SweepResults) -> str:
 
 
 def in_order(results: SweepResults) -> list[Job]:
-    """Return the jobs, the best first and those without a result last, in the order of their folders."""
+    """Return the jobs, the best first and those without a result last."""
     sign = -1 if results.sweep.greater_is_better else 1
     successful = [job for job in results.sweep.jobs if job.has_result]
     successful.sort(key=lambda job: sign * (job.value or 0.0))

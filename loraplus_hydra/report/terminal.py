@@ -1,4 +1,4 @@
-"""The report in the terminal: ranked settings, jobs without a result, and the best job's command."""
+"""The report in the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tolerant access to values of a stored config or result: resolved configs, dotted keys and numbers."""
+"""Tolerant access to values of a stored config or result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def resolved(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(config: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return a nested mapping as dotted key -> leaf, without unresolved interpolations. A list is one leaf, as JSON."""
+    """Return a mapping as dotted key -> leaf, without unresolved interpolations.
+
+    A list is one leaf, as JSON.
+    """
     return {
         key: json.dumps(value, default=str) if isinstance(value, (list, dict)) else value
         for key, value in flat(config).items()
@@ -36,7 +39,7 @@ def flatten(config: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def number(value: Any) -> float | None:
-    """Return `value` as a float, or None if it is no number or too large to be squared."""
+    """Return `value` as a float, or None if it is no usable number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if abs(value) < _HUGE else None  # also None for NaN, which is never smaller

@@ -1,4 +1,4 @@
-"""Comparison of settings and their noise, against numbers worked out by hand and by other libraries."""
+"""Comparison of settings, against numbers worked out by hand and by other libraries."""
 
 from __future__ import annotations
 

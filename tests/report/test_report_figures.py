@@ -1,4 +1,4 @@
-"""Figures: room for their labels, scales without diverged values, and removal when they no longer suit."""
+"""Figures of a report: their room, their scales and their removal."""
 
 from __future__ import annotations
 

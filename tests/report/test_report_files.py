@@ -1,4 +1,4 @@
-"""Reports on broken and hostile job folders: each job has its row, and no text of a job becomes markup."""
+"""Reports on broken and hostile job folders."""
 
 from __future__ import annotations
 

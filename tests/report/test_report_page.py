@@ -1,4 +1,4 @@
-"""The page in a real browser: its figures are drawn, its table sorts, and it sends no request."""
+"""The page in a real browser, and the files beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of a report, one module each; the varied keys decide which of them are drawn."""
+"""The figures of a report, one module each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""curves.png: metric and training loss of every job over the steps, with the compared settings in colour."""
+"""curves.png: metric and training loss of every job over the steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Compared = Sequence[tuple[Setting, str, str]]  # setting, colour, label
 
 
 def draw(results: SweepResults) -> Picture | None:
-    """Draw a panel for the metric and one for the training loss, as far as they were logged."""
+    """Draw a panel for the metric and one for the training loss, if logged."""
     jobs = results.sweep.jobs
     kinds: tuple[tuple[str, Curves], ...] = (
         (results.sweep.metric, [(job, job.evaluations) for job in jobs]),

@@ -1,4 +1,4 @@
-"""keys.png: parallel coordinates for sweeps of three or more keys, one axis per key and one for the metric."""
+"""keys.png: parallel coordinates for sweeps of three or more keys."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LINE_POINTS = 24  # of the curve between two axes
 
 
 def draw(results: SweepResults) -> Picture | None:
-    """Draw a line for each setting from key to key to its metric: the darker the better, the best one on top."""
+    """Draw a line for each setting, from key to key to its metric."""
     keys = results.compared[:_MOST_KEYS]
     ranked = results.outcome.ranked
     if len(keys) < 3 or len(ranked) < 2:
@@ -71,7 +71,7 @@ def _caption(results: SweepResults, keys: int, *, worst_beyond: bool) -> str:
 
 
 def _axis(axes: Any, column: int, name: str, values: Sequence[Any], width: int) -> Callable[[Any], float]:
-    """Draw one key's axis; return the function that gives a value's height on it, from 0 to 1."""
+    """Draw one key's axis; return a function from value to height (0 to 1)."""
     distinct = order(values)
     last = len(distinct) - 1
     if last >= _MOST_EVEN and all(number(one) is not None for one in distinct):
@@ -107,12 +107,12 @@ def _tick(axes: Any, column: int, height: float, text: str) -> None:
 
 
 def _smooth(heights: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Return x and y of a curve through the heights that is horizontal at every axis, so that the eye can follow it."""
+    """Return a curve through the heights that is horizontal at every axis."""
     x, y = [], []
     for column in range(len(heights) - 1):
         for part in range(_LINE_POINTS):
             share = part / _LINE_POINTS
-            ease = share * share * (3 - 2 * share)
+            ease = share * share * (3 - 2 * share)  # smoothstep: the eye can follow it through a crossing
             x.append(column + share)
             y.append(heights[column] + ease * (heights[column + 1] - heights[column]))
     return [*x, len(heights) - 1.0], [*y, heights[-1]]

@@ -38,7 +38,7 @@ Values = Mapping[Pair, float]
 
 
 def draw(results: SweepResults) -> Picture | None:
-    """Draw a grid of cells if most pairs of rates were run, else points on log axes."""
+    """Draw a grid if most pairs of rates were run, else points."""
     cells = _cells(results.settings)
     across, up = _axes_of(cells)
     best_of = {pair: _best_of(results, members) for pair, members in cells.items()}
@@ -129,7 +129,7 @@ def _mark_cell(axes: Any, place: tuple[int, int], mark: str, ink: str) -> None:
 
 
 def _diagonal_between(axes: Any, across: Sequence[float], up: Sequence[float]) -> None:
-    """Draw the line of equal rates through cells that do not stand at their true rates."""
+    """Draw the line of equal rates through evenly spaced cells."""
     low, high = max(across[0], up[0]), min(across[-1], up[-1])
     if low > high:
         return
@@ -194,7 +194,10 @@ def _lines_of_ratio(axes: Any, cells: Cells) -> None:
 
 
 def _marks(results: SweepResults, values: Values) -> dict[Pair, str]:
-    """Return the marks of pairs of rates: `best`, `diagonal` (the best there) or `near` (within 1% of the best)."""
+    """Return a mark for some pairs of rates.
+
+    `best` is the best setting, `diagonal` the best at ratio 1, and `near` is within 1% of the best.
+    """
     best, baseline = results.outcome.best, results.outcome.baseline
     if best is None or best.mean is None or best.rates is None:
         return {}

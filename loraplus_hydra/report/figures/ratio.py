@@ -1,4 +1,4 @@
-"""ratio.png: the metric over the ratio on a log axis, one line per rate of lora_A."""
+"""ratio.png: the metric over the ratio, one line per rate of lora_A."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ _MARKERS = "osD^v"  # in addition to colours, for readers with any colour vision
 
 
 def draw(results: SweepResults) -> Picture | None:
-    """Draw a panel for each value of the other varied keys, or one of the best over them if these are many."""
+    """Draw a panel of metric over ratio for each value of the other keys.
+
+    If there are many such values, one panel shows the best over them.
+    """
     settings = [one for one in results.settings if one.ratio is not None]
     ratios = sorted({one.ratio for one in settings if one.ratio is not None})
     if len(ratios) < 2 or not any(one.mean is not None for one in settings):

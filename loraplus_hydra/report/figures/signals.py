@@ -1,4 +1,4 @@
-"""signals.png: norms of each group's tensors and their change per step, which show if both factors learn."""
+"""signals.png: norms of each group's tensors, and their change per step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loraplus_hydra.report.results import SweepResults
 
 
 def draw(results: SweepResults) -> Picture | None:
-    """Draw norms on the left and relative updates on the right, of the best job and (dashed) of a baseline job."""
+    """Draw norms and relative updates of the best job and of a baseline job."""
     best, baseline = results.outcome.best_job, results.outcome.baseline
     if best is None or not any(len(norms) > 1 for norms in best.norms.values()):
         return None

@@ -1,4 +1,4 @@
-"""Style of the figures, and their export as PNG and as SVG in the page's light or dark colours."""
+"""Style of the figures, and their export as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def png(figure: Any) -> bytes:
 
 
 def svg(figure: Any, title: str) -> str:
-    """Return the figure as an <svg> element without a size; its colours and font are the page's."""
+    """Return the figure as an <svg> element in the page's colours and font."""
     out = io.StringIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(out, format="svg", metadata=metadata, transparent=True)
@@ -125,7 +125,7 @@ def _without_size(attributes: str) -> str:
 
 
 def robust_limits(values: Iterable[float]) -> tuple[float, float, int]:
-    """Return the low and high end of a scale, and the number of values beyond it.
+    """Return the ends of a scale, and the number of values beyond it.
 
     A value is beyond the scale if its distance from the middle 80% of the values is more than 1.5 times their width.
     So a diverged job does not flatten the curves of the others.
@@ -161,6 +161,6 @@ def log_ticks(axis: Any, values: Sequence[float]) -> None:
 
 
 def ordered_colours(number: int) -> list[Any]:
-    """Return colours for ordered values: viridis without its ends, which are hard to see on dark or light pages."""
-    scale = matplotlib.colormaps["viridis"]
+    """Return viridis colours for ordered values."""
+    scale = matplotlib.colormaps["viridis"]  # without its ends, which are hard to see on light or dark pages
     return [scale(0.3 if number == 1 else 0.22 + 0.56 * place / (number - 1)) for place in range(number)]
