@@ -11,6 +11,7 @@ import pytest
 from peft import PeftConfig
 
 from loraplus_hydra.runs.job import run
+from tests.conftest import Finished
 from tests.support.tiny import write_jsonl
 
 TURNS = [
@@ -88,3 +89,59 @@ def test_task_trains_on_shape(
     assert math.isfinite(result.value)
     assert result.metrics["eval_loss"] != result.metrics_before["eval_loss"]
     assert PeftConfig.from_pretrained(tmp_path / "run" / "adapter").task_type == config.task.task_type
+
+
+LONG = "long " * 40
+WITHOUT_A_STEP: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
+    "streamed, nothing left to learn": (
+        [{"prompt": LONG, "completion": "a word"}] * 4,
+        ["data.streaming=true", "task.args.max_length=16"],
+    ),
+    "preferences": (
+        [{"prompt": LONG, "chosen": f"{LONG} yes", "rejected": "no"}] * 4,
+        ["task=dpo", "task.args.max_length=16"],
+    ),
+    "judged answers": (
+        [{"prompt": LONG, "completion": f"{LONG} {n}", "label": n % 2 == 0} for n in range(8)],
+        ["experiment=kto", "task.args.max_length=16"],
+    ),
+}
+
+
+def overrides_of(folder: Path, path: Path, eval_path: Path, overrides: list[str]) -> list[str]:
+    return [
+        *(
+            "model=hub",
+            f"model.path={folder}",
+            *overrides,
+            "data=jsonl",
+            f"data.train={path}",
+            f"data.eval={eval_path}",
+        ),
+        *("trainer.max_steps=2", "trainer.per_device_train_batch_size=2", "trainer.use_cpu=true", "task.samples=0"),
+    ]
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_STEP)
+def test_run_that_takes_no_step_fails(
+    name: str, cli: Callable[..., Finished], tmp_path: Path, plain_llama_folder: Path
+) -> None:
+    rows, overrides = WITHOUT_A_STEP[name]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    short = {key: value if isinstance(value, bool) else f"a {key}" for key, value in rows[0].items()}
+    eval_path = write_jsonl(tmp_path / "eval.jsonl", [short, {**short, "prompt": "b"}] * 2)
+    finished = cli(*overrides_of(plain_llama_folder, path, eval_path, overrides), "hydra.run.dir=run")
+    assert finished.status == 1
+    assert "max_length" in finished.err
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_rows_that_a_trainer_leaves_out_are_counted(
+    cli: Callable[..., Finished], tmp_path: Path, plain_llama_folder: Path
+) -> None:
+    rows = [{"prompt": LONG if n % 3 == 0 else f"say {n}", "chosen": "yes", "rejected": "no"} for n in range(9)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    overrides = ["task=dpo", "task.args.max_length=24"]
+    finished = cli(*overrides_of(plain_llama_folder, path, path, overrides), "hydra.run.dir=run")
+    assert finished.status == 0, finished.err
+    assert "3 of 9 train rows are left out by DPOTrainer (nothing to learn within task.args.max_length)" in finished.out

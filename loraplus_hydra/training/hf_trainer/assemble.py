@@ -12,11 +12,12 @@ from accelerate.utils import DistributedType
 from omegaconf import DictConfig
 from peft import AdaLoraConfig, PeftModel
 from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from loraplus_hydra.config.schema import EARLY_STOPPING
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.io import processes
+from loraplus_hydra.io import processes, screen
 from loraplus_hydra.io.checkpoints import ResumePoint
 from loraplus_hydra.io.metrics_log import MetricsLog
 from loraplus_hydra.io.run_folder import CHECKPOINTS, METRICS
@@ -62,6 +63,7 @@ def make_trainer(
     score_with_whole_head(job.model)
     remove_own_printing(trainer)
     _refuse_other_processes(trainer)
+    _report_dropped_rows(trainer, job)
     return trainer
 
 
@@ -104,6 +106,23 @@ def _early_stopping(config: DictConfig) -> list[EarlyStoppingCallback]:
     if patience is None:
         return []
     return [EarlyStoppingCallback(patience, config.trainer.get("early_stopping_threshold", 0.0))]
+
+
+def _report_dropped_rows(trainer: Any, job: Prepared) -> None:
+    """Report rows that the Trainer left out, as TRL does with too long preferences. Raises UserError for all rows."""
+    if getattr(trainer.args, "packing", False):  # several rows are joined into one
+        return
+    by = f"left out by {job.config.task._target_.rpartition('.')[2]} (nothing to learn within task.args.max_length)"
+    splits = {
+        "train": (job.examples.train, trainer.train_dataset),
+        "eval": (job.examples.eval, trainer.eval_dataset),
+    }
+    for split, (given, kept) in splits.items():
+        if not (has_length(given) and has_length(kept)) or len(kept) >= len(given):
+            continue
+        if len(kept) == 0:
+            raise UserError(f"data.{split}: all {len(given):,} rows are {by}; allow for more")
+        screen.show(f"    Note: {len(given) - len(kept):,} of {len(given):,} {split} rows are {by}")
 
 
 def _refuse_other_processes(trainer: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import set_seed
 
+from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.checkpoints import ResumePoint
 from loraplus_hydra.io.result import Result
 from loraplus_hydra.training.hf_trainer.stop_at_step import StopAtStep
@@ -33,6 +34,11 @@ def train(trainer: Any, job: Prepared, result: Result, point: ResumePoint | None
     finally:
         result.steps = trainer.state.global_step
         result.metrics_before = evaluation_at(trainer.state, 0)
+    if result.steps == 0:
+        raise UserError(
+            "no step was taken: the training rows give no batch. Each may be too long for task.args.max_length, or the "
+            "stream may be empty"
+        )
     result.train_loss = trained.training_loss
     result.train_seconds = trained.metrics["train_runtime"] + (0.0 if point is None else point.seconds)
     result.metrics = evaluation_at(trainer.state, trainer.step_of_model) or trainer.evaluate()
