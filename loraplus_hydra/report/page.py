@@ -23,6 +23,13 @@ from loraplus_hydra.report.table import in_order
 from loraplus_hydra.report.values import number
 
 _TEMPLATES = Path(__file__).parent / "templates"
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(_TEMPLATES),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 _LONGEST_LINE = 120  # characters of a reason that are shown before it is folded
 _LONGEST_REASON = 4000
 _FACTS = (
@@ -50,16 +57,9 @@ def page(results: SweepResults, figures: Sequence[PageFigure]) -> str:
 
     Its Content-Security-Policy allows no request and no script but its own, whatever the jobs' texts contain.
     """
-    templates = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     script = (_TEMPLATES / "table.js.jinja").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return templates.get_template("page.html.jinja").render(
+    return _ENVIRONMENT.get_template("page.html.jinja").render(
         **_texts(results),
         results=results,
         outcome=results.outcome,

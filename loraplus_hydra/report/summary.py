@@ -89,34 +89,35 @@ def command(results: SweepResults) -> str:
 
 def _against_ratio_1(results: SweepResults) -> Iterator[str]:
     outcome = results.outcome
-    gap = outcome.against_baseline
     if outcome.baseline is None:
         if any(one.ratio == 1 for one in results.settings):
             yield "No setting at ratio 1 has a result, so there is nothing to compare LoRA+ with."
         elif outcome.contender is not None:
             yield "The sweep has no ratio 1 (plain LoRA) to compare with: add 1 to the swept ratios."
-        return
-    if gap is None:
-        return
-    worse = with_spread(gap.worse.mean, gap.worse.spread)
-    share = f" ({abs(gap.relative):.2%})" if gap.relative is not None else ""
-    if gap.better is outcome.baseline:
-        yield (
-            f"Plain LoRA does best here: {results.label(gap.better)} beats the best other ratio, "
-            f"{results.label(gap.worse)} ({worse}), by {measured(gap.gain)}{share}."
-        )
-    else:
-        label = results.label(gap.worse)
-        which = "" if label == "ratio 1" else f", {label}"
-        yield f"That beats the best at ratio 1 (plain LoRA){which} ({worse}), by {measured(gap.gain)}{share}."
-    yield verdict(gap)
-    if twin := outcome.against_twin:
-        noise = "" if twin.verdict == ONE_SEED else f" {verdict(twin)}"
-        yield (
-            f"With only its ratio changed to 1, {results.label(twin.better)} has "
-            f"{with_spread(twin.worse.mean, twin.worse.spread)}: {measured(abs(twin.gain))} "
-            f"{'worse' if twin.gain > 0 else 'better'}.{noise}"
-        )
+    elif outcome.against_baseline is not None:
+        yield _gain(results, outcome.against_baseline)
+        yield verdict(outcome.against_baseline)
+        if outcome.against_twin:
+            yield _twin(results, outcome.against_twin)
+
+
+def _gain(results: SweepResults, gap: Difference) -> str:
+    """Return a sentence on the better of LoRA+ and plain LoRA."""
+    worse, label = with_spread(gap.worse.mean, gap.worse.spread), results.label(gap.worse)
+    gain = measured(gap.gain) + (f" ({abs(gap.relative):.2%})" if gap.relative is not None else "")
+    if gap.better is results.outcome.baseline:
+        best = results.label(gap.better)
+        return f"Plain LoRA does best here: {best} beats the best other ratio, {label} ({worse}), by {gain}."
+    which = "" if label == "ratio 1" else f", {label}"
+    return f"That beats the best at ratio 1 (plain LoRA){which} ({worse}), by {gain}."
+
+
+def _twin(results: SweepResults, gap: Difference) -> str:
+    """Return a sentence on the best LoRA+ setting and the same setting at ratio 1."""
+    twin = with_spread(gap.worse.mean, gap.worse.spread)
+    change = f"{measured(abs(gap.gain))} {'worse' if gap.gain > 0 else 'better'}"
+    noise = "" if gap.verdict == ONE_SEED else f" {verdict(gap)}"
+    return f"With only its ratio changed to 1, {results.label(gap.better)} has {twin}: {change}.{noise}"
 
 
 def _times(reach: Reach) -> str:
