@@ -86,7 +86,7 @@ def _loading(run: FinishedRun, *, merged: bool) -> str:
     grown = "model.resize_token_embeddings(len(tokenizer))\n" if run.config.model.add_tokens else ""
     base, packaged = f'"{_base_name(run)}"', ""
     if run.config.model.path.startswith("pkg://"):
-        base, packaged = f"model_location({base})", "from loraplus_hydra.io.files import model_location\n"
+        base, packaged = f"model_location({base})", "from loraplus_hydra.config.locations import model_location\n"
     return (
         f"```python\n{packaged}from peft import PeftModel\nfrom transformers import {auto}, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("<this folder>")\n'

@@ -1,4 +1,4 @@
-"""What trackers left on disk, read back: (name, step) -> every value told there, in order, with nobody logged in."""
+"""Readers of the files that trackers write: (name, step) -> values in the order of logging."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Values = dict[tuple[str, int], list[float]]
 
 
 def of_metrics_file(folder: Path) -> Values:
-    """The same of metrics.jsonl."""
+    """Return the values in metrics.jsonl."""
     found: Values = {}
     for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
@@ -27,7 +27,7 @@ def of_metrics_file(folder: Path) -> Values:
 
 
 def of_tensorboard(folder: Path) -> Values:
-    """Scalars but the end's, as TensorBoard's own reader gives them."""
+    """Return the scalars, without the final ones, from TensorBoard's own reader."""
     events = tensorboard_events(folder)
     found: Values = {}
     for tag in events.Tags()["scalars"]:
@@ -38,7 +38,7 @@ def of_tensorboard(folder: Path) -> Values:
 
 
 def tensorboard_events(folder: Path) -> Any:
-    """TensorBoard's reader of a run's event files."""
+    """Return TensorBoard's reader of a run's event files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
@@ -47,7 +47,7 @@ def tensorboard_events(folder: Path) -> Any:
 
 
 def of_mlflow(client: Any, folder: Path) -> Values:
-    """Metrics but the end's, as MLflow's client gives them."""
+    """Return the metrics, without the final ones, from MLflow's client."""
     run = client.get_run((folder / "mlflow_run_id").read_text().strip())
     found: Values = {}
     for name in run.data.metrics:
@@ -58,7 +58,7 @@ def of_mlflow(client: Any, folder: Path) -> Values:
 
 
 def of_wandb(records: list[Any]) -> Values:
-    """The history in wandb's records; of a step it has one row, with the last value of each name."""
+    """Return the history in wandb's records, which has one row for each step."""
     found: Values = {}
     for record in records:
         if record.WhichOneof("record_type") == "history":
@@ -70,7 +70,7 @@ def of_wandb(records: list[Any]) -> Values:
 
 
 def wandb_records(folder: Path) -> list[Any]:
-    """The records in the one offline session that lies in a run's folder.
+    """Return the records of the only offline session in a run's folder.
 
     The file is a log as LevelDB has them: blocks of 32 KiB, in each pieces of a checksum (4 bytes), a length (2), a
     kind (1: whole, 2: first, 3: middle, 4: last), and so many bytes. Seven bytes of wandb's own are ahead.
@@ -86,7 +86,7 @@ def wandb_records(folder: Path) -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def nobody_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No key of the user's, none of the user's settings, and no way to ask."""
+    """Hide the user's keys and settings, and fail when anything prompts."""
     monkeypatch.chdir(tmp_path)
     from hydra.core.hydra_config import HydraConfig
 
@@ -99,14 +99,14 @@ def nobody_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def installed(logger: str) -> list[str]:
-    """The overrides that choose a logger; skips the test where it isn't installed."""
+    """Return the overrides that choose a logger; skip the test where it isn't installed."""
     for module in {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy")}[logger]:
         pytest.importorskip(module)
     return [f"logger={logger}"]
 
 
 def same(found: Values, wanted: Values) -> None:
-    """Check that a tracker holds the values that were wanted, each as often."""
+    """Check that a tracker holds the expected values, each as often."""
     assert found.keys() == wanted.keys()
     for key, values in wanted.items():
         finite = [min(value, sys.float_info.max) for value in values]  # as MLflow's store keeps what is infinite

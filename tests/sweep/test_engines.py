@@ -1,4 +1,4 @@
-"""Sweeps by other launchers than Hydra's own: in worker processes, by submitit, on Ray; and one GPU for each worker."""
+"""Sweeps under joblib, submitit and Ray, and one GPU for each worker."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ENGINES = {
 
 
 def sweep(words: list[str], place: Path) -> Path:
-    """Run the ratio sweep, over two values, in a process of its own. Returns its folder."""
+    """Run the ratio sweep over two values in a subprocess, and return its folder."""
     place.mkdir()
     command = [sys.executable, "-m", "loraplus_hydra", "hparams_search=ratio", "loraplus.ratio=1,4", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -93,7 +93,7 @@ def test_slurm_is_asked_for_one_gpu_and_the_cores_of_a_job(
 
 
 def stored(group: str, option: str) -> dict[str, Any]:
-    """Where Hydra's store of plugins' options has one."""
+    """Return the group's node in Hydra's store, which holds the options of plugins."""
     from hydra.core.config_store import ConfigStore
     from hydra.core.plugins import Plugins
 
@@ -150,7 +150,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 def next_worker(monkeypatch: pytest.MonkeyPatch) -> str | None:
-    """What another process gets, while the locks of those before it are held."""
+    """Return the GPU that another process gets while the earlier locks are held."""
     monkeypatch.setattr(gpus, "_held", [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return gpus.claim_gpu(JOBLIB)

@@ -1,4 +1,4 @@
-"""Jobs in one process share nothing: optimizer states are as in a process of its own, and a job's memory is freed."""
+"""Jobs in one process share no optimizer state, and a job's memory is freed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ States = dict[str, tuple[torch.dtype, ...]]
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[list[weakref.ref[Any]], list[States]]:
-    """Filled by each run of this process: a weak reference to its model, and the dtypes of its optimizer's states."""
+    """Return lists to which each run adds its model (weakly) and its optimizer states' dtypes."""
     from loraplus_hydra.runs import job
     from loraplus_hydra.training.hf_trainer import train as training
 

@@ -22,7 +22,7 @@ def tiny_sweep(tiny_run: list[str]) -> list[str]:
 
 @pytest.fixture
 def reported(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The folders that a report was made of, in place of making it."""
+    """Return the folders for which a report was requested; none is made."""
     from loraplus_hydra.sweep import finish
 
     folders: list[Path] = []
@@ -36,18 +36,18 @@ def reported(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def the_sweep(place: Path) -> Path:
-    """The one sweep's folder below `place`."""
+    """Return the folder of the only sweep below `place`."""
     (folder,) = (place / "outputs" / "sweeps").iterdir()
     return folder
 
 
 def results(sweep: Path) -> dict[str, dict[str, Any]]:
-    """Each job's result by its folder's name without the hash."""
+    """Return each job's result, by the name of its folder without the hash."""
     return {path.parent.name.rpartition("_")[0]: json.loads(path.read_text()) for path in sweep.glob("*/result.json")}
 
 
 def files(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file below `folder`: when it was written, and what is in it."""
+    """Return the modification time and content of every file below `folder`."""
     return {
         str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
         for path in folder.rglob("*")
@@ -112,7 +112,7 @@ def test_start_whose_name_looks_like_a_number_knows_its_jobs(
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch, tiny_sweep: list[str], cli: Cli) -> Callable[..., str]:
-    """The name of the sweep that a command begins; no job is run."""
+    """Return a function that names the sweep of a command, and runs no job."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     from loraplus_hydra.sweep import plan
@@ -249,7 +249,7 @@ def test_interrupted_sweep_ends_with_the_report_of_what_is_there(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["loraplus.ratio=1,2", "optimizr=a"], "did you mean 'optimizer'"),
         (["optimizer=adamw,adamx"], "no option 'adamx'"),
@@ -260,11 +260,11 @@ def test_interrupted_sweep_ends_with_the_report_of_what_is_there(
     ],
 )
 def test_sweep_that_does_not_compose_leaves_nothing(
-    cli: Cli, tiny_sweep: list[str], tmp_path: Path, words: list[str], said: str
+    cli: Cli, tiny_sweep: list[str], tmp_path: Path, words: list[str], message: str
 ) -> None:
     finished = cli(*tiny_sweep, *words)
     assert finished.status == 1
-    assert said in finished.err
+    assert message in finished.err
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 

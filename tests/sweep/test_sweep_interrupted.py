@@ -1,4 +1,4 @@
-"""A sweep that is stopped from outside, by Ctrl-C or by kill -9, goes on where it was when it is started again."""
+"""A sweep that was stopped by Ctrl-C or kill -9 resumes when it is started again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SECONDS = 120  # no wait is longer
 
 
 def start(words: list[str], place: Path) -> subprocess.Popen[str]:
-    """The command line in a process of its own, whose own signals it gets."""
+    """Start the command line in a process of its own session, so that signals reach it alone."""
     return subprocess.Popen(
         [sys.executable, "-m", "loraplus_hydra", *words],
         cwd=place,
@@ -30,7 +30,7 @@ def start(words: list[str], place: Path) -> subprocess.Popen[str]:
 
 
 def stop_at_a_checkpoint(process: subprocess.Popen[str], place: Path, job: str, number: signal.Signals) -> str:
-    """Send the signal once the job has a whole checkpoint. Returns what the process said."""
+    """Send the signal once the job has a complete checkpoint. Returns the process's output."""
     until = time.monotonic() + SECONDS
     while not list(place.glob(f"outputs/sweeps/*/{job}_*/checkpoints/*/manifest.json")):
         assert process.poll() is None, process.communicate()
@@ -53,9 +53,9 @@ def test_stopped_sweep_goes_on_where_it_was(tiny_run: list[str], tmp_path: Path)
     ]
 
     first = start(words, tmp_path)
-    said = stop_at_a_checkpoint(first, tmp_path, "seed-1", signal.SIGINT)
-    assert first.returncode == 130, said
-    assert "1 job: 1 interrupted" in said
+    output = stop_at_a_checkpoint(first, tmp_path, "seed-1", signal.SIGINT)
+    assert first.returncode == 130, output
+    assert "1 job: 1 interrupted" in output
     (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
     assert (sweep / "report.html").is_file()
     (one,) = sweep.glob("seed-1_*")
@@ -64,8 +64,8 @@ def test_stopped_sweep_goes_on_where_it_was(tiny_run: list[str], tmp_path: Path)
     assert 10 <= stopped["steps"] < 200
 
     second = start(words, tmp_path)
-    said = stop_at_a_checkpoint(second, tmp_path, "seed-2", signal.SIGKILL)
-    assert second.returncode == -signal.SIGKILL, said
+    output = stop_at_a_checkpoint(second, tmp_path, "seed-2", signal.SIGKILL)
+    assert second.returncode == -signal.SIGKILL, output
     done = (one / "result.json").read_bytes()
     assert json.loads(done)["status"] == "ok"
     assert json.loads(done)["steps"] == 200
@@ -74,9 +74,9 @@ def test_stopped_sweep_goes_on_where_it_was(tiny_run: list[str], tmp_path: Path)
     assert not (two / "result.json").exists()
 
     third = start(words, tmp_path)
-    said = "".join(third.communicate(timeout=SECONDS))
-    assert third.returncode == 0, said
-    assert "3 jobs: 2 done, 1 done before" in said
+    output = "".join(third.communicate(timeout=SECONDS))
+    assert third.returncode == 0, output
+    assert "3 jobs: 2 done, 1 done before" in output
     assert (one / "result.json").read_bytes() == done
     assert json.loads((two / "result.json").read_text())["resumed_at"][0] >= 10
     results = [json.loads(path.read_text()) for path in sweep.glob("*/result.json")]

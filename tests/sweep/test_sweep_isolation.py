@@ -1,4 +1,4 @@
-"""A job of a sweep is the same, to the bit, as its config run alone in a fresh process; a failed one leaves nothing."""
+"""A job of a sweep gives the same bits as its config alone in a fresh process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def tiny_sweep(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A run with dropout, and enough numbers in a tensor for 8-bit states; its report isn't made."""
+    """Return a run with dropout and tensors large enough for 8-bit states; no report is made."""
     from loraplus_hydra.sweep import finish
 
     monkeypatch.setattr(finish, "_report", lambda _: ())
@@ -34,14 +34,14 @@ def tiny_sweep(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str
 
 
 def trained(folder: Path) -> tuple[list[tuple[int, float]], bytes]:
-    """The loss of every step, and the adapter's weights as they lie on disk."""
+    """Return the loss of every step, and the adapter's stored weights."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [(line["step"], line.get("loss", line.get("eval_loss"))) for line in lines]
     return losses, (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 def alone(words: list[str], folder: Path) -> tuple[list[tuple[int, float]], bytes]:
-    """The same of a run in a fresh process."""
+    """Train in a fresh process, and return the same as `trained`."""
     command = [sys.executable, "-m", "loraplus_hydra", *words, f"hydra.run.dir={folder}"]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Names of sweeps' and jobs' folders: readable, safe everywhere, and never the same for two configs."""
+"""Folder names of sweeps and jobs: readable, safe, and unique for each config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A search by Optuna keeps its study in a file, and goes on from it."""
+"""An Optuna search keeps its study in a file, and continues it."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_failed_trial_ends_no_search_and_is_tried_again(
 
 
 def in_turn(**_: Any) -> Any:
-    """A sampler that takes the choices in their order."""
+    """Return a sampler that takes the choices in their order."""
 
     class InTurn(optuna.samplers.RandomSampler):
         def sample_independent(self, study: Any, trial: Any, name: str, distribution: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A logger's settings are checked before a run, without a question; each mistake is told with its cure."""
+"""A logger's settings are checked before a run; each error names its fix."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_extras_install_what_the_trackers_need() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("logger.mode=online", "set WANDB_API_KEY or run `wandb login`"),
         ("logger.mode=onlien", "it must be one of offline, online"),
@@ -81,11 +81,11 @@ def test_extras_install_what_the_trackers_need() -> None:
     ],
 )
 def test_wrong_settings_of_wandb_are_told_in_the_check(
-    override: str, said: str, compose: Callable[..., Any], tiny_run: list[str]
+    override: str, message: str, compose: Callable[..., Any], tiny_run: list[str]
 ) -> None:
     with pytest.raises(ConfigErrors) as refused:
         quick_run(compose(*tiny_run, *installed("wandb"), override), Path("run"))
-    assert said in str(refused.value)
+    assert message in str(refused.value)
 
 
 def test_wandb_online_without_a_key_asks_nothing_on_a_terminal(tiny_run: list[str], tmp_path: Path) -> None:
@@ -99,11 +99,11 @@ def test_wandb_online_without_a_key_asks_nothing_on_a_terminal(tiny_run: list[st
         command, cwd=tmp_path, env=environment, stdin=other, stdout=other, stderr=other, timeout=120, check=False
     )
     os.set_blocking(terminal, False)
-    said = os.read(terminal, 100_000).decode()
+    output = os.read(terminal, 100_000).decode()
     os.close(terminal), os.close(other)
-    assert done.returncode == 1, said
-    assert "WANDB_API_KEY" in said
-    assert "Enter your choice" not in said
+    assert done.returncode == 1, output
+    assert "WANDB_API_KEY" in output
+    assert "Enter your choice" not in output
 
 
 @pytest.mark.parametrize("where", ["environment", "netrc"])

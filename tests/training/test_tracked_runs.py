@@ -1,4 +1,4 @@
-"""Trackers hold what metrics.jsonl has, and no session is left open; the run comes first."""
+"""Trackers hold the numbers of metrics.jsonl, and close their sessions."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def mlflow_run(folder: Path) -> Any:
     return mlflow_client().get_run((folder / "mlflow_run_id").read_text().strip())
 
 
-def told(logger: str, folder: Path) -> Values:
-    """What metrics.jsonl has, as this logger keeps it."""
+def metrics_values(logger: str, folder: Path) -> Values:
+    """Return the values in metrics.jsonl, as this logger keeps them."""
     wanted = tracker_files.of_metrics_file(folder)
     return {key: values[-1:] for key, values in wanted.items()} if logger == "wandb" else wanted
 
 
 @pytest.fixture
 def failing_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, BaseException], pytest.MonkeyPatch]:
-    """From a step on, training raises an error; `.undo()` mends it."""
+    """Return a function that makes training raise an error at a step, until `.undo()`."""
 
     def failing(step: int, error: BaseException) -> pytest.MonkeyPatch:
         original, patch = LoraPlusMixin.training_step, pytest.MonkeyPatch()
@@ -80,7 +80,7 @@ def test_tracker_holds_what_metrics_jsonl_has(
     folder = tmp_path / "runs" / "mine"
     result = quick_run(compose(*tiny_run, *installed(logger), "task.samples=0"), folder)
     found = values_in(logger, folder)
-    same(found, told(logger, folder))
+    same(found, metrics_values(logger, folder))
     for name in ("loss", "lr/groupA", "lr/groupB", "norms/groupA/weight", "norms/groupB/update", "grad_norm"):
         assert {step for key, step in found if key == name} == {1, 2, 3, 4}
     assert {step for key, step in found if key == "eval_loss"} >= {0, 4}
@@ -145,7 +145,7 @@ def test_resumed_run_goes_on_in_the_same_place_without_doubled_steps(
     folder = tmp_path / "run"
     patch = failing_at(3, RuntimeError("a fault"))
     with pytest.raises(RuntimeError, match="a fault"):
-        quick_run(compose(*overrides), folder)  # steps 1 to 3 are told, and the checkpoint is of step 2
+        quick_run(compose(*overrides), folder)  # steps 1 to 3 are logged, and the checkpoint is of step 2
     patch.undo()
     assert 3 in {step for _, step in values_in(logger, folder)}
     if logger == "mlflow":
@@ -157,7 +157,7 @@ def test_resumed_run_goes_on_in_the_same_place_without_doubled_steps(
     quick_run(compose(*overrides), folder)
     assert {path.name: path.read_text() for path in folder.glob("*_id")} == known
     assert len(known) == (logger != "tensorboard")
-    found, wanted = values_in(logger, folder), told(logger, folder)
+    found, wanted = values_in(logger, folder), metrics_values(logger, folder)
     if logger == "wandb":  # an offline session of the steps behind the checkpoint, under the same id
         wanted = {key: values for key, values in wanted.items() if key[1] > 2}
     if logger == "mlflow":  # what is written there stays: of a step taken twice, the first time
@@ -239,17 +239,17 @@ def test_only_the_first_of_several_processes_tracks(
 
 
 class Notes(Tracker):
-    """A tracker of somebody's own, that can fail."""
+    """A user's own tracker, which can fail."""
 
     made: list[Notes] = []  # noqa: RUF012
 
     def __init__(self, fails: str = "") -> None:
         self.fails = fails
-        self.told: list[tuple[str, Any]] = []
+        self.calls: list[tuple[str, Any]] = []
         Notes.made.append(self)
 
     def _note(self, name: str, what: Any) -> None:
-        self.told.append((name, what))
+        self.calls.append((name, what))
         if name == self.fails:
             raise OSError("no room\non the disk")
 
@@ -278,10 +278,10 @@ def test_own_tracker_works_and_one_that_fails_is_told_once(
     assert result is not None
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     wanted = {"start": 0, "log": 1}.get(fails, len(lines))
-    assert [name for name, _ in notes.told] == ["start", *["log"] * wanted, "finish"]
-    run = notes.told[0][1]
+    assert [name for name, _ in notes.calls] == ["start", *["log"] * wanted, "finish"]
+    run = notes.calls[0][1]
     assert (run.name, run.group, run.resumed_at, run.config["loraplus"]["ratio"]) == ("run", None, None, 8.0)
-    assert notes.told[-1][1] == ("ok", final_metrics(result))
+    assert notes.calls[-1][1] == ("ok", final_metrics(result))
 
 
 names = st.text("abc", min_size=1, max_size=3)
