@@ -6,20 +6,18 @@ import inspect
 from typing import Any
 
 from loraplus_hydra.check.signatures import argument_problems
-from loraplus_hydra.errors import Problem, UserError, first_line, nearest
+from loraplus_hydra.errors import Problem, first_line, nearest
 
 
 def adapter_problems(config_class: type, adapter: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
     """Problems of an `adapter` group whose class is known to be a PEFT config."""
-    from peft import AdaLoraConfig
-
-    from loraplus_hydra.models.adapter import peft_arguments
+    from loraplus_hydra.models.adapter import peft_arguments, schedule_of
 
     arguments = {key: value for key, value in peft_arguments(adapter).items() if key != "_target_"}
     problems = argument_problems(config_class, arguments, "adapter")
     problems += _start_problems(adapter.get("init_lora_weights"))
-    if issubclass(config_class, AdaLoraConfig):
-        problems += _adalora_problems(adapter, trainer)
+    if schedule := schedule_of(config_class):
+        problems += schedule.problems(adapter, trainer)
     return problems
 
 
@@ -61,30 +59,6 @@ def _start_problems(start: Any) -> list[Problem]:
         return []
     fix = "use true, a_zero, gaussian, orthogonal, pissa or olora"
     return [Problem("adapter.init_lora_weights", f"'{start}' can't be had here: {reason}", fix)]
-
-
-def _adalora_problems(adapter: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
-    from loraplus_hydra.models.adalora import phases
-
-    problems = []
-    if adapter.get("total_step") is not None:
-        problems.append(Problem("adapter.total_step", "comes from the run's own number of steps", "leave it out"))
-    first, last = (adapter.get(name, 0) for name in ("tinit", "tfinal"))
-    for name, value in (("tinit", first), ("tfinal", last)):
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0 or value > 1 > value % 1 > 0:
-            fix = "a whole number of steps, or a share of the run's steps below 1"
-            problems.append(Problem(f"adapter.{name}", f"{value} is out of range", f"it must be {fix}"))
-    start, target = adapter.get("init_r", 12), adapter.get("target_r", 8)
-    if isinstance(start, int) and isinstance(target, int) and not 1 <= target < start:
-        fix = "init_r is the rank at the start, target_r the mean rank at the end"
-        problems.append(Problem("adapter.target_r", f"{target} isn't below adapter.init_r = {start}", fix))
-    steps = trainer.get("max_steps")
-    if not problems and isinstance(steps, int) and steps > 0:
-        try:
-            phases(steps, first, last)
-        except UserError as error:
-            problems.append(Problem("adapter.tinit", str(error).partition(": ")[2]))
-    return problems
 
 
 def _on_gpu(trainer: dict[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from loraplus_hydra.loraplus.peft_layers import (
     zero_start,
 )
 from loraplus_hydra.loraplus.rules import TensorRecord
-from loraplus_hydra.loraplus.starts import noted_starts
+from loraplus_hydra.loraplus.starts import noted_initialisations
 
 if TYPE_CHECKING:
     import torch
@@ -194,7 +194,7 @@ def _initialisations(model: torch.nn.Module) -> dict[str, object]:
     found: dict[str, object] = {}
     module: Any = model
     for _ in range(4):  # trainer wrapper, PeftModel, tuner, base model
-        for adapter, start in noted_starts(module).items():
+        for adapter, start in noted_initialisations(module).items():
             found.setdefault(adapter, start)
         configs = getattr(module, "peft_config", None)
         if isinstance(configs, Mapping):

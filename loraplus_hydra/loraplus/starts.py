@@ -7,21 +7,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-
-A_ZERO = "a_zero"  # our word for Init[2], in adapter.init_lora_weights
-
-
-TRAINED = "trained"  # our word for the start of an adapter that goes on with what it learnt before
+ADAPTER_NAME = "default"  # PEFT's name for a model's first adapter, and so of every adapter that we train
+A_ZERO = "a_zero"  # adapter.init_lora_weights of the paper's Init[2], which PEFT doesn't have
+TRAINED = "trained"  # initialisation of an adapter that an earlier run trained
 
 
-ADAPTER = "default"
+def note_initialisation(model: nn.Module, initialisation: str) -> None:
+    """Note on the model that its adapter's initialisation is `A_ZERO` or `TRAINED`."""
+    model.adapter_initialisations = {ADAPTER_NAME: initialisation}  # type: ignore[assignment]
 
 
-def note_start(model: nn.Module, start: str) -> None:
-    """Note on the model that its adapter starts by `A_ZERO` or `TRAINED`, which no PEFT config says."""
-    model.adapter_starts = {ADAPTER: start}  # type: ignore[assignment]
-
-
-def noted_starts(model: nn.Module) -> dict[str, str]:
-    """Return the noted start of each adapter; empty where PEFT's config says it all."""
-    return getattr(model, "adapter_starts", None) or {}
+def noted_initialisations(model: nn.Module) -> dict[str, str]:
+    """Return each adapter's noted initialisation; empty where PEFT's config holds it."""
+    return getattr(model, "adapter_initialisations", None) or {}

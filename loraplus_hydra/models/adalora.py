@@ -1,65 +1,94 @@
-"""AdaLoRA in an HF Trainer: its schedule of ranks follows the run's steps, and its penalty reaches every loss alike.
+"""AdaLoRA under an HF Trainer: its schedule of ranks and its penalty.
 
-AdaLoRA (arXiv 2303.10512) starts each layer at rank `init_r`, trains `tinit` steps so, then cuts ranks to `target_r` on
-average, and trains the last `tfinal` steps at those. Neither the Trainer nor TRL calls PEFT's `update_and_allocate`.
+AdaLoRA (arXiv 2303.10512) trains each layer at rank `init_r` for `tinit` steps. It then cuts ranks until `target_r` is
+left on average, and trains the last `tfinal` steps at those. Neither the Trainer nor TRL calls PEFT's
+`update_and_allocate`. Other modules reach this one through `models.adapter.SCHEDULES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
-from loraplus_hydra.errors import UserError
+from loraplus_hydra.errors import Problem, UserError
+from loraplus_hydra.loraplus.starts import ADAPTER_NAME
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-IMPORTANCE_FILE = "adalora.safetensors"  # beside a checkpoint's weights: the moving averages that ranks are cut by
-ADAPTER = "default"
-_PLACEHOLDER_STEPS = 2**31  # PEFT wants a number before anyone knows the run's steps
+IMPORTANCE_FILE = "adalora.safetensors"  # in a checkpoint: the moving averages that decide which ranks are cut
+_PLACEHOLDER_STEPS = 2**31  # PEFT requires total_step, and nobody knows the run's steps yet
 
 
-def placeholder_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """AdaLoraConfig's arguments with a schedule that does nothing, for `AdaLoraCallback` to replace."""
+def config_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return AdaLoraConfig's arguments with an idle schedule, which `AdaLoraCallback` replaces."""
     return {**arguments, "tinit": 0, "tfinal": 0, "total_step": _PLACEHOLDER_STEPS}
 
 
-def phases(total: int, tinit: float, tfinal: float) -> tuple[int, int]:
-    """Steps of the first and of the last phase in a run of `total` steps; below 1 they are shares of the run.
+def problems(adapter: Mapping[str, Any], trainer: Mapping[str, Any]) -> list[Problem]:
+    """Check the schedule that an `adapter` group sets for the steps of a `trainer` group."""
+    found = []
+    if adapter.get("total_step") is not None:
+        found.append(Problem("adapter.total_step", "comes from the run's own number of steps", "leave it out"))
+    first, last = adapter.get("tinit", 0), adapter.get("tfinal", 0)
+    for name, value in (("tinit", first), ("tfinal", last)):
+        if not _is_steps_or_share(value):
+            fix = "a whole number of steps, or a share of the run's steps below 1"
+            found.append(Problem(f"adapter.{name}", f"{value} is out of range", f"it must be {fix}"))
+    start, target = adapter.get("init_r", 12), adapter.get("target_r", 8)
+    if isinstance(start, int) and isinstance(target, int) and not 1 <= target < start:
+        fix = "init_r is the rank at the start, target_r the mean rank at the end"
+        found.append(Problem("adapter.target_r", f"{target} isn't below adapter.init_r = {start}", fix))
+    steps = trainer.get("max_steps")
+    if not found and isinstance(steps, int) and steps > 0:
+        try:
+            phases(steps, first, last)
+        except UserError as error:
+            found.append(Problem("adapter.tinit", str(error).partition(": ")[2]))
+    return found
 
-    At least two steps stay between them: ranks are cut by what a step has shown. Raises UserError where they can't.
-    """
-    first = round(tinit * total) if tinit < 1 else int(tinit)
-    last = round(tfinal * total) if tfinal < 1 else int(tfinal)
-    if tfinal < 1:
-        last = max(0, min(last, total - first - 2))
-    if total - first - last < 2:
-        raise UserError(
-            f"adapter.tinit and adapter.tfinal: {first} and {last} steps leave fewer than two of the run's {total} to "
-            "cut the ranks in; make them smaller (below 1 they are shares of the run), or the run longer"
-        )
-    return first, last
+
+def continue_problems(config: PeftConfig) -> list[Problem]:
+    """Return a Problem if a stored adapter with this config can't be trained further."""
+    if not config.rank_pattern:
+        return []
+    what = "AdaLoRA has cut this adapter's ranks, and can't cut them again"
+    return [Problem("adapter.path", what, "merge it (export) and start from the merged model")]
+
+
+def finish_meta_model(model: torch.nn.Module) -> None:
+    """Freeze the counts of ranks of a model on the meta device."""
+    # PEFT freezes them itself, but not where it makes them on the meta device.
+    for name, parameter in model.named_parameters():
+        if name.endswith(f".ranknum.{ADAPTER_NAME}"):
+            parameter.requires_grad = False
+
+
+def callbacks(model: PeftModel, adapter: Mapping[str, Any]) -> list[TrainerCallback]:
+    """Return the callbacks that a Trainer of `model` needs for its `adapter` group."""
+    return [AdaLoraCallback(model, tinit=adapter.get("tinit", 0), tfinal=adapter.get("tfinal", 0))]
 
 
 class AdaLoraCallback(TrainerCallback):
-    """Calls `update_and_allocate` after each optimizer step, when the gradients are still there.
+    """The schedule and the penalty of one run.
 
-    `tinit` and `tfinal` are steps, or below 1 shares of the run. The orthogonality penalty goes into the gradients once
-    an optimizer step, behind their clipping, and never into a loss. PEFT adds it to the model's own loss: evaluation's
-    too, once more for each accumulated batch, and not at all under TRL's SFTTrainer, which makes its loss itself.
+    `tinit` and `tfinal` are steps, or below 1 shares of the run. The penalty on factors that aren't orthogonal goes
+    into the gradients once an optimizer step, after clipping, and never into a loss. PEFT adds it to the model's own
+    loss instead: also in evaluation, once for each accumulated batch, and not at all under TRL's SFTTrainer, which
+    computes its loss itself.
     """
 
     def __init__(self, model: PeftModel, tinit: float, tfinal: float) -> None:
         self.tuner: Any = model.base_model
-        self.config: Any = model.peft_config[ADAPTER]
+        self.config: Any = model.peft_config[ADAPTER_NAME]
         self.tinit, self.tfinal = tinit, tfinal
         self.penalty_weight = float(self.config.orth_reg_weight)
         self.config.orth_reg_weight = 0.0
-        self.kept: dict[str, list[bool]] | None = None
+        self.rank_pattern: dict[str, list[bool]] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.config.total_step = state.max_steps
@@ -78,53 +107,59 @@ class AdaLoraCallback(TrainerCallback):
             factor.grad = gradient if factor.grad is None else factor.grad + gradient
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # While it trains, the config has no rank pattern: with one, PEFT saves cut tensors, which fit neither the model
-        # nor the optimizer's state that a checkpoint is resumed with.
-        self.config.rank_pattern = self.kept
-        self.tuner.update_and_allocate(state.global_step + 1)
-        self.kept, self.config.rank_pattern = self.config.rank_pattern, None
+        # The config has a rank pattern only inside this call: with one, PEFT saves cut tensors. A checkpoint needs
+        # whole ones, which fit the model and the optimizer's state.
+        self.config.rank_pattern = self.rank_pattern
+        self.tuner.update_and_allocate(state.global_step + 1)  # here, while the gradients still exist
+        self.rank_pattern, self.config.rank_pattern = self.config.rank_pattern, None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from safetensors.torch import save_file
-
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not state.is_world_process_zero:
+            return
         allocator = self.tuner.rankallocator
-        averages = {f"ipt.{name}": tensor for name, tensor in allocator.exp_avg_ipt.items()}
-        averages |= {f"unc.{name}": tensor for name, tensor in allocator.exp_avg_unc.items()}
-        if state.is_world_process_zero:
-            save_file({name: tensor.contiguous() for name, tensor in averages.items()}, folder / IMPORTANCE_FILE)
+        averages = {f"ipt.{name}": tensor.contiguous() for name, tensor in allocator.exp_avg_ipt.items()}
+        averages |= {f"unc.{name}": tensor.contiguous() for name, tensor in allocator.exp_avg_unc.items()}
+        save_file(averages, Path(args.output_dir) / f"checkpoint-{state.global_step}" / IMPORTANCE_FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.config.orth_reg_weight = self.penalty_weight
         self.config.rank_pattern = kept_ranks(self.tuner.model)
 
     def _restore(self, args: Any, state: Any) -> None:
-        from safetensors.torch import load_file
-        from transformers.trainer_utils import get_last_checkpoint
-
         given = args.resume_from_checkpoint
         folder = Path(given if isinstance(given, str) else get_last_checkpoint(args.output_dir))
         if not (folder / IMPORTANCE_FILE).is_file():
-            raise UserError(f"trainer.resume_from_checkpoint: {folder} lacks {IMPORTANCE_FILE}, AdaLoRA's part of it")
+            raise UserError(f"trainer.resume_from_checkpoint: {folder} lacks {IMPORTANCE_FILE}, which AdaLoRA needs")
         allocator, device = self.tuner.rankallocator, next(self.tuner.parameters()).device
         for name, tensor in load_file(folder / IMPORTANCE_FILE).items():
             kind, _, parameter = name.partition(".")
             averages = allocator.exp_avg_ipt if kind == "ipt" else allocator.exp_avg_unc
             averages[parameter] = tensor.to(device)
-            allocator.ipt[parameter] = torch.zeros_like(averages[parameter])  # PEFT takes a known name for "begun"
+            allocator.ipt[parameter] = torch.zeros_like(averages[parameter])  # PEFT resets averages of unknown names
         if state.global_step >= self.config.total_step - self.config.tfinal:
-            self.kept = kept_ranks(self.tuner.model)
+            self.rank_pattern = kept_ranks(self.tuner.model)
 
 
-def freeze_rank_numbers(model: torch.nn.Module) -> None:
-    """AdaLoRA's counts of ranks don't train; PEFT forgets it of those that it makes on the meta device."""
-    for name, parameter in model.named_parameters():
-        if name.endswith(f".ranknum.{ADAPTER}"):
-            parameter.requires_grad = False
+def phases(total: int, tinit: float, tfinal: float) -> tuple[int, int]:
+    """Return the steps of the first and of the last phase in a run of `total` steps.
+
+    `tinit` and `tfinal` below 1 are shares of the run. At least two steps must remain between the phases, since ranks
+    are cut by what a step has shown. Raises UserError if they don't.
+    """
+    first = round(tinit * total) if tinit < 1 else int(tinit)
+    last = round(tfinal * total) if tfinal < 1 else int(tfinal)
+    if tfinal < 1:
+        last = max(0, min(last, total - first - 2))
+    if total - first - last < 2:
+        raise UserError(
+            f"adapter.tinit and adapter.tfinal: {first} and {last} steps leave fewer than two of the run's {total} to "
+            "cut the ranks in; make them smaller (below 1 they are shares of the run), or the run longer"
+        )
+    return first, last
 
 
 def orthogonality(model: torch.nn.Module) -> torch.Tensor:
-    """The mean over all factors of how far each is from having orthonormal rows (A) or columns (B), as in PEFT."""
+    """Return the mean distance of the factors from orthonormal rows (A) and columns (B), as PEFT does."""
     distances = []
     for name, factor in model.named_parameters():
         if _is_factor(name):
@@ -134,10 +169,17 @@ def orthogonality(model: torch.nn.Module) -> torch.Tensor:
 
 
 def kept_ranks(model: torch.nn.Module) -> dict[str, list[bool]]:
-    """Which singular values of each layer are in use: a cut one is exactly zero, and leaving it out changes nothing."""
-    values = ((name, p) for name, p in model.named_parameters() if f"lora_E.{ADAPTER}" in name)
+    """Return True for each singular value in use, by the name of its tensor."""
+    # A cut one is exactly zero, so leaving it out changes nothing.
+    values = ((name, p) for name, p in model.named_parameters() if f"lora_E.{ADAPTER_NAME}" in name)
     return {name: value.detach().ne(0).view(-1).tolist() for name, value in values}
 
 
 def _is_factor(name: str) -> bool:
-    return name.endswith((f"lora_A.{ADAPTER}", f"lora_B.{ADAPTER}"))
+    return name.endswith((f"lora_A.{ADAPTER_NAME}", f"lora_B.{ADAPTER_NAME}"))
+
+
+def _is_steps_or_share(value: Any) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return 0 <= value <= 1 or (value > 1 and float(value).is_integer())

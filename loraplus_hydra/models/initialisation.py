@@ -1,88 +1,82 @@
-"""How LoRA's factors start: the paper's Init[2], and starts that take their factors out of the base's weights.
+"""Initialisations of LoRA's factors: the paper's Init[2], and those that take the factors from the base's weights.
 
-PiSSA and OLoRA put a part of each weight W into A0 and B0 and leave W - s B0 A0 in the base, so their adapter is right
-only on that base. On the original one the same function is W + s (B A - B0 A0), a plain LoRA of twice the rank.
+PiSSA and OLoRA put a part of each weight W into A0 and B0 and leave W - s B0 A0 in the base, so their adapter fits only
+that base. On the original base the same function is W + s (B A - B0 A0), a plain LoRA of twice the rank.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
 
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.loraplus.starts import A_ZERO, ADAPTER, note_start
+from loraplus_hydra.loraplus.starts import A_ZERO, ADAPTER_NAME, note_initialisation
 
-if TYPE_CHECKING:
-    import torch
-    from peft import LoraConfig, PeftModel
-    from torch import nn
-
-# Starts of PEFT's that need what nobody here gives them, so that PEFT would quietly train something else.
+# Initialisations for which PEFT needs more than a config, and silently does something else without it.
 UNSUPPORTED = {
     "eva": "it needs activations over the data first (peft.initialize_lora_eva_weights)",
     "corda": "it needs covariances over the data first (peft.tuners.lora.corda.preprocess_corda)",
     "lora_ga": "it needs gradients over the data first (peft.preprocess_loraga)",
-    "loftq": "it changes the base's weights by more than an adapter can hold, so what is saved would be wrong",
+    "loftq": "it changes the base's weights by more than an adapter can hold, so the saved adapter would be wrong",
 }
 
 
 def changes_base(init_lora_weights: Any) -> bool:
-    """Whether this start takes a part of the base's weights away."""
+    """Return True if this initialisation takes a part of the base's weights away."""
     return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(("pissa", "olora"))
 
 
-def start_with_a_zero(model: nn.Module) -> None:
-    """Init[2] of the LoRA+ paper: A = 0 and B random, with the distribution that A has under PEFT's Init[1].
+def initialise_a_zero(model: nn.Module) -> None:
+    """Initialise the factors by Init[2] of the LoRA+ paper: A = 0, and B as PEFT's Init[1] initialises A.
 
-    That is uniform within +-1/sqrt(fan in), B's fan in being the rank (times the kernel's size in a convolution). LoRA
-    on embeddings starts so under PEFT already. Random numbers are the global generator's: seed it before.
+    B is uniform within +-1/sqrt(fan in). Its fan in is the rank, times the kernel's size in a convolution. LoRA on
+    embeddings is left alone, since PEFT's own initialisation is this one there. Random numbers come from the global
+    generator.
     """
-    import torch
-
     found = False
     for module in model.modules():
         lora_A, lora_B = getattr(module, "lora_A", {}), getattr(module, "lora_B", {})
-        if ADAPTER in lora_A and hasattr(lora_A[ADAPTER], "weight"):
-            torch.nn.init.zeros_(lora_A[ADAPTER].weight)
-            torch.nn.init.kaiming_uniform_(lora_B[ADAPTER].weight, a=math.sqrt(5))
+        if ADAPTER_NAME in lora_A and hasattr(lora_A[ADAPTER_NAME], "weight"):
+            nn.init.zeros_(lora_A[ADAPTER_NAME].weight)
+            nn.init.kaiming_uniform_(lora_B[ADAPTER_NAME].weight, a=math.sqrt(5))
             found = True
     if not found:
-        what = "a_zero is a start of LoRA's factors, and this adapter has none"
+        what = "a_zero initialises LoRA's factors, and this adapter has none"
         raise ConfigErrors([Problem("adapter.init_lora_weights", what, "use true")])
-    note_start(model, A_ZERO)
+    note_initialisation(model, A_ZERO)
 
 
-def factors(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Copies on the CPU of every lora_A and lora_B, named as PEFT names them in a file."""
+def copy_factors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return CPU copies of every lora_A and lora_B, by their names in PEFT's files."""
     return {
-        name.replace(f".{ADAPTER}.", "."): parameter.detach().to("cpu", copy=True)
+        name.replace(f".{ADAPTER_NAME}.", "."): parameter.detach().to("cpu", copy=True)
         for name, parameter in model.named_parameters()
-        if name.endswith((f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight"))
+        if name.endswith((f"lora_A.{ADAPTER_NAME}.weight", f"lora_B.{ADAPTER_NAME}.weight"))
     }
 
 
-def on_original_base(
+def convert_to_original_base(
     tensors: dict[str, torch.Tensor], initial: dict[str, torch.Tensor], config: LoraConfig
 ) -> tuple[dict[str, torch.Tensor], LoraConfig]:
-    """An adapter whose start changed the base, as the plain LoRA of twice the rank that is right on the original base.
+    """Convert an adapter whose initialisation changed the base into a plain LoRA of twice the rank.
 
-    `initial` are the `factors` at the start. PEFT's own conversion does the same to A and B, and drops all else: a
-    trained classification head, DoRA's magnitudes, new tokens.
+    The result fits the original base. `tensors` are the adapter's file, `initial` the `copy_factors` before training.
     """
-    import copy
-
-    import torch
-
+    # PEFT's own conversion does the same to A and B and drops all else: a classification head, DoRA's magnitudes, new
+    # tokens.
     converted = dict(tensors)
-    for name, start in initial.items():
-        if ".lora_A." in name:
-            converted[name] = torch.cat([tensors[name].cpu(), start.to(tensors[name].dtype)], dim=0)
-        else:
-            converted[name] = torch.cat([tensors[name].cpu(), -start.to(tensors[name].dtype)], dim=1)
+    for name, factor in initial.items():
+        before = factor.to(tensors[name].dtype)
+        both, dim = ([tensors[name].cpu(), before], 0) if ".lora_A." in name else ([tensors[name].cpu(), -before], 1)
+        converted[name] = torch.cat(both, dim=dim)
     plain = copy.deepcopy(config)
     plain.init_lora_weights = True
-    # The update is scaled by alpha / r, or by alpha / sqrt(r).
-    growth = math.sqrt(2) if config.use_rslora else 2
+    growth = math.sqrt(2) if config.use_rslora else 2  # the update is scaled by alpha / sqrt(r) or alpha / r
     plain.r, plain.lora_alpha = 2 * config.r, _number(growth * config.lora_alpha)
     plain.rank_pattern = {key: 2 * rank for key, rank in (config.rank_pattern or {}).items()}
     plain.alpha_pattern = {key: _number(growth * alpha) for key, alpha in (config.alpha_pattern or {}).items()}

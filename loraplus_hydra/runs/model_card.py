@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from loraplus_hydra.io import files, run_folder
 from loraplus_hydra.io.read import read_json
 from loraplus_hydra.runs.finished import FinishedRun, results
 
-_METHODS = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "VERA": "VeRA"}  # as people write them
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 
 
@@ -135,11 +135,11 @@ def _method(run: FinishedRun) -> str:
     from loraplus_hydra.models.adapter_files import stored_adapter
 
     config = stored_adapter(str(run.adapter), key="run").config
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    name = "DoRA" if getattr(config, "use_dora", False) else _METHODS.get(kind, kind)
-    rank, start = getattr(config, "r", None), run.config.adapter.get("init_lora_weights")
-    begun = f" ({start})" if isinstance(start, str) else ""
-    return f"{name}{begun} of rank {rank}" if rank and kind == "LORA" else name + begun
+    name = re.sub("ra$", "RA", type(config).__name__.removesuffix("Config"))  # LoraConfig: LoRA, VeraConfig: VeRA
+    start = run.config.adapter.get("init_lora_weights")
+    initialisation = f" ({start})" if isinstance(start, str) else ""
+    rank = f" of rank {config.r}" if name == "LoRA" else ""
+    return f"{'DoRA' if getattr(config, 'use_dora', False) else name}{initialisation}{rank}"
 
 
 def _base_name(run: FinishedRun) -> str:

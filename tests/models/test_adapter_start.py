@@ -50,7 +50,7 @@ def test_adapter_starts_as_the_base_and_its_file_is_right_on_the_base(
     torch.manual_seed(0)
     if (architecture, option) == ("gpt2", "olora"):
         for on_meta in (True, False):
-            with pytest.raises(ConfigErrors, match="doesn't know the Conv1D layers"):
+            with pytest.raises(ConfigErrors, match="doesn't support the Conv1D layers"):
                 add_adapter(base_of(folder, architecture), config.adapter, "CAUSAL_LM", on_meta=on_meta)
         return
     before = logits(base_of(folder, architecture))

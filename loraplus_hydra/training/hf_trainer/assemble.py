@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from omegaconf import DictConfig
-from peft import AdaLoraConfig, PeftModel
 from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
@@ -21,7 +20,7 @@ from loraplus_hydra.io import processes, screen
 from loraplus_hydra.io.checkpoints import ResumePoint
 from loraplus_hydra.io.metrics_log import MetricsLog
 from loraplus_hydra.io.run_folder import CHECKPOINTS, METRICS
-from loraplus_hydra.models.adalora import AdaLoraCallback
+from loraplus_hydra.models.adapter import schedule_of
 from loraplus_hydra.training.hf_trainer.checkpoint_callback import CheckpointCallback
 from loraplus_hydra.training.hf_trainer.loraplus_mixin import with_loraplus
 from loraplus_hydra.training.hf_trainer.metrics_callback import MetricsCallback
@@ -43,6 +42,7 @@ def make_trainer(
     With `point` its next `train()` resumes from that checkpoint. `report` gets each line of metrics.jsonl.
     """
     config, seconds = job.config, 0.0 if point is None else point.seconds
+    schedule = schedule_of(type(job.model.active_peft_config))
     trainer: Any = with_loraplus(resumable(locate(config.task._target_)))(
         model=job.model,
         args=training_arguments(config, folder, resume_from=None if point is None else point.folder),
@@ -54,7 +54,7 @@ def make_trainer(
         callbacks=[
             MetricsCallback(MetricsLog(folder / METRICS, seconds=seconds, report=report)),
             ShowProgress(ProgressDisplay(bar=sys.stdout.isatty())),
-            *trainer_callbacks(job.model, config.adapter),
+            *(schedule.callbacks(job.model, config.adapter) if schedule else []),
             *_early_stopping(config),
         ],
         **job.examples.trainer_arguments,
@@ -92,13 +92,6 @@ def training_arguments(config: DictConfig, folder: Path, *, resume_from: str | N
         **arguments,
     )
     return made
-
-
-def trainer_callbacks(model: PeftModel, adapter: DictConfig | Mapping[str, Any]) -> list[Any]:
-    """Return the callbacks that this adapter needs."""
-    if not isinstance(model.active_peft_config, AdaLoraConfig):
-        return []
-    return [AdaLoraCallback(model, tinit=adapter.get("tinit", 0), tfinal=adapter.get("tfinal", 0))]
 
 
 def _early_stopping(config: DictConfig) -> list[EarlyStoppingCallback]:
