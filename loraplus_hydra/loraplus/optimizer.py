@@ -12,6 +12,7 @@ from loraplus_hydra.errors import UserError
 from loraplus_hydra.loraplus.grouping import GROUP_ORDER, assign, check_rate, first_match
 from loraplus_hydra.loraplus.optimizer_check import optimizer_problems, takes, unknown_setting
 from loraplus_hydra.loraplus.optimizer_state import keep_32bit_state
+from loraplus_hydra.loraplus.peft_layers import LORA_B_ROLES
 from loraplus_hydra.loraplus.plan import Group
 from loraplus_hydra.loraplus.roles import trained_tensors
 from loraplus_hydra.loraplus.rules import Rule, TensorRecord, parse_rules
@@ -160,7 +161,7 @@ def _drop_in_rules(*, ratio: float, lr_embedding: float) -> list[Rule]:
     return [
         Rule("embedding", role=("lora_embedding_A", "lora_embedding_B"), lr=lr_embedding),
         Rule("groupB_no_decay", role=undecayed, ndim=(1,), ratio=ratio),
-        Rule("groupB", role=("lora_B", "adalora_B"), ratio=ratio),
+        Rule("groupB", role=LORA_B_ROLES, ratio=ratio),
         Rule("vectors", ndim=(1,), group="groupB", ratio=ratio),
         Rule("groupA"),
     ]

@@ -39,8 +39,25 @@ ROLE_OF_ATTRIBUTE: dict[str, str] = {
 }
 """Attribute of a PEFT layer (one of its `adapter_layer_names`) -> role; any other attribute's tensors are `other`."""
 
-ADALORA_ROLES: dict[str, str] = {"lora_A": "adalora_A", "lora_B": "adalora_B", "lora_E": "adalora_E"}
-"""AdaLoRA's layers use LoRA's names for the factors of P E Q, of which E starts at zero."""
+LAYER_ROLES: dict[str, dict[str, str]] = {
+    # The factors of P E Q under LoRA's names; E starts at zero.
+    "peft.tuners.adalora.layer.AdaLoraLayer": {"lora_A": "adalora_A", "lora_B": "adalora_B", "lora_E": "adalora_E"},
+}
+"""Class of a PEFT layer -> roles of those of its attributes that mean something else than in ROLE_OF_ATTRIBUTE."""
+
+LORA_B_ROLES = ("lora_B", *(roles["lora_B"] for roles in LAYER_ROLES.values() if "lora_B" in roles))
+"""Roles of the tensors that PEFT calls lora_B."""
+
+ADAPTER_ROLES = tuple(
+    dict.fromkeys(
+        [
+            *ROLE_OF_ATTRIBUTE.values(),
+            *(role for roles in LAYER_ROLES.values() for role in roles.values()),
+            "lora_B_bias",
+        ]
+    )
+)
+"""Roles of an adapter's own tensors, whose start its config decides."""
 
 SPLIT = "split"
 
@@ -103,9 +120,6 @@ LORAPLUS_SUPPORT: dict[str, str] = {
 FACTORS = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
 """Roles of the two factors of a LoRA update."""
 
-STARTED_ROLES = frozenset({*ROLE_OF_ATTRIBUTE.values(), *ADALORA_ROLES.values(), "lora_B_bias"})
-"""Roles of an adapter's own tensors, whose start its config decides."""
-
 
 def zero_start(role: str, initialisation: object) -> bool | None:
     """Return True if a tensor starts at zero, by its role and its config's `init_lora_weights`.
@@ -115,7 +129,7 @@ def zero_start(role: str, initialisation: object) -> bool | None:
     of PEFT 0.21's layers.
     """
     if initialisation == TRAINED:
-        return False if role in STARTED_ROLES else None
+        return False if role in ADAPTER_ROLES else None
     if role == "lora_B_bias":
         return None if initialisation is False else True
     if role in ("vera_b", "adalora_E"):

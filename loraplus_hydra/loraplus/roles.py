@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.loraplus.peft_layers import (
-    ADALORA_ROLES,
     FACTORS,
+    LAYER_ROLES,
     LORAPLUS_SUPPORT,
     ROLE_OF_ATTRIBUTE,
     SPLIT,
@@ -45,11 +45,12 @@ class _Kind:
     is_norm: bool
     is_embedding: bool
     is_peft_layer: bool
-    is_adalora: bool
     holds_copies: bool
     """A `modules_to_save` wrapper, or LN-tuning's layer: whole copies of a module, one for each adapter."""
     adapter_attributes: frozenset[str]
     """The attributes of a PEFT layer that hold something for each adapter."""
+    roles: Mapping[str, str]
+    """Attribute of a PEFT layer -> role."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,8 +135,7 @@ def _place_below(place: _Place, kind: _Kind, adapted: _Kind | None, name: str) -
         return _BASE if kind.holds_copies else place
     if kind.holds_copies:
         return _Place(saved=True, per_adapter=True)
-    roles = ADALORA_ROLES if kind.is_adalora and name in ADALORA_ROLES else ROLE_OF_ATTRIBUTE
-    return _Place(adapted, roles.get(name, "other"), per_adapter=True)
+    return _Place(adapted, kind.roles.get(name, "other"), per_adapter=True)
 
 
 def _record(name: str, parameter: torch.nn.Parameter, pattern: TensorRecord) -> TensorRecord:
@@ -223,7 +223,7 @@ def _kind(cls: type) -> _Kind:
         raise UserError(
             "the model is already wrapped in FSDP, whose flat shards have no roles: make the groups before wrapping it"
         )
-    tuner_layers, adalora_layers, holders = _peft_classes()
+    tuner_layers, holders = _peft_classes()
     is_peft_layer = issubclass(cls, (*tuner_layers, *holders))
     classes = [base for base in cls.__mro__ if base not in (object, torch.nn.Module)]
     names = dict.fromkeys(
@@ -236,19 +236,18 @@ def _kind(cls: type) -> _Kind:
         is_norm=any(NORM_CLASS.search(base.__name__) for base in classes),
         is_embedding=issubclass(cls, (torch.nn.Embedding, torch.nn.EmbeddingBag)),
         is_peft_layer=is_peft_layer,
-        is_adalora=issubclass(cls, adalora_layers),
         holds_copies=issubclass(cls, holders),
         adapter_attributes=frozenset(attributes),
+        roles=ROLE_OF_ATTRIBUTE | next((LAYER_ROLES[name] for name in names if name in LAYER_ROLES), {}),
     )
 
 
-def _peft_classes() -> tuple[tuple[type, ...], tuple[type, ...], tuple[type, ...]]:
-    """Return PEFT's classes: its layers, AdaLoRA's layers, and holders of whole copies of modules."""
+def _peft_classes() -> tuple[tuple[type, ...], tuple[type, ...]]:
+    """Return PEFT's classes of layers and of holders of whole copies of modules."""
     if "peft" not in sys.modules:  # then no layer of the model can be PEFT's
-        return (), (), ()
-    from peft.tuners.adalora.layer import AdaLoraLayer
+        return (), ()
     from peft.tuners.ln_tuning.layer import LNTuningLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
-    return (BaseTunerLayer,), (AdaLoraLayer,), (ModulesToSaveWrapper, LNTuningLayer)
+    return (BaseTunerLayer,), (ModulesToSaveWrapper, LNTuningLayer)

@@ -9,25 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from loraplus_hydra.errors import ConfigErrors, Problem, nearest
+from loraplus_hydra.loraplus.peft_layers import ADAPTER_ROLES
 
-ROLES: tuple[str, ...] = (
-    "lora_A",
-    "lora_B",
-    "lora_B_bias",
-    "lora_embedding_A",
-    "lora_embedding_B",
-    "magnitude",
-    "adalora_A",
-    "adalora_B",
-    "adalora_E",
-    "vera_b",
-    "vera_d",
-    "trainable_tokens",
-    "saved_module",
-    "bias",
-    "norm",
-    "other",
-)
+ROLES: tuple[str, ...] = (*ADAPTER_ROLES, "saved_module", "bias", "norm", "other")
 """Every role that a trained tensor can have."""
 
 CONDITIONS = ("role", "pattern", "owner", "ndim")

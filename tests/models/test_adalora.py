@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import AdaLoraConfig, LoraConfig
 from safetensors.torch import load_file
 
+import loraplus_hydra
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.models.adapter import add_adapter
+from loraplus_hydra.models.adapter import add_adapter, schedule_of
 from tests.conftest import Finished
 from tests.support.architectures import TOKENS, base_of
 from tests.support.finished_runs import quick_run
@@ -111,6 +113,27 @@ def test_adalora_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+class OwnConfig(AdaLoraConfig):
+    """A method of somebody's own, under another name."""
+
+
+def test_a_schedule_is_found_by_the_configs_class(checkpoints: Any, compose: Callable[..., Any]) -> None:
+    adapter = {**compose("adapter=adalora").adapter, "_target_": f"{__name__}.OwnConfig"}
+    model = add_adapter(base_of(checkpoints("llama")), adapter, "CAUSAL_LM", on_meta=False)
+    schedule = schedule_of(type(model.active_peft_config))
+    assert schedule is not None
+    assert [type(each).__name__ for each in schedule.callbacks(model, adapter)] == ["AdaLoraCallback"]
+    assert schedule_of(LoraConfig) is None
+
+
+def test_modules_that_name_adalora() -> None:
+    package = Path(loraplus_hydra.__file__).parent
+    named = {
+        path.relative_to(package).as_posix() for path in package.rglob("*.py") if "adalora" in path.read_text().lower()
+    }
+    assert named == {"models/adalora.py", "models/adapter.py", "loraplus/peft_layers.py"}
+
+
 def test_adaloras_phases() -> None:
     from loraplus_hydra.models.adalora import phases
 
@@ -128,6 +151,7 @@ def test_adaloras_phases() -> None:
         ("+adapter.total_step=9", "adapter.total_step: comes from the run's own number of steps"),
         ("adapter.tinit=-1", "adapter.tinit: -1 is out of range"),
         ("adapter.tfinal=2.5", "adapter.tfinal: 2.5 is out of range"),
+        ("adapter.tinit=nan", "adapter.tinit: nan is out of range"),
         ("adapter.target_r=12", "adapter.target_r: 12 isn't below adapter.init_r = 12"),
         ("adapter.tinit=3", "leave fewer than two"),
     ],
