@@ -16,7 +16,7 @@ from loraplus_hydra.io.read import Unreadable, read_json
 from loraplus_hydra.io.run_folder import RESULT
 
 OK, FAILED, INTERRUPTED, PRUNED = "ok", "failed", "interrupted", "pruned"
-VERSIONED = (
+_LIBRARIES = (
     "loraplus_hydra",
     "torch",
     "transformers",
@@ -79,7 +79,7 @@ def read_result(folder: Path) -> Result | None:
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed libraries that a result depends on."""
     found = {"python": platform.python_version()}
-    for name in VERSIONED:
+    for name in _LIBRARIES:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

@@ -9,3 +9,5 @@ FIGURE = "train.png"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 HYDRA = ".hydra"
+
+WRITTEN = (CONFIG, PARAM_GROUPS, METRICS, RESULT, FIGURE, ADAPTER, CHECKPOINTS)  # by us; HYDRA is Hydra's own

@@ -24,15 +24,6 @@ from loraplus_hydra.sweep.job_context import swept_keys
 from loraplus_hydra.sweep.names import HASH_DIGITS, job_name
 
 LOG = "sweep.log"  # in the sweep's folder: log of the jobs whose own folders stay as they are
-_WRITTEN = (
-    run_folder.CONFIG,
-    run_folder.PARAM_GROUPS,
-    run_folder.METRICS,
-    run_folder.RESULT,
-    run_folder.FIGURE,
-    run_folder.ADAPTER,
-    run_folder.CHECKPOINTS,
-)
 _MISSING = object()
 
 
@@ -60,7 +51,7 @@ def folder_state(folder: Path, job_hash: str) -> State:
     result = read_result(folder)
     stored = (result.config_hash if result is not None else "") or _hash_of_file(folder / run_folder.CONFIG)
     if stored is None:
-        return State.LEFT if any((folder / name).exists() for name in _WRITTEN) else State.FREE
+        return State.LEFT if any((folder / name).exists() for name in run_folder.WRITTEN) else State.FREE
     if stored != job_hash:
         return State.TAKEN
     return State.DONE if result is not None and result.status == OK else State.LEFT
@@ -79,7 +70,7 @@ def clear(folder: Path) -> None:
 
     Its log stays, and so do files that no run writes.
     """
-    for name in _WRITTEN:
+    for name in run_folder.WRITTEN:
         place = folder / name
         for path in (place, files.unfinished(place), place.with_name(f".{name}.old")):
             if path.is_dir() and not path.is_symlink():

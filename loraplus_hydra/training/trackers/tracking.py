@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from loraplus_hydra.config.flatten import flat
 from loraplus_hydra.config.hydra_job import is_sweep
 from loraplus_hydra.config.targets import instantiate
+from loraplus_hydra.config.types import fits
 from loraplus_hydra.errors import first_line
 from loraplus_hydra.io import processes
 from loraplus_hydra.io.result import Result
@@ -48,7 +49,7 @@ class Tracking:
         tracker = self._tracker
         if tracker is None or not self._works:
             return
-        values = {key: value for key, value in flat(line, "/").items() if key != "step" and _is_number(value)}
+        values = {key: value for key, value in flat(line, "/").items() if key != "step" and fits(value, float)}
         self._attempt(lambda: tracker.log(line["step"], values))
 
     def finish(self, result: Result) -> None:
@@ -88,7 +89,7 @@ def final_metrics(result: Result) -> dict[str, float]:
         "seconds": result.seconds,
         "peak_memory_bytes": result.peak_memory_bytes,
     }
-    return {key: value for key, value in values.items() if _is_number(value)}
+    return {key: value for key, value in values.items() if fits(value, float)}
 
 
 def _tracked_run(config: DictConfig, folder: Path, resumed_at: int | None) -> TrackedRun:
@@ -113,7 +114,3 @@ def _origin() -> tuple[Path, str | None]:
     hydra: Any = HydraConfig.get()
     name = os.path.basename(os.path.normpath(hydra.sweep.dir)) if is_sweep(hydra) else None  # noqa: PTH119
     return Path(hydra.runtime.cwd), name
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
