@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -19,13 +21,14 @@ def config_folder() -> Path:
 
 
 def model_location(path: str) -> str:
-    """A model's `path` as transformers takes it: `pkg://package/folder` becomes that package's folder, all else stays.
+    """Return a model's `path` as transformers takes it.
 
-    A relative folder is left relative: it starts where the command was given. Raises UserError for a package that isn't
-    there.
+    `pkg://package/folder` becomes that package's folder, and a local folder its absolute path, which an adapter stores
+    as its base. A name on a hub stays unchanged. Raises UserError for a package that doesn't exist.
     """
     if not path.startswith(PACKAGE_SCHEME):
-        return str(Path(path).expanduser()) if path.startswith("~") else path
+        expanded = Path(path).expanduser()
+        return str(expanded.absolute()) if path.startswith("~") or expanded.exists() else path
     package, _, inside = path.removeprefix(PACKAGE_SCHEME).partition("/")
     from importlib.resources import files
 
@@ -37,6 +40,29 @@ def model_location(path: str) -> str:
         return str(files(package).joinpath(inside))
     except (ImportError, ValueError, TypeError) as error:
         raise UserError(f"'{path}' names no folder of a package here: {error}") from error
+
+
+# Keys whose value can be a local path. A run stores it as absolute, so that the run can be opened from another folder.
+PATH_KEYS = ("model.path", "model.tokenizer", "adapter.path", "data.train", "data.eval")
+
+
+def absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the absolute path for each key of PATH_KEYS whose value in `values` is relative and exists.
+
+    `values` maps dotted keys to values; a value may be a list of paths.
+    """
+    found = {key: _absolute(values[key]) for key in PATH_KEYS if key in values}
+    return {key: value for key, value in found.items() if value != values[key]}
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_absolute(item) for item in value]
+    try:
+        exists = isinstance(value, str) and value != "" and Path(value).exists()
+    except (OSError, ValueError):  # no path at all
+        exists = False
+    return str(Path(value).absolute()) if exists else value
 
 
 def is_local(location: str) -> bool:

@@ -15,7 +15,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.check import Checked, check
+from loraplus_hydra.config.flatten import flat
 from loraplus_hydra.config.identity import run_hash
+from loraplus_hydra.config.locations import absolute_paths
 from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import files, processes, run_folder, screen
@@ -147,8 +149,12 @@ def _begin(job: Run) -> None:
     if processes.is_main():
         if job.point is not None:
             _begin_resumed(job, job.point)
-        files.write_text(job.folder / run_folder.CONFIG, OmegaConf.to_yaml(job.config, resolve=True))
-        display.show_config(OmegaConf.to_container(job.config, resolve=True))
+        resolved: Any = OmegaConf.to_container(job.config, resolve=True)
+        stored = job.config.copy()
+        for key, path in absolute_paths(flat(resolved)).items():
+            OmegaConf.update(stored, key, path)
+        files.write_text(job.folder / run_folder.CONFIG, OmegaConf.to_yaml(stored, resolve=True))
+        display.show_config(resolved)
     job.tracking.start(job.config, job.folder, resumed_at=None if job.point is None else job.point.step)
 
 

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.config.flatten import flat
 from loraplus_hydra.config.identity import run_hash
+from loraplus_hydra.config.locations import absolute_paths
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io import checkpoints, files, processes, run_folder, screen
 from loraplus_hydra.io.checkpoint_state import trainer_state
@@ -175,6 +176,7 @@ def _changes(stored: Path, config: DictConfig) -> list[str]:
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     now = flat(plain)
+    now |= absolute_paths(now)
     keys = [key for key in [*now, *(key for key in then if key not in now)] if key != KEY]
     pairs = {key: (then.get(key, "not set"), now.get(key, "not set")) for key in keys}
     changed = {key: values for key, values in pairs.items() if values[0] != values[1]}

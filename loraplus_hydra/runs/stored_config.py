@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from loraplus_hydra.check.foreign import foreign_code
 from loraplus_hydra.check.keys import read_config, unknown_keys
 from loraplus_hydra.config.flatten import flat
+from loraplus_hydra.config.locations import PATH_KEYS
 from loraplus_hydra.config.schema import RunConfig
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.io import run_folder
@@ -37,7 +38,9 @@ def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
         raise ConfigErrors([Problem(KEY, what, "write the value in its place")])
     stored.pop("sweep", None)  # of the program, not of the run
     if hydras:
-        _put_values_for_resolvers(stored, file.parent.parent / run_folder.CONFIG)
+        resolved = flat(read_plain(file.parent.parent / run_folder.CONFIG))
+        _put_values_for_resolvers(stored, resolved)
+        _put_absolute_paths(stored, resolved)
     schema = OmegaConf.structured(RunConfig)
     changes = {group: dict(keys) for group, keys in overrides.items() if keys}
     try:
@@ -56,20 +59,29 @@ def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
     return typed
 
 
-def _put_values_for_resolvers(stored: DictConfig, resolved: Path) -> None:
+def _put_values_for_resolvers(stored: DictConfig, values: Mapping[str, Any]) -> None:
     """Replace each `${resolver:...}` by its value in the run: following it could read the environment.
 
-    Raises ConfigErrors where the run's own config.yaml doesn't have the value.
+    `values` are those of the run's own config.yaml. Raises ConfigErrors where it lacks one.
     """
     plain: Any = OmegaConf.to_container(stored)
-    values = flat(read_plain(resolved))
     for key, value in flat(plain).items():
         if not RESOLVER.search(str(value)):
             continue
         if key not in values or RESOLVER.search(str(values[key])):
-            what = f"{key} is {value}, which is not followed, and {resolved} doesn't say what it was"
+            what = f"{key} is {value}, which is not followed, and {run_folder.CONFIG} doesn't say what it was"
             raise ConfigErrors([Problem(KEY, what, "write the value in its place")])
         OmegaConf.update(stored, key, values[key])
+
+
+def _put_absolute_paths(stored: DictConfig, values: Mapping[str, Any]) -> None:
+    """Replace relative paths that don't exist here by the run's absolute ones: it may have been started elsewhere."""
+    for key in PATH_KEYS:
+        relative, absolute = OmegaConf.select(stored, key), values.get(key)
+        if not (isinstance(relative, str) and isinstance(absolute, str)) or Path(relative).exists():
+            continue
+        if Path(absolute).is_absolute() and Path(absolute).parts[-len(Path(relative).parts) :] == Path(relative).parts:
+            OmegaConf.update(stored, key, absolute)
 
 
 def read_plain(file: Path) -> dict[str, Any]:

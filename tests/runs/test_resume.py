@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -363,3 +364,31 @@ def test_best_checkpoint_is_what_is_saved_and_measured(
 def test_early_stopping_needs_evaluations(cli: Callable[..., Finished], tiny_run: list[str]) -> None:
     finished = cli(*tiny_run, "trainer.early_stopping_patience=2", "trainer.eval_strategy=no")
     assert (finished.status, "trainer.eval_strategy=steps" in finished.err) == (1, True)
+
+
+def test_run_on_relative_paths_is_opened_and_resumed_from_another_folder(
+    cli: Callable[..., Finished], tiny_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "base")
+    shutil.copy(rows, tmp_path / "rows.jsonl")
+    overrides = ["model=hub", "model.path=base", "data=jsonl", "data.train=rows.jsonl", "task.samples=0"]
+    overrides += ["trainer.max_steps=4", "trainer.save_steps=2", "trainer.per_device_train_batch_size=4"]
+    monkeypatch.chdir(tmp_path)
+    assert cli(*overrides, "hydra.run.dir=run").status == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "broken")
+    (tmp_path / "broken" / "result.json").unlink()
+    for name in ("adapter", "checkpoints/checkpoint-4"):
+        shutil.rmtree(tmp_path / "broken" / name)
+    stored = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert stored["base_model_name_or_path"] == str(tmp_path / "base")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for command in (
+        ("predict", "../run", "text=say", "max_new_tokens=2"),
+        ("evaluate", "../run"),
+        ("resume", "../broken"),
+    ):
+        finished = cli(*command)
+        assert finished.status == 0, finished.err
+    assert "Changed since" not in finished.out
+    assert differences(tmp_path / "broken", tmp_path / "run") == ["config_hash"]  # the path is spelt otherwise
