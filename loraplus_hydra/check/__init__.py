@@ -9,31 +9,39 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.errors import ConfigErrors, Problem
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from loraplus_hydra.loraplus.plan import Plan
+    from loraplus_hydra.tasks.examples import Examples
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A config without errors, as `check` returns it."""
+    """A config without errors, and the parts of its dry run that a command can use again."""
 
     config: DictConfig
+    model: PeftModel  # on the meta device
+    plan: Plan  # of the model's parameter groups
+    notes: tuple[str, ...] = ()  # on the rows, for the user
 
 
 def check(config: DictConfig) -> Checked:
     """Check a composed `run` config. Raises ConfigErrors with every error in it."""
-    _check(config, with_data=True)
-    return Checked(config)
+    return _check(config, with_data=True)
 
 
-def check_without_data(config: DictConfig) -> None:
-    """As `check`, for what needs no rows: a missing file, or a value of `data` that isn't set, is no mistake here."""
-    _check(config, with_data=False)
+def check_without_data(config: DictConfig) -> Checked:
+    """Check a config for commands that need no rows: errors of `data` are left out. Raises ConfigErrors."""
+    return _check(config, with_data=False)
 
 
 def stored_problems(config: DictConfig, groups: Iterable[str] | None = None) -> list[Problem]:
@@ -46,30 +54,35 @@ def stored_problems(config: DictConfig, groups: Iterable[str] | None = None) -> 
     return _told_once([one for one in problems if wanted is None or one.key.split(".")[0] in wanted])
 
 
-def _check(config: DictConfig, *, with_data: bool) -> None:
-    plain, problems = _of_single_values(config, config)
-    wrong = {problem.key.split(".")[0] for problem in problems}
-
-    from loraplus_hydra.check.dry_run import data_problems, model_problems
+def _check(config: DictConfig, *, with_data: bool) -> Checked:
+    from loraplus_hydra.check.dry_run import load_data, plan_without_weights
     from loraplus_hydra.check.weights import checkpoint_problems, weights_problems
 
+    plain, problems = _of_single_values(config, config)
+    wrong = {problem.key.split(".")[0] for problem in problems}
+    examples: Examples | None = None
     if "trainer" not in wrong:
         problems += checkpoint_problems(config)
-
-    if with_data and "model" not in wrong:
-        problems += weights_problems(config.model)
-        _warn_of_remote_code(plain)
     if not with_data:
         problems = [problem for problem in problems if problem.key.split(".")[0] != "data"]
-    elif not wrong & {"data", "task", "model", "seed"}:
-        found = data_problems(config)
-        problems += found
-        if any(problem.key == "model.path" for problem in found):
-            wrong.add("model")  # told, and the model is at the same place
+    elif "model" not in wrong:
+        problems += weights_problems(config.model)
+        _warn_of_remote_code(plain)
+        if not wrong & {"data", "task", "seed"}:
+            try:
+                examples = load_data(config)
+            except ConfigErrors as errors:
+                problems += errors.problems
+                # The model is at the place where the tokenizer was not found.
+                wrong |= {"model"} & {problem.key.removesuffix(".path") for problem in errors.problems}
     if not wrong & {"model", "adapter", "task", "optimizer", "scheduler", "loraplus"}:
-        problems += model_problems(config)
+        try:
+            model, plan = plan_without_weights(config, examples)
+        except ConfigErrors as errors:
+            problems += errors.problems
     if problems:
         raise ConfigErrors(_told_once(problems))
+    return Checked(config, model, plan, examples.notes if examples else ())
 
 
 def _of_single_values(config: DictConfig, source: DictConfig) -> tuple[dict[str, Any], list[Problem]]:

@@ -20,8 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from loraplus_hydra.check.values import select, set_elsewhere
+from loraplus_hydra.cli.arguments import flags_and_overrides
 from loraplus_hydra.cli.commands import COMMANDS
-from loraplus_hydra.cli.flags import flags_and_overrides
 from loraplus_hydra.config.locations import config_folder
 from loraplus_hydra.config.schema import CLOSED_GROUPS, GROUPS, RunConfig
 from loraplus_hydra.errors import Problem, first_line, nearest

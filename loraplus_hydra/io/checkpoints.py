@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 import shutil
 from collections.abc import Collection
@@ -26,8 +25,6 @@ _LARGEST_MANIFEST = 2**24  # bytes; a checkpoint has some dozens of files
 # Pickles that PEFT or transformers would open where safetensors are missing. The Trainer's own state (optimizer.pt and
 # its like) is read by torch with `weights_only=True`.
 _PICKLED_WEIGHTS = (".bin", ".pkl", ".pickle", ".ckpt")
-
-log = logging.getLogger(__name__)
 
 KEY = "trainer.resume_from_checkpoint"
 AUTO = "auto"  # its value for the newest complete checkpoint of the run's own folder
@@ -60,6 +57,7 @@ class ResumePoint:
 
     checkpoint: Checkpoint | None
     changed: tuple[str, ...] = ()  # keys of the config that differ from the run's stored one, a text each
+    passed_over: tuple[str, ...] = ()  # newer checkpoints that are incomplete, a text each
 
     @property
     def folder(self) -> str | None:
@@ -119,18 +117,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, state, manifest)
 
 
-def newest_complete(folder: Path, *, report: bool = True) -> Checkpoint | None:
-    """Return the newest complete checkpoint in `folder`, a run's checkpoints/.
-
-    `report` logs the incomplete ones that are newer.
-    """
+def newest_complete(folder: Path) -> tuple[Checkpoint | None, tuple[str, ...]]:
+    """Return the newest complete checkpoint in `folder`, a run's checkpoints/, and a message for each newer one."""
+    passed_over: list[str] = []
     for place in sorted(_named_after_steps(folder), key=step_of, reverse=True):
         try:
-            return open_checkpoint(place)
+            return open_checkpoint(place), tuple(passed_over)
         except ValueError as why:
-            if report:
-                log.warning("    Passed over %s: %s", place, why)
-    return None
+            passed_over.append(f"Passed over {place}: {why}")
+    return None, tuple(passed_over)
 
 
 def in_order(folder: Path) -> list[Path]:

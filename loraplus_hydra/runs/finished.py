@@ -67,7 +67,7 @@ def named_run(config: DictConfig) -> str:
     return str(config.run)
 
 
-def results(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def model_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Drop timing and progress entries from an evaluation's metrics."""
     return {name: value for name, value in metrics.items() if not any(part in name for part in _NOT_RESULTS)}
 

@@ -54,8 +54,8 @@ def run(config: DictConfig | Checked, folder: str | Path | None = None, *, point
     """Train one adapter by `config` and write everything into `folder`.
 
     `config` is a composed `run`, or a checked one. `folder` is by default the one that Hydra made for the job. With
-    `trainer.resume_from_checkpoint` the run resumes from a checkpoint (`point`, if it was found before); one that has
-    finished with this config is left unchanged. Returns the result; `result.value` is the metric that a sweep
+    `trainer.resume_from_checkpoint` the run resumes from a checkpoint (`point` has it, if it was found before); one
+    that has finished with this config is left unchanged. Returns the result; `result.value` is the metric that a sweep
     optimises. Raises ConfigErrors before anything heavy when the config is wrong; any other error is raised after it is
     written into result.json.
     """
@@ -71,7 +71,7 @@ def run(config: DictConfig | Checked, folder: str | Path | None = None, *, point
         if config.trainer.get("resume_from_checkpoint") is not None:
             # Before anything in the folder changes.
             checked = checked or check(config)
-            point = find_resume_point(config, folder, found_before=point)
+            point = find_resume_point(checked, folder, found_before=point)
         with _recorded(config, folder, point) as job, explain_resource_errors(config, folder):
             _run(job, checked)
     if processes.is_main():
@@ -160,6 +160,8 @@ def _begin(job: Run) -> None:
 
 def _begin_resumed(job: Run, point: ResumePoint) -> None:
     previous = read_result(job.folder)
+    for message in point.passed_over:
+        screen.show(f"    {message}")
     if point.checkpoint or previous or (job.folder / run_folder.METRICS).is_file():  # else this is its first start
         at = f"from step {point.step}" if point.checkpoint else "no complete checkpoint, so from step 0"
         screen.show(f"    Resuming: {at}")

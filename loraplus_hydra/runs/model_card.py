@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from loraplus_hydra.config.locations import is_local, model_location
 from loraplus_hydra.io import files, run_folder
 from loraplus_hydra.io.read import read_json
-from loraplus_hydra.runs.finished import FinishedRun, results
+from loraplus_hydra.runs.finished import FinishedRun, model_metrics
 
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 
@@ -103,7 +103,7 @@ def _group_rows(groups: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
 
 def _metric_rows(result: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     before, after = result["metrics_before"], result["metrics"]
-    for name in dict.fromkeys([*results(after), *results(before)]):
+    for name in dict.fromkeys([*model_metrics(after), *model_metrics(before)]):
         yield name, before.get(name, ""), after.get(name, "")
     yield "train_loss (mean over the steps)", "", result["train_loss"]
 

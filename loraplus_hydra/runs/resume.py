@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from loraplus_hydra.check import Checked
 from loraplus_hydra.config.flatten import flat
 from loraplus_hydra.config.identity import run_hash
 from loraplus_hydra.config.locations import absolute_paths
@@ -19,7 +20,7 @@ from loraplus_hydra.io.result import OK, Result, read_result
 from loraplus_hydra.models.adapter_files import refuse_other_tensors
 from loraplus_hydra.runs.stored_config import read_plain
 from loraplus_hydra.training.checkpoint_changes import full_name, refuse_other_groups
-from loraplus_hydra.training.prepare import loraplus_settings, plan_on_meta
+from loraplus_hydra.training.prepare import loraplus_settings
 
 _RULES = "loraplus.rules."
 _TRAINED_WITH = ("model", "quantization", "adapter", "optimizer", "scheduler", "loraplus", "data", "seed")
@@ -41,42 +42,42 @@ def finished_message(folder: Path, result: Result) -> str:
     return f"The run in {folder} has finished: {result.steps} steps, {result.metric} {result.value}"
 
 
-def resume_point_or_exit(config: DictConfig, folder: Path) -> ResumePoint:
-    """Return where the checked `config` resumes in `folder`; end the program if that run has finished.
+def resume_point_or_exit(checked: Checked, folder: Path, *, found_before: ResumePoint | None = None) -> ResumePoint:
+    """Return where a checked config resumes in `folder`; end the program if that run has finished.
 
     For the command line, before Hydra writes its files into that folder. Raises UserError when it can't resume.
     """
-    if (result := finished_result(config, folder)) is not None:
+    if (result := finished_result(checked.config, folder)) is not None:
         if processes.is_main():
             print(finished_message(folder, result))
         raise SystemExit(0)
     with folder_lock(folder):
-        return find_resume_point(config, folder, report=False)
+        return find_resume_point(checked, folder, found_before=found_before)
 
 
-def find_resume_point(
-    config: DictConfig, folder: Path, *, report: bool = True, found_before: ResumePoint | None = None
-) -> ResumePoint:
-    """Return where the checked `config` resumes in `folder`. Nothing is changed there.
+def find_resume_point(checked: Checked, folder: Path, *, found_before: ResumePoint | None = None) -> ResumePoint:
+    """Return where a checked config resumes in `folder`. Nothing is changed there.
 
-    `report` logs incomplete checkpoints. `found_before` is returned if its checkpoint is still the right one, which
-    saves hashing its files again. Raises UserError when the run can't resume: other groups, or fewer steps.
+    `found_before` saves hashing the files of its checkpoint again, if that is still the right one. Raises UserError
+    when the run can't resume: other groups, or fewer steps.
     """
-    if found_before is not None and _still_holds(found_before, config, folder):
-        return found_before
-    changed = tuple(_changes(folder / run_folder.CONFIG, config))
-    named = config.trainer.resume_from_checkpoint
-    if named == AUTO:
-        checkpoint = checkpoints.newest_complete(folder / run_folder.CHECKPOINTS, report=report)
+    changed = tuple(_changes(folder / run_folder.CONFIG, checked.config))
+    named = checked.config.trainer.resume_from_checkpoint
+    checkpoint: Checkpoint | None
+    if found_before is not None and _still_holds(found_before, checked.config, folder):
+        checkpoint, passed_over = found_before.checkpoint, found_before.passed_over
+    elif named == AUTO:
+        checkpoint, passed_over = checkpoints.newest_complete(folder / run_folder.CHECKPOINTS)
     else:
+        passed_over = ()
         checkpoint = checkpoints.open_checkpoint(Path(str(named)).expanduser())
     if checkpoint is None:
         _refuse_to_replace(folder)
     else:
-        _refuse_other_training(config, checkpoint)
+        _refuse_other_training(checked, checkpoint)
         _refuse_changes_at_the_end(checkpoint, changed)
         _lines_until(checkpoint)
-    return ResumePoint(checkpoint, changed)
+    return ResumePoint(checkpoint, changed, passed_over)
 
 
 def _still_holds(point: ResumePoint, config: DictConfig, folder: Path) -> bool:
@@ -133,7 +134,8 @@ def _set_aside(place: Path) -> None:
     screen.show(f"    Note: {place.name} is newer than the one resumed from; it is now {aside.name}")
 
 
-def _refuse_other_training(config: DictConfig, checkpoint: Checkpoint) -> None:
+def _refuse_other_training(checked: Checked, checkpoint: Checkpoint) -> None:
+    config = checked.config
     steps = config.trainer.get("max_steps", -1)
     if 0 < steps < checkpoint.step:
         what = f"the checkpoint is of step {checkpoint.step}, beyond trainer.max_steps={steps}"
@@ -142,10 +144,9 @@ def _refuse_other_training(config: DictConfig, checkpoint: Checkpoint) -> None:
     if steps <= 0 and reached > epochs:
         what = f"the checkpoint is of epoch {reached:.3g}, beyond {epochs:g}"
         raise ConfigErrors([Problem("trainer.num_train_epochs", what, "give more epochs, or an earlier checkpoint")])
-    model, plan = plan_on_meta(config)
-    groups = {group.name: [record.name for record in group.records] for group in plan.groups}
+    groups = {group.name: [record.name for record in group.records] for group in checked.plan.groups}
     refuse_other_groups(checkpoint.state, full_name(loraplus_settings(config).optimizer_class), groups)
-    refuse_other_tensors(checkpoint.folder, model)
+    refuse_other_tensors(checkpoint.folder, checked.model)
 
 
 def _refuse_to_replace(folder: Path) -> None:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, open_dict
 
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import checkpoints, run_folder, screen
+from loraplus_hydra.io.checkpoints import ResumePoint
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.result import read_result
 from loraplus_hydra.sweep import job_status
@@ -90,15 +91,16 @@ def _train(config: DictConfig, job: _Job, state: State) -> float | None:
     with isolated(config):
         from loraplus_hydra.runs.job import run  # only now: `isolated` sets the environment that libraries read
 
-        return run(_resume_or_clear(config, job.folder), job.folder).value
+        return run(config, job.folder, point=_resume_or_clear(config, job.folder)).value
 
 
-def _resume_or_clear(config: DictConfig, folder: Path) -> DictConfig:
-    """Return the config that resumes the job; without a complete checkpoint clear its folder."""
-    if checkpoints.newest_complete(folder / run_folder.CHECKPOINTS) is None:
+def _resume_or_clear(config: DictConfig, folder: Path) -> ResumePoint | None:
+    """Let `config` resume from the folder's newest complete checkpoint; without one clear the folder."""
+    checkpoint, passed_over = checkpoints.newest_complete(folder / run_folder.CHECKPOINTS)
+    if checkpoint is None:
         with folder_lock(folder):
             clear(folder)
-        return config
+        return None
     with open_dict(config):
-        config.trainer.resume_from_checkpoint = "auto"
-    return config
+        config.trainer.resume_from_checkpoint = checkpoints.AUTO
+    return ResumePoint(checkpoint, passed_over=passed_over)

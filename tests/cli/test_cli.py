@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -166,11 +167,22 @@ def test_info_is_shown_with_overrides_too(words: list[str], cli: Callable[..., F
 
 
 def test_help_lists_every_command() -> None:
-    from loraplus_hydra.cli.commands import COMMANDS, TRAIN
+    from loraplus_hydra.cli.commands import COMMANDS
 
     _, output, _ = imported_by("--help")
-    for name in COMMANDS:
-        assert name == TRAIN or f"\n  {name} " in output
+    assert list(COMMANDS) == [
+        "check",
+        "evaluate",
+        "export",
+        "inspect",
+        "predict",
+        "preview",
+        "report",
+        "resume",
+        "train",
+    ]
+    for name, command in COMMANDS.items():
+        assert re.search(rf"\n  {name} .*{re.escape(command.summary)}\n", output)
 
 
 @given(st.text(st.sampled_from("ab \\'\"${}[],=:~\n"), max_size=12))
@@ -181,11 +193,11 @@ def test_text_to_predict_on_is_taken_as_it_is_typed(text: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
-    from loraplus_hydra.cli.main import _hydra_arguments
+    from loraplus_hydra.cli.arguments import hydra_arguments
 
     if text[:1] in ("'", '"'):  # quoted by the user
         return
-    overrides = [word for word in _hydra_arguments("predict", ["RUN", f"text={text}"]) if not word.startswith("--")]
+    overrides = [word for word in hydra_arguments("predict", ["RUN", f"text={text}"]) if not word.startswith("--")]
     parsed = {one.key_or_group: one.value() for one in map(OverridesParser.create().parse_override, overrides)}
     config = OmegaConf.create(parsed)
     assert (config.text, config.run) == (text, "RUN")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from loraplus_hydra.cli.commands.evaluate import evaluate
 from loraplus_hydra.config.locations import config_folder
+from loraplus_hydra.runs.evaluate import evaluate
 from loraplus_hydra.runs.finished import load_run, open_run
 from tests.conftest import Finished
 from tests.support.finished_runs import NO_PLACE, RUNS, finished
@@ -119,7 +119,7 @@ def test_classifiers_own_rows_that_are_gone_are_told_at_their_own_key(
 def test_out_that_cannot_be_written_is_told_before_the_work(
     folder: str, finished: Callable[[str], Path], cli: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraplus_hydra.cli.commands.evaluate.load_run", None)
+    monkeypatch.setattr("loraplus_hydra.runs.evaluate.load_run", None)
     ended = cli("evaluate", str(finished("sft")), f"out={folder}/metrics.json")
     assert ended.status == 1
     assert f"out: {folder} can't be written into" in ended.err

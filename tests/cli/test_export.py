@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from loraplus_hydra.cli.commands.export import export
+from loraplus_hydra.runs.export import export
 from loraplus_hydra.runs.finished import load_run, open_run
 from tests.conftest import Finished
 from tests.support.architectures import checkpoint
@@ -306,7 +306,7 @@ def test_hostile_config_is_refused(
 def test_folder_that_cannot_be_made_is_told_before_the_work(
     folder: str, runs: Callable[[str], Path], cli: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraplus_hydra.cli.commands.export.load_run", None)
+    monkeypatch.setattr("loraplus_hydra.runs.export.load_run", None)
     ended = cli("export", str(runs("lora")), f"to={folder}/export/model")
     assert ended.status == 1
     assert f"to: {folder} can't be written into" in ended.err

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from loraplus_hydra.cli.commands.predict import predict
 from loraplus_hydra.runs.finished import load_run, open_run
+from loraplus_hydra.runs.predict import predict
 from tests.conftest import Finished
 from tests.support.finished_runs import NO_PLACE, WORDS, finished
 
@@ -118,7 +118,7 @@ def test_files_in_and_out(finished: Callable[[str], Path], cli: Callable[..., Fi
 def test_out_that_cannot_be_written_is_told_before_the_work(
     folder: str, finished: Callable[[str], Path], cli: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraplus_hydra.cli.commands.predict.load_run", None)
+    monkeypatch.setattr("loraplus_hydra.runs.predict.load_run", None)
     ended = cli("predict", str(finished("sft")), "text=say", f"out={folder}/answers.jsonl")
     assert ended.status == 1
     assert f"out: {folder} can't be written into" in ended.err

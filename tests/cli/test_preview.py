@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from loraplus_hydra.cli.commands.preview import PreviewedRow, preview
+from loraplus_hydra.check import check
 from loraplus_hydra.models.tokenizer import load_tokenizer
+from loraplus_hydra.runs.preview import PreviewedRow, preview
 from loraplus_hydra.tasks.examples import load_examples
 from tests.conftest import Finished
 from tests.support.tiny import write_jsonl
@@ -33,7 +34,7 @@ def previewed(compose: Callable[..., Any], tmp_path: Path) -> Previewed:
             "model=hub", f"model.path={folder}", "data=jsonl", f"data.train={path}", f"data.eval={path}", *overrides
         )
         tokenizer = load_tokenizer(config.model)
-        return preview(config, tokenizer, load_examples(config, tokenizer))
+        return preview(check(config), tokenizer, load_examples(config, tokenizer))
 
     return show
 
@@ -139,10 +140,10 @@ def test_command_prints_three_rows_and_leaves_nothing(
 
 
 def test_colour_stands_for_brackets_on_a_terminal() -> None:
-    from loraplus_hydra.cli.commands.preview import Token, _rendered
+    from loraplus_hydra.runs.preview import Token, render
 
     row = PreviewedRow((Token("a", False), Token("b", True)))
-    coloured = _rendered(row, coloured=True)
+    coloured = render(row, coloured=True)
     assert coloured.plain == "a|b"
     assert any(span.start == 2 and "green" in str(span.style) for span in coloured.spans)
-    assert _rendered(row, coloured=False).plain == "a|[b]"
+    assert render(row, coloured=False).plain == "a|[b]"

@@ -73,7 +73,7 @@ def test_checkpoint_without_a_part_of_the_trainers_state_does_not_count(
     seal(newest)
     with pytest.raises(ValueError, match=f"it has no {name}"):
         open_checkpoint(newest)
-    found = newest_complete(folder, report=False)
+    found, _ = newest_complete(folder)
     assert found is not None
     assert found.step == 6
 
@@ -137,7 +137,7 @@ NOT_AS_WRITTEN: dict[str, tuple[str, Callable[[Any], Any]]] = {
 def test_state_that_is_not_as_written_is_passed_over(kind: str, checkpoints: Callable[..., Path]) -> None:
     folder = checkpoints()
     changed(folder / "checkpoint-8", *NOT_AS_WRITTEN[kind])
-    found = newest_complete(folder, report=False)
+    found, _ = newest_complete(folder)
     assert found is not None
     assert found.step == 6
 
@@ -148,7 +148,7 @@ def test_state_that_is_none_is_passed_over(text: str, name: str, checkpoints: Ca
     folder = checkpoints()
     (folder / "checkpoint-8" / name).write_text(text)
     seal(folder / "checkpoint-8")
-    found = newest_complete(folder, report=False)
+    found, _ = newest_complete(folder)
     assert found is not None
     assert found.step == 6
 
@@ -252,13 +252,11 @@ def test_weights_of_another_adapter_are_told(
 def test_own_weights_are_not_refused(
     overrides: tuple[str, ...], checkpoints: Callable[..., Path], compose: Callable[..., Any], tiny_run: list[str]
 ) -> None:
-    from loraplus_hydra.check.dry_run import data_problems
-    from loraplus_hydra.training.prepare import plan_on_meta
+    from loraplus_hydra.check import check
 
     config = compose(*tiny_run, *B8, *overrides)
     folder = checkpoints(*overrides)
-    assert data_problems(config) == []
-    adapted = plan_on_meta(config)[0]
+    adapted = check(config).model
     for step in (2, 8):
         refuse_other_tensors(folder / f"checkpoint-{step}", adapted)
 
@@ -270,7 +268,7 @@ def test_link_is_no_checkpoint_and_what_it_leads_to_is_left_alone(checkpoints: C
     (folder / "checkpoint-8").rename(elsewhere)
     link = folder / "checkpoint-8"
     link.symlink_to(elsewhere)
-    found = newest_complete(folder, report=False)
+    found, _ = newest_complete(folder)
     assert found is not None
     assert found.step == 6
     assert link not in in_order(folder)

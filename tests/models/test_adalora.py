@@ -68,7 +68,7 @@ def test_adalora_cuts_ranks_as_its_schedule_says(
 
 
 def evaluated(folder: Path) -> float:
-    from loraplus_hydra.cli.commands.evaluate import evaluate
+    from loraplus_hydra.runs.evaluate import evaluate
     from loraplus_hydra.runs.finished import open_run
 
     return evaluate(open_run(str(folder), groups=None))["eval_loss"]

@@ -55,7 +55,7 @@ def test_gradient_that_is_not_finite_stops_before_its_step(
     with pytest.raises(NotFiniteError, match=r"the gradient's norm is (inf|nan) at step 5\."):
         run(compose(*overrides), tmp_path / "run")
     patch.undo()
-    checkpoint = newest_complete(tmp_path / "run" / "checkpoints")
+    checkpoint, _ = newest_complete(tmp_path / "run" / "checkpoints")
     assert checkpoint is not None
     assert checkpoint.step == 4
     result = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -145,7 +145,7 @@ def test_full_disk_leaves_the_last_good_checkpoint(
     assert "the disk is full" in finished.err, finished.err
     assert f"resume {small_disk}/run" in finished.err
     assert "Traceback" not in finished.err
-    checkpoint = newest_complete(small_disk / "run" / "checkpoints")
+    checkpoint, _ = newest_complete(small_disk / "run" / "checkpoints")
     assert checkpoint is not None
     assert 1 <= checkpoint.step < 12
     subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)  # room is made

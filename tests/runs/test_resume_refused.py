@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from loraplus_hydra import run
+from loraplus_hydra.check import check
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.runs.resume import find_resume_point, roll_back
@@ -133,7 +134,7 @@ def test_killed_while_it_is_brought_back_a_run_is_brought_back_again(
     shutil.copytree(folder, tmp_path / "unbroken")
     config = compose(*overrides, f"trainer.resume_from_checkpoint={folder / 'checkpoints' / 'checkpoint-4'}")
     (folder / "result.json").unlink()
-    point = find_resume_point(config, folder)
+    point = find_resume_point(check(config), folder)
     assert point is not None
     with monkeypatch.context() as patch:
         patch.setattr("os.truncate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
@@ -152,7 +153,7 @@ def test_checkpoint_of_another_branch_is_refused(
     metrics = folder / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"step"', '"step" ', 1))  # written anew since
     with pytest.raises(UserError, match=r"isn't the one that checkpoint-8 was written with"):
-        find_resume_point(compose(*overrides, "trainer.max_steps=12", AUTO), folder)
+        find_resume_point(check(compose(*overrides, "trainer.max_steps=12", AUTO)), folder)
 
 
 def test_folder_with_an_equals_sign_is_named_without_a_key(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:

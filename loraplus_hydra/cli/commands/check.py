@@ -1,17 +1,19 @@
-"""`check`: everything that is wrong with a config, and nothing trained."""
+"""`check`: list every error of a config; nothing is trained."""
 
 from __future__ import annotations
 
 from omegaconf import DictConfig
 
 from loraplus_hydra.check import check
-from loraplus_hydra.tasks.examples import kept_examples
+from loraplus_hydra.cli.commands.command import Command
+from loraplus_hydra.config.schema import run_of
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
-    """Raise ConfigErrors, or say that all is well."""
-    check(config)
-    examples = kept_examples(config)
-    for note in examples.notes if examples else ():
+    """Raise ConfigErrors for a config with errors; print a confirmation otherwise."""
+    for note in check(run_of(config)).notes:
         print(f"Note: {note}")
     print("The config is right: everything that can be known before weights load has been checked.")
+
+
+COMMAND = Command("check", "list every error of the config; trains nothing", main)

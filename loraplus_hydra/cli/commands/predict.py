@@ -1,168 +1,60 @@
-"""`predict`: a finished run's adapter on a text or a file of them."""
+"""`predict`: print or write the answers of a finished run's adapter to a text or a file of texts."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from loraplus_hydra.cli.commands.command import Command
 from loraplus_hydra.config.schema import PredictConfig
 from loraplus_hydra.config.types import describe, field_types, mismatch
-from loraplus_hydra.errors import ConfigErrors, Problem, UserError
+from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.io import files
-from loraplus_hydra.io.files import refuse_unwritable
-from loraplus_hydra.runs.finished import FinishedRun, load_run, named_run, open_run, unnamed_run
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
-
-Text = str | list[dict[str, Any]]  # or the messages of a conversation
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
-    """Print the answers, or write them where `out` says. Raises UserError."""
-    problems = unnamed_run(config)
+    """Print the answers, or write them into the file `out`. Raises UserError."""
+    from loraplus_hydra.runs.finished import named_run, open_run, unnamed_run
+    from loraplus_hydra.runs.predict import predict, read_texts
+
+    if problems := unnamed_run(config) + _problems(config):
+        raise ConfigErrors(problems)
+    out = files.new_file(config.out, key="out") if config.out else None
+    if out is not None:
+        files.refuse_unwritable(out.parent, key="out")
+    run = open_run(named_run(config), {"model": config.model}, trust_remote_code=config.trust_remote_code)
+    if config.file is not None:
+        texts, pairs = read_texts(config.file, config.column, run)
+    else:
+        texts, pairs = [config.text], [config.text_pair]
+    answers = predict(run, texts, pairs, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
+    lines = [json.dumps(line, ensure_ascii=False) for line in answers]
+    if out is None:
+        print("\n".join(lines))
+        return
+    files.write_text(out, "\n".join(lines) + "\n")
+    print(f"{len(lines):,} answers are in {out}")
+
+
+def _problems(config: DictConfig) -> list[Problem]:
+    problems = []
     for key, (annotation, limits) in field_types(PredictConfig).items():
         if limits and (why := mismatch(config[key], annotation, limits)):
             problems.append(Problem(key, f"{config[key]} {why}", f"it must be {describe(annotation, limits)}"))
     if (config.text is None) == (config.file is None):
         what = "neither a text nor a file is given" if config.text is None else "both a text and a file are given"
         problems.append(Problem("text", what, "give one of them: text=... or file=..."))
-    if problems:
-        raise ConfigErrors(problems)
-    out = files.new_file(config.out, key="out") if config.out else None
-    if out is not None:
-        refuse_unwritable(out.parent, key="out")
-    run = open_run(named_run(config), {"model": config.model}, trust_remote_code=config.trust_remote_code)
-    if config.file is not None:
-        texts, pairs = _read(config.file, config.column, run)
-    else:
-        texts, pairs = [config.text], [config.text_pair]
-    answers = predict(run, texts, pairs, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
-    lines = [json.dumps(line, ensure_ascii=False) for line in answers]
-    if out is not None:
-        files.write_text(out, "\n".join(lines) + "\n")
-        print(f"{len(lines):,} answers lie in {out}")
-        return
-    print("\n".join(lines))
+    return problems
 
 
-def predict(
-    run: FinishedRun,
-    texts: Sequence[Text],
-    pairs: Sequence[str | None] | None = None,
-    *,
-    max_new_tokens: int = 128,
-    batch_size: int = 32,
-) -> Iterator[dict[str, Any]]:
-    """An answer for each text, in order.
-
-    Of a causal model {"prompt", "answer"}, greedy; of a classifier {"text", "label", "scores"}: a label (of several
-    labels a list, of a regression the number) and a score from 0 to 1 for each name. Raises UserError.
-    """
-    model, tokenizer = load_run(run)
-    model = _on_device(model, run)
-    if str(run.config.task.task_type) == "SEQ_CLS":
-        yield from _classify(model, tokenizer, texts, pairs or [None] * len(texts), run, batch_size)
-        return
-    from loraplus_hydra.training.sampling import answer
-
-    for text in texts:
-        prompt, plain = _rendered(text, tokenizer, run)
-        found = answer(model, tokenizer, prompt, max_new_tokens, special_tokens=plain)
-        yield {"prompt": text, "answer": found}
-
-
-def _rendered(text: Text, tokenizer: PreTrainedTokenizerBase, run: FinishedRun) -> tuple[str, bool]:
-    """The prompt as the model has seen prompts in training, and whether the tokenizer adds its own tokens."""
-    chat = run.config.task.get("chat", False)  # a task without this key knows no turns
-    if chat is None:
-        chat = bool(tokenizer.chat_template)
-    if isinstance(text, str) and not chat:
-        return text, True
-    if not tokenizer.chat_template:
-        raise UserError("file: it holds conversations, but the run's tokenizer has no chat template")
-    turns = [{"role": "user", "content": text}] if isinstance(text, str) else text
-    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)), False
-
-
-def _classify(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[Text],
-    pairs: Sequence[str | None],
-    run: FinishedRun,
-    batch_size: int,
-) -> Iterator[dict[str, Any]]:
-    import torch
-
-    names, kind = model.config.id2label, model.config.problem_type
-    for start in range(0, len(texts), batch_size):
-        part, second = list(texts[start : start + batch_size]), list(pairs[start : start + batch_size])
-        if not all(isinstance(text, str) for text in part):
-            raise UserError("file: a classifier takes texts, not conversations")
-        both = [text is not None for text in second]
-        if any(both) and not all(both):
-            raise UserError("file: some rows have a second text and others have none")
-        arguments = (part, second) if any(both) else (part,)
-        limit = run.config.task.get("max_length")
-        inputs = tokenizer(*arguments, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        with torch.no_grad():
-            logits = model(**inputs.to(model.device)).logits.float().cpu()
-        for text, other, row in zip(part, second, logits, strict=True):
-            given = {"text": text} if other is None else {"text": text, "text_pair": other}
-            yield given | _judged(row, names, kind)
-
-
-def _judged(logits: Any, names: dict[int, str], kind: str | None) -> dict[str, Any]:
-    if kind == "regression" or len(logits) == 1:
-        return {"label": logits[0].item()}
-    several = kind == "multi_label_classification"
-    scores = (logits.sigmoid() if several else logits.softmax(-1)).tolist()
-    named = {names[number]: score for number, score in enumerate(scores)}
-    label = [name for name, score in named.items() if score > 0.5] if several else names[int(logits.argmax())]
-    return {"label": label, "scores": named}
-
-
-def _read(file: str, column: str | None, run: FinishedRun) -> tuple[list[Text], list[str | None]]:
-    """The texts of a file, and a classifier's second texts. Raises ConfigErrors naming what is wrong with it."""
-    from loraplus_hydra.data.files import load
-    from loraplus_hydra.data.rows import columns
-
-    try:
-        rows = load(file, file, unit="line")["train"]
-    except ConfigErrors as error:
-        mended = [Problem("file", problem.what, problem.fix.replace("data.", "")) for problem in error.problems]
-        raise ConfigErrors(mended) from None
-    data, there = run.config.data, columns(rows)
-    if column is None and Path(file).suffix in (".txt", ".text", ".md"):
-        column = "text"
-    named = [data.get(f"{kind}_column") for kind in ("prompt", "messages", "text")]
-    name = column or next((one for one in named if one in there), None)
-    if name not in there:
-        looked = column or ", ".join(str(one) for one in named if one is not None)
-        raise ConfigErrors(
-            [Problem("column", f"{file} has no column {looked}", f"the columns are: {', '.join(there)}")]
-        )
-    texts = list(rows[name])
-    for number, text in enumerate(texts, start=1):
-        if not isinstance(text, (str, list)) or not text:
-            what = f"row {number} of {file}: '{name}' is no text"
-            raise ConfigErrors([Problem("file", what, "mend the row, or leave it out")])
-    pair = data.get("text_pair_column")
-    return texts, list(rows[pair]) if pair in there else [None] * len(texts)
-
-
-def _on_device(model: PeftModel, run: FinishedRun) -> Any:
-    """On the accelerator, unless the run is to leave it alone or the quantised base is on one already."""
-    import torch
-
-    from loraplus_hydra.models.quantization import is_quantized
-
-    if run.config.trainer.get("use_cpu") or is_quantized(run.config.quantization) or not torch.cuda.is_available():
-        return model
-    return model.to("cuda")
+COMMAND = Command(
+    "predict",
+    "try a finished run's adapter on a text or a file",
+    main,
+    usage="RUN text=...",
+    config="predict",
+    positional="run",
+    verbatim=("text",),
+    changes=("model",),
+)

@@ -1,209 +1,36 @@
-"""`preview`: three training rows as the model will see them, token by token, and which tokens carry loss.
-
-The rows come out of the task's own Trainer: its preparation, its order, its batches. It is made around the model
-without weights, so this is quick for a large model, too.
-"""
+"""`preview`: show three training rows as the model will see them, and which of their tokens carry loss."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
 from loraplus_hydra.check import check
-from loraplus_hydra.data.rows import is_streamed
-from loraplus_hydra.errors import UserError
+from loraplus_hydra.cli.commands.command import Command
+from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.io import screen
-
-if TYPE_CHECKING:
-    import torch
-    from rich.text import Text
-    from transformers import PreTrainedTokenizerBase
-
-    from loraplus_hydra.tasks.examples import Examples
-
-ROWS = 3
-_NO_LOSS = -100
-_STYLE = "bold green"
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token as text, and whether the model learns to say it."""
-
-    text: str
-    carries_loss: bool
-
-
-@dataclass(frozen=True)
-class PreviewedRow:
-    """The tokens of a row, without padding; for a classifier its label in words."""
-
-    tokens: tuple[Token, ...]
-    label: str | None = None
-    side: str = ""  # of a preference: chosen or rejected
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
-    """Raise ConfigErrors for a wrong config, or show the rows."""
-    check(config)
+    """Print the rows. Raises ConfigErrors for a config with errors."""
+    checked = check(run_of(config))
     from loraplus_hydra.models.tokenizer import load_tokenizer
+    from loraplus_hydra.runs.preview import preview, render
     from loraplus_hydra.tasks.examples import load_examples
 
-    tokenizer = load_tokenizer(config.model)
-    examples = load_examples(config, tokenizer)
+    tokenizer = load_tokenizer(checked.config.model)
+    examples = load_examples(checked.config, tokenizer)
     print(examples.counts())
     for note in examples.notes:
         print(f"Note: {note}")
-    rows = preview(config, tokenizer, examples)
+    rows = preview(checked, tokenizer, examples)
     console = screen.console()
-    coloured = console.is_terminal
-    marked = "green" if coloured else "[in brackets]"
+    marked = "green" if console.is_terminal else "[in brackets]"
     if any(row.label is None for row in rows):
         print(f"Tokens that carry loss are {marked}; | stands between tokens.")
     for index, row in enumerate(rows):
-        learnt = sum(token.carries_loss for token in row.tokens)
-        what = f"label {row.label}" if row.label is not None else f"{learnt} carry loss"
         title = f"{index // 2 + 1}, {row.side}" if row.side else f"{index + 1}"
-        print(f"\nRow {title}: {len(row.tokens)} tokens, {what}")
-        console.print(_rendered(row, coloured=coloured), soft_wrap=not coloured)
+        print(f"\nRow {title}: {row.summary()}")
+        console.print(render(row, coloured=console.is_terminal), soft_wrap=not console.is_terminal)
 
 
-def preview(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> list[PreviewedRow]:
-    """The first rows that the Trainer of `config` will train on, out of its collated batches; ROWS of them at most.
-
-    A row of preferences is two: the prompt with the chosen answer, and with the rejected one.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer_without_weights(config, tokenizer, examples, Path(folder))
-        rows: list[PreviewedRow] = []
-        for batch in trainer.get_train_dataloader():
-            rows += _rows_of(batch, tokenizer, trainer)
-            wanted = 2 * ROWS if rows[0].side else ROWS
-            if len(rows) >= wanted:
-                break
-    return rows[:wanted]
-
-
-def _trainer_without_weights(
-    config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples, folder: Path
-) -> Any:
-    """The task's Trainer around the model on the meta device, on the CPU."""
-    import torch
-    from transformers import set_seed
-
-    from loraplus_hydra.config.targets import locate
-    from loraplus_hydra.io.quiet_libraries import quiet_loading
-    from loraplus_hydra.training.hf_trainer.assemble import training_arguments
-    from loraplus_hydra.training.prepare import adapted_meta_model
-
-    quiet_loading()
-    config = config.copy()
-    with open_dict(config):
-        config.trainer.use_cpu = True
-        config.trainer.bf16 = config.trainer.fp16 = False
-        config.trainer.torch_compile = False
-        for name in ("fsdp", "fsdp_config", "deepspeed"):
-            config.trainer.pop(name, None)
-    trainer_class = locate(config.task._target_)
-    # A tensor without data can't be moved to a device, and nothing here needs it there.
-    stay: Callable[..., Any] = lambda trainer, model, device: model  # noqa: E731, ARG005
-    unmoved = type(trainer_class.__name__, (trainer_class,), {"_move_model_to_device": stay})
-    set_seed(config.seed)  # as ahead of training: the same order of rows
-    # What it adds to the model, such as a reference, has no weights either; streamed rows make tensors of their own.
-    with nullcontext() if is_streamed(examples.train) else torch.device("meta"):
-        return unmoved(
-            model=adapted_meta_model(config, examples.model_arguments),
-            args=training_arguments(config, folder),
-            train_dataset=examples.train,
-            eval_dataset=examples.eval,
-            processing_class=tokenizer,
-            **examples.trainer_arguments,
-        )
-
-
-def _rows_of(batch: Any, tokenizer: PreTrainedTokenizerBase, trainer: Any) -> Iterator[PreviewedRow]:
-    """The rows of a collated batch; of rows laid end to end each by itself."""
-    ids = batch["input_ids"]
-    if "labels" not in batch:
-        if "completion_mask" not in batch:
-            raise UserError(f"preview: the batches of {type(trainer).__name__} say of no token whether it carries loss")
-        # TRL's preferences: the chosen answers, then the rejected ones, with the same prompts.
-        labels = ids.masked_fill(batch["completion_mask"] == 0, _NO_LOSS)
-        if "label" in batch:  # answers judged one by one
-            for position in range(len(ids)):
-                yield from (_row(*part, tokenizer) for part in _documents(batch, labels, position))
-            return
-        for position in range(len(ids) // 2):
-            for side, index in (("chosen", position), ("rejected", position + len(ids) // 2)):
-                yield from (_row(*part, tokenizer, side) for part in _documents(batch, labels, index))
-        return
-    labels = batch["labels"]
-    config = trainer.model.config
-    for position in range(len(ids)):
-        for row_ids, row_labels in _documents(batch, labels if labels.shape == ids.shape else None, position):
-            label = (
-                None if labels.shape == ids.shape else _label(labels[position], config.id2label, config.problem_type)
-            )
-            yield replace(_row(row_ids, row_labels, tokenizer), label=label)
-
-
-def _row(ids: torch.Tensor, labels: torch.Tensor, tokenizer: PreTrainedTokenizerBase, side: str = "") -> PreviewedRow:
-    # The first token's label counts for nothing: no token stands before it to predict it from.
-    learnt = [False, *(labels[1:] != _NO_LOSS).tolist()]
-    tokens = (Token(_shown(tokenizer, token), loss) for token, loss in zip(ids.tolist(), learnt, strict=True))
-    return PreviewedRow(tuple(tokens), side=side)
-
-
-def _documents(
-    batch: Any, all_labels: torch.Tensor | None, position: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(ids, labels) of the documents in a batch's row: one without its padding, or several that are packed."""
-    import torch
-
-    ids = batch["input_ids"][position]
-    labels = torch.full_like(ids, _NO_LOSS) if all_labels is None else all_labels[position]
-    if "attention_mask" in batch:
-        kept = batch["attention_mask"][position].bool()
-        yield ids[kept], labels[kept]
-        return
-    starts = (batch["position_ids"][position] == 0).nonzero().flatten().tolist()
-    sizes = torch.tensor([*starts, len(ids)]).diff().tolist()
-    yield from zip(ids.split(sizes), labels.split(sizes), strict=True)
-
-
-def _label(label: torch.Tensor, names: dict[int, str], problem_type: str | None) -> str:
-    if problem_type == "regression":
-        return f"{label.item():g}"
-    if problem_type == "multi_label_classification":
-        return ", ".join(names[index] for index in label.nonzero().flatten().tolist()) or "(none)"
-    return f"{names[int(label)]} ({int(label)})"
-
-
-def _shown(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """A token as text, on one line; where it is part of a character, as the vocabulary spells it."""
-    text = str(tokenizer.decode([token]))
-    spelt = str(tokenizer.convert_ids_to_tokens(token))
-    if "\N{REPLACEMENT CHARACTER}" in text or not text:
-        text = spelt
-    # A word's first token may keep its space in the vocabulary alone.
-    if spelt.startswith("\N{LOWER ONE EIGHTH BLOCK}") and not text.startswith(" "):
-        text = " " + text
-    return text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
-
-
-def _rendered(row: PreviewedRow, *, coloured: bool) -> Text:
-    from rich.text import Text
-
-    shown = Text()
-    for index, token in enumerate(row.tokens):
-        if index:
-            shown.append("|", style="dim")
-        text = token.text if coloured or not token.carries_loss else f"[{token.text}]"
-        shown.append(text, style=_STYLE if token.carries_loss else "")
-    return shown
+COMMAND = Command("preview", "show three training rows as the model will see them, and which tokens carry loss", main)

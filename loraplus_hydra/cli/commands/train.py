@@ -1,12 +1,39 @@
-"""`train`: what is done before Hydra makes the run's folder; the run itself is `loraplus_hydra.runs.job.run`."""
+"""`train`: check a config and its folder, then train one run. The word can be left out."""
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.check import check
+from loraplus_hydra.cli.commands.command import Command, Job
+from loraplus_hydra.config.schema import run_of
+from loraplus_hydra.io import processes
+from loraplus_hydra.io.checkpoints import AUTO
+from loraplus_hydra.io.files import refuse_unwritable, refuse_used_folder
+from loraplus_hydra.io.run_folder import HYDRA
 
 
-def main(config: DictConfig, flags: frozenset[str]) -> None:
-    """Raise ConfigErrors for a config that is wrong, so that it leaves no folder behind."""
-    check(config)
+def main(config: DictConfig, flags: frozenset[str]) -> Job:
+    """Check the config and the run's folder. Raises UserError."""
+    folder = Path(config.hydra.run.dir)
+    # `auto` in a new folder starts a run, so that one command can be given again and again.
+    resumes = OmegaConf.select(config, "trainer.resume_from_checkpoint") == AUTO and (folder / HYDRA).is_dir()
+    if processes.is_main():
+        if not resumes:
+            refuse_used_folder(folder, key="hydra.run.dir")
+        refuse_unwritable(folder, key="hydra.run.dir")
+    checked = check(run_of(config))
+    if not resumes:
+        return Job(checked)
+    from loraplus_hydra.runs.resume import resume_point_or_exit
+
+    return Job(checked, resume_point_or_exit(checked, folder))
+
+
+COMMAND = Command(
+    "train",
+    "train one run; the word can be left out, and -m trains one run for each combination of values",
+    main,
+)

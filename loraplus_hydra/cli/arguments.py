@@ -1,0 +1,112 @@
+"""The words of a command line: command, flags and overrides, as Hydra takes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NoReturn
+
+from hydra._internal.utils import get_args_parser
+
+from loraplus_hydra.cli.commands import COMMANDS
+from loraplus_hydra.config.hydra_job import quoted
+from loraplus_hydra.errors import ConfigErrors, Problem, nearest
+
+# Flags of Hydra whose value is the next word.
+_WITH_VALUE = frozenset(
+    (
+        *("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-path", "-cp", "--config-name", "-cn"),
+        *("--config-dir", "-cd", "--experimental-rerun"),
+    )
+)
+_COMPLETION = re.compile("(install|uninstall|query)=(bash|zsh|fish)")
+_FIX = "--help and --hydra-help list the flags"
+
+
+def flags_and_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """Split words into flags with their values, and all others: argparse takes overrides in one row only."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    is_value = False  # of the flag before
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        if word in ("--info", "-i") and (following.startswith("-") or "=" in following or not following):
+            word = "--info=all"  # what it means without a value; an override would be taken for one
+        (flags if word.startswith("-") or is_value else overrides).append(word)
+        is_value = not is_value and word in _WITH_VALUE
+    return flags, overrides
+
+
+def refuse_wrong_flags(words: list[str], own: Iterable[str]) -> None:
+    """Raise ConfigErrors for flags or values of flags that Hydra doesn't know; `own` are the command's flags.
+
+    Hydra's own parser would print its usage and end the program with status 2.
+    """
+    flags, overrides = flags_and_overrides([word for word in words if word.removeprefix("--") not in own])
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        found = re.match(r"argument (\S+): (.*)", message, re.DOTALL)
+        key, what = (found[1], found[2]) if found else ("flags", message)
+        raise ConfigErrors([Problem(key, what, _FIX)])
+
+    parser.error = refuse  # type: ignore[method-assign]
+    given, unknown = parser.parse_known_args([*overrides, *flags])
+    known = [*parser._option_string_actions, *(f"--{name}" for name in own)]
+    problems = [Problem(word, f"there is no such flag{nearest(word, known)}", _FIX) for word in unknown]
+    if given.experimental_rerun is not None:
+        problems.append(Problem("--experimental-rerun", "reads a pickle, which may run code", "use `resume RUN`"))
+    if given.config_dir is not None and not Path(given.config_dir).is_dir():
+        problems.append(
+            Problem("--config-dir", f"there is no folder '{given.config_dir}'", "name one with YAML of yours")
+        )
+    if given.shell_completion and not any(_COMPLETION.fullmatch(word) for word in given.overrides):
+        problems.append(
+            Problem("--shell-completion", "what shall it do?", 'as in: eval "$(loraplus-hydra -sc install=bash)"')
+        )
+    if problems:
+        raise ConfigErrors(problems)
+
+
+def split_command(arguments: list[str]) -> tuple[str, list[str]]:
+    """Return the command and the words after it; a first word that is no command belongs to `train`."""
+    if arguments and arguments[0] in COMMANDS:
+        return arguments[0], arguments[1:]
+    return "train", arguments
+
+
+def hydra_arguments(name: str, arguments: list[str]) -> list[str]:
+    """Return a command's arguments as Hydra takes them.
+
+    Its bare word becomes an override, and its flags become arguments of the callback BeforeRun.
+    """
+    command = COMMANDS[name]
+    rest = list(arguments)
+    extra = []
+    if name != "train":
+        extra.append(f"hydra.callbacks.before_run.command={name}")
+    if command.positional and rest and _is_bare(rest[0]):
+        extra.append(f"{command.positional}={quoted(rest.pop(0))}")
+    flags = [argument.removeprefix("--") for argument in rest if argument.removeprefix("--") in command.flags]
+    if flags:
+        extra.append(f"hydra.callbacks.before_run.flags=[{','.join(flags)}]")
+    rest = [_verbatim(argument, command.verbatim) for argument in rest]
+    # The command's own YAML can't list the keys of a stored run's config.
+    rest = [f"++{text}" if text.split(".")[0] in command.changes and "." in text else text for text in rest]
+    rest = [argument for argument in rest if argument.removeprefix("--") not in command.flags]
+    own_of_hydra, overrides = flags_and_overrides(rest)
+    config = [f"--config-name={command.config}"] if command.config != "config" else []
+    return [*config, *own_of_hydra, *extra, *overrides]
+
+
+def _is_bare(word: str) -> bool:
+    """Return True for a word that is neither a flag nor an override: a folder may have a `=` in its name."""
+    return not word.startswith("-") and ("=" not in word or Path(word).is_dir())
+
+
+def _verbatim(argument: str, keys: tuple[str, ...]) -> str:
+    """Return `text=...` with its value quoted, unless it is quoted already or null."""
+    key, found, value = argument.partition("=")
+    if not found or key not in keys or value == "null" or value[:1] in ("'", '"'):
+        return argument
+    return f"{key}={quoted(value)}"

@@ -1,0 +1,62 @@
+"""The callback of Hydra in which commands run.
+
+Hydra makes a run's folder and log before it calls the task function. A config that was checked there would leave a
+folder behind when it is wrong. A callback gets the whole config earlier, so every command runs in `on_run_start`. All
+but `train` and `resume` end the program there. Those two leave a `Job` in `begun`, which the task function takes later
+in the same process. A sweep begins in `on_multirun_start`, and each of its jobs checks its own config.
+
+Hydra turns a callback's errors into warnings and goes on. Only SystemExit and KeyboardInterrupt get through, hence
+`exit_on_error`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from loraplus_hydra.cli.commands import COMMANDS
+from loraplus_hydra.cli.commands.command import Job
+from loraplus_hydra.cli.errors import exit_on_error
+from loraplus_hydra.errors import UserError
+from loraplus_hydra.io import processes
+from loraplus_hydra.io.quiet_libraries import quiet_libraries
+from loraplus_hydra.sweep.plan import Sweep, begin
+from loraplus_hydra.sweep.search import continue_study
+
+
+@dataclass
+class Begun:
+    """The job or the sweep that has begun in this process: Hydra passes no objects from a callback to the task."""
+
+    job: Job | None = None
+    sweep: Sweep | None = None
+
+
+begun = Begun()
+
+
+class BeforeRun(Callback):
+    """Runs a command with its `--flags` as soon as its config is composed."""
+
+    def __init__(self, command: str, flags: list[str], swept: list[str], start: str | None) -> None:
+        self.command = COMMANDS[command]
+        self.flags = frozenset(flags)
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        with exit_on_error():
+            quiet_libraries()
+            begun.job = self.command.main(config, self.flags)
+            if begun.job is None:
+                raise SystemExit(0)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        with exit_on_error():
+            if self.command.name != "train":
+                raise UserError(f"'{self.command.name}' takes one config, not a sweep; leave out --multirun")
+            processes.refuse_sweep(["--multirun"])  # also where the config asks for one (hydra.mode)
+            begun.sweep = begin(config, sys.argv[1:])
+            continue_study(config, begun.sweep)

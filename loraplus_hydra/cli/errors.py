@@ -1,0 +1,65 @@
+"""Errors on the screen, and the program's exit statuses: 0, 1, 130 (Ctrl-C) and 143 (SIGTERM)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from loraplus_hydra.errors import ConfigErrors, UserError
+from loraplus_hydra.io import processes, screen
+
+EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
+_SHOW_TRACEBACK = "LORAPLUS_HYDRA_TRACEBACK"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which a cluster sends before it takes a machine back."""
+
+
+def take_over_full_error() -> None:
+    """Let Hydra pass on every error, and keep in another variable whether the user wants tracebacks."""
+    if os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
+        os.environ[_SHOW_TRACEBACK] = "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+
+
+def wants_traceback() -> bool:
+    """Return True if the user has set HYDRA_FULL_ERROR."""
+    return bool(os.environ.get(_SHOW_TRACEBACK))
+
+
+def print_error(error: Exception) -> None:
+    """Print an error without its traceback; in a distributed run from the first process only."""
+    if not processes.is_main() and isinstance(error, UserError):
+        return
+    if isinstance(error, ConfigErrors):
+        count = len(error.problems)
+        lines = [f"{count} thing{'s' if count > 1 else ''} to put right:", *(f"  - {each}" for each in error.problems)]
+    elif isinstance(error, UserError):
+        lines = [f"Error: {error}"]
+    else:
+        hint = "Set the environment variable HYDRA_FULL_ERROR=1 for the traceback."
+        lines = [f"{type(error).__name__}: {error}", hint]
+    print("\n".join(lines), file=sys.stderr)
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Print and log an error raised inside, and raise SystemExit with status 1."""
+    try:
+        yield
+    except UserError as error:
+        screen.log_to_file(f"Error: {error}", logging.ERROR)
+        print_error(error)
+        raise SystemExit(EXIT_USER_ERROR) from error
+    except Exception as error:
+        screen.log_to_file("".join(traceback.format_exception(error)), logging.ERROR)
+        if wants_traceback():
+            traceback.print_exception(error)
+        else:
+            print_error(error)
+        raise SystemExit(EXIT_USER_ERROR) from error

@@ -1,0 +1,80 @@
+"""Metrics of a finished run's adapter, on its own held-out rows or on others."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from loraplus_hydra.check import stored_problems
+from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.runs.finished import FinishedRun, load_run, load_run_tokenizer, open_run
+from loraplus_hydra.tasks.examples import Examples, load_examples
+from loraplus_hydra.training.hf_trainer.assemble import make_trainer
+from loraplus_hydra.training.prepare import bundle
+
+_KIND_OF_LABELS = ("num_labels", "id2label", "problem_type")
+
+
+def evaluate_with(
+    folder: str, data: dict[Any, Any], changes: Mapping[str, Any], *, trust_remote_code: bool = False
+) -> tuple[FinishedRun, dict[str, float]]:
+    """Return the finished run in `folder` and the metrics of its adapter.
+
+    `data` changes or replaces the run's `data` group, `changes` (group -> keys) other groups. Raises ConfigErrors.
+    """
+    run = open_run(folder, changes, trust_remote_code=trust_remote_code, groups=())
+    run.config.data = _data(run.config, data)
+    try:
+        if problems := stored_problems(run.config):
+            raise ConfigErrors(problems)
+        return run, evaluate(run)
+    except ConfigErrors as error:
+        raise ConfigErrors(dict.fromkeys(_as_given(each, data, run.config) for each in error.problems)) from error
+
+
+def evaluate(run: FinishedRun) -> dict[str, float]:
+    """Return the metrics of the run's adapter on the held-out rows of its config. Raises UserError."""
+    tokenizer = load_run_tokenizer(run)
+    examples = load_examples(run.config, tokenizer)
+    _same_labels(run, examples)
+    model, tokenizer = load_run(run, trainable=True)  # the Trainer makes its groups out of what trains
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(bundle(run.config, tokenizer, examples, model), Path(folder))
+        metrics: dict[str, float] = trainer.evaluate()
+    return metrics
+
+
+def _data(config: DictConfig, changes: dict[Any, Any]) -> Any:
+    """The run's data with `changes`, or what replaces it."""
+    data = {**({} if changes.get("_target_") else config.data), **changes}
+    if "train" in data and _stand_in(config, changes):
+        data["train"] = changes["eval"]
+    return data
+
+
+def _stand_in(config: DictConfig, changes: dict[Any, Any]) -> bool:
+    """Whether the rows to evaluate on stand in for training rows, which only a classifier needs: for the labels."""
+    named = changes.get("eval") is not None and changes.get("train", "???") == "???"
+    return named and config.task.task_type != "SEQ_CLS"
+
+
+def _as_given(problem: Problem, changes: dict[Any, Any], config: DictConfig) -> Problem:
+    """A Problem as it is with what the user wrote."""
+    if problem.key == "data.train" and _stand_in(config, changes):
+        return replace(problem, key="data.eval")
+    if problem.key == "data.eval" and "train" not in config.data:  # the run's rows came from no file
+        return replace(problem, fix="name another option: data=jsonl data.eval=...")
+    return problem
+
+
+def _same_labels(run: FinishedRun, examples: Examples) -> None:
+    known = run.model_arguments()
+    for name, value in examples.model_arguments.items():
+        if name in _KIND_OF_LABELS and name in known and value != known[name]:
+            what = f"the rows' {name} is {value}, but the run's model has {known[name]}"
+            raise ConfigErrors([Problem("data", what, "evaluate on rows that have the run's labels")])

@@ -1,0 +1,59 @@
+"""The plan of a config's parameter groups with the memory they take, for `inspect`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from loraplus_hydra.check import Checked
+from loraplus_hydra.loraplus.advice import ratio_advice
+from loraplus_hydra.loraplus.memory import Memory, estimate
+from loraplus_hydra.loraplus.plan import Plan, table_rows
+from loraplus_hydra.training.measure import count_parameters
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything that `inspect` shows of a config."""
+
+    plan: Plan
+    memory: Memory
+    trained: int  # parameters
+    total: int
+    advice: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "rows": [asdict(row) for row in table_rows(self.plan)],
+            "tensors": [
+                {
+                    **tensor.as_dict(),
+                    "owner": tensor.record.owner,
+                    "state_bits": None if tensor.state is None else tensor.state.bits,
+                    "why": tensor.reason(),
+                }
+                for tensor in self.plan.tensors
+            ],
+            "memory_bytes": asdict(self.memory) | {"total": self.memory.total},
+            "trained_parameters": self.trained,
+            "total_parameters": self.total,
+            "advice": list(self.advice),
+        }
+
+
+def inspect(checked: Checked) -> Inspection:
+    """Return what `inspect` shows of a checked config."""
+    plan = checked.plan
+    trained, total = count_parameters(checked.model)
+    memory = estimate(checked.model, plan, quantization_of(checked.config))
+    return Inspection(plan, memory, trained, total, tuple(ratio_advice(plan.records, plan.largest_ratio, total)))
+
+
+def quantization_of(config: DictConfig) -> dict[str, Any]:
+    """Return the quantization group as a plain mapping; empty if there is none."""
+    node = config.get("quantization")
+    plain = OmegaConf.to_container(node, resolve=True) if node is not None else {}
+    return plain if isinstance(plain, dict) else {}  # type: ignore[return-value]

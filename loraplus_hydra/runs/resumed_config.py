@@ -1,0 +1,120 @@
+"""The config with which `resume` continues a run: the stored one with the changes asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from loraplus_hydra.config.schema import RUN_GROUPS
+from loraplus_hydra.errors import ConfigErrors, Problem, first_line
+from loraplus_hydra.io import run_folder
+from loraplus_hydra.io.checkpoints import AUTO, ResumePoint, newest_complete
+from loraplus_hydra.runs.stored_config import KEY, read_plain, read_stored
+
+
+def resumed_config(folder: Path, config: DictConfig) -> tuple[DictConfig, ResumePoint | None]:
+    """Return the config of the run in `folder` with the changes in `config`, which the command `resume` composed.
+
+    The second value is the run's own newest checkpoint, where that had to be looked for. Raises ConfigErrors.
+    """
+    file = _stored_file(folder)
+    run = read_stored(file, _changes(folder, file, config))
+    if run.model.trust_remote_code and not config.trust_remote_code:
+        what = "the run's model brings Python of its own (model.trust_remote_code)"
+        raise ConfigErrors([Problem("trust_remote_code", what, "read it, then set trust_remote_code=true")])
+    start, point = run.trainer.get("resume_from_checkpoint"), None
+    # A run that began from another run's checkpoint resumes from its own, once it has one.
+    if start not in (None, AUTO) and config.trainer.get("resume_from_checkpoint") is None:
+        checkpoint, passed_over = newest_complete(folder / run_folder.CHECKPOINTS)
+        if checkpoint is not None:
+            start, point = AUTO, ResumePoint(checkpoint, passed_over=passed_over)
+    with open_dict(run):
+        run.trainer.resume_from_checkpoint = start or AUTO
+    try:
+        OmegaConf.to_container(run, resolve=True)
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", None) or KEY)
+        raise ConfigErrors([Problem(key, first_line(error), f"see {file}")]) from None
+    return run, point
+
+
+def _stored_file(folder: Path) -> Path:
+    """Return the file of the run's config: Hydra's copy, whose rules still refer to loraplus.ratio, or config.yaml.
+
+    Hydra's copy is missing for a run made in Python, and of another form under a program that composes ours.
+    """
+    if not folder.is_dir():
+        raise ConfigErrors([Problem(KEY, f"there is no folder {folder}", "name the folder of an interrupted run")])
+    if "${" in str(folder.absolute()):
+        what = f"Hydra would take the '${{' in {folder} for an interpolation"
+        raise ConfigErrors([Problem(KEY, what, "give the folder another name")])
+    composed = _composed_file(folder)
+    file = composed if _is_of_a_run(composed) else folder / run_folder.CONFIG
+    if not file.is_file():
+        what = f"{folder} is no run's folder: there is no {run_folder.CONFIG} in it"
+        raise ConfigErrors([Problem(KEY, what, "name the folder of an interrupted run")])
+    if not file.read_text(encoding="utf-8", errors="replace").strip():
+        fix = f"give its own command again, with hydra.run.dir={folder} trainer.resume_from_checkpoint=auto"
+        raise ConfigErrors([Problem(KEY, f"the run in {folder} ended before it began: {file} is empty", fix)])
+    return file
+
+
+def _changes(folder: Path, file: Path, config: DictConfig) -> dict[str, Any]:
+    """Return the changes by group: those of earlier resumes, and those of `config` on top."""
+    changes = {group: config[group] for group in RUN_GROUPS if config[group]}
+    if file == _composed_file(folder):
+        earlier = _earlier_changes(folder)
+        return {
+            group: OmegaConf.merge(earlier.get(group, {}), changes.get(group, {}))
+            for group in RUN_GROUPS
+            if group in earlier or group in changes
+        }
+    if "loraplus" in changes:
+        what = f"in {file} the rules hold numbers, which do not follow loraplus.ratio"
+        raise ConfigErrors([Problem("loraplus", what, "leave the loraplus keys as they are")])
+    return changes
+
+
+def _composed_file(folder: Path) -> Path:
+    return folder / run_folder.HYDRA / run_folder.CONFIG
+
+
+def _earlier_changes(folder: Path) -> dict[str, Any]:
+    """Return the overrides of earlier resumes that are still in effect, by group: config.yaml has them.
+
+    So a run that was given more steps, and is interrupted again, resumes to those.
+    """
+    in_effect = read_plain(folder / run_folder.CONFIG)
+    found = OmegaConf.create()
+    for file in sorted((folder / run_folder.HYDRA).glob(f"resumed-*/{run_folder.CONFIG}")):
+        given = read_plain(file)
+        found.merge_with(_common({group: given.get(group) for group in RUN_GROUPS}, in_effect))
+    plain = OmegaConf.to_container(found)
+    assert isinstance(plain, dict)
+    return {str(group): keys for group, keys in plain.items()}
+
+
+def _common(given: Mapping[Any, Any], in_effect: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return the leaves of `given` with the same value in `in_effect`, without interpolations."""
+    common: dict[Any, Any] = {}
+    for key, value in given.items():
+        effective = in_effect.get(key)
+        if isinstance(value, Mapping) and isinstance(effective, Mapping):
+            if inner := _common(value, effective):
+                common[key] = inner
+        elif key in in_effect and value == effective and "${" not in str(value):
+            common[key] = value
+    return common
+
+
+def _is_of_a_run(file: Path) -> bool:
+    """Return True if Hydra's copy of a config is a run's, or empty; False if it is that of a program around a run."""
+    if not file.is_file():
+        return False
+    text = file.read_text(encoding="utf-8", errors="replace")
+    return not text.strip() or all(re.search(rf"^{group}:", text, re.MULTILINE) for group in RUN_GROUPS)
