@@ -25,7 +25,7 @@ def quick_run(config: DictConfig, folder: Path) -> Result:
     """Run a job without its figure and accelerate's garbage collections, which take longer than the rest."""
     from loraplus_hydra.runs.job import run
 
-    with patch("loraplus_hydra.runs.figure.draw_training"), patch("accelerate.utils.memory.clear_device_cache"):
+    with patch("loraplus_hydra.runs.job.draw_training"), patch("accelerate.utils.memory.clear_device_cache"):
         return run(config, folder)
 
 
