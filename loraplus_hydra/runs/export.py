@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 
+from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io import files
 from loraplus_hydra.io.quiet_libraries import quiet_peft
@@ -20,73 +24,117 @@ from loraplus_hydra.runs.model_card import write_card
 
 _COPIED = (".json", ".safetensors", ".jinja", ".model", ".txt")  # PEFT's and a tokenizer's
 DTYPES = ("float32", "bfloat16", "float16")
+ROWS_COMPARED = (4, 16)  # rows and tokens for which the export's logits are compared with the run's
+# Differences of logits, as a share of the largest, that rounding explains. Measured: 1e-6, 2e-2 and 3e-3.
+ROUNDING = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+# Layers of PEFT that change what a weight does: adapters on it, and whole trained copies.
+_CHANGED = (BaseTunerLayer, ModulesToSaveWrapper)
 
 
-def export(run: FinishedRun, target: Path, *, merge: bool = True, dtype: str | None = None) -> Path:
-    """Write a finished run into `target`, a folder that is new or empty; returns it.
+def export(
+    run: FinishedRun,
+    target: Path,
+    *,
+    merge: bool = True,
+    dtype: str | None = None,
+    report: Callable[[str], None] | None = None,
+) -> Path:
+    """Write a finished run into `target`, a folder that is new or empty, and return it.
 
-    With `merge` the whole model, its weights in `dtype` (None: the run's; those of a quantised base dequantised first);
-    without it the adapter. Either with the tokenizer and a card. Raises UserError, and leaves nothing behind then.
+    With `merge` it is the merged model, its weights in `dtype` (None: the run's), a quantised base's dequantised;
+    without it the adapter. Both come with the tokenizer and a card. The merged model is loaded again and compared with
+    the run's before the folder gets its name; `report` gets the outcome as text. Raises UserError, and leaves nothing
+    behind then.
     """
     draft = files.unfinished(target)
     shutil.rmtree(draft, ignore_errors=True)  # of an export that was killed
     made = [folder for folder in (draft.parent, *draft.parent.parents) if not folder.exists()]
     draft.mkdir(parents=True)
     try:
+        check = ""
         if merge:
-            _write_merged(run, draft, dtype)
+            check = _comparison(_write_merged(run, draft, dtype))
         else:
             _copy_adapter(run.adapter, draft)
-        write_card(run, draft, merged=merge)
+        write_card(run, draft, merged=merge, check=check)
         draft.rename(target)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         for folder in made:
             folder.rmdir()
         raise
+    if check and report is not None:
+        report(check)
     return target
 
 
-def _copy_adapter(adapter: Path, folder: Path) -> None:
-    """The adapter's files, without what no run writes there: pickles, code, folders.
+def _comparison(difference: float) -> str:
+    rows, tokens = ROWS_COMPARED
+    return (
+        f"On {rows} rows of {tokens} random tokens the merged model's logits differ by at most {difference:.2g} "
+        "from those of the base model with the adapter."
+    )
 
-    A link could have any file of this machine published. Raises UserError for one that leads out of the folder.
+
+def _copy_adapter(adapter: Path, folder: Path) -> None:
+    """Copy the adapter's files of the kinds that a run writes: no pickles, code or folders.
+
+    Raises UserError for a link out of the folder.
     """
     stored_adapter(str(adapter), key="run")
     for file in sorted(adapter.iterdir()):
         if file.suffix not in _COPIED or not file.is_file():
             continue
+        # A link could make the export publish any file of this machine.
         if not file.resolve().is_relative_to(adapter.resolve()):
             raise ConfigErrors([Problem("run", f"{file} is a link out of the adapter's folder", "remove it")])
         shutil.copy(file, folder / file.name)
 
 
-def merged_model(run: FinishedRun, dtype: str | None = None) -> tuple[Any, Any]:
-    """The run's model with the adapter's update added to its weights, and the tokenizer. Raises UserError."""
+def _write_merged(run: FinishedRun, folder: Path, dtype: str | None) -> float:
+    """Write the merged model and the tokenizer; return the largest difference of its logits from the run's.
+
+    Raises UserError when the difference is more than rounding.
+    """
     model, tokenizer = load_run(run)
-    dequantized = _dequantized(model, run)
-    _untie(dequantized)
+    rows = _random_rows(model)
+    expected = _logits(model, rows)
+    merged = _merged(model, run)
+    if dtype is not None:
+        merged = merged.to(getattr(torch, dtype))
+    merged.save_pretrained(str(folder), safe_serialization=True)
+    tokenizer.save_pretrained(str(folder))
+    del model, merged  # before the export is loaded, so that only one model is in memory
+    gc.collect()
+    exported = locate(run.config.task.auto_class).from_pretrained(
+        str(folder), dtype="auto", trust_remote_code=run.config.model.trust_remote_code
+    )
+    difference = float((_logits(exported, rows) - expected).abs().max())
+    bound = _bound(exported.dtype, run) * max(1.0, float(expected.abs().max()))
+    if not difference <= bound:  # NaN is never below a bound
+        raise UserError(
+            f"merge: the merged model's logits differ from the run's by {difference:.2g}, and rounding explains "
+            f"{bound:.2g}; use merge=false"
+        )
+    return difference
+
+
+def _merged(model: PeftModel, run: FinishedRun) -> Any:
+    """Return the model with the adapter's update added to its weights. Raises UserError."""
+    full = _dequantized(model, run)
+    _untie(full)
     try:
         with quiet_peft():
-            merged = dequantized.merge_and_unload(safe_merge=True)
+            return full.merge_and_unload(safe_merge=True)
     except (AttributeError, NotImplementedError, TypeError) as error:
-        kind = dequantized.active_peft_config.peft_type
+        kind = full.active_peft_config.peft_type
         raise UserError(f"merge: {kind} can't be merged into the weights ({error}); use merge=false") from error
     except ValueError as error:  # safe_merge found a number that isn't finite
         raise UserError(f"run: the adapter can't be merged: {error}") from error
-    if dtype is not None:
-        merged = merged.to(getattr(torch, dtype))
-    return merged, tokenizer
-
-
-def _write_merged(run: FinishedRun, folder: Path, dtype: str | None) -> None:
-    merged, tokenizer = merged_model(run, dtype)
-    merged.save_pretrained(str(folder), safe_serialization=True)
-    tokenizer.save_pretrained(str(folder))
 
 
 def _dequantized(model: PeftModel, run: FinishedRun) -> PeftModel:
-    """The model on full weights: those that its quantised ones stand for, to which the adapter was trained."""
+    """Return the model on full weights, the values of its quantised ones."""
     if not is_quantized(run.config.quantization):
         return model
     base = dequantize(model.unload(), run.config.model.dtype)
@@ -94,11 +142,37 @@ def _dequantized(model: PeftModel, run: FinishedRun) -> PeftModel:
 
 
 def _untie(model: PeftModel) -> None:
-    """Give the output layer weights of its own where the adapter changes the embedding that it shares."""
+    """Give the output layer its own weights where the adapter changes it, or the embedding that shares them."""
     base = model.get_base_model()
     embedding, output = base.get_input_embeddings(), base.get_output_embeddings()
-    if output is None or not isinstance(embedding, BaseTunerLayer) or isinstance(output, BaseTunerLayer):
+    if output is None or not base.config.get_text_config().tie_word_embeddings:
         return
-    if base.config.get_text_config().tie_word_embeddings:
-        output.weight = torch.nn.Parameter(output.weight.detach().clone(), requires_grad=False)
-        base.config.get_text_config().tie_word_embeddings = False
+    # Rows of new tokens stay tied: PEFT trains them for both layers at once.
+    if not isinstance(embedding, _CHANGED) and not isinstance(output, _CHANGED):
+        return
+    layer = output.get_base_layer() if isinstance(output, BaseTunerLayer) else output
+    if isinstance(layer, torch.nn.Linear):
+        layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    base.config.get_text_config().tie_word_embeddings = False
+    base.config.tie_word_embeddings = False
+
+
+def _random_rows(model: Any) -> torch.Tensor:
+    """Return the same few rows of random tokens each time, without padding."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    rows = torch.randint(0, vocabulary, ROWS_COMPARED, generator=torch.Generator().manual_seed(0))
+    pad = model.config.get_text_config().pad_token_id
+    return rows if pad is None else torch.where(rows == pad, (pad + 1) % vocabulary, rows)
+
+
+def _logits(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=rows.to(model.device), attention_mask=torch.ones_like(rows)).logits
+    return logits.float().cpu()
+
+
+def _bound(dtype: torch.dtype, run: FinishedRun) -> float:
+    """Return the difference that rounding to `dtype` explains, as a share of the largest logit."""
+    own = 1e-2 if is_quantized(run.config.quantization) else 0.0
+    return max(own, ROUNDING.get(str(dtype).removeprefix("torch."), 5e-2), ROUNDING.get(run.config.model.dtype, 5e-2))

@@ -17,15 +17,15 @@ from loraplus_hydra.runs.finished import FinishedRun, model_metrics
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 
 
-def write_card(run: FinishedRun, folder: Path, *, merged: bool) -> None:
-    """Write README.md into `folder`.
+def write_card(run: FinishedRun, folder: Path, *, merged: bool, check: str = "") -> None:
+    """Write README.md into `folder`; `check` says how the export was compared with the run.
 
     Its numbers are those of result.json and param_groups.json, to the digit.
     """
-    files.write_text(folder / "README.md", card(run, merged=merged))
+    files.write_text(folder / "README.md", card(run, merged=merged, check=check))
 
 
-def card(run: FinishedRun, *, merged: bool) -> str:
+def card(run: FinishedRun, *, merged: bool, check: str = "") -> str:
     """Return the card's text."""
     config = OmegaConf.to_container(run.config, resolve=True)
     assert isinstance(config, dict)
@@ -35,6 +35,7 @@ def card(run: FinishedRun, *, merged: bool) -> str:
         *_introduction(run, merged=merged),
         "## How to load it",
         _loading(run, merged=merged),
+        *([check] if check else []),
         "## Data",
         "\n".join(f"- `{key}`: {_shown(value)}" for key, value in config["data"].items() if value is not None),
         "## LoRA+",
@@ -78,21 +79,37 @@ def _introduction(run: FinishedRun, *, merged: bool) -> Iterator[str]:
 
 
 def _loading(run: FinishedRun, *, merged: bool) -> str:
+    """Return the Python that loads and runs the export."""
     auto = str(run.config.task.auto_class).rpartition(".")[2]
+    lines = [f"from transformers import {auto}, AutoTokenizer", "", 'folder = "<this folder>"']
+    lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
     if merged:
-        return f'```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("<this folder>")\n```'
-    labels = run.model_arguments()
-    extra = f", num_labels={labels['num_labels']}" if run.config.task.task_type == "SEQ_CLS" else ""
-    grown = "model.resize_token_embeddings(len(tokenizer))\n" if run.config.model.add_tokens else ""
-    base, packaged = f'"{_base_name(run)}"', ""
+        lines.append(f"model = {auto}.from_pretrained(folder)")
+    else:
+        lines = ["from peft import PeftModel", *lines, *_loading_adapter(run, auto)]
+    if run.config.task.task_type == "CAUSAL_LM":
+        lines.append('answer = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)')
+        lines.append("print(tokenizer.decode(answer[0]))")
+    elif run.config.task.task_type == "SEQ_CLS":
+        lines.append('scores = model(**tokenizer("A text", return_tensors="pt")).logits[0]')
+        lines.append("print({model.config.id2label[i]: score.item() for i, score in enumerate(scores)})")
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _loading_adapter(run: FinishedRun, auto: str) -> Iterator[str]:
+    base = f'"{_base_name(run)}"'
     if run.config.model.path.startswith("pkg://"):
-        base, packaged = f"model_location({base})", "from loraplus_hydra.config.locations import model_location\n"
-    return (
-        f"```python\n{packaged}from peft import PeftModel\nfrom transformers import {auto}, AutoTokenizer\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("<this folder>")\n'
-        f"model = {auto}.from_pretrained({base}{extra})\n{grown}"
-        f'model = PeftModel.from_pretrained(model, "<this folder>")\n```'
-    )
+        yield "from loraplus_hydra.config.locations import model_location"
+        base = f"model_location({base})"
+    if run.config.task.task_type == "SEQ_CLS":  # the adapter's config.json has the names of the labels
+        yield "from transformers import AutoConfig"
+        yield "config = AutoConfig.from_pretrained(folder)"
+        yield f"model = {auto}.from_pretrained({base}, config=config, ignore_mismatched_sizes=True)"
+    else:
+        yield f"model = {auto}.from_pretrained({base})"
+    if run.config.model.add_tokens:
+        yield "model.resize_token_embeddings(len(tokenizer))  # rows for the new tokens"
+    yield "model = PeftModel.from_pretrained(model, folder)"
 
 
 def _group_rows(groups: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:

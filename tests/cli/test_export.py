@@ -23,6 +23,7 @@ from tests.support.finished_runs import NO_PLACE, quick_run
 TOKENS = torch.arange(3, 51).reshape(4, 12)
 CSV = "text,label\n" + "".join(f"say {word} {i},{word}\n" for i in range(8) for word in ("one", "two", "three"))
 
+TEXT = ("task=text", "data.text_column=prompt", "task.block_size=16", "data.completion_column=null")
 # Everything that changes how a model is put together again: architecture, then overrides.
 RUNS: dict[str, tuple[str, list[str]]] = {
     "lora": ("llama", []),
@@ -35,6 +36,13 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "new tokens, tied": ("qwen2", ["model.add_tokens=['<call>','<answer>']"]),
     "new tokens, untied": ("llama", ["model.add_tokens=['<call>','<answer>']"]),
     "biases": ("gpt2", ["adapter.bias=all"]),
+    "output, tied": ("qwen2", [*TEXT, "adapter.target_modules=[q_proj,lm_head]"]),
+    "output, untied": ("llama", [*TEXT, "adapter.target_modules=[q_proj,lm_head]"]),
+    "embeddings and output, tied": ("qwen2", [*TEXT, "adapter.target_modules=[q_proj,embed_tokens,lm_head]"]),
+    "embeddings and output, untied": ("llama", [*TEXT, "adapter.target_modules=[q_proj,embed_tokens,lm_head]"]),
+    "saved output, tied": ("qwen2", [*TEXT, "+adapter.modules_to_save=[lm_head]"]),
+    "saved output, untied": ("llama", ["+adapter.modules_to_save=[lm_head]"]),
+    "saved embeddings, tied": ("qwen2", [*TEXT, "+adapter.modules_to_save=[embed_tokens]"]),
     "nf4": ("llama", ["quantization=nf4"]),
 }
 
@@ -88,6 +96,7 @@ def test_merged_model_gives_the_runs_logits(name: str, runs: Callable[[str], Pat
     folder = export(finished, tmp_path / "model")
     exported = AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(logits(exported), expected, atol=2e-5, rtol=1e-4)
+    assert "the merged model's logits differ by at most" in (folder / "README.md").read_text()
     assert not any("lora" in key for key in exported.state_dict())
     assert exported.config.use_cache
     assert len(AutoTokenizer.from_pretrained(folder)) == len(tokenizer)
@@ -153,6 +162,29 @@ def test_card_tells_the_runs_own_numbers(merged: bool, runs: Callable[[str], Pat
     assert str(source.parent.parent) not in card, "no folder of this machine"
 
 
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("name", ["lora", "new tokens, tied", "new tokens, untied", "classifier"])
+def test_card_loads_and_runs_the_export(
+    name: str,
+    merged: bool,
+    runs: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    finished = open_run(str(runs(name)))
+    expected = logits(load_run(finished)[0])
+    folder = export(finished, tmp_path / "out", merge=merged)
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(runs(name).parent)  # the card names the last part of a local base
+    names: dict[str, Any] = {}
+    exec(code.replace("<this folder>", str(folder)), names)
+    torch.testing.assert_close(logits(names["model"]), expected, atol=2e-5, rtol=1e-4)
+    assert len(names["tokenizer"]) == len(AutoTokenizer.from_pretrained(folder))
+    if name == "classifier":
+        assert set(eval(capsys.readouterr().out)) == {"one", "two", "three"}
+
+
 def test_export_by_the_command_line(runs: Callable[[str], Path], cli: Callable[..., Finished], tmp_path: Path) -> None:
     source = tmp_path / "copy"
     shutil.copytree(runs("lora"), source)
@@ -160,6 +192,7 @@ def test_export_by_the_command_line(runs: Callable[[str], Path], cli: Callable[.
     assert ended.status == 0, ended.err
     assert (source / "export" / "model" / "model.safetensors").is_file()
     assert str(source / "export" / "model") in ended.out
+    assert "the merged model's logits differ by at most" in ended.out
     assert cli("export", str(source), "merge=false", "to=there").status == 0
     assert Path("there/adapter_model.safetensors").is_file()
     again = cli("export", str(source), "to=there")
@@ -185,12 +218,12 @@ def test_a_model_that_has_moved_is_named_again(runs: Callable[[str], Path], cli:
 def test_nothing_is_left_of_an_export_that_failed(
     runs: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import loraplus_hydra.runs.model_card as model_card
+    import loraplus_hydra.runs.export as module
 
     def broken(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(model_card, "write_card", broken)
+    monkeypatch.setattr(module, "write_card", broken)
     with pytest.raises(OSError, match="no space"):
         export(open_run(str(runs("lora"))), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

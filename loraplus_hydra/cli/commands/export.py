@@ -28,7 +28,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     target = Path(config.to).expanduser() if config.to else default
     files.refuse_used_folder(target, key="to")
     files.refuse_unwritable(target.parent, key="to")
-    written = export(run, target, merge=config.merge, dtype=config.dtype)
+    written = export(run, target, merge=config.merge, dtype=config.dtype, report=print)
     print(f"{'The merged model' if config.merge else 'The adapter'} is in {written}, with its card in README.md.")
 
 
