@@ -1,6 +1,6 @@
 """What was read and tokenised once is kept on disk, by content: the same bytes under the same settings are done once.
 
-Everything lies in a folder of the `datasets` cache (HF_DATASETS_CACHE, by default ~/.cache/huggingface/datasets) and
+Everything is in a folder of the `datasets` cache (HF_DATASETS_CACHE, by default ~/.cache/huggingface/datasets) and
 may be deleted at any time.
 """
 

@@ -46,7 +46,7 @@ class _Kind:
     is_embedding: bool
     is_peft_layer: bool
     holds_copies: bool
-    """A `modules_to_save` wrapper, or LN-tuning's layer: whole copies of a module, one for each adapter."""
+    """A `modules_to_save` wrapper, or LN-tuning's layer: copies of a module, one for each adapter."""
     adapter_attributes: frozenset[str]
     """The attributes of a PEFT layer that hold something for each adapter."""
     roles: Mapping[str, str]
@@ -243,7 +243,7 @@ def _kind(cls: type) -> _Kind:
 
 
 def _peft_classes() -> tuple[tuple[type, ...], tuple[type, ...]]:
-    """Return PEFT's classes of layers and of holders of whole copies of modules."""
+    """Return PEFT's classes of layers and of holders of copies of modules."""
     if "peft" not in sys.modules:  # then no layer of the model can be PEFT's
         return (), ()
     from peft.tuners.ln_tuning.layer import LNTuningLayer

@@ -85,7 +85,7 @@ def show_result(folder: Path, result: Result) -> None:
     if compared:
         show(compared)
     show(f"Trained {result.trained_parameters:,} of {result.total_parameters:,} parameters in {result.seconds:.0f} s.")
-    show(f"Everything lies in {folder}")
+    show(f"Everything is in {folder}")
     for name, what in (
         (run_folder.ADAPTER, "the adapter, as PEFT loads it"),
         (run_folder.FIGURE, "loss and rates over steps"),

@@ -50,7 +50,7 @@ def evaluate(run: FinishedRun) -> dict[str, float]:
 
 
 def _data(config: DictConfig, changes: dict[Any, Any]) -> Any:
-    """The run's data with `changes`, or what replaces it."""
+    """Return the run's data with `changes`, or the option that replaces it."""
     data = {**({} if changes.get("_target_") else config.data), **changes}
     if "train" in data and _stand_in(config, changes):
         data["train"] = changes["eval"]
@@ -58,13 +58,16 @@ def _data(config: DictConfig, changes: dict[Any, Any]) -> Any:
 
 
 def _stand_in(config: DictConfig, changes: dict[Any, Any]) -> bool:
-    """Whether the rows to evaluate on stand in for training rows, which only a classifier needs: for the labels."""
+    """Return True if the rows to evaluate on also stand in for the training rows.
+
+    Only a classifier needs training rows: its labels come from them.
+    """
     named = changes.get("eval") is not None and changes.get("train", "???") == "???"
     return named and config.task.task_type != "SEQ_CLS"
 
 
 def _as_given(problem: Problem, changes: dict[Any, Any], config: DictConfig) -> Problem:
-    """A Problem as it is with what the user wrote."""
+    """Return a Problem under the key that the user typed."""
     if problem.key == "data.train" and _stand_in(config, changes):
         return replace(problem, key="data.eval")
     if problem.key == "data.eval" and "train" not in config.data:  # the run's rows came from no file

@@ -11,7 +11,7 @@ from loraplus_hydra.io.read import read_lines
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette: told apart by people with any colour vision.
+# Okabe and Ito's palette, which people with any colour vision can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 

@@ -143,8 +143,8 @@ def _result(folder: Path) -> dict[str, Any]:
     except Unreadable as error:
         raise _no_run(str(error)) from None
     if (status := result.get("status")) != OK:
-        told = result.get("error") or {}
-        why = f" ({told.get('type')}: {str(told.get('text')).splitlines()[0]})" if told.get("text") else ""
+        stored = result.get("error") or {}
+        why = f" ({stored.get('type')}: {str(stored.get('text')).splitlines()[0]})" if stored.get("text") else ""
         raise _no_run(f"the run in {folder} ended as '{status}'{why}")
     if not (folder / run_folder.ADAPTER).is_dir():
         raise _no_run(f"there is no {run_folder.ADAPTER} in {folder}")

@@ -30,10 +30,10 @@ def predict(
     max_new_tokens: int = 128,
     batch_size: int = 32,
 ) -> Iterator[dict[str, Any]]:
-    """An answer for each text, in order.
+    """Yield an answer for each text, in order.
 
-    Of a causal model {"prompt", "answer"}, greedy; of a classifier {"text", "label", "scores"}: a label (of several
-    labels a list, of a regression the number) and a score from 0 to 1 for each name. Raises UserError.
+    For a causal model {"prompt", "answer"}, greedy; for a classifier {"text", "label", "scores"}: a label (for several
+    labels a list, for a regression the number) and a score from 0 to 1 for each name. Raises UserError.
     """
     model, tokenizer = load_run(run)
     model = _on_device(model, run)
@@ -47,7 +47,7 @@ def predict(
 
 
 def _rendered(text: Text, tokenizer: PreTrainedTokenizerBase, run: FinishedRun) -> tuple[str, bool]:
-    """The prompt as the model has seen prompts in training, and whether the tokenizer adds its own tokens."""
+    """Return the prompt as in training, and True if the tokenizer is to add its own tokens."""
     chat = run.config.task.get("chat", False)  # a task without this key knows no turns
     if chat is None:
         chat = bool(tokenizer.chat_template)
@@ -96,7 +96,7 @@ def _judged(logits: Any, names: dict[int, str], kind: str | None) -> dict[str, A
 
 
 def read_texts(file: str, column: str | None, run: FinishedRun) -> tuple[list[Text], list[str | None]]:
-    """The texts of a file, and a classifier's second texts. Raises ConfigErrors naming what is wrong with it."""
+    """Return the texts of a file and a classifier's second texts. Raises ConfigErrors."""
     try:
         rows = load(file, file, unit="line")["train"]
     except ConfigErrors as error:
@@ -122,7 +122,7 @@ def read_texts(file: str, column: str | None, run: FinishedRun) -> tuple[list[Te
 
 
 def _on_device(model: PeftModel, run: FinishedRun) -> Any:
-    """On the accelerator, unless the run is to leave it alone or the quantised base is on one already."""
+    """Return the model on the accelerator, unless the run avoids it or the quantised base is there."""
     if run.config.trainer.get("use_cpu") or is_quantized(run.config.quantization) or not torch.cuda.is_available():
         return model
     return model.to("cuda")

@@ -36,7 +36,7 @@ _STYLE = "bold green"
 
 @dataclass(frozen=True)
 class Token:
-    """A token as text, and whether the model learns to say it."""
+    """A token as text, and True if it carries loss."""
 
     text: str
     carries_loss: bool
@@ -44,7 +44,7 @@ class Token:
 
 @dataclass(frozen=True)
 class PreviewedRow:
-    """The tokens of a row, without padding; for a classifier its label in words."""
+    """The tokens of a row without padding, and a classifier's label."""
 
     tokens: tuple[Token, ...]
     label: str | None = None
@@ -58,7 +58,7 @@ class PreviewedRow:
 
 
 def preview(checked: Checked, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> list[PreviewedRow]:
-    """The first rows that the Trainer of the config will train on, out of its collated batches; ROWS of them at most.
+    """Return the first rows that the Trainer will train on, at most ROWS, from its collated batches.
 
     A row of preferences is two: the prompt with the chosen answer, and with the rejected one.
     """
@@ -76,7 +76,7 @@ def preview(checked: Checked, tokenizer: PreTrainedTokenizerBase, examples: Exam
 def _trainer_without_weights(
     checked: Checked, tokenizer: PreTrainedTokenizerBase, examples: Examples, folder: Path
 ) -> Any:
-    """The task's Trainer around the model on the meta device, on the CPU."""
+    """Return the task's Trainer around the model on the meta device, on the CPU."""
     quiet_loading()
     config = checked.config.copy()
     with open_dict(config):
@@ -103,7 +103,7 @@ def _trainer_without_weights(
 
 
 def _rows_of(batch: Any, tokenizer: PreTrainedTokenizerBase, trainer: Any) -> Iterator[PreviewedRow]:
-    """The rows of a collated batch; of rows laid end to end each by itself."""
+    """Yield the rows of a collated batch; packed rows one by one."""
     ids = batch["input_ids"]
     if "labels" not in batch:
         if "completion_mask" not in batch:
@@ -138,7 +138,7 @@ def _row(ids: torch.Tensor, labels: torch.Tensor, tokenizer: PreTrainedTokenizer
 def _documents(
     batch: Any, all_labels: torch.Tensor | None, position: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(ids, labels) of the documents in a batch's row: one without its padding, or several that are packed."""
+    """Yield (ids, labels) of each document in a batch's row, without padding."""
     ids = batch["input_ids"][position]
     labels = torch.full_like(ids, _NO_LOSS) if all_labels is None else all_labels[position]
     if "attention_mask" in batch:
@@ -159,7 +159,7 @@ def _label(label: torch.Tensor, names: dict[int, str], problem_type: str | None)
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """A token as text, on one line; where it is part of a character, as the vocabulary spells it."""
+    """Return a token as text on one line; part of a character as the vocabulary spells it."""
     text = str(tokenizer.decode([token]))
     spelt = str(tokenizer.convert_ids_to_tokens(token))
     if "\N{REPLACEMENT CHARACTER}" in text or not text:

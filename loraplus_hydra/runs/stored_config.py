@@ -26,7 +26,7 @@ def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
 
     Raises ConfigErrors, also when it names code in the run's own folder.
     """
-    hydras = file.parent.name == run_folder.HYDRA  # Hydra's copy, as it was asked for; it lies one folder deeper
+    hydras = file.parent.name == run_folder.HYDRA  # Hydra's copy of the config, one folder deeper
     try:
         stored = OmegaConf.create(read_yaml(file))
     except Unreadable as error:
@@ -44,7 +44,7 @@ def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
     schema = OmegaConf.structured(RunConfig)
     changes = {group: dict(keys) for group, keys in overrides.items() if keys}
     try:
-        # Untyped first, so that every key that nobody knows is told at once.
+        # Untyped first: so all unknown keys are reported at once, and not only the first.
         config = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(schema)), stored, changes)
         assert isinstance(config, DictConfig)
         if problems := _unknown(config):

@@ -55,12 +55,12 @@ class StepNorms:
         For sharded tensors it is the norm over all shards, and every process must call it. Call it once: the copies
         become the differences.
         """
-        told: Norms = {}
+        norms: Norms = {}
         with torch.no_grad():
             for name, tensors in self._groups.items():
                 changes = [old.neg_().add_(new) for old, new in zip(self._before.pop(name), tensors, strict=True)]
-                told[name] = {"weight": self._norm(tensors), "update": self._norm(changes)}
-        return told
+                norms[name] = {"weight": self._norm(tensors), "update": self._norm(changes)}
+        return norms
 
     def _norm(self, tensors: list[torch.Tensor]) -> float:
         by_mesh: dict[Any, list[torch.Tensor]] = {}  # DTensors of several meshes, or beside plain ones, don't mix

@@ -43,7 +43,7 @@ def finished_run(tiny_model: Path, rows: Path, tiny_run: list[str], tmp_path_fac
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert f"Everything lies in {folder}" in done.stdout
+    assert f"Everything is in {folder}" in done.stdout
     return folder
 
 
