@@ -11,3 +11,6 @@ CHECKPOINTS = "checkpoints"
 HYDRA = ".hydra"
 
 WRITTEN = (CONFIG, PARAM_GROUPS, METRICS, RESULT, FIGURE, ADAPTER, CHECKPOINTS)  # by us; HYDRA is Hydra's own
+
+# A sweep's folder: its name, its command and the keys that it varies.
+SWEEP = "sweep.json"

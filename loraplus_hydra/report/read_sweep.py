@@ -16,7 +16,6 @@ from loraplus_hydra.report.overrides import override_values, rerun_overrides
 from loraplus_hydra.report.values import flatten, number, resolved, whole_number
 
 UNFINISHED, BROKEN = "unfinished", "broken"  # without a result.json; with one that can't be read
-SWEEP = "sweep.json"  # holds the sweep's name, its command and its swept keys
 _DEFAULT_REASONS = {INTERRUPTED: "stopped from outside", PRUNED: "ended early by a search", FAILED: "no error stored"}
 _JOB_FILES = (run_folder.RESULT, run_folder.CONFIG, run_folder.METRICS, run_folder.HYDRA)
 
@@ -107,7 +106,7 @@ def read_sweep(folder: Path) -> Sweep:
     folders = sorted((one for one in folder.iterdir() if one.is_dir() and one.name[0] != "."), key=_natural_order)
     job_folders = [one for one in folders if any((one / name).exists() for name in _JOB_FILES)]
     files = _Files(folder)
-    stored = files.read(read_json, SWEEP) or {}
+    stored = files.read(read_json, run_folder.SWEEP) or {}
     notes = [f"{error}; the report uses the jobs' own files" for error in files.errors]
     jobs = tuple(read_job(one) for one in job_folders)
     named = [job.metric for job in jobs if job.has_result] or [job.metric for job in jobs if job.metric]

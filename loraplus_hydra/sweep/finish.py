@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
+from loraplus_hydra.io.run_folder import SWEEP
 from loraplus_hydra.report import terminal, write
 from loraplus_hydra.report.formatting import count
-from loraplus_hydra.report.read_sweep import SWEEP
 from loraplus_hydra.sweep import job_status
 from loraplus_hydra.sweep.job_status import DONE, FAILED, INTERRUPTED, RUNNING, SKIPPED, JobStatus
 from loraplus_hydra.sweep.plan import Sweep

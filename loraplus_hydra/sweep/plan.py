@@ -19,7 +19,7 @@ from loraplus_hydra.config.schema import NOT_OF_A_RUN
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.io.files import refuse_unwritable, write_text
 from loraplus_hydra.io.read import Unreadable, read_json
-from loraplus_hydra.report.read_sweep import SWEEP
+from loraplus_hydra.io.run_folder import SWEEP
 from loraplus_hydra.sweep import job_status
 from loraplus_hydra.sweep.job_context import job_overrides
 from loraplus_hydra.sweep.names import sweep_name
