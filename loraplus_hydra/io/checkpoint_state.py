@@ -15,6 +15,7 @@ from loraplus_hydra.io.read import read_json
 T = TypeVar("T")
 STATE = "run_state.json"  # what the Trainer's own files lack: see training/hf_trainer/checkpoint_callback.py
 TRAINER_STATE = "trainer_state.json"  # as the Trainer names it
+_LARGEST_TRAINER_STATE = 2**29  # bytes; it has an entry for each logged step
 
 _LOSSES = Range("a loss for each process", lambda losses: losses and all(map(FINITE.holds, losses)))
 _STEPS_LOGGED = Range("entries with a step", lambda log: all(_is_whole(entry.get("step")) for entry in log))
@@ -100,7 +101,7 @@ def trainer_state(folder: Path) -> StoredTrainerState:
     """Return the trainer_state.json of a checkpoint. Raises ValueError if no Trainer can resume from it."""
     from transformers import TrainerState  # takes seconds, and `io` imports no torch
 
-    plain = read_json(folder / TRAINER_STATE)
+    plain = read_json(folder / TRAINER_STATE, largest=_LARGEST_TRAINER_STATE)
     if unknown := sorted(plain.keys() - {each.name for each in dataclasses.fields(TrainerState)}):
         raise ValueError(f"its {TRAINER_STATE} has a key that this transformers doesn't know: {unknown[0]}")
     return _build(StoredTrainerState, plain, TRAINER_STATE)

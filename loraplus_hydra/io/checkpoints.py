@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from loraplus_hydra.io.checkpoint_state import STATE, TRAINER_STATE, RunState, run_state, trainer_state
-from loraplus_hydra.io.files import write_text
-from loraplus_hydra.io.read import Unreadable, read_json
+from loraplus_hydra.io.files import open_regular, remove, write_text
+from loraplus_hydra.io.folders import remove_folder
+from loraplus_hydra.io.read import Unreadable, read_bytes, read_json
 
 MANIFEST = "manifest.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -46,8 +47,8 @@ class Checkpoint:
     def is_unchanged(self) -> bool:
         """Return True if the manifest is still the one that every file was compared with."""
         try:
-            return (self.folder / MANIFEST).read_bytes() == self.manifest
-        except OSError:
+            return read_bytes(self.folder / MANIFEST) == self.manifest
+        except Unreadable:
             return False
 
 
@@ -84,11 +85,9 @@ def seal(folder: Path) -> None:
 
 def unseal(folder: Path) -> None:
     """Remove a checkpoint, its manifest first. Of a link only the link itself is removed."""
-    if folder.is_symlink():
-        folder.unlink()
-        return
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    if not folder.is_symlink():
+        remove(folder / MANIFEST)
+    remove_folder(folder)
 
 
 def defect(folder: Path) -> str:
@@ -101,7 +100,10 @@ def defect(folder: Path) -> str:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open the checkpoint in `folder`. Raises ValueError with the reason when it is incomplete."""
-    manifest = (folder / MANIFEST).read_bytes() if (folder / MANIFEST).is_file() else b""
+    try:
+        manifest = read_bytes(folder / MANIFEST)
+    except Unreadable:
+        manifest = b""
     if why := defect(folder):
         raise ValueError(why)
     state = run_state(folder)
@@ -199,6 +201,8 @@ def _bad_name(folder: Path, name: str) -> str:
     links = [part for part in (folder / name, *(folder / name).parents) if part.is_symlink()]
     if any(folder in link.parents for link in links):
         return f"{name} is a link"
+    if (folder / name).exists() and not (folder / name).is_file():
+        return f"{name} is not a regular file"
     if name.endswith(_PICKLED_WEIGHTS):
         return f"{name} holds pickled weights; only safetensors are read, since a pickle can run code"
     return ""
@@ -226,7 +230,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()

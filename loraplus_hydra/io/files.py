@@ -1,77 +1,154 @@
-"""Atomic writes, and checks that a path can be written before a run starts."""
+"""Writing of files: never through a link, never under a name that can be foreseen."""
 
 from __future__ import annotations
 
+import fcntl
 import os
-import shlex
-import shutil
+import re
+import secrets
+import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
-from loraplus_hydra.io.run_folder import HYDRA
+
+_DRAFT = re.compile(r"\.(.+)\.[0-9a-f]{16}\.unfinished")
+_LONGEST = 255  # bytes of a file's name
+# O_NONBLOCK: opening a FIFO would wait for another process. For regular files it has no effect.
+SAFE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+REMOVE = "remove it, or put the file itself in its place"
 
 
-def unfinished(path: Path) -> Path:
-    """Return the path under which to write something before it is renamed to `path`."""
-    return path.with_name(f".{path.name}.unfinished")  # in the same folder: only there is a rename atomic
+def draft_of(path: Path) -> Path:
+    """Return a random name beside `path`, for a file or folder that is renamed to `path` when it is complete."""
+    # In the same folder: only there is a rename atomic. Random: nobody can put a link under the name beforehand.
+    return path.with_name(f".{_stem(path)}.{secrets.token_hex(8)}.unfinished")
+
+
+def drafts_in(folder: Path, target: Path | None = None) -> list[Path]:
+    """Return the drafts in `folder` that killed processes left, all or those of `target`."""
+    named = [(path, _DRAFT.fullmatch(path.name)) for path in folder.iterdir()]
+    return [path for path, match in named if match and (target is None or match[1] == _stem(target))]
+
+
+def refuse_link(path: Path) -> None:
+    """Raise UserError if `path` is a link."""
+    if path.is_symlink():
+        raise UserError(f"{path} is a link, and nothing is written through a link; {REMOVE}")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` atomically: a reader sees the old file or the new one. Raises UserError for a link."""
+    refuse_link(path)
+    draft = draft_of(path)
+    try:
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFE, 0o666), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut after the rename could leave an empty file
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically: a reader sees the old file or the new one."""
-    draft = unfinished(path)
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # else a power cut after the rename could leave an empty file
-    draft.replace(path)
+    """Write `text` to `path` as UTF-8, atomically. Raises UserError for a link."""
+    write_bytes(path, text.encode("utf-8"))
 
 
-def replace_folder(draft: Path, folder: Path) -> None:
-    """Rename the finished folder `draft` to `folder`, and remove what had that name."""
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():  # a rename can't replace a folder that has files
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    draft.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+def append_text(path: Path, text: str) -> None:
+    """Append `text` to the regular file `path`, which may be new. Raises UserError for a link."""
+    refuse_link(path)
+    with os.fdopen(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "wb") as file:
+        file.write(text.encode("utf-8"))
 
 
-def refuse_used_folder(folder: Path, key: str) -> None:
-    """Raise UserError unless `folder`, set by `key`, is new or empty."""
-    try:
-        folder.lstat()
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:  # a name that is too long, or not valid for the file system
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{key}: {str(folder)[:200]!r} can't be a folder: {reason}; name another") from error
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{key}: {folder} is a file; name a folder that is new or empty")
-    if folder.is_dir() and any(folder.iterdir()):
-        hint = ""
-        if (folder / HYDRA).is_dir():
-            hint = f"; to resume the run in it: python -m loraplus_hydra resume {shlex.quote(str(folder))}"
-        raise UserError(f"{key}: {folder} isn't empty; a run never overwrites another, so name a new folder{hint}")
+def truncate(path: Path, size: int) -> None:
+    """Cut the regular file `path` to `size` bytes. Raises UserError for a link."""
+    refuse_link(path)
+    with os.fdopen(open_regular(path, os.O_WRONLY), "wb") as file:
+        file.truncate(size)
+
+
+def remove(path: Path) -> None:
+    """Remove the file `path` if it exists; of a link only the link itself."""
+    path.unlink(missing_ok=True)
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """Open a regular file and return its descriptor. Raises OSError for a link, FIFO or device."""
+    handle = os.open(path, flags | SAFE, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(f"{path} is not a regular file")
+    return handle
+
+
+def is_hub_blob(path: Path) -> bool:
+    """Return True if `path` is a link of a hub cache, from a snapshot into the blobs of the same repository."""
+    snapshots = next((folder for folder in path.absolute().parents if folder.name == "snapshots"), None)
+    if snapshots is None or not path.is_file():
+        return False
+    return path.resolve().parent == (snapshots.parent / "blobs").resolve()
 
 
 def new_file(path: str, key: str) -> Path:
     """Return `path`, set by `key`, with `~` expanded.
 
-    Raises UserError when the file exists already, or its folder doesn't.
+    Raises UserError when the file exists already and has content, or its folder doesn't exist.
     """
     file = Path(path).expanduser()
-    if file.exists():
+    try:
+        found = file.lstat()
+    except FileNotFoundError:
+        found = None
+    except (OSError, ValueError) as error:  # a name that is too long, or not valid for the file system
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{key}: {str(file)[:200]!r} can't be a file: {reason}; name another") from error
+    if found is not None and not (stat.S_ISREG(found.st_mode) and found.st_size == 0):
         raise UserError(f"{key}: {file} exists already; name a new file")
     if not file.parent.is_dir():
         raise UserError(f"{key}: there is no folder {file.parent}; name a file in a folder that exists")
     return file
 
 
+@contextmanager
+def reserved(path: str, key: str) -> Iterator[Path]:
+    """Reserve the name of a file, set by `key`, so that no other process writes it until the block ends.
+
+    An empty file has the name until `write_text` replaces it; it is removed if nothing is written. Raises UserError if
+    the file has content or can't be written, or another process has reserved it.
+    """
+    file = new_file(path, key)
+    refuse_unwritable(file.parent, key)
+    taken = UserError(f"{key}: another process writes {file}; name another file")
+    handle = open_regular(file, os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise taken from None
+        except OSError:  # the file system has no locks
+            pass
+        if not _is_at(handle, file) or os.fstat(handle).st_size:  # written between our look and the lock
+            raise taken
+        try:
+            yield file
+        finally:
+            if _is_at(handle, file):
+                file.unlink()
+    finally:
+        os.close(handle)
+
+
 def refuse_unwritable(folder: Path, key: str) -> None:
     """Raise ConfigErrors when `folder`, set by `key`, can't be made or written into."""
     place = folder.absolute()
     while not place.exists() and place != place.parent:
+        refuse_dangling(place, key)
         place = place.parent
     if not place.is_dir():
         raise ConfigErrors([Problem(key, f"{place} is a file, so there can be no {folder}", "name another folder")])
@@ -80,3 +157,21 @@ def refuse_unwritable(folder: Path, key: str) -> None:
     except OSError as error:
         what = f"{place} can't be written into: {error.strerror}"
         raise ConfigErrors([Problem(key, what, "name a folder that can")]) from None
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), path.lstat())
+    return False
+
+
+def _stem(path: Path) -> str:
+    """Return the start of a draft's name, short enough for every file system."""
+    room = _LONGEST - len("..0123456789abcdef.unfinished")
+    return os.fsencode(path.name)[:room].decode("utf-8", errors="ignore")
+
+
+def refuse_dangling(path: Path, key: str) -> None:
+    """Raise ConfigErrors if `path`, set by `key`, is a link that leads nowhere."""
+    if path.is_symlink() and not path.exists():
+        raise ConfigErrors([Problem(key, f"{path} is a link that leads nowhere", "name another folder")])

@@ -4,44 +4,65 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import processes
 
+_TURN = 0.1  # seconds between two attempts
 _held: set[int] = set()  # file descriptors of the folders that this process has locked
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[bool]:
-    """Lock `folder` against other processes, and raise UserError when one of them holds it.
+def folder_lock(
+    folder: Path, *, use: str = "a run is active", key: str = "hydra.run.dir", patience: float = 0.0
+) -> Iterator[bool]:
+    """Lock `folder`, set by `key`, against other processes; raise UserError when one of them holds it.
 
-    Yields False where nothing is locked: on a file system without locks, and in all but a run's first process.
+    `use` is what they do there. With `patience` it waits that many seconds for them. Yields False where nothing is
+    locked: on a file system without locks, and in all but a run's first process.
     """
     if not processes.is_main():
         yield False
         return
     # The operating system's lock on the folder itself: unlike a lock file, a killed run leaves nothing behind.
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     _held.add(handle)
     try:
-        yield _lock(handle, folder)
+        try:
+            is_locked = _lock(handle, time.monotonic() + patience)
+        except BlockingIOError:
+            raise UserError(f"{use} in {folder}; wait for it, or name another {key}") from None
+        if not _is_still(handle, folder):  # between our look and the lock
+            raise UserError(f"{folder} was replaced by another process; give the command again")
+        yield is_locked
     finally:
         if handle in _held:  # a forked process that leaves this block has given it up before
             _held.remove(handle)
             os.close(handle)
 
 
-def _lock(handle: int, folder: Path) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"a run is active in {folder}; wait for it, or name another hydra.run.dir") from None
-    except OSError:  # the file system has no locks: running unprotected beats not running
-        return False
-    return True
+def _lock(handle: int, deadline: float) -> bool:
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(_TURN)
+        except OSError:  # the file system has no locks: running unprotected beats not running
+            return False
+        else:
+            return True
+
+
+def _is_still(handle: int, folder: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), folder.stat())
+    return False
 
 
 def _give_up_locks() -> None:

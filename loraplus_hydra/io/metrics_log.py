@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from loraplus_hydra.io.files import append_text
+
 
 class MetricsLog:
     """Appends lines to a run's metrics.jsonl.
@@ -38,7 +40,6 @@ class MetricsLog:
         if norms is not None:
             line["norms"] = dict(norms)
         line.update(values)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=True) + "\n")
+        append_text(self.path, json.dumps(line, allow_nan=True) + "\n")
         if self.report is not None:
             self.report(line)

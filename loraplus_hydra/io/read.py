@@ -1,8 +1,13 @@
-"""Reader of a run's files (JSON, YAML, JSON lines), which may be broken or untrusted."""
+"""Reader of a run's files (JSON, YAML, JSON lines), which may be broken or untrusted.
+
+It reads regular files only, of bounded size and depth: a FIFO would wait for ever, and a link could lead anywhere. The
+links of a hub cache into its own blobs are followed.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,10 +15,14 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from loraplus_hydra.errors import UserError, first_line
+from loraplus_hydra.io.files import is_hub_blob, open_regular
 
 RESOLVER = re.compile(r"\$\{[^}]*:")  # ${oc.env:HOME}: followed in an untrusted file, it could read the environment
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader takes a tenth of the time
 _DEEPEST = 100  # levels; on some ten thousand the C loader ends the process with a segmentation fault
+_LARGEST = 2**26  # bytes of a JSON file
+_LARGEST_YAML = 2**21  # a config has some thousand bytes, and YAML is slow
+_LARGEST_LINES = 2**28  # a line for each logged step, of some hundred bytes
 _NAMES: dict[type, str] = {dict: "mapping", list: "list"}
 
 
@@ -29,27 +38,68 @@ class Hostile(Unreadable):
     """YAML that no run writes, and that could fill the memory or end the process."""
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
+def read_bytes(path: Path, largest: int = _LARGEST) -> bytes:
+    """Return the content of a regular file. Raises Missing, or Unreadable for any other and beyond `largest` bytes."""
+    try:
+        place = path.resolve() if is_hub_blob(path) else path
+        with os.fdopen(open_regular(place, os.O_RDONLY), "rb") as file:
+            if os.fstat(file.fileno()).st_size > largest:
+                raise Unreadable(f"{path} can't be read: it is larger than {largest} bytes")
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Missing(f"{path} can't be read: there is no such file") from error
+    except OSError as error:
+        raise Unreadable(f"{path} can't be read: {_reason(path, error)}") from error
+
+
+def read_text(path: Path, largest: int = _LARGEST) -> str:
+    """Return the UTF-8 text in a regular file. Raises Missing or Unreadable."""
+    try:
+        return read_bytes(path, largest).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"{path} can't be read: it isn't UTF-8 text") from error
+
+
+def inside(folder: Path, *names: str) -> Path:
+    """Return the path of a file in `folder`. Raises Unreadable if a folder between them is a link."""
+    place = folder
+    for name in names[:-1]:
+        place /= name
+        if place.is_symlink():
+            raise Unreadable(f"{place} can't be read: it is a link")
+    return place / names[-1]
+
+
+def read_json(path: Path, kind: type = dict, *, largest: int = _LARGEST) -> Any:
     """Return the JSON value in `path`, of Python type `kind`. Raises Missing or Unreadable."""
-    return _read(path, kind, json.loads)
+    return _parse(path, read_text(path, largest), kind, parse_json)
 
 
 def read_yaml(path: Path, kind: type = dict) -> Any:
     """Return the YAML value in `path`, of Python type `kind`. Raises Missing or Unreadable."""
-    return _read(path, kind, parse_yaml)
+    return _parse(path, read_text(path, _LARGEST_YAML), kind, parse_yaml)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects in a file of JSON lines. Raises Missing or Unreadable."""
     found = []
-    for line in _text(path).splitlines():
+    for line in read_text(path, _LARGEST_LINES).splitlines():
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except (ValueError, RecursionError):
             continue  # a killed run leaves its last line cut short
         if isinstance(value, dict):
             found.append(value)
     return found
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of `text` in JSON. Raises ValueError, also for more than 100 levels."""
+    value = json.loads(text)
+    # Counting brackets is quick; only few texts have enough of them to be that deep.
+    if text.count("[") + text.count("{") > _DEEPEST and _is_too_deep(value):
+        raise Unreadable(f"it is nested more than {_DEEPEST} levels deep")
+    return value
 
 
 def parse_yaml(text: str) -> Any:
@@ -99,8 +149,17 @@ _Loader.add_multi_constructor(  # OmegaConf writes paths so
 )
 
 
-def _read(path: Path, kind: type, parse: Any) -> Any:
-    text = _text(path)
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_DEEPEST + 1):
+        items = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
+        level = [item for item in items if isinstance(item, (dict, list))]
+        if not level:
+            return False
+    return True
+
+
+def _parse(path: Path, text: str, kind: type, parse: Any) -> Any:
     try:
         value = parse(text)
     except (ValueError, RecursionError) as error:
@@ -112,12 +171,7 @@ def _read(path: Path, kind: type, parse: Any) -> Any:
     return value
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise Missing(f"{path} can't be read: there is no such file") from error
-    except UnicodeDecodeError as error:
-        raise Unreadable(f"{path} can't be read: it isn't UTF-8 text") from error
-    except OSError as error:
-        raise Unreadable(f"{path} can't be read: {error.strerror or error}") from error
+def _reason(path: Path, error: OSError) -> str:
+    if path.is_symlink():
+        return "it is a link"
+    return error.strerror or ("it is not a regular file" if path.exists() else str(error))

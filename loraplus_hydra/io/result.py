@@ -11,11 +11,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from loraplus_hydra.config.types import field_types, fits
 from loraplus_hydra.io.files import write_text
 from loraplus_hydra.io.read import Unreadable, read_json
 from loraplus_hydra.io.run_folder import RESULT
 
 OK, FAILED, INTERRUPTED, PRUNED = "ok", "failed", "interrupted", "pruned"
+_CHECKED = ("status", "metric", "metrics", "metrics_before", "error", "steps", "config_hash", "resumed_at")  # in use
+_OF_EVERY_RUN = ("metric", "metrics", "metrics_before")  # that ended well
 _LIBRARIES = (
     "loraplus_hydra",
     "torch",
@@ -67,10 +70,22 @@ class Result:
         write_text(folder / RESULT, json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False) + "\n")
 
 
+def stored_result(folder: Path) -> dict[str, Any]:
+    """Return the JSON of the result in `folder`, as a run writes it. Raises Missing or Unreadable."""
+    file = folder / RESULT
+    stored: dict[str, Any] = read_json(file)
+    for name in _CHECKED:
+        if name in stored and not fits(_without_null(stored[name]), field_types(Result)[name][0]):
+            raise Unreadable(f"{file} can't be read: no run writes its '{name}'")
+    if stored.get("status") == OK and (missing := [name for name in _OF_EVERY_RUN if name not in stored]):
+        raise Unreadable(f"{file} can't be read: it has no '{missing[0]}'")
+    return stored
+
+
 def read_result(folder: Path) -> Result | None:
     """Return the result stored in `folder`; None if it can't be read."""
     try:
-        stored = read_json(folder / RESULT)
+        stored = stored_result(folder)
         return Result(**{each.name: stored[each.name] for each in fields(Result) if each.name in stored})
     except (Unreadable, TypeError):  # TypeError: a required key is missing
         return None
@@ -83,6 +98,13 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def _without_null(value: Any) -> Any:
+    """Return `value` without the nulls that stand for numbers which aren't finite."""
+    if isinstance(value, dict):
+        return {key: item for key, item in value.items() if item is not None}
+    return value
 
 
 def _finite(value: Any) -> Any:

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplus_hydra.config.locations import is_local, model_location
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
+from loraplus_hydra.io.files import remove
+from loraplus_hydra.io.folders import refuse_links
 from loraplus_hydra.io.quiet_libraries import quiet_peft
 from loraplus_hydra.io.run_folder import ADAPTER
 from loraplus_hydra.loraplus.starts import ADAPTER_NAME
@@ -77,7 +79,7 @@ def save_factors(model: PeftModel, folder: Path, **arguments: Any) -> None:
         selected_adapters=[ADAPTER_NAME],  # not DPO's frozen reference, which is a second adapter
         **arguments,
     )
-    (folder / "README.md").unlink(missing_ok=True)  # a card of placeholders; `export` writes a true one
+    remove(folder / "README.md")  # a card of placeholders; `export` writes a true one
 
 
 def stored_adapter(path: str, key: str = KEY) -> StoredAdapter:
@@ -87,6 +89,7 @@ def stored_adapter(path: str, key: str = KEY) -> StoredAdapter:
     `key`.
     """
     folder = _adapter_folder(path, key)
+    refuse_links(folder, key, reading=True)  # before other libraries open its files
     stored = StoredAdapter(folder, _read_config(folder / CONFIG, key))
     try:
         shapes, broken = stored.shapes(), stored.not_finite()

@@ -37,7 +37,8 @@ def load_tokenizer(model: DictConfig) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             model_location(where), **hub_arguments(model)
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer("a")  # some settings of a wrong type are only met in use
+    except Exception as error:  # of a broken file transformers and tokenizers raise anything
         key = "model.tokenizer" if model.tokenizer else "model.path"
         what = f"no tokenizer can be loaded from {where}: {first_line(error)}"
         raise ConfigErrors([no_folder(key, where) or Problem(key, what, where_models_are(where))]) from error

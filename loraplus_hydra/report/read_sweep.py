@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplus_hydra.io import run_folder
-from loraplus_hydra.io.read import Missing, Unreadable, read_json, read_lines, read_yaml
+from loraplus_hydra.io.read import Missing, Unreadable, inside, read_json, read_lines, read_yaml
 from loraplus_hydra.io.result import FAILED, INTERRUPTED, OK, PRUNED
 from loraplus_hydra.report.overrides import override_values, rerun_overrides
 from loraplus_hydra.report.values import flatten, number, resolved, whole_number
@@ -177,7 +177,7 @@ class _Files:
     def read(self, reader: Any, *names: str, **kind: type) -> Any:
         """Read a file; return None if it is missing or can't be read."""
         try:
-            return reader(self.folder.joinpath(*names), **kind)
+            return reader(inside(self.folder, *names), **kind)
         except Missing:
             return None
         except Unreadable as error:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.io.files import unfinished, write_text
+from loraplus_hydra.io.files import remove, write_bytes, write_text
+from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.report import figures
 from loraplus_hydra.report.figures import style
 from loraplus_hydra.report.page import PageFigure, page
@@ -15,6 +16,7 @@ from loraplus_hydra.report.results import SweepResults, results_of
 from loraplus_hydra.report.table import csv_text
 
 CSV, PAGE = "results.csv", "report.html"
+_PATIENCE = 60.0  # seconds to wait for another process that writes the same report
 
 
 @dataclass(frozen=True)
@@ -44,24 +46,25 @@ def write_report(folder: Path) -> SweepReport:
             f"{folder} holds no job: none of its sub-folders has a result.json, config.yaml, metrics.jsonl or .hydra; "
             "name a sweep's folder, not a run's"
         )
+    with folder_lock(folder, use="another report is being written", key="folder", patience=_PATIENCE):
+        drawn = _write(folder, results)
+    return SweepReport(folder, results, (PAGE, CSV, *(f"{figure.name}.png" for figure in drawn)))
+
+
+def _write(folder: Path, results: SweepResults) -> list[PageFigure]:
     write_text(folder / CSV, csv_text(results))  # first, so that an error in a figure leaves the numbers
     drawn = _write_figures(folder, results)
     write_text(folder / PAGE, page(results, drawn))
-    return SweepReport(folder, results, (PAGE, CSV, *(f"{figure.name}.png" for figure in drawn)))
+    return drawn
 
 
 def _write_figures(folder: Path, results: SweepResults) -> list[PageFigure]:
     drawn = []
     with style.house_style():
         for picture in figures.draw_all(results):
-            _write_bytes(folder / f"{picture.name}.png", style.png(picture.figure))
+            write_bytes(folder / f"{picture.name}.png", style.png(picture.figure))
             svg = style.svg(picture.figure, picture.title)
             drawn.append(PageFigure(picture.name, picture.title, picture.caption, svg))
     for name in set(figures.NAMES) - {figure.name for figure in drawn}:
-        (folder / f"{name}.png").unlink(missing_ok=True)
+        remove(folder / f"{name}.png")
     return drawn
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    unfinished(path).write_bytes(content)
-    unfinished(path).replace(path)

@@ -15,7 +15,7 @@ from peft.utils.other import ModulesToSaveWrapper
 
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
-from loraplus_hydra.io import files
+from loraplus_hydra.io.folders import new_folder
 from loraplus_hydra.io.quiet_libraries import quiet_peft
 from loraplus_hydra.models.adapter_files import attach, stored_adapter
 from loraplus_hydra.models.quantization import dequantize, is_quantized
@@ -46,23 +46,13 @@ def export(
     the run's before the folder gets its name; `report` gets the outcome as text. Raises UserError, and leaves nothing
     behind then.
     """
-    draft = files.unfinished(target)
-    shutil.rmtree(draft, ignore_errors=True)  # of an export that was killed
-    made = [folder for folder in (draft.parent, *draft.parent.parents) if not folder.exists()]
-    draft.mkdir(parents=True)
-    try:
-        check = ""
+    check = ""
+    with new_folder(target, key="to") as draft:
         if merge:
             check = _comparison(_write_merged(run, draft, dtype))
         else:
             _copy_adapter(run.adapter, draft)
         write_card(run, draft, merged=merge, check=check)
-        draft.rename(target)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        for folder in made:
-            folder.rmdir()
-        raise
     if check and report is not None:
         report(check)
     return target

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraplus_hydra.io.files import unfinished
+from loraplus_hydra.io.files import write_bytes
 from loraplus_hydra.io.read import read_lines
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ def draw_training(metrics: Path, out: Path) -> None:
     for axes in (loss, rates):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    figure.savefig(unfinished(out), format="png")
-    unfinished(out).replace(out)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    write_bytes(out, drawn.getvalue())
 
 
 def _draw_loss(axes: Axes, trained: list[dict[str, Any]], evaluated: list[dict[str, Any]]) -> None:

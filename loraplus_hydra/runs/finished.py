@@ -11,8 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.io import run_folder
+from loraplus_hydra.io.folders import refuse_links
 from loraplus_hydra.io.read import Missing, Unreadable, read_json
-from loraplus_hydra.io.result import OK
+from loraplus_hydra.io.result import OK, stored_result
 from loraplus_hydra.runs.stored_config import KEY, read_stored
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _result(folder: Path) -> dict[str, Any]:
         hint = f"it holds the runs {', '.join(runs[:5])}; name one" if runs else "name the folder of a finished run"
         raise _no_run(f"{folder} is no run's folder: there is no {run_folder.CONFIG} in it", hint)
     try:
-        result: dict[str, Any] = read_json(folder / run_folder.RESULT)
+        result = stored_result(folder)
     except Missing:
         raise _no_run(f"the run in {folder} hasn't finished: there is no {run_folder.RESULT}") from None
     except Unreadable as error:
@@ -146,8 +147,12 @@ def _result(folder: Path) -> dict[str, Any]:
         stored = result.get("error") or {}
         why = f" ({stored.get('type')}: {str(stored.get('text')).splitlines()[0]})" if stored.get("text") else ""
         raise _no_run(f"the run in {folder} ended as '{status}'{why}")
-    if not (folder / run_folder.ADAPTER).is_dir():
-        raise _no_run(f"there is no {run_folder.ADAPTER} in {folder}")
+    adapter = folder / run_folder.ADAPTER
+    if adapter.is_symlink() or not adapter.is_dir():
+        raise _no_run(
+            f"there is no {run_folder.ADAPTER} in {folder}" + (", only a link" if adapter.is_symlink() else "")
+        )
+    refuse_links(adapter, KEY, reading=True)  # before other libraries open its files
     return result
 
 

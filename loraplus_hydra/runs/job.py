@@ -20,7 +20,7 @@ from loraplus_hydra.config.identity import run_hash
 from loraplus_hydra.config.locations import absolute_paths
 from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.io import files, processes, run_folder, screen
+from loraplus_hydra.io import files, folders, processes, run_folder, screen
 from loraplus_hydra.io.checkpoints import ResumePoint, sealed
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.quiet_libraries import quiet_libraries, quiet_loading
@@ -63,8 +63,12 @@ def run(config: DictConfig | Checked, folder: str | Path | None = None, *, point
     checked = config if isinstance(config, Checked) else None
     config = run_of(config.config if isinstance(config, Checked) else config)
     folder = processes.shared_folder(Path(folder) if folder is not None else _hydra_folder())
-    folder.mkdir(parents=True, exist_ok=True)
-    with folder_lock(folder):
+    folders.make_folder(folder)
+    with folder_lock(folder) as is_locked:
+        if processes.is_main():
+            folders.refuse_links(folder, key="hydra.run.dir")
+        if is_locked:
+            folders.remove_drafts(folder)
         if (done := finished_result(config, folder)) is not None:
             screen.show(finished_message(folder, done))
             return done
@@ -186,6 +190,5 @@ def _show_and_write_plan(folder: Path, prepared: Prepared, plan: Plan) -> None:
 
 def _save(folder: Path, prepared: Prepared) -> None:
     """Write adapter/ in PEFT's own layout with the tokenizer, complete or not at all."""
-    draft = files.unfinished(folder / run_folder.ADAPTER)
-    save_adapter(prepared.model, prepared.tokenizer, draft)
-    files.replace_folder(draft, folder / run_folder.ADAPTER)
+    with folders.replaced_folder(folder / run_folder.ADAPTER) as draft:
+        save_adapter(prepared.model, prepared.tokenizer, draft)

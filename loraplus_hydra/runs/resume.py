@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,16 +11,18 @@ from loraplus_hydra.config.flatten import flat
 from loraplus_hydra.config.identity import run_hash
 from loraplus_hydra.config.locations import absolute_paths
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
-from loraplus_hydra.io import checkpoints, files, processes, run_folder, screen
+from loraplus_hydra.io import checkpoints, files, folders, processes, run_folder, screen
 from loraplus_hydra.io.checkpoint_state import trainer_state
 from loraplus_hydra.io.checkpoints import AUTO, KEY, Checkpoint, ResumePoint
 from loraplus_hydra.io.locks import folder_lock
+from loraplus_hydra.io.read import Missing, read_bytes
 from loraplus_hydra.io.result import OK, Result, read_result
 from loraplus_hydra.models.adapter_files import refuse_other_tensors
 from loraplus_hydra.runs.stored_config import read_plain
 from loraplus_hydra.training.checkpoint_changes import full_name, refuse_other_groups
 from loraplus_hydra.training.prepare import loraplus_settings
 
+_LARGEST_METRICS = 2**31  # bytes
 _RULES = "loraplus.rules."
 _TRAINED_WITH = ("model", "quantization", "adapter", "optimizer", "scheduler", "loraplus", "data", "seed")
 _LENGTHENING = ("trainer.max_steps", "trainer.num_train_epochs")
@@ -47,6 +48,8 @@ def resume_point_or_exit(checked: Checked, folder: Path, *, found_before: Resume
 
     For the command line, before Hydra writes its files into that folder. Raises UserError when it can't resume.
     """
+    if processes.is_main():
+        folders.refuse_links(folder, key="hydra.run.dir")
     if (result := finished_result(checked.config, folder)) is not None:
         if processes.is_main():
             print(finished_message(folder, result))
@@ -99,13 +102,13 @@ def roll_back(point: ResumePoint, folder: Path) -> None:
         if checkpoints.step_of(place) > step:
             _set_aside(place)
     if point.checkpoint is None:
-        metrics.unlink(missing_ok=True)
+        files.remove(metrics)
         return
     own, lines = _lines_until(point.checkpoint)
     if len(lines) < point.checkpoint.state.metrics_bytes:
         screen.show(f"    Note: {own} is shorter than it was at step {step}; lines are missing")
     if own.resolve() == metrics.resolve() and metrics.is_file():
-        os.truncate(metrics, len(lines))
+        files.truncate(metrics, len(lines))
     else:
         files.write_text(metrics, lines.decode("utf-8", errors="replace"))
 
@@ -116,7 +119,10 @@ def _lines_until(checkpoint: Checkpoint) -> tuple[Path, bytes]:
     Raises UserError for a file that was written anew since.
     """
     own = checkpoint.folder.parent.parent / run_folder.METRICS
-    lines = own.read_bytes()[: checkpoint.state.metrics_bytes] if own.is_file() else b""
+    try:
+        lines = read_bytes(own, _LARGEST_METRICS)[: checkpoint.state.metrics_bytes]
+    except Missing:
+        lines = b""
     is_complete = len(lines) == checkpoint.state.metrics_bytes
     if is_complete and lines and not lines.endswith(b"\n"):
         raise UserError(f"{own} isn't the one that {checkpoint.folder.name} was written with; name another checkpoint")
@@ -130,7 +136,7 @@ def _set_aside(place: Path) -> None:
         return
     aside = place.with_name(f"set-aside-{place.name}")
     checkpoints.unseal(aside)
-    place.rename(aside)
+    folders.move(place, aside)
     screen.show(f"    Note: {place.name} is newer than the one resumed from; it is now {aside.name}")
 
 

@@ -14,6 +14,8 @@ from loraplus_hydra.config.schema import RUN_GROUPS
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.checkpoints import AUTO, ResumePoint, newest_complete
+from loraplus_hydra.io.folders import refuse_links
+from loraplus_hydra.io.read import read_bytes
 from loraplus_hydra.runs.stored_config import KEY, read_plain, read_stored
 
 
@@ -53,12 +55,13 @@ def _stored_file(folder: Path) -> Path:
     if "${" in str(folder.absolute()):
         what = f"Hydra would take the '${{' in {folder} for an interpolation"
         raise ConfigErrors([Problem(KEY, what, "give the folder another name")])
+    refuse_links(folder, KEY)
     composed = _composed_file(folder)
     file = composed if _is_of_a_run(composed) else folder / run_folder.CONFIG
     if not file.is_file():
         what = f"{folder} is no run's folder: there is no {run_folder.CONFIG} in it"
         raise ConfigErrors([Problem(KEY, what, "name the folder of an interrupted run")])
-    if not file.read_text(encoding="utf-8", errors="replace").strip():
+    if not read_bytes(file).strip():
         fix = f"give its own command again, with hydra.run.dir={folder} trainer.resume_from_checkpoint=auto"
         raise ConfigErrors([Problem(KEY, f"the run in {folder} ended before it began: {file} is empty", fix)])
     return file
@@ -116,5 +119,5 @@ def _is_of_a_run(file: Path) -> bool:
     """Return True if Hydra's copy of a config is a run's, or empty; False if it is that of a program around a run."""
     if not file.is_file():
         return False
-    text = file.read_text(encoding="utf-8", errors="replace")
+    text = read_bytes(file).decode("utf-8", errors="replace")
     return not text.strip() or all(re.search(rf"^{group}:", text, re.MULTILINE) for group in RUN_GROUPS)

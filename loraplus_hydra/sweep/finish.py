@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
+from loraplus_hydra.io.files import remove
 from loraplus_hydra.io.run_folder import SWEEP
 from loraplus_hydra.report import terminal, write
 from loraplus_hydra.report.formatting import count
@@ -70,7 +71,7 @@ def _remove_empty(sweep: Sweep) -> None:
     if not sweep.is_new or any(path.is_dir() for path in sweep.folder.iterdir()):
         return
     for name in (SWEEP, "multirun.yaml"):  # Hydra writes the second
-        (sweep.folder / name).unlink(missing_ok=True)
+        remove(sweep.folder / name)
     if not any(sweep.folder.iterdir()):
         sweep.folder.rmdir()
 

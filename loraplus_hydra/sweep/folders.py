@@ -6,7 +6,6 @@ name, and whether Hydra may write there. `conf/app.yaml` takes them from the int
 
 from __future__ import annotations
 
-import shutil
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from loraplus_hydra.config.hydra_job import is_sweep
 from loraplus_hydra.config.identity import config_hash, run_hash
 from loraplus_hydra.config.schema import run_of
-from loraplus_hydra.io import files, run_folder
+from loraplus_hydra.io import folders, run_folder
 from loraplus_hydra.io.read import Unreadable, read_yaml
 from loraplus_hydra.io.result import OK, read_result
 from loraplus_hydra.sweep.job_context import swept_keys
@@ -71,12 +70,8 @@ def clear(folder: Path) -> None:
     Its log stays, and so do files that no run writes.
     """
     for name in run_folder.WRITTEN:
-        place = folder / name
-        for path in (place, files.unfinished(place), place.with_name(f".{name}.old")):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        folders.remove(folder / name)
+    folders.remove_drafts(folder)
 
 
 def _hash_of_file(file: Path) -> str | None:

@@ -7,12 +7,12 @@ them for each job.
 from __future__ import annotations
 
 import os
-import tempfile
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+
+from loraplus_hydra.io.folders import private_folder
 
 _LAUNCHERS = ("hydra_joblib_launcher.joblib_launcher.JoblibLauncher", "submitit_launcher.LocalLauncher")
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -31,8 +31,7 @@ def claim_gpu(hydra: Any) -> str | None:
     names = visible_gpus()
     if len(names) < 2:
         return None
-    folder = Path(tempfile.gettempdir()) / f"loraplus_hydra_gpus_{os.getuid()}"  # shared by all sweeps of the user
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = private_folder(f"loraplus_hydra_gpus_{os.getuid()}")  # shared by all sweeps of the user
     for turn in range(_MOST_ON_ONE):  # a GPU gets a second process only when each has one
         for name in names:
             lock = FileLock(folder / f"{name.replace(os.sep, '-')}.{turn}", timeout=0)

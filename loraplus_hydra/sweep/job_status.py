@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import uuid
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.files import write_text
+from loraplus_hydra.io.folders import make_folder, remove_folder
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.read import Unreadable, read_json
 
@@ -51,9 +51,9 @@ def begin(sweep: Path) -> Start:
     for old in (sweep / FOLDER).glob("*"):
         with suppress(UserError, OSError), folder_lock(old) as locked:  # UserError: that start is active
             if locked:  # else the file system has no locks, and nobody knows
-                shutil.rmtree(old)
+                remove_folder(old)
     folder = sweep / FOLDER / uuid.uuid4().hex[:12]
-    folder.mkdir(parents=True)
+    make_folder(folder)
     lock = ExitStack()
     lock.enter_context(folder_lock(folder))
     return Start(folder, lock)
@@ -62,7 +62,7 @@ def begin(sweep: Path) -> Start:
 def write(sweep: Path, start: str, status: JobStatus) -> None:
     """Write a job's status in place of its earlier one."""
     folder = sweep / FOLDER / start
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_text(folder / f"{status.folder.replace(os.sep, '%')}.json", json.dumps(asdict(status)))
 
 
@@ -77,7 +77,7 @@ def read_all(start: Start) -> list[JobStatus]:
 
 def end(start: Start) -> None:
     """Remove the status files and give up the lock."""
-    shutil.rmtree(start.folder, ignore_errors=True)
+    remove_folder(start.folder)
     with suppress(OSError):  # not empty: another start is active
         start.folder.parent.rmdir()
     start.lock.close()

@@ -18,6 +18,7 @@ from loraplus_hydra.config.identity import config_hash
 from loraplus_hydra.config.schema import NOT_OF_A_RUN
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.io.files import refuse_unwritable, write_text
+from loraplus_hydra.io.folders import make_folder, refuse_links
 from loraplus_hydra.io.read import Unreadable, read_json
 from loraplus_hydra.io.run_folder import SWEEP
 from loraplus_hydra.sweep import job_status
@@ -49,8 +50,9 @@ def begin(config: DictConfig, words: list[str]) -> Sweep:
         folder = Path(config.hydra.sweep.dir).expanduser().absolute()
         config.hydra.sweep.dir = str(folder)
     refuse_unwritable(folder, key="hydra.sweep.dir")
+    refuse_links(folder, key="hydra.sweep.dir")  # the jobs' own folders included, before Hydra writes into them
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     start = job_status.begin(folder)
     # Every launcher composes each job's config from these.
     config.hydra.overrides.hydra.extend(job_overrides(folder, keys, start.name))

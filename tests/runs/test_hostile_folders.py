@@ -218,7 +218,7 @@ def test_link_out_of_an_adapters_folder_is_not_published(run: Path, cli: Callabl
     secret = run.parent / "id_rsa"
     secret.write_text("secret")
     (run / "adapter" / "notes.txt").symlink_to(secret)
-    refused(cli("export", str(run), "merge=false"), "notes.txt is a link out of the adapter's folder")
+    refused(cli("export", str(run), "merge=false"), "notes.txt is a link")
     assert not (run / "export").exists()
 
 

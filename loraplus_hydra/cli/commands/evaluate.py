@@ -12,12 +12,19 @@ from loraplus_hydra.io import files
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
     """Print the metrics, and write them into the file `out`. Raises UserError."""
+    if not config.out:
+        _print_metrics(config)
+        return
+    with files.reserved(config.out, key="out") as out:
+        files.write_text(out, json.dumps(_print_metrics(config), indent=2) + "\n")
+    print(f"The metrics are in {out}")
+
+
+def _print_metrics(config: DictConfig) -> dict[str, float]:
+    """Evaluate the run, print its metrics beside those at the end of training, and return them all."""
     from loraplus_hydra.runs.evaluate import evaluate_with
     from loraplus_hydra.runs.finished import model_metrics, named_run
 
-    out = files.new_file(config.out, key="out") if config.out else None
-    if out is not None:
-        files.refuse_unwritable(out.parent, key="out")
     data = {} if config.data is None else OmegaConf.to_container(config.data, resolve=False)
     assert isinstance(data, dict)
     changes = {"model": config.model, "trainer": config.trainer}
@@ -25,9 +32,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     for name, value in model_metrics(metrics).items():
         then = run.result["metrics"].get(name)
         print(f"{name} = {value:.6g}" + ("" if then is None else f" (at the end of training: {then:.6g})"))
-    if out is not None:
-        files.write_text(out, json.dumps(metrics, indent=2) + "\n")
-        print(f"The metrics are in {out}")
+    return metrics
 
 
 COMMAND = Command(

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from loraplus_hydra.cli.commands.command import Command
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.io import files
+from loraplus_hydra.io import files, folders
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
@@ -26,7 +26,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     run = open_run(named_run(config), {"model": config.model}, trust_remote_code=config.trust_remote_code)
     default = run.folder / "export" / ("model" if config.merge else "adapter")
     target = Path(config.to).expanduser() if config.to else default
-    files.refuse_used_folder(target, key="to")
+    folders.refuse_used_folder(target, key="to")
     files.refuse_unwritable(target.parent, key="to")
     written = export(run, target, merge=config.merge, dtype=config.dtype, report=print)
     print(f"{'The merged model' if config.merge else 'The adapter'} is in {written}, with its card in README.md.")

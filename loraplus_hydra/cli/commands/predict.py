@@ -15,26 +15,31 @@ from loraplus_hydra.io import files
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
     """Print the answers, or write them into the file `out`. Raises UserError."""
-    from loraplus_hydra.runs.finished import named_run, open_run, unnamed_run
-    from loraplus_hydra.runs.predict import predict, read_texts
+    from loraplus_hydra.runs.finished import unnamed_run
 
     if problems := unnamed_run(config) + _problems(config):
         raise ConfigErrors(problems)
-    out = files.new_file(config.out, key="out") if config.out else None
-    if out is not None:
-        files.refuse_unwritable(out.parent, key="out")
+    if not config.out:
+        print("\n".join(_answers(config)))
+        return
+    with files.reserved(config.out, key="out") as out:
+        lines = _answers(config)
+        files.write_text(out, "\n".join(lines) + "\n")
+    print(f"{len(lines):,} answers are in {out}")
+
+
+def _answers(config: DictConfig) -> list[str]:
+    """Return a line of JSON for each text."""
+    from loraplus_hydra.runs.finished import named_run, open_run
+    from loraplus_hydra.runs.predict import predict, read_texts
+
     run = open_run(named_run(config), {"model": config.model}, trust_remote_code=config.trust_remote_code)
     if config.file is not None:
         texts, pairs = read_texts(config.file, config.column, run)
     else:
         texts, pairs = [config.text], [config.text_pair]
     answers = predict(run, texts, pairs, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
-    lines = [json.dumps(line, ensure_ascii=False) for line in answers]
-    if out is None:
-        print("\n".join(lines))
-        return
-    files.write_text(out, "\n".join(lines) + "\n")
-    print(f"{len(lines):,} answers are in {out}")
+    return [json.dumps(line, ensure_ascii=False) for line in answers]
 
 
 def _problems(config: DictConfig) -> list[Problem]:

@@ -11,7 +11,8 @@ from loraplus_hydra.cli.commands.command import Command, Job
 from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.io import processes
 from loraplus_hydra.io.checkpoints import AUTO
-from loraplus_hydra.io.files import refuse_unwritable, refuse_used_folder
+from loraplus_hydra.io.files import refuse_unwritable
+from loraplus_hydra.io.folders import refuse_used_folder
 from loraplus_hydra.io.run_folder import HYDRA
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import screen
 from loraplus_hydra.io.checkpoint_state import RunState, run_state, write_run_state
 from loraplus_hydra.io.checkpoints import open_checkpoint, rotate, seal, step_of
-from loraplus_hydra.io.files import replace_folder, unfinished
+from loraplus_hydra.io.folders import copy_files, replaced_folder
 from loraplus_hydra.training.checkpoint_changes import describe_training
 from loraplus_hydra.training.hf_trainer.log_window import collect_window, restore_window
 
@@ -79,10 +78,8 @@ def own_best(checkpoint: str, args: Any) -> str | None:
         return str(own) if own.is_dir() else None
     refuse_unfit_best(best)
     if args.process_index == 0 and best.resolve() != own.resolve():
-        draft = unfinished(own)
-        shutil.rmtree(draft, ignore_errors=True)
-        shutil.copytree(best, draft)
-        replace_folder(draft, own)
+        with replaced_folder(own) as draft:
+            copy_files(best, draft)
     args.distributed_state.wait_for_everyone()
     return str(own)
 

@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from loraplus_hydra.config.flatten import flat
 from loraplus_hydra.io.files import write_text
+from loraplus_hydra.io.folders import make_folder
 from loraplus_hydra.io.result import FAILED, INTERRUPTED
 from loraplus_hydra.training.trackers.tracker import TrackedRun, Tracker, read_id
 
@@ -149,7 +150,7 @@ def _store_lock(store: Path | None) -> Iterator[None]:
     """Make other processes that open the same local store wait until the block ends."""
     with ExitStack() as stack:
         if store is not None:
-            store.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(store.parent)
             with suppress(OSError, NotImplementedError):  # a file system without locks
                 stack.enter_context(FileLock(store.with_name(f".{store.name}.lock")))
         yield

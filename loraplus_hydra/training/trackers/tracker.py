@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from loraplus_hydra.io.read import Unreadable, read_text
+
 
 @dataclass(frozen=True)
 class TrackedRun:
@@ -66,6 +68,6 @@ class Tracker(ABC):
 def read_id(file: Path) -> str | None:
     """Return the run's ID at its tracker, stored in `file`; None when there is none."""
     try:
-        return file.read_text(encoding="utf-8").strip() or None
-    except (OSError, UnicodeDecodeError):
+        return read_text(file).strip() or None
+    except Unreadable:
         return None

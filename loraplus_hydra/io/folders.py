@@ -1,0 +1,178 @@
+"""Folders that the program writes into: made, checked, replaced and removed here, never through a link."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError
+from loraplus_hydra.io.files import REMOVE, draft_of, drafts_in, is_hub_blob, refuse_dangling, refuse_link
+from loraplus_hydra.io.locks import folder_lock
+from loraplus_hydra.io.run_folder import HYDRA
+
+# Folders that other programs fill, with links of their own (`wandb/latest-run`). Nothing here reads or clears them.
+_OTHERS = ("wandb", ".submitit")
+
+
+def refuse_links(folder: Path, key: str, *, reading: bool = False) -> None:
+    """Raise ConfigErrors if `folder`, set by `key`, contains anything but files and folders, at any depth.
+
+    The path to `folder` may have links. With `reading`, so may a hub cache, into its own blobs.
+    """
+    waiting = [folder] if folder.is_dir() else []
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                path = Path(entry.path)
+                if entry.is_dir(follow_symlinks=False):
+                    waiting += [path] if entry.name not in _OTHERS else []
+                elif not entry.is_file(follow_symlinks=False) and not (reading and is_hub_blob(path)):
+                    kind = "is a link" if entry.is_symlink() else "is neither a file nor a folder"
+                    raise ConfigErrors([Problem(key, f"{path} {kind}, which no run writes", REMOVE)])
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and its parents where they don't exist."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def private_folder(name: str) -> Path:
+    """Return a folder of this user in the system's temporary folder, by a fixed `name`.
+
+    Raises UserError if somebody else has made it, since others could plant links in it.
+    """
+    folder = Path(tempfile.gettempdir()) / name
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise UserError(f"{folder} is not a folder that only you can write into; remove it")
+    return folder
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove `folder` with all its files; of a link only the link itself."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # doesn't follow links inside the folder
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder or a link if it exists; what a link leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def move(folder: Path, to: Path) -> None:
+    """Rename a folder, which is no link, to a name that nothing has."""
+    refuse_link(folder)
+    folder.rename(to)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove what killed processes left incomplete in `folder`, which the caller has locked."""
+    for draft in drafts_in(folder):
+        remove(draft)
+
+
+@contextmanager
+def new_folder(target: Path, key: str) -> Iterator[Path]:
+    """Yield a draft folder that becomes `target`, set by `key`, when the block ends.
+
+    `target` is new or empty, and locked meanwhile. After an error nothing is left. Raises UserError if `target` is used
+    or another process writes it.
+    """
+    refuse_used_folder(target, key)
+    target = target.resolve()  # a link may lead to it, but can't be replaced by a folder
+    made = _make_missing(target)
+    try:
+        with folder_lock(target, use="another process is active", key=key) as is_locked:
+            for left in drafts_in(target.parent, target) if is_locked else ():
+                remove(left)
+            with _draft(target) as draft:
+                yield draft
+                _rename(draft, target, key)
+    except BaseException:
+        for folder in reversed(made):
+            with suppress(OSError):  # another process uses it
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Yield a draft folder that takes the place of `folder` when the block ends. Raises UserError for a link."""
+    refuse_link(folder)
+    with _draft(folder) as draft:
+        yield draft
+        if folder.exists():  # a rename can't replace a folder that has files
+            old = draft_of(folder)
+            folder.rename(old)
+            draft.rename(folder)
+            remove_folder(old)
+        else:
+            draft.rename(folder)
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy the folder `source`, which has no links, into the existing folder `target`."""
+    shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
+
+
+def refuse_used_folder(folder: Path, key: str) -> None:
+    """Raise UserError unless `folder`, set by `key`, is new or empty."""
+    try:
+        folder.lstat()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:  # a name that is too long, or not valid for the file system
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{key}: {str(folder)[:200]!r} can't be a folder: {reason}; name another") from error
+    refuse_dangling(folder, key)
+    if not folder.is_dir():
+        raise UserError(f"{key}: {folder} is a file; name a folder that is new or empty")
+    if any(folder.iterdir()):
+        hint = ""
+        if (folder / HYDRA).is_dir():
+            hint = f"; to resume the run in it: python -m loraplus_hydra resume {shlex.quote(str(folder))}"
+        raise UserError(f"{key}: {folder} isn't empty; a run never overwrites another, so name a new folder{hint}")
+
+
+def _make_missing(target: Path) -> list[Path]:
+    """Make `target` and its missing parents; return those made here, outermost first."""
+    made = []
+    for folder in reversed([target, *target.parents]):
+        with suppress(FileExistsError):
+            folder.mkdir()
+            made.append(folder)
+    return made
+
+
+@contextmanager
+def _draft(target: Path) -> Iterator[Path]:
+    draft = draft_of(target)
+    draft.mkdir()
+    try:
+        yield draft
+    finally:
+        if draft.exists():  # after an error
+            remove_folder(draft)
+
+
+def _rename(draft: Path, target: Path, key: str) -> None:
+    try:
+        draft.rename(target)  # replaces the empty folder
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise UserError(f"{key}: {target} has been written by another process meanwhile; name a new folder") from None
