@@ -42,7 +42,7 @@ begun = Begun()
 class BeforeRun(Callback):
     """Runs a command with its `--flags` as soon as its config is composed."""
 
-    def __init__(self, command: str, flags: list[str], swept: list[str], start: str | None) -> None:
+    def __init__(self, command: str, flags: list[str]) -> None:
         self.command = COMMANDS[command]
         self.flags = frozenset(flags)
 

@@ -31,7 +31,7 @@ from loraplus_hydra.cli.errors import (
 from loraplus_hydra.cli.override_problems import has_unknown_key, is_of_composing, override_problems
 from loraplus_hydra.config.hydra_job import is_sweep
 from loraplus_hydra.config.locations import config_folder
-from loraplus_hydra.config.schema import register, run_of
+from loraplus_hydra.config.schema import register
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io import processes
 from loraplus_hydra.sweep.folders import register as register_interpolations
@@ -46,7 +46,7 @@ def train(config: DictConfig) -> float | None:
     if is_sweep(HydraConfig.get()):
         from loraplus_hydra.sweep.jobs import run_job
 
-        return run_job(run_of(config))
+        return run_job(config)
     from loraplus_hydra.runs.job import run
 
     job, begun.job = begun.job, None

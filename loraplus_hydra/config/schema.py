@@ -159,6 +159,9 @@ class SweepConfig:
     """Part of the program's config, not of a run's: `sweep_schema`, which `conf/config.yaml` has under `sweep`."""
 
     name: Optional[str] = None  # of its folder in outputs/sweeps; null = the swept keys and a hash of the rest
+    # Set by the program for the jobs of a sweep: see sweep/plan.py.
+    swept: List[str] = field(default_factory=list)  # the keys that the sweep varies
+    start: Optional[str] = None  # the start of the sweep to which the job belongs
 
 
 @dataclass

@@ -19,7 +19,6 @@ from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.io import folders, run_folder
 from loraplus_hydra.io.read import Unreadable, read_yaml
 from loraplus_hydra.io.result import OK, read_result
-from loraplus_hydra.sweep.job_context import swept_keys
 from loraplus_hydra.sweep.names import HASH_DIGITS, job_name
 
 LOG = "sweep.log"  # in the sweep's folder: log of the jobs whose own folders stay as they are
@@ -84,7 +83,7 @@ def _hash_of_file(file: Path) -> str | None:
 def _job_folder(*, _root_: DictConfig) -> str:
     """Return the value of hydra.sweep.subdir."""
     digits = hash_of(run_of(_root_))
-    name = job_name({key: _swept_value(_root_, key) for key in swept_keys(_root_.hydra)}, digits)
+    name = job_name({key: _swept_value(_root_, key) for key in _root_.sweep.swept}, digits)
     # A sweep over other keys may have run the same job, in a folder that is named after those keys.
     existing = sorted(Path(_root_.hydra.sweep.dir).glob(f"*_{digits[:HASH_DIGITS]}"))
     return existing[0].name if existing else name

@@ -14,6 +14,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
+from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import checkpoints, run_folder, screen
 from loraplus_hydra.io.checkpoints import ResumePoint
@@ -23,7 +24,6 @@ from loraplus_hydra.sweep import job_status
 from loraplus_hydra.sweep.folders import State, clear, folder_state, hash_of
 from loraplus_hydra.sweep.gpus import claim_gpu
 from loraplus_hydra.sweep.isolation import isolated, release_frames
-from loraplus_hydra.sweep.job_context import start_name
 
 _log_file = logging.getLogger()  # the root logger, which has one handler: the job's log file (see conf/app.yaml)
 
@@ -44,14 +44,15 @@ class _Job:
         job_status.write(self.sweep, self.start, job_status.JobStatus(self.name, status, text, value))
 
 
-def run_job(config: DictConfig) -> float | None:
-    """Run the job whose folder Hydra has made, unless it is done.
+def run_job(root: DictConfig) -> float | None:
+    """Run the job whose folder Hydra has made, unless it is done; `root` is the program's config.
 
     Returns the metric that the sweep compares, and None for a failed job. A failed job raises no error, because Hydra
     would end the sweep. Its status file reports the error.
     """
     hydra: Any = HydraConfig.get()
-    job = _Job(Path(hydra.runtime.output_dir), Path(hydra.sweep.dir).absolute(), start_name(hydra))
+    job = _Job(Path(hydra.runtime.output_dir), Path(hydra.sweep.dir).absolute(), str(root.sweep.start))
+    config = run_of(root)
     state = folder_state(job.folder, hash_of(config))
     if state is State.DONE:
         return _skip(job)

@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from loraplus_hydra.config.hydra_job import quoted
 from loraplus_hydra.config.identity import config_hash
 from loraplus_hydra.config.schema import NOT_OF_A_RUN
 from loraplus_hydra.errors import ConfigErrors, Problem
@@ -22,7 +23,6 @@ from loraplus_hydra.io.folders import make_folder, refuse_links
 from loraplus_hydra.io.read import Unreadable, read_json
 from loraplus_hydra.io.run_folder import SWEEP
 from loraplus_hydra.sweep import job_status
-from loraplus_hydra.sweep.job_context import job_overrides
 from loraplus_hydra.sweep.names import sweep_name
 
 _GOOD_NAME = re.compile(r"[\w+-][\w.+-]*")
@@ -55,7 +55,13 @@ def begin(config: DictConfig, words: list[str]) -> Sweep:
     make_folder(folder)
     start = job_status.begin(folder)
     # Every launcher composes each job's config from these.
-    config.hydra.overrides.hydra.extend(job_overrides(folder, keys, start.name))
+    config.hydra.overrides.hydra.extend(
+        [
+            f"hydra.sweep.dir={quoted(str(folder))}",  # absolute: workers may start in another folder
+            f"sweep.swept=[{','.join(map(quoted, keys))}]",
+            f"sweep.start={quoted(start.name)}",  # quoted: 12e456789012 would be a number
+        ]
+    )
     _write_sweep_file(folder, keys, words)
     return Sweep(folder, keys, start, is_new)
 

@@ -115,17 +115,17 @@ def names(monkeypatch: pytest.MonkeyPatch, tiny_sweep: list[str], cli: Cli) -> C
     """Return a function that names the sweep of a command, and runs no job."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    from loraplus_hydra.sweep import plan
+    from loraplus_hydra.cli import before_run
 
     begun: list[str] = []
-    begin = plan.begin
+    begin = before_run.begin
 
     def beginning(*arguments: Any) -> Any:
         sweep = begin(*arguments)
         begun.append(sweep.folder.name)
         return sweep
 
-    monkeypatch.setattr(plan, "begin", beginning)
+    monkeypatch.setattr(before_run, "begin", beginning)
     monkeypatch.setattr(BasicSweeper, "sweep", lambda *_, **__: None)
 
     def named(*words: str) -> str:
