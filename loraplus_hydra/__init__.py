@@ -6,10 +6,12 @@ What others import from here is loaded on first use, so that importing the packa
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraplus_hydra.loraplus.optimizer import create_loraplus_optimizer, group_parameters
+    from loraplus_hydra.loraplus.presets import preset_rules
     from loraplus_hydra.loraplus.settings import LoraPlus
     from loraplus_hydra.runs.job import run
     from loraplus_hydra.training.hf_trainer.loraplus_mixin import LoraPlusMixin, with_loraplus
@@ -19,9 +21,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "create_loraplus_optimizer": "loraplus_hydra.loraplus.optimizer",
     "group_parameters": "loraplus_hydra.loraplus.optimizer",
-    "LoraPlus": "loraplus_hydra.training.hf_trainer.loraplus_mixin",
+    "LoraPlus": "loraplus_hydra.loraplus.settings",
     "LoraPlusMixin": "loraplus_hydra.training.hf_trainer.loraplus_mixin",
     "with_loraplus": "loraplus_hydra.training.hf_trainer.loraplus_mixin",
+    "preset_rules": "loraplus_hydra.loraplus.presets",
     "run": "loraplus_hydra.runs.job",
 }
 __all__ = [
@@ -30,9 +33,13 @@ __all__ = [
     "__version__",
     "create_loraplus_optimizer",
     "group_parameters",
+    "preset_rules",
     "run",
     "with_loraplus",
 ]
+
+# PEFT imports bitsandbytes, which warns on import where an optional kernel is not installed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from loraplus_hydra.loraplus.optimizer_state import keep_32bit_state
 from loraplus_hydra.loraplus.peft_layers import LORA_B_ROLES
 from loraplus_hydra.loraplus.plan import Group
 from loraplus_hydra.loraplus.roles import trained_tensors
-from loraplus_hydra.loraplus.rules import Rule, TensorRecord, parse_rules
+from loraplus_hydra.loraplus.rules import Rule, Rules, TensorRecord, as_rules
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,8 @@ def create_loraplus_optimizer(
 
     `lr` is eta_A, `loraplus_lr_ratio` eta_B / eta_A, `loraplus_lr_embedding` the rate of the factors of a LoRA
     embedding, `loraplus_weight_decay` (0.0) the decay of the first three groups. All other arguments go to
-    `optimizer_cls`. Raises UserError (a ValueError) for a rate or ratio that isn't finite and above 0.
+    `optimizer_cls`. Raises UserError (a ValueError) for a rate or ratio that isn't finite and above 0. Warns of a model
+    without an adapter.
     """
     check_rate(lr, "lr")
     check_rate(loraplus_lr_ratio, "loraplus_lr_ratio")
@@ -51,6 +52,11 @@ def create_loraplus_optimizer(
     decay = _one_weight_decay(loraplus_weight_decay, kwargs.pop("weight_decay", None))
     rules = _drop_in_rules(ratio=loraplus_lr_ratio, lr_embedding=loraplus_lr_embedding)
     records, parameters = trained_tensors(model)
+    if all(record.adapter is None for record in records):
+        warnings.warn(
+            "the model has no adapter, so no tensor gets the LoRA+ ratio as a lora_B; add one first (get_peft_model)",
+            stacklevel=2,
+        )
     members: dict[str, list[TensorRecord]] = {name: [] for name in GROUP_ORDER}
     for record, rule in zip(records, first_match(records, rules), strict=True):
         members[rule.group].append(record)
@@ -70,22 +76,21 @@ def create_loraplus_optimizer(
 
 def group_parameters(
     model: torch.nn.Module,
-    rules: Sequence[Rule] | Mapping[str, Any],
+    rules: Rules,
     *,
     lr: float,
     weight_decay: float = 0.0,
-    extra_rules: Sequence[Rule] | Mapping[str, Any] = (),
+    extra_rules: Rules = (),
 ) -> list[dict[str, Any]]:
     """Return parameter groups for an optimizer of your own.
 
-    Each has `params`, `param_names`, `name`, `lr`, `weight_decay` and the rule's settings. `rules` are as in
-    `loraplus.rules` of the YAML files (a mapping of mappings) or `Rule`s; `extra_rules` stand ahead of them. Raises
-    UserError as `grouping.assign` does. The groups say nothing about 8-bit state: `build_optimizer` sets that.
+    Each has `params`, `param_names`, `name`, `lr`, `weight_decay` and the rule's settings. `rules` are `Rule`s, such as
+    those of `preset_rules`, or a mapping as in the YAML files; `extra_rules` stand ahead of them. Raises UserError as
+    `grouping.assign` does. The groups say nothing about 8-bit state: `build_optimizer` sets that.
     """
-    parsed = parse_rules(rules) if isinstance(rules, Mapping) else list(rules)
-    extra = parse_rules(extra_rules, "loraplus.extra_rules") if isinstance(extra_rules, Mapping) else list(extra_rules)
     records, parameters = trained_tensors(model)
-    plan = assign(records, parsed, lr=lr, weight_decay=weight_decay, extra=extra)
+    extra = as_rules(extra_rules, "loraplus.extra_rules")
+    plan = assign(records, as_rules(rules), lr=lr, weight_decay=weight_decay, extra=extra)
     return torch_groups(plan.groups, zip((record.name for record in records), parameters, strict=True))
 
 

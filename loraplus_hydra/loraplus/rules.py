@@ -104,6 +104,15 @@ class Rule:
         return "; ".join(found) or "everything"
 
 
+Rules = Sequence[Rule] | Mapping[str, Any]
+"""Rules as `Rule`s, or as a mapping of the YAML files' form."""
+
+
+def as_rules(rules: Rules, where: str = "loraplus.rules") -> list[Rule]:
+    """Return `rules` as a list of `Rule`s. Raises ConfigErrors as `parse_rules` does."""
+    return parse_rules(rules, where) if isinstance(rules, Mapping) else list(rules)
+
+
 def parse_rules(rules: Mapping[str, Any], where: str = "loraplus.rules") -> list[Rule]:
     """Return the rules of a mapping `name -> {condition or setting: value}`, in its order.
 

@@ -47,6 +47,20 @@ def build_schedule(
     return _call(factory, optimizer, arguments)
 
 
+def named_schedule(name: str) -> Callable[..., Any]:
+    """Return the schedule that transformers' `lr_scheduler_type` calls `name`, or our `wsd` or `one_cycle`.
+
+    Raises UserError for any other name.
+    """
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION  # not needed by those who pass a function
+
+    known: dict[str, Callable[..., Any]] = {kind.value: each for kind, each in TYPE_TO_SCHEDULER_FUNCTION.items()}
+    known |= {"wsd": known["warmup_stable_decay"], "one_cycle": one_cycle}
+    if name not in known:
+        raise UserError(f"there is no schedule '{name}'{nearest(name, known)}; the schedules are {', '.join(known)}")
+    return known[name]
+
+
 def one_cycle(
     optimizer: Optimizer,
     num_training_steps: int,

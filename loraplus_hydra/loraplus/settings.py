@@ -2,37 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from loraplus_hydra.errors import UserError
 from loraplus_hydra.loraplus.grouping import assign
 from loraplus_hydra.loraplus.plan import Plan
+from loraplus_hydra.loraplus.presets import preset_rules
 from loraplus_hydra.loraplus.roles import tensor_records
-from loraplus_hydra.loraplus.rules import Rule
+from loraplus_hydra.loraplus.rules import Rules, as_rules
+from loraplus_hydra.loraplus.schedule import named_schedule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoraPlus:
-    """Settings from which a Trainer makes its optimizer and schedule.
+    """Settings from which a Trainer makes its optimizer and schedule: `LoraPlus(lr=5e-5, ratio=8)`.
 
-    `lr` is eta_A; `rules` and `extra_rules` decide each tensor's rate (see `grouping.assign`). `schedule` is a callable
-    that `schedule.build_schedule` accepts.
+    `lr` is eta_A. The rules are those of `preset` with its `ratio` (eta_B / eta_A; None is the preset's own), or
+    `rules`, if they are given. `extra_rules` stand ahead of them (see `grouping.assign`). Rules are `Rule`s, or a
+    mapping as in the YAML files.
+
+    `schedule` is a name, or a callable that `schedule.build_schedule` accepts. None is the schedule of the Trainer's
+    own arguments (`lr_scheduler_type`, `warmup_steps`). Rate and weight decay are always the settings' own.
+
+    Raises UserError (a ValueError) for a preset, rule or schedule that doesn't exist, or a ratio beside `rules`.
     """
 
-    optimizer_class: type[torch.optim.Optimizer]
     lr: float
-    rules: Sequence[Rule]
-    schedule: Any
-    extra_rules: Sequence[Rule] = ()
+    ratio: float | None = None
+    preset: str = "default"
+    schedule: str | Callable[..., Any] | None = None
+    optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW
     weight_decay: float = 0.0
+    rules: Rules | None = None
+    extra_rules: Rules = ()
     optimizer_arguments: Mapping[str, Any] = field(default_factory=dict)
     schedule_arguments: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.rules is not None and self.ratio is not None:
+            raise UserError("`ratio` is a preset's; with `rules` of your own, set the ratio of each rule")
+        values = {} if self.ratio is None else {"ratio": self.ratio}
+        own = preset_rules(self.preset, lr=self.lr, **values) if self.rules is None else as_rules(self.rules)
+        object.__setattr__(self, "rules", own)
+        object.__setattr__(self, "extra_rules", as_rules(self.extra_rules, "loraplus.extra_rules"))
+        if isinstance(self.schedule, str):
+            object.__setattr__(self, "schedule", named_schedule(self.schedule))
+
     def plan(self, model: torch.nn.Module) -> Plan:
         """Assign each trained tensor of `model` to its group. Raises UserError as `grouping.assign` does."""
+        assert self.rules is not None, "__post_init__ sets them"
         return assign(
-            tensor_records(model), self.rules, extra=self.extra_rules, lr=self.lr, weight_decay=self.weight_decay
+            tensor_records(model),
+            as_rules(self.rules),
+            extra=as_rules(self.extra_rules),
+            lr=self.lr,
+            weight_decay=self.weight_decay,
         )

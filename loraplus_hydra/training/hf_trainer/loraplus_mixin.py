@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.loraplus.optimizer import build_optimizer
 from loraplus_hydra.loraplus.plan import Plan
-from loraplus_hydra.loraplus.schedule import build_schedule
+from loraplus_hydra.loraplus.schedule import build_schedule, named_schedule
 from loraplus_hydra.loraplus.settings import LoraPlus
 
 _AT_FAULT = (
@@ -72,14 +72,24 @@ class LoraPlusMixin:
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Build the schedule, which keeps the ratio between the groups' rates at every step."""
         if self.lr_scheduler is None:
+            schedule, arguments = self._schedule(num_training_steps)
             self.lr_scheduler = build_schedule(
-                self.loraplus.schedule,
+                schedule,
                 self.optimizer if optimizer is None else optimizer,
                 num_training_steps=num_training_steps,
-                kwargs=dict(self.loraplus.schedule_arguments),
+                kwargs=arguments,
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _schedule(self, num_training_steps: int) -> tuple[Callable[..., Any], dict[str, Any]]:
+        """Return the schedule and its arguments, by the settings or else by the Trainer's own arguments."""
+        chosen = self.loraplus.schedule
+        if chosen is not None:
+            return named_schedule(chosen) if isinstance(chosen, str) else chosen, dict(self.loraplus.schedule_arguments)
+        own = self.args  # type: ignore[attr-defined]
+        arguments = {"num_warmup_steps": own.get_warmup_steps(num_training_steps), **(own.lr_scheduler_kwargs or {})}
+        return named_schedule(own.lr_scheduler_type.value), {**arguments, **self.loraplus.schedule_arguments}
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """Return the Trainer's sampler; its order of length-grouped rows depends on seed and epoch only."""
@@ -180,8 +190,11 @@ class _OrderOfEpoch(Sampler[int]):
         return iter(self.grouped)
 
 
-def with_loraplus(trainer_class: type[Trainer]) -> type[Trainer]:
-    """Return `trainer_class` with LoraPlusMixin in front, unless it has it already."""
+def with_loraplus(trainer_class: type[Trainer]) -> type[Any]:
+    """Return `trainer_class` with LoraPlusMixin in front, unless it has it already.
+
+    Its constructor also takes `loraplus`: `with_loraplus(SFTTrainer)(model=model, loraplus=LoraPlus(lr=5e-5), ...)`.
+    """
     if issubclass(trainer_class, LoraPlusMixin):
         return trainer_class
     return type(f"LoraPlus{trainer_class.__name__}", (LoraPlusMixin, trainer_class), {})
