@@ -1,18 +1,15 @@
-"""The tokenizer, with a pad token and the new tokens that the config asks for."""
+"""Load the tokenizer, with a pad token and the config's new tokens."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from omegaconf import DictConfig
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from loraplus_hydra.config.locations import model_location
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line, nearest
-from loraplus_hydra.models.base_model import hub_arguments, no_folder, where_models_are
+from loraplus_hydra.models.base_model import hub_arguments, location_advice, missing_folder_problem
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-    from transformers import PreTrainedTokenizerBase
-
-# Tokens that publishers keep for padding or for no use, best first; each is taken only where the vocabulary has it.
+# Tokens that publishers reserve for padding or leave unused, best first. Each is taken only if the vocabulary has it.
 SPARE_TOKENS = (
     "<pad>",
     "<|pad|>",
@@ -25,23 +22,19 @@ SPARE_TOKENS = (
 
 
 def load_tokenizer(model: DictConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer with `model.add_tokens` in it and a pad token.
+    """Load the tokenizer, add `model.add_tokens`, and set a pad token if it has none.
 
-    Where it has no pad token and `model.pad_token` names none, a token that never occurs in text stands in
-    (`SPARE_TOKENS`); only where there is none either, the end-of-text token does. Raises ConfigErrors.
+    The pad token is `model.pad_token`, else one of `SPARE_TOKENS`, else the end-of-text token. Raises ConfigErrors.
     """
-    from transformers import AutoTokenizer
-
-    where = model.tokenizer or model.path
+    path = model.tokenizer or model.path
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            model_location(where), **hub_arguments(model)
-        )
-        tokenizer("a")  # some settings of a wrong type are only met in use
-    except Exception as error:  # of a broken file transformers and tokenizers raise anything
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_location(path), **hub_arguments(model))
+        tokenizer("a")  # finds settings of a wrong type that loading doesn't
+    except Exception as error:  # transformers and tokenizers raise anything for a broken file
         key = "model.tokenizer" if model.tokenizer else "model.path"
-        what = f"no tokenizer can be loaded from {where}: {first_line(error)}"
-        raise ConfigErrors([no_folder(key, where) or Problem(key, what, where_models_are(where))]) from error
+        what = f"no tokenizer can be loaded from {path}: {first_line(error)}"
+        missing = missing_folder_problem(key, path)
+        raise ConfigErrors([missing or Problem(key, what, location_advice(path))]) from error
     problems = [*_set_pad_token(tokenizer, model), *_add_tokens(tokenizer, model)]
     if problems:
         raise ConfigErrors(problems)
@@ -49,7 +42,7 @@ def load_tokenizer(model: DictConfig) -> PreTrainedTokenizerBase:
 
 
 def new_token_ids(tokenizer: PreTrainedTokenizerBase, model: DictConfig) -> list[int]:
-    """Ids of `model.add_tokens` in a tokenizer that `load_tokenizer` made."""
+    """Return the ids of `model.add_tokens` in a tokenizer from `load_tokenizer`."""
     ids = tokenizer.convert_tokens_to_ids(list(model.add_tokens))
     assert isinstance(ids, list)
     return ids
@@ -60,11 +53,8 @@ def _set_pad_token(tokenizer: PreTrainedTokenizerBase, model: DictConfig) -> lis
     if model.pad_token is not None:
         if model.pad_token not in vocabulary:
             hint = nearest(model.pad_token, [token for token in vocabulary if token[:1] in "<["])
-            return [
-                Problem(
-                    "model.pad_token", f"'{model.pad_token}' is no token of the tokenizer{hint}", "name one that is"
-                )
-            ]
+            what = f"'{model.pad_token}' is no token of the tokenizer{hint}"
+            return [Problem("model.pad_token", what, "name one that is")]
         tokenizer.pad_token = model.pad_token
     if tokenizer.pad_token is not None:
         return []
@@ -81,9 +71,9 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, model: DictConfig) -> list[P
     known = [token for token in model.add_tokens if token in vocabulary]
     repeated = sorted({token for token in model.add_tokens if list(model.add_tokens).count(token) > 1})
     if any(not token.strip() for token in model.add_tokens):
-        return [Problem("model.add_tokens", "a token without any text in it is none", "leave it out")]
+        return [Problem("model.add_tokens", "a token needs text other than spaces", "leave it out")]
     if known or repeated:
-        what = f"{', '.join(known)} is a token already" if known else f"{', '.join(repeated)} stands there twice"
+        what = f"{', '.join(known)} is a token already" if known else f"{', '.join(repeated)} is listed twice"
         return [Problem("model.add_tokens", what, "leave it out")]
     if model.add_tokens:
         tokenizer.add_tokens(list(model.add_tokens))

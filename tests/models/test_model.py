@@ -269,7 +269,7 @@ def test_new_tokens_that_are_there_already_or_cannot_train_are_refused(
     ended = cli(*base, "model.add_tokens=['<eos>','<new>']")
     assert "model.add_tokens: <eos> is a token already" in ended.err
     ended = cli(*base, "model.add_tokens=['<new>','<new>']")
-    assert "model.add_tokens: <new> stands there twice" in ended.err
+    assert "model.add_tokens: <new> is listed twice" in ended.err
     ended = cli(*base, "model.add_tokens=['<new>']", "adapter=vera", "loraplus=roles")
     assert "model.add_tokens: VeraConfig can't train the rows of new tokens" in ended.err
     ended = cli(*base, "model.add_tokens=['<new>']", "adapter=lora_embeddings")
