@@ -1,4 +1,4 @@
-"""AdaLoRA cuts ranks over the run's own steps, has its penalty in the gradients alone, and resumes where it stood."""
+"""AdaLoRA: ranks cut over the run's own steps, the penalty in gradients only, and resume."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from safetensors.torch import load_file
 
 import loraplus_hydra
 from loraplus_hydra.errors import UserError
+from loraplus_hydra.models import adalora
+from loraplus_hydra.models.adalora import AdaLoraCallback, orthogonality, phases
 from loraplus_hydra.models.adapter import add_adapter, schedule_of
+from loraplus_hydra.runs.evaluate import evaluate
+from loraplus_hydra.runs.finished import open_run
 from tests.conftest import Finished
 from tests.support.architectures import TOKENS, base_of
 from tests.support.finished_runs import quick_run
 
 
 def ada_run(tiny_run: list[str], compose: Callable[..., Any], folder: Path, *overrides: str) -> Any:
-    from loraplus_hydra.models import adalora
-
     ranks: list[int] = []
     budgets: list[int] = []
     after = adalora.AdaLoraCallback.on_optimizer_step
@@ -68,15 +70,10 @@ def test_adalora_cuts_ranks_as_its_schedule_says(
 
 
 def evaluated(folder: Path) -> float:
-    from loraplus_hydra.runs.evaluate import evaluate
-    from loraplus_hydra.runs.finished import open_run
-
     return evaluate(open_run(str(folder), groups=None))["eval_loss"]
 
 
 def test_adalora_penalty_is_in_the_gradients_once_and_in_no_loss(checkpoints: Any, compose: Callable[..., Any]) -> None:
-    from loraplus_hydra.models.adalora import AdaLoraCallback, orthogonality
-
     torch.manual_seed(0)
     model = add_adapter(base_of(checkpoints("llama")), compose("adapter=adalora").adapter, "CAUSAL_LM")
     plain = base_of(checkpoints("llama"))
@@ -97,7 +94,7 @@ def test_adalora_penalty_is_in_the_gradients_once_and_in_no_loss(checkpoints: An
 
 
 @pytest.mark.parametrize("stopped_after", [4, 16])  # while ranks are cut, and after
-def test_adalora_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(
+def test_adalora_resumes_to_the_unbroken_runs_ranks_and_weights(
     stopped_after: int, tiny_run: list[str], compose: Callable[..., Any], tmp_path: Path
 ) -> None:
     overrides = ("trainer.max_steps=20", "adapter.tinit=2", "adapter.tfinal=5", "optimizer.lr=1e-2")
@@ -135,8 +132,6 @@ def test_modules_that_name_adalora() -> None:
 
 
 def test_adaloras_phases() -> None:
-    from loraplus_hydra.models.adalora import phases
-
     assert phases(100, 0.1, 0.3) == (10, 30)
     assert phases(100, 10, 30) == (10, 30)
     assert phases(2, 0.1, 0.3) == (0, 0), "shares leave room for cutting in the shortest run"
@@ -146,7 +141,7 @@ def test_adaloras_phases() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("+adapter.total_step=9", "adapter.total_step: comes from the run's own number of steps"),
         ("adapter.tinit=-1", "adapter.tinit: -1 is out of range"),
@@ -156,7 +151,9 @@ def test_adaloras_phases() -> None:
         ("adapter.tinit=3", "leave fewer than two"),
     ],
 )
-def test_wrong_adalora_is_told(override: str, told: str, cli: Callable[..., Finished], tiny_run: list[str]) -> None:
+def test_wrong_adalora_is_reported(
+    override: str, message: str, cli: Callable[..., Finished], tiny_run: list[str]
+) -> None:
     ended = cli("check", *tiny_run, "adapter=adalora", "loraplus=roles", override)
     assert ended.status == 1
-    assert told in ended.err
+    assert message in ended.err

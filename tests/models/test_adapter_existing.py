@@ -1,4 +1,4 @@
-"""A run goes on where an existing adapter ended, or the adapter is refused with the reason."""
+"""Existing adapters: continued by a run, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def first_run(tmp_path_factory: pytest.TempPathFactory, tiny_run: list[str]) -> 
 
 @pytest.mark.parametrize("adapter", [["adapter=existing"], ["adapter=lora", "adapter.r=4"]])
 @pytest.mark.parametrize("inside", ["", "adapter"])
-def test_a_run_goes_on_where_an_adapter_ended(
+def test_a_run_continues_an_adapter(
     inside: str, adapter: list[str], first_run: Path, tiny_run: list[str], compose: Any, tmp_path: Path
 ) -> None:
     path = f"adapter.path={first_run / inside}"
@@ -51,7 +51,7 @@ def test_a_run_goes_on_where_an_adapter_ended(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["adapter.r=8"], "adapter.r: is 8, but 4 in the adapter at adapter.path; adapter=existing"),
         (["adapter.r=4", "adapter.use_dora=true"], "adapter.use_dora: is True, but None in the adapter"),
@@ -60,39 +60,39 @@ def test_a_run_goes_on_where_an_adapter_ended(
     ],
 )
 def test_an_adapter_that_is_not_as_the_config_says_is_refused(
-    overrides: list[str], told: str, first_run: Path, tiny_run: list[str], cli: Callable[..., Finished]
+    overrides: list[str], message: str, first_run: Path, tiny_run: list[str], cli: Callable[..., Finished]
 ) -> None:
     overrides = [f"+{text}" if "use_dora" in text else text for text in overrides]
     ended = cli("check", *tiny_run, f"adapter.path={first_run}", *overrides)
     assert ended.status == 1
-    assert told in ended.err
+    assert message in ended.err
 
 
-def test_an_adapter_that_cannot_be_gone_on_with_is_refused(
+def test_an_adapter_that_cannot_be_continued_is_refused(
     first_run: Path, tiny_run: list[str], cli: Callable[..., Finished], tmp_path: Path, checkpoints: Any
 ) -> None:
-    def told(folder: Path, *overrides: str) -> str:
+    def message(folder: Path, *overrides: str) -> str:
         ended = cli("check", *tiny_run, "adapter=existing", f"adapter.path={folder}", *overrides)
         assert ended.status == 1
         assert "Traceback" not in ended.err
         return ended.err
 
-    assert "there is no adapter_config.json" in told(tmp_path)
+    assert "there is no adapter_config.json" in message(tmp_path)
     broken = tmp_path / "broken"
     shutil.copytree(first_run / "adapter", broken)
     weights = load_file(broken / "adapter_model.safetensors")
     (broken / "adapter_model.safetensors").unlink()
     torch.save(weights, broken / "adapter_model.bin")
-    assert "only safetensors are read" in told(broken)
+    assert "only safetensors are read" in message(broken)
     save_file(
         {name: tensor[:, :-1].contiguous() for name, tensor in weights.items()}, broken / "adapter_model.safetensors"
     )
-    assert "in the adapter, but" in told(broken)
+    assert "in the adapter, but" in message(broken)
     (broken / "adapter_config.json").write_text("{}")
-    assert "can't be read" in told(broken)
+    assert "can't be read" in message(broken)
     (broken / "adapter_config.json").write_text('{"peft_type": "NOTHING"}')
-    assert "can't be read" in told(broken)
-    assert "the adapter was trained on" in told(first_run, f"model.path={checkpoints('llama')}")
+    assert "can't be read" in message(broken)
+    assert "the adapter was trained on" in message(first_run, f"model.path={checkpoints('llama')}")
 
 
 def test_existing_needs_a_path(cli: Callable[..., Finished], tiny_run: list[str]) -> None:

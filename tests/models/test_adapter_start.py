@@ -1,4 +1,4 @@
-"""Every adapter starts as its base, and what is saved of it is right on that base."""
+"""Every adapter starts as its base, and its files fit that base."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from loraplus_hydra.errors import ConfigErrors
+from loraplus_hydra.loraplus.roles import tensor_records
 from loraplus_hydra.models.adapter import add_adapter
 from loraplus_hydra.models.adapter_files import save_adapter
+from loraplus_hydra.models.base_model import load_base
+from loraplus_hydra.models.tokenizer import load_tokenizer
+from loraplus_hydra.training.prepare import adapted_meta_model
 from tests.conftest import Finished
 from tests.support.architectures import CAUSAL, TOKENS, base_of, tokenizer
 from tests.support.finished_runs import quick_run
@@ -179,19 +183,11 @@ def test_any_other_method_of_peft_goes_by_its_class(
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora", "olora", "adalora", "vera", "lora_embeddings", "lora_a_zero"])
-def test_what_trains_is_the_same_on_the_meta_device(
-    adapter: str, tiny_model: Path, compose: Callable[..., Any]
-) -> None:
-    from loraplus_hydra.loraplus.roles import tensor_records
-    from loraplus_hydra.models.adapter import add_adapter
-    from loraplus_hydra.models.base_model import load_base
-    from loraplus_hydra.models.tokenizer import load_tokenizer
-    from loraplus_hydra.training.prepare import adapted_meta_model
-
+def test_the_same_tensors_train_on_the_meta_device(adapter: str, tiny_model: Path, compose: Callable[..., Any]) -> None:
     config = compose("model=hub", f"model.path={tiny_model}", f"adapter={adapter}", "loraplus=roles")
     base = load_base(config, load_tokenizer(config.model), {})
     real = tensor_records(add_adapter(base, config.adapter, config.task.task_type))
-    told = tensor_records(adapted_meta_model(config, {}))
-    assert [(each.name, each.role, each.shape) for each in told] == [
+    on_meta = tensor_records(adapted_meta_model(config, {}))
+    assert [(each.name, each.role, each.shape) for each in on_meta] == [
         (each.name, each.role, each.shape) for each in real
     ]

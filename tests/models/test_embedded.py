@@ -9,11 +9,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loraplus_hydra.data.embedded import library_pairs
 from loraplus_hydra.data.embedded.source import is_held_out
@@ -30,10 +32,6 @@ from tools.embedded_model.pretrain import (
     train_tokenizer,
 )
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "loraplus_hydra" / "models" / "embedded"
 FILES = {
@@ -48,15 +46,11 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(CHECKPOINT, local_files_only=True)
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(CHECKPOINT, local_files_only=True, dtype="float32")
 
 
@@ -83,8 +77,6 @@ def test_no_file_names_a_machine_or_a_place() -> None:
 
 
 def test_weights_are_float16() -> None:
-    from safetensors import safe_open
-
     with safe_open(CHECKPOINT / "model.safetensors", "pt") as weights:
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"F16"}  # noqa: SIM118
         assert set(weights.metadata() or {}) <= {"format"}
@@ -138,18 +130,18 @@ MESSAGES = [{"role": "user", "content": "def f(x):\n"}, {"role": "assistant", "c
 
 
 def test_the_chat_template_renders_turns(tokenizer: PreTrainedTokenizerFast) -> None:
-    whole = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
-    assert whole == "<|user|>def f(x):\n<|end|><|assistant|>Return x.<|end|>"
-    asked = tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True)
-    assert asked == "<|user|>def f(x):\n<|end|><|assistant|>"
+    conversation = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
+    assert conversation == "<|user|>def f(x):\n<|end|><|assistant|>Return x.<|end|>"
+    prompt = tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True)
+    assert prompt == "<|user|>def f(x):\n<|end|><|assistant|>"
     assert tokenizer.chat_template == CHAT_TEMPLATE
 
 
-def test_the_prompt_with_its_generation_prompt_begins_the_whole(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_prompt_with_its_generation_prompt_begins_the_conversation(tokenizer: PreTrainedTokenizerFast) -> None:
     """TRL finds the completion by this; it must hold for the tokens, not for the text alone."""
-    asked = tokenizer.apply_chat_template(MESSAGES[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
-    whole = tokenizer.apply_chat_template(MESSAGES, return_dict=True)["input_ids"]
-    assert whole[: len(asked)] == asked
+    prompt = tokenizer.apply_chat_template(MESSAGES[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    conversation = tokenizer.apply_chat_template(MESSAGES, return_dict=True)["input_ids"]
+    assert conversation[: len(prompt)] == prompt
 
 
 def test_the_template_marks_the_assistants_turns(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -195,8 +187,6 @@ def test_turns_are_code_of_their_module_without_docstrings(corpus: Corpus) -> No
 
 
 def _loss(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
-    import torch
-
     with torch.no_grad():
         return float(model(input_ids=tokens[None], labels=tokens[None]).loss)
 
@@ -204,8 +194,6 @@ def _loss(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
 def test_held_out_code_has_a_lower_loss_than_shuffled_code(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
 ) -> None:
-    import torch
-
     tokens = torch.tensor(tokenizer(corpus.held_out["calendar"][:6000])["input_ids"][:512])
     shuffled = tokens[torch.randperm(512, generator=torch.Generator().manual_seed(0))]
     assert _loss(model, tokens) < 4.0 < _loss(model, shuffled)  # untrained: log(2048) = 7.6
@@ -218,8 +206,6 @@ def test_turn_tokens_are_trained(model: LlamaForCausalLM) -> None:
 
 
 def test_a_turn_is_followed_by_an_answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    import torch
-
     tokens = tokenizer("<|user|>def area(width, height):\n    size = width * height<|end|>", return_tensors="pt")
     with torch.no_grad():
         following = model(**tokens).logits[0, -1].topk(2).indices.tolist()
@@ -239,8 +225,6 @@ def test_the_script_trains_the_shipped_tokenizer_again(corpus: Corpus, tokenizer
 
 
 def test_training_repeats_by_its_seed() -> None:
-    import torch
-
     texts = [[token % VOCABULARY for token in range(start, start + CONTEXT)] for start in range(0, 9000, 1000)]
 
     def trained(seed: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Base models: named ones from their YAML alone, any folder, pad tokens, new tokens, and what can't be had."""
+"""Base models: named ones from their YAML, folders, pad tokens, new tokens, and unavailable settings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ NAMED = sorted(path.stem for path in (config_folder() / "model").glob("*.yaml") 
 
 
 def model_group(path: Path, **changes: Any) -> DictConfig:
-    """A `model` group for a folder, with the schema's other values."""
+    """Return a `model` group for a folder, with the schema's defaults."""
     from omegaconf import OmegaConf
 
     from loraplus_hydra.config.schema import ModelConfig
@@ -98,7 +98,7 @@ def test_all_linears_or_the_architectures_own_targets_are_adapted(
     assert kinds == blocks[family][0 if targets == "all-linear" else 1]
 
 
-def test_model_that_is_not_here_is_one_clear_problem(cli: Callable[..., Finished], tiny_run: list[str]) -> None:
+def test_a_missing_model_is_one_clear_problem(cli: Callable[..., Finished], tiny_run: list[str]) -> None:
     data = [override for override in tiny_run if override.startswith("data")]
     for command in ((), ("check",)):
         ended = cli(*command, "model=hub", "model.path=nobody/nothing", *data, "hydra.run.dir=run")
@@ -121,7 +121,7 @@ def test_folder_without_a_model_hides_no_other_mistake(cli: Callable[..., Finish
     ("address", "proxies", "only"),
     [(False, {}, True), (True, {}, None), (False, {"https": "http://proxy"}, None)],
 )
-def test_hub_without_an_address_is_asked_for_nothing(
+def test_a_hub_without_an_address_gets_no_request(
     address: bool, proxies: dict[str, str], only: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def look_up(host: str, port: None) -> list[str]:
@@ -149,7 +149,7 @@ def test_tries_to_reach_the_hub_are_not_on_the_screen() -> None:
     assert done.stderr == ""
 
 
-def test_weights_that_are_not_here_are_a_config_error(tmp_path: Path) -> None:
+def test_missing_weights_are_a_config_error(tmp_path: Path) -> None:
     tokenizer().save_pretrained(tmp_path)
     config_of("llama").save_pretrained(tmp_path)
     with pytest.raises(ConfigErrors, match=r"model\.path"):
@@ -169,9 +169,9 @@ def test_named_model_with_another_checkpoint_is_refused(tmp_path: Path, compose:
     checkpoint("gpt2", tmp_path)
     config = compose("model=gpt2", f"model.path={tmp_path}")
     for build in (meta_model, load_model):
-        with pytest.raises(ConfigErrors) as told:
+        with pytest.raises(ConfigErrors) as refused:
             build(config.model, CAUSAL_LM)
-        wrong = {problem.key for problem in told.value.problems}
+        wrong = {problem.key for problem in refused.value.problems}
         assert wrong == {f"model.config.{key}" for key in ("n_embd", "n_layer", "n_head", "vocab_size", "n_positions")}
 
 
@@ -261,7 +261,7 @@ def test_only_the_rows_of_new_tokens_train(architecture: str, tmp_path: Path, co
     assert (merged[300:] != before[300:]).any(dim=1).all()
 
 
-def test_new_tokens_that_are_there_already_or_cannot_train_are_refused(
+def test_new_tokens_that_exist_already_or_cannot_train_are_refused(
     tmp_path: Path, rows: Path, cli: Callable[..., Finished]
 ) -> None:
     checkpoint("llama", tmp_path)
@@ -277,7 +277,7 @@ def test_new_tokens_that_are_there_already_or_cannot_train_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("model.attention=flash_attention_2", "model.attention: 'flash_attention_2' needs the package flash-attn"),
         ("model.attention=sdqa", "model.attention: there is no attention 'sdqa' (did you mean 'sdpa'?)"),
@@ -285,15 +285,15 @@ def test_new_tokens_that_are_there_already_or_cannot_train_are_refused(
         ("model.dtype=float8", "model.dtype: 'float8' is out of range"),
     ],
 )
-def test_what_cannot_be_had_is_told(
-    override: str, told: str, cli: Callable[..., Finished], tiny_run: list[str]
+def test_unavailable_attention_and_dtypes_are_reported(
+    override: str, message: str, cli: Callable[..., Finished], tiny_run: list[str]
 ) -> None:
     ended = cli("check", *tiny_run, override)
     assert ended.status == 1
-    assert told in ended.err
+    assert message in ended.err
 
 
-def test_compiling_without_a_compiler_is_told(
+def test_compiling_without_a_compiler_is_reported(
     cli: Callable[..., Finished], tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch._inductor.exc import InvalidCxxCompiler
@@ -306,7 +306,7 @@ def test_compiling_without_a_compiler_is_told(
     assert "trainer.torch_compile: compiling needs a C++ compiler" in ended.err
 
 
-def test_bfloat16_on_a_gpu_without_it_is_told(
+def test_bfloat16_on_a_gpu_without_it_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from loraplus_hydra.check.machine import machine_problems
@@ -320,7 +320,7 @@ def test_bfloat16_on_a_gpu_without_it_is_told(
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "auto"])
-def test_attention_and_dtype_are_as_asked(attention: str, dtype: str, tmp_path: Path) -> None:
+def test_attention_and_dtype_are_the_configs(attention: str, dtype: str, tmp_path: Path) -> None:
     checkpoint("llama", tmp_path)
     model = load_model(model_group(tmp_path, attention=attention, dtype=dtype), CAUSAL_LM)
     assert model.dtype is {"auto": torch.float32}.get(dtype, getattr(torch, dtype, None))

@@ -1,4 +1,4 @@
-"""QLoRA on a CPU: nf4 and int8 train and evaluate, the base stays as it was loaded, and the adapter stays float32."""
+"""QLoRA on a CPU: nf4 and int8 train and evaluate; the base stays unchanged and the adapter float32."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def frozen(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of every frozen tensor, quantised ones as they are packed, with the scales of 4-bit ones."""
+    """Return copies of every frozen tensor, packed ones as they are, and the scales of 4-bit ones."""
     found = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -131,7 +131,7 @@ def test_four_bit_weights_compute_in_the_models_dtype(compose: Callable[..., Any
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["quantization=nf4", "adapter=pissa"], "adapter.init_lora_weights: 'pissa' takes its start out of the base's"),
         (
@@ -146,12 +146,12 @@ def test_four_bit_weights_compute_in_the_models_dtype(compose: Callable[..., Any
         ),
     ],
 )
-def test_wrong_quantisation_is_told(
-    overrides: list[str], told: str, cli: Callable[..., Finished], tiny_run: list[str]
+def test_wrong_quantisation_is_reported(
+    overrides: list[str], message: str, cli: Callable[..., Finished], tiny_run: list[str]
 ) -> None:
     ended = cli("check", *tiny_run, *overrides)
     assert ended.status == 1
-    assert told in ended.err
+    assert message in ended.err
     assert "Traceback" not in ended.err
 
 
