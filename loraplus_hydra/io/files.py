@@ -6,11 +6,13 @@ import fcntl
 import os
 import re
 import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 
@@ -44,7 +46,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     refuse_link(path)
     draft = draft_of(path)
     try:
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFE, 0o666), "wb") as file:
+        with _create(draft) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # else a power cut after the rename could leave an empty file
@@ -57,6 +59,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` as UTF-8, atomically. Raises UserError for a link."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the regular file `source` to the new file `target`. Raises OSError for a link."""
+    place = source.resolve() if is_hub_blob(source) else source
+    with os.fdopen(open_regular(place, os.O_RDONLY), "rb") as file, _create(target) as copy:
+        shutil.copyfileobj(file, copy, 2**20)
 
 
 def append_text(path: Path, text: str) -> None:
@@ -157,6 +166,10 @@ def refuse_unwritable(folder: Path, key: str) -> None:
     except OSError as error:
         what = f"{place} can't be written into: {error.strerror}"
         raise ConfigErrors([Problem(key, what, "name a folder that can")]) from None
+
+
+def _create(path: Path) -> IO[bytes]:
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFE, 0o666), "wb")
 
 
 def _is_at(handle: int, path: Path) -> bool:

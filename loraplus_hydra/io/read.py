@@ -151,7 +151,7 @@ _Loader.add_multi_constructor(  # OmegaConf writes paths so
 
 def _is_too_deep(value: Any) -> bool:
     level = [value]
-    for _ in range(_DEEPEST + 1):
+    for _ in range(_DEEPEST):
         items = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
         level = [item for item in items if isinstance(item, (dict, list))]
         if not level:

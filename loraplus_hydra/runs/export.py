@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from peft.utils.other import ModulesToSaveWrapper
 
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
+from loraplus_hydra.io.files import copy_file
 from loraplus_hydra.io.folders import new_folder
 from loraplus_hydra.io.quiet_libraries import quiet_peft
 from loraplus_hydra.models.adapter_files import attach, stored_adapter
@@ -78,7 +78,7 @@ def _copy_adapter(adapter: Path, folder: Path) -> None:
         # A link could make the export publish any file of this machine.
         if not file.resolve().is_relative_to(adapter.resolve()):
             raise ConfigErrors([Problem("run", f"{file} is a link out of the adapter's folder", "remove it")])
-        shutil.copy(file, folder / file.name)
+        copy_file(file, folder / file.name)
 
 
 def _write_merged(run: FinishedRun, folder: Path, dtype: str | None) -> float:

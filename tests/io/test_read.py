@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from loraplus_hydra.io.read import Missing, Unreadable, parse_yaml, read_json, read_lines, read_yaml
+from loraplus_hydra.io.read import (
+    Missing,
+    Unreadable,
+    inside,
+    parse_yaml,
+    read_bytes,
+    read_json,
+    read_lines,
+    read_text,
+    read_yaml,
+)
 
 _TYPES = """
 number: 1e-4
@@ -70,3 +81,55 @@ def test_missing_file_differs_from_a_broken_one(read: object, tmp_path: Path) ->
 def test_lines_that_hold_no_object_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n[2]\nnull\n\n{"step": 3}\n{"st')
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 3}]
+
+
+READERS = {"json": read_json, "yaml": read_yaml, "lines": read_lines, "text": read_text, "bytes": read_bytes}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_only_regular_files_are_read(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(tmp_path / "secret")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name in ("fifo", "link", "device", "."):
+        with pytest.raises(Unreadable, match="can't be read"):
+            READERS[kind](tmp_path / name)
+    with pytest.raises(Unreadable, match="not a regular file"):
+        READERS[kind](Path("/dev/null"))
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_size_of_a_file_is_bounded(kind: str, tmp_path: Path) -> None:
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(2**40)  # without taking space on the disk
+    with pytest.raises(Unreadable, match="larger than"):
+        READERS[kind](tmp_path / "huge")
+
+
+@pytest.mark.parametrize("levels", [101, 500, 200_000])
+@pytest.mark.parametrize("form", ["[{}]", '{{"a":{}}}'])
+def test_depth_of_json_is_bounded(form: str, levels: int, tmp_path: Path) -> None:
+    before, after = form.format("|").split("|")
+    (tmp_path / "deep").write_text(before * levels + "1" + after * levels)
+    with pytest.raises(Unreadable, match="can't be read"):
+        read_json(tmp_path / "deep", dict if before[0] == "{" else list)
+    (tmp_path / "deep").write_text(before * 100 + "1" + after * 100)
+    assert read_json(tmp_path / "deep", dict if before[0] == "{" else list)
+
+
+def test_link_to_a_folder_inside_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / ".hydra").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Unreadable, match="is a link"):
+        inside(tmp_path / "run", ".hydra", "config.yaml")
+
+
+def test_hub_caches_link_is_read(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    (tmp_path / "models--a--b" / "blobs" / "abc").write_text('{"a": 1}')
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
+    assert read_json(snapshot / "config.json") == {"a": 1}
