@@ -1,4 +1,4 @@
-"""Code that lies in the folder of somebody else's run, and that its config names: it is told before it is imported."""
+"""Names in a stored run's config that must not be followed: code in the run's own folder, and paths that moved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from loraplus_hydra.config.locations import PACKAGE_SCHEME
-from loraplus_hydra.errors import Problem
+from loraplus_hydra.config.targets import locate
+from loraplus_hydra.errors import Problem, UserError
 
 # Keys whose value is a dotted path that is imported, and those whose value may name a package's folder.
 _IMPORTED = ("_target_", "args_class", "auto_class", "examples")
@@ -16,7 +17,7 @@ _LOCATIONS = ("model.path", "model.tokenizer")
 
 
 def foreign_code(plain: Any, folder: Path) -> list[Problem]:
-    """A Problem for each name in a plain config that leads to code inside `folder`."""
+    """Return a Problem for each name in a plain config that leads to code inside `folder`."""
     place = folder.resolve()
     return [
         Problem(key, f"'{name}' is code in the run's own folder", "a run's folder brings none: name what is installed")
@@ -25,8 +26,22 @@ def foreign_code(plain: Any, folder: Path) -> list[Problem]:
     ]
 
 
+def moved_paths(plain: Any) -> list[str]:
+    """Return the names in a plain config that this package had before its first release."""
+    own = dict.fromkeys(name for _, name in _names(plain, "") if name.startswith("loraplus_hydra."))
+    return [name for name in own if not _exists(name)]
+
+
+def _exists(name: str) -> bool:
+    try:
+        locate(name)
+    except UserError:
+        return False
+    return True
+
+
 def _names(node: Any, path: str) -> Iterator[tuple[str, str]]:
-    """(key, dotted name) of everything in the config that would be imported."""
+    """Yield (key, dotted name) of everything in the config that would be imported."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
         inside = f"{path}.{key}" if path else str(key)
         if isinstance(value, (dict, list)):
@@ -38,15 +53,15 @@ def _names(node: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _sources(name: str, folder: Path) -> Iterator[Path]:
-    """Where the code of each part of a dotted name lies, the outer ones first.
+    """Yield the files and folders of each part of a dotted name, the outer parts first.
 
-    To look for a part Python imports those around it, so this ends at the first that lies in `folder`.
+    Ends at the first part inside `folder`: Python imports a part to look for those inside it.
     """
     parts = name.split(".")
     for count in range(1, len(parts) + 1):
         try:
             spec = importlib.util.find_spec(".".join(parts[:count]))
-        except (ImportError, ValueError, AttributeError):  # no module but a class, or nothing at all
+        except (ImportError, ValueError, AttributeError):  # a class, or nothing at all
             return
         if spec is None:
             return

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from loraplus_hydra.check.foreign import foreign_code
+from loraplus_hydra.check.foreign import foreign_code, moved_paths
 from loraplus_hydra.check.keys import read_config, unknown_keys
 from loraplus_hydra.config.flatten import flat
 from loraplus_hydra.config.locations import PATH_KEYS
@@ -41,20 +41,21 @@ def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
         resolved = flat(read_plain(file.parent.parent / run_folder.CONFIG))
         _put_values_for_resolvers(stored, resolved)
         _put_absolute_paths(stored, resolved)
+    folder = file.parent.parent if hydras else file.parent
     schema = OmegaConf.structured(RunConfig)
     changes = {group: dict(keys) for group, keys in overrides.items() if keys}
     try:
         # Untyped first: so all unknown keys are reported at once, and not only the first.
         config = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(schema)), stored, changes)
         assert isinstance(config, DictConfig)
-        if problems := _unknown(config):
+        if problems := _moved(config, folder) or _unknown(config):
             raise ConfigErrors(problems)
         typed = OmegaConf.merge(schema, config)
     except OmegaConfBaseException as error:
         first = first_line(error)
         raise ConfigErrors([Problem(str(getattr(error, "full_key", None) or KEY), first, f"see {file}")]) from None
     assert isinstance(typed, DictConfig)
-    if problems := foreign_code(read_config(typed)[0], file.parent.parent if hydras else file.parent):
+    if problems := foreign_code(read_config(typed)[0], folder):
         raise ConfigErrors(problems)
     return typed
 
@@ -108,6 +109,16 @@ def _interpolated(node: Any, path: str = "") -> str:
         if OmegaConf.is_config(value) and (found := _interpolated(value, inside)):
             return found
     return ""
+
+
+def _moved(config: DictConfig, folder: Path) -> list[Problem]:
+    """Return one Problem for all dotted paths of this package that exist no longer."""
+    if not (names := moved_paths(OmegaConf.to_container(config))):
+        return []
+    what = f"its config names {', '.join(names)}, which this version lacks: paths moved before the first release"
+    adapter = folder / run_folder.ADAPTER
+    fix = f"its adapter still works: train on it (adapter=existing adapter.path={adapter}), or load it with PEFT"
+    return [Problem(KEY, what, fix)]
 
 
 def _unknown(config: DictConfig) -> list[Problem]:
