@@ -64,8 +64,10 @@ def test_stored_run_with_a_moved_path_gets_one_error(
 
 def test_all_moved_paths_are_in_the_one_error(stored: Callable[..., Path], cli: Callable[..., Finished]) -> None:
     paths = ("loraplus_hydra.schedule.one_cycle", "loraplus_hydra.toy.inputs.load")
-    names = {"scheduler._target_": paths[0], "data._target_": paths[1], "model.no_such_key": "1"}
-    ended = cli("resume", str(stored(**names)))
+    folder = stored(**{"scheduler._target_": paths[0], "data._target_": paths[1]})
+    with (folder / "config.yaml").open("a") as file:
+        file.write("no_such_key: 1\n")
+    ended = cli("resume", str(folder))
     assert "1 thing to put right" in ended.err
     assert f"its config names {', '.join(paths)}, which" in ended.err
 
