@@ -47,6 +47,45 @@ def main(config):
 main()
 """
 
+# Parts of the second repository's own, which its config names.
+PARTS = """
+from datasets import Dataset, DatasetDict
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from trl import SFTTrainer
+
+class MyAdamW(AdamW):
+    pass
+
+class MyTrainer(SFTTrainer):
+    def training_step(self, *args, **kwargs):
+        print("MY STEP")
+        return super().training_step(*args, **kwargs)
+
+def my_schedule(optimizer, num_training_steps: int, floor: float = 0.5) -> LRScheduler:
+    return LambdaLR(optimizer, lambda step: max(floor, 1 - step / num_training_steps))
+
+def my_rows(words: int = 3) -> DatasetDict:
+    rows = Dataset.from_list([{"prompt": f"say {n}", "completion": f" {n}"} for n in range(words)])
+    return DatasetDict(train=rows, eval=rows)
+"""
+OWN = """
+lora:
+  optimizer:
+    _target_: parts.MyAdamW
+  scheduler:
+    _target_: parts.my_schedule
+    floor: 0.25
+  task:
+    _target_: parts.MyTrainer
+  loraplus:
+    extra_rules:
+      first:
+        pattern: layers\\.0\\.
+        lr_mult: 0.5
+        ratio: 2
+"""
+
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -114,6 +153,31 @@ def test_second_repository_composes_a_run_with_its_own_override(
     assert result["steps"] == 2
     groups = json.loads((tmp_path / "results" / "param_groups.json").read_text())
     assert {row["group"]: row["lr"] for row in groups} == pytest.approx({"groupA": 1e-3, "groupB": 4e-3})
+
+
+def test_second_repository_names_parts_of_its_own(installed: Path, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "conf" / "data").mkdir(parents=True)
+    config = CONFIG.replace("/data@lora.data: jsonl", "/data@lora.data: mine").replace(
+        "- /run@lora", "- /run@lora\n  - own"
+    )
+    (tmp_path / "conf" / "config.yaml").write_text(config)
+    (tmp_path / "conf" / "own.yaml").write_text("# @package _global_\n" + OWN)
+    (tmp_path / "conf" / "data" / "mine.yaml").write_text(
+        "_target_: parts.my_rows\nwords: 6\nprompt_column: prompt\ncompletion_column: completion\n"
+    )
+    (tmp_path / "main.py").write_text(PROGRAM)
+    (tmp_path / "parts.py").write_text(PARTS)
+    output = run_in(tmp_path, installed, "main.py", f"lora.model.path={tiny_model}")
+    assert output.count("MY STEP") == 2
+    result = json.loads((tmp_path / "results" / "result.json").read_text())
+    assert (result["status"], result["steps"]) == ("ok", 2)
+    groups = json.loads((tmp_path / "results" / "param_groups.json").read_text())
+    lr = next(row["lr"] for row in groups if row["group"] == "groupA")
+    rates = {row["group"]: row["lr"] for row in groups}
+    assert rates == pytest.approx({"groupA": lr, "groupB": 4 * lr, "first": lr})
+    assert {row["group"] for row in groups if "layers.0." in row["name"]} == {"first"}
+    stored = (tmp_path / "results" / "config.yaml").read_text()
+    assert all(part in stored for part in ("parts.MyAdamW", "parts.my_schedule", "parts.MyTrainer", "parts.my_rows"))
 
 
 def test_wheel_runs_from_the_command_line(installed: Path, tiny_run: list[str], tmp_path: Path) -> None:
