@@ -1,1 +1,1 @@
-"""Where rows come from: callables that return a `datasets.DatasetDict` with the splits "train" and "eval"."""
+"""Sources of rows: callables that return a `datasets.DatasetDict` with the splits "train" and "eval"."""

@@ -1,30 +1,30 @@
 """The GLUE benchmark by task name: from a hub, or from a folder of the original TSV files.
 
-Rows have the columns "text", "text_pair" and "label"; a task of single sentences has no value in "text_pair". Labels
-are named as on the hub, and in its order. https://gluebenchmark.com/tasks
+Rows have the columns "text", "text_pair" and "label". In a task of single sentences "text_pair" is null. Labels have
+the hub's names, in its order. https://gluebenchmark.com/tasks
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from loraplus_hydra.config.locations import is_local
 from loraplus_hydra.data import mixing
-from loraplus_hydra.data.cache import file_digest, generated
+from loraplus_hydra.data.cache import file_digest, generate_cached
 from loraplus_hydra.data.hub import load_split
 from loraplus_hydra.data.rows import ORIGIN
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, nearest
 
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict, Features
-
 
 @dataclass(frozen=True)
 class GlueTask:
-    """How one task lies in the original files and on the hub."""
+    """One task's layout, in the original files and on the hub."""
 
     folder: str
     columns: tuple[str, ...]  # of the TSV: text, or text and its pair
@@ -32,53 +32,25 @@ class GlueTask:
     labels: tuple[str, ...] | None  # names in the hub's order; None: a number
     hub_columns: tuple[str, ...]
     names_in_file: bool = False  # the TSV has the labels' names, not their numbers
-    header: tuple[str, ...] | None = None  # of files that have none
+    header: tuple[str, ...] | None = None  # of files without one
 
+
+_SENTENCE, _SENTENCES, _QUESTIONS = ("sentence",), ("sentence1", "sentence2"), ("question1", "question2")
+_ANSWERED = ("question", "sentence")
+_VERDICTS = ("entailment", "neutral", "contradiction")
+_ENTAILED = ("entailment", "not_entailment")
+_COLA_HEADER = ("source", "label", "judgement", "sentence")
 
 TASKS: dict[str, GlueTask] = {
-    "cola": GlueTask(
-        "CoLA",
-        ("sentence",),
-        "label",
-        ("unacceptable", "acceptable"),
-        ("sentence",),
-        header=("source", "label", "judgement", "sentence"),
-    ),
-    "sst2": GlueTask("SST-2", ("sentence",), "label", ("negative", "positive"), ("sentence",)),
-    "mnli": GlueTask(
-        "MNLI",
-        ("sentence1", "sentence2"),
-        "gold_label",
-        ("entailment", "neutral", "contradiction"),
-        ("premise", "hypothesis"),
-        names_in_file=True,
-    ),
-    "qqp": GlueTask(
-        "QQP", ("question1", "question2"), "is_duplicate", ("not_duplicate", "duplicate"), ("question1", "question2")
-    ),
-    "qnli": GlueTask(
-        "QNLI",
-        ("question", "sentence"),
-        "label",
-        ("entailment", "not_entailment"),
-        ("question", "sentence"),
-        names_in_file=True,
-    ),
-    "rte": GlueTask(
-        "RTE",
-        ("sentence1", "sentence2"),
-        "label",
-        ("entailment", "not_entailment"),
-        ("sentence1", "sentence2"),
-        names_in_file=True,
-    ),
-    "mrpc": GlueTask(
-        "MRPC", ("#1 String", "#2 String"), "Quality", ("not_equivalent", "equivalent"), ("sentence1", "sentence2")
-    ),
-    "stsb": GlueTask("STS-B", ("sentence1", "sentence2"), "score", None, ("sentence1", "sentence2")),
-    "wnli": GlueTask(
-        "WNLI", ("sentence1", "sentence2"), "label", ("not_entailment", "entailment"), ("sentence1", "sentence2")
-    ),
+    "cola": GlueTask("CoLA", _SENTENCE, "label", ("unacceptable", "acceptable"), _SENTENCE, header=_COLA_HEADER),
+    "sst2": GlueTask("SST-2", _SENTENCE, "label", ("negative", "positive"), _SENTENCE),
+    "mnli": GlueTask("MNLI", _SENTENCES, "gold_label", _VERDICTS, ("premise", "hypothesis"), names_in_file=True),
+    "qqp": GlueTask("QQP", _QUESTIONS, "is_duplicate", ("not_duplicate", "duplicate"), _QUESTIONS),
+    "qnli": GlueTask("QNLI", _ANSWERED, "label", _ENTAILED, _ANSWERED, names_in_file=True),
+    "rte": GlueTask("RTE", _SENTENCES, "label", _ENTAILED, _SENTENCES, names_in_file=True),
+    "mrpc": GlueTask("MRPC", ("#1 String", "#2 String"), "Quality", ("not_equivalent", "equivalent"), _SENTENCES),
+    "stsb": GlueTask("STS-B", _SENTENCES, "score", None, _SENTENCES),
+    "wnli": GlueTask("WNLI", _SENTENCES, "label", _ENTAILED[::-1], _SENTENCES),
 }
 
 
@@ -91,14 +63,13 @@ def load(
     max_samples: int | None = None,
     seed: int = 0,
 ) -> DatasetDict:
-    """The training and development rows of the GLUE task `name` as "train" and "eval".
+    """Load the training and development rows of the GLUE task `name` as "train" and "eval".
 
-    `path` is a data set on a hub or a folder: that of all tasks (with CoLA, SST-2, ... in it) or the task's own. MNLI
-    is evaluated on the genres it was trained on, or with `matched=False` on others. `max_samples` rows of each at most,
-    drawn by `seed`. Test sets have no public labels. Raises ConfigErrors for what isn't there or isn't as it should be.
+    `path` is a data set on a hub or a folder: one with a folder for each task (CoLA, SST-2, ...), or the task's own.
+    MNLI is evaluated on the genres of its training rows, or with `matched=False` on others. At most `max_samples` rows
+    of each split are taken, drawn by `seed`. Test sets have no public labels. Raises ConfigErrors for names and files
+    that don't exist, and for rows that can't be read.
     """
-    from datasets import DatasetDict
-
     if name not in TASKS:
         fix = f"one of: {', '.join(TASKS)}"
         raise ConfigErrors([Problem("data.name", f"GLUE has no task '{name}'{nearest(str(name), TASKS)}", fix)])
@@ -110,66 +81,64 @@ def load(
     else:
         splits = {"train": "train", "eval": f"validation{suffix}"}
         loaded = {key: load_split(path, name, split, revision, key="data.path") for key, split in splits.items()}
-        rows = {key: _as_ours(split, task) for key, split in loaded.items()}
+        rows = {key: _rename_columns(split, task) for key, split in loaded.items()}
     return DatasetDict({key: mixing.draw(split, max_samples, seed) for key, split in rows.items()})
 
 
 def _folder(path: Path, task: GlueTask) -> Path:
     if not path.is_dir():
-        raise ConfigErrors(
-            [Problem("data.path", f"{path}: no such folder", f"a folder with {task.folder}/train.tsv in it")]
-        )
+        fix = f"a folder with {task.folder}/train.tsv in it"
+        raise ConfigErrors([Problem("data.path", f"{path}: no such folder", fix)])
     inside = path / task.folder
     return inside if inside.is_dir() else path
 
 
 def _local(path: Path, task: GlueTask) -> Dataset:
     try:
+        # All rows are read once ahead: datasets would wrap their errors.
         count = sum(1 for _ in read_tsv(str(path), task))
     except UserError as error:
         raise ConfigErrors([Problem("data.path", str(error))]) from None
     if count == 0:
         raise ConfigErrors([Problem("data.path", f"{path} has no rows")])
     key = {"glue": task.folder, "path": str(path), "content": file_digest(path)}
-    return generated(read_tsv, {"path": str(path), "task": task}, features=_features(task), key=key)
+    return generate_cached(read_tsv, {"path": str(path), "task": task}, features=_features(task), key=key)
 
 
 def read_tsv(path: str, task: GlueTask) -> Iterator[dict[str, Any]]:
-    """The rows of one of the original files, in which quotes mean nothing.
+    """Yield the rows of one of the original files, in which quotes have no meaning.
 
-    Rows with cells missing, of which QQP has a few, and MNLI's without a verdict (`-`) are left out, as everybody does.
+    As is usual, rows with missing cells (QQP has a few) and MNLI's rows without a verdict (`-`) are left out. Raises
+    UserError with the line.
     """
-    names: list[str] | None = list(task.header) if task.header else None
+    names: Sequence[str] | None = task.header
+    for place, cells in _read_cells(path):
+        if names is None:
+            names = cells
+            _check_columns(place, names, task)
+            continue
+        row = dict(zip(names, cells, strict=False))
+        if len(row) == len(names) and row[task.label] != "-":
+            text, pair = (*(row[column] for column in task.columns), None)[:2]
+            yield {"text": text, "text_pair": pair, "label": _label(row[task.label], task, place), ORIGIN: place}
+
+
+def _read_cells(path: str) -> Iterator[tuple[str, list[str]]]:
     try:
-        # Other line ends stand inside sentences: a row ends at \n alone.
+        # Sentences contain other line ends, so only \n ends a row.
         with Path(path).open(encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, start=1):
-                cells = line.rstrip("\r\n").split("\t")
-                if names is None:
-                    names = cells
-                    _check_columns(path, names, task)
-                    continue
-                row = dict(zip(names, cells, strict=False))
-                if len(row) < len(names) or row[task.label] == "-":
-                    continue
-                place = f"{path}, line {number}"
-                texts = [row[column] for column in task.columns]
-                yield {
-                    "text": texts[0],
-                    "text_pair": texts[1] if len(texts) > 1 else None,
-                    "label": _label(row[task.label], task, place),
-                    ORIGIN: place,
-                }
+                yield f"{path}, line {number}", line.rstrip("\r\n").split("\t")
     except UnicodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error})") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
 
 
-def _check_columns(path: str, names: list[str], task: GlueTask) -> None:
+def _check_columns(place: str, names: Sequence[str], task: GlueTask) -> None:
     missing = [column for column in (*task.columns, task.label) if column not in names]
     if missing:
-        raise UserError(f"{path}, line 1: no column '{missing[0]}'; there are: {', '.join(names)}")
+        raise UserError(f"{place}: no column '{missing[0]}'; there are: {', '.join(names)}")
 
 
 def _label(text: str, task: GlueTask, place: str) -> int | float:
@@ -186,19 +155,12 @@ def _label(text: str, task: GlueTask, place: str) -> int | float:
 
 
 def _features(task: GlueTask) -> Features:
-    from datasets import ClassLabel, Features, Value
-
     label = Value("float64") if task.labels is None else ClassLabel(names=list(task.labels))
     pair = Value("string") if len(task.columns) > 1 else Value("null")
     return Features({"text": Value("string"), "text_pair": pair, "label": label, ORIGIN: Value("string")})
 
 
-def _as_ours(rows: Dataset, task: GlueTask) -> Dataset:
-    """A split of the hub's with our columns."""
+def _rename_columns(rows: Dataset, task: GlueTask) -> Dataset:
     rows = rows.select_columns([*task.hub_columns, "label", ORIGIN])
     rows = rows.rename_columns(dict(zip(task.hub_columns, ("text", "text_pair"), strict=False)))
-    if len(task.hub_columns) == 1:
-        import pyarrow as pa
-
-        rows = rows.add_column("text_pair", pa.nulls(len(rows)))
-    return rows
+    return rows if len(task.hub_columns) > 1 else rows.add_column("text_pair", pa.nulls(len(rows)))

@@ -1,21 +1,19 @@
-"""Several data sets -> one: which rows are held out, which are drawn, and in what shares they are mixed."""
+"""Rows held out, drawn at random, and mixed from several data sets."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from datasets import Dataset, concatenate_datasets
 
 from loraplus_hydra.data.rows import CONTINUES
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 
 def hold_out(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """(`rows` without those held out, those held out), at least one each; `rows` has two or more.
+    """Return (the rows kept, the rows held out), each at least one of the two or more `rows`.
 
-    They are drawn by `seed`; of documents that go over several rows it is the end.
+    The rows held out are drawn by `seed`. Of documents that continue over several rows it is the end.
     """
     count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
     if CONTINUES in rows.column_names:
@@ -26,9 +24,9 @@ def hold_out(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datase
 
 
 def draw(rows: Dataset, count: int | None, seed: int) -> Dataset:
-    """`count` of the rows in their order, drawn by `seed`; all of them when there are no more than that.
+    """Return `count` of the rows in their order, drawn by `seed`; all rows if there are no more.
 
-    Of documents that go over several rows it is the beginning.
+    Of documents that continue over several rows it is the beginning.
     """
     if count is None or count >= len(rows):
         return rows
@@ -38,13 +36,11 @@ def draw(rows: Dataset, count: int | None, seed: int) -> Dataset:
 
 
 def mix(parts: Sequence[Dataset], weights: Sequence[float] | None, seed: int) -> Dataset:
-    """The parts as one: whole, or with `weights` in these shares.
+    """Return the parts as one data set: all their rows, or with `weights` as many as fit these shares.
 
-    With weights no row comes twice: as many rows are drawn as the shares allow, so at least one part is used whole. A
-    column that only some parts have is null in the rows of the others.
+    With weights no row comes twice, so at least one part is used in full. A column that only some parts have is null in
+    the rows of the others.
     """
-    from datasets import concatenate_datasets
-
     if weights is not None:
         counts = shares([len(part) for part in parts], weights)
         parts = [draw(part, count, seed) for part, count in zip(parts, counts, strict=True)]
@@ -52,6 +48,6 @@ def mix(parts: Sequence[Dataset], weights: Sequence[float] | None, seed: int) ->
 
 
 def shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """How many rows to take of parts with these sizes so that they stand in the ratio of the weights; one at least."""
+    """Return how many rows to take of parts with these sizes, in the ratio of the weights; one at least."""
     total = min(size / weight for size, weight in zip(sizes, weights, strict=True))
     return [min(size, max(1, round(total * weight))) for size, weight in zip(sizes, weights, strict=True)]

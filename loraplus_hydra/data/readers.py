@@ -1,4 +1,4 @@
-"""Files -> rows, each with the place where it stands, so that whatever is wrong with a row can be told by its line."""
+"""Readers of files: rows, each with its file and line, which error messages name."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
-from loraplus_hydra.data.cache import cache_folder, digest, file_digest, generated
-from loraplus_hydra.data.rows import CONTINUED, CONTINUES, ORIGIN, OURS
+import pyarrow as pa
+import pyarrow.parquet
+from datasets import Dataset, Features, Json, Value
+
+from loraplus_hydra.data.cache import cache_folder, digest, file_digest, generate_cached
+from loraplus_hydra.data.rows import CONTINUED, CONTINUES, ORIGIN, OURS, with_origin
 from loraplus_hydra.errors import UserError, first_line
-
-if TYPE_CHECKING:
-    from datasets import Dataset, Features
 
 Row = dict[str, Any]
 
@@ -31,62 +32,60 @@ FORMATS = {
     ".md": "text",
 }
 UNITS = ("file", "paragraph", "line")
-PIECE = 1000  # characters of a text file in a row, about: rows end where a line does
+PIECE = 1000  # least characters of a text file in a row; the row ends at the next line that may begin another
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a file is written."""
+    """The format of a file, and its details."""
 
-    format: str  # jsonl | csv | parquet | text
-    delimiter: str = ","  # between a CSV's cells
+    format: str | None  # jsonl | csv | parquet | text; None: by the file's suffix
+    delimiter: str | None = None  # between a CSV's cells; None: by the file's suffix
     header: bool = True  # a CSV's first row names its columns
-    quote: str | None = '"'  # around a CSV's cells that hold the delimiter or a line's end; None: nothing is quoted
+    quote: str | None = '"'  # around a CSV's cells that contain the delimiter or a line's end; None: no quotes
     encoding: str = "utf-8"
-    unit: str = "file"  # what a row of a text file is: UNITS
+    unit: str = "file"  # of a text file's rows, one of UNITS
 
 
 def load_file(path: str, layout: Layout) -> Dataset:
-    """The rows of a file as a Dataset on disk, with the column ORIGIN. Raises UserError naming the file and the line.
+    """Load the rows of a file as a Dataset on disk, with the column ORIGIN.
 
-    Every row is read before any is used. Columns of a JSONL file whose values are lists, objects or of several kinds
-    keep them as they are.
+    All rows are read before any is used. Columns of a JSONL file with lists, objects or several kinds of values keep
+    them unchanged. Raises UserError naming the file and the line.
     """
     if layout.format == "parquet":
         return _load_parquet(path)
     features = _features(read(path, layout))
     if features is None:
         raise UserError(f"{path} has no rows")
-    # Tuples: datasets would take lists among the arguments for parts to be read apart.
-    encoded = tuple(name for name, feature in features.items() if type(feature).__name__ == "Json")
+    # Tuples, because datasets splits lists among the arguments into parts that it reads separately.
+    encoded = tuple(name for name, feature in features.items() if isinstance(feature, Json))
+    arguments = {"path": path, "layout": layout, "names": tuple(features), "encoded": encoded}
     key = {"content": file_digest(path), "path": path, **asdict(layout)}
-    return generated(
-        _encoded,
-        {"path": path, "layout": layout, "names": tuple(features), "encoded": encoded},
-        features=features,
-        key=key,
-    )
+    return generate_cached(_encoded_rows, arguments, features=features, key=key)
 
 
 def read(path: str, layout: Layout) -> Iterator[Row]:
-    """The rows of a JSONL, CSV or text file, one by one."""
+    """Yield the rows of a JSONL, CSV or text file. Raises UserError naming the file and the line."""
+    assert layout.format is not None
     reader = {"jsonl": _read_jsonl, "csv": _read_csv, "text": _read_text}[layout.format]
     encoding = "utf-8-sig" if layout.encoding.lower().replace("_", "-") in ("utf-8", "utf8") else layout.encoding
     try:
-        # A CSV's cells may hold line ends of their own.
+        # A CSV's cells may contain line ends.
         with Path(path).open(encoding=encoding, newline="" if layout.format == "csv" else None) as file:
             yield from reader(path, file, layout)
     except UnicodeError as error:
         raise UserError(
             f"{path}{_undecodable_line(path, layout.encoding)}: not {layout.encoding} text ({error}); "
-            "save it as UTF-8, or say what it is: data.encoding=latin-1"
+            "save it as UTF-8, or name its encoding: data.encoding=latin-1"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
 
 
 def _undecodable_line(path: str, encoding: str) -> str:
-    """`, line 3` for the first line that isn't `encoding` text; nothing where lines can't be told apart as bytes."""
+    """Return `, line 3` for the first line that isn't `encoding` text, or nothing if it isn't known."""
+    # In these encodings a line's end is not one byte.
     if encoding.lower().startswith(("utf-16", "utf-32")):
         return ""
     with Path(path).open("rb") as file:
@@ -109,23 +108,28 @@ def _read_jsonl(path: str, file: IO[str], _: Layout) -> Iterator[Row]:
         if not line.strip():
             continue
         place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
-        except ValueError as error:  # Python reads no number of thousands of digits
-            raise UserError(f"{place}: {first_line(error)}") from None
-        except RecursionError:
-            raise UserError(f"{place}: nested too deeply") from None
-        if not isinstance(row, dict):
-            hint = "; a JSON array must be written as one object a line" if isinstance(row, list) else ""
-            raise UserError(f"{place}: a {type(row).__name__}, where an object like {{...}} is needed{hint}")
-        if "\\ud" in line.lower() and not _is_unicode(row):
-            raise UserError(f"{place}: half a surrogate pair, which is no character")
+        row = _json_object(line, place)
         if not known.issuperset(row):
-            check_names(place, row)
+            _check_names(place, row)
             known.update(row)
         yield {**row, ORIGIN: place}
+
+
+def _json_object(line: str, place: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
+    except ValueError as error:  # Python reads no number of thousands of digits
+        raise UserError(f"{place}: {first_line(error)}") from None
+    except RecursionError:
+        raise UserError(f"{place}: nested too deeply") from None
+    if not isinstance(row, dict):
+        hint = "; a JSON array must be written as one object a line" if isinstance(row, list) else ""
+        raise UserError(f"{place}: a {type(row).__name__}, where an object like {{...}} is needed{hint}")
+    if "\\ud" in line.lower() and not _is_unicode(row):
+        raise UserError(f"{place}: half a surrogate pair, which is no character")
+    return row
 
 
 def _is_unicode(row: Row) -> bool:
@@ -137,8 +141,9 @@ def _is_unicode(row: Row) -> bool:
 
 
 def _read_csv(path: str, file: IO[str], layout: Layout) -> Iterator[Row]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # 128 KiB by default: less than a long document
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default of 128 KiB is too small for a long document
     quoting = {"quoting": csv.QUOTE_NONE} if layout.quote is None else {"quotechar": layout.quote, "strict": True}
+    assert layout.delimiter is not None
     reader = csv.reader(file, delimiter=layout.delimiter, **quoting)  # type: ignore[arg-type]
     names: list[str] | None = None
     begun = 1
@@ -153,7 +158,7 @@ def _read_csv(path: str, file: IO[str], layout: Layout) -> Iterator[Row]:
                 if layout.header:
                     continue
             if len(cells) != len(names):
-                hint = "; quote cells that hold the delimiter" if len(cells) > len(names) else ""
+                hint = "; quote cells that contain the delimiter" if len(cells) > len(names) else ""
                 raise UserError(f"{place}: {len(cells)} cells, where there are {len(names)} columns{hint}")
             yield {**dict(zip(names, cells, strict=True)), ORIGIN: place}
     except csv.Error as error:
@@ -161,75 +166,70 @@ def _read_csv(path: str, file: IO[str], layout: Layout) -> Iterator[Row]:
 
 
 def _check_header(path: str, names: list[str]) -> None:
-    check_names(path, names)
+    _check_names(path, names)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{path}: the column '{twice[0]}' is there twice; rename one")
 
 
-def check_names(place: str, names: Iterable[str]) -> None:
-    """Raise UserError for names of columns that can't be used: those of our own columns, and any that Arrow can't keep.
-
-    `place` says where they stand.
-    """
+def _check_names(place: str, names: Iterable[str]) -> None:
+    """Raise UserError for column names that are reserved for our own columns, or that Arrow can't store."""
     for name in names:
         if name in OURS:
             raise UserError(f"{place}: '{name}' is the name of a column of our own; rename it")
         if "\0" in name:
-            raise UserError(f"{place}: the name of a column holds a NUL character ({name!r}); is the file UTF-16 text?")
+            raise UserError(f"{place}: a column's name contains a NUL character ({name!r}); is the file UTF-16 text?")
 
 
 def _read_text(path: str, file: IO[str], layout: Layout) -> Iterator[Row]:
     if layout.unit == "file":
         yield from _pieces(path, file)
         return
-    kept: list[str] = []
+    lines: list[str] = []
     begun = 1
     for number, line in enumerate(file, start=1):
         if line.strip():
-            begun = begun if kept else number
-            kept.append(line)
-        if kept and (layout.unit == "line" or not line.strip()):
-            yield {"text": "".join(kept).rstrip("\n"), ORIGIN: f"{path}, line {begun}"}
-            kept = []
-    if kept:
-        yield {"text": "".join(kept).rstrip("\n"), ORIGIN: f"{path}, line {begun}"}
+            begun = begun if lines else number
+            lines.append(line)
+        if lines and (layout.unit == "line" or not line.strip()):
+            yield {"text": "".join(lines).rstrip("\n"), ORIGIN: f"{path}, line {begun}"}
+            lines = []
+    if lines:
+        yield {"text": "".join(lines).rstrip("\n"), ORIGIN: f"{path}, line {begun}"}
 
 
 def _pieces(path: str, file: IO[str]) -> Iterator[Row]:
-    """One document in rows of about PIECE characters, nothing lost; only the last doesn't continue."""
-    kept: list[str] = []
-    size, begun, number = 0, 1, 0
+    """Yield one document in rows of about PIECE characters; only the last does not continue."""
+    lines: list[str] = []
+    size, begun = 0, 1
     for number, line in enumerate(file, start=1):
-        # Where a word begins, so that no run of white space is torn.
+        # A row begins with a word: white space cut in two could give other tokens.
         if size >= PIECE and not line[:1].isspace():
-            yield {"text": "".join(kept), CONTINUED: begun > 1, CONTINUES: True, ORIGIN: f"{path}, line {begun}"}
-            kept, size, begun = [], 0, number
-        kept.append(line)
+            yield {"text": "".join(lines), CONTINUED: begun > 1, CONTINUES: True, ORIGIN: f"{path}, line {begun}"}
+            lines, size, begun = [], 0, number
+        lines.append(line)
         size += len(line)
-    if any(line.strip() for line in kept):
-        yield {"text": "".join(kept), CONTINUED: begun > 1, CONTINUES: False, ORIGIN: f"{path}, line {begun}"}
+    if any(line.strip() for line in lines):
+        yield {"text": "".join(lines), CONTINUED: begun > 1, CONTINUES: False, ORIGIN: f"{path}, line {begun}"}
 
 
 def _features(rows: Iterator[Row]) -> Features | None:
-    """What each column holds, from every row; None when there is no row."""
+    """Return each column's type, which fits the values of all rows; None if there is no row."""
     kinds: dict[str, set[str]] = {}
     for row in rows:
         for name, value in row.items():
             kinds.setdefault(name, set()).add(_kind(value))
     if not kinds:
         return None
-    from datasets import Features, Json, Value
+    return Features({name: _feature(each - {"null"}) for name, each in kinds.items()})
 
-    def feature(found: set[str]) -> Any:
-        found = found - {"null"}
-        if found <= {"string"}:
-            return Value("string")
-        if found == {"int64", "float64"}:
-            return Value("float64")
-        return Value(found.pop()) if len(found) == 1 and found != {"other"} else Json()
 
-    return Features({name: feature(found) for name, found in kinds.items()})
+def _feature(kinds: set[str]) -> Any:
+    if kinds <= {"string"}:
+        return Value("string")
+    if kinds == {"int64", "float64"}:
+        return Value("float64")
+    return Value(*kinds) if len(kinds) == 1 and kinds != {"other"} else Json()
 
 
 def _kind(value: Any) -> str:
@@ -242,8 +242,8 @@ def _kind(value: Any) -> str:
     return {str: "string", float: "float64"}.get(type(value), "other")
 
 
-def _encoded(path: str, layout: Layout, names: tuple[str, ...], encoded: tuple[str, ...]) -> Iterator[Row]:
-    """Rows with all columns `names`, those in `encoded` as JSON text, as datasets' Json feature keeps them."""
+def _encoded_rows(path: str, layout: Layout, names: tuple[str, ...], encoded: tuple[str, ...]) -> Iterator[Row]:
+    """Yield rows with all columns `names`; those in `encoded` are JSON text, as datasets' Json feature stores it."""
     for row in read(path, layout):
         values = {name: row.get(name) for name in names}
         for name in encoded:
@@ -252,25 +252,18 @@ def _encoded(path: str, layout: Layout, names: tuple[str, ...], encoded: tuple[s
 
 
 def _load_parquet(path: str) -> Dataset:
-    import pyarrow as pa
-    import pyarrow.parquet
-    from datasets import Dataset
-
     try:
-        pa.parquet.read_metadata(path)  # datasets would log a traceback
+        pa.parquet.read_metadata(path)  # of a file that isn't Parquet, datasets would log a traceback
         rows = Dataset.from_parquet(path, cache_dir=str(cache_folder()))
-    except Exception as error:  # datasets wraps whatever Arrow says
-        raise UserError(f"{path}: not a Parquet file that can be read: {_reason(error)}") from None
+    except Exception as error:  # datasets wraps every error of Arrow's
+        raise UserError(f"{path}: not a Parquet file that can be read: {_first_cause(error)}") from None
     if len(rows) == 0:
         raise UserError(f"{path} has no rows")
-    check_names(path, rows.column_names)
-    places = pa.array((f"{path}, row {number}" for number in range(1, len(rows) + 1)), type=pa.string())
-    key = {"parquet": file_digest(path), "path": path}
-    return rows.add_column(ORIGIN, places, new_fingerprint=digest(key))
+    _check_names(path, rows.column_names)
+    return with_origin(rows, path, digest({"parquet": file_digest(path), "path": path}))
 
 
-def _reason(error: Exception) -> str:
-    """The first line of what the innermost cause says."""
+def _first_cause(error: Exception) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__

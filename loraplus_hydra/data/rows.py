@@ -1,51 +1,48 @@
-"""The config's `data` group -> rows, and what a row's columns are."""
+"""Rows of the config's `data` group, and the names of their columns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from omegaconf import DictConfig
 
 from loraplus_hydra.config.targets import instantiate
 from loraplus_hydra.errors import ConfigErrors, Problem
 
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict, IterableDataset
-    from omegaconf import DictConfig
+Rows: TypeAlias = Dataset | IterableDataset
 
-    Rows = Union[Dataset, IterableDataset]  # noqa: UP007  (evaluated by type checkers alone)
-
-COLUMN_SUFFIX = "_column"  # keys that say what the columns are called, read by the task
+COLUMN_SUFFIX = "_column"  # ends the keys that name columns; the task reads them, the loader does not
 SPLITS = ("train", "eval")
 
-# Columns of our own loaders, beside those of the file.
-ORIGIN = "__origin__"  # where a row stands: "train.jsonl, line 17"
-CONTINUES = "__continues__"  # true: the next row goes on with this one's document
-CONTINUED = "__continued__"  # true: this row goes on with the document of the one before
+# Columns that our own loaders add to those of the file.
+ORIGIN = "__origin__"  # the row's place in its source: "train.jsonl, line 17"
+CONTINUES = "__continues__"  # true: the next row continues this one's document
+CONTINUED = "__continued__"  # true: this row continues the document of the one before
 OURS = (ORIGIN, CONTINUES, CONTINUED)
 
 
 def loader_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` without the `*_column` keys: what its `_target_` is called with."""
+    """Return `data` without the `*_column` keys: its `_target_` and the arguments of that."""
     return {str(key): data[key] for key in data if not str(key).endswith(COLUMN_SUFFIX)}
 
 
 def load_rows(data: DictConfig) -> DatasetDict:
-    """Call `data._target_`; raises ConfigErrors when it doesn't return a DatasetDict with "train" and "eval" rows.
+    """Call `data._target_` and return its "train" and "eval" rows.
 
-    The training rows are a Dataset, or an IterableDataset when they are streamed.
+    The training rows are a Dataset, or an IterableDataset if they are streamed. Raises ConfigErrors if the callable
+    returns anything else, or a split without rows.
     """
-    from datasets import DatasetDict, IterableDatasetDict
-
     rows = instantiate(loader_arguments(data))
     if not isinstance(rows, (DatasetDict, IterableDatasetDict)) or not set(SPLITS) <= set(rows):
-        found = f"splits {sorted(rows)}" if isinstance(rows, Mapping) else f"a {type(rows).__name__}"
-        what = f"{data._target_} returned {found}, not a DatasetDict with 'train' and 'eval'"
+        returned = f"splits {sorted(rows)}" if isinstance(rows, Mapping) else f"a {type(rows).__name__}"
+        what = f"{data._target_} returned {returned}, not a DatasetDict with 'train' and 'eval'"
         raise ConfigErrors([Problem("data._target_", what)])
     if is_streamed(rows["eval"]):
-        fix = "stream the training rows alone"
-        raise ConfigErrors(
-            [Problem("data", "the rows to evaluate on are streamed, but they are needed as a whole", fix)]
-        )
+        what = "the rows to evaluate on are streamed, but all of them are needed"
+        raise ConfigErrors([Problem("data", what, "stream the training rows alone")])
     for split in SPLITS:
         if not is_streamed(rows[split]) and len(rows[split]) == 0:
             raise ConfigErrors([Problem("data", f"there are no rows in '{split}'")])
@@ -53,19 +50,23 @@ def load_rows(data: DictConfig) -> DatasetDict:
 
 
 def is_streamed(rows: Rows) -> bool:
-    """Whether rows come one by one, so that nobody knows how many there are."""
-    from datasets import IterableDataset
-
+    """Return True for rows that come one by one, so that their number is unknown."""
     return isinstance(rows, IterableDataset)
 
 
 def all_columns(rows: Rows) -> list[str]:
-    """The names of all columns; of streamed rows those of the first."""
+    """Return the names of all columns; of streamed rows, the columns of the first row."""
     if rows.column_names is not None:
         return list(rows.column_names)
     return list(next(iter(rows), {}))
 
 
 def columns(rows: Rows) -> list[str]:
-    """The names of the columns that came with the rows, without ours."""
+    """Return the names of the columns that came with the rows, without our own."""
     return [name for name in all_columns(rows) if name not in OURS]
+
+
+def with_origin(rows: Dataset, source: str, fingerprint: str) -> Dataset:
+    """Return `rows` with the column ORIGIN, which numbers them: "`source`, row 1", ..."""
+    places = pa.array((f"{source}, row {number}" for number in range(1, len(rows) + 1)), type=pa.string())
+    return rows.add_column(ORIGIN, places, new_fingerprint=fingerprint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from loraplus_hydra.data.cache import converted, tokenizer_digest
+from loraplus_hydra.data.cache import map_cached, tokenizer_digest
 from loraplus_hydra.data.rows import SPLITS, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem, nearest
 from loraplus_hydra.tasks.examples import Examples
@@ -57,7 +57,7 @@ def examples(
     notes = []
     for split in SPLITS:
         convert = _converter(data.text_column, pair, labels, tokenizer, limit, split)
-        found: Any = converted(
+        found: Any = map_cached(
             rows[split], convert, columns=rows[split].column_names, features=_features(labels, tokenizer), key=key
         )
         if cut := sum(found["cut"]):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from loraplus_hydra.data.cache import converted, tokenizer_digest
+from loraplus_hydra.data.cache import map_cached, tokenizer_digest
 from loraplus_hydra.data.rows import SPLITS, all_columns, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.conversation import Conversation, Shape, Text, shape_of
@@ -97,7 +97,7 @@ def _tokenised(rows: Rows, convert: Any, rule: LossRule, key: dict[str, Any]) ->
     features = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "merged": Value("bool")}
     if rule.assistant_only:
         features["messages"] = List({"role": Value("string"), "content": Value("string")})
-    return converted(rows, convert, columns=all_columns(rows), features=Features(features), key=key)
+    return map_cached(rows, convert, columns=all_columns(rows), features=Features(features), key=key)
 
 
 def _noted(rows: Rows, split: str, task: DictConfig) -> tuple[Rows, list[str]]:

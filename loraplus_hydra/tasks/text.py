@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraplus_hydra.data.cache import converted, digest, generated, tokenizer_digest
+from loraplus_hydra.data.cache import digest, generate_cached, map_cached, tokenizer_digest
 from loraplus_hydra.data.rows import CONTINUED, CONTINUES, SPLITS, all_columns, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.examples import Examples
@@ -83,7 +83,7 @@ def _blocks_of(
     from datasets import IterableDataset
 
     convert = _converter(column, tokenizer, split)
-    tokens = converted(rows, convert, columns=all_columns(rows), features=_features("input_ids"), key=key)
+    tokens = map_cached(rows, convert, columns=all_columns(rows), features=_features("input_ids"), key=key)
     first = next(_blocks(tokens, size), None)
     if first is None or len(first["input_ids"]) < 2:
         raise ConfigErrors([Problem("data", f"the {split} rows hold no text to go on with", "give more of it")])
@@ -91,7 +91,7 @@ def _blocks_of(
     if is_streamed(tokens):
         return IterableDataset.from_generator(_blocks, features, gen_kwargs={"tokens": tokens, "size": size})
     blocks_key = {"blocks": digest(tokens._fingerprint, key), "size": size}
-    return generated(_blocks, {"tokens": tokens, "size": size}, features=features, key=blocks_key)
+    return generate_cached(_blocks, {"tokens": tokens, "size": size}, features=features, key=blocks_key)
 
 
 def _features(*names: str) -> Features:

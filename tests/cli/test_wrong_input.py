@@ -118,7 +118,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "ratio that does nothing": (["loraplus.rules.groupB=null"], ["ratio 8 does nothing", "loraplus=none"]),
     "file not there": (
         ["data.train=nowhere.jsonl"],
-        ["data.train: nowhere.jsonl: No such file; it was looked for in /", ": name a file that is there"],
+        ["data.train: nowhere.jsonl: No such file; it was looked for in /", ": name a file that exists"],
     ),
     "file in a folder that isn't there": (["data.train=x/y.jsonl"], ["No such file; there is no folder /", "/x: name"]),
     "tokenizer not there": (["model.tokenizer=./nowhere"], ["model.tokenizer: there is no folder ./nowhere"]),

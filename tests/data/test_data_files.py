@@ -153,7 +153,7 @@ def test_streamed_rows_are_the_files_rows(tmp_path: Path) -> None:
 
 
 def test_streamed_rows_need_rows_to_evaluate_on(tmp_path: Path) -> None:
-    with pytest.raises(ConfigErrors, match=r"data\.eval: of streamed rows none can be held out"):
+    with pytest.raises(ConfigErrors, match=r"data\.eval: streamed rows can't be held out"):
         load(str(numbered(tmp_path / "a.jsonl", 3)), streaming=True)
 
 
@@ -206,7 +206,7 @@ from loraplus_hydra.tasks import sft
 from loraplus_hydra.models.tokenizer import load_tokenizer
 
 made = []
-for module, name in ((readers, "_encoded"), (sft, "encode_texts"), (sft, "encode_conversation")):
+for module, name in ((readers, "_encoded_rows"), (sft, "encode_texts"), (sft, "encode_conversation")):
     function = getattr(module, name)
     setattr(module, name, lambda *a, _f=function, _n=name, **k: made.append(_n) or _f(*a, **k))
 config = OmegaConf.load(sys.argv[1])
@@ -233,10 +233,10 @@ def test_rows_and_tokens_are_kept_by_content_between_processes(
         return subprocess.run(script, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     first = run()
-    assert first.startswith("['_encoded', 'encode_conversation', 'encode_texts']")
+    assert first.startswith("['_encoded_rows', 'encode_conversation', 'encode_texts']")
     path.touch()  # another time stamp, the same content
-    assert run() == first.replace("['_encoded', 'encode_conversation', 'encode_texts']", "[]")
+    assert run() == first.replace("['_encoded_rows', 'encode_conversation', 'encode_texts']", "[]")
     numbered(path, 20, "b")
     changed = run()
-    assert changed.startswith("['_encoded', 'encode_conversation', 'encode_texts']")
+    assert changed.startswith("['_encoded_rows', 'encode_conversation', 'encode_texts']")
     assert changed != first

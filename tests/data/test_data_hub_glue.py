@@ -52,7 +52,7 @@ def test_streamed(published: str) -> None:
         ({"config": "mian"}, r"data\.config: .* has no 'mian' \(did you mean 'main'\?\)"),
         ({"config": "main", "train_split": "trian"}, r"data\.train_split: .* no split 'trian' \(did you mean 'train'"),
         ({"config": "extra", "eval_split": "validation"}, r"data\.eval_split: .* no split 'validation'; one of: train"),
-        ({"config": "main", "streaming": True}, r"data\.eval_split: of streamed rows none can be held out"),
+        ({"config": "main", "streaming": True}, r"data\.eval_split: streamed rows can't be held out"),
     ],
 )
 def test_what_is_not_there_is_told_with_what_is(published: str, arguments: dict[str, str], said: str) -> None:

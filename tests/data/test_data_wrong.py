@@ -80,7 +80,7 @@ MISTAKES: dict[str, Mistake] = {
         ("rows.parquet: not a Parquet file",), content=jsonl(GOOD), name="rows.parquet", overrides=("data.format=null",)
     ),
     "suffix that says nothing": Mistake(
-        ("no format goes by the suffix '.dat'", "data.format="),
+        ("no format has the suffix '.dat'", "data.format="),
         content=jsonl(GOOD),
         name="rows.dat",
         overrides=("data.format=null",),

@@ -1,7 +1,7 @@
-"""The embedded data set: the documentation of the very Python that runs this, read from its standard library's source.
+"""The embedded data set: source and documentation of the running Python's standard library.
 
 A pair is the source of a function, method or class without its docstrings, and the first sentence of its docstring.
-Whole modules are held out for evaluation. Nothing here but `load` needs a package from outside the standard library.
+Entire modules are held out for evaluation. Everything here except `load` needs only the standard library.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Union
+from typing import TYPE_CHECKING, NamedTuple
 
 from loraplus_hydra.data.embedded.source import EVAL_FRACTION, Source, blocks, is_held_out, read_library, stable_hash
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
@@ -19,15 +19,15 @@ from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-Definition = Union[ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef]  # noqa: UP007
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)")
 _ABBREVIATION = re.compile(r"\b(?:e\.?g|i\.?e|cf|vs|resp|approx|incl|esp|et al|fig)\.$", re.IGNORECASE)
-_SIGNATURE = re.compile(r"[\w.\[\]]+\(.*\)\s*(?:->.*)?")  # some docstrings begin by saying how it is called
+_SIGNATURE = re.compile(r"[\w.\[\]]+\(.*\)\s*(?:->.*)?")  # some docstrings begin with the call
 
 
 class Pair(NamedTuple):
-    """One example: source code without docstrings -> what its docstring says first."""
+    """One example: source code without docstrings, and its docstring's first sentence."""
 
     prompt: str
     completion: str
@@ -40,33 +40,27 @@ def load(
     eval_fraction: float = EVAL_FRACTION,
     max_samples: int | None = None,
 ) -> DatasetDict:
-    """The pairs as a DatasetDict of "train" and "eval", whose columns "prompt" and "completion" are strings.
+    """Load the pairs as "train" and "eval", with the string columns "prompt" and "completion".
 
     `body=False` leaves only the signature in the prompt. A prompt longer than `max_prompt_chars` is cut at the end of a
-    line. `eval_fraction` (between 0 and 1) of the modules are held out whole. `max_samples` rows of each split at most,
-    a fair sample of it: rows come in an order that says nothing. The result depends on the Python version alone.
-    Raises ConfigErrors for arguments out of range, UserError where the standard library's source isn't there.
+    line. The share `eval_fraction` of the modules is held out. At most `max_samples` rows of each split are taken, a
+    fair sample, because the order of rows is random. The result depends on the Python version only.
+
+    Raises ConfigErrors for arguments out of range, and UserError if there is no source of the standard library.
     """
     problems = list(_argument_problems(max_prompt_chars, eval_fraction, max_samples))
     if problems:
         raise ConfigErrors(problems)
-    splits = _kept_pairs(body, max_prompt_chars, eval_fraction)
+    from datasets import Dataset, DatasetDict  # here, because the rest of the module works without packages
 
-    from datasets import Dataset, DatasetDict
-
-    columns = {
-        name: {
-            "prompt": [pair.prompt for pair in pairs[:max_samples]],
-            "completion": [pair.completion for pair in pairs[:max_samples]],
-        }
-        for name, pairs in splits
-    }
-    return DatasetDict({name: Dataset.from_dict(rows) for name, rows in columns.items()})
+    splits = _pairs_once(body, max_prompt_chars, eval_fraction)
+    rows = {name: [pair._asdict() for pair in pairs[:max_samples]] for name, pairs in splits}
+    return DatasetDict({name: Dataset.from_list(split) for name, split in rows.items()})
 
 
+# Reading takes seconds, so a process does it once. Nobody can change tuples.
 @lru_cache(maxsize=1)
-def _kept_pairs(body: bool, max_prompt_chars: int, eval_fraction: float) -> tuple[tuple[str, tuple[Pair, ...]], ...]:
-    """The pairs by split, read once for a process: reading takes seconds, and nobody can write to tuples."""
+def _pairs_once(body: bool, max_prompt_chars: int, eval_fraction: float) -> tuple[tuple[str, tuple[Pair, ...]], ...]:
     splits = library_pairs(body=body, max_prompt_chars=max_prompt_chars, eval_fraction=eval_fraction)
     return tuple((name, tuple(pairs)) for name, pairs in splits.items())
 
@@ -75,17 +69,17 @@ def _argument_problems(max_prompt_chars: int, eval_fraction: float, max_samples:
     if max_prompt_chars < 40:
         yield Problem("data.max_prompt_chars", f"{max_prompt_chars} leaves no room for a signature", "give 40 or more")
     if not 0 < eval_fraction < 1:
-        yield Problem("data.eval_fraction", f"{eval_fraction} isn't between 0 and 1", "0.1 holds out a tenth")
+        yield Problem("data.eval_fraction", f"{eval_fraction} is not between 0 and 1", "0.1 holds out a tenth")
     if max_samples is not None and max_samples < 1:
-        yield Problem("data.max_samples", f"{max_samples} rows are none", "give 1 or more, or null for all")
+        yield Problem("data.max_samples", f"{max_samples} is out of range", "give 1 or more, or null for all")
 
 
 def library_pairs(
     *, body: bool = True, max_prompt_chars: int = 400, eval_fraction: float = EVAL_FRACTION, folder: Path | None = None
 ) -> dict[str, list[Pair]]:
-    """{"train": pairs, "eval": pairs} of the standard library in `folder` (default: this Python's), each prompt once.
+    """Return {"train": pairs, "eval": pairs} of the standard library in `folder` (default: this Python's).
 
-    Raises UserError if there is no source, or if either split would be empty.
+    Each prompt comes once. Raises UserError if there is no source, or if a split is empty.
     """
     splits: dict[str, list[Pair]] = {"train": [], "eval": []}
     seen = set()
@@ -106,7 +100,7 @@ def library_pairs(
 
 
 def module_pairs(source: Source, *, body: bool = True, max_prompt_chars: int = 400) -> Iterator[Pair]:
-    """The pairs of one module: its functions, methods and classes whose docstring has a usable first sentence."""
+    """Yield a pair for each function, method and class whose docstring has a usable first sentence."""
     for node, owner in definitions(source.tree):
         sentence = first_sentence(ast.get_docstring(node) or "")
         if sentence:
@@ -114,7 +108,10 @@ def module_pairs(source: Source, *, body: bool = True, max_prompt_chars: int = 4
 
 
 def first_sentence(docstring: str, max_chars: int = 160) -> str | None:
-    """The first sentence of a docstring on one line; None if it has but one word or over `max_chars` (1% have)."""
+    """Return the first sentence of a docstring on one line; None if it can't be used.
+
+    A sentence can't be used if it has only one word, code, or more than `max_chars` characters (1% have).
+    """
     for paragraph in re.split(r"\n\s*\n", docstring.strip()):
         text = " ".join(paragraph.split())
         if _SIGNATURE.fullmatch(text):
@@ -130,7 +127,7 @@ def first_sentence(docstring: str, max_chars: int = 160) -> str | None:
 
 
 def definitions(node: ast.AST, owner: ast.ClassDef | None = None) -> Iterator[tuple[Definition, ast.ClassDef | None]]:
-    """Every function and class inside `node`, with the class that directly holds it."""
+    """Yield every function and class inside `node`, with the class that directly contains it."""
     for block in blocks(node):
         for statement in block:
             if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -141,7 +138,10 @@ def definitions(node: ast.AST, owner: ast.ClassDef | None = None) -> Iterator[tu
 
 
 def source_of(source: Source, node: Definition, owner: ast.ClassDef | None, *, body: bool = True) -> str:
-    """A definition's text without docstrings, below the first line of the class that holds it, or its signature."""
+    """Return a definition's text without docstrings, or with `body=False` its signature.
+
+    A member of a class comes below the first line of the class.
+    """
     text = source.without_docstrings(source.line_of(node), source.end(node) if body else source.begin(node.body[0]))
     text = text.rstrip()
     if owner is None:
@@ -152,7 +152,7 @@ def source_of(source: Source, node: Definition, owner: ast.ClassDef | None, *, b
 
 
 def _shortened(text: str, max_chars: int) -> str:
-    """`text` up to the last line's end within `max_chars`, or cut inside a line where that would lose half of it."""
+    """Return at most `max_chars` of `text`, cut at a line's end unless that loses half of it."""
     if len(text) <= max_chars:
         return text
     whole_lines = text[: max_chars + 1].rpartition("\n")[0]
@@ -160,6 +160,6 @@ def _shortened(text: str, max_chars: int) -> str:
 
 
 def _indented(text: str, margin: str) -> str:
-    """`text` with `margin` in place of its first line's indentation, in every line that has it."""
+    """Return `text` with `margin` in place of its first line's indentation, in every line that has it."""
     old = text[: len(text) - len(text.lstrip())]
     return "\n".join(margin + line.removeprefix(old) if line.strip() else "" for line in text.split("\n"))

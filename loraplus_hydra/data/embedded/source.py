@@ -1,6 +1,6 @@
-"""The standard library's source code: its modules, which of them are held out, and their text without docstrings.
+"""The standard library's source code: its modules, the held-out ones, and text without docstrings.
 
-Needs no package from outside the standard library. Files are parsed, never imported.
+Needs only the standard library. Files are parsed, never imported.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from pathlib import Path
 
 from loraplus_hydra.errors import UserError
 
-EVAL_FRACTION = 0.1  # share of the modules that is held out, from the embedded model's pretraining too
+EVAL_FRACTION = 0.1  # share of the modules held out here and from the embedded model's pretraining
 
-_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__"}  # site-packages and its like are no identifiers
+_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__"}  # installed packages are in folders with a hyphen
 _SKIPPED_PACKAGES = {"encodings", "pydoc_data"}  # character tables, and the manual's text as one string
-_SKIPPED_FILES = ("_sysconfigdata", "sitecustomize", "usercustomize")  # written by a machine's build or its owner
+_SKIPPED_FILES = ("_sysconfigdata", "sitecustomize", "usercustomize")  # differ from machine to machine
 
-# With this salt a tenth of the pairs is held out under each of CPython 3.10 to 3.13, no module makes up much of it, and
-# no held-out prompt of one version is a training prompt of 3.11, whose library the shipped weights have seen.
+# With this salt a tenth of the pairs is held out under each of CPython 3.10 to 3.13, and no single module makes up much
+# of it. No held-out prompt of one version is a training prompt of 3.11, which the shipped weights know.
 _SALT = "loraplus_hydra/370"
 
 
 def library_modules(folder: Path | None = None) -> dict[str, Path]:
-    """{dotted name: source file} of the standard library in `folder` (default: this Python's), sorted by name.
+    """Return {dotted name: source file} of the standard library in `folder` (default: this Python's), sorted.
 
-    Left out: tests, installed packages, character tables, the manual's text, and files that a machine's build or owner
-    wrote. Raises UserError if there is no source: some Pythons are shipped zipped or without it.
+    Tests, installed packages, character tables, the manual's text, and files that differ from machine to machine are
+    left out. Raises UserError if there is no source, as in Pythons that are shipped zipped or without it.
     """
     folder = Path(sysconfig.get_path("stdlib")) if folder is None else folder
     modules = {}
@@ -57,7 +57,7 @@ def library_modules(folder: Path | None = None) -> dict[str, Path]:
 
 
 def read_library(folder: Path | None = None) -> Iterator[tuple[str, Source]]:
-    """(dotted name, Source) of each module of `library_modules`, but for those that can't be read or parsed."""
+    """Yield (dotted name, Source) of each module that can be read and parsed, sorted by name."""
     for name, path in library_modules(folder).items():
         try:
             raw = path.read_bytes()
@@ -69,21 +69,23 @@ def read_library(folder: Path | None = None) -> Iterator[tuple[str, Source]]:
 
 
 def is_held_out(module: str, fraction: float = EVAL_FRACTION) -> bool:
-    """Whether the module of that dotted name is held out: by a hash of the name, so under every Python alike.
+    """Return True if the module with that dotted name is held out.
 
-    What a smaller fraction holds out, a larger one does too. `_pydatetime` counts as `datetime`, and its like: that is
-    what such a module was called before its fast twin took the name.
+    A hash of the name decides, so it is the same under every Python. A larger fraction holds out more modules, and all
+    those of a smaller one.
     """
+    # `_pydatetime` was `datetime` before a faster module took its name, and so were its like.
     return stable_hash(_SALT + module.removeprefix("_py")) < fraction * 2**64
 
 
 def stable_hash(text: str) -> int:
-    """A number below 2**64 that is the same in every process and Python version, unlike `hash`."""
+    """Return a number below 2**64 that, unlike `hash`, is equal in every process and Python version."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
-    """The blocks of statements directly inside a module or a statement; much faster than `ast.walk`."""
+    """Yield the blocks of statements directly inside a module or a statement."""
+    # Much faster than `ast.walk`.
     for name in ("body", "orelse", "finalbody"):
         block = getattr(node, name, None)
         if block:
@@ -101,13 +103,16 @@ class _Cut:
 
 
 class Source:
-    """A module's text, parsed, and what to put in place of each bare string in it. Raises SyntaxError, ValueError."""
+    """A module's text, parsed, and the replacement of each bare string in it.
+
+    Raises SyntaxError, and ValueError for null bytes.
+    """
 
     def __init__(self, text: str) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes such as "\d" are the library's business
+            warnings.simplefilter("ignore")  # the library has old escapes such as "\d"
             self.tree = ast.parse(text)
-        # Offsets are those of the UTF-8 text, as in ast. Not splitlines: to ast a form feed ends no line.
+        # Offsets count bytes of UTF-8, as in ast. Not splitlines, which ends a line at a form feed; ast does not.
         self._text = text.encode()
         self._lines = [0, *(newline.end() for newline in re.finditer(b"\n", self._text))]
         self._cuts: list[_Cut] = []
@@ -115,22 +120,22 @@ class Source:
         self._cuts.sort(key=lambda cut: cut.begin)
 
     def line_of(self, node: ast.stmt) -> int:
-        """Offset of the line on which the statement begins, with its decorators."""
+        """Return the offset of the line on which the statement, or its first decorator, begins."""
         decorators: list[ast.expr] = getattr(node, "decorator_list", [])
         return self._lines[min([node.lineno, *(decorator.lineno for decorator in decorators)]) - 1]
 
     def begin(self, node: ast.stmt) -> int:
-        """Offset of the statement's first character, behind its indentation."""
+        """Return the offset of the statement's first character, after its indentation."""
         return self.line_of(node) + node.col_offset
 
     def end(self, node: ast.stmt) -> int:
-        """Offset behind the statement's last character."""
+        """Return the offset after the statement's last character."""
         assert node.end_lineno is not None
         assert node.end_col_offset is not None
         return self._lines[node.end_lineno - 1] + node.end_col_offset
 
     def without_docstrings(self, begin: int = 0, end: int | None = None) -> str:
-        """The text (from offset `begin` to `end`) without its docstrings and other bare strings; still valid Python."""
+        """Return the text from offset `begin` to `end` without bare strings such as docstrings; still valid Python."""
         end = len(self._text) if end is None else end
         pieces = []
         for cut in self._cuts:
@@ -155,7 +160,7 @@ class Source:
             if alone and statement not in needed:
                 blank_lines = re.compile(rb"(?:[ \t\f]*\n)*").match(self._text, next_line)
                 yield _Cut(line, blank_lines.end() if blank_lines else next_line, b"")
-            else:  # beside something else on its line, or the one statement of a block that needs one
+            else:  # other code is on the line, or the block needs a statement
                 yield _Cut(begin, end, b"pass")
 
 
