@@ -1,1 +1,1 @@
-"""One file a task: how its rows become the examples that its Trainer takes."""
+"""Tasks, one file each: they turn rows into the examples that their Trainer takes."""

@@ -1,8 +1,13 @@
-"""Classification of texts or of pairs of texts: one label, several, or a measured number -> what a Trainer takes."""
+"""Classification of texts or of pairs of texts: one label, several labels, or a measured number."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, DatasetDict, Features, List, Value
+from omegaconf import DictConfig
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from loraplus_hydra.data.cache import map_cached, tokenizer_digest
 from loraplus_hydra.data.rows import SPLITS, is_streamed
@@ -10,14 +15,8 @@ from loraplus_hydra.errors import ConfigErrors, Problem, nearest
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.tasks.labels import Labels, find_labels
 from loraplus_hydra.tasks.metrics import METRICS, MULTI, SINGLE, metrics_of
-from loraplus_hydra.tasks.rows import batch_rows, require_columns, text_in
-
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict, Features
-    from omegaconf import DictConfig
-    from transformers import PreTrainedTokenizerBase
-
-_NO_LIMIT = 1_000_000  # tokenizers that know no limit state a far larger number
+from loraplus_hydra.tasks.rows import batch_rows, cut_note, require_columns, text_in
+from loraplus_hydra.tasks.tokens import longest_input
 
 
 def examples(
@@ -29,64 +28,52 @@ def examples(
     problem_type: str | None = None,
     max_length: int | None = None,
 ) -> Examples:
-    """Rows with the columns `data.text_column`, `data.text_pair_column` (unless null) and `data.label_column`.
+    """Return tokens and labels of rows with one or two texts and a label.
 
-    `model_arguments` of the result size and name the model's head. Raises ConfigErrors.
+    The columns are `data.text_column`, `data.text_pair_column` (unless null) and `data.label_column`. `problem_type`
+    None: the labels decide. Texts are cut to `max_length` tokens (None: as many as the model takes). The examples'
+    `model_arguments` size and name the model's head. Raises ConfigErrors.
     """
-    wanted = {f"data.{key}": data[key] for key in ("text_column", "label_column") if key in data}
-    if missing := [key for key in ("text_column", "label_column") if key not in data]:
-        what = f"this option of `data` doesn't say what the column is called ({data._target_})"
-        raise ConfigErrors([Problem(f"data.{key}", what, f"name it: +data.{key}=...") for key in missing])
-    pair = data.get("text_pair_column")
-    require_columns(rows, wanted | ({"data.text_pair_column": pair} if pair else {}))
-    if any(is_streamed(rows[split]) for split in SPLITS):
-        what = "the labels of streamed rows can't be known before they are read"
-        raise ConfigErrors([Problem("data.streaming", what, "set it to false")])
-    pair = None if pair is None or _is_null(rows["train"], pair) else pair
+    text, pair = _text_columns(rows, data)
     labels = find_labels(rows, data.label_column, problem_type, sampled=data.get("max_samples") is not None)
     _check_metric(task, labels)
-    limit = _limit(tokenizer, max_length)
-    key = {
-        "task": "classification",
-        "tokenizer": tokenizer_digest(tokenizer),
-        "columns": [data.text_column, pair],
-        "labels": vars(labels) | {"_numbers": None},
-        "max_length": limit,
-    }
-    encoded: dict[str, Dataset] = {}
-    notes = []
-    for split in SPLITS:
-        convert = _converter(data.text_column, pair, labels, tokenizer, limit, split)
-        found: Any = map_cached(
-            rows[split], convert, columns=rows[split].column_names, features=_features(labels, tokenizer), key=key
-        )
-        if cut := sum(found["cut"]):
-            notes.append(
-                f"{cut:,} of {len(found):,} {split} rows are longer than {limit} tokens: their ends are cut off."
-            )
-        encoded[split] = found.remove_columns("cut")
-    from transformers import DataCollatorWithPadding
-
+    limit = min((each for each in (max_length, longest_input(tokenizer)) if each is not None), default=None)
+    encoder = _Encoder(text, pair, labels, tokenizer, limit)
+    encoded = {split: encoder.encode(rows[split], split) for split in SPLITS}
+    cut = {split: sum(split_rows["cut"]) for split, split_rows in encoded.items()}
     return Examples(
-        train=encoded["train"],
-        eval=encoded["eval"],
+        train=encoded["train"].remove_columns("cut"),
+        eval=encoded["eval"].remove_columns("cut"),
         trainer_arguments={
             "data_collator": DataCollatorWithPadding(tokenizer),
             "compute_metrics": metrics_of(labels.problem_type),
         },
         # A causal model judges by the last token of a text, which it finds by the pad token's id.
         model_arguments=labels.model_arguments() | {"pad_token_id": tokenizer.pad_token_id},
-        notes=tuple(notes),
+        notes=tuple(cut_note(cut[split], len(encoded[split]), split, limit) for split in SPLITS if cut[split]),
     )
 
 
-def _is_null(rows: Dataset, column: str) -> bool:
-    """Whether a column is there for form's sake, of a type without values."""
-    return getattr(rows.features[column], "dtype", None) == "null"
+def _text_columns(rows: DatasetDict, data: DictConfig) -> tuple[str, str | None]:
+    """Return the columns of the first and the second text. Raises ConfigErrors, for the labels' column too."""
+    needed = ("text_column", "label_column")
+    if missing := [key for key in needed if key not in data]:
+        raise ConfigErrors(
+            [Problem(f"data.{key}", "is not set", f"name the column: +data.{key}=...") for key in missing]
+        )
+    pair = data.get("text_pair_column")
+    named = (*needed, "text_pair_column") if pair else needed
+    require_columns(rows, {f"data.{key}": data[key] for key in named})
+    if any(is_streamed(rows[split]) for split in SPLITS):
+        what = "the labels of streamed rows aren't known before the rows are read"
+        raise ConfigErrors([Problem("data.streaming", what, "set it to false")])
+    # GLUE has the column in every task. Where there is no second text, its type is null.
+    is_null = pair and getattr(rows["train"].features[pair], "dtype", None) == "null"
+    return data.text_column, None if is_null else pair
 
 
 def _check_metric(task: DictConfig, labels: Labels) -> None:
-    """The metric that a sweep goes by must be one that this kind of labels has, and point the right way."""
+    """Raise ConfigErrors if the labels don't have the task's metric, or if it points the other way."""
     known = METRICS[labels.problem_type] | {"eval_loss": False}
     if task.metric not in known:
         what = f"{labels.problem_type} has no '{task.metric}'{nearest(task.metric, known)}"
@@ -97,32 +84,41 @@ def _check_metric(task: DictConfig, labels: Labels) -> None:
         raise ConfigErrors([Problem("task.greater_is_better", f"of {task.metric} {better} is better", fix)])
 
 
-def _limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int | None:
-    """Tokens at most: as asked for, but no more than the model has positions for."""
-    own = tokenizer.model_max_length if tokenizer.model_max_length < _NO_LIMIT else None
-    limits = [limit for limit in (max_length, own) if limit is not None]
-    return min(limits) if limits else None
+@dataclass(frozen=True)
+class _Encoder:
+    """Rows to tokens and labels."""
 
+    text: str  # columns
+    pair: str | None
+    labels: Labels
+    tokenizer: PreTrainedTokenizerBase
+    limit: int | None  # tokens of a row
 
-def _features(labels: Labels, tokenizer: PreTrainedTokenizerBase) -> Features:
-    from datasets import Features, List, Value
+    def encode(self, rows: Dataset, split: str) -> Any:
+        """Return the tokenizer's columns, `labels`, and `cut`, which is true for rows over the limit."""
+        key = {
+            "task": "classification",
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "columns": [self.text, self.pair],
+            "labels": vars(self.labels) | {"_numbers": None},
+            "max_length": self.limit,
+        }
 
-    label = {SINGLE: Value("int64"), MULTI: List(Value("float32"))}.get(labels.problem_type, Value("float32"))
-    inputs = {name: List(Value("int32")) for name in tokenizer.model_input_names}
-    return Features({**inputs, "labels": label, "cut": Value("bool")})
+        def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+            return self._batch(list(batch_rows(batch, indices, split)))
 
+        return map_cached(rows, convert, columns=rows.column_names, features=self._features(), key=key)
 
-def _converter(
-    text: str, pair: str | None, labels: Labels, tokenizer: PreTrainedTokenizerBase, limit: int | None, split: str
-) -> Any:
-    def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        placed = list(batch_rows(batch, indices, split))
-        texts = [text_in(row, text, place, empty=False) for row, place in placed]
-        pairs = None if pair is None else [text_in(row, pair, place, empty=False) for row, place in placed]
-        targets = [labels.read(row[labels.column], place) for row, place in placed]
-        whole = tokenizer(texts, pairs)["input_ids"]
-        cut = [limit is not None and len(ids) > limit for ids in whole]
-        inputs = tokenizer(texts, pairs, truncation=limit is not None, max_length=limit)
-        return {**{name: inputs[name] for name in tokenizer.model_input_names}, "labels": targets, "cut": cut}
+    def _batch(self, rows: list[tuple[dict[str, Any], str]]) -> dict[str, list[Any]]:
+        columns = (self.text,) if self.pair is None else (self.text, self.pair)
+        texts = [[text_in(row, column, place, empty=False) for row, place in rows] for column in columns]
+        labels = [self.labels.read(row[self.labels.column], place) for row, place in rows]
+        lengths = map(len, self.tokenizer(*texts)["input_ids"])
+        inputs = self.tokenizer(*texts, truncation=self.limit is not None, max_length=self.limit)
+        cut = [self.limit is not None and length > self.limit for length in lengths]
+        return {**{name: inputs[name] for name in self.tokenizer.model_input_names}, "labels": labels, "cut": cut}
 
-    return convert
+    def _features(self) -> Features:
+        label = {SINGLE: Value("int64"), MULTI: List(Value("float32"))}.get(self.labels.problem_type, Value("float32"))
+        inputs = {name: List(Value("int32")) for name in self.tokenizer.model_input_names}
+        return Features({**inputs, "labels": label, "cut": Value("bool")})

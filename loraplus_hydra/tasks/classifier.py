@@ -6,11 +6,8 @@ from transformers import Trainer
 
 
 class ClassificationTrainer(Trainer):
-    """transformers' Trainer, with the loss of a step averaged over its accumulated batches.
+    """transformers' Trainer, with the loss of a step averaged over its accumulated batches."""
 
-    A classifier's loss is a mean over the batch, but its `forward` takes keyword arguments, from which the Trainer
-    concludes that the loss is a share of the whole step already: with `gradient_accumulation_steps` of N the gradient
-    would come out N times too large.
-    """
-
+    # A classifier's loss is a mean over the batch. But its `forward` takes keyword arguments, from which the Trainer
+    # concludes that the loss is already divided by the accumulation steps: the gradient would be N times too large.
     loss_is_scaled_for_ga = False

@@ -18,46 +18,47 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from datasets import Dataset, IterableDataset
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.config.identity import config_hash
 from loraplus_hydra.config.schema import TaskConfig
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.data.rows import is_streamed, load_rows
 
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
-    from transformers import PreTrainedTokenizerBase
-
 
 @dataclass(frozen=True)
 class Examples:
-    """Training and evaluation examples as the task's Trainer takes them, and the held-out rows to show as samples."""
+    """Examples as the task's Trainer takes them, and the held-out rows to show as samples."""
 
     train: Dataset | IterableDataset
     eval: Dataset
     prompts: tuple[str, ...] = ()  # held-out prompts as text
     rendered: tuple[str, ...] = ()  # the same as the model sees them
-    references: tuple[str, ...] = ()  # what the rows answer
-    trainer_arguments: dict[str, Any] = field(default_factory=dict)  # further arguments of the Trainer
-    model_arguments: dict[str, Any] = field(default_factory=dict)  # what the model's config must say: num_labels, ...
-    notes: tuple[str, ...] = ()  # what the user should know of the rows, such as how many are cut
+    references: tuple[str, ...] = ()  # the rows' answers
+    trainer_arguments: dict[str, Any] = field(default_factory=dict)  # more arguments of the Trainer
+    model_arguments: dict[str, Any] = field(default_factory=dict)  # attributes of the model's config: num_labels, ...
+    notes: tuple[str, ...] = ()  # for the user, such as how many rows are cut
 
     def counts(self) -> str:
-        """How many there are, in words."""
+        """Return the numbers of examples in words."""
         train = "a stream of examples" if is_streamed(self.train) else f"{len(self.train):,} examples"
         return f"{train} to train on, {len(self.eval):,} to evaluate on"
 
 
-# Examples that a check has made and the run right behind it takes: at most one, and only for the same config.
+# Examples that a check has made for the run that follows, by the config: at most one entry.
 _kept: dict[str, Examples] = {}
 
 
 def load_examples(config: DictConfig, tokenizer: PreTrainedTokenizerBase, *, keep: bool = False) -> Examples:
-    """The examples of the config's rows. With `keep`, the next call with this config gets the same ones."""
+    """Load the config's rows and return their examples.
+
+    With `keep`, the next call with the same config returns the same examples. Raises ConfigErrors.
+    """
     key = _key(config)
     examples = _kept.pop(key, None)
     if examples is None:
@@ -76,10 +77,10 @@ def own_arguments(task: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kept_examples(config: DictConfig) -> Examples | None:
-    """The examples that were kept for this config, which stay kept; None when there are none."""
+    """Return the examples that were kept for this config, or None; they stay kept."""
     try:
         return _kept.get(_key(config))
-    except OmegaConfBaseException:  # a config with interpolations that lead nowhere has none
+    except OmegaConfBaseException:  # no examples were made for a config with invalid interpolations
         return None
 
 

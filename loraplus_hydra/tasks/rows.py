@@ -1,32 +1,50 @@
-"""What a task asks of its rows: columns that are there, values of the right kind; and where a wrong one stands."""
+"""Checks that all tasks share: columns that exist, values of the right kind, errors that name the row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
-from loraplus_hydra.data.rows import ORIGIN, SPLITS, columns
+from datasets import DatasetDict
+from omegaconf import DictConfig
+
+from loraplus_hydra.data.rows import ORIGIN, SPLITS, Rows, all_columns, columns
 from loraplus_hydra.errors import ConfigErrors, Problem, nearest
-
-if TYPE_CHECKING:
-    from datasets import DatasetDict
 
 
 def require_columns(rows: DatasetDict, wanted: Mapping[str, str]) -> None:
-    """Raise ConfigErrors when a split lacks a column of `wanted` (config key -> column), saying which are there."""
+    """Raise ConfigErrors if a split lacks a column of `wanted` (config key -> column), with those it has."""
     problems = []
     for split in SPLITS:
-        there = columns(rows[split])
+        available = columns(rows[split])
         for key, column in wanted.items():
-            if column not in there:
-                what = f"the {split} rows have no column '{column}'{nearest(column, there)}"
-                problems.append(Problem(key, what, f"the columns are: {', '.join(there)}"))
+            if column not in available:
+                what = f"the {split} rows have no column '{column}'{nearest(column, available)}"
+                problems.append(Problem(key, what, f"the columns are: {', '.join(available)}"))
     if problems:
+        # One Problem for each key: the training rows' where both splits lack the column.
         raise ConfigErrors(list({problem.key: problem for problem in reversed(problems)}.values()))
 
 
+def find_columns(rows: DatasetDict, data: DictConfig, names: Iterable[str]) -> dict[str, str]:
+    """Return the column for each name: `data.<name>_column`, or by default the name. Raises ConfigErrors."""
+    found = {name: data.get(f"{name}_column") or name for name in names}
+    require_columns(rows, {f"data.{name}_column": column for name, column in found.items()})
+    return found
+
+
+def map_rows(rows: Rows, split: str, read: Callable[[dict[str, Any], str], dict[str, Any]]) -> Rows:
+    """Return `rows` with the columns that `read(row, place)` returns in place of all others."""
+
+    def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        found = [read(row, place) for row, place in batch_rows(batch, indices, split)]
+        return {name: [row[name] for row in found] for name in found[0]}
+
+    return rows.map(convert, batched=True, with_indices=True, remove_columns=all_columns(rows))
+
+
 def batch_rows(batch: Mapping[str, list[Any]], indices: list[int], split: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """The rows of a batch, each with the words that say where it stands."""
+    """Yield (row, place) for the rows of a batch; the place is its file and line, or its number in the split."""
     names = [name for name in batch if name != ORIGIN]
     for position, index in enumerate(indices):
         place = batch[ORIGIN][position] if ORIGIN in batch else f"row {index + 1} of the {split} rows"
@@ -34,22 +52,25 @@ def batch_rows(batch: Mapping[str, list[Any]], indices: list[int], split: str) -
 
 
 def text_in(row: Mapping[str, Any], column: str, place: str, *, empty: bool = True) -> str:
-    """The text in a row's column; raises ConfigErrors when it is something else, or empty where that may not be."""
+    """Return the text in a row's column.
+
+    Raises ConfigErrors if it is not text, or with `empty=False` if it is only white space.
+    """
     value = row[column]
     if not isinstance(value, str):
-        raise wrong_value(place, column, f"is {described(value)}, not text")
+        raise row_error(place, column, f"is {describe(value)}, not text")
     if not empty and not value.strip():
-        raise wrong_value(place, column, "is empty, so there is nothing to learn")
+        raise row_error(place, column, "is empty, so there is nothing to learn")
     return value
 
 
-def wrong_value(place: str, column: str, what: str, fix: str = "mend the row, or leave it out") -> ConfigErrors:
-    """The error for a row's value, to be raised."""
+def row_error(place: str, column: str, what: str, fix: str = "correct the row, or leave it out") -> ConfigErrors:
+    """Return the error for a row's value."""
     return ConfigErrors([Problem("data", f"{place}: '{column}' {what}", fix)])
 
 
-def described(value: Any) -> str:
-    """A value in words."""
+def describe(value: Any) -> str:
+    """Return a value in words, as in 'the number 3'."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -61,3 +82,8 @@ def described(value: Any) -> str:
     if isinstance(value, (list, dict)):
         return "a list" if isinstance(value, list) else "an object"
     return f"a {type(value).__name__}"
+
+
+def cut_note(cut: int, total: int, split: str, limit: int | None) -> str:
+    """Return the note on rows that are longer than `limit` tokens."""
+    return f"{cut:,} of {total:,} {split} rows are longer than {limit} tokens: their ends are cut off."

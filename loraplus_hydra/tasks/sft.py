@@ -1,31 +1,30 @@
-"""Supervised fine-tuning: prompt and completion, conversations or plain text -> what TRL's SFTTrainer takes.
+"""Supervised fine-tuning: prompts and completions, conversations or plain text, as TRL's SFTTrainer takes them.
 
-Rows become tokens and labels here, so that everything wrong with them is known before the model is loaded; TRL cuts,
-packs and batches them. https://huggingface.co/docs/trl/sft_trainer
+Rows become tokens and labels here, so that errors in them are known before the model is loaded. TRL cuts, packs and
+batches them. https://huggingface.co/docs/trl/sft_trainer
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, Features, List, Value
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.data.cache import map_cached, tokenizer_digest
-from loraplus_hydra.data.rows import SPLITS, all_columns, is_streamed
+from loraplus_hydra.data.rows import SPLITS, Rows, all_columns, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.tasks.conversation import Conversation, Shape, Text, shape_of
+from loraplus_hydra.tasks.conversation import Conversation, Shape, Text, find_shape
 from loraplus_hydra.tasks.examples import Examples
-from loraplus_hydra.tasks.rows import batch_rows
-from loraplus_hydra.tasks.template import check_template, end_token, loss_rule, take_template
-from loraplus_hydra.tasks.tokens import IGNORED, Encoded, LossRule, encode_conversation, encode_texts
+from loraplus_hydra.tasks.rows import batch_rows, cut_note
+from loraplus_hydra.tasks.template import check_template, end_token, loss_rule, set_template
+from loraplus_hydra.tasks.tokens import IGNORED, LossRule, encode_conversation, encode_texts
 
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
-    from omegaconf import DictConfig
-    from transformers import PreTrainedTokenizerBase
-
-    from loraplus_hydra.data.rows import Rows
-
-# With assistant_only_loss SFTTrainer insists on a column of messages, even beside labels; it doesn't read it then.
+# With assistant_only_loss SFTTrainer requires a column of messages, which it doesn't read if there are labels.
 _ANY_TURNS = [{"role": "assistant", "content": ""}]
 
 
@@ -37,36 +36,26 @@ def examples(
     *,
     chat: bool | None = None,
 ) -> Examples:
-    """Rows in any of TRL's shapes as tokens and labels.
+    """Return tokens and labels of rows in any of TRL's shapes.
 
-    With `chat` (or, when it is None, with a tokenizer that has a chat template) a prompt and its completion become a
-    turn of the user and one of the assistant; plain text stays plain. Raises ConfigErrors.
+    With `chat` (None: if the tokenizer has a chat template) a prompt and its completion become a turn of the user and
+    one of the assistant. Plain text stays plain. Raises ConfigErrors.
     """
-    shape = shape_of(rows, data)
+    shape = find_shape(rows, data)
     end = end_token(tokenizer, task)
-    take_template(tokenizer, task)
+    set_template(tokenizer, task)
     check_template(tokenizer, shape, chat=chat)
     chat = bool(tokenizer.chat_template) if chat is None else chat
     rule, notes = loss_rule(tokenizer, shape, task, chat=chat)
-    key = {
-        "task": "sft",
-        "tokenizer": tokenizer_digest(tokenizer),
-        "shape": vars(shape),
-        "chat": chat,
-        "rule": vars(rule),
-        "end": end,
-    }
-    encoded = {}
+    encoder = _Encoder(shape, tokenizer, rule, end, chat)
+    encoded = {split: encoder.encode(rows[split], split) for split in SPLITS}
     for split in SPLITS:
-        convert = _converter(shape, tokenizer, rule, end, split, chat=chat)
-        encoded[split] = _tokenised(rows[split], convert, rule, key)
-    for split in SPLITS:
-        encoded[split], more = _noted(encoded[split], split, task)
-        notes += more
-    prompts, rendered, references = _samples(rows["eval"], tokenizer, shape, task.samples, chat=chat)
+        notes += _notes(encoded[split], split, task)
+    samples = list(encoder.samples(rows["eval"], task.samples))
+    prompts, rendered, references = zip(*samples, strict=True) if samples else ((), (), ())
     return Examples(
-        train=encoded["train"],
-        eval=encoded["eval"],
+        train=encoded["train"].remove_columns("merged"),
+        eval=encoded["eval"].remove_columns("merged"),
         prompts=prompts,
         rendered=rendered,
         references=references,
@@ -74,95 +63,102 @@ def examples(
     )
 
 
-def _converter(
-    shape: Shape, tokenizer: PreTrainedTokenizerBase, rule: LossRule, end: str, split: str, *, chat: bool
-) -> Any:
-    def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        found = [(shape.read(row, place, chat=chat), place) for row, place in batch_rows(batch, indices, split)]
-        texts = iter(encode_texts([each for each, _ in found if isinstance(each, Text)], tokenizer, rule, end))
-        encoded: list[Encoded] = [
-            encode_conversation(each, tokenizer, rule, place) if isinstance(each, Conversation) else next(texts)
-            for each, place in found
+@dataclass(frozen=True)
+class _Encoder:
+    """Rows to tokens and labels."""
+
+    shape: Shape
+    tokenizer: PreTrainedTokenizerBase
+    rule: LossRule
+    end: str  # token after plain text
+    chat: bool
+
+    def encode(self, rows: Rows, split: str) -> Rows:
+        """Return the columns input_ids, labels and merged, and for `assistant_only` also messages."""
+        key = {
+            "task": "sft",
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "shape": vars(self.shape),
+            "chat": self.chat,
+            "rule": vars(self.rule),
+            "end": self.end,
+        }
+        features = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "merged": Value("bool")}
+        if self.rule.assistant_only:
+            features["messages"] = List({"role": Value("string"), "content": Value("string")})
+
+        def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+            return self._batch(batch_rows(batch, indices, split))
+
+        return map_cached(rows, convert, columns=all_columns(rows), features=Features(features), key=key)
+
+    def _batch(self, rows: Iterator[tuple[dict[str, Any], str]]) -> dict[str, list[Any]]:
+        parts = [(self.shape.read(row, place, chat=self.chat), place) for row, place in rows]
+        # Texts are tokenised together, which is much faster.
+        texts = [part for part, _ in parts if isinstance(part, Text)]
+        encoded_texts = iter(encode_texts(texts, self.tokenizer, self.rule, self.end))
+        encoded = [
+            encode_conversation(part, self.tokenizer, self.rule, place)
+            if isinstance(part, Conversation)
+            else next(encoded_texts)
+            for part, place in parts
         ]
         columns = {name: [getattr(row, name) for row in encoded] for name in ("input_ids", "labels", "merged")}
-        return columns | ({"messages": [_ANY_TURNS] * len(encoded)} if rule.assistant_only else {})
+        return columns | ({"messages": [_ANY_TURNS] * len(encoded)} if self.rule.assistant_only else {})
 
-    return convert
+    def samples(self, rows: Dataset, count: int) -> Iterator[tuple[str, str, str]]:
+        """Yield (prompt, prompt as the model sees it, answer) of the first rows that have an answer."""
+        for row in rows.select(range(min(count, len(rows)))):
+            part = self.shape.read(row, "", chat=self.chat)
+            if isinstance(part, Text):
+                half = len(part.completion) // 2
+                prompt = part.completion[:half] if part.prompt is None else part.prompt
+                yield prompt, prompt, part.completion[half:] if part.prompt is None else part.completion
+                continue
+            turns = [*(part.prompt or []), *part.completion]
+            last = max((index for index, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+            if last == 0:
+                continue  # no turn comes before the answer
+            rendered = self.tokenizer.apply_chat_template(
+                turns[:last], add_generation_prompt=True, tokenize=False, **part.template_arguments
+            )
+            yield _content(turns[last - 1]), str(rendered), _content(turns[last])
 
 
-def _tokenised(rows: Rows, convert: Any, rule: LossRule, key: dict[str, Any]) -> Rows:
-    """The rows with the columns input_ids, labels and merged, and for `assistant_only` one of messages."""
-    from datasets import Features, List, Value
-
-    features = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "merged": Value("bool")}
-    if rule.assistant_only:
-        features["messages"] = List({"role": Value("string"), "content": Value("string")})
-    return map_cached(rows, convert, columns=all_columns(rows), features=Features(features), key=key)
+def _content(message: dict[str, Any]) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else " ".join(str(part.get("text", "")) for part in content)
 
 
-def _noted(rows: Rows, split: str, task: DictConfig) -> tuple[Rows, list[str]]:
-    """The rows as the Trainer takes them, and how many are cut, left out or merged; ConfigErrors if none is left."""
+def _notes(rows: Rows, split: str, task: DictConfig) -> list[str]:
+    """Return notes on how many rows are cut, left out or merged. Raises ConfigErrors if no row is left."""
     if is_streamed(rows):
-        return rows.remove_columns("merged"), []
-    limit = task.args.get("max_length")
+        return []
     notes = []
-    merged = sum(rows["merged"])
-    rows = rows.remove_columns("merged")
-    if merged:
+    if merged := sum(rows["merged"]):
         notes.append(
             f"In {merged:,} of {len(rows):,} {split} rows the prompt's end and the completion's beginning share a "
             "token, which counts as the completion's: end prompts, or begin completions, with a space or a line's end."
         )
-    long = [] if limit is None else list(_too_long(rows, limit))
-    if long and not (task.args.get("packing") and task.args.get("packing_strategy") in ("bfd_split", "wrapped")):
-        emptied = sum(all(label == IGNORED for label in rows[index]["labels"][:limit]) for index in long)
-        notes.append(
-            f"{len(long):,} of {len(rows):,} {split} rows are longer than {limit} tokens: their ends are cut off."
-        )
-        if emptied:
-            notes.append(f"{emptied:,} of these have no token left to learn and are left out.")
-        if emptied == len(rows):
-            what = f"{limit} tokens leave nothing to learn of any {split} row"
-            raise ConfigErrors([Problem("task.args.max_length", what, "allow for more")])
-    return rows, notes
+    limit = task.args.get("max_length")
+    if limit is None or (task.args.get("packing") and task.args.get("packing_strategy") in ("bfd_split", "wrapped")):
+        return notes  # nothing is cut
+    long = list(_too_long(rows, limit))
+    emptied = sum(all(label == IGNORED for label in rows[index]["labels"][:limit]) for index in long)
+    if long:
+        notes.append(cut_note(len(long), len(rows), split, limit))
+    if emptied:
+        notes.append(f"{emptied:,} of these have no token left to learn and are left out.")
+    if emptied == len(rows):
+        what = f"{limit} tokens leave nothing to learn of any {split} row"
+        raise ConfigErrors([Problem("task.args.max_length", what, "allow more tokens")])
+    return notes
 
 
 def _too_long(rows: Dataset, limit: int) -> Iterator[int]:
-    """The indices of rows of more than `limit` tokens."""
-    import pyarrow.compute as pc
-
+    """Yield the indices of rows of more than `limit` tokens."""
     start = 0
     for batch in rows.with_format("arrow").select_columns("input_ids").iter(batch_size=10_000):
         lengths = pc.list_value_length(batch["input_ids"])
         yield from (start + index for index, length in enumerate(lengths.to_pylist()) if length > limit)
         start += len(batch)
-
-
-def _samples(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, shape: Shape, count: int, *, chat: bool
-) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """The first held-out rows as (prompts, prompts as the model sees them, answers)."""
-    found = []
-    for row in rows.select(range(min(count, len(rows)))):
-        read = shape.read(row, "", chat=chat)
-        if isinstance(read, Text):
-            half = len(read.completion) // 2
-            prompt = read.completion[:half] if read.prompt is None else read.prompt
-            answer = read.completion[half:] if read.prompt is None else read.completion
-            found.append((prompt, prompt, answer))
-            continue
-        turns = [*(read.prompt or []), *read.completion]
-        last = max((index for index, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
-        if last == 0:
-            continue  # nothing comes before the answer
-        rendered = tokenizer.apply_chat_template(
-            turns[:last], add_generation_prompt=True, tokenize=False, **read.template_arguments
-        )
-        found.append((_said(turns[last - 1]), str(rendered), _said(turns[last])))
-    prompts, renderings, answers = zip(*found, strict=True) if found else ((), (), ())
-    return prompts, renderings, answers
-
-
-def _said(message: dict[str, Any]) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else " ".join(str(part.get("text", "")) for part in content)

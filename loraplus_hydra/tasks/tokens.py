@@ -1,31 +1,31 @@
-"""Texts and conversations -> token ids and labels. A label of -100 carries no loss; any other is its token's id.
+"""Token ids and labels of texts and conversations. A label is its token's id, or -100 for a token without loss.
 
-The same tokens and labels as TRL's SFTTrainer makes (the tests compare them), but known before the model is loaded,
-with the place of each row that can't be made sense of.
+The tokens and labels are those of TRL's SFTTrainer (the tests compare them). But they are made before the model is
+loaded, and errors name the row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.tasks.conversation import Conversation, Message, Text
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 IGNORED = -100
+_NO_LIMIT = 1_000_000  # tokenizers without a limit give a far larger number
 
 
 @dataclass(frozen=True)
 class LossRule:
-    """Which tokens carry loss."""
+    """The choice of tokens that carry loss."""
 
-    completion_only: bool  # none of a prompt's
-    assistant_only: bool  # only those that the template marks as the assistant's
-    template: str | None = None  # a chat template to use in place of the tokenizer's, for its marks
+    completion_only: bool  # no token of a prompt
+    assistant_only: bool  # only tokens that the template marks as the assistant's
+    template: str | None = None  # a chat template with such marks, in place of the tokenizer's
 
 
 @dataclass(frozen=True)
@@ -34,43 +34,48 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]
-    merged: bool = False  # the prompt's last tokens aren't those that it has alone
+    merged: bool = False  # the prompt's last tokens differ from those of the prompt alone
+
+
+def longest_input(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the number of tokens that the model was made for, or None if the tokenizer doesn't know it."""
+    limit: int = tokenizer.model_max_length
+    return limit if limit < _NO_LIMIT else None
 
 
 def encode_texts(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, rule: LossRule, end: str) -> list[Encoded]:
-    """Plain texts, each followed by the token `end` unless it ends so already."""
+    """Encode plain texts, each followed by the token `end` unless it ends with it."""
     if not texts:
         return []
-    whole = [_ended((text.prompt or "") + text.completion, text.completion, end) for text in texts]
-    whole_ids = tokenizer(whole)["input_ids"]
+    full = [(text.prompt or "") + text.completion + _missing_end(text.completion, end) for text in texts]
+    full_ids = tokenizer(full)["input_ids"]
     prompt_ids = tokenizer([text.prompt or "" for text in texts])["input_ids"]
     return [
         _encoded(ids, prompt if text.prompt is not None else None, rule)
-        for text, ids, prompt in zip(texts, whole_ids, prompt_ids, strict=True)
+        for text, ids, prompt in zip(texts, full_ids, prompt_ids, strict=True)
     ]
 
 
-def _ended(text: str, completion: str, end: str) -> str:
-    return text if completion.endswith(end) else text + end
+def _missing_end(completion: str, end: str) -> str:
+    return "" if completion.endswith(end) else end
 
 
 def encode_conversation(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, rule: LossRule, place: str
 ) -> Encoded:
-    """A conversation as the chat template writes it; raises ConfigErrors naming `place` when the template can't."""
+    """Encode a conversation by the chat template. Raises ConfigErrors naming `place` if the template fails."""
     prompt_ids = None
     if conversation.prompt is not None:
-        prompt_ids = _templated(conversation.prompt, conversation, tokenizer, rule, place, add_generation_prompt=True)[
-            0
-        ]
+        arguments = {"add_generation_prompt": True}
+        prompt_ids, _ = _apply_template(conversation.prompt, conversation, tokenizer, rule, place, **arguments)
     messages = [*(conversation.prompt or []), *conversation.completion]
-    ids, marks = _templated(messages, conversation, tokenizer, rule, place)
+    ids, marks = _apply_template(messages, conversation, tokenizer, rule, place)
     if rule.assistant_only and not any(marks):
         raise _template_error(place, "the template marks no token as the assistant's", "leave the row out")
     return _encoded(ids, prompt_ids, rule, marks)
 
 
-def _templated(
+def _apply_template(
     messages: list[Message],
     conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,
@@ -78,7 +83,7 @@ def _templated(
     place: str,
     **arguments: Any,
 ) -> tuple[list[int], list[int]]:
-    """Token ids, and with `rule.assistant_only` a 1 for each token of the assistant's."""
+    """Return token ids, and with `rule.assistant_only` a 1 for each token of the assistant's, else a 0."""
     masked = rule.assistant_only and not arguments
     try:
         output = tokenizer.apply_chat_template(
@@ -89,9 +94,9 @@ def _templated(
             return_assistant_tokens_mask=masked,
             **{**conversation.template_arguments, **arguments},
         )
-    except Exception as error:  # a template can raise anything: its own errors, Jinja's, those of Python inside it
-        reason = first_line(error)
-        raise _template_error(place, f"the chat template fails: {reason}", "mend the row, or leave it out") from None
+    except Exception as error:  # a template can raise anything: its own errors, Jinja's, Python's
+        what = f"the chat template fails: {first_line(error)}"
+        raise _template_error(place, what, "correct the row, or leave it out") from None
     return list(output["input_ids"]), list(output["assistant_masks"]) if masked else []
 
 
@@ -102,7 +107,7 @@ def _template_error(place: str, what: str, fix: str) -> ConfigErrors:
 def _encoded(
     ids: list[int], prompt_ids: list[int] | None, rule: LossRule, marks: Sequence[int] | None = None
 ) -> Encoded:
-    """Labels by the rule. The completion begins where the whole differs from the prompt alone."""
+    # The completion begins at the first token that differs from the prompt alone: tokens can span both.
     start = 0 if prompt_ids is None else _common_length(prompt_ids, ids)
     first = start if rule.completion_only else 0
     labels = [
@@ -113,7 +118,7 @@ def _encoded(
 
 
 def _common_length(ids: Sequence[int], others: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their beginning."""
+    """Return how many tokens at their beginning two sequences have in common."""
     length = 0
     for token, other in zip(ids, others, strict=False):
         if token != other:

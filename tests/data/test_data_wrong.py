@@ -218,7 +218,7 @@ MISTAKES: dict[str, Mistake] = {
         GOOD, overrides=("data.streaming=true", "trainer.max_steps=-1"), said=("trainer.max_steps", "no end")
     ),
     "text of no words": Mistake(
-        ("rows hold no text to go on with",), content=jsonl({"text": ""}), task="text", overrides=("task.block_size=8",)
+        ("rows hold no text to continue",), content=jsonl({"text": ""}), task="text", overrides=("task.block_size=8",)
     ),
 }
 

@@ -1,1 +1,1 @@
-"""The toy of the LoRA+ paper's theory: a linear student that learns a change of low rank, at any width, in a second."""
+"""The LoRA+ paper's theory on a toy: a linear student learns a change of low rank, at any width, in a second."""

@@ -1,24 +1,22 @@
-"""The student's rows: each is all inputs at once, so that a step sees them all."""
+"""The student's rows: each has all inputs, so every step takes all of them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from datasets import Dataset, DatasetDict
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase, default_data_collator
 
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.examples import Examples
 
-if TYPE_CHECKING:
-    from datasets import DatasetDict
-    from omegaconf import DictConfig
-    from transformers import PreTrainedTokenizerBase
-
-_WIDEST = 2048  # rows of the student's tables: the tokenizer's vocabulary
+_WIDEST = 2048  # rows of the student's tables; the size of the tokenizer's vocabulary
 
 
 def load(width: int = 256, rank: int = 4, steps: int = 100, seed: int = 0) -> DatasetDict:
-    """`steps` training rows and one to evaluate on, all the same: the numbers of all inputs. Raises ConfigErrors."""
-    from datasets import Dataset, DatasetDict
+    """Return `steps` training rows and one to evaluate on, each with the numbers of all inputs.
 
+    `rank` and `seed` are the model's, which gets them by `examples`. Raises ConfigErrors for values out of range.
+    """
     problems = []
     if not 1 < width <= _WIDEST:
         problems.append(Problem("data.width", f"{width} is out of range", f"from 2 to {_WIDEST}"))
@@ -33,12 +31,10 @@ def load(width: int = 256, rank: int = 4, steps: int = 100, seed: int = 0) -> Da
 
 
 def examples(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictConfig, data: DictConfig) -> Examples:
-    """The rows as they are; the model's width, rank and seed are theirs."""
-    from transformers import default_data_collator
-
+    """Return the rows, and the width, rank and seed for the model's config."""
     return Examples(
         train=rows["train"].with_format("torch"),
         eval=rows["eval"].with_format("torch"),
-        trainer_arguments={"data_collator": default_data_collator},  # the tokenizer's would pad
+        trainer_arguments={"data_collator": default_data_collator},  # the default pads by the tokenizer
         model_arguments={name: data[name] for name in ("width", "rank", "seed")},
     )

@@ -1,8 +1,8 @@
-"""A linear student: y = x dW^T is to be learnt by LoRA on a layer of zeros, f = x A^T B^T.
+"""A linear student: LoRA on a layer of zeros, f = x A^T B^T, learns y = x dW^T.
 
-The inputs are sqrt(width) times the unit vectors, all of them in each step: their mean is that over x ~ N(0, I), so the
-gradient is the exact one, without noise of a sample. dW = U V, its factors' entries drawn from N(0, 1 / width): of rank
-`rank`, with singular values around 1 whatever the width, as small a change of the outputs as fine-tuning is.
+Each step has all inputs, which are sqrt(width) times the unit vectors. Their second moment is that of x ~ N(0, I), so
+the gradient is exact, without a sample's noise. dW = U V has rank `rank`. Its factors' entries are drawn from
+N(0, 1 / width), so its singular values are about 1 at every width, and the outputs change as little as in fine-tuning.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from loraplus_hydra.errors import UserError
 
 
 class StudentConfig(PreTrainedConfig):
-    """`width` inputs and as many outputs; `rank` of the change; `seed` draws it. `vocab_size` bounds the width."""
+    """`width` inputs and outputs, and a change of `rank` drawn by `seed`; `vocab_size` bounds the width."""
 
     model_type = "loraplus_toy_student"
 
@@ -31,14 +31,14 @@ class StudentConfig(PreTrainedConfig):
 
 
 class ZeroLinear(nn.Linear):
-    """A layer whose weight is zero and stays so: nothing is multiplied."""
+    """A frozen layer of zeros, which skips the multiplication."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return input.new_zeros((*input.shape[:-1], self.out_features))
 
 
 class Student(PreTrainedModel):
-    """The student beside the outputs that it is to give. Token i is input i."""
+    """The student and the outputs that it learns. Token i is input i."""
 
     config_class = StudentConfig
     base_model_prefix = "student"
@@ -51,11 +51,11 @@ class Student(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing here is drawn layer by layer: see `fill`."""
+        """Leave the layers alone: `fill` sets them all."""
 
     @torch.no_grad()
     def fill(self) -> Student:
-        """Set inputs and outputs."""
+        """Set the tables of inputs and outputs, and return the model."""
         width, rank = self.config.width, self.config.rank
         generator = torch.Generator().manual_seed(self.config.seed)
         U, V = (torch.randn(width, rank, generator=generator) / math.sqrt(width) for _ in range(2))
@@ -69,17 +69,17 @@ class Student(PreTrainedModel):
         return self.inputs
 
     def forward(self, input_ids: torch.Tensor, return_loss: bool = True) -> ModelOutput:
-        """The squared error relative to the outputs' square: 1 for a student that says nothing."""
+        """Return the squared error relative to the squared outputs: 1 for a student that returns zeros."""
         wanted = self.outputs(input_ids)
         error = self.layer(self.inputs(input_ids)) - wanted
         return ModelOutput(loss=error.square().sum() / wanted.square().sum())
 
     def generate(self, **_: Any) -> torch.Tensor:
-        raise UserError("the toy's student answers no prompts")
+        raise UserError("the toy's student can't answer prompts")
 
 
 class AutoStudent(_BaseAutoModelClass):
-    """What `task.auto_class` names: makes a Student of its config. There are no weights to be loaded."""
+    """The toy's `task.auto_class`: it makes a Student of its config, since there are no weights to load."""
 
     _model_mapping: ClassVar[Any] = OrderedDict({StudentConfig: Student})
 

@@ -1,4 +1,4 @@
-"""The Trainer of the toy: its metric is the loss's logarithm, since losses lie ten powers of ten apart."""
+"""The Trainer of the toy, whose metric is the loss's logarithm: losses differ by ten powers of ten."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import Trainer
 
 
 class StudentTrainer(Trainer):
-    """Reports `eval_log10_loss` beside `eval_loss`."""
+    """transformers' Trainer, with `eval_log10_loss` beside `eval_loss`."""
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         output = super().evaluation_loop(*args, **kwargs)
