@@ -26,7 +26,10 @@ _CHUNK = 1 << 20  # bytes of a file hashed at a time
 
 
 def cache_folder() -> Path:
-    """Return the cache's folder, made if it is missing. Raises UserError if it can't be made."""
+    """Return the cache's folder, made if it is missing.
+
+    Raises UserError if it can't be made.
+    """
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "loraplus_hydra"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +55,10 @@ def file_digest(path: str | Path) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return 32 hex digits that identify a tokenizer's vocabulary, rules, special tokens and chat template."""
+    """Return 32 hex digits that identify a tokenizer.
+
+    They depend on vocabulary, rules, special tokens, chat template, and the libraries' versions.
+    """
     # datasets' own hash of a tokenizer changes once it has been used with truncation or padding.
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -61,20 +61,17 @@ def load(
     layout = Layout(format, {"tab": "\t", "\\t": "\t"}.get(str(delimiter), delimiter), header, quote, encoding, unit)
     _check_layout(layout)
     source = _source("data.train", train, layout)
-    held_out = None if eval is None else _mixed(_source("data.eval", eval, layout), seed)
-    if streaming:
-        if held_out is None:
+    eval_source = None if eval is None else _source("data.eval", eval, layout)
+    if eval_source is None:
+        if streaming:
             what = "streamed rows can't be held out, since they have no end"
             raise ConfigErrors([Problem("data.eval", what, "name files to evaluate on: data.eval=...")])
-        streamed = _stream(source, seed)
-        rows = streamed if max_samples is None else streamed.take(max_samples)
-    elif held_out is None:
         halves = [_hold_out(source.key, path, part, eval_fraction, seed) for path, part in _parts(source)]
         rows, held_out = (mixing.mix(parts, source.weights, seed) for parts in zip(*halves, strict=True))
-        rows = mixing.draw(rows, max_samples, seed)
     else:
-        rows = mixing.draw(_mixed(source, seed), max_samples, seed)
-    return DatasetDict(train=rows, eval=mixing.draw(held_out, max_samples, seed))
+        rows = _stream(source, seed) if streaming else _mixed(source, seed)
+        held_out = _mixed(eval_source, seed)
+    return DatasetDict(train=mixing.draw(rows, max_samples, seed), eval=mixing.draw(held_out, max_samples, seed))
 
 
 def _check_layout(layout: Layout) -> None:
@@ -141,7 +138,10 @@ def _weighted_files(key: str, weights: Mapping[str, float]) -> list[str]:
 
 
 def _paths(key: str, pattern: Any) -> list[str]:
-    """Return the files that a path or a pattern matches. Raises ConfigErrors if there is none."""
+    """Return the files that a path or a pattern matches.
+
+    Raises ConfigErrors if there is none.
+    """
     if not isinstance(pattern, str) or not pattern.strip():
         raise ConfigErrors([Problem(key, f"'{pattern}' is not a path", _FILES)])
     try:
@@ -169,7 +169,7 @@ def _matches(key: str, pattern: str) -> list[str]:
 
 
 def _looked_for_in(path: Path) -> str:
-    """Return the folder in which a file or pattern was looked for, and how to correct the path, in words."""
+    """Return the end of the message on a path without a file."""
     folder = path.parent.absolute()
     exists = folder.is_dir() or glob.has_magic(str(folder))
     place = f"it was looked for in {folder}" if exists else f"there is no folder {folder}"
@@ -205,7 +205,10 @@ def _hold_out(key: str, path: str, rows: Dataset, fraction: float, seed: int) ->
 
 
 def _stream(source: Source, seed: int) -> IterableDataset:
-    """Return the rows as they are read, shuffled in a buffer; with weights they are drawn in these shares."""
+    """Return the rows as they are read, shuffled in a buffer.
+
+    With weights they are drawn in these shares. Raises ConfigErrors.
+    """
     documents = any(layout.format == "text" and layout.unit == "file" for layout in source.layouts)
     if documents and source.weights is not None:
         fix = "mix them by data.unit=paragraph or line"

@@ -1,4 +1,4 @@
-"""The GLUE benchmark by task name: from a hub, or from a folder of the original TSV files.
+"""The GLUE benchmark, from a hub or from a folder of the original TSV files.
 
 Rows have the columns "text", "text_pair" and "label". In a task of single sentences "text_pair" is null. Labels have
 the hub's names, in its order. https://gluebenchmark.com/tasks

@@ -1,4 +1,4 @@
-"""Rows of a data set on a hub, or of a folder with the same layout."""
+"""Rows of a data set on a hub, or of a folder with its layout."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ def load(
     max_samples: int | None = None,
     seed: int = 0,
 ) -> DatasetDict:
-    """Load splits of the data set `name` as "train" and "eval"; `config` names one of its parts.
+    """Load splits of the data set `name` as "train" and "eval".
 
-    Without `eval_split` the share `eval_fraction` of the training split is held out, drawn by `seed`. At most
-    `max_samples` rows of each split are taken, drawn by `seed`. With `streaming` the training rows are read when they
-    are needed, and `eval_split` is required. Raises ConfigErrors for names that don't exist, with those that do.
+    `config` names one of its parts. Without `eval_split` the share `eval_fraction` of the training split is held out,
+    drawn by `seed`. At most `max_samples` rows of each split are taken, drawn by `seed`. With `streaming` the training
+    rows are read when they are needed, and `eval_split` is required. Raises ConfigErrors for names that don't exist,
+    with those that do.
     """
     if streaming and eval_split is None:
         fix = "name a split to evaluate on: data.eval_split=validation"
@@ -46,18 +47,16 @@ def load(
         train, held_out = mixing.hold_out(train, eval_fraction, seed)
     if streaming:
         train = train.shuffle(seed=seed, buffer_size=_BUFFER)
-        train = train if max_samples is None else train.take(max_samples)
-    else:
-        train = mixing.draw(train, max_samples, seed)
-    return DatasetDict(train=train, eval=mixing.draw(held_out, max_samples, seed))
+    return DatasetDict(train=mixing.draw(train, max_samples, seed), eval=mixing.draw(held_out, max_samples, seed))
 
 
 def load_split(
     name: str, config: str | None, split: str, revision: str | None, *, streaming: bool = False, key: str
 ) -> Any:
-    """Load one split, with the column ORIGIN; `key` is the config's key that named the split.
+    """Load one split, with the column ORIGIN.
 
-    Returns a Dataset, or with `streaming` an IterableDataset. Raises ConfigErrors.
+    `key` is the config's key that named the split. Returns a Dataset, or with `streaming` an IterableDataset. Raises
+    ConfigErrors.
     """
     rows = _split(name, config, split, revision, streaming, key)
     if reserved := [column for column in rows.column_names or () if column in OURS]:
@@ -89,7 +88,7 @@ def _add_origin(row: dict[str, Any], index: int, source: str) -> dict[str, Any]:
 
 
 def _wrong_name(error: Exception, name: str, config: str | None, split: str, revision: str | None, key: str) -> Problem:
-    """Return a Problem for the one of `config` and `split` that doesn't exist, with those that do."""
+    """Return a Problem for a `config` or `split` that doesn't exist, with those that do."""
     with suppress(Exception):  # the names can't be listed either, so the first error is the better one
         configs = get_dataset_config_names(name, revision=revision)
         if (config is None and len(configs) > 1) or (config is not None and config not in configs):

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from datasets import Dataset, concatenate_datasets
 
-from loraplus_hydra.data.rows import CONTINUES
+from loraplus_hydra.data.rows import CONTINUES, Rows, is_streamed
 
 
 def hold_out(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Return (the rows kept, the rows held out), each at least one of the two or more `rows`.
+    """Return (rows kept, rows held out) of two or more rows, at least one each.
 
     The rows held out are drawn by `seed`. Of documents that continue over several rows it is the end.
     """
@@ -23,11 +23,14 @@ def hold_out(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datase
     return rows.select(kept), rows.select(sorted(held_out))
 
 
-def draw(rows: Dataset, count: int | None, seed: int) -> Dataset:
-    """Return `count` of the rows in their order, drawn by `seed`; all rows if there are no more.
+def draw(rows: Rows, count: int | None, seed: int) -> Rows:
+    """Return `count` of the rows in their order, drawn by `seed`.
 
-    Of documents that continue over several rows it is the beginning.
+    All rows are returned if there are no more, or if `count` is None. Of streamed rows, and of documents that continue
+    over several rows, it is the beginning.
     """
+    if count is not None and is_streamed(rows):
+        return rows.take(count)
     if count is None or count >= len(rows):
         return rows
     if CONTINUES in rows.column_names:
@@ -36,10 +39,10 @@ def draw(rows: Dataset, count: int | None, seed: int) -> Dataset:
 
 
 def mix(parts: Sequence[Dataset], weights: Sequence[float] | None, seed: int) -> Dataset:
-    """Return the parts as one data set: all their rows, or with `weights` as many as fit these shares.
+    """Return the parts as one data set.
 
-    With weights no row comes twice, so at least one part is used in full. A column that only some parts have is null in
-    the rows of the others.
+    With `weights`, rows are drawn in these shares. No row comes twice, so at least one part is used in full. A column
+    that only some parts have is null in the rows of the others.
     """
     if weights is not None:
         counts = shares([len(part) for part in parts], weights)
@@ -48,6 +51,9 @@ def mix(parts: Sequence[Dataset], weights: Sequence[float] | None, seed: int) ->
 
 
 def shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Return how many rows to take of parts with these sizes, in the ratio of the weights; one at least."""
+    """Return how many rows to take of parts with these sizes.
+
+    The numbers have the ratio of the weights, and are at least 1.
+    """
     total = min(size / weight for size, weight in zip(sizes, weights, strict=True))
     return [min(size, max(1, round(total * weight))) for size, weight in zip(sizes, weights, strict=True)]

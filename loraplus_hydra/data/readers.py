@@ -66,7 +66,10 @@ def load_file(path: str, layout: Layout) -> Dataset:
 
 
 def read(path: str, layout: Layout) -> Iterator[Row]:
-    """Yield the rows of a JSONL, CSV or text file. Raises UserError naming the file and the line."""
+    """Yield the rows of a JSONL, CSV or text file.
+
+    Raises UserError naming the file and the line.
+    """
     assert layout.format is not None
     reader = {"jsonl": _read_jsonl, "csv": _read_csv, "text": _read_text}[layout.format]
     encoding = "utf-8-sig" if layout.encoding.lower().replace("_", "-") in ("utf-8", "utf8") else layout.encoding
@@ -84,7 +87,7 @@ def read(path: str, layout: Layout) -> Iterator[Row]:
 
 
 def _undecodable_line(path: str, encoding: str) -> str:
-    """Return `, line 3` for the first line that isn't `encoding` text, or nothing if it isn't known."""
+    """Return `, line 3` for the first line that isn't `encoding` text, if known."""
     # In these encodings a line's end is not one byte.
     if encoding.lower().startswith(("utf-16", "utf-32")):
         return ""
@@ -173,7 +176,7 @@ def _check_header(path: str, names: list[str]) -> None:
 
 
 def _check_names(place: str, names: Iterable[str]) -> None:
-    """Raise UserError for column names that are reserved for our own columns, or that Arrow can't store."""
+    """Raise UserError for the names of our own columns, and names that Arrow can't store."""
     for name in names:
         if name in OURS:
             raise UserError(f"{place}: '{name}' is the name of a column of our own; rename it")
@@ -214,7 +217,7 @@ def _pieces(path: str, file: IO[str]) -> Iterator[Row]:
 
 
 def _features(rows: Iterator[Row]) -> Features | None:
-    """Return each column's type, which fits the values of all rows; None if there is no row."""
+    """Return types of columns that fit all rows, or None if there is no row."""
     kinds: dict[str, set[str]] = {}
     for row in rows:
         for name, value in row.items():
@@ -243,7 +246,10 @@ def _kind(value: Any) -> str:
 
 
 def _encoded_rows(path: str, layout: Layout, names: tuple[str, ...], encoded: tuple[str, ...]) -> Iterator[Row]:
-    """Yield rows with all columns `names`; those in `encoded` are JSON text, as datasets' Json feature stores it."""
+    """Yield rows with all columns `names`.
+
+    Those in `encoded` are JSON text, as datasets' Json feature stores it.
+    """
     for row in read(path, layout):
         values = {name: row.get(name) for name in names}
         for name in encoded:

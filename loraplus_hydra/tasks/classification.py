@@ -1,4 +1,4 @@
-"""Classification of texts or of pairs of texts: one label, several labels, or a measured number."""
+"""Classification of texts or pairs of texts: one label, several, or a measured number."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ def examples(
 
 
 def _text_columns(rows: DatasetDict, data: DictConfig) -> tuple[str, str | None]:
-    """Return the columns of the first and the second text. Raises ConfigErrors, for the labels' column too."""
+    """Return the columns of the first and the second text.
+
+    Raises ConfigErrors for columns that don't exist, the labels' column too, and for streamed rows.
+    """
     needed = ("text_column", "label_column")
     if missing := [key for key in needed if key not in data]:
         raise ConfigErrors(
@@ -73,7 +76,7 @@ def _text_columns(rows: DatasetDict, data: DictConfig) -> tuple[str, str | None]
 
 
 def _check_metric(task: DictConfig, labels: Labels) -> None:
-    """Raise ConfigErrors if the labels don't have the task's metric, or if it points the other way."""
+    """Raise ConfigErrors for a metric that the labels don't have, or its wrong direction."""
     known = METRICS[labels.problem_type] | {"eval_loss": False}
     if task.metric not in known:
         what = f"{labels.problem_type} has no '{task.metric}'{nearest(task.metric, known)}"

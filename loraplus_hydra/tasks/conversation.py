@@ -46,7 +46,10 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Shape:
-    """The columns of a prompt and its completion, of conversations, or of plain text; None for the others."""
+    """The columns that a row's text or conversation is read from.
+
+    A prompt and its completion, or messages, or text; the others are None.
+    """
 
     prompt: str | None = None
     completion: str | None = None

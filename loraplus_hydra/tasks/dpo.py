@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from datasets import DatasetDict
@@ -38,19 +39,19 @@ def examples(
         return {name: as_turn(text, name) if chat else text for name, text in texts.items()}
 
     train, held_out = (map_rows(rows[split], split, read) for split in SPLITS)
-    samples = rows["eval"].select(range(min(task.samples, len(rows["eval"]))))
-    prompts = tuple(samples[names["prompt"]])
+    shown = rows["eval"].select(range(min(task.samples, len(rows["eval"]))))
     return Examples(
         train=train,
         eval=held_out,
-        prompts=prompts,
-        rendered=tuple(render(prompt, tokenizer, chat=chat) for prompt in prompts),
-        references=tuple(samples[names["chosen"]]),
+        **samples(shown[names["prompt"]], shown[names["chosen"]], tokenizer, chat=chat),
     )
 
 
 def uses_template(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
-    """Return `chat`, or if it is None, whether the tokenizer has a chat template. Raises ConfigErrors."""
+    """Return `chat`, or if it is None, whether the tokenizer has a chat template.
+
+    Raises ConfigErrors for `chat` without a template.
+    """
     if chat and not tokenizer.chat_template:
         raise ConfigErrors([Problem("task.chat", "the tokenizer has no chat template", "set task.chat=false")])
     return bool(tokenizer.chat_template) if chat is None else chat
@@ -61,8 +62,15 @@ def as_turn(text: str, name: str) -> list[dict[str, str]]:
     return [{"role": "user" if name == "prompt" else "assistant", "content": text}]
 
 
-def render(prompt: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> str:
-    """Return the text that the model sees before it answers the prompt."""
-    if not chat:
-        return prompt
-    return str(tokenizer.apply_chat_template(as_turn(prompt, "prompt"), add_generation_prompt=True, tokenize=False))
+def samples(
+    prompts: Iterable[str], answers: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, chat: bool
+) -> dict[str, Any]:
+    """Return the fields of Examples that show held-out rows."""
+
+    def render(prompt: str) -> str:
+        turns = as_turn(prompt, "prompt")
+        return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+
+    prompts = tuple(prompts)
+    rendered = tuple(map(render, prompts)) if chat else prompts
+    return {"prompts": prompts, "rendered": rendered, "references": tuple(answers)}

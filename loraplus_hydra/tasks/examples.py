@@ -1,4 +1,4 @@
-"""Examples: what a task makes of the rows, loaded once for the check and the run that follows it.
+"""Examples that a task makes of rows, loaded once for the check and the run.
 
 A task is a function, named by `task.examples`. One of your own looks like this:
 

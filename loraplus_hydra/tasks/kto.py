@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation: prompt, answer and its label, good or bad, as TRL's KTOTrainer takes them."""
+"""Kahneman-Tversky optimisation: answers labelled good or bad, as TRL's KTOTrainer takes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.data.rows import SPLITS, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.tasks.dpo import as_turn, render, uses_template
+from loraplus_hydra.tasks.dpo import as_turn, samples, uses_template
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.tasks.rows import describe, find_columns, map_rows, row_error, text_in
 
@@ -20,9 +20,9 @@ LABELS = {"true": True, "1": True, "false": False, "0": False}  # as text too, b
 
 
 def config_problems(config: Mapping[str, Any]) -> list[Problem]:
-    """Return a Problem for batches of one row, since the loss compares the answers of a batch."""
+    """Return a Problem for batches of one row."""
     task, batch_size = config["task"], config.get("trainer", {}).get("per_device_train_batch_size")
-    # This loss alone compares no answers.
+    # The loss compares the answers of a batch, except this one.
     alone = task["args"].get("loss_type") == "apo_zero_unpaired"
     if task["_target_"] != "trl.KTOTrainer" or batch_size != 1 or alone:
         return []
@@ -57,15 +57,12 @@ def examples(
     train, held_out = (map_rows(rows[split], split, read) for split in SPLITS)
     good = _count_good(train["label"])
     # Only good answers are references to show.
-    samples = rows["eval"].select([index for index, label in enumerate(held_out["label"]) if label][: task.samples])
-    prompts = tuple(samples[names["prompt"]])
+    shown = rows["eval"].select([index for index, label in enumerate(held_out["label"]) if label][: task.samples])
     return Examples(
         # TRL pairs the rows of a batch before training and then keeps their order, the same in each epoch.
         train=train.shuffle(seed=data.get("seed") or 0),
         eval=held_out,
-        prompts=prompts,
-        rendered=tuple(render(prompt, tokenizer, chat=chat) for prompt in prompts),
-        references=tuple(samples[names["completion"]]),
+        **samples(shown[names["prompt"]], shown[names["completion"]], tokenizer, chat=chat),
         notes=(f"{good:,} good answers and {len(train) - good:,} bad ones to train on",),
     )
 

@@ -1,4 +1,4 @@
-"""Labels of classification: their kind, their names, and each row's label as the model takes it."""
+"""Labels of classification: kind, names, and each row's label as the model takes it."""
 
 from __future__ import annotations
 
@@ -99,7 +99,10 @@ def _sorted(names: set[str]) -> tuple[str, ...]:
 
 
 def _label_name(value: Any, column: str, place: str) -> str:
-    """Return the name of a label that is text, a whole number, or true or false. Raises ConfigErrors."""
+    """Return the name of a label that is text, a whole number or a bool.
+
+    Raises ConfigErrors for other values.
+    """
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int) or (isinstance(value, str) and value.strip()):

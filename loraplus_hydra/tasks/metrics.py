@@ -41,9 +41,9 @@ def single_label(evaluated: Any) -> dict[str, float]:
 
 
 def multi_label(evaluated: Any) -> dict[str, float]:
-    """Return the share of rows with all labels right, F1 over all decisions, and the mean of the labels' F1.
+    """Return accuracy, F1 over all decisions, and the mean of the labels' F1.
 
-    A label is predicted from probability 1/2 on.
+    Accuracy is the share of rows with all labels right. A label is predicted from probability 1/2 on.
     """
     predicted, labels = _logits(evaluated) > 0, evaluated.label_ids > 0.5
     return {

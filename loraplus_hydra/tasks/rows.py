@@ -1,4 +1,4 @@
-"""Checks that all tasks share: columns that exist, values of the right kind, errors that name the row."""
+"""Columns and values of rows, checked; errors name the row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from loraplus_hydra.errors import ConfigErrors, Problem, nearest
 
 
 def require_columns(rows: DatasetDict, wanted: Mapping[str, str]) -> None:
-    """Raise ConfigErrors if a split lacks a column of `wanted` (config key -> column), with those it has."""
+    """Raise ConfigErrors if a split lacks a column of `wanted`, with those it has.
+
+    `wanted` is {config key: column}.
+    """
     problems = []
     for split in SPLITS:
         available = columns(rows[split])
@@ -44,7 +47,10 @@ def map_rows(rows: Rows, split: str, read: Callable[[dict[str, Any], str], dict[
 
 
 def batch_rows(batch: Mapping[str, list[Any]], indices: list[int], split: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield (row, place) for the rows of a batch; the place is its file and line, or its number in the split."""
+    """Yield (row, place) for the rows of a batch.
+
+    The place is the row's file and line if they are known, else its number in the split.
+    """
     names = [name for name in batch if name != ORIGIN]
     for position, index in enumerate(indices):
         place = batch[ORIGIN][position] if ORIGIN in batch else f"row {index + 1} of the {split} rows"

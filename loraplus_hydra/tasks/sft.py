@@ -1,7 +1,7 @@
-"""Supervised fine-tuning: prompts and completions, conversations or plain text, as TRL's SFTTrainer takes them.
+"""Supervised fine-tuning: tokens and labels as TRL's SFTTrainer takes them.
 
-Rows become tokens and labels here, so that errors in them are known before the model is loaded. TRL cuts, packs and
-batches them. https://huggingface.co/docs/trl/sft_trainer
+Rows have prompts and completions, conversations, or plain text. They become tokens and labels here, so that errors in
+them are known before the model is loaded. TRL cuts, packs and batches them. https://huggingface.co/docs/trl/sft_trainer
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class _Encoder:
         return columns | ({"messages": [_ANY_TURNS] * len(encoded)} if self.rule.assistant_only else {})
 
     def samples(self, rows: Dataset, count: int) -> Iterator[tuple[str, str, str]]:
-        """Yield (prompt, prompt as the model sees it, answer) of the first rows that have an answer."""
+        """Yield (prompt, prompt as the model sees it, answer) of the first `count` rows."""
         for row in rows.select(range(min(count, len(rows)))):
             part = self.shape.read(row, "", chat=self.chat)
             if isinstance(part, Text):
@@ -131,7 +131,10 @@ def _content(message: dict[str, Any]) -> str:
 
 
 def _notes(rows: Rows, split: str, task: DictConfig) -> list[str]:
-    """Return notes on how many rows are cut, left out or merged. Raises ConfigErrors if no row is left."""
+    """Return notes on the rows that are cut, left out or merged.
+
+    Raises ConfigErrors if no row is left.
+    """
     if is_streamed(rows):
         return []
     notes = []

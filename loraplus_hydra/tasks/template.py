@@ -20,7 +20,10 @@ _NO_TEMPLATE_FIX = "choose a model whose tokenizer has one, or give one: +task.a
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase, task: DictConfig) -> str:
-    """Return the token that ends a text: `task.args.eos_token`, or the tokenizer's own. Raises ConfigErrors."""
+    """Return the token that ends a text, `task.args.eos_token` or the tokenizer's own.
+
+    Raises ConfigErrors.
+    """
     end = task.args.get("eos_token") or tokenizer.eos_token
     if end is None:
         what = "it has no end-of-text token, so the model can't learn to stop"
@@ -32,7 +35,10 @@ def end_token(tokenizer: PreTrainedTokenizerBase, task: DictConfig) -> str:
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, task: DictConfig) -> None:
-    """Give the tokenizer the template in `task.args.chat_template_path`, as the Trainer will. Raises ConfigErrors."""
+    """Give the tokenizer the template in `task.args.chat_template_path`, as the Trainer will.
+
+    Raises ConfigErrors.
+    """
     path = task.args.get("chat_template_path")
     if path is None:
         return
@@ -43,7 +49,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, task: DictConfig) -> None:
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, shape: Shape, *, chat: bool | None) -> None:
-    """Raise ConfigErrors if the rows need a chat template that is missing, or excluded by `task.chat`."""
+    """Raise ConfigErrors if rows need a chat template that is missing or excluded."""
     if shape.messages is not None and chat is False:
         what = "conversations can't be written without a chat template"
         raise ConfigErrors([Problem("task.chat", what, "task.chat=null")])
@@ -56,7 +62,10 @@ def check_template(tokenizer: PreTrainedTokenizerBase, shape: Shape, *, chat: bo
 def loss_rule(
     tokenizer: PreTrainedTokenizerBase, shape: Shape, task: DictConfig, *, chat: bool
 ) -> tuple[LossRule, list[str]]:
-    """Return the rule for tokens that carry loss, and notes on it for the user. Raises ConfigErrors."""
+    """Return the rule for tokens that carry loss, and notes for the user.
+
+    Raises ConfigErrors.
+    """
     completion_only = task.args.get("completion_only_loss")
     assistant_only = bool(task.args.get("assistant_only_loss", False))
     if completion_only and not shape.has_prompt:
@@ -76,7 +85,10 @@ def loss_rule(
 
 
 def _marked_template(tokenizer: PreTrainedTokenizerBase, key: str) -> tuple[str | None, list[str]]:
-    """Return TRL's template that marks the assistant's turns, or None if the tokenizer's own does; and notes."""
+    """Return a template that marks the assistant's turns, and notes.
+
+    It is TRL's, or None if the tokenizer's own has marks. Raises ConfigErrors.
+    """
     if not tokenizer.is_fast:
         raise ConfigErrors([Problem(key, "the tokenizer isn't a fast one, so it can't find the assistant's tokens")])
     template, notes = None, []

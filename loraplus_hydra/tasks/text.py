@@ -50,7 +50,7 @@ def examples(
 
 
 def cut_into_blocks(parts: Iterable[NDArray[np.int32]], size: int) -> Iterator[NDArray[np.int32]]:
-    """Yield the tokens of all parts in their order, `size` at a time; the last block has the rest."""
+    """Yield the tokens of all parts in blocks of `size`; the last has the rest."""
     rest: NDArray[np.int32] = np.empty(0, dtype=np.int32)
     for part in parts:
         rest = np.concatenate([rest, part])
@@ -71,7 +71,10 @@ def _check_block_size(size: int, tokenizer: PreTrainedTokenizerBase) -> None:
 def _blocks_of(
     rows: Rows, column: str, tokenizer: PreTrainedTokenizerBase, split: str, size: int, key: dict[str, Any]
 ) -> Any:
-    """Return the split's blocks with the columns input_ids and labels; an IterableDataset of streamed rows."""
+    """Return the split's blocks, with the columns input_ids and labels.
+
+    Of streamed rows it is an IterableDataset. Raises ConfigErrors.
+    """
     convert = _converter(column, tokenizer, split)
     tokens = map_cached(rows, convert, columns=all_columns(rows), features=_features("input_ids"), key=key)
     first = next(_blocks(tokens, size), None)
@@ -95,7 +98,10 @@ def _blocks(tokens: Any, size: int) -> Iterator[dict[str, Any]]:
 
 
 def _converter(column: str, tokenizer: PreTrainedTokenizerBase, split: str) -> Any:
-    """Return the function that turns a batch into one row of tokens for each document, or part of one, in it."""
+    """Return the function that turns a batch into rows of tokens, one for each document.
+
+    A document that continues over several batches has a row in each.
+    """
     beginning = _beginning(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 

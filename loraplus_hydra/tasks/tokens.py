@@ -1,7 +1,7 @@
-"""Token ids and labels of texts and conversations. A label is its token's id, or -100 for a token without loss.
+"""Token ids and labels of texts and conversations.
 
-The tokens and labels are those of TRL's SFTTrainer (the tests compare them). But they are made before the model is
-loaded, and errors name the row.
+A label is its token's id, or -100 for a token without loss. The tokens and labels are those of TRL's SFTTrainer (the
+tests compare them). But they are made before the model is loaded, and errors name the row.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Encoded:
 
 
 def longest_input(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the number of tokens that the model was made for, or None if the tokenizer doesn't know it."""
+    """Return the number of tokens that the model takes, or None if it is unknown."""
     limit: int = tokenizer.model_max_length
     return limit if limit < _NO_LIMIT else None
 
@@ -63,7 +63,10 @@ def _missing_end(completion: str, end: str) -> str:
 def encode_conversation(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, rule: LossRule, place: str
 ) -> Encoded:
-    """Encode a conversation by the chat template. Raises ConfigErrors naming `place` if the template fails."""
+    """Encode a conversation by the chat template.
+
+    Raises ConfigErrors naming `place` if the template fails.
+    """
     prompt_ids = None
     if conversation.prompt is not None:
         arguments = {"add_generation_prompt": True}
@@ -83,7 +86,10 @@ def _apply_template(
     place: str,
     **arguments: Any,
 ) -> tuple[list[int], list[int]]:
-    """Return token ids, and with `rule.assistant_only` a 1 for each token of the assistant's, else a 0."""
+    """Return token ids and marks.
+
+    With `rule.assistant_only` a mark is 1 for the assistant's tokens, else 0; otherwise there are none.
+    """
     masked = rule.assistant_only and not arguments
     try:
         output = tokenizer.apply_chat_template(

@@ -77,9 +77,10 @@ def _argument_problems(max_prompt_chars: int, eval_fraction: float, max_samples:
 def library_pairs(
     *, body: bool = True, max_prompt_chars: int = 400, eval_fraction: float = EVAL_FRACTION, folder: Path | None = None
 ) -> dict[str, list[Pair]]:
-    """Return {"train": pairs, "eval": pairs} of the standard library in `folder` (default: this Python's).
+    """Return {"train": pairs, "eval": pairs} of the standard library.
 
-    Each prompt comes once. Raises UserError if there is no source, or if a split is empty.
+    `folder` is its folder (default: this Python's). Each prompt comes once. Raises UserError if there is no source, or
+    if a split is empty.
     """
     splits: dict[str, list[Pair]] = {"train": [], "eval": []}
     seen = set()
@@ -100,7 +101,7 @@ def library_pairs(
 
 
 def module_pairs(source: Source, *, body: bool = True, max_prompt_chars: int = 400) -> Iterator[Pair]:
-    """Yield a pair for each function, method and class whose docstring has a usable first sentence."""
+    """Yield a pair for each definition whose docstring has a usable first sentence."""
     for node, owner in definitions(source.tree):
         sentence = first_sentence(ast.get_docstring(node) or "")
         if sentence:
@@ -108,9 +109,9 @@ def module_pairs(source: Source, *, body: bool = True, max_prompt_chars: int = 4
 
 
 def first_sentence(docstring: str, max_chars: int = 160) -> str | None:
-    """Return the first sentence of a docstring on one line; None if it can't be used.
+    """Return the first sentence of a docstring on one line, or None.
 
-    A sentence can't be used if it has only one word, code, or more than `max_chars` characters (1% have).
+    It is None for a sentence of one word, with code, or with more than `max_chars` characters (1% have).
     """
     for paragraph in re.split(r"\n\s*\n", docstring.strip()):
         text = " ".join(paragraph.split())
@@ -152,7 +153,7 @@ def source_of(source: Source, node: Definition, owner: ast.ClassDef | None, *, b
 
 
 def _shortened(text: str, max_chars: int) -> str:
-    """Return at most `max_chars` of `text`, cut at a line's end unless that loses half of it."""
+    """Return at most `max_chars` of `text`, cut at a line's end if half is kept."""
     if len(text) <= max_chars:
         return text
     whole_lines = text[: max_chars + 1].rpartition("\n")[0]
@@ -160,6 +161,6 @@ def _shortened(text: str, max_chars: int) -> str:
 
 
 def _indented(text: str, margin: str) -> str:
-    """Return `text` with `margin` in place of its first line's indentation, in every line that has it."""
+    """Return `text` with `margin` in place of the first line's indentation in every line."""
     old = text[: len(text) - len(text.lstrip())]
     return "\n".join(margin + line.removeprefix(old) if line.strip() else "" for line in text.split("\n"))

@@ -31,10 +31,11 @@ _SALT = "loraplus_hydra/370"
 
 
 def library_modules(folder: Path | None = None) -> dict[str, Path]:
-    """Return {dotted name: source file} of the standard library in `folder` (default: this Python's), sorted.
+    """Return {dotted name: source file} of the standard library, sorted.
 
-    Tests, installed packages, character tables, the manual's text, and files that differ from machine to machine are
-    left out. Raises UserError if there is no source, as in Pythons that are shipped zipped or without it.
+    `folder` is its folder (default: this Python's). Tests, installed packages, character tables, the manual's text, and
+    files that differ from machine to machine are left out. Raises UserError if there is no source, as in Pythons that
+    are shipped zipped or without it.
     """
     folder = Path(sysconfig.get_path("stdlib")) if folder is None else folder
     modules = {}
@@ -57,7 +58,7 @@ def library_modules(folder: Path | None = None) -> dict[str, Path]:
 
 
 def read_library(folder: Path | None = None) -> Iterator[tuple[str, Source]]:
-    """Yield (dotted name, Source) of each module that can be read and parsed, sorted by name."""
+    """Yield (dotted name, Source) of each module that can be parsed, sorted by name."""
     for name, path in library_modules(folder).items():
         try:
             raw = path.read_bytes()
@@ -79,7 +80,7 @@ def is_held_out(module: str, fraction: float = EVAL_FRACTION) -> bool:
 
 
 def stable_hash(text: str) -> int:
-    """Return a number below 2**64 that, unlike `hash`, is equal in every process and Python version."""
+    """Return a number below 2**64 that is equal in every process and Python, unlike `hash`."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
@@ -135,7 +136,10 @@ class Source:
         return self._lines[node.end_lineno - 1] + node.end_col_offset
 
     def without_docstrings(self, begin: int = 0, end: int | None = None) -> str:
-        """Return the text from offset `begin` to `end` without bare strings such as docstrings; still valid Python."""
+        """Return the text from offset `begin` to `end` without docstrings and other bare strings.
+
+        It is valid Python.
+        """
         end = len(self._text) if end is None else end
         pieces = []
         for cut in self._cuts:

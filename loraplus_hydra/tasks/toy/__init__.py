@@ -1,1 +1,1 @@
-"""The LoRA+ paper's theory on a toy: a linear student learns a change of low rank, at any width, in a second."""
+"""A toy for the LoRA+ paper's theory: a linear student learns a low-rank change."""

@@ -13,9 +13,10 @@ _WIDEST = 2048  # rows of the student's tables; the size of the tokenizer's voca
 
 
 def load(width: int = 256, rank: int = 4, steps: int = 100, seed: int = 0) -> DatasetDict:
-    """Return `steps` training rows and one to evaluate on, each with the numbers of all inputs.
+    """Return `steps` training rows and one to evaluate on.
 
-    `rank` and `seed` are the model's, which gets them by `examples`. Raises ConfigErrors for values out of range.
+    Each has the numbers of all inputs. `rank` and `seed` are the model's, which gets them by `examples`. Raises
+    ConfigErrors for values out of range.
     """
     problems = []
     if not 1 < width <= _WIDEST:

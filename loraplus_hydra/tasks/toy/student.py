@@ -1,8 +1,9 @@
-"""A linear student: LoRA on a layer of zeros, f = x A^T B^T, learns y = x dW^T.
+"""A linear student, which learns a change of low rank by LoRA.
 
-Each step has all inputs, which are sqrt(width) times the unit vectors. Their second moment is that of x ~ N(0, I), so
-the gradient is exact, without a sample's noise. dW = U V has rank `rank`. Its factors' entries are drawn from
-N(0, 1 / width), so its singular values are about 1 at every width, and the outputs change as little as in fine-tuning.
+LoRA on a layer of zeros, f = x A^T B^T, learns y = x dW^T. Each step has all inputs, which are sqrt(width) times the
+unit vectors. Their second moment is that of x ~ N(0, I), so the gradient is exact, without a sample's noise. dW = U V
+has rank `rank`. Its factors' entries are drawn from N(0, 1 / width), so its singular values are about 1 at every width,
+and the outputs change as little as in fine-tuning.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from loraplus_hydra.errors import UserError
 
 
 class StudentConfig(PreTrainedConfig):
-    """`width` inputs and outputs, and a change of `rank` drawn by `seed`; `vocab_size` bounds the width."""
+    """The student's size.
+
+    It has `width` inputs and outputs, and learns a change of `rank` drawn by `seed`. `vocab_size` bounds the width.
+    """
 
     model_type = "loraplus_toy_student"
 
@@ -69,7 +73,7 @@ class Student(PreTrainedModel):
         return self.inputs
 
     def forward(self, input_ids: torch.Tensor, return_loss: bool = True) -> ModelOutput:
-        """Return the squared error relative to the squared outputs: 1 for a student that returns zeros."""
+        """Return the squared error relative to the squared outputs; 1 if the student returns zeros."""
         wanted = self.outputs(input_ids)
         error = self.layer(self.inputs(input_ids)) - wanted
         return ModelOutput(loss=error.square().sum() / wanted.square().sum())
@@ -79,7 +83,7 @@ class Student(PreTrainedModel):
 
 
 class AutoStudent(_BaseAutoModelClass):
-    """The toy's `task.auto_class`: it makes a Student of its config, since there are no weights to load."""
+    """The toy's `task.auto_class`, which makes a Student of its config."""
 
     _model_mapping: ClassVar[Any] = OrderedDict({StudentConfig: Student})
 

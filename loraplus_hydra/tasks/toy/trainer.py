@@ -1,4 +1,4 @@
-"""The Trainer of the toy, whose metric is the loss's logarithm: losses differ by ten powers of ten."""
+"""The Trainer of the toy."""
 
 from __future__ import annotations
 
@@ -15,5 +15,6 @@ class StudentTrainer(Trainer):
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         loss = output.metrics[f"{prefix}_loss"]
+        # Losses differ by ten powers of ten.
         output.metrics[f"{prefix}_log10_loss"] = math.log10(max(loss, 1e-30))
         return output
