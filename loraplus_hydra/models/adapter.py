@@ -100,7 +100,10 @@ def add_adapter(
         continued = continue_adapter(model, adapter["path"], config, new_tokens=new_tokens, on_meta=on_meta)
         note_initialisation(continued, TRAINED)
         return continued
-    assert config is not None, "the check refuses an adapter without _target_ and path"
+    if config is None:
+        raise ConfigErrors(
+            [Problem(KEY, "is not set, nor is adapter._target_", "name a stored adapter, or adapter=lora")]
+        )
     _train_new_tokens(config, model, new_tokens)
     _refuse_olora_on_conv1d(config, model)
     adapted = _new_adapter(model, config, revision=revision, on_meta=on_meta)

@@ -99,3 +99,6 @@ def test_existing_needs_a_path(cli: Callable[..., Finished], tiny_run: list[str]
     ended = cli("check", *tiny_run, "adapter=existing")
     assert ended.status == 1
     assert "adapter.path: is not set" in ended.err
+    ended = cli("check", *tiny_run, "adapter=existing", "adapter.path=null")
+    assert ended.status == 1
+    assert "adapter.path: is not set, nor is adapter._target_" in ended.err
