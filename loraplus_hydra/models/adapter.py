@@ -101,9 +101,8 @@ def add_adapter(
         note_initialisation(continued, TRAINED)
         return continued
     if config is None:
-        raise ConfigErrors(
-            [Problem(KEY, "is not set, nor is adapter._target_", "name a stored adapter, or adapter=lora")]
-        )
+        what = "is not set, nor is adapter._target_"
+        raise ConfigErrors([Problem(KEY, what, "name a stored adapter, or use adapter=lora")])
     _train_new_tokens(config, model, new_tokens)
     _refuse_olora_on_conv1d(config, model)
     adapted = _new_adapter(model, config, revision=revision, on_meta=on_meta)
