@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from loraplus_hydra.errors import ConfigErrors
 from tests.conftest import Finished
 from tests.support.finished_runs import finished
 from tests.support.hostile import Touch, canary, files_of, going_on, refused, run
@@ -329,3 +331,129 @@ def test_code_of_a_model_runs_only_when_the_config_says_so_and_with_a_warning(
     assert str(folder) in ended.out + ended.err
     assert canary.exists(), "it is code, and was asked for"
     assert "Warning" not in cli("check", *tiny_run).out + cli("check", *tiny_run).err
+
+
+# Links, FIFOs and files of another form in a run's folder
+
+
+@pytest.fixture
+def victim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder outside the run, in which nothing may change."""
+    folder = tmp_path_factory.mktemp("victim")
+    (folder / "checkpoint-1").mkdir()
+    (folder / "file.txt").write_text("precious")
+    return folder
+
+
+def put_link(place: Path, victim: Path) -> None:
+    is_folder = place.is_dir() or place.name in ("checkpoints", ".hydra")
+    if place.is_dir():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to(victim if is_folder else victim / "file.txt")
+
+
+def unchanged(victim: Path) -> bool:
+    return (victim / "file.txt").read_text() == "precious" and len(files_of(victim)) == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("metrics.jsonl", "result.json", "config.yaml", "param_groups.json", "train.png", "loraplus_hydra.log"),
+        *("adapter", "checkpoints", ".hydra", ".hydra/overrides.yaml", f".adapter.{'0' * 16}.unfinished"),
+    ],
+)
+def test_run_with_a_link_is_not_resumed(name: str, run: Path, victim: Path, cli: Callable[..., Finished]) -> None:
+    put_link(run / name, victim)
+    before = files_of(run)
+    refused(cli("resume", str(run), "trainer.max_steps=9"), f"{name} is a link")
+    (run / ".hydra").mkdir(exist_ok=True)
+    own = ("hydra.run.dir=" + str(run), "trainer.resume_from_checkpoint=auto", "trainer.max_steps=9")
+    refused(cli(*going_on(run)[:2], *own) if name != "config.yaml" else cli("resume", str(run)), "is a link")
+    assert unchanged(victim)
+    assert [path for path in files_of(run) if path.name != ".hydra"] == [p for p in before if p.name != ".hydra"]
+
+
+def test_folder_with_a_link_is_not_trained_into_from_python(
+    victim: Path, tmp_path: Path, compose: Callable[..., Any], tiny_run: list[str]
+) -> None:
+    from loraplus_hydra import run as train
+
+    put_link(tmp_path / "run" / "metrics.jsonl", victim)
+    with pytest.raises(ConfigErrors, match=r"metrics.jsonl is a link"):
+        train(compose(*tiny_run), tmp_path / "run")
+    assert unchanged(victim)
+
+
+def test_dangling_link_is_no_run_folder(tmp_path: Path, tiny_run: list[str], cli: Callable[..., Finished]) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    for folder in ("link", "link/run"):
+        refused(cli(*tiny_run, f"hydra.run.dir={folder}"), "is a link that leads nowhere")
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a link", "a device"])
+@pytest.mark.parametrize(
+    "name",
+    ["result.json", "config.yaml", "adapter/config.json", "adapter/tokenizer.json", "adapter/adapter_config.json"],
+)
+def test_what_is_no_regular_file_is_not_read(
+    name: str, kind: str, run: Path, victim: Path, cli: Callable[..., Finished]
+) -> None:
+    place = run / name
+    shutil.copy(place, victim / "file.txt")
+    place.unlink()
+    if kind == "a FIFO":
+        os.mkfifo(place)
+    else:
+        place.symlink_to(victim / "file.txt" if kind == "a link" else "/dev/zero")
+    refused(cli("predict", str(run), "text=say"), name)
+    refused(cli("export", str(run), "merge=false"), name)
+
+
+RESULTS: dict[str, tuple[str, str]] = {
+    "no metrics": ('{"status": "ok"}', "it has no 'metric'"),
+    "metrics of another type": ('{"status": "ok", "metrics": [], "metrics_before": {}}', "no run writes its 'metrics'"),
+    "an error that is text": ('{"status": "failed", "error": "text"}', "no run writes its 'error'"),
+    "a status that is a list": ('{"status": ["ok"]}', "no run writes its 'status'"),
+    "many levels": ("[" * 200_000 + "]" * 200_000, "can't be read"),
+    "many mappings": ('{"a":' * 500 + "1" + "}" * 500, "100 levels"),
+}
+
+
+@pytest.mark.parametrize("command", [["predict", "text=say"], ["evaluate"], ["export"], ["resume"]])
+@pytest.mark.parametrize("kind", RESULTS)
+def test_result_that_no_run_writes_is_refused(
+    kind: str, command: list[str], run: Path, cli: Callable[..., Finished]
+) -> None:
+    text, reason = RESULTS[kind]
+    (run / "result.json").write_text(text)
+    if command != ["resume"]:
+        refused(cli(command[0], str(run), *command[1:]), reason)
+    else:  # it resumes from a checkpoint, whatever the result says
+        assert "HYDRA_FULL_ERROR" not in cli("resume", str(run)).err
+
+
+def spoil_tokenizer(kind: str, folder: Path) -> None:
+    name = "tokenizer.json" if kind.startswith("a number") else "tokenizer_config.json"
+    stored = json.loads((folder / name).read_text())
+    if kind == "a number in the vocabulary":
+        stored["model"]["vocab"]["zz"] = 1e30
+    elif kind == "a length that is text":
+        stored["model_max_length"] = "99999"
+    elif kind == "a token that is a list":
+        stored["pad_token"] = [1]
+    (folder / name).write_text(json.dumps(stored))
+
+
+@pytest.mark.parametrize("kind", ["a number in the vocabulary", "a length that is text", "a token that is a list"])
+def test_tokenizer_that_is_none_is_a_listed_error(
+    kind: str, run: Path, tiny_model: Path, tiny_run: list[str], tmp_path: Path, cli: Callable[..., Finished]
+) -> None:
+    spoil_tokenizer(kind, run / "adapter")
+    refused(cli("predict", str(run), "text=say"), "no tokenizer can be loaded")
+    shutil.copytree(tiny_model, tmp_path / "model")
+    spoil_tokenizer(kind, tmp_path / "model")
+    refused(cli("check", *tiny_run, "model.path=model"), "model.path")
