@@ -27,7 +27,9 @@ def location_problems(model: dict[str, Any]) -> list[Problem]:
         try:
             if not value.strip() or "\0" in value:
                 raise UserError(f"{value!r} is no name")
-            Path(model_location(value)).exists()
+            folder = Path(model_location(value))
+            if folder.is_dir() and (special := _special_file(folder)):
+                raise UserError(f"{special} is neither a file nor a folder")  # a library would wait for a FIFO
         except (UserError, OSError) as error:
             what = str(error) if isinstance(error, UserError) else f"{value[:100]}: {error.strerror}"
             problems.append(Problem(f"model.{name}", what, "name a folder, or a model on a hub"))
@@ -66,6 +68,11 @@ def checkpoint_problems(config: DictConfig) -> list[Problem]:
         fix = f"name a whole one (RUN/checkpoints/checkpoint-N), or {checkpoints.AUTO} for the newest of the run's own"
         return [Problem(checkpoints.KEY, f"{named} doesn't count: {error}", fix)]
     return []
+
+
+def _special_file(folder: Path) -> Path | None:
+    """Return a FIFO, device or socket in `folder`, or None. Links are followed: the folder is the user's own."""
+    return next((path for path in folder.iterdir() if path.exists() and not (path.is_file() or path.is_dir())), None)
 
 
 def _listed(folder: Path) -> tuple[list[Path], list[Problem]]:

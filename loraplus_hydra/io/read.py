@@ -23,6 +23,7 @@ _DEEPEST = 100  # levels; on some ten thousand the C loader ends the process wit
 _LARGEST = 2**26  # bytes of a JSON file
 _LARGEST_YAML = 2**21  # a config has some thousand bytes, and YAML is slow
 _LARGEST_LINES = 2**28  # a line for each logged step, of some hundred bytes
+_TOO_DEEP = f"it is nested more than {_DEEPEST} levels deep"
 _NAMES: dict[type, str] = {dict: "mapping", list: "list"}
 
 
@@ -86,7 +87,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for line in read_text(path, _LARGEST_LINES).splitlines():
         try:
             value = parse_json(line)
-        except (ValueError, RecursionError):
+        except ValueError:
             continue  # a killed run leaves its last line cut short
         if isinstance(value, dict):
             found.append(value)
@@ -95,10 +96,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def parse_json(text: str) -> Any:
     """Return the value of `text` in JSON. Raises ValueError, also for more than 100 levels."""
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise Unreadable(_TOO_DEEP) from None
     # Counting brackets is quick; only few texts have enough of them to be that deep.
     if text.count("[") + text.count("{") > _DEEPEST and _is_too_deep(value):
-        raise Unreadable(f"it is nested more than {_DEEPEST} levels deep")
+        raise Unreadable(_TOO_DEEP)
     return value
 
 
@@ -123,7 +127,7 @@ def _refuse_traps(text: str) -> None:
             raise Hostile("it holds YAML aliases, which no run writes")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
-            raise Hostile(f"it is nested more than {_DEEPEST} levels deep")
+            raise Hostile(_TOO_DEEP)
 
 
 class _Loader(_Base):
@@ -162,7 +166,7 @@ def _is_too_deep(value: Any) -> bool:
 def _parse(path: Path, text: str, kind: type, parse: Any) -> Any:
     try:
         value = parse(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         refused = Hostile if isinstance(error, Hostile) else Unreadable
         raise refused(f"{path} can't be read: {first_line(error)[:120]}") from error
     if not isinstance(value, kind):

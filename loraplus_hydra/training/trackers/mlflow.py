@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from filelock import FileLock
 
 from loraplus_hydra.config.flatten import flat
-from loraplus_hydra.io.files import write_text
+from loraplus_hydra.io.files import refuse_link, write_text
 from loraplus_hydra.io.folders import make_folder
 from loraplus_hydra.io.result import FAILED, INTERRUPTED
 from loraplus_hydra.training.trackers.tracker import TrackedRun, Tracker, read_id
@@ -151,8 +151,10 @@ def _store_lock(store: Path | None) -> Iterator[None]:
     with ExitStack() as stack:
         if store is not None:
             make_folder(store.parent)
+            lock = store.with_name(f".{store.name}.lock")
+            refuse_link(lock)
             with suppress(OSError, NotImplementedError):  # a file system without locks
-                stack.enter_context(FileLock(store.with_name(f".{store.name}.lock")))
+                stack.enter_context(FileLock(lock))
         yield
 
 
