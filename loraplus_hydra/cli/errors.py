@@ -1,4 +1,4 @@
-"""Errors on the screen, and the program's exit statuses: 0, 1, 130 (Ctrl-C) and 143 (SIGTERM)."""
+"""Errors on the screen, and the program's exit statuses: 0, 1, and 128 + its number for a signal."""
 
 from __future__ import annotations
 
@@ -12,12 +12,8 @@ from contextlib import contextmanager
 from loraplus_hydra.errors import ConfigErrors, UserError
 from loraplus_hydra.io import processes, screen
 
-EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
+EXIT_USER_ERROR = 1
 _SHOW_TRACEBACK = "LORAPLUS_HYDRA_TRACEBACK"
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which a cluster sends before it takes a machine back."""
 
 
 def take_over_full_error() -> None:

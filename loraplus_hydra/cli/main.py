@@ -6,9 +6,7 @@ Nothing heavy is imported here: `--help`, `--cfg job`, completion and a mistyped
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from types import FrameType
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -19,10 +17,7 @@ from loraplus_hydra.cli.arguments import hydra_arguments, refuse_wrong_flags, sp
 from loraplus_hydra.cli.before_run import begun
 from loraplus_hydra.cli.commands import COMMANDS, commands_help
 from loraplus_hydra.cli.errors import (
-    EXIT_INTERRUPTED,
-    EXIT_TERMINATED,
     EXIT_USER_ERROR,
-    Terminated,
     exit_on_error,
     print_error,
     take_over_full_error,
@@ -33,7 +28,8 @@ from loraplus_hydra.config.hydra_job import is_sweep
 from loraplus_hydra.config.locations import config_folder
 from loraplus_hydra.config.schema import register
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
-from loraplus_hydra.io import processes
+from loraplus_hydra.io import interrupts, processes
+from loraplus_hydra.io.streams import lost_output, make_streams_last
 from loraplus_hydra.sweep.folders import register as register_interpolations
 
 
@@ -62,21 +58,27 @@ _hydra_main = hydra.main(version_base="1.3", config_path=str(config_folder()), c
 
 def main() -> None:
     """Run the command line and end the program with its exit status."""
+    make_streams_last()
     take_over_full_error()
-    signal.signal(signal.SIGTERM, _terminate)
     register()
     name, arguments = split_command(sys.argv[1:])
     if any(argument.startswith("query=") for argument in arguments):
         _complete()
-    try:
+    with interrupts.kept_signals(deliver=False):
         try:
-            status = _run(name, arguments)
-        finally:
-            failed = _finish_sweep()
-    except Terminated:
-        status, failed = EXIT_TERMINATED, False
-    except KeyboardInterrupt:
-        status, failed = EXIT_INTERRUPTED, False
+            try:
+                status = _run(name, arguments)
+            finally:
+                failed = _finish_sweep()
+            interrupts.stop_if_asked()
+        except KeyboardInterrupt as error:
+            status, failed = interrupts.status_of(error), False
+    if (lost := lost_output()) and not status:
+        if name in ("train", "resume"):
+            print(f"stdout could not be written ({lost}); the log file has everything", file=sys.stderr)
+        else:
+            print(f"Error: stdout could not be written: {lost}", file=sys.stderr)
+            status = EXIT_USER_ERROR
     if status or failed:
         sys.exit(status or EXIT_USER_ERROR)
 
@@ -94,11 +96,9 @@ def _run(name: str, arguments: list[str]) -> int:
             raise ConfigErrors(override_problems(overrides, "config"))
         sys.argv[1:] = overrides + processes.hydra_arguments()
         _hydra_main()
-    except Terminated:
-        return EXIT_TERMINATED
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("\nInterrupted.", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return interrupts.status_of(error)
     except Exception as error:
         if wants_traceback():
             raise
@@ -137,7 +137,3 @@ def _complete() -> None:
         point = int(os.environ.get("COMP_POINT") or len(line))
         os.environ["COMP_LINE"] = shorter
         os.environ["COMP_POINT"] = str(max(0, point - (len(line) - len(shorter))))
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise Terminated

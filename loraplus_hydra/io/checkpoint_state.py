@@ -61,6 +61,7 @@ class RunState:
     groups: dict[str, GroupState]
     schedule: ScheduleState
     max_steps: int = field(metadata=range_(COUNT))
+    evaluation_due: bool = False  # True where a signal stopped this step's evaluation
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from loraplus_hydra.config.identity import run_hash
 from loraplus_hydra.config.locations import absolute_paths
 from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.io import files, folders, processes, run_folder, screen
+from loraplus_hydra.io import files, folders, interrupts, processes, run_folder, screen
 from loraplus_hydra.io.checkpoints import ResumePoint, sealed
+from loraplus_hydra.io.interrupts import Interrupted
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.quiet_libraries import quiet_libraries, quiet_loading
 from loraplus_hydra.io.result import FAILED, INTERRUPTED, OK, Result, read_result, versions
@@ -64,7 +65,7 @@ def run(config: DictConfig | Checked, folder: str | Path | None = None, *, point
     config = run_of(config.config if isinstance(config, Checked) else config)
     folder = processes.shared_folder(Path(folder) if folder is not None else _hydra_folder())
     folders.make_folder(folder)
-    with folder_lock(folder) as is_locked:
+    with interrupts.kept_signals(), folder_lock(folder) as is_locked:
         if processes.is_main():
             folders.refuse_links(folder, key="hydra.run.dir")
         if is_locked:
@@ -85,6 +86,7 @@ def run(config: DictConfig | Checked, folder: str | Path | None = None, *, point
 
 
 def _run(job: Run, checked: Checked | None) -> None:
+    interrupts.stop_if_asked()
     screen.show("1/6 Checking the config")
     if checked is None:
         check(job.config)
@@ -93,11 +95,13 @@ def _run(job: Run, checked: Checked | None) -> None:
     prepared = prepare(job.config)  # steps 2 to 4
     trainer = make_trainer(prepared, job.folder, job.point, job.tracking.log)
     _show_and_write_plan(job.folder, prepared, trainer.loraplus_plan)
+    interrupts.stop_if_asked()
     screen.show("5/6 Training")
     train(trainer, prepared, job.result, job.point)
     screen.show("6/6 Saving the adapter")
     if processes.is_main():
-        _save(job.folder, prepared)
+        with interrupts.notice("the adapter is saved first"):
+            _save(job.folder, prepared)
 
 
 def _hydra_folder() -> Path:
@@ -118,6 +122,9 @@ def _recorded(config: DictConfig, folder: Path, point: ResumePoint | None) -> It
         _print_resume_hint(folder)
         raise
     except (Exception, SystemExit) as error:
+        if interrupts.requested() and "DataLoader worker" in str(error):  # the signal reached the workers, too
+            result.status = INTERRUPTED
+            raise Interrupted(interrupts.requested()) from error
         result.error = {"type": type(error).__name__, "text": str(error)}
         _print_resume_hint(folder)
         raise

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, open_dict
 
 from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.io import checkpoints, run_folder, screen
+from loraplus_hydra.io import checkpoints, interrupts, run_folder, screen
 from loraplus_hydra.io.checkpoints import ResumePoint
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.result import read_result
@@ -50,6 +50,7 @@ def run_job(root: DictConfig) -> float | None:
     Returns the metric that the sweep compares, and None for a failed job. A failed job raises no error, because Hydra
     would end the sweep. Its status file reports the error.
     """
+    interrupts.stop_if_asked()
     hydra: Any = HydraConfig.get()
     job = _Job(Path(hydra.runtime.output_dir), Path(hydra.sweep.dir).absolute(), str(root.sweep.start))
     config = run_of(root)
@@ -67,6 +68,7 @@ def run_job(root: DictConfig) -> float | None:
         _report_failure(job, error)
         return None
     job.set_status(job_status.DONE, value=value)
+    interrupts.stop_if_asked()  # a signal that came behind the job: no further one begins
     return value
 
 

@@ -18,6 +18,7 @@ from loraplus_hydra.config.hydra_job import quoted
 from loraplus_hydra.config.identity import config_hash
 from loraplus_hydra.config.schema import NOT_OF_A_RUN
 from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.files import refuse_unwritable, write_text
 from loraplus_hydra.io.folders import make_folder, refuse_links
 from loraplus_hydra.io.read import Unreadable, read_json
@@ -25,6 +26,7 @@ from loraplus_hydra.io.run_folder import SWEEP
 from loraplus_hydra.sweep import job_status
 from loraplus_hydra.sweep.names import sweep_name
 
+_IN_THIS_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 _GOOD_NAME = re.compile(r"[\w+-][\w.+-]*")
 
 
@@ -63,6 +65,7 @@ def begin(config: DictConfig, words: list[str]) -> Sweep:
         ]
     )
     _write_sweep_file(folder, keys, words)
+    interrupts.raise_at_once(config.hydra.launcher._target_ != _IN_THIS_PROCESS)
     return Sweep(folder, keys, start, is_new)
 
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import set_seed
 
 from loraplus_hydra.config.targets import locate
-from loraplus_hydra.io import screen
+from loraplus_hydra.io import interrupts, screen
 from loraplus_hydra.loraplus.memory import measure_state
 from loraplus_hydra.loraplus.plan import Plan
 from loraplus_hydra.loraplus.rules import parse_rules
@@ -42,13 +42,16 @@ class Prepared:
 def prepare(config: DictConfig) -> Prepared:
     """Load tokenizer, examples and model, add the adapter and plan its groups. Raises UserError."""
     screen.show("2/6 Loading the data and the tokenizer")
+    interrupts.stop_if_asked()
     tokenizer = load_tokenizer(config.model)
     examples = load_examples(config, tokenizer)
     screen.show(f"    {examples.counts()}")
     for note in examples.notes:
         screen.show(f"    Note: {note}")
+    interrupts.stop_if_asked()
     screen.show("3/6 Loading the model and adding the adapter")
     model = load_adapted_model(config, tokenizer, examples)
+    interrupts.stop_if_asked()
     screen.show("4/6 Deciding which tensor gets which rate")
     return bundle(config, tokenizer, examples, model)
 

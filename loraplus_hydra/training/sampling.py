@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from loraplus_hydra.io import interrupts
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,6 +38,7 @@ def answer(
     """
     import torch
 
+    interrupts.stop_if_asked()
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=special_tokens)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if name != "token_type_ids"}
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,11 +198,11 @@ def test_interrupt_is_recorded_and_ends_with_its_status(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from loraplus_hydra.cli import main as program
+    from loraplus_hydra.io.interrupts import Interrupted
     from loraplus_hydra.runs import job
 
     def interrupted(*args: Any) -> None:
-        raise program.Terminated if exception == "Terminated" else KeyboardInterrupt
+        raise Interrupted(signal.SIGTERM) if exception == "Terminated" else KeyboardInterrupt
 
     monkeypatch.setattr(job, "train", interrupted)
     assert cli(*tiny_run, "hydra.run.dir=run").status == code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,7 +226,7 @@ def test_interrupted_sweep_ends_with_the_report_of_what_is_there(
     exception: str,
     code: int,
 ) -> None:
-    from loraplus_hydra.cli import main as program
+    from loraplus_hydra.io.interrupts import Interrupted
     from loraplus_hydra.runs import job
     from loraplus_hydra.training.hf_trainer import train as training
 
@@ -233,7 +234,7 @@ def test_interrupted_sweep_ends_with_the_report_of_what_is_there(
 
     def interrupted(trainer: Any, prepared: Any, *rest: Any) -> Any:
         if prepared.config.seed == 2:
-            raise program.Terminated if exception == "Terminated" else KeyboardInterrupt
+            raise Interrupted(signal.SIGTERM) if exception == "Terminated" else KeyboardInterrupt
         return train(trainer, prepared, *rest)
 
     monkeypatch.setattr(job, "train", interrupted)

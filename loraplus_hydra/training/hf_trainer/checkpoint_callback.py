@@ -41,6 +41,7 @@ class CheckpointCallback(TrainerCallback):
                     seconds=round(time.perf_counter() - self.started, 3),
                     metrics_bytes=self.metrics.stat().st_size if self.metrics.is_file() else 0,
                     window=window,
+                    evaluation_due=self.trainer.evaluation_due,
                     **describe_training(self.trainer.loraplus, groups, state.max_steps),
                 ),
             )
@@ -57,9 +58,12 @@ class CheckpointCallback(TrainerCallback):
         state.best_model_checkpoint = own_best(args.resume_from_checkpoint, args)
         # Intervals given as a share of all steps are a share of this run's steps, not of the checkpoint's.
         state.compute_steps(args, state.max_steps)
-        restore_window(self.trainer, run_state(Path(args.resume_from_checkpoint)).window)
+        stored = run_state(Path(args.resume_from_checkpoint))
+        restore_window(self.trainer, stored.window)
         for callback in self.trainer.early_stopping():
             callback.early_stopping_patience_counter = evaluations_without_gain(state)
+        if stored.evaluation_due:
+            self.trainer.make_up_evaluation(args.resume_from_checkpoint)
 
 
 def own_best(checkpoint: str, args: Any) -> str | None:

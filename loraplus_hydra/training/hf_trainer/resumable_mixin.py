@@ -11,7 +11,7 @@ import copy
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from transformers.trainer_callback import EarlyStoppingCallback
 from transformers.trainer_utils import has_length
 
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.io import screen
+from loraplus_hydra.io import interrupts, screen
 from loraplus_hydra.io.checkpoint_state import run_state
-from loraplus_hydra.io.checkpoints import OPTIMIZER, step_of, unseal
+from loraplus_hydra.io.checkpoints import OPTIMIZER, sealed, step_of, unseal
+from loraplus_hydra.io.interrupts import Interrupted
 from loraplus_hydra.io.quiet_libraries import quiet_step_mismatch
 from loraplus_hydra.loraplus.settings import LoraPlus
 from loraplus_hydra.models.adapter_files import save_factors
@@ -35,6 +36,16 @@ from loraplus_hydra.training.hf_trainer.checkpoint_callback import (
     refuse_unfit_best,
     stored_trainer_state,
 )
+from loraplus_hydra.training.hf_trainer.stop_at_step import stop_requested
+from loraplus_hydra.training.random_states import random_states, set_random_states
+
+
+class _EvaluationStopped(Interrupted):
+    """A signal stopped an evaluation between two of its batches."""
+
+
+class _TrainingEnded(Exception):
+    """A made-up evaluation was the end of training."""
 
 
 class ResumableMixin:
@@ -54,6 +65,7 @@ class ResumableMixin:
     loraplus: LoraPlus
     train_dataset: Any
     resumed_with: tuple[str, ...] = ()
+    evaluation_due = False  # True from an evaluation that a signal stopped until it is made up
 
     def train_or_restore(self, checkpoint: str | None) -> Any:
         """Train from `checkpoint` on, if there is one, or only restore it when it is of the last step.
@@ -62,9 +74,10 @@ class ResumableMixin:
         """
         # The Trainer would take one step too many from a checkpoint of its last step: it checks for the end after a
         # step.
-        if checkpoint is None or not self._is_last(checkpoint):
-            with quiet_step_mismatch():
+        if checkpoint is None or not self._is_last(checkpoint) or run_state(Path(checkpoint)).evaluation_due:
+            with quiet_step_mismatch(), suppress(_TrainingEnded):
                 return self.train(resume_from_checkpoint=checkpoint)  # type: ignore[attr-defined]
+        assert checkpoint is not None, "only a resumed run makes up an evaluation"
         return self._restore_last(checkpoint)
 
     def _is_last(self, checkpoint: str) -> bool:
@@ -88,6 +101,59 @@ class ResumableMixin:
         self._tr_loss = torch.tensor(0.0, device=self.args.device)
         self.callback_handler.on_train_begin(self.args, self.state, self.control)  # restores the log's window
         return self._finalize_training(None, 0, time.time())
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict as the Trainer does. Raises Interrupted before it if a signal asked to stop."""
+        if stop_requested(self.args):
+            screen.show("    Stopping the evaluation, which is not recorded")
+            raise _EvaluationStopped(interrupts.requested())
+        return super().prediction_step(*args, **kwargs)  # type: ignore[misc]
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the Trainer does; if a signal stops it, save a checkpoint from which it can be made up."""
+        before = random_states()  # an evaluation draws numbers, too
+        try:
+            with interrupts.notice("the evaluation ends after this batch, and a checkpoint is written"):
+                return super()._evaluate(*args, **kwargs)  # type: ignore[misc]
+        except _EvaluationStopped:
+            if self.state.global_step and not self.evaluation_due:
+                set_random_states(before)
+                self.evaluation_due = True
+                self.save_checkpoint_now()
+            raise
+
+    def make_up_evaluation(self, checkpoint: str) -> None:
+        """Evaluate at the step of `checkpoint`, where a signal stopped it, and save the checkpoint again.
+
+        Raises _TrainingEnded if that was the end of training.
+        """
+        screen.show(f"    Making up the evaluation of step {self.state.global_step}")
+        self.evaluation_due = True
+        self._load_rng_state(checkpoint)  # type: ignore[attr-defined]
+        self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)  # type: ignore[attr-defined]
+        self.evaluation_due = False
+        self.save_checkpoint_now()
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            raise _TrainingEnded
+
+    def save_checkpoint_now(self) -> None:
+        """Save a complete checkpoint of the present step."""
+        self._save_checkpoint(self.model, None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    @contextmanager
+    def checkpoint_if_stopped(self) -> Iterator[None]:
+        """Inside, after training, save a checkpoint of the last step before Interrupted is raised."""
+        try:
+            with interrupts.notice("the present batch is finished, and the last step's checkpoint written"):
+                yield
+        except Interrupted:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if not self.args.load_best_model_at_end and folder not in sealed(
+                folder.parent
+            ):  # else the model is the best one
+                self.save_checkpoint_now()
+            raise
 
     @property
     def step_of_model(self) -> int:

@@ -9,7 +9,7 @@ from torch import distributed
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from loraplus_hydra.training.interrupts import StopRequest
+from loraplus_hydra.io import interrupts, screen
 
 
 class StopAtStep(TrainerCallback):
@@ -21,8 +21,7 @@ class StopAtStep(TrainerCallback):
     the same one.
     """
 
-    def __init__(self, request: StopRequest) -> None:
-        self.request = request
+    def __init__(self) -> None:
         self.stopping = False  # True at the step at which all processes stop
         self.in_epoch = False  # True until the end of the current epoch
         self.deferred: set[str] = set()  # names of control flags that are set again at the end of the epoch
@@ -30,13 +29,10 @@ class StopAtStep(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.in_epoch = True
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.request.training = True
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.world_size > 1:
-            self.request.signal = _largest_of_all_processes(self.request.signal, args.device)
-        if self.request.signal:
+        if stop_requested(args):
+            if not self.stopping:
+                screen.show(f"    Stopping at step {state.global_step}: its checkpoint is written")
             self.stopping = control.should_save = True
             # Ending the epoch, not training: early stopping may still end training in this step's evaluation.
             control.should_epoch_stop = True
@@ -62,9 +58,6 @@ class StopAtStep(TrainerCallback):
             setattr(control, name, True)
         self.deferred.clear()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.request.training = False
-
     def _defer(self, control: Any, *names: str) -> None:
         """Defer to the end of the epoch the flags in `names` that `control` has set."""
         for name in names:
@@ -73,7 +66,10 @@ class StopAtStep(TrainerCallback):
                 setattr(control, name, False)
 
 
-def _largest_of_all_processes(number: int, device: Any) -> int:
-    largest = torch.tensor(number, device=device)
-    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
-    return int(largest)
+def stop_requested(args: Any) -> bool:
+    """Return True if a signal asked any of the run's processes to stop. Every process must call it."""
+    if args.world_size > 1:
+        largest = torch.tensor(interrupts.requested(), device=args.device)
+        distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+        interrupts.request(int(largest))
+    return interrupts.requested() > 0

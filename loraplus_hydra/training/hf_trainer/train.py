@@ -7,10 +7,10 @@ from typing import Any
 from transformers import set_seed
 
 from loraplus_hydra.errors import UserError
+from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.checkpoints import ResumePoint
 from loraplus_hydra.io.result import Result
 from loraplus_hydra.training.hf_trainer.stop_at_step import StopAtStep
-from loraplus_hydra.training.interrupts import StopRequest, stop_requested_by_signals
 from loraplus_hydra.training.measure import count_parameters, peak_memory_bytes
 from loraplus_hydra.training.prepare import Prepared
 from loraplus_hydra.training.sampling import answers
@@ -19,17 +19,16 @@ from loraplus_hydra.training.sampling import answers
 def train(trainer: Any, job: Prepared, result: Result, point: ResumePoint | None = None) -> None:
     """Evaluate, train and evaluate; write all measurements into `result`.
 
-    With `point`, training resumes from its checkpoint. Raises KeyboardInterrupt after a signal.
+    With `point`, training resumes from its checkpoint. Raises Interrupted after a signal.
     """
     task, examples = job.config.task, job.examples
     result.device = str(trainer.args.device)
     result.trained_parameters, result.total_parameters = count_parameters(trainer.model)
     before = answers(trainer.model, trainer.processing_class, examples.rendered, task.sample_tokens)
     set_seed(job.config.seed)  # data order and dropout do not depend on the evaluation before
-    request = StopRequest()
-    trainer.add_callback(StopAtStep(request))
+    trainer.add_callback(StopAtStep())
     try:
-        with stop_requested_by_signals(request):
+        with interrupts.notice("this step is finished and a checkpoint written"):
             trained = trainer.train_or_restore(None if point is None else point.folder)
     finally:
         result.steps = trainer.state.global_step
@@ -41,10 +40,12 @@ def train(trainer: Any, job: Prepared, result: Result, point: ResumePoint | None
         )
     result.train_loss = trained.training_loss
     result.train_seconds = trained.metrics["train_runtime"] + (0.0 if point is None else point.seconds)
-    result.metrics = evaluation_at(trainer.state, trainer.step_of_model) or trainer.evaluate()
-    result.best = best_evaluation(trainer.state.log_history, task.metric, task.greater_is_better)
-    result.peak_memory_bytes = peak_memory_bytes(trainer.args.device)
-    after = answers(trainer.model, trainer.processing_class, examples.rendered, task.sample_tokens)
+    with trainer.checkpoint_if_stopped():
+        interrupts.stop_if_asked()
+        result.metrics = evaluation_at(trainer.state, trainer.step_of_model) or trainer.evaluate()
+        result.best = best_evaluation(trainer.state.log_history, task.metric, task.greater_is_better)
+        result.peak_memory_bytes = peak_memory_bytes(trainer.args.device)
+        after = answers(trainer.model, trainer.processing_class, examples.rendered, task.sample_tokens)
     result.samples = [
         {"prompt": prompt, "reference": reference, "before": old, "after": new}
         for prompt, reference, old, new in zip(examples.prompts, examples.references, before, after, strict=True)

@@ -1,0 +1,44 @@
+"""Text from rows, names, errors and configs, made harmless for the place that shows it."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+# Control characters but tab and line feed, lone surrogates, and the marks that reorder or hide text on a line.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>#|!~&$])")
+
+
+def visible(text: str) -> str:
+    """Return `text` with control characters as escapes such as \\x1b; line breaks and tabs stay."""
+    return _CONTROL.sub(_escaped, text.replace("\r\n", "\n"))
+
+
+def one_line(text: str) -> str:
+    """Return `text` with control characters, line breaks and tabs as escapes."""
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def csv_cell(text: str) -> str:
+    """Return a text for a CSV cell that no spreadsheet takes for a formula."""
+    text = visible(text)
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def markdown(text: str) -> str:
+    """Return `text` as Markdown that shows it literally, on one line."""
+    return _MARKDOWN.sub(r"\\\1", visible(text)).replace("\n", " ")
+
+
+class VisibleFormatter(logging.Formatter):
+    """Formats log records for screen and log file with control characters as escapes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
