@@ -11,6 +11,7 @@ import io
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any
 
 
@@ -48,7 +49,7 @@ def lost_output() -> str:
 
 def _lasting(stream: IO[str] | None) -> IO[str]:
     if stream is None:  # started with >&-; this takes the free descriptor, so that no other file gets it
-        return open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        return Path(os.devnull).open("w", encoding="utf-8")
     if stream not in (sys.__stdout__, sys.__stderr__) or not isinstance(stream, io.TextIOWrapper):
         return stream  # of a program around this one
     with suppress(OSError):

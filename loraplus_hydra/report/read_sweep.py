@@ -114,6 +114,7 @@ def read_sweep(folder: Path) -> Sweep:
     if others := [job.folder for job in jobs if job.metric not in ("", metric)]:
         notes.append(f"Jobs are compared by {metric}. Those with another metric are left out: {_first_five(others)}")
         jobs = tuple(_without_value(job, metric) if job.folder in others else job for job in jobs)
+    notes += _stopped(stored.get("left"))
     swept = stored.get("swept")
     return Sweep(
         folder=folder,
@@ -268,6 +269,13 @@ def _greater_is_better(jobs: Iterable[Job], metric: str) -> bool:
     values = [job.config.get("task.greater_is_better") for job in jobs if job.metric == metric]
     known = Counter(value for value in values if isinstance(value, bool))
     return known.most_common(1)[0][0] if known else False
+
+
+def _stopped(left: Any) -> list[str]:
+    """Return a note on the jobs that the last start of a stopped sweep did not come to."""
+    if not isinstance(left, list) or not left:
+        return []
+    return [f"The sweep was stopped with {len(left)} jobs left: {_first_five(list(map(str, left)))}"]
 
 
 def _without_value(job: Job, metric: str) -> Job:

@@ -6,15 +6,17 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from loraplus_hydra.io.files import remove
+from loraplus_hydra.io.read import Unreadable
 from loraplus_hydra.io.run_folder import SWEEP
 from loraplus_hydra.report import terminal, write
 from loraplus_hydra.report.formatting import count
 from loraplus_hydra.sweep import job_status
 from loraplus_hydra.sweep.job_status import DONE, FAILED, INTERRUPTED, RUNNING, SKIPPED, JobStatus
-from loraplus_hydra.sweep.plan import Sweep
+from loraplus_hydra.sweep.plan import Sweep, write_left
 
 _WORDS = {
     DONE: "done",
@@ -35,8 +37,11 @@ def finish(sweep: Sweep) -> bool:
     if not jobs:
         _remove_empty(sweep)
         return True
+    left = _not_begun(sweep, jobs)
+    with suppress(OSError, Unreadable):  # the report says what is wrong with the file
+        write_left(sweep, left)
     reported = _report(sweep.folder)
-    _print_summary(sweep, jobs, reported or ())
+    _print_summary(sweep, jobs, reported or (), len(left))
     return reported is not None and all(job.status in (DONE, SKIPPED) for job in jobs)
 
 
@@ -55,15 +60,21 @@ def _report(folder: Path) -> Collection[str] | None:
     return {job.folder for job in report.unsuccessful}
 
 
-def _print_summary(sweep: Sweep, jobs: list[JobStatus], reported: Collection[str]) -> None:
+def _not_begun(sweep: Sweep, jobs: list[JobStatus]) -> list[tuple[str, ...]]:
+    """Return the overrides of the jobs that this start did not come to."""
+    return [overrides for overrides in sweep.jobs if not any(set(overrides) <= set(job.overrides) for job in jobs)]
+
+
+def _print_summary(sweep: Sweep, jobs: list[JobStatus], reported: Collection[str], left: int) -> None:
     numbers = Counter(job.status for job in jobs)
     counts = ", ".join(f"{numbers[status]} {word}" for status, word in _WORDS.items() if numbers[status])
-    print(f"\n{count(len(jobs), 'job')}: {counts}. Everything is in {_relative(sweep.folder)}")
+    run = f"{len(jobs)} of {count(len(jobs) + left, 'job')} run" if left else count(len(jobs), "job")
+    print(f"\n{run}: {counts}. Everything is in {_relative(sweep.folder)}")
     for job in jobs:
         if job.status in (FAILED, RUNNING) and job.folder not in reported:
             reason = job.text.strip().splitlines() or ["its process was killed"]
             print(f"  {job.folder}: {reason[0]}")
-    if numbers[FAILED] + numbers[RUNNING] + numbers[INTERRUPTED]:
+    if numbers[FAILED] + numbers[RUNNING] + numbers[INTERRUPTED] + left:
         print("The same command runs what is missing or failed, and nothing else.")
 
 

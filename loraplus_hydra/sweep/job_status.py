@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ class JobStatus:
     status: str
     text: str = ""  # the error of a failed job
     value: float | None = None  # the metric that the sweep compares
+    overrides: Sequence[str] = ()
 
 
 def begin(sweep: Path) -> Start:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,14 @@ class _Job:
     folder: Path
     sweep: Path
     start: str
+    overrides: Sequence[str]
 
     @property
     def name(self) -> str:
         return os.path.relpath(self.folder, self.sweep)
 
     def set_status(self, status: str, text: str = "", value: float | None = None) -> None:
-        job_status.write(self.sweep, self.start, job_status.JobStatus(self.name, status, text, value))
+        job_status.write(self.sweep, self.start, job_status.JobStatus(self.name, status, text, value, self.overrides))
 
 
 def run_job(root: DictConfig) -> float | None:
@@ -52,7 +54,8 @@ def run_job(root: DictConfig) -> float | None:
     """
     interrupts.stop_if_asked()
     hydra: Any = HydraConfig.get()
-    job = _Job(Path(hydra.runtime.output_dir), Path(hydra.sweep.dir).absolute(), str(root.sweep.start))
+    folder, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
+    job = _Job(folder, Path(hydra.sweep.dir).absolute(), str(root.sweep.start), overrides)
     config = run_of(root)
     state = folder_state(job.folder, hash_of(config))
     if state is State.DONE:

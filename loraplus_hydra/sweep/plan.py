@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from loraplus_hydra.io.run_folder import SWEEP
 from loraplus_hydra.sweep import job_status
 from loraplus_hydra.sweep.names import sweep_name
 
+_GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _IN_THIS_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 _GOOD_NAME = re.compile(r"[\w+-][\w.+-]*")
 
@@ -38,6 +41,7 @@ class Sweep:
     swept: tuple[str, ...]  # the keys that it varies
     start: job_status.Start
     is_new: bool  # whether this start made the folder
+    jobs: tuple[tuple[str, ...], ...] = ()  # the swept overrides of each job; none if a search chooses them
 
 
 def begin(config: DictConfig, words: list[str]) -> Sweep:
@@ -66,7 +70,22 @@ def begin(config: DictConfig, words: list[str]) -> Sweep:
     )
     _write_sweep_file(folder, keys, words)
     interrupts.raise_at_once(config.hydra.launcher._target_ != _IN_THIS_PROCESS)
-    return Sweep(folder, keys, start, is_new)
+    return Sweep(folder, keys, start, is_new, _grid(config, swept))
+
+
+def write_left(sweep: Sweep, left: Iterable[Sequence[str]]) -> None:
+    """Write into sweep.json which jobs this start of the sweep did not begin."""
+    stored = read_json(sweep.folder / SWEEP)
+    stored["left"] = [shlex.join(overrides) for overrides in left]
+    write_text(sweep.folder / SWEEP, json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
+
+
+def _grid(config: DictConfig, swept: list[Override]) -> tuple[tuple[str, ...], ...]:
+    """Return the swept overrides of each job, as Hydra's own sweeper combines them."""
+    if config.hydra.sweeper.get("_target_") != _GRID:
+        return ()
+    values = ([f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()] for one in swept)
+    return tuple(itertools.product(*values))
 
 
 def swept_overrides(config: DictConfig) -> list[Override]:

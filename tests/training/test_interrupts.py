@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,16 @@ def _interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _handling(number: int, handler: Callable[[int], None]) -> Iterator[None]:
+    """Inside, let `handler` get a signal, as a program around the run may."""
+    before = signal.signal(number, lambda number, _: handler(number))
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize("number", interrupts.SIGNALS)
@@ -55,14 +66,14 @@ def test_second_signal_raises_at_once() -> None:
 
 def test_handlers_of_a_caller_get_the_signal_after_the_block() -> None:
     got: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
-    try:
-        with pytest.raises(Interrupted), interrupts.kept_signals():
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert got == []
+    with _handling(signal.SIGTERM, got.append):
+        try:
+            with interrupts.kept_signals():
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert got == []
+        except Interrupted as stopped:
+            assert interrupts.status_of(stopped) == 143
         assert got == [signal.SIGTERM]
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("number", interrupts.SIGNALS)
@@ -76,7 +87,10 @@ def test_signal_behind_a_job_ends_the_sweep(
     finished = cli("-m", *toy, "seed=1,2,3", "hydra.sweep.dir=sweep")
     assert finished.status == 128 + number, finished.err
     assert [path.parent.name[:6] for path in (tmp_path / "sweep").glob("*/result.json")] == ["seed-1"]
-    assert "1 of 3 jobs" in finished.out
+    assert "1 of 3 jobs run: 1 done" in finished.out
+    left = "The sweep was stopped with 2 jobs left: seed=2, seed=3"
+    assert left in finished.out.replace("\n", " ")
+    assert left in (tmp_path / "sweep" / "report.html").read_text()
 
 
 EVALUATED = (
@@ -115,12 +129,8 @@ def test_evaluation_that_a_signal_stops_is_made_up(
     run(compose(*tiny_run, *EVALUATED), tmp_path / "unbroken")
     place = tmp_path / "stopped"
     stopped_in_evaluation(step)
-    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
-    try:
-        with pytest.raises(Interrupted):
-            run(compose(*tiny_run, *EVALUATED), place)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with _handling(signal.SIGTERM, lambda _: None), pytest.raises(Interrupted):
+        run(compose(*tiny_run, *EVALUATED), place)
     assert not [line for line in lines(place) if line["step"] == step and "eval_loss" in line]
     state = json.loads((place / "checkpoints" / f"checkpoint-{step}" / "run_state.json").read_text())
     assert state["evaluation_due"] is True
