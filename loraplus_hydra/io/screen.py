@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.io import processes
+from loraplus_hydra.io.text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,7 +69,7 @@ def table(
 
     made = Table(box=box.ROUNDED if sys.stdout.isatty() else box.ASCII2, show_lines=lines)
     for name in columns:  # as Text: a name may hold brackets, which rich takes for markup
-        made.add_column(Text(name), justify="right" if name in right else "left", overflow="fold")
+        made.add_column(Text(visible(name)), justify="right" if name in right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*map(Text, row))
+        made.add_row(*(Text(visible(cell)) for cell in row))
     return made

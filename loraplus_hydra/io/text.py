@@ -8,7 +8,7 @@ import re
 # Control characters but tab and line feed, lone surrogates, and the marks that reorder or hide text on a line.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
-_MARKDOWN = re.compile(r"([\\`*_\[\]<>#|!~&$])")
+_MARKDOWN = re.compile(r"([\\`*\[\]<>|~&$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 
 
 def visible(text: str) -> str:
@@ -30,6 +30,24 @@ def csv_cell(text: str) -> str:
 def markdown(text: str) -> str:
     """Return `text` as Markdown that shows it literally, on one line."""
     return _MARKDOWN.sub(r"\\\1", visible(text)).replace("\n", " ")
+
+
+def code(text: str) -> str:
+    """Return `text` as Markdown code on one line."""
+    fence = "`" * (_longest_run(text) + 1)
+    pad = " " if text[:1] == "`" or text[-1:] == "`" else ""
+    return f"{fence}{pad}{one_line(text)}{pad}{fence}"
+
+
+def code_block(text: str, language: str = "") -> str:
+    """Return `text` as a Markdown block of code, which no backticks inside can end."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    text = visible(text).rstrip("\n")
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 class VisibleFormatter(logging.Formatter):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from loraplus_hydra.io.text import visible
+
 ABSENT = "–"  # noqa: RUF001
 
 
@@ -15,7 +17,7 @@ def short(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if not isinstance(value, (int, float)):
-        return str(value)
+        return visible(str(value))
     if value != 0 and (abs(value) < 1e-2 or abs(value) >= 1e5):
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

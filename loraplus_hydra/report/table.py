@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from loraplus_hydra.io.text import csv_cell
 from loraplus_hydra.report.read_sweep import Job
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import value_of
@@ -19,12 +20,19 @@ def csv_text(results: SweepResults) -> str:
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["folder", "status", *results.keys, results.sweep.metric, "best", "steps", "seconds", "error"])
+    header = ["folder", "status", *results.keys, results.sweep.metric, "best", "steps", "seconds", "error"]
+    writer.writerow(map(_cell, header))
     for job in in_order(results):
         values = [value_of(job, key) for key in results.keys]
         row: Sequence[Any] = [job.folder, job.status, *values, job.value, job.best, job.steps, job.seconds, job.reason]
-        writer.writerow(["" if value is None else value for value in row])
+        writer.writerow(map(_cell, row))
     return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if value is None:
+        return ""
+    return csv_cell(value) if isinstance(value, str) else value
 
 
 def in_order(results: SweepResults) -> list[Job]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loraplus_hydra.io import screen
+from loraplus_hydra.io.text import visible
 from loraplus_hydra.report import summary
 from loraplus_hydra.report.formatting import ABSENT, count, short, with_spread
 from loraplus_hydra.report.results import SweepResults
@@ -24,7 +25,7 @@ def show(report: SweepReport) -> None:
     console = screen.console()
     if results.outcome.ranked:
         spread = ", mean ± standard deviation" if results.seeds else ""
-        console.print(f"{results.axis_label}{spread}", markup=False)
+        console.print(visible(f"{results.axis_label}{spread}"), markup=False)
         console.print(_settings(results))
         if (left := len(results.outcome.ranked) - _MOST_SETTINGS) > 0:
             console.print(f"... and {count(left, 'setting')} more in {PAGE}", markup=False)
@@ -32,13 +33,13 @@ def show(report: SweepReport) -> None:
         console.print("Without a result")
         console.print(_without_result(report))
     for sentence in (*results.sweep.notes, summary.headline(results), *summary.details(results)):
-        console.print(sentence, markup=False)
+        console.print(visible(sentence), markup=False)
     if speed := summary.speed_sentence(results):
-        console.print(speed, markup=False)
+        console.print(visible(speed), markup=False)
     if command := summary.command(results):
         console.print("Run the best job again:", markup=False)
-        print(f"  {command}")  # not wrapped, so that it can be copied
-    print(f"Report: {report.folder / PAGE}")
+        print(visible(f"  {command}"))  # not wrapped, so that it can be copied
+    print(visible(f"Report: {report.folder / PAGE}"))
 
 
 def _settings(results: SweepResults) -> Table:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loraplus_hydra.config.hydra_job import number_in_sweep
 from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.screen import print_rich, show, table
+from loraplus_hydra.io.text import one_line
 
 if TYPE_CHECKING:
     from loraplus_hydra.io.result import Result
@@ -23,12 +24,12 @@ def show_config(config: Any) -> None:
     def grow(branch: Tree, node: Mapping[Any, Any]) -> None:
         for key, value in node.items():
             if isinstance(value, Mapping) and value and any(isinstance(inner, Mapping) for inner in value.values()):
-                grow(branch.add(f"[bold]{key}[/bold]"), value)
+                grow(branch.add(f"[bold]{_shown(key)}[/bold]"), value)
             elif isinstance(value, Mapping) and value:
-                leaves = "  ".join(f"[dim]{inner}[/dim]={_shown(item)}" for inner, item in value.items())
-                branch.add(f"[bold]{key}[/bold]  {leaves}")
+                leaves = "  ".join(f"[dim]{_shown(inner)}[/dim]={_shown(item)}" for inner, item in value.items())
+                branch.add(f"[bold]{_shown(key)}[/bold]  {leaves}")
             else:
-                branch.add(f"[dim]{key}[/dim]={_shown(value)}")
+                branch.add(f"[dim]{_shown(key)}[/dim]={_shown(value)}")
 
     tree = Tree("[bold]config[/bold]", guide_style="dim")
     grow(tree, config)
@@ -130,4 +131,5 @@ def _shown(value: Any) -> str:
         return f"{value:g}"
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    return escape(str(value))
+    text = escape(one_line(str(value)))
+    return f"{text}\\" if text.endswith("\\") else text  # a last backslash would escape the markup behind it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 from loraplus_hydra.config.locations import is_local, model_location
 from loraplus_hydra.io import files, run_folder
 from loraplus_hydra.io.read import read_json
+from loraplus_hydra.io.text import code, code_block, markdown
 from loraplus_hydra.runs.finished import FinishedRun, model_metrics
 
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
@@ -37,7 +39,7 @@ def card(run: FinishedRun, *, merged: bool, check: str = "") -> str:
         _loading(run, merged=merged),
         *([check] if check else []),
         "## Data",
-        "\n".join(f"- `{key}`: {_shown(value)}" for key, value in config["data"].items() if value is not None),
+        "\n".join(f"- {code(str(key))}: {_shown(value)}" for key, value in config["data"].items() if value is not None),
         "## LoRA+",
         "Each group of trained tensors had its own rate (at the schedule's peak):",
         _table(("group", "lr", "weight decay", "tensors", "numbers"), _group_rows(groups)),
@@ -48,7 +50,7 @@ def card(run: FinishedRun, *, merged: bool, check: str = "") -> str:
         *_samples(run.result.get("samples") or []),
         "## Config",
         f"Hash of the config: `{run.result['config_hash']}`",
-        f"```yaml\n{OmegaConf.to_yaml(OmegaConf.create(_published(config)))}```",
+        code_block(OmegaConf.to_yaml(OmegaConf.create(_published(config))), "yaml"),
         "## Versions",
         ", ".join(f"{name} {version}" for name, version in run.result["versions"].items()),
     ]
@@ -67,9 +69,11 @@ def _front_matter(run: FinishedRun, *, merged: bool) -> str:
 
 def _introduction(run: FinishedRun, *, merged: bool) -> Iterator[str]:
     what = "merged model" if merged else "adapter"
-    yield f"# {_base_name(run)} with {_method(run)}, trained with LoRA+"
+    yield f"# {markdown(_base_name(run))} with {markdown(_method(run))}, trained with LoRA+"
     quantised = run.config.quantization.get("_target_") is not None
-    base = f"`{_base_name(run)}`" + (f", revision `{run.config.model.revision}`" if run.config.model.revision else "")
+    base = code(_base_name(run)) + (
+        f", revision {code(run.config.model.revision)}" if run.config.model.revision else ""
+    )
     yield (
         f"This {what} was trained on {base}{' (quantised)' if quantised else ''} with LoRA+ "
         f"([arXiv 2402.12354](https://arxiv.org/abs/2402.12354)): lora_B learns faster than lora_A, by a ratio."
@@ -97,7 +101,7 @@ def _loading(run: FinishedRun, *, merged: bool) -> str:
 
 
 def _loading_adapter(run: FinishedRun, auto: str) -> Iterator[str]:
-    base = f'"{_base_name(run)}"'
+    base = json.dumps(_base_name(run))
     if run.config.model.path.startswith("pkg://"):
         yield "from loraplus_hydra.config.locations import model_location"
         base = f"model_location({base})"
@@ -138,7 +142,7 @@ def _table(columns: tuple[str, ...], rows: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    return str(value).replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")
+    return markdown(str(value))
 
 
 def _numel(shape: list[int]) -> int:
@@ -164,7 +168,7 @@ def _base_name(run: FinishedRun) -> str:
 
 
 def _shown(value: Any) -> str:
-    return f"`{_published(value)}`"
+    return code(str(_published(value)))
 
 
 def _published(value: Any) -> Any:

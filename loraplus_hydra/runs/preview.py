@@ -23,6 +23,7 @@ from loraplus_hydra.config.targets import locate
 from loraplus_hydra.data.rows import is_streamed
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.quiet_libraries import quiet_loading
+from loraplus_hydra.io.text import one_line, visible
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.training.hf_trainer.assemble import training_arguments
 
@@ -53,7 +54,7 @@ class PreviewedRow:
     def summary(self) -> str:
         """Return the number of tokens, and the label or the number of tokens that carry loss."""
         learnt = sum(token.carries_loss for token in self.tokens)
-        what = f"label {self.label}" if self.label is not None else f"{learnt} carry loss"
+        what = f"label {one_line(self.label)}" if self.label is not None else f"{learnt} carry loss"
         return f"{len(self.tokens)} tokens, {what}"
 
 
@@ -177,5 +178,5 @@ def render(row: PreviewedRow, *, coloured: bool) -> Text:
         if index:
             shown.append("|", style="dim")
         text = token.text if coloured or not token.carries_loss else f"[{token.text}]"
-        shown.append(text, style=_STYLE if token.carries_loss else "")
+        shown.append(visible(text), style=_STYLE if token.carries_loss else "")
     return shown

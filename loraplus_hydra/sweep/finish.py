@@ -12,6 +12,7 @@ from pathlib import Path
 from loraplus_hydra.io.files import remove
 from loraplus_hydra.io.read import Unreadable
 from loraplus_hydra.io.run_folder import SWEEP
+from loraplus_hydra.io.text import visible
 from loraplus_hydra.report import terminal, write
 from loraplus_hydra.report.formatting import count
 from loraplus_hydra.sweep import job_status
@@ -55,7 +56,7 @@ def _report(folder: Path) -> Collection[str] | None:
         print()
         terminal.show(report)
     except Exception as error:  # any: the summary of the jobs must follow, and their own files are safe
-        print(f"The report could not be made: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"The report could not be made: {type(error).__name__}: {visible(str(error))}", file=sys.stderr)
         return None
     return {job.folder for job in report.unsuccessful}
 
@@ -73,7 +74,7 @@ def _print_summary(sweep: Sweep, jobs: list[JobStatus], reported: Collection[str
     for job in jobs:
         if job.status in (FAILED, RUNNING) and job.folder not in reported:
             reason = job.text.strip().splitlines() or ["its process was killed"]
-            print(f"  {job.folder}: {reason[0]}")
+            print(visible(f"  {job.folder}: {reason[0]}"))
     if numbers[FAILED] + numbers[RUNNING] + numbers[INTERRUPTED] + left:
         print("The same command runs what is missing or failed, and nothing else.")
 

@@ -67,12 +67,12 @@ def test_second_signal_raises_at_once() -> None:
 def test_handlers_of_a_caller_get_the_signal_after_the_block() -> None:
     got: list[int] = []
     with _handling(signal.SIGTERM, got.append):
-        try:
-            with interrupts.kept_signals():
-                os.kill(os.getpid(), signal.SIGTERM)
-                assert got == []
-        except Interrupted as stopped:
-            assert interrupts.status_of(stopped) == 143
+        keeping = interrupts.kept_signals()
+        keeping.__enter__()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert got == []
+        with pytest.raises(Interrupted):
+            keeping.__exit__(None, None, None)
         assert got == [signal.SIGTERM]
 
 

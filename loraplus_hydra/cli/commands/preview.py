@@ -8,6 +8,7 @@ from loraplus_hydra.check import check
 from loraplus_hydra.cli.commands.command import Command
 from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.io import screen
+from loraplus_hydra.io.text import visible
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
@@ -21,7 +22,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     examples = load_examples(checked.config, tokenizer)
     print(examples.counts())
     for note in examples.notes:
-        print(f"Note: {note}")
+        print(visible(f"Note: {note}"))
     rows = preview(checked, tokenizer, examples)
     console = screen.console()
     marked = "green" if console.is_terminal else "[in brackets]"

@@ -1,0 +1,28 @@
+"""A run outlives the reader of its output."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys
+from loraplus_hydra.io.streams import lost_output, make_streams_last
+make_streams_last()
+for number in range(3):
+    print("line", number, flush=True)
+lost = lost_output()
+print(f"lost: {lost}", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "lost"), [(">&-", ""), ("> /dev/full", "No space left on device"), ("| true", ""), ("", "")]
+)
+def test_output_that_nobody_takes_is_dropped(redirection: str, lost: str) -> None:
+    command = f'set -o pipefail; "{sys.executable}" -c "$0" {redirection}'
+    finished = subprocess.run(["bash", "-c", command, PROGRAM], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0
+    assert finished.stderr == f"lost: {lost}\n"
