@@ -94,7 +94,7 @@ def test_signal_behind_a_job_ends_the_sweep(
 
 
 EVALUATED = (
-    *("trainer.max_steps=4", "trainer.eval_steps=2", "trainer.save_steps=4", "trainer.per_device_eval_batch_size=2"),
+    *("trainer.max_steps=4", "trainer.eval_steps=2", "trainer.save_steps=4", "trainer.per_device_eval_batch_size=1"),
     *("adapter.lora_dropout=0.1", "+trainer.load_best_model_at_end=false"),
 )
 
