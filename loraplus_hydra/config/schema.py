@@ -18,6 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from loraplus_hydra.config.types import COUNT, NOT_NEGATIVE, POSITIVE, WHOLE, Range, field_types, range_
 
+COLUMN_SUFFIX = "_column"  # of the keys in `data` that name columns, which the task reads
 SHARE = Range("a number from 0 to 1", lambda x: 0 <= x <= 1)
 PROPER_SHARE = Range("a number above 0 and below 1", lambda x: 0 < x < 1)
 DROPOUT = Range("a number from 0 to below 1", lambda x: 0 <= x < 1)
@@ -305,4 +306,16 @@ def register() -> None:
 
 def run_of(root: DictConfig) -> DictConfig:
     """Return the run's part of the program's config."""
-    return OmegaConf.masked_copy(root, [str(key) for key in root if key not in NOT_OF_A_RUN])
+    run = OmegaConf.masked_copy(root, [str(key) for key in root if key not in NOT_OF_A_RUN])
+    _columns_as_text(run.get("data"))
+    return run
+
+
+def _columns_as_text(data: Any) -> None:
+    """Turn the number of a column into its name: Hydra reads the override `data.label_column=1` as a number."""
+    if not isinstance(data, DictConfig):
+        return
+    for key in map(str, data):
+        is_plain = not (OmegaConf.is_missing(data, key) or OmegaConf.is_interpolation(data, key))
+        if key.endswith(COLUMN_SUFFIX) and is_plain and type(data[key]) is int:
+            data[key] = str(data[key])

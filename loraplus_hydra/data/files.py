@@ -163,9 +163,20 @@ def _matches(key: str, pattern: str) -> list[str]:
         if not names:
             raise ConfigErrors([Problem(key, f"no file matches {pattern}", _looked_for_in(path))])
         return names
+    if what := _special(path):
+        raise ConfigErrors([Problem(key, f"{pattern} {what}", "name a regular file")])
     siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     what = f"{pattern}: No such file{nearest(path.name, siblings)}"
     raise ConfigErrors([Problem(key, what, _looked_for_in(path))])
+
+
+def _special(path: Path) -> str:
+    """Return what a path without a regular file is instead, empty if nothing has this name."""
+    if path.is_symlink() and not path.exists():
+        return f"is a link to {path.readlink()}, which does not exist"
+    kinds = {"is a pipe": path.is_fifo(), "is a socket": path.is_socket()}
+    kinds["is a device"] = path.is_char_device() or path.is_block_device()
+    return next((f"{kind}, not a file" for kind, true in kinds.items() if true), "")
 
 
 def _looked_for_in(path: Path) -> str:

@@ -31,6 +31,19 @@ FORMATS = {
     ".text": "text",
     ".md": "text",
 }
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+}
+_BYTE_ORDER_MARKS = {
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
 UNITS = ("file", "paragraph", "line")
 PIECE = 1000  # least characters of a text file in a row; the row ends at the next line that may begin another
 
@@ -71,6 +84,10 @@ def read(path: str, layout: Layout) -> Iterator[Row]:
     Raises UserError naming the file and the line.
     """
     assert layout.format is not None
+    start = _start_of(path)
+    for magic, kind in _COMPRESSED.items():
+        if start.startswith(magic):  # whatever the encoding: latin-1 takes any bytes for text
+            raise UserError(f"{path}: it is compressed ({kind}); unpack it and name the unpacked file")
     reader = {"jsonl": _read_jsonl, "csv": _read_csv, "text": _read_text}[layout.format]
     encoding = "utf-8-sig" if layout.encoding.lower().replace("_", "-") in ("utf-8", "utf8") else layout.encoding
     try:
@@ -78,10 +95,22 @@ def read(path: str, layout: Layout) -> Iterator[Row]:
         with Path(path).open(encoding=encoding, newline="" if layout.format == "csv" else None) as file:
             yield from reader(path, file, layout)
     except UnicodeError as error:
-        raise UserError(
-            f"{path}{_undecodable_line(path, layout.encoding)}: not {layout.encoding} text ({error}); "
-            "save it as UTF-8, or name its encoding: data.encoding=latin-1"
-        ) from None
+        place = f"{path}{_undecodable_line(path, layout.encoding)}"
+        wide = next((name for mark, name in _BYTE_ORDER_MARKS.items() if start.startswith(mark)), None)
+        advice = (
+            f"it is {wide} text: data.encoding={wide}"
+            if wide
+            else ("save it as UTF-8, or name its encoding, such as data.encoding=latin-1")
+        )
+        raise UserError(f"{place}: not {layout.encoding} text ({error}); {advice}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+
+
+def _start_of(path: str) -> bytes:
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(8)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
 
@@ -259,8 +288,11 @@ def _encoded_rows(path: str, layout: Layout, names: tuple[str, ...], encoded: tu
 
 def _load_parquet(path: str) -> Dataset:
     try:
-        pa.parquet.read_metadata(path)  # of a file that isn't Parquet, datasets would log a traceback
+        if pa.parquet.read_metadata(path).num_rows == 0:  # datasets fails on it, and on a broken file logs a traceback
+            raise UserError(f"{path} has no rows")
         rows = Dataset.from_parquet(path, cache_dir=str(cache_folder()))
+    except UserError:
+        raise
     except Exception as error:  # datasets wraps every error of Arrow's
         raise UserError(f"{path}: not a Parquet file that can be read: {_first_cause(error)}") from None
     if len(rows) == 0:

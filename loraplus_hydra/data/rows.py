@@ -9,12 +9,12 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from omegaconf import DictConfig
 
+from loraplus_hydra.config.schema import COLUMN_SUFFIX
 from loraplus_hydra.config.targets import instantiate
 from loraplus_hydra.errors import ConfigErrors, Problem
 
 Rows: TypeAlias = Dataset | IterableDataset
 
-COLUMN_SUFFIX = "_column"  # ends the keys that name columns; the task reads them, the loader does not
 SPLITS = ("train", "eval")
 
 # Columns that our own loaders add to those of the file.
