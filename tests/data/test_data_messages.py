@@ -60,12 +60,6 @@ def test_parquet_without_rows_has_none(tmp_path: Path) -> None:
 
 
 def test_columns_without_a_header_are_named_by_number(compose: Callable[..., Any]) -> None:
-    overrides = (
-        "data=csv",
-        "data.train=x.csv",
-        "data.header=false",
-        "data.prompt_column=0",
-        "data.completion_column=1",
-    )
+    columns = ("data.prompt_column=0", "data.completion_column=1")
     data = run_of(compose("data=csv", "data.train=x.csv", "data.header=false", *columns)).data
     assert (data.prompt_column, data.completion_column) == ("0", "1")
