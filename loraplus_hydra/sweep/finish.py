@@ -39,8 +39,9 @@ def finish(sweep: Sweep) -> bool:
         _remove_empty(sweep)
         return True
     left = _not_begun(sweep, jobs)
-    with suppress(OSError, Unreadable):  # the report says what is wrong with the file
-        write_left(sweep, left)
+    if left:
+        with suppress(OSError, Unreadable):  # the report says what is wrong with the file
+            write_left(sweep, left)
     reported = _report(sweep.folder)
     _print_summary(sweep, jobs, reported or (), len(left))
     return reported is not None and all(job.status in (DONE, SKIPPED) for job in jobs)
