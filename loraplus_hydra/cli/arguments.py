@@ -56,6 +56,8 @@ def refuse_wrong_flags(words: list[str], own: Iterable[str]) -> None:
     problems = [Problem(word, f"there is no such flag{nearest(word, known)}", _FIX) for word in unknown]
     if given.experimental_rerun is not None:
         problems.append(Problem("--experimental-rerun", "reads a pickle, which may run code", "use `resume RUN`"))
+    if given.resolve and given.cfg is None and given.info is None:
+        problems.append(Problem("--resolve", "belongs to --cfg", "as in: --cfg job --resolve"))
     if given.config_dir is not None and not Path(given.config_dir).is_dir():
         problems.append(
             Problem("--config-dir", f"there is no folder '{given.config_dir}'", "name one with YAML of yours")

@@ -19,9 +19,10 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from loraplus_hydra.cli.commands import COMMANDS
-from loraplus_hydra.cli.commands.command import Job
+from loraplus_hydra.cli.commands.command import Command, Job
 from loraplus_hydra.cli.errors import exit_on_error
-from loraplus_hydra.errors import UserError
+from loraplus_hydra.cli.hydra_settings import refuse_wrong_settings
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io import processes
 from loraplus_hydra.io.quiet_libraries import quiet_libraries
 from loraplus_hydra.sweep.plan import Sweep, begin
@@ -43,11 +44,20 @@ class BeforeRun(Callback):
     """Runs a command with its `--flags` as soon as its config is composed."""
 
     def __init__(self, command: str, flags: list[str]) -> None:
-        self.command = COMMANDS[command]
+        self.name = command
         self.flags = frozenset(flags)
+
+    @property
+    def command(self) -> Command:
+        """The command. Raises ConfigErrors if there is none of this name."""
+        if self.name not in COMMANDS:
+            key, fix = "hydra.callbacks.before_run.command", "write the command as the first word"
+            raise ConfigErrors([Problem(key, f"there is no command '{self.name}'", fix)])
+        return COMMANDS[self.name]
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         with exit_on_error():
+            refuse_wrong_settings(config.hydra)
             quiet_libraries()
             begun.job = self.command.main(config, self.flags)
             if begun.job is None:
@@ -55,6 +65,7 @@ class BeforeRun(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with exit_on_error():
+            refuse_wrong_settings(config.hydra)
             if self.command.name != "train":
                 raise UserError(f"'{self.command.name}' takes one config, not a sweep; leave out --multirun")
             processes.refuse_sweep(["--multirun"])  # also where the config asks for one (hydra.mode)

@@ -1,0 +1,70 @@
+"""Checks of Hydra's own node: mistakes that Hydra finds only after it has made the run's folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from loraplus_hydra.errors import ConfigErrors, Problem, first_line, nearest
+from loraplus_hydra.io import run_folder
+
+_LOGGINGS = ("hydra_logging", "job_logging")
+
+
+def refuse_wrong_settings(hydra: DictConfig) -> None:
+    """Raise ConfigErrors for values of `hydra` that would fail later."""
+    if problems := list(_problems(hydra)):
+        raise ConfigErrors(problems)
+
+
+def _problems(hydra: DictConfig) -> Iterator[Problem]:
+    name = str(hydra.job.name)
+    if "/" in name or "\0" in name:
+        yield Problem("hydra.job.name", f"'{name}' names the log file, so it can't hold a '/'", "leave it out")
+    folder = hydra.output_subdir
+    if folder is not None and (folder in (*run_folder.WRITTEN, f"{name}.log") or "/" in str(folder)):
+        fix = f"leave it out: the folder is {run_folder.HYDRA}"
+        yield Problem("hydra.output_subdir", f"'{folder}' is the name of something else in a run's folder", fix)
+    if not isinstance(hydra.verbose, (bool, str)) and not OmegaConf.is_list(hydra.verbose):
+        yield Problem("hydra.verbose", "is neither true, false, nor a logger's name or several", "hydra.verbose=true")
+    for key in _LOGGINGS:
+        yield from _logging_problems(f"hydra.{key}", hydra[key])
+
+
+def _logging_problems(key: str, node: DictConfig) -> Iterator[Problem]:
+    fix = "leave it out, or set single levels: hydra.job_logging.root.level=WARNING"
+    try:
+        found = OmegaConf.to_container(node, resolve=True) if node is not None else None
+    except OmegaConfBaseException as error:
+        yield Problem(key, first_line(error), fix)
+        return
+    if not isinstance(found, dict) or not isinstance(found.get("root"), dict) or not found.get("handlers"):
+        yield Problem(key, "has no handlers, so nothing would be logged", fix)
+        return
+    try:
+        yield from _wrong_names(key, found, fix)
+    except (AttributeError, TypeError):
+        yield Problem(key, "isn't a config of Python's logging", fix)
+
+
+def _wrong_names(key: str, config: Mapping[str, Any], fix: str) -> Iterator[Problem]:
+    handlers, formatters = config["handlers"], config.get("formatters") or {}
+    for name, handler in handlers.items():
+        formatter = handler.get("formatter")
+        if "class" not in handler and "()" not in handler:
+            yield Problem(f"{key}.handlers.{name}", "has no class", fix)
+        if formatter is not None and formatter not in formatters:
+            yield Problem(f"{key}.handlers.{name}", f"there is no formatter '{formatter}'", fix)
+    loggers = {f"loggers.{name}": logger for name, logger in (config.get("loggers") or {}).items()}
+    for place, logger in {"root": config["root"], **loggers}.items():
+        for name in logger.get("handlers") or []:
+            if name not in handlers:
+                yield Problem(f"{key}.{place}", f"there is no handler '{name}'{nearest(name, handlers)}", fix)
+        level = logger.get("level")
+        if isinstance(level, str) and level not in logging.getLevelNamesMapping():
+            what = f"there is no level '{level}'{nearest(level, logging.getLevelNamesMapping())}"
+            yield Problem(f"{key}.{place}.level", what, fix)
