@@ -51,7 +51,7 @@ def _logging_problems(key: str, node: DictConfig) -> Iterator[Problem]:
         yield Problem(key, "isn't a config of Python's logging", fix)
 
 
-def _wrong_names(key: str, config: Mapping[str, Any], fix: str) -> Iterator[Problem]:
+def _wrong_names(key: str, config: Mapping[Any, Any], fix: str) -> Iterator[Problem]:
     handlers, formatters = config["handlers"], config.get("formatters") or {}
     for name, handler in handlers.items():
         formatter = handler.get("formatter")

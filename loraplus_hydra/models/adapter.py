@@ -22,6 +22,7 @@ from loraplus_hydra.loraplus.starts import A_ZERO, TRAINED, note_initialisation
 from loraplus_hydra.models import adalora
 from loraplus_hydra.models.adapter_files import CONFIG, KEY, StoredAdapter, attach, first_misfit, stored_adapter
 from loraplus_hydra.models.initialisation import changes_base, copy_factors, initialise_a_zero
+from loraplus_hydra.models.patterns import refuse_slow_patterns
 
 ALL_LINEAR = "all-linear"
 WITH_EMBEDDINGS = "all-linear+embeddings"  # not PEFT's: its all-linear and the input embedding
@@ -153,6 +154,7 @@ def possible_targets(model: nn.Module) -> list[str]:
 
 
 def _new_adapter(model: PreTrainedModel, config: PeftConfig, *, on_meta: bool, revision: str | None = None) -> Any:
+    refuse_slow_patterns(config, model)
     with quiet_peft():
         adapted = get_peft_model(model, config, revision=revision, low_cpu_mem_usage=on_meta)
     if on_meta and (schedule := schedule_of(type(config))):

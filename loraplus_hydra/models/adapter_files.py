@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplus_hydra.config.locations import is_local, model_location
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
-from loraplus_hydra.io.files import remove
+from loraplus_hydra.io.files import remove, write_text
 from loraplus_hydra.io.folders import refuse_links
 from loraplus_hydra.io.quiet_libraries import quiet_peft
+from loraplus_hydra.io.read import read_json
 from loraplus_hydra.io.run_folder import ADAPTER
 from loraplus_hydra.loraplus.starts import ADAPTER_NAME
 from loraplus_hydra.models.initialisation import convert_to_original_base
+from loraplus_hydra.models.patterns import refuse_slow_patterns
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -62,6 +65,7 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
         tensors, config = convert_to_original_base(load_file(folder / WEIGHTS), initial, stored)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
         config.save_pretrained(str(folder))
+        _sort_sets(folder, config)
     base_config = model.get_base_model().config
     use_cache, base_config.use_cache = base_config.use_cache, True  # it was switched off for training only
     base_config.save_pretrained(str(folder))
@@ -79,7 +83,17 @@ def save_factors(model: PeftModel, folder: Path, **arguments: Any) -> None:
         selected_adapters=[ADAPTER_NAME],  # not DPO's frozen reference, which is a second adapter
         **arguments,
     )
+    _sort_sets(folder, model.peft_config[ADAPTER_NAME])
     remove(folder / "README.md")  # a card of placeholders; `export` writes a true one
+
+
+def _sort_sets(folder: Path, config: PeftConfig) -> None:
+    """Sort what PEFT keeps as sets in `folder`'s config: their order depends on PYTHONHASHSEED."""
+    stored = read_json(folder / CONFIG)
+    for name, value in vars(config).items():
+        if isinstance(value, set) and name in stored:
+            stored[name] = sorted(value)
+    write_text(folder / CONFIG, json.dumps(stored, indent=2, sort_keys=True))
 
 
 def stored_adapter(path: str, key: str = KEY) -> StoredAdapter:
@@ -106,6 +120,7 @@ def stored_adapter(path: str, key: str = KEY) -> StoredAdapter:
 
 def attach(model: PreTrainedModel, stored: StoredAdapter, *, trainable: bool = False) -> PeftModel:
     """Add a stored adapter to `model` and load its tensors. Raises UserError if they don't fit."""
+    refuse_slow_patterns(stored.config, model)
     stored.config.inference_mode = not trainable
     if getattr(stored.config, "prompt_tuning_init", None) == "TEXT":  # PEFT would load a tokenizer by its name
         stored.config.prompt_tuning_init = type(stored.config.prompt_tuning_init)("RANDOM")

@@ -13,6 +13,7 @@ from loraplus_hydra.data.rows import columns
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.models.quantization import is_quantized
 from loraplus_hydra.runs.finished import FinishedRun, load_run
+from loraplus_hydra.tasks.chat import apply_template
 from loraplus_hydra.training.sampling import answer
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def _rendered(text: Text, tokenizer: PreTrainedTokenizerBase, run: FinishedRun) 
     if not tokenizer.chat_template:
         raise UserError("file: it holds conversations, but the run's tokenizer has no chat template")
     turns = [{"role": "user", "content": text}] if isinstance(text, str) else text
-    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)), False
+    return str(apply_template(tokenizer, turns, add_generation_prompt=True, tokenize=False)), False
 
 
 def _classify(

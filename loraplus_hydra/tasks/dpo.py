@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.data.rows import SPLITS
 from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.tasks.chat import apply_template
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.tasks.rows import find_columns, map_rows, row_error, text_in
 
@@ -69,7 +70,7 @@ def samples(
 
     def render(prompt: str) -> str:
         turns = as_turn(prompt, "prompt")
-        return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        return str(apply_template(tokenizer, turns, add_generation_prompt=True, tokenize=False))
 
     prompts = tuple(prompts)
     rendered = tuple(map(render, prompts)) if chat else prompts

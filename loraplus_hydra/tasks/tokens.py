@@ -12,7 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from loraplus_hydra.errors import ConfigErrors, Problem, first_line
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError
+from loraplus_hydra.tasks.chat import apply_template
 from loraplus_hydra.tasks.conversation import Conversation, Message, Text
 
 IGNORED = -100
@@ -92,7 +93,8 @@ def _apply_template(
     """
     masked = rule.assistant_only and not arguments
     try:
-        output = tokenizer.apply_chat_template(
+        output = apply_template(
+            tokenizer,
             messages,
             chat_template=rule.template,
             tokenize=True,
@@ -100,9 +102,8 @@ def _apply_template(
             return_assistant_tokens_mask=masked,
             **{**conversation.template_arguments, **arguments},
         )
-    except Exception as error:  # a template can raise anything: its own errors, Jinja's, Python's
-        what = f"the chat template fails: {first_line(error)}"
-        raise _template_error(place, what, "correct the row, or leave it out") from None
+    except UserError as error:
+        raise _template_error(place, str(error), "correct the row, or leave it out") from None
     return list(output["input_ids"]), list(output["assistant_masks"]) if masked else []
 
 

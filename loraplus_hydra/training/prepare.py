@@ -12,7 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import set_seed
 
 from loraplus_hydra.config.targets import locate
+from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import interrupts, screen
+from loraplus_hydra.io.time_limit import TooSlowError, time_limit
 from loraplus_hydra.loraplus.memory import measure_state
 from loraplus_hydra.loraplus.plan import Plan
 from loraplus_hydra.loraplus.rules import parse_rules
@@ -25,6 +27,8 @@ from loraplus_hydra.tasks.examples import Examples, kept_examples, load_examples
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+_PLANNING_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def prepare(config: DictConfig) -> Prepared:
 def bundle(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples, model: PeftModel) -> Prepared:
     """Return the loaded parts with the plan of the model's groups. Raises UserError."""
     settings = loraplus_settings(config)
-    return Prepared(config, tokenizer, examples, model, settings, measure_state(settings.plan(model), settings))
+    return Prepared(config, tokenizer, examples, model, settings, measure_state(_plan(settings, model), settings))
 
 
 def load_adapted_model(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> PeftModel:
@@ -78,7 +82,16 @@ def plan_on_meta(config: DictConfig) -> tuple[PeftModel, Plan]:
     """Return the adapted model on the meta device and the plan of its groups. Raises UserError."""
     model = adapted_meta_model(config)
     settings = loraplus_settings(config)
-    return model, measure_state(settings.plan(model), settings)
+    return model, measure_state(_plan(settings, model), settings)
+
+
+def _plan(settings: LoraPlus, model: PeftModel) -> Plan:
+    """Plan the groups within a limit of time: patterns of an untrusted config may never end."""
+    try:
+        with time_limit(_PLANNING_SECONDS):
+            return settings.plan(model)
+    except TooSlowError as error:
+        raise UserError(f"loraplus.rules: the patterns can't be matched with the tensors' names: {error}") from None
 
 
 def adapted_meta_model(config: DictConfig, model_arguments: dict[str, Any] | None = None) -> PeftModel:

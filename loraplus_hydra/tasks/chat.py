@@ -1,0 +1,23 @@
+"""Conversations as the tokenizer's chat template writes them; the template may be untrusted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from loraplus_hydra.errors import UserError, first_line
+from loraplus_hydra.io.time_limit import time_limit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SECONDS = 10.0  # for one conversation
+
+
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], **arguments: Any) -> Any:
+    """Call the tokenizer's `apply_chat_template`. Raises UserError when the template fails or takes too long."""
+    try:
+        with time_limit(_SECONDS):
+            return tokenizer.apply_chat_template(list(messages), **arguments)
+    except Exception as error:  # a template can raise anything: its own errors, Jinja's, those of Python inside it
+        raise UserError(f"the chat template fails: {first_line(error)}") from None
