@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from loraplus_hydra.errors import ConfigErrors, Problem, first_line, nearest
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line, nearest
 from loraplus_hydra.io import run_folder
 
 _LOGGINGS = ("hydra_logging", "job_logging")
@@ -19,6 +19,15 @@ def refuse_wrong_settings(hydra: DictConfig) -> None:
     """Raise ConfigErrors for values of `hydra` that would fail later."""
     if problems := list(_problems(hydra)):
         raise ConfigErrors(problems)
+
+
+def explain_logging_error(error: Exception) -> Exception:
+    """Return ConfigErrors in place of an error of Hydra's from setting up its own log, else `error`."""
+    names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    if "configure_log" not in names or isinstance(error, UserError):
+        return error
+    what = f"Hydra can't set up its log: {first_line(error)}"
+    return ConfigErrors([Problem("hydra.verbose, hydra.hydra_logging", what, "leave them out")])
 
 
 def _problems(hydra: DictConfig) -> Iterator[Problem]:
@@ -37,11 +46,8 @@ def _problems(hydra: DictConfig) -> Iterator[Problem]:
 
 def _logging_problems(key: str, node: DictConfig) -> Iterator[Problem]:
     fix = "leave it out, or set single levels: hydra.job_logging.root.level=WARNING"
-    try:
-        found = OmegaConf.to_container(node, resolve=True) if node is not None else None
-    except OmegaConfBaseException as error:
-        yield Problem(key, first_line(error), fix)
-        return
+    # Unresolved: the log file's name follows from the folder, which Hydra hasn't made yet.
+    found = OmegaConf.to_container(node, resolve=False) if node is not None else None
     if not isinstance(found, dict) or not isinstance(found.get("root"), dict) or not found.get("handlers"):
         yield Problem(key, "has no handlers, so nothing would be logged", fix)
         return

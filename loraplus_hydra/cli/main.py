@@ -23,6 +23,7 @@ from loraplus_hydra.cli.errors import (
     take_over_full_error,
     wants_traceback,
 )
+from loraplus_hydra.cli.hydra_settings import explain_logging_error
 from loraplus_hydra.cli.override_problems import has_unknown_key, is_of_composing, override_problems
 from loraplus_hydra.config.hydra_job import is_sweep
 from loraplus_hydra.config.locations import config_folder
@@ -102,7 +103,7 @@ def _run(name: str, arguments: list[str]) -> int:
     except Exception as error:
         if wants_traceback():
             raise
-        print_error(_explain(error, name, overrides))
+        print_error(explain_logging_error(_explain(error, name, overrides)))
         return EXIT_USER_ERROR
     return 0
 
