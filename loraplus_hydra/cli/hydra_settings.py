@@ -31,23 +31,23 @@ def explain_logging_error(error: Exception) -> Exception:
 
 
 def _problems(hydra: DictConfig) -> Iterator[Problem]:
-    name = str(hydra.job.name)
-    if "/" in name or "\0" in name:
+    # Unresolved: what our interpolations stand for follows from the folder, which Hydra hasn't made yet.
+    plain: Any = OmegaConf.to_container(hydra, resolve=False)
+    name, folder, verbose = plain["job"]["name"], plain["output_subdir"], plain["verbose"]
+    if "/" in str(name) or "\0" in str(name):
         yield Problem("hydra.job.name", f"'{name}' names the log file, so it can't hold a '/'", "leave it out")
-    folder = hydra.output_subdir
-    if folder is not None and (folder in (*run_folder.WRITTEN, f"{name}.log") or "/" in str(folder)):
+    is_given = folder is not None and not str(folder).startswith("${")
+    if is_given and (folder in (*run_folder.WRITTEN, f"{name}.log") or "/" in str(folder)):
         fix = f"leave it out: the folder is {run_folder.HYDRA}"
         yield Problem("hydra.output_subdir", f"'{folder}' is the name of something else in a run's folder", fix)
-    if not isinstance(hydra.verbose, (bool, str)) and not OmegaConf.is_list(hydra.verbose):
+    if not isinstance(verbose, (bool, str, list)):
         yield Problem("hydra.verbose", "is neither true, false, nor a logger's name or several", "hydra.verbose=true")
     for key in _LOGGINGS:
-        yield from _logging_problems(f"hydra.{key}", hydra[key])
+        yield from _logging_problems(f"hydra.{key}", plain[key])
 
 
-def _logging_problems(key: str, node: DictConfig) -> Iterator[Problem]:
+def _logging_problems(key: str, found: Any) -> Iterator[Problem]:
     fix = "leave it out, or set single levels: hydra.job_logging.root.level=WARNING"
-    # Unresolved: the log file's name follows from the folder, which Hydra hasn't made yet.
-    found = OmegaConf.to_container(node, resolve=False) if node is not None else None
     if not isinstance(found, dict) or not isinstance(found.get("root"), dict) or not found.get("handlers"):
         yield Problem(key, "has no handlers, so nothing would be logged", fix)
         return
