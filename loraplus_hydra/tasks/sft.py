@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from loraplus_hydra.data.cache import map_cached, tokenizer_digest
 from loraplus_hydra.data.rows import SPLITS, Rows, all_columns, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.tasks.chat import apply_template
 from loraplus_hydra.tasks.conversation import Conversation, Shape, Text, find_shape
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.tasks.rows import batch_rows, cut_note
@@ -119,8 +120,8 @@ class _Encoder:
             last = max((index for index, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
             if last == 0:
                 continue  # no turn comes before the answer
-            rendered = self.tokenizer.apply_chat_template(
-                turns[:last], add_generation_prompt=True, tokenize=False, **part.template_arguments
+            rendered = apply_template(
+                self.tokenizer, turns[:last], add_generation_prompt=True, tokenize=False, **part.template_arguments
             )
             yield _content(turns[last - 1]), str(rendered), _content(turns[last])
 
