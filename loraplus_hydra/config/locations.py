@@ -39,7 +39,7 @@ def model_location(path: str) -> str:
             raise ValueError("it is part of Python itself")
         return str(files(package).joinpath(inside))
     except (ImportError, ValueError, TypeError) as error:
-        raise UserError(f"'{path}' names no folder of a package here: {error}") from error
+        raise UserError(f"'{path}' is no folder of an installed Python package: {error}") from error
 
 
 # Keys whose value can be a local path. A run stores it as absolute, so that the run can be opened from another folder.

@@ -243,7 +243,7 @@ def _kind(cls: type) -> _Kind:
 
 
 def _peft_classes() -> tuple[tuple[type, ...], tuple[type, ...]]:
-    """Return PEFT's classes of layers and of holders of copies of modules."""
+    """Return PEFT's layer classes, and its wrapper classes that hold trained copies of modules."""
     if "peft" not in sys.modules:  # then no layer of the model can be PEFT's
         return (), ()
     from peft.tuners.ln_tuning.layer import LNTuningLayer

@@ -51,13 +51,13 @@ class TensorRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """Conditions on tensors, and the rate and settings of those that match.
+    """Conditions on tensors, and the rate and settings of the tensors that match.
 
-    All conditions must hold; an empty one always holds. `role`, `owner` and `ndim` hold if one of their values is the
-    tensor's. `pattern` holds if one of its regular expressions is found in the tensor's name. `owner` also takes a base
-    class of the owner, by name or full path. The rate is `lr`, or the optimizer's lr x `lr_mult` x `ratio`, where
-    `ratio` is LoRA+'s eta_B / eta_A. `weight_decay` None is the optimizer's. `settings` are the optimizer's other
-    arguments per group (`betas`, ...).
+    A tensor matches if all conditions hold. A condition left empty always holds. `role`, `owner` and `ndim` are lists;
+    each holds if the tensor's own value is in the list. `pattern` holds if one of its regular expressions is found in
+    the tensor's name. `owner` also takes a base class of the owner, by name or full path. The rate is `lr`, or the
+    optimizer's lr x `lr_mult` x `ratio`, where `ratio` is LoRA+'s eta_B / eta_A. If `weight_decay` is None, the
+    optimizer's is used. `settings` are the optimizer's other arguments per group (`betas`, ...).
     """
 
     name: str

@@ -32,11 +32,11 @@ def changes_base(init_lora_weights: Any) -> bool:
 
 
 def initialise_a_zero(model: nn.Module) -> None:
-    """Initialise the factors by Init[2] of the LoRA+ paper: A = 0, and B as PEFT's Init[1] initialises A.
+    """Initialise the factors by Init[2] of the LoRA+ paper: A is zero, B is random.
 
-    B is uniform within +-1/sqrt(fan in). Its fan in is the rank, times the kernel's size in a convolution. LoRA on
-    embeddings is left alone, since PEFT's own initialisation is this one there. Random numbers come from the global
-    generator.
+    B gets the distribution that PEFT gives A by default: uniform within +-1/sqrt(fan in). B's fan in is the rank, in a
+    convolution times the kernel's size. LoRA on embeddings is left unchanged: PEFT makes A zero and B random there.
+    Random numbers come from the global generator, so seed it before.
     """
     found = False
     for module in model.modules():

@@ -67,7 +67,7 @@ def _stand_in(config: DictConfig, changes: dict[Any, Any]) -> bool:
 
 
 def _as_given(problem: Problem, changes: dict[Any, Any], config: DictConfig) -> Problem:
-    """Return a Problem under the key that the user typed."""
+    """Return the Problem with its key replaced by the one that the user typed."""
     if problem.key == "data.train" and _stand_in(config, changes):
         return replace(problem, key="data.eval")
     if problem.key == "data.eval" and "train" not in config.data:  # the run's rows came from no file

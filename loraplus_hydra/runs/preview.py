@@ -61,7 +61,7 @@ class PreviewedRow:
 def preview(checked: Checked, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> list[PreviewedRow]:
     """Return the first rows that the Trainer will train on, at most ROWS, from its collated batches.
 
-    A row of preferences is two: the prompt with the chosen answer, and with the rejected one.
+    A preference becomes two rows: the prompt with the chosen answer, and the prompt with the rejected answer.
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer_without_weights(checked, tokenizer, examples, Path(folder))

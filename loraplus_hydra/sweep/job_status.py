@@ -49,7 +49,7 @@ class JobStatus:
 
 
 def begin(sweep: Path) -> Start:
-    """Make and lock the folder of a new start; remove those of killed ones."""
+    """Make and lock a folder for this start of the sweep; remove the folders of killed starts."""
     for old in (sweep / FOLDER).glob("*"):
         with suppress(UserError, OSError), folder_lock(old) as locked:  # UserError: that start is active
             if locked:  # else the file system has no locks, and nobody knows

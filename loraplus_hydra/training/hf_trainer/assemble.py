@@ -68,7 +68,7 @@ def make_trainer(
 
 
 def training_arguments(config: DictConfig, folder: Path, *, resume_from: str | None = None) -> TrainingArguments:
-    """Return the arguments of the task's Trainer from `trainer`, `task.args` and our other groups.
+    """Return the arguments of the task's Trainer, from all groups of the config that set one.
 
     `resume_from` is the checkpoint that `trainer.resume_from_checkpoint` names.
     """
@@ -102,10 +102,15 @@ def _early_stopping(config: DictConfig) -> list[EarlyStoppingCallback]:
 
 
 def _report_dropped_rows(trainer: Any, job: Prepared) -> None:
-    """Report rows that the Trainer left out, as TRL does with too long preferences. Raises UserError for all rows."""
+    """Report rows that the Trainer left out; TRL, for example, drops preferences that are too long.
+
+    Raises UserError if no row is left.
+    """
     if getattr(trainer.args, "packing", False):  # several rows are joined into one
         return
-    by = f"left out by {job.config.task._target_.rpartition('.')[2]} (nothing to learn within task.args.max_length)"
+    left_out = (
+        f"left out by {job.config.task._target_.rpartition('.')[2]} (nothing to learn within task.args.max_length)"
+    )
     splits = {
         "train": (job.examples.train, trainer.train_dataset),
         "eval": (job.examples.eval, trainer.eval_dataset),
@@ -114,8 +119,8 @@ def _report_dropped_rows(trainer: Any, job: Prepared) -> None:
         if not (has_length(given) and has_length(kept)) or len(kept) >= len(given):
             continue
         if len(kept) == 0:
-            raise UserError(f"data.{split}: all {len(given):,} rows are {by}; allow for more")
-        screen.show(f"    Note: {len(given) - len(kept):,} of {len(given):,} {split} rows are {by}")
+            raise UserError(f"data.{split}: all {len(given):,} rows are {left_out}; allow for more")
+        screen.show(f"    Note: {len(given) - len(kept):,} of {len(given):,} {split} rows are {left_out}")
 
 
 def _refuse_other_processes(trainer: Any) -> None:
