@@ -152,7 +152,9 @@ def _make_missing(target: Path) -> list[Path]:
     """Make `target` and its missing parents; return those made here, outermost first."""
     made = []
     for folder in reversed([target, *target.parents]):
-        with suppress(FileExistsError):
+        if folder.is_dir():
+            continue
+        with suppress(FileExistsError):  # another process was faster
             folder.mkdir()
             made.append(folder)
     return made

@@ -101,7 +101,7 @@ def parse_json(text: str) -> Any:
     except RecursionError:
         raise Unreadable(_TOO_DEEP) from None
     # Counting brackets is quick; only few texts have enough of them to be that deep.
-    if text.count("[") + text.count("{") > _DEEPEST and _is_too_deep(value):
+    if len(text) > 2 * _DEEPEST and text.count("[") + text.count("{") > _DEEPEST and _is_too_deep(value):
         raise Unreadable(_TOO_DEEP)
     return value
 

@@ -137,7 +137,7 @@ def test_killed_while_it_is_brought_back_a_run_is_brought_back_again(
     point = find_resume_point(check(config), folder)
     assert point is not None
     with monkeypatch.context() as patch:
-        patch.setattr("os.truncate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr("loraplus_hydra.io.files.truncate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             roll_back(point, folder)
     run(compose(*overrides, AUTO), folder)
