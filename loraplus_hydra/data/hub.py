@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict, get_dataset_config_names, get_dataset_split_names, load_dataset
@@ -12,7 +15,10 @@ from loraplus_hydra.data import mixing
 from loraplus_hydra.data.cache import digest
 from loraplus_hydra.data.rows import ORIGIN, OURS, with_origin
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line, nearest
+from loraplus_hydra.io.read import parse_yaml, read_text
 
+_FRONT_MATTER = re.compile(r"\s*---[\r\n]+([\S\s]*?)[\r\n]+---(?:[\r\n]|$)")
+_METADATA = ("README.md", ".huggingface.yaml")  # files in which a data set names its files
 _BUFFER = 1000  # streamed rows that are shuffled among each other
 
 
@@ -50,6 +56,31 @@ def load(
     return DatasetDict(train=mixing.draw(train, max_samples, seed), eval=mixing.draw(held_out, max_samples, seed))
 
 
+def _refuse_leading_out(folder: Path) -> None:
+    """Raise ConfigErrors if the metadata of a local data set names files outside its folder or on a network."""
+    for name in _METADATA:
+        if not (file := folder / name).is_file():
+            continue
+        text = read_text(file)
+        if name == "README.md":
+            front = _FRONT_MATTER.match(text)
+            text = front[1] if front else ""
+        stored = parse_yaml(text)
+        for entry in _strings(stored.get("configs") if isinstance(stored, dict) else None):
+            if "://" in entry or entry.startswith(("/", "~")) or ".." in Path(entry).parts:
+                what = f"{file} names '{entry}', which is outside the folder"
+                raise ConfigErrors([Problem("data.name", what, "copy the file into the folder, or use data=jsonl")])
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield each text in nested lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _strings(each)
+
+
 def load_split(
     name: str, config: str | None, split: str, revision: str | None, *, streaming: bool = False, key: str
 ) -> Any:
@@ -58,6 +89,7 @@ def load_split(
     `key` is the config's key that named the split. Returns a Dataset, or with `streaming` an IterableDataset. Raises
     ConfigErrors.
     """
+    _refuse_leading_out(Path(name))
     rows = _split(name, config, split, revision, streaming, key)
     if reserved := [column for column in rows.column_names or () if column in OURS]:
         raise ConfigErrors([Problem("data.name", f"{name} has a column '{reserved[0]}', a name of our own")])

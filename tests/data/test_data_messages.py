@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from loraplus_hydra.config.schema import run_of
+from loraplus_hydra.data import hub
 from loraplus_hydra.data.files import load
 from loraplus_hydra.errors import ConfigErrors
 
@@ -63,3 +65,15 @@ def test_columns_without_a_header_are_named_by_number(compose: Callable[..., Any
     columns = ("data.prompt_column=0", "data.completion_column=1")
     data = run_of(compose("data=csv", "data.train=x.csv", "data.header=false", *columns)).data
     assert (data.prompt_column, data.completion_column) == ("0", "1")
+
+
+@pytest.mark.parametrize("entry", ["../secret/t.jsonl", "/etc/t.jsonl", "https://host.example/t.jsonl"])
+def test_metadata_of_a_data_set_names_no_file_outside(tmp_path: Path, entry: str) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(ROWS)
+    assert len(hub.load(str(folder))["train"]) > 0
+    metadata = {"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": entry}]}]}
+    (folder / "README.md").write_text(f"---\n{json.dumps(metadata)}\n---\nA card\n")
+    with pytest.raises(ConfigErrors, match="which is outside the folder"):
+        hub.load(str(folder))
