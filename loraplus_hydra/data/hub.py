@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets import DatasetDict, get_dataset_config_names, get_dataset_split_names, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
@@ -15,7 +16,6 @@ from loraplus_hydra.data import mixing
 from loraplus_hydra.data.cache import digest
 from loraplus_hydra.data.rows import ORIGIN, OURS, with_origin
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line, nearest
-from loraplus_hydra.io.read import parse_yaml, read_text
 
 _FRONT_MATTER = re.compile(r"\s*---[\r\n]+([\S\s]*?)[\r\n]+---(?:[\r\n]|$)")
 _METADATA = ("README.md", ".huggingface.yaml")  # files in which a data set names its files
@@ -61,11 +61,15 @@ def _refuse_leading_out(folder: Path) -> None:
     for name in _METADATA:
         if not (file := folder / name).is_file():
             continue
-        text = read_text(file)
+        text = file.read_text(encoding="utf-8", errors="replace")
         if name == "README.md":
             front = _FRONT_MATTER.match(text)
             text = front[1] if front else ""
-        stored = parse_yaml(text)
+        try:
+            stored = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            fix = "correct its metadata, or name the files: data=jsonl, csv or parquet"
+            raise ConfigErrors([Problem("data.name", f"{file} can't be read: {first_line(error)}", fix)]) from None
         for entry in _strings(stored.get("configs") if isinstance(stored, dict) else None):
             if "://" in entry or entry.startswith(("/", "~")) or ".." in Path(entry).parts:
                 what = f"{file} names '{entry}', which is outside the folder"
@@ -73,12 +77,15 @@ def _refuse_leading_out(folder: Path) -> None:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Yield each text in nested lists and mappings."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _strings(each)
+    """Yield each text in nested lists and mappings; aliases are followed once, since they may multiply."""
+    waiting, seen = [value], set()
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, (list, dict)) and id(one) not in seen:
+            seen.add(id(one))
+            waiting += one.values() if isinstance(one, dict) else one
 
 
 def load_split(
