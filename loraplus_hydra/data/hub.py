@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from datasets import DatasetDict, get_dataset_config_names, get_dataset_split_names, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
