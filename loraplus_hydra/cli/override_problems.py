@@ -9,6 +9,7 @@ import re
 import traceback
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -23,7 +24,8 @@ from loraplus_hydra.check.values import select, set_elsewhere
 from loraplus_hydra.cli.arguments import flags_and_overrides
 from loraplus_hydra.cli.commands import COMMANDS
 from loraplus_hydra.config.locations import config_folder
-from loraplus_hydra.config.schema import CLOSED_GROUPS, GROUPS, RunConfig
+from loraplus_hydra.config.schema import CLOSED_GROUPS, GROUPS, RunConfig, run_of
+from loraplus_hydra.config.synonyms import meant_keys, meant_option
 from loraplus_hydra.errors import Problem, first_line, nearest
 from loraplus_hydra.sweep.plugins import missing_plugin
 
@@ -160,6 +162,8 @@ def _explain(
     if isinstance(error, MissingConfigException) and error.options is not None:
         value = text.split("=", 1)[1]
         options = list(error.options)
+        if is_run and (meant := meant_option(key, value)):
+            return Problem(key, f"there is no option '{value}'", f"write {meant}")
         return Problem(key, f"there is no option '{value}'{nearest(value, options)}", f"one of: {', '.join(options)}")
     if isinstance(cause, ValidationError):
         return Problem(key, _type_message(cause), "give it a value of that type")
@@ -186,6 +190,8 @@ def _unknown_key(key: str, text: str, composed: Callable[[], DictConfig], is_run
     """The deepest part of `key` that exists, and what it holds."""
     first = key.replace("/", ".").split(".")[0]
     if is_run and has_unknown_key([text]):
+        if fix := _meant_overrides(key, text, composed()):
+            return Problem(key, "there is no such key", fix)
         fix = f"the config has: {', '.join(ROOT_KEYS)}"
         return Problem(key, f"there is no such key{nearest(first, ROOT_KEYS)}", fix)
     if is_run and (problem := set_elsewhere(key)):
@@ -200,6 +206,8 @@ def _unknown_key(key: str, text: str, composed: Callable[[], DictConfig], is_run
         fix = f"change single keys: {key}.key=value"
         return Problem(key, f"'{text}' names another option, and the run has its own", fix)
     options = _options_with(key) if is_run and parent in (*GROUPS, "task.args") else []
+    if is_run and not options and (fix := _meant_overrides(last, text, config)):
+        return Problem(key, "there is no such key", fix)
     hint = "" if options else nearest(last, names)
     fix = f"{parent or 'the config'} has: {', '.join(names) or 'no key'}"
     if options:
@@ -207,6 +215,14 @@ def _unknown_key(key: str, text: str, composed: Callable[[], DictConfig], is_run
     if not hint and (when := _may_be_added(parent, of_an_option=bool(options))):
         fix += f". {when}, write +{text.lstrip('+')}"
     return Problem(key, f"there is no such key{hint}", fix)
+
+
+def _meant_overrides(name: str, text: str, config: DictConfig) -> str:
+    """Return the fix for a key that stands elsewhere, or has another name here; empty where none is known."""
+    plain: Any = OmegaConf.to_container(run_of(config), resolve=False)
+    value = text.partition("=")[2]
+    overrides = [f"{key}={value}" for key in meant_keys(name, plain)]
+    return f"write {' or '.join(overrides)}" if overrides else ""
 
 
 def _may_be_added(parent: str, *, of_an_option: bool) -> str:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.io import processes
@@ -29,6 +30,26 @@ def show(text: str) -> None:
     """Write a line to screen and log file, from the run's first process only."""
     if processes.is_main():
         log.info(text)
+
+
+@contextmanager
+def messages_on_stdout() -> Iterator[None]:
+    """Print messages on stdout where nobody has set up logging, as in a notebook."""
+    if log.level != logging.NOTSET or log.isEnabledFor(logging.INFO):  # Hydra's settings, or the user's own
+        yield
+        return
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    propagate = log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False  # a handler of the root logger would print each message again
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(logging.NOTSET)
+        log.propagate = propagate
 
 
 def log_to_file(text: str, level: int = logging.INFO) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +55,25 @@ class Run:
 def run(config: DictConfig | Checked, folder: str | Path | None = None, *, point: ResumePoint | None = None) -> Result:
     """Train one adapter by `config` and write everything into `folder`.
 
-    `config` is a composed `run`, or a checked one. `folder` is by default the one that Hydra made for the job. With
-    `trainer.resume_from_checkpoint` the run resumes from a checkpoint (`point` has it, if it was found before); one
-    that has finished with this config is left unchanged. Returns the result; `result.value` is the metric that a sweep
-    optimises. Raises ConfigErrors before anything heavy when the config is wrong; any other error is raised after it is
-    written into result.json.
+    `config` is a composed `run`, or a checked one. `folder` is by default the one that Hydra made for the job, or
+    outputs/DATE/TIME where Hydra runs no job, as in a notebook. Messages are printed there, unless the logger
+    `loraplus_hydra` has a level. With `trainer.resume_from_checkpoint` the run resumes from a checkpoint (`point` has
+    it, if it was found before); one that has finished with this config is left unchanged. Returns the result;
+    `result.value` is the metric that a sweep optimises. Raises ConfigErrors before anything heavy when the config is
+    wrong; any other error is raised after it is written into result.json.
     """
     quiet_libraries()
     checked = config if isinstance(config, Checked) else None
     config = run_of(config.config if isinstance(config, Checked) else config)
-    folder = processes.shared_folder(Path(folder) if folder is not None else _hydra_folder())
+    folder = processes.shared_folder(Path(folder) if folder is not None else _default_folder())
     folders.make_folder(folder)
-    with interrupts.kept_signals(), folder_lock(folder) as is_locked:
+    with screen.messages_on_stdout(), interrupts.kept_signals():
+        return _run_in(folder, config, checked, point)
+
+
+def _run_in(folder: Path, config: DictConfig, checked: Checked | None, point: ResumePoint | None) -> Result:
+    """Train in `folder`, or return the stored result of a run that has finished there with this config."""
+    with folder_lock(folder) as is_locked:
         if processes.is_main():
             folders.refuse_links(folder, key="hydra.run.dir")
         if is_locked:
@@ -104,8 +112,10 @@ def _run(job: Run, checked: Checked | None) -> None:
             _save(job.folder, prepared)
 
 
-def _hydra_folder() -> Path:
-    return Path(HydraConfig.get().runtime.output_dir)
+def _default_folder() -> Path:
+    if HydraConfig.initialized():
+        return Path(HydraConfig.get().runtime.output_dir)
+    return Path(f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S}")  # as conf/app.yaml names it
 
 
 @contextmanager

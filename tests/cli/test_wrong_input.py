@@ -13,6 +13,34 @@ from tests.conftest import Finished
 
 # What is typed on top of a good run, and what must be said of it: the key, and what is wrong or right.
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
+    "bare keys": (
+        ["lr=1e-4", "r=16", "epochs=3", "batch_size=4", "max_steps=10", "learning_rate=2e-4", "ratio=4", "alpha=32"],
+        [
+            "lr: there is no such key; write optimizer.lr=1e-4",
+            "r: there is no such key; write adapter.r=16",
+            "epochs: there is no such key; write trainer.num_train_epochs=3",
+            "batch_size: there is no such key; write trainer.per_device_train_batch_size=4",
+            "max_steps: there is no such key; write trainer.max_steps=10",
+            "learning_rate: there is no such key; write optimizer.lr=2e-4",
+            "ratio: there is no such key; write loraplus.ratio=4",
+            "alpha: there is no such key; write adapter.lora_alpha=32",
+        ],
+    ),
+    "names of other tools, in a group": (
+        ["optimizer.learning_rate=1e-4", "adapter.dropout=0.1", "trainer.lr=3", "optimizer.max_steps=5"],
+        [
+            "optimizer.learning_rate: there is no such key; write optimizer.lr=1e-4",
+            "adapter.dropout: there is no such key; write adapter.lora_dropout=0.1",
+            "trainer.lr: there is no such key; write optimizer.lr=3",
+            "optimizer.max_steps: there is no such key; write trainer.max_steps=5",
+        ],
+    ),
+    "qlora is two options": (["adapter=qlora"], ["no option 'qlora'; write adapter=lora quantization=nf4"]),
+    "model on a hub in place of an option": (
+        ["model=Qwen/Qwen3-0.6B"],
+        ["no option 'Qwen/Qwen3-0.6B'; write model=hub model.path=Qwen/Qwen3-0.6B"],
+    ),
+    "file in place of an option": (["data=rows.jsonl"], ["'rows.jsonl'; write data=jsonl data.train=rows.jsonl"]),
     "group": (["optimizr=adamw"], ["optimizr", "did you mean 'optimizer'"]),
     "option": (["optimizer=adamw8bits"], ["optimizer", "no option 'adamw8bits'", "did you mean 'adamw8bit'"]),
     "key": (["trainer.max_stepz=3"], ["trainer.max_stepz", "did you mean 'max_steps'"]),
