@@ -55,7 +55,7 @@ def stored_problems(config: DictConfig, groups: Iterable[str] | None = None) -> 
 
 
 def _check(config: DictConfig, *, with_data: bool) -> Checked:
-    from loraplus_hydra.check.dry_run import load_data, plan_without_weights
+    from loraplus_hydra.check.dry_run import data_problems, load_data, plan_without_weights
     from loraplus_hydra.check.weights import checkpoint_problems, weights_problems
 
     plain, problems = _of_single_values(config, config)
@@ -75,6 +75,8 @@ def _check(config: DictConfig, *, with_data: bool) -> Checked:
                 problems += errors.problems
                 # The model is at the place where the tokenizer was not found.
                 wrong |= {"model"} & {problem.key.removesuffix(".path") for problem in errors.problems}
+    elif not wrong & {"data", "task", "seed"}:
+        problems += data_problems(config)
     if not wrong & {"model", "adapter", "task", "optimizer", "scheduler", "loraplus"}:
         try:
             model, plan = plan_without_weights(config, examples)

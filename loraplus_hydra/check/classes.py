@@ -68,17 +68,29 @@ def _stray_targets(node: Any, path: str) -> Iterator[Problem]:
         yield from _stray_targets(value, key_path)
 
 
-def _resolve(path: Any, key: str, kind: Callable[[Any], bool], wanted: str) -> tuple[Any, list[Problem]]:
-    """The object at a dotted path if it is of the `kind` that its place wants."""
+def _resolve(
+    path: Any, key: str, kind: Callable[[Any], bool], wanted: str, annotation: str = ""
+) -> tuple[Any, list[Problem]]:
+    """Return the object at a dotted path if it is of the `kind` that its place wants.
+
+    `annotation` is what a function at this place must declare to return.
+    """
     if path is None:
         return None, []  # missing: told already
     try:
         found = locate(path)
     except UserError as error:
         return None, [Problem(key, str(error), f"name {wanted}")]
+    if not kind(found) and annotation and _declares_nothing(found):
+        return None, [Problem(key, f"'{path}' doesn't declare what it returns", f"add `-> {annotation}` to it")]
     if not kind(found):
         return None, [Problem(key, f"'{path}' is {_what(found)}", f"it must be {wanted}")]
     return found, []
+
+
+def _declares_nothing(found: Any) -> bool:
+    """Return True for a function without a return annotation."""
+    return inspect.isfunction(found) and "return" not in found.__annotations__
 
 
 def _what(found: Any) -> str:
@@ -150,6 +162,7 @@ def _scheduler(scheduler: dict[str, Any], steps: int) -> list[Problem]:
         "scheduler._target_",
         makes_schedule,
         "a torch.optim.lr_scheduler class, a transformers.get_..._schedule, or a function that says -> LRScheduler",
+        "LRScheduler",
     )
     if found is None:
         return problems
@@ -188,7 +201,8 @@ def _task(plain: dict[str, Any]) -> list[Problem]:
     found = {}
     for name, (kind, wanted) in places.items():
         path = task.get(name)
-        found[name], more = _resolve(path if isinstance(path, str) else None, f"task.{name}", kind, wanted)
+        annotation = "Examples" if name == "examples" else ""
+        found[name], more = _resolve(path if isinstance(path, str) else None, f"task.{name}", kind, wanted, annotation)
         problems += more
     if found["examples"] is not None:
         problems += _example_arguments(found["examples"], task)
@@ -247,9 +261,21 @@ def _trainer_arguments(arguments: type, task: dict[str, Any], trainer: dict[str,
     if trainer.get("fsdp") and world_size() == 1:
         fix = "start it with torchrun --nproc_per_node N -m loraplus_hydra ..., or use trainer=default"
         problems.append(Problem("trainer.fsdp", "FSDP needs several processes, and this is one", fix))
+    problems += _log_levels(trainer)
     if not problems:
         problems += _construction(arguments, {**trainer, **(task.get("args") or {})})
     return problems
+
+
+def _log_levels(trainer: dict[str, Any]) -> list[Problem]:
+    """Check names that only the Trainer itself looks up, when it is made."""
+    from transformers.training_args import trainer_log_levels
+
+    return [
+        Problem(f"trainer.{key}", f"there is no level '{trainer[key]}'", f"one of: {', '.join(trainer_log_levels)}")
+        for key in ("log_level", "log_level_replica")
+        if trainer.get(key) is not None and trainer[key] not in trainer_log_levels
+    ]
 
 
 def _construction(arguments: type, values: dict[str, Any]) -> list[Problem]:
@@ -265,7 +291,11 @@ def _construction(arguments: type, values: dict[str, Any]) -> list[Problem]:
 
 def _data(data: dict[str, Any]) -> list[Problem]:
     found, problems = _resolve(
-        data.get(TARGET), "data._target_", returns_rows, "a function that says -> datasets.DatasetDict"
+        data.get(TARGET),
+        "data._target_",
+        returns_rows,
+        "a function that says -> datasets.DatasetDict",
+        "datasets.DatasetDict",
     )
     return problems + (argument_problems(found, _without(loader_arguments(data), TARGET), "data") if found else [])
 

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from loraplus_hydra.config.schema import ModelConfig
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
 from loraplus_hydra.loraplus.memory import measure_state
 from loraplus_hydra.loraplus.plan import Plan
+from loraplus_hydra.loraplus.roles import tensor_records
 from loraplus_hydra.models.adapter import possible_targets
 from loraplus_hydra.models.base_model import meta_model, vocabulary_problems
 from loraplus_hydra.models.tokenizer import load_tokenizer
@@ -20,10 +22,35 @@ from loraplus_hydra.training.prepare import add_meta_adapter, loraplus_settings
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+FAR_ABOVE = 10  # times the longest side of a layer: such a rank would fill the memory to no use
+EMBEDDED = "pkg://loraplus_hydra.models/embedded"
 
 
 def load_data(config: DictConfig) -> Examples:
     """Load the tokenizer and the rows as the run will; the rows are kept for it. Raises ConfigErrors."""
+    try:
+        tokenizer = _load_tokenizer(config)
+    except ConfigErrors as errors:
+        raise ConfigErrors([*errors.problems, *data_problems(config)]) from errors
+    with _errors_at("data"):
+        return load_examples(config, tokenizer, keep=True)
+
+
+def data_problems(config: DictConfig) -> list[Problem]:
+    """Check the rows of a config whose own tokenizer can't be loaded, with the embedded model's in its place."""
+    stand_in: DictConfig = OmegaConf.structured(ModelConfig(path=EMBEDDED))
+    try:
+        load_examples(config, load_tokenizer(stand_in))
+    except ConfigErrors as errors:
+        return [problem for problem in errors.problems if problem.key.split(".")[0] == "data"]
+    except Exception:  # the stand-in may be at fault, since it has other tokens and another template
+        return []
+    return []
+
+
+def _load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
     with _errors_at("model.tokenizer"):
         try:
             tokenizer = load_tokenizer(config.model)
@@ -36,8 +63,7 @@ def load_data(config: DictConfig) -> Examples:
     with _errors_at("model.path"):
         if problems := vocabulary_problems(config.model, tokenizer):
             raise ConfigErrors(problems)
-    with _errors_at("data"):
-        return load_examples(config, tokenizer, keep=True)
+    return tokenizer
 
 
 def plan_without_weights(config: DictConfig, examples: Examples | None) -> tuple[PeftModel, Plan]:
@@ -54,8 +80,9 @@ def plan_without_weights(config: DictConfig, examples: Examples | None) -> tuple
             raise
         except Exception as error:  # PEFT's errors for its arguments on this model's layers have many types
             raise ConfigErrors([_adapter_problem(model, first_line(error))]) from error
-    if problem := head_problem(adapted, config.task._target_):
-        raise ConfigErrors([problem])
+    problems = [head_problem(adapted, config.task._target_), _rank_problem(adapted), _token_problem(adapted)]
+    if found := [problem for problem in problems if problem is not None]:
+        raise ConfigErrors(found)
     with _errors_at("loraplus"):
         try:
             settings = loraplus_settings(config)
@@ -64,6 +91,29 @@ def plan_without_weights(config: DictConfig, examples: Examples | None) -> tuple
             raise
         except Exception as error:  # the optimizer's class refuses a combination of settings
             raise ConfigErrors([Problem("optimizer", first_line(error))]) from error
+
+
+def _rank_problem(model: PeftModel) -> Problem | None:
+    """Refuse a rank far above every side of the adapted layers, which a typo alone explains."""
+    factors = [record for record in tensor_records(model) if record.role in ("lora_A", "lora_B")]
+    ranks = [record.shape[0] for record in factors if record.role == "lora_A"]
+    sides = [max(record.shape[1:], default=0) if record.role == "lora_A" else record.shape[0] for record in factors]
+    if not ranks or max(ranks) <= FAR_ABOVE * max(sides):
+        return None
+    what = f"{max(ranks)} is far above every side of the adapted layers, the longest of which is {max(sides)}"
+    return Problem("adapter.r", what, "use a rank far below the sides: 8, 16, 64")
+
+
+def _token_problem(model: PeftModel) -> Problem | None:
+    """Refuse ids of trainable tokens for which the vocabulary has no row."""
+    key = "trainable_token_indices"
+    given = getattr(model.active_peft_config, key, None) or []  # a field of some PEFT configs only
+    ids = [each for part in given.values() for each in part] if isinstance(given, dict) else given
+    rows = model.get_input_embeddings().weight.shape[0]
+    wrong = [each for each in ids if not 0 <= each < rows]
+    if not wrong:
+        return None
+    return Problem(f"adapter.{key}", f"there is no token {wrong[0]}", f"the vocabulary has ids from 0 to {rows - 1}")
 
 
 def _adapter_problem(model: Any, text: str) -> Problem:

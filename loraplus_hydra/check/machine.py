@@ -61,9 +61,29 @@ def _dtype(dtype: Any, use_cpu: Any) -> list[Problem]:
 
 
 def _compiler(trainer: dict[str, Any]) -> list[Problem]:
-    wanted = any(trainer.get(name) for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"))
-    if not wanted or trainer.get("torch_compile_backend") not in (None, "inductor"):
+    backend, mode = trainer.get("torch_compile_backend"), trainer.get("torch_compile_mode")
+    if not (trainer.get("torch_compile") or backend or mode):
         return []
+    if backend in (None, "inductor"):
+        return [*_compile_name("torch_compile_mode", mode), *_inductor(trainer)]
+    return _compile_name("torch_compile_backend", backend)
+
+
+def _compile_name(key: str, name: Any) -> list[Problem]:
+    """Check a name that torch looks up only when it compiles the first step."""
+    if name is None:
+        return []
+    import torch
+
+    backends = key == "torch_compile_backend"
+    known = torch.compiler.list_backends(()) if backends else [*torch._inductor.list_mode_options()]
+    if name in known:
+        return []
+    return [Problem(f"trainer.{key}", f"there is no '{name}'{nearest(name, known)}", f"one of: {', '.join(known)}")]
+
+
+def _inductor(trainer: dict[str, Any]) -> list[Problem]:
+    """Check that torch's own compiler finds what it needs."""
     import torch
 
     if torch.cuda.is_available() and not trainer.get("use_cpu"):

@@ -62,7 +62,8 @@ def field_types(schema: Any) -> dict[str, tuple[Any, Range | None]]:
 def fits(value: Any, annotation: Any) -> bool:
     """Return True if a value from YAML or JSON can be meant for `annotation`; True for annotations unknown here.
 
-    A mapping's keys are not looked at: YAML and JSON make text of them.
+    A mapping's keys are not looked at: YAML and JSON make text of them. A dataclass is a mapping that names it by
+    `_target_`.
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
@@ -78,6 +79,8 @@ def fits(value: Any, annotation: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is int:  # a bool is an int to Python
         return isinstance(value, int) and not isinstance(value, bool)
+    if dataclasses.is_dataclass(kind):
+        return isinstance(value, dict) and "_target_" in value
     return isinstance(value, kind) if kind in (bool, str, type(None)) else True
 
 
@@ -99,6 +102,8 @@ def describe(annotation: Any, limits: Range | None = None, *, null: bool = True)
         return " or ".join(describe(each) for each in arguments if null or each is not type(None))
     if origin in (list, dict) and arguments[-1] in _TEXTS:
         return f"{_TEXTS[origin]} of {_TEXTS[arguments[-1]].removeprefix('a ')}s"
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        return f"a mapping with _target_: {annotation.__module__}.{annotation.__qualname__}"
     return _TEXTS.get(annotation) or _TEXTS.get(origin) or str(annotation)
 
 

@@ -35,6 +35,43 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
             "optimizer.max_steps: there is no such key; write trainer.max_steps=5",
         ],
     ),
+    "function of a schedule that declares nothing": (
+        ["scheduler._target_=tests.support.undeclared.schedule"],
+        ["scheduler._target_", "doesn't declare what it returns; add `-> LRScheduler` to it"],
+    ),
+    "function of data that declares nothing": (
+        ["data._target_=tests.support.undeclared.rows"],
+        ["data._target_", "add `-> datasets.DatasetDict` to it"],
+    ),
+    "function of examples that declares nothing": (
+        ["task.examples=tests.support.undeclared.examples"],
+        ["task.examples", "add `-> Examples` to it"],
+    ),
+    "level of the log": (["+trainer.log_level=no"], ["trainer.log_level: there is no level 'no'; one of:"]),
+    "settings of a class as text": (
+        ["+trainer.parallelism_config=x", "+adapter.monteclora_config=auto"],
+        ["trainer.parallelism_config: 'x' is not a mapping", "adapter.monteclora_config: 'auto' is not a mapping"],
+    ),
+    "mode of the compiler": (
+        ["trainer.torch_compile=true", "+trainer.torch_compile_mode=max_autotune"],
+        ["trainer.torch_compile_mode: there is no 'max_autotune' (did you mean 'max-autotune'?)"],
+    ),
+    "compiler": (
+        ["trainer.torch_compile=true", "+trainer.torch_compile_backend=inducto"],
+        ["trainer.torch_compile_backend: there is no 'inducto' (did you mean 'inductor'?)"],
+    ),
+    "token that the vocabulary lacks": (
+        ["+adapter.trainable_token_indices=[100000]"],
+        ["adapter.trainable_token_indices: there is no token 100000; the vocabulary has ids from 0 to"],
+    ),
+    "rank above every side": (
+        ["adapter.r=1000000"],
+        ["adapter.r: 1000000 is far above every side of the adapted layers, the longest of which is"],
+    ),
+    "model, file and optimizer at once": (
+        ["model=hub", "model.path=./none", "data=jsonl", "data.train=./none.jsonl", "+optimizer.beta=1"],
+        ["model.path: there is no folder", "data.train: ./none.jsonl: No such file", "no argument 'beta'"],
+    ),
     "qlora is two options": (["adapter=qlora"], ["no option 'qlora'; write adapter=lora quantization=nf4"]),
     "model on a hub in place of an option": (
         ["model=Qwen/Qwen3-0.6B"],
