@@ -17,7 +17,7 @@ from loraplus_hydra.check.kinds import (
     returns_examples,
     returns_rows,
 )
-from loraplus_hydra.check.signatures import argument_problems
+from loraplus_hydra.check.signatures import argument_problems, documented_value_problems
 from loraplus_hydra.check.values import MASTERS
 from loraplus_hydra.config.schema import EARLY_STOPPING, TaskConfig
 from loraplus_hydra.config.targets import locate
@@ -262,6 +262,7 @@ def _trainer_arguments(arguments: type, task: dict[str, Any], trainer: dict[str,
         fix = "start it with torchrun --nproc_per_node N -m loraplus_hydra ..., or use trainer=default"
         problems.append(Problem("trainer.fsdp", "FSDP needs several processes, and this is one", fix))
     problems += _log_levels(trainer)
+    problems += documented_value_problems(arguments, task.get("args") or {}, "task.args")
     if not problems:
         problems += _construction(arguments, {**trainer, **(task.get("args") or {})})
     return problems

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.config.schema import ModelConfig
-from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line, nearest
 from loraplus_hydra.loraplus.memory import measure_state
 from loraplus_hydra.loraplus.plan import Plan
 from loraplus_hydra.loraplus.roles import tensor_records
@@ -34,8 +34,12 @@ def load_data(config: DictConfig) -> Examples:
         tokenizer = _load_tokenizer(config)
     except ConfigErrors as errors:
         raise ConfigErrors([*errors.problems, *data_problems(config)]) from errors
+    problems = _missing_tokens(config.task.args, tokenizer)
     with _errors_at("data"):
-        return load_examples(config, tokenizer, keep=True)
+        examples = load_examples(config, tokenizer, keep=True)
+    if problems:
+        raise ConfigErrors(problems)
+    return examples
 
 
 def data_problems(config: DictConfig) -> list[Problem]:
@@ -48,6 +52,16 @@ def data_problems(config: DictConfig) -> list[Problem]:
     except Exception:  # the stand-in may be at fault, since it has other tokens and another template
         return []
     return []
+
+
+def _missing_tokens(args: DictConfig, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
+    """Check the tokens that TRL's arguments name, which it looks up only once the model is loaded."""
+    vocabulary = tokenizer.get_vocab()
+    return [
+        Problem(f"task.args.{key}", f"the tokenizer has no token '{args[key]}'{nearest(args[key], vocabulary)}")
+        for key in ("pad_token", "eos_token")
+        if args.get(key) is not None and args[key] not in vocabulary
+    ]
 
 
 def _load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
@@ -52,6 +53,23 @@ def argument_problems(
         needed = parameter.default is parameter.empty and not dataclasses.is_dataclass(target)
         if needed and name not in arguments and name not in supplied:
             problems.append(Problem(f"{where}.{name}", f"{title} needs it", f"give it a value: +{where}.{name}=..."))
+    return problems
+
+
+def documented_value_problems(target: type, arguments: Mapping[str, Any], where: str) -> list[Problem]:
+    """Check texts against the 'Possible values' of a dataclass field's help, as TRL documents them.
+
+    TRL itself looks at these values only once the model is loaded.
+    """
+    problems = []
+    for field in dataclasses.fields(target):
+        _, listed, text = str(field.metadata.get("help")).partition("Possible values are")
+        known = re.findall(r"`'([\w-]+)'`", text.split(". ")[0])
+        given = arguments.get(field.name)
+        for value in given if isinstance(given, list) else [given]:
+            if listed and known and isinstance(value, str) and value not in known:
+                what = f"there is no '{value}'{nearest(value, known)}"
+                problems.append(Problem(f"{where}.{field.name}", what, f"one of: {', '.join(known)}"))
     return problems
 
 

@@ -47,6 +47,14 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["task.examples=tests.support.undeclared.examples"],
         ["task.examples", "add `-> Examples` to it"],
     ),
+    "loss that TRL looks up late": (
+        ["+task.args.loss_type=no"],
+        ["task.args.loss_type: there is no 'no'; one of: nll, dft"],
+    ),
+    "token of TRL's that the tokenizer lacks": (
+        ["+task.args.pad_token=steps"],
+        ["task.args.pad_token: the tokenizer has no token 'steps'"],
+    ),
     "level of the log": (["+trainer.log_level=no"], ["trainer.log_level: there is no level 'no'; one of:"]),
     "settings of a class as text": (
         ["+trainer.parallelism_config=x", "+adapter.monteclora_config=auto"],
