@@ -24,7 +24,7 @@ from loraplus_hydra.config.targets import locate
 from loraplus_hydra.data.rows import loader_arguments
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line, nearest
 from loraplus_hydra.io.processes import world_size
-from loraplus_hydra.tasks.examples import own_arguments
+from loraplus_hydra.tasks.examples import BASE, own_arguments
 
 TARGET = "_target_"
 # Where a `_target_` may stand. Inside `adapter` further ones may, for PEFT's nested configs.
@@ -221,7 +221,8 @@ def _common_task_keys(task: dict[str, Any]) -> list[Problem]:
 
 def _example_arguments(examples: Callable[..., Any], task: dict[str, Any]) -> list[Problem]:
     """Check a task's own keys against the parameters of its function."""
-    supplied = tuple(inspect.signature(examples).parameters)[:4]  # rows, tokenizer, task, data, whatever their names
+    first = tuple(inspect.signature(examples).parameters)[:4]  # rows, tokenizer, task, data, whatever their names
+    supplied = (*first, BASE)
     valid = [field.name for field in fields(TaskConfig)]
     return argument_problems(examples, own_arguments(task), "task", supplied, also_valid=valid)
 

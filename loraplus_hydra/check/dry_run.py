@@ -18,7 +18,7 @@ from loraplus_hydra.models.base_model import meta_model, vocabulary_problems
 from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.tasks.examples import Examples, load_examples
 from loraplus_hydra.training.hf_trainer.whole_head import head_problem
-from loraplus_hydra.training.prepare import add_meta_adapter, loraplus_settings
+from loraplus_hydra.training.prepare import add_meta_adapter, loraplus_settings, prepare_examples
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,7 +36,7 @@ def load_data(config: DictConfig) -> Examples:
         raise ConfigErrors([*errors.problems, *data_problems(config)]) from errors
     problems = _missing_tokens(config.task.args, tokenizer)
     with _errors_at("data"):
-        examples = load_examples(config, tokenizer, keep=True)
+        examples = prepare_examples(config, tokenizer, keep=True)
     if problems:
         raise ConfigErrors(problems)
     return examples

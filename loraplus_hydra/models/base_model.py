@@ -21,6 +21,9 @@ from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.models.quantization import disable_cpu_repacking, quantization_config, skip_heads
 
 
+_HEADS = ("classifier", "score")  # transformers' names for the layers of a classifier's head
+
+
 def load_model(
     model: DictConfig,
     auto_class: str,
@@ -74,8 +77,21 @@ def load_base(
         quantization=config.quantization,
         on_cpu=bool(config.trainer.get("use_cpu")),
     )
+    if config.task.get("new_head"):
+        draw_new_head(loaded)
     match_tokenizer(loaded, tokenizer)
     return loaded
+
+
+def draw_new_head(model: PreTrainedModel) -> None:
+    """Initialise the head of a classifier anew, from the global generator."""
+    for name, module in model.named_children():
+        if name in _HEADS:
+            for part in module.modules():
+                part._is_hf_initialized = False  # transformers leaves loaded weights unchanged
+                for tensor in part.parameters(recurse=False):
+                    tensor._is_hf_initialized = False  # type: ignore[attr-defined]
+            module.apply(model._init_weights)
 
 
 def load_config(model: DictConfig, config_overrides: Mapping[str, Any] | None = None) -> PretrainedConfig:

@@ -40,7 +40,7 @@ def evaluate_with(
 def evaluate(run: FinishedRun) -> dict[str, float]:
     """Return the metrics of the run's adapter on the held-out rows of its config. Raises UserError."""
     tokenizer = load_run_tokenizer(run)
-    examples = load_examples(run.config, tokenizer)
+    examples = load_examples(_with_stored_head(run), tokenizer, run.base())
     _same_labels(run, examples)
     model, tokenizer = load_run(run, trainable=True)  # the Trainer makes its groups out of what trains
     with tempfile.TemporaryDirectory() as folder:
@@ -49,26 +49,32 @@ def evaluate(run: FinishedRun) -> dict[str, float]:
     return metrics
 
 
+def _with_stored_head(run: FinishedRun) -> DictConfig:
+    """Return the run's config with the head and the kind of labels that it was trained for."""
+    config = run.config.copy()
+    if "new_head" in config.task:
+        config.task.new_head = False
+    if "problem_type" in config.task and (kind := run.model_arguments().get("problem_type")):
+        config.task.problem_type = kind
+    return config
+
+
 def _data(config: DictConfig, changes: dict[Any, Any]) -> Any:
     """Return the run's data with `changes`, or the option that replaces it."""
     data = {**({} if changes.get("_target_") else config.data), **changes}
-    if "train" in data and _stand_in(config, changes):
+    if "train" in data and _stand_in(changes):
         data["train"] = changes["eval"]
     return data
 
 
-def _stand_in(config: DictConfig, changes: dict[Any, Any]) -> bool:
-    """Return True if the rows to evaluate on also stand in for the training rows.
-
-    Only a classifier needs training rows: its labels come from them.
-    """
-    named = changes.get("eval") is not None and changes.get("train", "???") == "???"
-    return named and config.task.task_type != "SEQ_CLS"
+def _stand_in(changes: dict[Any, Any]) -> bool:
+    """Return True if the rows to evaluate on stand in for training rows, which an evaluation doesn't need."""
+    return changes.get("eval") is not None and changes.get("train", "???") == "???"
 
 
 def _as_given(problem: Problem, changes: dict[Any, Any], config: DictConfig) -> Problem:
-    """Return the Problem with its key replaced by the one that the user typed."""
-    if problem.key == "data.train" and _stand_in(config, changes):
+    """Return a Problem under the key that the user typed."""
+    if problem.key == "data.train" and _stand_in(changes):
         return replace(problem, key="data.eval")
     if problem.key == "data.eval" and "train" not in config.data:  # the run's rows came from no file
         return replace(problem, fix="name another option: data=jsonl data.eval=...")

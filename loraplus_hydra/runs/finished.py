@@ -15,6 +15,7 @@ from loraplus_hydra.io.folders import refuse_links
 from loraplus_hydra.io.read import Missing, Unreadable, read_json
 from loraplus_hydra.io.result import OK, stored_result
 from loraplus_hydra.runs.stored_config import KEY, read_stored
+from loraplus_hydra.tasks.base import Base
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -53,6 +54,14 @@ class FinishedRun:
         except (ValueError, AttributeError, TypeError) as error:
             raise _no_run(f"{file} can't be read: {first_line(error)}") from error
         return found
+
+    def base(self) -> Base:
+        """Return the properties of the run's weights that other rows must fit."""
+        from loraplus_hydra.models.properties import is_classifier, label_names, positions
+
+        places = positions(self.config.model, self.config.task.auto_class)
+        labels = label_names(self.model_arguments().get("id2label", {})) if is_classifier(self.config) else ()
+        return Base(labels=labels, head="the run", positions=places)
 
 
 def unnamed_run(config: DictConfig) -> list[Problem]:

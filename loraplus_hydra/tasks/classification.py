@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, List, Value
@@ -12,6 +12,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from loraplus_hydra.data.cache import map_cached, tokenizer_digest
 from loraplus_hydra.data.rows import SPLITS, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem, nearest
+from loraplus_hydra.tasks.base import Base
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.tasks.labels import Labels, find_labels
 from loraplus_hydra.tasks.metrics import METRICS, MULTI, SINGLE, metrics_of
@@ -27,15 +28,19 @@ def examples(
     *,
     problem_type: str | None = None,
     max_length: int | None = None,
+    new_head: bool = False,
+    base: Base | None = None,
 ) -> Examples:
     """Return tokens and labels of rows with one or two texts and a label.
 
     The columns are `data.text_column`, `data.text_pair_column` (unless null) and `data.label_column`. `problem_type`
-    None: the labels decide. Texts are cut to `max_length` tokens (None: as many as the model takes). The examples'
-    `model_arguments` size and name the model's head. Raises ConfigErrors.
+    None: the labels decide. Their order is that of the trained head of `base`, unless `new_head` replaces it. Texts are
+    cut to `max_length` tokens (None: as many as the model takes). The examples' `model_arguments` size and name the
+    model's head. Raises ConfigErrors.
     """
     text, pair = _text_columns(rows, data)
-    labels = find_labels(rows, data.label_column, problem_type, sampled=data.get("max_samples") is not None)
+    sampled = data.get("max_samples") is not None
+    labels = find_labels(rows, data.label_column, problem_type, sampled=sampled, base=None if new_head else base)
     _check_metric(task, labels)
     limit = min((each for each in (max_length, longest_input(tokenizer)) if each is not None), default=None)
     encoder = _Encoder(text, pair, labels, tokenizer, limit)
@@ -50,8 +55,16 @@ def examples(
         },
         # A causal model judges by the last token of a text, which it finds by the pad token's id.
         model_arguments=labels.model_arguments() | {"pad_token_id": tokenizer.pad_token_id},
-        notes=tuple(cut_note(cut[split], len(encoded[split]), split, limit) for split in SPLITS if cut[split]),
+        notes=_unnamed_note(labels, base)
+        + tuple(cut_note(cut[split], len(encoded[split]), split, limit) for split in SPLITS if cut[split]),
     )
+
+
+def _unnamed_note(labels: Labels, base: Base | None) -> tuple[str, ...]:
+    """Return a note if the rows' order of labels is taken for the outputs of a trained head without names."""
+    if base is None or base.unnamed_outputs != len(labels.names):
+        return ()
+    return (f"The model's trained head has no names for its outputs: they are taken as {', '.join(labels.names)}.",)
 
 
 def _text_columns(rows: DatasetDict, data: DictConfig) -> tuple[str, str | None]:
@@ -103,7 +116,7 @@ class _Encoder:
             "task": "classification",
             "tokenizer": tokenizer_digest(self.tokenizer),
             "columns": [self.text, self.pair],
-            "labels": vars(self.labels) | {"_numbers": None},
+            "labels": asdict(self.labels),
             "max_length": self.limit,
         }
 

@@ -9,13 +9,15 @@ A task is a function, named by `task.examples`. One of your own looks like this:
 
 The first four are passed by position: the rows with the splits "train" and "eval", the model's tokenizer, and the two
 config groups. Every key of the `task` group that is no field of `TaskConfig` is passed by name, and is checked against
-the function's parameters and their types: here `task.width`. The return annotation is required. A function
+the function's parameters and their types: here `task.width`. A parameter `base: Base | None = None`, if there is one,
+gets the properties of the weights, such as the labels of a trained head. The return annotation is required. A function
 `config_problems(config)` in the same module, if there is one, gets the whole config as plain containers and returns a
 list of `Problem`, empty if the config suits the task.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -29,6 +31,9 @@ from loraplus_hydra.config.identity import config_hash
 from loraplus_hydra.config.schema import TaskConfig
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.data.rows import is_streamed, load_rows
+from loraplus_hydra.tasks.base import Base
+
+BASE = "base"  # the parameter of a task's function that gets a Base
 
 
 @dataclass(frozen=True)
@@ -54,17 +59,23 @@ class Examples:
 _kept: dict[str, Examples] = {}
 
 
-def load_examples(config: DictConfig, tokenizer: PreTrainedTokenizerBase, *, keep: bool = False) -> Examples:
+def load_examples(
+    config: DictConfig, tokenizer: PreTrainedTokenizerBase, base: Base | None = None, *, keep: bool = False
+) -> Examples:
     """Load the config's rows and return their examples.
 
-    With `keep`, the next call with the same config returns the same examples. Raises ConfigErrors.
+    `base` has the properties of the weights that the examples must fit. With `keep`, the next call with the same config
+    returns the same examples. Raises ConfigErrors.
     """
     key = _key(config)
     examples = _kept.pop(key, None)
     if examples is None:
         _kept.clear()
         own: Any = own_arguments(OmegaConf.to_container(config.task, resolve=True))  # type: ignore[arg-type]
-        examples = locate(config.task.examples)(load_rows(config.data), tokenizer, config.task, config.data, **own)
+        function = locate(config.task.examples)
+        if BASE in inspect.signature(function).parameters:
+            own[BASE] = base or Base()
+        examples = function(load_rows(config.data), tokenizer, config.task, config.data, **own)
     if keep:
         _kept[key] = examples
     return examples

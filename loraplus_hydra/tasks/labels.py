@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, List
 
 from loraplus_hydra.data.rows import ORIGIN, SPLITS
 from loraplus_hydra.errors import ConfigErrors, Problem, nearest
+from loraplus_hydra.tasks.base import Base
 from loraplus_hydra.tasks.metrics import MULTI, REGRESSION, SINGLE
 from loraplus_hydra.tasks.rows import describe, row_error
 
@@ -25,7 +26,8 @@ class Labels:
     problem_type: str  # transformers' name for the kind
     names: tuple[str, ...]  # in the order of their numbers; none in a regression
     column: str
-    numbered: bool = False  # the data set declares the names, and the column has their numbers
+    declared: tuple[str, ...] = ()  # the data set's own names, if the column has their numbers
+    of_head: str = ""  # the trained head that has these names; empty for a new head
 
     def read(self, value: Any, place: str) -> int | float | list[float]:
         """Return a row's label as the model takes it. Raises ConfigErrors.
@@ -46,17 +48,23 @@ class Labels:
     def _numbers(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.names)}
 
+    @cached_property
+    def _folded_numbers(self) -> dict[str, int]:
+        """The numbers of a trained head's names in lower case, where these are unique."""
+        folded = [name.casefold() for name in self.names]
+        return {name: folded.index(name) for name in folded if self.of_head and folded.count(name) == 1}
+
+    def number_of(self, name: str) -> int | None:
+        """Return the number of a label's name, or None if there is no such label."""
+        return self._numbers.get(name, self._folded_numbers.get(name.casefold()))
+
     def _number_of(self, value: Any, place: str) -> int:
-        if self.numbered:
-            if isinstance(value, int) and 0 <= value < len(self.names):
-                return value
-            raise row_error(place, self.column, f"is {describe(value)}: the row has no label")
-        name = _label_name(value, self.column, place)
-        if name in self._numbers:
-            return self._numbers[name]
-        shown = ", ".join(self.names[:_FEW]) + (", ..." if len(self.names) > _FEW else "")
-        what = f"is '{name}', a label that no training row has{nearest(name, self.names)}"
-        raise row_error(place, self.column, what, f"the labels are: {shown}")
+        name = _label_name(value, self.column, place, self.declared)
+        if (number := self.number_of(name)) is not None:
+            return number
+        owner = f"{self.of_head} lacks" if self.of_head else "no training row has"
+        what = f"is '{name}', a label that {owner}{nearest(name, self.names)}"
+        raise row_error(place, self.column, what, f"the labels are: {_listed(self.names)}")
 
     def model_arguments(self) -> dict[str, Any]:
         """Return the attributes of the model's config that depend on the labels."""
@@ -70,26 +78,44 @@ class Labels:
         }
 
 
-def find_labels(rows: DatasetDict, column: str, problem_type: str | None, *, sampled: bool) -> Labels:
+def find_labels(
+    rows: DatasetDict, column: str, problem_type: str | None, *, sampled: bool, base: Base | None = None
+) -> Labels:
     """Find the labels in the column. Without `problem_type` the training rows' values decide their kind.
 
-    With `sampled`, evaluation rows may have labels that no training row has, because rows were left out. Raises
-    ConfigErrors for values that can't be labels, and for fewer than two labels.
+    The names and their order are those of the trained head of `base`, if it has one. With `sampled`, evaluation rows
+    may have labels that no training row has, because rows were left out. Raises ConfigErrors for values that can't be
+    labels, for names that the trained head lacks, and for fewer than two labels.
     """
     kind = problem_type or _kind(rows["train"], column)
     if kind == REGRESSION:
         return Labels(REGRESSION, (), column)
     declared = _declared_names(rows["train"], column)
-    if declared is None:
-        splits = SPLITS if sampled else SPLITS[:1]
-        names = _sorted({name for split in splits for name in _names(rows[split], column, kind, split)})
-    else:
-        names = declared
+    if base is not None and base.labels:
+        labels = Labels(kind, base.labels, column, declared, of_head=base.head)
+        _check_fit(labels, base, {name for split in SPLITS for name in _names(rows[split], column, kind, split)})
+        return labels
+    splits = SPLITS if sampled else SPLITS[:1]
+    names = declared or _sorted({name for split in splits for name in _names(rows[split], column, kind, split)})
     if len(names) < (2 if kind == SINGLE else 1):
         only = f"'{names[0]}' alone" if names else "none at all"
         what = f"'{column}' has one label, {only}, so there is nothing to tell apart"
         raise ConfigErrors([Problem("data.label_column", what, "give rows of two labels or more")])
-    return Labels(kind, names, column, numbered=declared is not None)
+    return Labels(kind, names, column, declared)
+
+
+def _check_fit(labels: Labels, base: Base, names: set[str]) -> None:
+    """Raise ConfigErrors if a trained head lacks some of the rows' labels."""
+    if unknown := _sorted({name for name in names if labels.number_of(name) is None}):
+        what = f"the rows have labels that {labels.of_head} lacks: {_listed(unknown)}"
+        fix = f"its labels are: {_listed(labels.names)}; rename the rows' labels"
+        if base.replaceable:
+            fix += ", or train a new head: task.new_head=true"
+        raise ConfigErrors([Problem("data.label_column", what, fix)])
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_FEW]) + (", ..." if len(names) > _FEW else "")
 
 
 def _sorted(names: set[str]) -> tuple[str, ...]:
@@ -98,11 +124,15 @@ def _sorted(names: set[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
 
 
-def _label_name(value: Any, column: str, place: str) -> str:
-    """Return the name of a label that is text, a whole number or a bool.
+def _label_name(value: Any, column: str, place: str, declared: Sequence[str] = ()) -> str:
+    """Return the name of a label that is text, a whole number, or true or false. Raises ConfigErrors.
 
-    Raises ConfigErrors for other values.
+    With `declared` names the value is the number of one of them.
     """
+    if declared:
+        if isinstance(value, int) and 0 <= value < len(declared):
+            return declared[value]
+        raise row_error(place, column, f"is {describe(value)}: the row has no label")
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int) or (isinstance(value, str) and value.strip()):
@@ -130,21 +160,22 @@ def _kind(rows: Dataset, column: str) -> str:
     return SINGLE
 
 
-def _declared_names(rows: Dataset, column: str) -> tuple[str, ...] | None:
+def _declared_names(rows: Dataset, column: str) -> tuple[str, ...]:
     """Return the names that the data set itself declares, if it does."""
     feature = rows.features[column]
     if isinstance(feature, List):
         feature = feature.feature
-    return tuple(feature.names) if isinstance(feature, ClassLabel) else None
+    return tuple(feature.names) if isinstance(feature, ClassLabel) else ()
 
 
 def _names(rows: Dataset, column: str, kind: str, split: str) -> Iterator[str]:
+    declared = _declared_names(rows, column)
     places = rows[ORIGIN] if ORIGIN in rows.column_names else _row_numbers(len(rows), split)
     for value, place in zip(rows[column], places, strict=True):
         if kind == SINGLE:
-            yield _label_name(value, column, place)
+            yield _label_name(value, column, place, declared)
         elif isinstance(value, list):
-            yield from (_label_name(label, column, place) for label in value)
+            yield from (_label_name(label, column, place, declared) for label in value)
         else:
             raise row_error(place, column, f"is {describe(value)}, not a list of labels")
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import set_seed
 
 from loraplus_hydra.config.targets import locate
-from loraplus_hydra.errors import UserError
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io import interrupts, screen
 from loraplus_hydra.io.time_limit import TooSlowError, time_limit
 from loraplus_hydra.loraplus.memory import measure_state
@@ -21,7 +21,9 @@ from loraplus_hydra.loraplus.rules import parse_rules
 from loraplus_hydra.loraplus.settings import LoraPlus
 from loraplus_hydra.models.adapter import add_adapter
 from loraplus_hydra.models.base_model import load_base, meta_model
+from loraplus_hydra.models.properties import adapter_labels, is_classifier, positions, trained_head
 from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
+from loraplus_hydra.tasks.base import Base
 from loraplus_hydra.tasks.examples import Examples, kept_examples, load_examples
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def prepare(config: DictConfig) -> Prepared:
     screen.show("2/6 Loading the data and the tokenizer")
     interrupts.stop_if_asked()
     tokenizer = load_tokenizer(config.model)
-    examples = load_examples(config, tokenizer)
+    examples = prepare_examples(config, tokenizer)
     screen.show(f"    {examples.counts()}")
     for note in examples.notes:
         screen.show(f"    Note: {note}")
@@ -58,6 +60,28 @@ def prepare(config: DictConfig) -> Prepared:
     interrupts.stop_if_asked()
     screen.show("4/6 Deciding which tensor gets which rate")
     return bundle(config, tokenizer, examples, model)
+
+
+def prepare_examples(config: DictConfig, tokenizer: PreTrainedTokenizerBase, *, keep: bool = False) -> Examples:
+    """Return the examples of the config's rows, as they fit the weights that training begins from.
+
+    With `keep`, the next call with the same config returns the same examples. Raises ConfigErrors.
+    """
+    return load_examples(config, tokenizer, base_of(config), keep=keep)
+
+
+def base_of(config: DictConfig) -> Base:
+    """Return the properties of the weights that a config's training begins from. Raises ConfigErrors."""
+    places = positions(config.model, config.task.auto_class)
+    if not is_classifier(config):
+        return Base(positions=places)
+    outputs, labels = trained_head(config.model)
+    if config.adapter.get("path") and (stored := adapter_labels(config.adapter.path)):
+        if config.task.get("new_head"):
+            what = f"the adapter in {config.adapter.path} has a trained head, which would be loaded"
+            raise ConfigErrors([Problem("task.new_head", what, "set it to false, or begin a new adapter")])
+        return Base(labels=stored, head="the head of adapter.path", positions=places)
+    return Base(labels=labels, replaceable=True, unnamed_outputs=0 if labels else outputs, positions=places)
 
 
 def bundle(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples, model: PeftModel) -> Prepared:

@@ -16,10 +16,10 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     checked = check(run_of(config))
     from loraplus_hydra.models.tokenizer import load_tokenizer
     from loraplus_hydra.runs.preview import preview, render
-    from loraplus_hydra.tasks.examples import load_examples
+    from loraplus_hydra.training.prepare import prepare_examples
 
     tokenizer = load_tokenizer(checked.config.model)
-    examples = load_examples(checked.config, tokenizer)
+    examples = prepare_examples(checked.config, tokenizer)
     print(examples.counts())
     for note in examples.notes:
         print(visible(f"Note: {note}"))

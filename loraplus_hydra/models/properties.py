@@ -1,0 +1,79 @@
+"""Properties of a base model that its weights fix: labels of a trained head, and how many tokens it can take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from loraplus_hydra.io.read import Unreadable, read_json
+from loraplus_hydra.models.adapter_files import stored_adapter
+from loraplus_hydra.models.base_model import architecture, meta_model
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from transformers import PretrainedConfig
+
+_CLASSIFIER = "ForSequenceClassification"
+_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe", "embeddings_positions")
+
+
+def is_classifier(config: DictConfig) -> bool:
+    """Return True if a run's model classifies texts."""
+    return str(config.task.auto_class).endswith(_CLASSIFIER)
+
+
+def trained_head(model: DictConfig) -> tuple[int, tuple[str, ...]]:
+    """Return the number of outputs of the base's trained classification head, and their names.
+
+    Without a head the number is 0; outputs that are called LABEL_0, LABEL_1, ... have no names. Raises ConfigErrors.
+    """
+    config = architecture(model)
+    if not any(str(name).endswith(_CLASSIFIER) for name in config.architectures or ()):
+        return 0, ()
+    return len(config.id2label), label_names(config.id2label)
+
+
+def adapter_labels(path: str) -> tuple[str, ...]:
+    """Return the names of the labels that a stored adapter's head was trained for, if it has one.
+
+    They are in the config.json beside the adapter. Raises ConfigErrors for an adapter that can't be read.
+    """
+    try:
+        names = read_json(stored_adapter(path).folder / "config.json").get("id2label")
+    except Unreadable:  # an adapter that was saved by PEFT alone
+        return ()
+    return label_names(names) if isinstance(names, dict) else ()
+
+
+def label_names(id2label: dict[Any, Any]) -> tuple[str, ...]:
+    """Return the names in the order of their numbers; none for transformers' placeholders LABEL_0, LABEL_1, ..."""
+    names = {int(number): str(name) for number, name in id2label.items()}
+    placeholders = all(name == f"LABEL_{number}" for number, name in names.items())
+    return () if placeholders else tuple(names[number] for number in sorted(names))
+
+
+def positions(model: DictConfig, auto_class: str) -> int | None:
+    """Return the number of tokens that a model with a table of positions can take; None for any number.
+
+    Rotary and relative positions have no table. Raises ConfigErrors.
+    """
+    config = architecture(model).get_text_config()
+    if _is_rotary(config):
+        return None
+    tables = [module for name, module in meta_model(model, auto_class).named_modules() if _is_table(name, module)]
+    return min((_usable(table) for table in tables), default=None)
+
+
+def _is_rotary(config: PretrainedConfig) -> bool:
+    return bool(getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None))
+
+
+def _is_table(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _TABLES
+
+
+def _usable(table: Any) -> int:
+    # RoBERTa and its kin count positions from the padding index on; OPT and BART skip `offset` rows.
+    skipped = getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1
+    return int(table.num_embeddings) - int(skipped)
