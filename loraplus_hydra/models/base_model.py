@@ -20,7 +20,6 @@ from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.models.quantization import disable_cpu_repacking, quantization_config, skip_heads
 
-
 _HEADS = ("classifier", "score")  # transformers' names for the layers of a classifier's head
 
 

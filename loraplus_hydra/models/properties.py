@@ -61,7 +61,12 @@ def positions(model: DictConfig, auto_class: str) -> int | None:
     config = architecture(model).get_text_config()
     if _is_rotary(config):
         return None
-    tables = [module for name, module in meta_model(model, auto_class).named_modules() if _is_table(name, module)]
+    return table_size(meta_model(model, auto_class))
+
+
+def table_size(model: nn.Module) -> int | None:
+    """Return the number of positions in a model's table of them, or None if it has no table."""
+    tables = [module for name, module in model.named_modules() if _is_table(name, module)]
     return min((_usable(table) for table in tables), default=None)
 
 
@@ -70,7 +75,7 @@ def _is_rotary(config: PretrainedConfig) -> bool:
 
 
 def _is_table(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _TABLES
+    return isinstance(module, nn.Embedding) and name.removesuffix(".base_layer").rpartition(".")[2] in _TABLES
 
 
 def _usable(table: Any) -> int:

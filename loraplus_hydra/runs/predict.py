@@ -7,25 +7,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset, DatasetDict
 
 from loraplus_hydra.data.files import load
-from loraplus_hydra.data.rows import columns
+from loraplus_hydra.data.rows import ORIGIN, columns
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.models.quantization import is_quantized
 from loraplus_hydra.runs.finished import FinishedRun, load_run
-from loraplus_hydra.tasks.chat import apply_template
+from loraplus_hydra.tasks.base import least, longest_input
+from loraplus_hydra.tasks.conversation import Conversation, Shape, find_shape, has_schema_nulls
+from loraplus_hydra.tasks.rows import text_in
+from loraplus_hydra.tasks.tokens import render
 from loraplus_hydra.training.sampling import answer
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-Text = str | list[dict[str, Any]]  # or the messages of a conversation
+Asked = str | Conversation  # a text, or turns up to the one to answer
 
 
 def predict(
     run: FinishedRun,
-    texts: Sequence[Text],
+    texts: Sequence[Asked],
     pairs: Sequence[str | None] | None = None,
     *,
     max_new_tokens: int = 128,
@@ -41,29 +45,34 @@ def predict(
     if str(run.config.task.task_type) == "SEQ_CLS":
         yield from _classify(model, tokenizer, texts, pairs or [None] * len(texts), run, batch_size)
         return
+    chat = _uses_chat(run, tokenizer)
     for text in texts:
-        prompt, plain = _rendered(text, tokenizer, run)
+        prompt = _render(text, tokenizer, chat=chat)
+        plain = isinstance(text, str) and not chat
         found = answer(model, tokenizer, prompt, max_new_tokens, special_tokens=plain)
-        yield {"prompt": text, "answer": found}
+        yield {"prompt": text if isinstance(text, str) else text.turns, "answer": found}
 
 
-def _rendered(text: Text, tokenizer: PreTrainedTokenizerBase, run: FinishedRun) -> tuple[str, bool]:
-    """Return the prompt as in training, and True if the tokenizer is to add its own tokens."""
-    chat = run.config.task.get("chat", False)  # a task without this key knows no turns
-    if chat is None:
-        chat = bool(tokenizer.chat_template)
+def _render(text: Asked, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> str:
+    """Return the prompt as the model has seen prompts in training."""
     if isinstance(text, str) and not chat:
-        return text, True
+        return text
     if not tokenizer.chat_template:
         raise UserError("file: it holds conversations, but the run's tokenizer has no chat template")
-    turns = [{"role": "user", "content": text}] if isinstance(text, str) else text
-    return str(apply_template(tokenizer, turns, add_generation_prompt=True, tokenize=False)), False
+    conversation = Conversation([{"role": "user", "content": text}]) if isinstance(text, str) else text
+    return render(conversation.turns, conversation.template_arguments, tokenizer)
+
+
+def _uses_chat(run: FinishedRun, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return True if a plain prompt became a turn in training."""
+    chat = run.config.task.get("chat", False)  # a task without this key knows no turns
+    return bool(tokenizer.chat_template) if chat is None else bool(chat)
 
 
 def _classify(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[Text],
+    texts: Sequence[Asked],
     pairs: Sequence[str | None],
     run: FinishedRun,
     batch_size: int,
@@ -77,7 +86,7 @@ def _classify(
         if any(both) and not all(both):
             raise UserError("file: some rows have a second text and others have none")
         arguments = (part, second) if any(both) else (part,)
-        limit = run.config.task.get("max_length")
+        limit = least(run.config.task.get("max_length"), longest_input(tokenizer, run.base()))
         inputs = tokenizer(*arguments, padding=True, truncation=True, max_length=limit, return_tensors="pt")
         with torch.no_grad():
             logits = model(**inputs.to(model.device)).logits.float().cpu()
@@ -96,30 +105,48 @@ def _judged(logits: Any, names: dict[int, str], kind: str | None) -> dict[str, A
     return {"label": label, "scores": named}
 
 
-def read_texts(file: str, column: str | None, run: FinishedRun) -> tuple[list[Text], list[str | None]]:
-    """Return the texts of a file and a classifier's second texts. Raises ConfigErrors."""
+def read_texts(file: str, column: str | None, run: FinishedRun) -> tuple[list[Asked], list[str | None]]:
+    """Return what the rows of a file ask, and a classifier's second texts. Raises ConfigErrors."""
     try:
         rows = load(file, file, unit="line")["train"]
     except ConfigErrors as error:
         mended = [Problem("file", problem.what, problem.fix.replace("data.", "")) for problem in error.problems]
         raise ConfigErrors(mended) from None
-    data, there = run.config.data, columns(rows)
     if column is None and Path(file).suffix in (".txt", ".text", ".md"):
         column = "text"
-    named = [data.get(f"{kind}_column") for kind in ("prompt", "messages", "text")]
-    name = column or next((one for one in named if one in there), None)
-    if name not in there:
-        looked = column or ", ".join(str(one) for one in named if one is not None)
-        raise ConfigErrors(
-            [Problem("column", f"{file} has no column {looked}", f"the columns are: {', '.join(there)}")]
-        )
-    texts = list(rows[name])
-    for number, text in enumerate(texts, start=1):
-        if not isinstance(text, (str, list)) or not text:
-            what = f"row {number} of {file}: '{name}' is no text"
-            raise ConfigErrors([Problem("file", what, "mend the row, or leave it out")])
-    pair = data.get("text_pair_column")
-    return texts, list(rows[pair]) if pair in there else [None] * len(texts)
+    if str(run.config.task.task_type) == "SEQ_CLS":
+        return _texts(file, rows, column or run.config.data.get("text_column", "text"), run)
+    shape, places = _shape(file, rows, column, run), rows[ORIGIN]
+    # A text stays one here: whether it becomes a turn depends on the tokenizer.
+    return [shape.ask(row, place, chat=False) for row, place in zip(rows, places, strict=True)], [None] * len(rows)
+
+
+def _texts(file: str, rows: Dataset, column: str, run: FinishedRun) -> tuple[list[Asked], list[str | None]]:
+    """Return the rows' texts, and their second texts."""
+    if column not in columns(rows):
+        raise _no_column(file, rows, column)
+    pair = run.config.data.get("text_pair_column")
+    texts: list[Asked] = [text_in(row, column, row[ORIGIN], empty=False) for row in rows]
+    return texts, list(rows[pair]) if pair in columns(rows) else [None] * len(rows)
+
+
+def _shape(file: str, rows: Dataset, column: str | None, run: FinishedRun) -> Shape:
+    """Return the columns that the model is asked by: `column`, or those that training would read."""
+    if column is None:
+        try:
+            return find_shape(DatasetDict(train=rows, eval=rows), run.config.data, prompts_only=True)
+        except ConfigErrors as error:
+            raise _no_column(file, rows, "with a prompt, messages or a text") from error
+    if column not in columns(rows):
+        raise _no_column(file, rows, column)
+    listed = any(isinstance(value, list) for value in rows[column])
+    nulls = has_schema_nulls(rows, column)
+    return Shape(messages=column, schema_nulls=nulls) if listed else Shape(prompt=column, schema_nulls=nulls)
+
+
+def _no_column(file: str, rows: Dataset, name: str) -> ConfigErrors:
+    what = f"{file} has no column {name}"
+    return ConfigErrors([Problem("column", what, f"the columns are: {', '.join(columns(rows))}")])
 
 
 def _on_device(model: PeftModel, run: FinishedRun) -> Any:

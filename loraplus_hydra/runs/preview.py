@@ -95,7 +95,7 @@ def _trainer_without_weights(
     with nullcontext() if is_streamed(examples.train) else torch.device("meta"):
         return unmoved(
             model=checked.model,
-            args=training_arguments(config, folder),
+            args=training_arguments(config, folder, examples),
             train_dataset=examples.train,
             eval_dataset=examples.eval,
             processing_class=tokenizer,

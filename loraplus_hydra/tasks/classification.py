@@ -12,12 +12,11 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from loraplus_hydra.data.cache import map_cached, tokenizer_digest
 from loraplus_hydra.data.rows import SPLITS, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem, nearest
-from loraplus_hydra.tasks.base import Base
+from loraplus_hydra.tasks.base import Base, least, longest_input
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.tasks.labels import Labels, find_labels
 from loraplus_hydra.tasks.metrics import METRICS, MULTI, SINGLE, metrics_of
-from loraplus_hydra.tasks.rows import batch_rows, cut_note, require_columns, text_in
-from loraplus_hydra.tasks.tokens import longest_input
+from loraplus_hydra.tasks.rows import batch_rows, cut_note, require_columns, text_in, unused_columns_note
 
 
 def examples(
@@ -38,11 +37,11 @@ def examples(
     cut to `max_length` tokens (None: as many as the model takes). The examples' `model_arguments` size and name the
     model's head. Raises ConfigErrors.
     """
-    text, pair = _text_columns(rows, data)
+    text, label, pair = _columns(rows, data)
     sampled = data.get("max_samples") is not None
-    labels = find_labels(rows, data.label_column, problem_type, sampled=sampled, base=None if new_head else base)
+    labels = find_labels(rows, label, problem_type, sampled=sampled, base=None if new_head else base)
     _check_metric(task, labels)
-    limit = min((each for each in (max_length, longest_input(tokenizer)) if each is not None), default=None)
+    limit = least(max_length, longest_input(tokenizer, base))
     encoder = _Encoder(text, pair, labels, tokenizer, limit)
     encoded = {split: encoder.encode(rows[split], split) for split in SPLITS}
     cut = {split: sum(split_rows["cut"]) for split, split_rows in encoded.items()}
@@ -56,6 +55,7 @@ def examples(
         # A causal model judges by the last token of a text, which it finds by the pad token's id.
         model_arguments=labels.model_arguments() | {"pad_token_id": tokenizer.pad_token_id},
         notes=_unnamed_note(labels, base)
+        + tuple(unused_columns_note(rows, [text, label, data.get("text_pair_column") or ""]))
         + tuple(cut_note(cut[split], len(encoded[split]), split, limit) for split in SPLITS if cut[split]),
     )
 
@@ -67,25 +67,23 @@ def _unnamed_note(labels: Labels, base: Base | None) -> tuple[str, ...]:
     return (f"The model's trained head has no names for its outputs: they are taken as {', '.join(labels.names)}.",)
 
 
-def _text_columns(rows: DatasetDict, data: DictConfig) -> tuple[str, str | None]:
-    """Return the columns of the first and the second text.
+def _columns(rows: DatasetDict, data: DictConfig) -> tuple[str, str, str | None]:
+    """Return the columns of the text, of the label and of the second text.
 
-    Raises ConfigErrors for columns that don't exist, the labels' column too, and for streamed rows.
+    Raises ConfigErrors for columns that don't exist and for streamed rows.
     """
-    needed = ("text_column", "label_column")
-    if missing := [key for key in needed if key not in data]:
-        raise ConfigErrors(
-            [Problem(f"data.{key}", "is not set", f"name the column: +data.{key}=...") for key in missing]
-        )
-    pair = data.get("text_pair_column")
-    named = (*needed, "text_pair_column") if pair else needed
-    require_columns(rows, {f"data.{key}": data[key] for key in named})
+    # A callable of one's own need not name columns that have the usual names.
+    text, label, pair = data.get("text_column", "text"), data.get("label_column", "label"), data.get("text_pair_column")
+    wanted = {"data.text_column": text, "data.label_column": label} | ({"data.text_pair_column": pair} if pair else {})
+    if missing := [key for key, column in wanted.items() if column is None]:
+        raise ConfigErrors([Problem(key, "is not set", f"name the column: +{key}=...") for key in missing])
+    require_columns(rows, wanted)
     if any(is_streamed(rows[split]) for split in SPLITS):
         what = "the labels of streamed rows aren't known before the rows are read"
         raise ConfigErrors([Problem("data.streaming", what, "set it to false")])
     # GLUE has the column in every task. Where there is no second text, its type is null.
     is_null = pair and getattr(rows["train"].features[pair], "dtype", None) == "null"
-    return data.text_column, None if is_null else pair
+    return text, label, None if is_null else pair
 
 
 def _check_metric(task: DictConfig, labels: Labels) -> None:

@@ -5,26 +5,32 @@ https://huggingface.co/docs/trl/dataset_formats
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from datasets import DatasetDict
+from datasets import DatasetDict, Json
 from omegaconf import DictConfig
 
-from loraplus_hydra.data.rows import columns
+from loraplus_hydra.data.rows import Rows, columns
 from loraplus_hydra.errors import ConfigErrors, Problem, nearest
+from loraplus_hydra.tasks.messages import (
+    Message,
+    Messages,
+    json_value,
+    question,
+    read_messages,
+    with_system,
+    without_nulls,
+)
 from loraplus_hydra.tasks.rows import describe, require_columns, row_error, text_in
 
-Message = dict[str, Any]
-
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-_OTHER_NAMES = {"human": "user", "gpt": "assistant"}  # roles in conversations of {from, value}
 _PROMPT, _COMPLETION, _MESSAGES, _TEXT = "prompt_column", "completion_column", "messages_column", "text_column"
 _USUAL_NAMES = {_PROMPT: "prompt", _COMPLETION: "completion", _MESSAGES: "messages", _TEXT: "text"}
 _OTHER_COLUMN = "conversations"  # another usual name for messages
+_INSTRUCTION, _INPUT, _OUTPUT = "instruction", "input", "output"  # Alpaca's prompt, the text that it is on, the answer
 TOOLS, TEMPLATE_ARGUMENTS = "tools", "chat_template_kwargs"  # columns that TRL passes to the template
+SYSTEM = "system"  # a column with the conversation's system message
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,11 @@ class Conversation:
     completion: list[Message]
     prompt: list[Message] | None = None
     template_arguments: dict[str, Any] = field(default_factory=dict)  # tools, and others that the template takes
+    silent: frozenset[int] = frozenset()  # numbers of turns without loss, counted from the first of the prompt
+
+    @property
+    def turns(self) -> list[Message]:
+        return [*(self.prompt or []), *self.completion]
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,8 @@ class Shape:
     completion: str | None = None
     messages: str | None = None
     text: str | None = None
+    input: str | None = None  # a second part of the prompt, which may be empty
+    schema_nulls: bool = False  # columns have one type for all rows, with null for keys that only others have
 
     @property
     def has_prompt(self) -> bool:
@@ -65,39 +78,82 @@ class Shape:
         if self.text is not None:
             return Text(text_in(row, self.text, place, empty=False))
         if self.messages is not None:
-            messages = _messages(row[self.messages], self.messages, place)
-            return Conversation(messages, template_arguments=_template_arguments(row, place))
-        assert self.prompt is not None
+            return self._conversation(None, self._messages(row, self.messages, place), row, place)
         assert self.completion is not None
-        if any(isinstance(row[column], list) for column in (self.prompt, self.completion)):
-            prompt = _messages(row[self.prompt], self.prompt, place)
-            completion = _messages(row[self.completion], self.completion, place)
-            return Conversation(completion, prompt, _template_arguments(row, place))
-        question = text_in(row, self.prompt, place)
+        prompt = self._prompt(row, place, listed=isinstance(row[self.completion], list))
+        if isinstance(prompt, Messages):
+            return self._conversation(prompt, self._messages(row, self.completion, place), row, place)
         answer = text_in(row, self.completion, place, empty=False)
         if not chat:
-            return Text(answer, question)
-        return Conversation(
-            completion=[{"role": "assistant", "content": answer}],
-            prompt=[{"role": "user", "content": question}],
-            template_arguments=_template_arguments(row, place),
-        )
+            return Text(answer, prompt)
+        asked = Messages([{"role": "user", "content": prompt}])
+        return self._conversation(asked, Messages([{"role": "assistant", "content": answer}]), row, place)
+
+    def ask(self, row: Mapping[str, Any], place: str, *, chat: bool) -> str | Conversation:
+        """Return what the model is asked in a row, without its answer. Raises ConfigErrors."""
+        if self.text is not None:
+            return text_in(row, self.text, place, empty=False)
+        if self.messages is not None:
+            asked = question(self._messages(row, self.messages, place).turns)
+            if not asked:
+                raise row_error(place, self.messages, "holds only answers of the assistant")
+            return self._conversation(None, Messages(asked), row, place)
+        prompt = self._prompt(row, place)
+        if isinstance(prompt, str):
+            if not chat:
+                return prompt
+            prompt = Messages([{"role": "user", "content": prompt}])
+        return self._conversation(None, prompt, row, place)
+
+    def used(self, *, chat: bool) -> set[str]:
+        """Return the names of the columns that are read."""
+        own = {name for key, name in asdict(self).items() if isinstance(name, str)}
+        return own | {SYSTEM, TOOLS, TEMPLATE_ARGUMENTS} if self.messages is not None or chat else own
+
+    def _prompt(self, row: Mapping[str, Any], place: str, *, listed: bool = False) -> str | Messages:
+        assert self.prompt is not None
+        if listed or isinstance(row[self.prompt], list):
+            return self._messages(row, self.prompt, place)
+        prompt = text_in(row, self.prompt, place)
+        further = row.get(self.input) if self.input is not None else None
+        if further is not None and not isinstance(further, str):
+            raise row_error(place, str(self.input), f"is {describe(further)}, not text")
+        return f"{prompt}\n\n{further}" if further else prompt
+
+    def _messages(self, row: Mapping[str, Any], column: str, place: str) -> Messages:
+        return read_messages(row[column], column, place, schema_nulls=self.schema_nulls)
+
+    def _conversation(
+        self, prompt: Messages | None, completion: Messages, row: Mapping[str, Any], place: str
+    ) -> Conversation:
+        """Join a row's messages with its system message, if a column has one, and its template arguments."""
+        first = with_system(prompt or completion, row.get(SYSTEM), SYSTEM, place)
+        arguments = _template_arguments(row, place, schema_nulls=self.schema_nulls)
+        if prompt is None:
+            return Conversation(first.turns, None, arguments, first.silent)
+        later = frozenset(len(first.turns) + number for number in completion.silent)
+        return Conversation(completion.turns, first.turns, arguments, first.silent | later)
 
 
-def find_shape(rows: DatasetDict, data: DictConfig) -> Shape:
+def find_shape(rows: DatasetDict, data: DictConfig, *, prompts_only: bool = False) -> Shape:
     """Return the shape that fits the rows' columns and their names in `data`.
 
     Raises ConfigErrors if no shape fits, or several do.
     """
     available = columns(rows["train"])
-    names = {key: data.get(key) for key in _USUAL_NAMES}
+    # A callable of one's own need not name columns that have the usual names.
+    names = {key: data.get(key, usual) for key, usual in _USUAL_NAMES.items()}
     renamed = {f"data.{key}": name for key, name in names.items() if name not in (None, _USUAL_NAMES[key])}
     require_columns(rows, renamed)
     if names[_MESSAGES] == "messages" and "messages" not in available and _OTHER_COLUMN in available:
         names[_MESSAGES] = _OTHER_COLUMN
+    usual = names[_PROMPT] == "prompt" and names[_COMPLETION] == "completion"
+    if usual and not {"prompt", "completion"} & {*available}:
+        names |= {key: name for key, name in ((_PROMPT, _INSTRUCTION), (_COMPLETION, _OUTPUT)) if name in available}
     fitting = {}
-    if names[_PROMPT] in available and names[_COMPLETION] in available:
-        fitting["prompt and completion"] = Shape(prompt=names[_PROMPT], completion=names[_COMPLETION])
+    if names[_PROMPT] in available and (names[_COMPLETION] in available or prompts_only):
+        further = _INPUT if names[_PROMPT] == _INSTRUCTION and _INPUT in available else None
+        fitting["prompt and completion"] = Shape(prompt=names[_PROMPT], completion=names[_COMPLETION], input=further)
     if names[_MESSAGES] in available:
         fitting["messages"] = Shape(messages=names[_MESSAGES])
     if names[_TEXT] in available:
@@ -109,8 +165,11 @@ def find_shape(rows: DatasetDict, data: DictConfig) -> Shape:
         raise ConfigErrors([_no_shape(names, available)])
     shape = next(iter(fitting.values()))
     used = {f"data.{key}": name for key, name in names.items() if name is not None and name in vars(shape).values()}
+    if prompts_only:
+        used.pop(f"data.{_COMPLETION}", None)
     require_columns(rows, used)
-    return shape
+    listed = shape.messages or shape.completion or shape.text
+    return replace(shape, schema_nulls=has_schema_nulls(rows["train"], str(listed)))
 
 
 def _no_shape(names: dict[str, Any], available: list[str]) -> Problem:
@@ -124,52 +183,18 @@ def _no_shape(names: dict[str, Any], available: list[str]) -> Problem:
     return Problem("data", f"the rows have none of the columns looked for ({wanted})", fix)
 
 
-def _messages(value: Any, column: str, place: str) -> list[Message]:
-    """Return a list of messages, each with a known role and content. Raises ConfigErrors."""
-    if not isinstance(value, list):
-        raise row_error(place, column, f"is {describe(value)}, not a list of messages")
-    if not value:
-        raise row_error(place, column, "is an empty list, so there is nothing to learn")
-    return [_message(message, column, f"{place}, message {number}") for number, message in enumerate(value, start=1)]
-
-
-def _message(message: Any, column: str, place: str) -> Message:
-    if not isinstance(message, dict):
-        raise row_error(place, column, f"holds {describe(message)}, where a message is {{role: ..., content: ...}}")
-    # A column has one type, so a message has null for keys that only others have.
-    message = {key: value for key, value in message.items() if value is not None}
-    if "role" not in message and "from" in message:
-        role = message.pop("from")
-        message = {"role": _OTHER_NAMES.get(role, role), "content": message.pop("value", None), **message}
-    role = message.get("role")
-    if role is None:
-        raise row_error(place, column, "holds a message without a role", f"one of: {', '.join(ROLES)}")
-    if role not in ROLES:
-        hint = nearest(str(role), ROLES)
-        raise row_error(place, column, f"holds a message of the role '{role}'{hint}", f"one of: {', '.join(ROLES)}")
-    _check_content(message, column, place)
-    return message
-
-
-def _check_content(message: Message, column: str, place: str) -> None:
-    content, calls_tools = message.get("content"), bool(message.get("tool_calls"))
-    if content is None and not calls_tools:
-        raise row_error(place, column, "holds a message without content")
-    if content is not None and not isinstance(content, (str, list)):
-        raise row_error(place, column, f"holds a message whose content is {describe(content)}, not text")
-    if message["role"] == "assistant" and content is not None and not content and not calls_tools:
-        raise row_error(place, column, "holds an empty message of the assistant, so there is nothing to learn")
-
-
-def _template_arguments(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+def _template_arguments(row: Mapping[str, Any], place: str, *, schema_nulls: bool) -> dict[str, Any]:
     """Return the template's arguments besides the messages, from the columns that TRL uses."""
-    tools = row.get(TOOLS)
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise row_error(place, TOOLS, f"is not JSON: {error.msg}") from None
+    tools = json_value(row.get(TOOLS) or None, TOOLS, place)
     others = row.get(TEMPLATE_ARGUMENTS) or {}
     if not isinstance(others, dict):
         raise row_error(place, TEMPLATE_ARGUMENTS, f"is {describe(others)}, not an object")
+    if schema_nulls:
+        tools, others = without_nulls(tools), without_nulls(others)
     return {"tools": tools, **others} if tools else dict(others)
+
+
+def has_schema_nulls(rows: Rows, column: str) -> bool:
+    """Return True if a column's lists have one type for all rows, unlike JSON."""
+    feature = (rows.features or {}).get(column)
+    return feature is not None and not isinstance(feature, Json)

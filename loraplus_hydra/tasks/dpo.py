@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.data.rows import SPLITS
 from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.tasks.base import Base, max_length
 from loraplus_hydra.tasks.chat import apply_template
 from loraplus_hydra.tasks.examples import Examples
-from loraplus_hydra.tasks.rows import find_columns, map_rows, row_error, text_in
+from loraplus_hydra.tasks.rows import find_columns, map_rows, row_error, text_in, unused_columns_note
 
 COLUMNS = ("prompt", "chosen", "rejected")  # TRL's names; `data.<name>_column` names other columns for them
 
@@ -25,6 +26,7 @@ def examples(
     data: DictConfig,
     *,
     chat: bool | None = None,
+    base: Base | None = None,
 ) -> Examples:
     """Return TRL's preference examples of rows with three texts.
 
@@ -44,6 +46,9 @@ def examples(
     return Examples(
         train=train,
         eval=held_out,
+        max_length=max_length(task, tokenizer, base),
+        special_tokens=not chat,
+        notes=tuple(unused_columns_note(rows, names.values())),
         **samples(shown[names["prompt"]], shown[names["chosen"]], tokenizer, chat=chat),
     )
 

@@ -44,6 +44,8 @@ class Examples:
     eval: Dataset
     prompts: tuple[str, ...] = ()  # held-out prompts as text
     rendered: tuple[str, ...] = ()  # the same as the model sees them
+    max_length: int | None = None  # argument of the Trainer, if it is below the one in `task.args`
+    special_tokens: bool | None = None  # the tokenizer adds its own to `rendered`; None: if it has no chat template
     references: tuple[str, ...] = ()  # the rows' answers
     trainer_arguments: dict[str, Any] = field(default_factory=dict)  # more arguments of the Trainer
     model_arguments: dict[str, Any] = field(default_factory=dict)  # attributes of the model's config: num_labels, ...

@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.data.rows import SPLITS, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.tasks.base import Base, max_length
 from loraplus_hydra.tasks.dpo import as_turn, samples, uses_template
 from loraplus_hydra.tasks.examples import Examples
-from loraplus_hydra.tasks.rows import describe, find_columns, map_rows, row_error, text_in
+from loraplus_hydra.tasks.rows import describe, find_columns, map_rows, row_error, text_in, unused_columns_note
 
 COLUMNS = ("prompt", "completion", "label")  # TRL's names; `data.<name>_column` names other columns for them
 LABELS = {"true": True, "1": True, "false": False, "0": False}  # as text too, because a CSV has nothing else
@@ -37,6 +38,7 @@ def examples(
     data: DictConfig,
     *,
     chat: bool | None = None,
+    base: Base | None = None,
 ) -> Examples:
     """Return TRL's unpaired preferences of rows with a prompt, an answer and its label.
 
@@ -62,8 +64,13 @@ def examples(
         # TRL pairs the rows of a batch before training and then keeps their order, the same in each epoch.
         train=train.shuffle(seed=data.get("seed") or 0),
         eval=held_out,
+        max_length=max_length(task, tokenizer, base),
+        special_tokens=not chat,
         **samples(shown[names["prompt"]], shown[names["completion"]], tokenizer, chat=chat),
-        notes=(f"{good:,} good answers and {len(train) - good:,} bad ones to train on",),
+        notes=(
+            f"{good:,} good answers and {len(train) - good:,} bad ones to train on",
+            *unused_columns_note(rows, names.values()),
+        ),
     )
 
 

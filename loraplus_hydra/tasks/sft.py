@@ -16,17 +16,31 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.data.cache import map_cached, tokenizer_digest
-from loraplus_hydra.data.rows import SPLITS, Rows, all_columns, is_streamed
+from loraplus_hydra.data.rows import ORIGIN, SPLITS, Rows, all_columns, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.tasks.chat import apply_template
+from loraplus_hydra.tasks.base import Base, max_length
 from loraplus_hydra.tasks.conversation import Conversation, Shape, Text, find_shape
 from loraplus_hydra.tasks.examples import Examples
-from loraplus_hydra.tasks.rows import batch_rows, cut_note
+from loraplus_hydra.tasks.rows import batch_rows, cut_note, unused_columns_note
 from loraplus_hydra.tasks.template import check_template, end_token, loss_rule, set_template
-from loraplus_hydra.tasks.tokens import IGNORED, LossRule, encode_conversation, encode_texts
+from loraplus_hydra.tasks.tokens import IGNORED, LossRule, encode_conversation, encode_texts, render
 
 # With assistant_only_loss SFTTrainer requires a column of messages, which it doesn't read if there are labels.
 _ANY_TURNS = [{"role": "assistant", "content": ""}]
+
+_OTHER_TEMPLATE = "give another one (+task.args.chat_template_path=template.jinja)"
+# Properties of encoded rows that only notes report.
+_FLAGS = {
+    "merged": "the prompt's end and the completion's beginning share a token, which counts as the completion's: end "
+    "prompts, or begin completions, with a space or a line's end.",
+    "unasked": "the chat template ends the prompt with text that the row lacks, so that answers are asked for in "
+    f"another way than they are learnt: {_OTHER_TEMPLATE}.",
+    "changed": "the chat template leaves out or changes text of the assistant, which is not learnt: take it out of the "
+    f"rows, or {_OTHER_TEMPLATE}.",
+    "endless": "no token that ends the answer carries loss, so that the model may not learn to stop: "
+    f"{_OTHER_TEMPLATE}.",
+}
+_REPORTED = {**{name: Value("bool") for name in _FLAGS}, "unread": List(Value("string"))}
 
 
 def examples(
@@ -36,6 +50,7 @@ def examples(
     data: DictConfig,
     *,
     chat: bool | None = None,
+    base: Base | None = None,
 ) -> Examples:
     """Return tokens and labels of rows in any of TRL's shapes.
 
@@ -50,16 +65,20 @@ def examples(
     rule, notes = loss_rule(tokenizer, shape, task, chat=chat)
     encoder = _Encoder(shape, tokenizer, rule, end, chat)
     encoded = {split: encoder.encode(rows[split], split) for split in SPLITS}
+    notes += unused_columns_note(rows, shape.used(chat=chat))
+    limit = max_length(task, tokenizer, base)
     for split in SPLITS:
-        notes += _notes(encoded[split], split, task)
+        notes += _notes(encoded[split], rows[split], split, task, limit)
     samples = list(encoder.samples(rows["eval"], task.samples))
     prompts, rendered, references = zip(*samples, strict=True) if samples else ((), (), ())
     return Examples(
-        train=encoded["train"].remove_columns("merged"),
-        eval=encoded["eval"].remove_columns("merged"),
+        train=encoded["train"].remove_columns(list(_REPORTED)),
+        eval=encoded["eval"].remove_columns(list(_REPORTED)),
         prompts=prompts,
         rendered=rendered,
         references=references,
+        max_length=limit,
+        special_tokens=shape.text is not None or not chat,
         notes=tuple(notes),
     )
 
@@ -75,7 +94,7 @@ class _Encoder:
     chat: bool
 
     def encode(self, rows: Rows, split: str) -> Rows:
-        """Return the columns input_ids, labels and merged, and for `assistant_only` also messages."""
+        """Return the columns input_ids, labels and those of _REPORTED, and for `assistant_only` also messages."""
         key = {
             "task": "sft",
             "tokenizer": tokenizer_digest(self.tokenizer),
@@ -84,7 +103,7 @@ class _Encoder:
             "rule": vars(self.rule),
             "end": self.end,
         }
-        features = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "merged": Value("bool")}
+        features = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), **_REPORTED}
         if self.rule.assistant_only:
             features["messages"] = List({"role": Value("string"), "content": Value("string")})
 
@@ -104,7 +123,7 @@ class _Encoder:
             else next(encoded_texts)
             for part, place in parts
         ]
-        columns = {name: [getattr(row, name) for row in encoded] for name in ("input_ids", "labels", "merged")}
+        columns = {name: [getattr(row, name) for row in encoded] for name in ("input_ids", "labels", *_REPORTED)}
         return columns | ({"messages": [_ANY_TURNS] * len(encoded)} if self.rule.assistant_only else {})
 
     def samples(self, rows: Dataset, count: int) -> Iterator[tuple[str, str, str]]:
@@ -116,47 +135,49 @@ class _Encoder:
                 prompt = part.completion[:half] if part.prompt is None else part.prompt
                 yield prompt, prompt, part.completion[half:] if part.prompt is None else part.completion
                 continue
-            turns = [*(part.prompt or []), *part.completion]
+            turns = part.turns
             last = max((index for index, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
             if last == 0:
                 continue  # no turn comes before the answer
-            rendered = apply_template(
-                self.tokenizer, turns[:last], add_generation_prompt=True, tokenize=False, **part.template_arguments
-            )
-            yield _content(turns[last - 1]), str(rendered), _content(turns[last])
+            rendered = render(turns[:last], part.template_arguments, self.tokenizer)
+            yield turns[last - 1].get("content") or "", rendered, turns[last].get("content") or ""
 
 
-def _content(message: dict[str, Any]) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else " ".join(str(part.get("text", "")) for part in content)
-
-
-def _notes(rows: Rows, split: str, task: DictConfig) -> list[str]:
+def _notes(encoded: Rows, rows: Rows, split: str, task: DictConfig, limit: int | None) -> list[str]:
     """Return notes on the rows that are cut, left out or merged.
 
     Raises ConfigErrors if no row is left.
     """
-    if is_streamed(rows):
+    if is_streamed(encoded):
         return []
-    notes = []
-    if merged := sum(rows["merged"]):
-        notes.append(
-            f"In {merged:,} of {len(rows):,} {split} rows the prompt's end and the completion's beginning share a "
-            "token, which counts as the completion's: end prompts, or begin completions, with a space or a line's end."
-        )
-    limit = task.args.get("max_length")
+    notes = _template_notes(encoded, rows, split)
     if limit is None or (task.args.get("packing") and task.args.get("packing_strategy") in ("bfd_split", "wrapped")):
         return notes  # nothing is cut
-    long = list(_too_long(rows, limit))
-    emptied = sum(all(label == IGNORED for label in rows[index]["labels"][:limit]) for index in long)
+    long = list(_too_long(encoded, limit))
+    emptied = sum(all(label == IGNORED for label in encoded[index]["labels"][:limit]) for index in long)
     if long:
-        notes.append(cut_note(len(long), len(rows), split, limit))
+        notes.append(cut_note(len(long), len(encoded), split, limit))
     if emptied:
         notes.append(f"{emptied:,} of these have no token left to learn and are left out.")
-    if emptied == len(rows):
+    if emptied == len(encoded):
         what = f"{limit} tokens leave nothing to learn of any {split} row"
         raise ConfigErrors([Problem("task.args.max_length", what, "allow more tokens")])
     return notes
+
+
+def _template_notes(encoded: Dataset, rows: Dataset, split: str) -> list[str]:
+    """Return notes on rows that the tokenizer or the chat template changes."""
+    notes = []
+    for name, text in _FLAGS.items():
+        if numbers := [number for number, value in enumerate(encoded[name]) if value]:
+            notes.append(f"In {len(numbers):,} of {len(encoded):,} {split} rows ({_first(rows, numbers[0])}) {text}")
+    if unread := sorted({key for keys in encoded["unread"] for key in keys}):
+        notes.append(f"Not used by the chat template: {', '.join(unread)} ({split} rows)")
+    return notes
+
+
+def _first(rows: Dataset, number: int) -> str:
+    return f"first: {rows[number][ORIGIN] if ORIGIN in rows.column_names else f'row {number + 1}'}"
 
 
 def _too_long(rows: Dataset, limit: int) -> Iterator[int]:

@@ -14,13 +14,19 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 from loraplus_hydra.data.cache import digest, generate_cached, map_cached, tokenizer_digest
 from loraplus_hydra.data.rows import CONTINUED, CONTINUES, SPLITS, Rows, all_columns, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.tasks.base import Base, longest_input
 from loraplus_hydra.tasks.examples import Examples
-from loraplus_hydra.tasks.rows import batch_rows, require_columns, text_in
-from loraplus_hydra.tasks.tokens import longest_input
+from loraplus_hydra.tasks.rows import batch_rows, require_columns, text_in, unused_columns_note
 
 
 def examples(
-    rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictConfig, data: DictConfig, *, block_size: int
+    rows: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    task: DictConfig,
+    data: DictConfig,
+    *,
+    block_size: int,
+    base: Base | None = None,
 ) -> Examples:
     """Return the text in `data.text_column`, document after document, in blocks of `block_size` tokens.
 
@@ -28,12 +34,12 @@ def examples(
     across documents. The last block of a split is shorter, so that no token is lost. A block's first token carries no
     loss, since no token comes before it. Raises ConfigErrors.
     """
-    column = data.get("text_column")
+    column = data.get("text_column", "text")
     if column is None:
         fix = "name the column with the text: +data.text_column=..."
         raise ConfigErrors([Problem("data.text_column", "is not set", fix)])
     require_columns(rows, {"data.text_column": column})
-    _check_block_size(block_size, tokenizer)
+    _check_block_size(block_size, longest_input(tokenizer, base))
     key = {"task": "text", "tokenizer": tokenizer_digest(tokenizer), "column": column}
     blocks = {split: _blocks_of(rows[split], column, tokenizer, split, block_size, key) for split in SPLITS}
     prompts, answers = _samples(blocks["eval"], tokenizer, task.samples, task.sample_tokens)
@@ -42,6 +48,8 @@ def examples(
         eval=blocks["eval"],
         prompts=prompts,
         rendered=prompts,
+        notes=tuple(unused_columns_note(rows, [column])),
+        special_tokens=True,
         references=answers,
         # It pads the shorter last block, and its labels with -100. The collator for language models would remove the
         # loss of every end-of-text token that is also the pad token.
@@ -61,8 +69,7 @@ def cut_into_blocks(parts: Iterable[NDArray[np.int32]], size: int) -> Iterator[N
         yield rest
 
 
-def _check_block_size(size: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    limit = longest_input(tokenizer)
+def _check_block_size(size: int, limit: int | None) -> None:
     if limit is not None and size > limit:
         what = f"{size} tokens are more than the {limit} that the model was made for"
         raise ConfigErrors([Problem("task.block_size", what, f"{limit} or fewer")])

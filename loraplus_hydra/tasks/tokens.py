@@ -6,18 +6,21 @@ tests compare them). But they are made before the model is loaded, and errors na
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.tasks.chat import apply_template
-from loraplus_hydra.tasks.conversation import Conversation, Message, Text
+from loraplus_hydra.tasks.conversation import Conversation, Text
+from loraplus_hydra.tasks.messages import Message
 
 IGNORED = -100
-_NO_LIMIT = 1_000_000  # tokenizers without a limit give a far larger number
+_READ = {"role", "content"}  # keys of messages that every template reads
+_OTHER_TEXT = "\N{BLACK SQUARE}\N{WHITE SQUARE}"  # begins and ends with characters that no answer does
+_END = 5  # among this many last tokens with loss one ends the answer; a template may write white space after it
 
 
 @dataclass(frozen=True)
@@ -36,25 +39,52 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
     merged: bool = False  # the prompt's last tokens differ from those of the prompt alone
-
-
-def longest_input(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the number of tokens that the model takes, or None if it is unknown."""
-    limit: int = tokenizer.model_max_length
-    return limit if limit < _NO_LIMIT else None
+    unasked: bool = False  # the template's prompt for an answer goes on in another way than the row
+    changed: bool = False  # the template leaves out or changes a text that should carry loss
+    endless: bool = False  # no token that ends the last answer carries loss
+    unread: tuple[str, ...] = ()  # keys of messages, and arguments, that the template doesn't read
 
 
 def encode_texts(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, rule: LossRule, end: str) -> list[Encoded]:
     """Encode plain texts, each followed by the token `end` unless it ends with it."""
-    if not texts:
-        return []
     full = [(text.prompt or "") + text.completion + _missing_end(text.completion, end) for text in texts]
-    full_ids = tokenizer(full)["input_ids"]
-    prompt_ids = tokenizer([text.prompt or "" for text in texts])["input_ids"]
+    full_ids = encode_plain(full, tokenizer)
+    prompt_ids = encode_plain([text.prompt or "" for text in texts], tokenizer)
     return [
         _encoded(ids, prompt if text.prompt is not None else None, rule)
         for text, ids, prompt in zip(texts, full_ids, prompt_ids, strict=True)
     ]
+
+
+def encode_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the tokens of texts that may go on: with those that the tokenizer puts first, without those it puts last.
+
+    A tokenizer that appends an end-of-text token would end a prompt with it, and a row with two of them.
+    """
+    if not texts:
+        return []
+    last = _tokens_put_last(tokenizer)
+    return [ids[: len(ids) - last] for ids in tokenizer(list(texts))["input_ids"]]
+
+
+def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool) -> list[int]:
+    """Return the tokens of a prompt as rows begin with them; a template's text has its special tokens already."""
+    if special_tokens:
+        return encode_plain([text], tokenizer)[0]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _tokens_put_last(tokenizer: PreTrainedTokenizerBase) -> int:
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+    start = next(starts, None)
+    return 0 if start is None else len(whole) - start - len(bare)
+
+
+def render(messages: list[Message], arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text that the model sees before it answers a conversation. Raises UserError."""
+    return str(apply_template(tokenizer, messages, add_generation_prompt=True, tokenize=False, **arguments))
 
 
 def _missing_end(completion: str, end: str) -> str:
@@ -66,17 +96,92 @@ def encode_conversation(
 ) -> Encoded:
     """Encode a conversation by the chat template.
 
-    Raises ConfigErrors naming `place` if the template fails.
+    Raises ConfigErrors naming `place` if the template fails, or if no token carries loss.
     """
     prompt_ids = None
     if conversation.prompt is not None:
         arguments = {"add_generation_prompt": True}
         prompt_ids, _ = _apply_template(conversation.prompt, conversation, tokenizer, rule, place, **arguments)
-    messages = [*(conversation.prompt or []), *conversation.completion]
-    ids, marks = _apply_template(messages, conversation, tokenizer, rule, place)
+    turns = conversation.turns
+    ids, marks = _apply_template(turns, conversation, tokenizer, rule, place)
     if rule.assistant_only and not any(marks):
         raise _template_error(place, "the template marks no token as the assistant's", "leave the row out")
-    return _encoded(ids, prompt_ids, rule, marks)
+    encoded = _encoded(ids, prompt_ids, rule, marks)
+    stops = _stops(tokenizer)
+    for number in sorted(conversation.silent):
+        other = [*turns[:number], {"role": turns[number]["role"], "content": _OTHER_TEXT}, *turns[number + 1 :]]
+        other_ids, _ = _apply_template(other, conversation, tokenizer, rule, place)
+        _silence(encoded.labels, ids, other_ids, marks, stops)
+    if all(label == IGNORED for label in encoded.labels):
+        raise _template_error(place, "no message carries loss, so there is nothing to learn", "leave the row out")
+    text = _text(turns, conversation, tokenizer, rule)
+    answers = [turn.get("content") for number, turn in enumerate(turns) if _is_learnt(number, conversation)]
+    learnt = [label for label in encoded.labels if label != IGNORED]
+    return replace(
+        encoded,
+        merged=False,
+        unasked=encoded.merged,
+        changed=any(isinstance(answer, str) and answer.strip() not in text for answer in answers),
+        endless=turns[-1]["role"] == "assistant" and not stops & set(learnt[-_END:]),
+        unread=_unread(conversation, text, tokenizer, rule),
+    )
+
+
+def _is_learnt(number: int, conversation: Conversation) -> bool:
+    learnt = number >= len(conversation.prompt or []) and number not in conversation.silent
+    return learnt and conversation.turns[number]["role"] == "assistant"
+
+
+def _stops(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens that can end a turn: all special ones."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special | set(tokenizer.all_special_ids)
+
+
+def _silence(
+    labels: list[int], ids: list[int], other_ids: list[int], marks: Sequence[int], stops: Collection[int]
+) -> None:
+    """Take the loss from a turn, which `other_ids` have another text for, and from the token that ends it."""
+    start = _common_length(ids, other_ids)
+    end = len(ids) - _common_length(ids[start:][::-1], other_ids[start:][::-1])
+    if start >= end:
+        return  # the template doesn't write this turn
+    while marks and start > 0 and marks[start - 1] and ids[start - 1] not in stops:
+        start -= 1
+    while end < len(ids) and ids[end - 1] not in stops and (not marks or marks[end]):
+        end += 1
+    labels[start:end] = [IGNORED] * (end - start)
+
+
+def _text(turns: list[Message], conversation: Conversation, tokenizer: PreTrainedTokenizerBase, rule: LossRule) -> str:
+    arguments = conversation.template_arguments
+    return str(apply_template(tokenizer, turns, chat_template=rule.template, tokenize=False, **arguments))
+
+
+def _unread(
+    conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, rule: LossRule
+) -> tuple[str, ...]:
+    """Return the keys of messages, and the arguments, without which the template writes the same text."""
+    unread = []
+    for key in sorted({key for turn in conversation.turns for key in turn} - _READ):
+        turns = [{name: value for name, value in turn.items() if name != key} for turn in conversation.turns]
+        if _same(text, turns, conversation, tokenizer, rule):
+            unread.append(key)
+    for key in conversation.template_arguments:
+        others = {name: value for name, value in conversation.template_arguments.items() if name != key}
+        without = replace(conversation, template_arguments=others)
+        if _same(text, without.turns, without, tokenizer, rule):
+            unread.append(key)
+    return tuple(unread)
+
+
+def _same(
+    text: str, turns: list[Message], conversation: Conversation, tokenizer: PreTrainedTokenizerBase, rule: LossRule
+) -> bool:
+    try:
+        return _text(turns, conversation, tokenizer, rule) == text
+    except UserError:  # a template that fails without the key reads it
+        return False
 
 
 def _apply_template(

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from loraplus_hydra.io import interrupts
+from loraplus_hydra.models.properties import table_size
+from loraplus_hydra.tasks.examples import Examples
+from loraplus_hydra.tasks.tokens import encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def answers(
-    model: PreTrainedModel | Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+    model: PreTrainedModel | Any, tokenizer: PreTrainedTokenizerBase, examples: Examples, max_new_tokens: int
 ) -> list[str]:
-    """Return the model's greedy answer to each rendered prompt, without special tokens."""
+    """Return the model's greedy answer to each of the examples' prompts, without special tokens."""
     was_training = model.training
     model.eval()
     # A template writes its own special tokens; a plain prompt gets the tokenizer's.
-    plain = not tokenizer.chat_template
-    texts = [answer(model, tokenizer, prompt, max_new_tokens, special_tokens=plain) for prompt in prompts]
+    special = not tokenizer.chat_template if examples.special_tokens is None else examples.special_tokens
+    texts = [answer(model, tokenizer, prompt, max_new_tokens, special_tokens=special) for prompt in examples.rendered]
     model.train(was_training)
     return [" ".join(text.split()) for text in texts]
 
@@ -34,15 +38,22 @@ def answer(
 ) -> str:
     """Return the model's greedy answer to one prompt.
 
-    With `special_tokens` the tokenizer adds its own tokens to the prompt.
+    With `special_tokens` the tokenizer adds its own tokens to the prompt. A prompt that leaves the model too few
+    positions for the answer loses its beginning.
     """
-    import torch
-
     interrupts.stop_if_asked()
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=special_tokens)
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if name != "token_type_ids"}
+    ids = encode_prompt(prompt, tokenizer, special_tokens=special_tokens)
+    limit = table_size(model)
+    if limit is not None:
+        max_new_tokens = min(max_new_tokens, limit - 1)
+        ids = ids[-(limit - max_new_tokens) :]
+    inputs = torch.tensor([ids], device=model.device)
     with torch.no_grad():
         output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
         )
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))

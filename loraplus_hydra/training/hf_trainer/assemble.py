@@ -21,6 +21,7 @@ from loraplus_hydra.io.checkpoints import ResumePoint
 from loraplus_hydra.io.metrics_log import MetricsLog
 from loraplus_hydra.io.run_folder import CHECKPOINTS, METRICS
 from loraplus_hydra.models.adapter import schedule_of
+from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.training.hf_trainer.checkpoint_callback import CheckpointCallback
 from loraplus_hydra.training.hf_trainer.loraplus_mixin import with_loraplus
 from loraplus_hydra.training.hf_trainer.metrics_callback import MetricsCallback
@@ -45,7 +46,7 @@ def make_trainer(
     schedule = schedule_of(type(job.model.active_peft_config))
     trainer: Any = with_loraplus(resumable(locate(config.task._target_)))(
         model=job.model,
-        args=training_arguments(config, folder, resume_from=None if point is None else point.folder),
+        args=training_arguments(config, folder, job.examples, resume_from=None if point is None else point.folder),
         train_dataset=job.examples.train,
         eval_dataset=job.examples.eval,
         processing_class=job.tokenizer,
@@ -67,8 +68,10 @@ def make_trainer(
     return trainer
 
 
-def training_arguments(config: DictConfig, folder: Path, *, resume_from: str | None = None) -> TrainingArguments:
-    """Return the arguments of the task's Trainer, from all groups of the config that set one.
+def training_arguments(
+    config: DictConfig, folder: Path, examples: Examples, *, resume_from: str | None = None
+) -> TrainingArguments:
+    """Return the arguments of the task's Trainer from `trainer`, `task.args` and our other groups.
 
     `resume_from` is the checkpoint that `trainer.resume_from_checkpoint` names.
     """
@@ -77,6 +80,8 @@ def training_arguments(config: DictConfig, folder: Path, *, resume_from: str | N
     for name in EARLY_STOPPING:
         arguments.pop(name, None)
     arguments.update(plain_group(config.task.args))
+    if examples.max_length is not None:
+        arguments["max_length"] = examples.max_length
     if processes.world_size() > 1 and not torch.accelerator.is_available():
         arguments["use_cpu"] = True  # otherwise the Trainer looks for GPUs only, and each process trains alone
     made: TrainingArguments = locate(config.task.args_class)(

@@ -24,7 +24,7 @@ def train(trainer: Any, job: Prepared, result: Result, point: ResumePoint | None
     task, examples = job.config.task, job.examples
     result.device = str(trainer.args.device)
     result.trained_parameters, result.total_parameters = count_parameters(trainer.model)
-    before = answers(trainer.model, trainer.processing_class, examples.rendered, task.sample_tokens)
+    before = answers(trainer.model, trainer.processing_class, examples, task.sample_tokens)
     set_seed(job.config.seed)  # data order and dropout do not depend on the evaluation before
     trainer.add_callback(StopAtStep())
     try:
@@ -45,7 +45,7 @@ def train(trainer: Any, job: Prepared, result: Result, point: ResumePoint | None
         result.metrics = evaluation_at(trainer.state, trainer.step_of_model) or trainer.evaluate()
         result.best = best_evaluation(trainer.state.log_history, task.metric, task.greater_is_better)
         result.peak_memory_bytes = peak_memory_bytes(trainer.args.device)
-        after = answers(trainer.model, trainer.processing_class, examples.rendered, task.sample_tokens)
+        after = answers(trainer.model, trainer.processing_class, examples, task.sample_tokens)
     result.samples = [
         {"prompt": prompt, "reference": reference, "before": old, "after": new}
         for prompt, reference, old, new in zip(examples.prompts, examples.references, before, after, strict=True)

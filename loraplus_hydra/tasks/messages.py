@@ -1,0 +1,167 @@
+"""Messages of rows, in the forms in which data sets have them, as chat templates take them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loraplus_hydra.errors import nearest
+from loraplus_hydra.tasks.rows import describe, row_error
+
+Message = dict[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_CALL = "function_call"  # a role of ShareGPT: its text is a tool call, or a list of them
+_OTHER_NAMES = {
+    "human": "user",
+    "gpt": "assistant",
+    _CALL: "assistant",
+    "tool_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+_CALLS = (_CALL, "tool_call")
+# Keys that take a message out of the loss: OpenAI's and Mistral's `weight`, axolotl's `train`, and others.
+WEIGHTS = ("weight", "loss_weight", "train", "loss")
+
+
+@dataclass(frozen=True)
+class Messages:
+    """A list of messages, and the numbers of those that carry no loss."""
+
+    turns: list[Message]
+    silent: frozenset[int] = frozenset()
+
+
+def read_messages(value: Any, column: str, place: str, *, schema_nulls: bool = False) -> Messages:
+    """Return a row's messages, each with a known role and its content as text.
+
+    With `schema_nulls` the column has one type for all rows, so that nulls at any depth are keys that only other rows
+    have. Raises ConfigErrors.
+    """
+    if not isinstance(value, list):
+        raise row_error(place, column, f"is {describe(value)}, not a list of messages")
+    if not value:
+        raise row_error(place, column, "is an empty list, so there is nothing to learn")
+    turns, silent = [], set()
+    for number, message in enumerate(value):
+        where = f"{place}, message {number + 1}"
+        turn = _message(without_nulls(message) if schema_nulls else message, column, where)
+        weights = [_weight(turn.pop(key), key, column, where) for key in WEIGHTS if key in turn]
+        if not all(weights):
+            silent.add(number)
+        turns.append(turn)
+    return Messages(turns, frozenset(silent))
+
+
+def with_system(messages: Messages, system: Any, column: str, place: str) -> Messages:
+    """Return the messages after a system message with the text of a row's own column, if there is one."""
+    if not system:
+        return messages
+    if not isinstance(system, str):
+        raise row_error(place, column, f"is {describe(system)}, not text")
+    if messages.turns and messages.turns[0]["role"] == "system":
+        if messages.turns[0].get("content") == system:
+            return messages
+        raise row_error(place, column, "is a system message, but the messages begin with another one")
+    turns = [{"role": "system", "content": system}, *messages.turns]
+    return Messages(turns, frozenset(number + 1 for number in messages.silent))
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without keys that are null, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def question(turns: list[Message]) -> list[Message]:
+    """Return the turns before the assistant's last answer, which ends a conversation."""
+    asked = list(turns)
+    while asked and asked[-1]["role"] == "assistant":
+        asked.pop()
+    return asked
+
+
+def json_value(value: Any, column: str, place: str) -> Any:
+    """Return a value, or the JSON value in it if it is text. Raises ConfigErrors."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise row_error(place, column, f"is not JSON: {getattr(error, 'msg', error)}") from None
+
+
+def _message(message: Any, column: str, place: str) -> Message:
+    if not isinstance(message, dict):
+        raise row_error(place, column, f"holds {describe(message)}, where a message is {{role: ..., content: ...}}")
+    message = {key: value for key, value in message.items() if value is not None}
+    if "role" not in message and "from" in message:
+        message = {"role": message.pop("from"), "content": message.pop("value", None), **message}
+    role = message.get("role")
+    if role in _CALLS:
+        message |= {"content": "", "tool_calls": _called(message.get("content"), column, place)}
+    message["role"] = role = _OTHER_NAMES.get(str(role), role)
+    if role is None:
+        raise row_error(place, column, "holds a message without a role", f"one of: {', '.join(ROLES)}")
+    if role not in ROLES:
+        hint = nearest(str(role), ROLES)
+        raise row_error(place, column, f"holds a message of the role '{role}'{hint}", f"one of: {', '.join(ROLES)}")
+    if isinstance(message.get("content"), list):
+        message["content"] = _joined(message["content"], column, place)
+    if message.get("tool_calls"):
+        message["tool_calls"] = [_tool_call(call, column, place) for call in message["tool_calls"]]
+    _check_content(message, column, place)
+    return message
+
+
+def _check_content(message: Message, column: str, place: str) -> None:
+    content, calls_tools = message.get("content"), bool(message.get("tool_calls"))
+    if content is None and not calls_tools:
+        raise row_error(place, column, "holds a message without content")
+    if content is not None and not isinstance(content, str):
+        raise row_error(place, column, f"holds a message whose content is {describe(content)}, not text")
+    if message["role"] == "assistant" and not content and not calls_tools:
+        raise row_error(place, column, "holds an empty message of the assistant, so there is nothing to learn")
+
+
+def _joined(parts: list[Any], column: str, place: str) -> str:
+    """Return the text of content that is a list of parts. Raises ConfigErrors for a part that is not text."""
+    texts = []
+    for part in parts:
+        text = part
+        if isinstance(part, Mapping):
+            text = next((part[key] for key in ("text", "value", "content") if part.get(key) is not None), None)
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            what = f"holds a part of the type '{kind}'" if kind else f"holds {describe(part)} among the parts"
+            raise row_error(place, column, f"{what} of a message, where only text is learnt")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _called(value: Any, column: str, place: str) -> list[Any]:
+    calls = json_value(value, column, place)
+    return calls if isinstance(calls, list) else [calls]
+
+
+def _tool_call(call: Any, column: str, place: str) -> Any:
+    """Return a tool call as templates take it: {type, function: {name, arguments}}, the arguments as an object."""
+    if not isinstance(call, dict):
+        raise row_error(place, column, f"holds {describe(call)}, where a tool call is {{name: ..., arguments: ...}}")
+    function = call.get("function", {key: call[key] for key in ("name", "arguments") if key in call})
+    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        function = {**function, "arguments": json_value(function["arguments"], column, place)}
+    others = {key: value for key, value in call.items() if key not in ("name", "arguments")}
+    return {"type": "function", **others, "function": function}
+
+
+def _weight(value: Any, key: str, column: str, place: str) -> bool:
+    """Return False for a message that carries no loss."""
+    if value not in (0, 1):
+        raise row_error(place, column, f"holds a message with {key} {describe(value)}", "0 = no loss on it, or 1")
+    return bool(value)
