@@ -15,7 +15,7 @@ from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.models.quantization import is_quantized
 from loraplus_hydra.runs.finished import FinishedRun, load_run
 from loraplus_hydra.tasks.base import least, longest_input
-from loraplus_hydra.tasks.conversation import Conversation, Shape, find_shape, has_schema_nulls
+from loraplus_hydra.tasks.conversation import Conversation, Shape, Text, find_shape, has_schema_nulls
 from loraplus_hydra.tasks.rows import text_in
 from loraplus_hydra.tasks.tokens import render
 from loraplus_hydra.training.sampling import answer
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-Asked = str | Conversation  # a text, or turns up to the one to answer
+Asked = str | Text | Conversation  # a prompt, a text to continue, or turns up to the one to answer
 
 
 def predict(
@@ -48,13 +48,15 @@ def predict(
     chat = _uses_chat(run, tokenizer)
     for text in texts:
         prompt = _render(text, tokenizer, chat=chat)
-        plain = isinstance(text, str) and not chat
+        plain = isinstance(text, Text) or (isinstance(text, str) and not chat)
         found = answer(model, tokenizer, prompt, max_new_tokens, special_tokens=plain)
-        yield {"prompt": text if isinstance(text, str) else text.turns, "answer": found}
+        yield {"prompt": text.turns if isinstance(text, Conversation) else prompt if plain else text, "answer": found}
 
 
 def _render(text: Asked, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> str:
     """Return the prompt as the model has seen prompts in training."""
+    if isinstance(text, Text):
+        return text.completion
     if isinstance(text, str) and not chat:
         return text
     if not tokenizer.chat_template:

@@ -89,10 +89,10 @@ class Shape:
         asked = Messages([{"role": "user", "content": prompt}])
         return self._conversation(asked, Messages([{"role": "assistant", "content": answer}]), row, place)
 
-    def ask(self, row: Mapping[str, Any], place: str, *, chat: bool) -> str | Conversation:
+    def ask(self, row: Mapping[str, Any], place: str, *, chat: bool) -> str | Text | Conversation:
         """Return what the model is asked in a row, without its answer. Raises ConfigErrors."""
         if self.text is not None:
-            return text_in(row, self.text, place, empty=False)
+            return Text(text_in(row, self.text, place, empty=False))  # it never becomes a turn
         if self.messages is not None:
             asked = question(self._messages(row, self.messages, place).turns)
             if not asked:
