@@ -22,6 +22,7 @@ OWN_TASK = """
 from __future__ import annotations
 from typing import TYPE_CHECKING
 from loraplus_hydra.errors import Problem
+from loraplus_hydra.tasks.examples import BASE
 from loraplus_hydra.tasks import sft
 from loraplus_hydra.tasks.examples import Examples
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def own(tmp_path_factory: pytest.TempPathFactory, tiny_run: list[str], monkeypat
 def test_an_options_own_keys_are_all_parameters_of_its_function(file: Path) -> None:
     option = yaml.safe_load(file.read_text())
     taken = list(inspect.signature(locate(option["examples"])).parameters)
-    assert [key for key in option if key not in COMMON] == taken[4:]
+    assert [key for key in option if key not in COMMON] == [name for name in taken[4:] if name != BASE]
 
 
 def test_keys_reach_a_function_of_ones_own_by_name(own: list[str], cli: Callable[..., Finished]) -> None:
