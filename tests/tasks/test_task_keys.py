@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from loraplus_hydra.errors import Problem
 from loraplus_hydra.tasks.examples import BASE
 from loraplus_hydra.tasks import sft
-from loraplus_hydra.tasks.examples import Examples
+from loraplus_hydra.tasks.examples import BASE, Examples
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
