@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,10 +111,14 @@ def _judged(logits: Any, names: dict[int, str], kind: str | None) -> dict[str, A
 def read_texts(file: str, column: str | None, run: FinishedRun) -> tuple[list[Asked], list[str | None]]:
     """Return what the rows of a file ask, and a classifier's second texts. Raises ConfigErrors."""
     try:
-        rows = load(file, file, unit="line")["train"]
+        return _read(file, column, run)
     except ConfigErrors as error:
-        mended = [Problem("file", problem.what, problem.fix.replace("data.", "")) for problem in error.problems]
-        raise ConfigErrors(mended) from None
+        named = [replace(each, key="file" if each.key.startswith("data") else each.key) for each in error.problems]
+        raise ConfigErrors([replace(each, fix=each.fix.replace("data.", "")) for each in named]) from None
+
+
+def _read(file: str, column: str | None, run: FinishedRun) -> tuple[list[Asked], list[str | None]]:
+    rows = load(file, file, unit="line")["train"]
     if column is None and Path(file).suffix in (".txt", ".text", ".md"):
         column = "text"
     if str(run.config.task.task_type) == "SEQ_CLS":
@@ -138,7 +143,7 @@ def _shape(file: str, rows: Dataset, column: str | None, run: FinishedRun) -> Sh
         try:
             return find_shape(DatasetDict(train=rows, eval=rows), run.config.data, prompts_only=True)
         except ConfigErrors as error:
-            raise _no_column(file, rows, "with a prompt, messages or a text") from error
+            raise _no_column(file, rows, "prompt, messages, text") from error
     if column not in columns(rows):
         raise _no_column(file, rows, column)
     listed = any(isinstance(value, list) for value in rows[column])

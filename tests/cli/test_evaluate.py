@@ -82,7 +82,7 @@ def test_classifier_meets_other_rows_with_its_own_labels(
     Path("else.csv").write_text("text,label\nsay one 1,red\nsay two,blue\nsay three,red\n")
     ended = cli("evaluate", str(finished("label")), "data.train=else.csv", "data.eval=else.csv")
     assert ended.status == 1
-    assert "the run's model has" in ended.err
+    assert "the rows have labels that the run lacks: blue, red" in ended.err
 
 
 def test_other_rows_for_a_run_of_the_embedded_ones_need_another_option(
@@ -102,7 +102,7 @@ def test_other_rows_for_a_run_of_the_embedded_ones_need_another_option(
     assert ended.status == 0, ended.err
 
 
-def test_classifiers_own_rows_that_are_gone_are_told_at_their_own_key(
+def test_a_classifier_is_evaluated_on_other_rows_when_its_own_are_gone(
     finished: Callable[[str], Path], cli: Callable[..., Finished], tmp_path: Path
 ) -> None:
     copied = Path(shutil.copytree(finished("label"), tmp_path / "copied"))
@@ -110,9 +110,7 @@ def test_classifiers_own_rows_that_are_gone_are_told_at_their_own_key(
     (copied / "config.yaml").write_text(config.replace("labels.csv", "gone.csv"))
     Path("other.csv").write_text("text,label\nsay one 1,one\n")
     ended = cli("evaluate", str(copied), "data.eval=other.csv")
-    assert ended.status == 1
-    assert "data.train: " in ended.err
-    assert "gone.csv: No such file" in ended.err
+    assert ended.status == 0, ended.err
 
 
 @pytest.mark.parametrize("folder", [NO_PLACE])

@@ -13,6 +13,7 @@ import yaml
 
 from loraplus_hydra.config.schema import TaskConfig
 from loraplus_hydra.config.targets import locate
+from loraplus_hydra.tasks.examples import BASE
 from tests.conftest import Finished
 
 COMMON = {field.name for field in fields(TaskConfig)}
@@ -22,9 +23,8 @@ OWN_TASK = """
 from __future__ import annotations
 from typing import TYPE_CHECKING
 from loraplus_hydra.errors import Problem
-from loraplus_hydra.tasks.examples import BASE
 from loraplus_hydra.tasks import sft
-from loraplus_hydra.tasks.examples import BASE, Examples
+from loraplus_hydra.tasks.examples import Examples
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
