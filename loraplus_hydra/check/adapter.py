@@ -1,18 +1,21 @@
-"""The adapter and the quantisation of its base: their classes' arguments, and what of them goes together."""
+"""Check the groups `adapter` and `quantization`: arguments of their classes, and the combination of both."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
+import torch
+
 from loraplus_hydra.check.signatures import argument_problems
 from loraplus_hydra.errors import Problem, first_line, nearest
+from loraplus_hydra.models.adapter import peft_arguments, schedule_of
+from loraplus_hydra.models.initialisation import UNSUPPORTED, changes_base
+from loraplus_hydra.models.quantization import quantization_config
 
 
 def adapter_problems(config_class: type, adapter: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
-    """Problems of an `adapter` group whose class is known to be a PEFT config."""
-    from loraplus_hydra.models.adapter import peft_arguments, schedule_of
-
+    """Return the errors of an `adapter` group whose class is a PEFT config."""
     arguments = {key: value for key, value in peft_arguments(adapter).items() if key != "_target_"}
     problems = argument_problems(config_class, arguments, "adapter")
     problems += _start_problems(adapter.get("init_lora_weights"))
@@ -24,12 +27,9 @@ def adapter_problems(config_class: type, adapter: dict[str, Any], trainer: dict[
 def quantization_problems(
     config_class: type, quantization: dict[str, Any], adapter: dict[str, Any], trainer: dict[str, Any]
 ) -> list[Problem]:
-    """Problems of a `quantization` group whose class is known to be a quantisation config, and of the adapter on it."""
-    from loraplus_hydra.models.initialisation import changes_base
-    from loraplus_hydra.models.quantization import quantization_config
-
+    """Return the errors of a `quantization` group whose class is a quantisation config, and of the adapter on it."""
     arguments = {key: value for key, value in quantization.items() if key != "_target_"}
-    # The class takes any keyword and forgets those that it doesn't know.
+    # The class takes any keyword, and drops those that it doesn't know.
     names = [name for name, kind in inspect.signature(config_class).parameters.items() if kind.kind != kind.VAR_KEYWORD]
     problems = [
         Problem(f"quantization.{name}", f"{config_class.__name__} has no such argument{nearest(name, names)}")
@@ -42,26 +42,22 @@ def quantization_problems(
         except (ValueError, TypeError, ImportError, AttributeError) as error:
             problems.append(Problem("quantization", first_line(error), "see the class's documentation"))
     if changes_base(adapter.get("init_lora_weights")):
-        what = f"'{adapter['init_lora_weights']}' takes its start out of the base's weights, which are quantised here"
+        what = f"'{adapter['init_lora_weights']}' computes the start from the base's weights, which are quantised here"
         problems.append(Problem("adapter.init_lora_weights", what, "use quantization=none, or adapter=lora"))
     if adapter.get("use_dora") and quantization.get("load_in_8bit") and not _on_gpu(trainer):
-        # PEFT 0.21.2 takes the weight's norm and loses the scales of bitsandbytes' 8-bit weights on the way.
+        # PEFT 0.21.2 computes the norm without the scales of bitsandbytes' 8-bit weights.
         what = "PEFT can't take the norms of 8-bit weights on a CPU"
         problems.append(Problem("adapter.use_dora", what, "use quantization=nf4 or none, or adapter=lora"))
     return problems
 
 
 def _start_problems(start: Any) -> list[Problem]:
-    from loraplus_hydra.models.initialisation import UNSUPPORTED
-
     reason = UNSUPPORTED.get(start.lower()) if isinstance(start, str) else None
     if reason is None:
         return []
     fix = "use true, a_zero, gaussian, orthogonal, pissa or olora"
-    return [Problem("adapter.init_lora_weights", f"'{start}' can't be had here: {reason}", fix)]
+    return [Problem("adapter.init_lora_weights", f"'{start}' isn't supported: {reason}", fix)]
 
 
 def _on_gpu(trainer: dict[str, Any]) -> bool:
-    import torch
-
     return torch.cuda.is_available() and not trainer.get("use_cpu")

@@ -1,4 +1,4 @@
-"""Keys and values as such: missing values, interpolations that lead nowhere, keys that nobody reads."""
+"""Check keys: values that are missing, broken interpolations, and keys that nobody reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOT_SET = "is not set"
 
 
 def read_config(config: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
-    """The config as plain containers, without the values that can't be read, and a Problem for each of those."""
+    """Return the config as plain containers without unreadable values, and a Problem for each of those."""
     problems: list[Problem] = []
     plain = _read(config, "", problems)
     assert isinstance(plain, dict)
@@ -27,7 +27,7 @@ def read_config(config: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
 
 
 def _no_mapping(plain: dict[str, Any], path: str) -> list[Problem]:
-    """A Problem for a group that holds something else, as an interpolation can; it is left empty then."""
+    """Return a Problem for a group that is no mapping, as an interpolation can make it, and empty the group."""
     outer, _, name = path.rpartition(".")
     holder = plain.get(outer, {}) if outer else plain
     if name not in holder or isinstance(holder[name], dict):
@@ -48,7 +48,7 @@ def _read(node: DictConfig | ListConfig, path: str, problems: list[Problem]) -> 
         try:
             value = node[key]
         except InterpolationToMissingValueError:
-            continue  # the key that it leads to is told
+            continue  # the key that it leads to has a Problem
         except OmegaConfBaseException as error:
             problems.append(Problem(key_path, _interpolation_message(node, key, error)))
             continue
@@ -64,7 +64,7 @@ def _interpolation_message(node: DictConfig | ListConfig, key: Any, error: Omega
 
 
 def unknown_keys(plain: dict[str, Any], config: DictConfig) -> list[Problem]:
-    """Keys that nobody reads, in the parts of the config whose keys are all ours (Hydra lets them in behind a `+`)."""
+    """Return keys that nobody reads, where all keys are ours: Hydra takes any with a `+`."""
     problems = []
     for path, schema in CLOSED.items():
         names = [field.name for field in dataclasses.fields(schema)]
@@ -77,21 +77,20 @@ def unknown_keys(plain: dict[str, Any], config: DictConfig) -> list[Problem]:
     return problems + _unread_loraplus_keys(config)
 
 
-def _rates(rules: dict[str, Any]) -> list[Any]:
-    """The rates and ratios that rules hold."""
+def _rates_in(rules: dict[str, Any]) -> list[Any]:
     each = [rule for named in rules.values() if isinstance(named, dict) for rule in named.values()]
     return [rule[key] for rule in each if isinstance(rule, dict) for key in ("lr", "ratio") if key in rule]
 
 
 def _unread_loraplus_keys(config: DictConfig) -> list[Problem]:
-    """Keys of `loraplus` that no rule of the preset refers to: setting them would do nothing."""
+    """Return keys of `loraplus` that no rule of the preset refers to: setting them would do nothing."""
     if not isinstance(config.get("loraplus"), DictConfig):
         return []
     raw: Any = OmegaConf.to_container(config.loraplus, resolve=False)
     rules = {key: raw.get(key) for key in ("rules", "extra_rules")}
     read = set(re.findall(r"\$\{[^}]*?\.*(\w+)\}", str(rules)))
-    if not read:  # resolved, as a run's stored config.yaml is: a rule holds what it once referred to
-        read = {str(key) for key, value in raw.items() if key not in rules and value in _rates(rules)}
+    if not read:  # a run's stored config.yaml is resolved: its rules hold the values that they referred to
+        read = {str(key) for key, value in raw.items() if key not in rules and value in _rates_in(rules)}
     used = [str(key) for key in raw if key in read]
     return [
         Problem(

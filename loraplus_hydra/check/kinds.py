@@ -1,7 +1,8 @@
-"""What may be named at each place of a config, told without a call: a class by its bases, a function by its own word.
+"""Decide whether a `_target_` is allowed at its place. Nothing is called.
 
-Nobody can know what a function does before it is called, and a config may come from anybody. So a function must say
-what it returns (`-> DatasetDict`): none of those that read pickles, start programs or evaluate text says so.
+Classes are judged by their base classes, functions by their return annotation. Nobody knows the effect of a function
+before it is called, and a config may be untrusted. So a function must be annotated (`-> DatasetDict`). Functions
+that read pickles, start programs or evaluate text have no such annotation.
 """
 
 from __future__ import annotations
@@ -12,56 +13,89 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from datasets import DatasetDict, IterableDatasetDict
+from torch.optim.lr_scheduler import LRScheduler
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from loraplus_hydra.config.targets import locate
+from loraplus_hydra.errors import Problem, UserError
+
+TARGET = "_target_"
+
+
+def resolve(
+    path: Any, key: str, kind: Callable[[Any], bool], wanted: str, annotation: str = ""
+) -> tuple[Any, list[Problem]]:
+    """Return the object at a dotted path, or None and a Problem at `key` if it isn't `wanted`.
+
+    `kind` is True for what is wanted; `annotation` is what a function at this place must declare to return. A path of
+    None gives None alone: that it is missing is reported elsewhere.
+    """
+    if path is None:
+        return None, []
+    try:
+        found = locate(path)
+    except UserError as error:
+        return None, [Problem(key, str(error), f"name {wanted}")]
+    if not kind(found) and annotation and inspect.isfunction(found) and "return" not in found.__annotations__:
+        return None, [Problem(key, f"'{path}' doesn't declare what it returns", f"add `-> {annotation}` to it")]
+    if not kind(found):
+        return None, [Problem(key, f"'{path}' is {_describe(found)}", f"it must be {wanted}")]
+    return found, []
+
 
 def derives(*bases: type) -> Callable[[Any], bool]:
-    """Whether something is a class derived from one of `bases`."""
+    """Return a predicate that is True for classes derived from one of `bases`."""
     return lambda found: isinstance(found, type) and issubclass(found, bases)
 
 
 def returns_rows(found: Any) -> bool:
-    """Whether something is a function that says it returns a `datasets.DatasetDict`, or that class itself."""
-    from datasets import DatasetDict, IterableDatasetDict
-
-    return derives(DatasetDict, IterableDatasetDict)(found) or _says(found, r"(Iterable)?DatasetDict")
+    """Return True for a function annotated to return a `datasets.DatasetDict`, and for that class."""
+    is_class = derives(DatasetDict, IterableDatasetDict)(found)
+    return is_class or _is_annotated(found, r"(Iterable)?DatasetDict")
 
 
 def returns_examples(found: Any) -> bool:
-    """Whether something is a function that says it returns Examples."""
-    return _says(found, "Examples")
+    """Return True for a function annotated to return Examples."""
+    return _is_annotated(found, "Examples")
 
 
 def makes_schedule(found: Any) -> bool:
-    """Whether something is a schedule's class, one of transformers' functions, or a function that says it makes one."""
-    from torch.optim.lr_scheduler import LRScheduler
-
-    # transformers' own say nothing of what they return.
-    transformers = getattr(found, "__module__", None) == "transformers.optimization"
-    ours = transformers and str(getattr(found, "__name__", "")).startswith("get_")
-    return derives(LRScheduler)(found) or (callable(found) and ours) or _says(found, r"\w*(LR|LRScheduler)")
+    """Return True for a schedule's class, one of transformers' functions, or one annotated to return a schedule."""
+    in_transformers = getattr(found, "__module__", None) == "transformers.optimization"
+    # transformers' own functions have no annotation.
+    is_transformers = callable(found) and in_transformers and str(getattr(found, "__name__", "")).startswith("get_")
+    return derives(LRScheduler)(found) or is_transformers or _is_annotated(found, r"\w*(LR|LRScheduler)")
 
 
 def is_auto_class(found: Any) -> bool:
-    """Whether something is one of transformers' auto classes of models, which load and build by a config."""
-    from transformers.models.auto.auto_factory import _BaseAutoModelClass
-
+    """Return True for transformers' auto classes of models."""
     return derives(_BaseAutoModelClass)(found)
 
 
 def is_peft_settings(found: Any) -> bool:
-    """Whether something is one of PEFT's nested settings, such as `peft.LoftQConfig`: a dataclass of its own."""
+    """Return True for one of PEFT's nested settings, such as `peft.LoftQConfig`: a dataclass of PEFT's own."""
     home = str(getattr(found, "__module__", ""))
     return isinstance(found, type) and dataclasses.is_dataclass(found) and home.split(".")[0] == "peft"
 
 
-def _says(found: Any, name: str) -> bool:
-    """Whether a function's annotation says that it returns what is called `name`, alone or among others."""
+def _is_annotated(found: Any, name: str) -> bool:
+    """Return True for a function whose return annotation names `name`, alone or among others."""
     if not callable(found) or isinstance(found, type):
         return False
     try:
-        said = inspect.signature(found).return_annotation
+        annotation = inspect.signature(found).return_annotation
     except (TypeError, ValueError):
         return False
-    if said is inspect.Signature.empty:
+    if annotation is inspect.Signature.empty:
         return False
-    text = said.__qualname__ if isinstance(said, type) else str(said)
+    text = annotation.__qualname__ if isinstance(annotation, type) else str(annotation)
     return re.search(rf"(?<!\w){name}(?!\w)", text) is not None
+
+
+def _describe(found: Any) -> str:
+    if isinstance(found, type):
+        return f"the class {found.__name__}"
+    if callable(found) and hasattr(found, "__name__"):
+        return f"the function {found.__name__}"
+    return f"a {type(found).__name__}"

@@ -1,4 +1,4 @@
-"""What the config asks of this machine: attention kernels, dtypes, a compiler, bitsandbytes."""
+"""Check that this machine has the kernels, dtypes and packages that the config needs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils._triton import has_triton
+from transformers import utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
 from loraplus_hydra.errors import Problem, nearest
 
-# Kernels that need a package of their own, and how transformers knows of it.
+# Kernels that need a package: the function of transformers that looks for it, and its name.
 _PACKAGED = {
     "flash_attention_2": ("is_flash_attn_2_available", "flash-attn"),
     "flash_attention_3": ("is_flash_attn_3_available", "flash-attn-3"),
@@ -17,7 +22,7 @@ _PACKAGED = {
 
 
 def machine_problems(plain: dict[str, Any]) -> list[Problem]:
-    """A Problem for each thing that can't be had here."""
+    """Return a Problem for each thing that this machine lacks."""
     model, trainer = plain.get("model", {}), plain.get("trainer", {})
     return [
         *_attention(model.get("attention"), model.get("trust_remote_code")),
@@ -32,16 +37,12 @@ def machine_problems(plain: dict[str, Any]) -> list[Problem]:
 
 
 def _attention(name: Any, trusted: Any) -> list[Problem]:
-    from transformers import utils
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     key = "model.attention"
     if name is None:
         return []
     if "/" in str(name):  # kernels that transformers would fetch from a hub and run
-        return (
-            [] if trusted else [Problem(key, f"'{name}' is code from a hub", "it needs model.trust_remote_code=true")]
-        )
+        fix = "it needs model.trust_remote_code=true"
+        return [] if trusted else [Problem(key, f"'{name}' is code from a hub", fix)]
     known = sorted({"eager", *ALL_ATTENTION_FUNCTIONS})
     if name not in known:
         return [Problem(key, f"there is no attention '{name}'{nearest(name, known)}", f"one of: {', '.join(known)}")]
@@ -53,8 +54,6 @@ def _attention(name: Any, trusted: Any) -> list[Problem]:
 
 
 def _dtype(dtype: Any, use_cpu: Any) -> list[Problem]:
-    import torch
-
     if dtype != "bfloat16" or use_cpu or not torch.cuda.is_available() or torch.cuda.is_bf16_supported():
         return []
     return [Problem("model.dtype", "this GPU doesn't compute in bfloat16", "use float16 or float32")]
@@ -65,57 +64,48 @@ def _compiler(trainer: dict[str, Any]) -> list[Problem]:
     if not (trainer.get("torch_compile") or backend or mode):
         return []
     if backend in (None, "inductor"):
-        return [*_compile_name("torch_compile_mode", mode), *_inductor(trainer)]
-    return _compile_name("torch_compile_backend", backend)
+        modes = torch._inductor.list_mode_options()
+        return [*_compile_name("torch_compile_mode", mode, [*modes]), *_inductor(trainer)]
+    return _compile_name("torch_compile_backend", backend, torch.compiler.list_backends(()))
 
 
-def _compile_name(key: str, name: Any) -> list[Problem]:
+def _compile_name(key: str, name: Any, known: list[str]) -> list[Problem]:
     """Check a name that torch looks up only when it compiles the first step."""
-    if name is None:
-        return []
-    import torch
-
-    backends = key == "torch_compile_backend"
-    known = torch.compiler.list_backends(()) if backends else [*torch._inductor.list_mode_options()]
-    if name in known:
+    if name is None or name in known:
         return []
     return [Problem(f"trainer.{key}", f"there is no '{name}'{nearest(name, known)}", f"one of: {', '.join(known)}")]
 
 
 def _inductor(trainer: dict[str, Any]) -> list[Problem]:
     """Check that torch's own compiler finds what it needs."""
-    import torch
-
     if torch.cuda.is_available() and not trainer.get("use_cpu"):
-        from torch.utils._triton import has_triton
+        lacks = "" if has_triton() else "compiling for this GPU needs triton"
+    else:
+        lacks = "" if _has_cpp_compiler() else "compiling needs a C++ compiler, and there is none"
+    return [Problem("trainer.torch_compile", lacks, "set it to false")] if lacks else []
 
-        if not has_triton():
-            return [Problem("trainer.torch_compile", "compiling for this GPU needs triton", "set it to false")]
-        return []
-    from torch._inductor.cpp_builder import get_cpp_compiler
+
+def _has_cpp_compiler() -> bool:
+    from torch._inductor.cpp_builder import get_cpp_compiler  # its import takes a second, and few runs compile
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
         get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError):
-        return [
-            Problem("trainer.torch_compile", "compiling needs a C++ compiler, and there is none", "set it to false")
-        ]
-    return []
+        return False
+    return True
 
 
 def _bitsandbytes(quantization: dict[str, Any]) -> list[Problem]:
     if not str(quantization.get("_target_")).endswith("BitsAndBytesConfig"):
         return []
-    from transformers.utils import is_bitsandbytes_available
-
-    if is_bitsandbytes_available():
+    if utils.is_bitsandbytes_available():
         return []
     return [Problem("quantization", "bitsandbytes isn't installed", "install it, or use quantization=none")]
 
 
 def _deepspeed(given: Any, key: str) -> list[Problem]:
-    """A DeepSpeed config with an optimizer or a schedule of its own would take the place of ours, and of LoRA+."""
+    """Refuse a DeepSpeed config with an optimizer or a schedule of its own: it would replace LoRA+."""
     settings, problems = _settings(given, key)
     blocks = {"optimizer": "the optimizer group", "scheduler": "the scheduler group"}
     return problems + [
@@ -126,7 +116,7 @@ def _deepspeed(given: Any, key: str) -> list[Problem]:
 
 
 def _settings(given: Any, key: str) -> tuple[dict[str, Any], list[Problem]]:
-    """Settings as they are given, or read from the JSON file that text names, and what is wrong with that file."""
+    """Return settings, read from a JSON file if `given` is its name, and the errors of that file."""
     if not isinstance(given, str):
         return given if isinstance(given, dict) else {}, []
     try:

@@ -1,4 +1,4 @@
-"""Arguments against a signature: names that it doesn't take, names that it needs, values of another type."""
+"""Compare arguments with a signature: unknown names, missing names, values of the wrong type."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ def argument_problems(
     supplied: tuple[str, ...] = (),
     also_valid: Collection[str] = (),
 ) -> list[Problem]:
-    """Problems of calling `target` with `arguments`, whose keys stand in the config below `where`.
+    """Return the errors of calling `target` with `arguments`, which are below the key `where`.
 
-    `supplied` are the arguments that we pass ourselves; they may not stand in the config. `also_valid` are the keys
-    below `where` that are no arguments of `target`, but may be meant by a mistyped one.
+    `supplied` are arguments that the run passes itself, so the config may not hold them. `also_valid` are other keys
+    below `where`, one of which a mistyped argument may mean.
     """
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):
         return []
-    names = [name for name, kind in parameters.items() if kind.kind not in (kind.VAR_POSITIONAL, kind.VAR_KEYWORD)]
-    names = [name for name in names if name != "self"]
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    hints = _hints(target)
-    title = getattr(target, "__name__", str(target))
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {name: each for name, each in parameters.items() if each.kind not in variable and name != "self"}
+    offered = [name for name in named if name not in supplied]
+    hints, title = _hints(target), getattr(target, "__name__", str(target))
     problems = []
     for name, value in arguments.items():
         key = f"{where}.{name}"
         if name in supplied:
             problems.append(Problem(key, "is passed by the run itself", "leave it out"))
-        elif name not in names and not takes_any:
-            offered = [other for other in names if other not in supplied]
+        elif name not in named and not takes_any:
             fix = f"it takes: {', '.join(offered) or 'none'}" if len(offered) <= 30 else ""
             hint = nearest(name, [*offered, *also_valid])
             problems.append(Problem(key, f"{title} takes no argument '{name}'{hint}", fix))
         elif name in hints and not fits(value, hints[name]):
             problems.append(Problem(key, f"'{value}' is not {describe(hints[name])}", "give it such a value"))
-    for name in names:
-        parameter = parameters[name]
-        needed = parameter.default is parameter.empty and not dataclasses.is_dataclass(target)
-        if needed and name not in arguments and name not in supplied:
-            problems.append(Problem(f"{where}.{name}", f"{title} needs it", f"give it a value: +{where}.{name}=..."))
-    return problems
+    if dataclasses.is_dataclass(target):  # settings, all of which the class checks itself
+        return problems
+    needed = [name for name in offered if named[name].default is inspect.Parameter.empty and name not in arguments]
+    fix = "give it a value: +{key}=..."
+    return problems + [
+        Problem(key, f"{title} needs it", fix.format(key=key)) for key in (f"{where}.{name}" for name in needed)
+    ]
 
 
 def documented_value_problems(target: type, arguments: Mapping[str, Any], where: str) -> list[Problem]:
@@ -74,7 +74,7 @@ def documented_value_problems(target: type, arguments: Mapping[str, Any], where:
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
-    """Annotations that can be read; a dataclass's are its fields'."""
+    """Return the annotations that can be evaluated; those of a dataclass are its fields'."""
     try:
         if dataclasses.is_dataclass(target):
             return typing.get_type_hints(target)
@@ -85,6 +85,6 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
         return {}
     hints: dict[str, Any] = {}
     for name, hint in annotations.items():
-        with suppress(Exception):  # an annotation may name what only a type checker imports
+        with suppress(Exception):  # an annotation may use names that only a type checker imports
             hints |= typing.get_type_hints(types.SimpleNamespace(__annotations__={name: hint}), globalns=names)
     return hints

@@ -1,4 +1,4 @@
-"""Values that we read ourselves: in range, finite, and set at one place only."""
+"""Check the values of keys with a range, and refuse settings that have another place in the config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from loraplus_hydra.config.schema import value_ranges
 from loraplus_hydra.config.types import describe, mismatch
 from loraplus_hydra.errors import Problem
 
-# Settings of transformers.TrainingArguments that this config sets elsewhere: one master each.
+# Settings of transformers.TrainingArguments that have another place in this config.
 MASTERS: dict[str, str] = {
     "learning_rate": "optimizer.lr",
     "optim": "the optimizer group (optimizer=adamw8bit)",
@@ -46,66 +46,60 @@ MASTERS: dict[str, str] = {
 
 
 def value_problems(plain: dict[str, Any]) -> list[Problem]:
-    """Values out of range, and settings given at a place that isn't their master."""
+    """Return values out of range, settings at the wrong place, and values that contradict each other."""
     problems = []
     for key, (annotation, limits) in value_ranges().items():
         present, value = select(plain, key)
         if present and (why := mismatch(value, annotation, limits)):
             problems.append(Problem(key, f"{shown(value)} {why}", f"it must be {describe(annotation, limits)}"))
     for place in ("trainer", "task.args"):
-        present, arguments = select(plain, place)
-        names = arguments if present and isinstance(arguments, dict) else ()
-        problems += [problem for name in names if (problem := set_elsewhere(f"{place}.{name}"))]
-    problems += _endless(plain) + _rows_left_out(plain) + _never_evaluated(plain)
-    return problems + _never_resumed(plain)
+        arguments = select(plain, place)[1] or {}
+        problems += [problem for name in arguments if (problem := set_elsewhere(f"{place}.{name}"))]
+    rules = (_streaming_without_max_steps, _drops_evaluation_rows, _stops_early_without_evaluation, _saves_only_model)
+    return problems + [problem for rule in rules if (problem := rule(plain))]
 
 
 def set_elsewhere(key: str) -> Problem | None:
-    """A Problem for a key of `trainer` or `task.args` whose setting has its master at another place of the config."""
+    """Return a Problem for a key of `trainer` or `task.args` whose setting has another place in the config."""
     found = re.match(r"((?:trainer|task\.args)\.(\w+))(\.|$)", key)
     if found is None or found[2] not in MASTERS:
         return None
     return Problem(found[1], "is set elsewhere", f"its one master is {MASTERS[found[2]]}")
 
 
-def _rows_left_out(plain: dict[str, Any]) -> list[Problem]:
-    """transformers drops the last batch of an evaluation, too: the metrics would be of some of the rows, or of none."""
+def _streaming_without_max_steps(plain: dict[str, Any]) -> Problem | None:
+    if select(plain, "data.streaming")[1] is not True or select(plain, "trainer.max_steps")[1] != -1:
+        return None
+    return Problem("trainer.max_steps", "streamed rows have no end that would end the run", "give a number of steps")
+
+
+def _drops_evaluation_rows(plain: dict[str, Any]) -> Problem | None:
     key = "trainer.dataloader_drop_last"
+    # transformers drops the last batch of an evaluation, too.
     if select(plain, key)[1] is not True or select(plain, "trainer.per_device_eval_batch_size")[1] == 1:
-        return []
+        return None
     fix = "set it to false, or trainer.per_device_eval_batch_size=1"
-    return [Problem(key, "it leaves held-out rows out of the evaluation as well", fix)]
+    return Problem(key, "it leaves held-out rows out of the evaluation as well", fix)
 
 
-def _never_evaluated(plain: dict[str, Any]) -> list[Problem]:
-    """Early stopping goes by evaluations."""
-    patience = select(plain, "trainer.early_stopping_patience")[1]
-    strategy = select(plain, "trainer.eval_strategy")[1]
-    if patience is None or strategy not in ("no", False):
-        return []
-    what = "training ends early by its evaluations, and trainer.eval_strategy=no has none"
-    return [Problem("trainer.early_stopping_patience", what, "trainer.eval_strategy=steps")]
+def _stops_early_without_evaluation(plain: dict[str, Any]) -> Problem | None:
+    key = "trainer.early_stopping_patience"
+    if select(plain, key)[1] is None or select(plain, "trainer.eval_strategy")[1] not in ("no", False):
+        return None
+    what = "evaluations end training early, and trainer.eval_strategy=no has none"
+    return Problem(key, what, "trainer.eval_strategy=steps")
 
 
-def _never_resumed(plain: dict[str, Any]) -> list[Problem]:
-    """The Trainer would go on from a checkpoint without its optimizer's state, with a new optimizer."""
+def _saves_only_model(plain: dict[str, Any]) -> Problem | None:
     key = "trainer.save_only_model"
     if select(plain, key)[1] in (None, False):
-        return []
-    what = "its checkpoints lack the optimizer's state, so no run could go on from them"
-    return [Problem(key, what, "leave it out: a checkpoint holds the adapter alone, not the model")]
-
-
-def _endless(plain: dict[str, Any]) -> list[Problem]:
-    """Streamed rows have no end that would end the run."""
-    streaming, steps = select(plain, "data.streaming")[1], select(plain, "trainer.max_steps")[1]
-    if streaming is not True or steps != -1:
-        return []
-    return [Problem("trainer.max_steps", "streamed rows have no end that would end the run", "give a number of steps")]
+        return None
+    what = "its checkpoints lack the optimizer's state, so no run could resume from them"
+    return Problem(key, what, "leave it out: a checkpoint holds the adapter alone, not the model")
 
 
 def select(plain: Any, path: str) -> tuple[bool, Any]:
-    """Whether there is something at a dotted path of plain mappings, and what."""
+    """Return True and the value at a dotted path of plain mappings, or False and None."""
     node: Any = plain
     for part in path.split("."):
         if not isinstance(node, dict) or part not in node:
@@ -115,5 +109,5 @@ def select(plain: Any, path: str) -> tuple[bool, Any]:
 
 
 def shown(value: Any) -> str:
-    """A value as it stands in a message."""
+    """Return a value as messages show it."""
     return f"'{value}'" if isinstance(value, str) else "null" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""What is loaded from folders, before it is: a model's weights, by names and headers alone, and a checkpoint."""
+"""Check model and checkpoint folders by file names and safetensors headers, without loading weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from safetensors import SafetensorError, safe_open
 
 from loraplus_hydra.config.locations import model_location
-from loraplus_hydra.errors import Problem, UserError, first_line
-from loraplus_hydra.io import checkpoints
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
+from loraplus_hydra.io.checkpoints import AUTO, KEY, Checkpoint, open_checkpoint
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _KEY = "model.path"
@@ -18,7 +19,7 @@ _WHY = "only safetensors are read, since a pickle can run code: convert the weig
 
 
 def location_problems(model: dict[str, Any]) -> list[Problem]:
-    """Names of the model and its tokenizer that can be none of a folder or a model, in a plain `model` group."""
+    """Return the names of model and tokenizer in a plain `model` group that can name nothing."""
     problems = []
     for name in ("path", "tokenizer"):
         value = model.get(name)
@@ -37,15 +38,15 @@ def location_problems(model: dict[str, Any]) -> list[Problem]:
 
 
 def weights_problems(model: DictConfig) -> list[Problem]:
-    """What keeps the weights of a model's folder from being loaded; of a model on a hub nothing is known here."""
+    """Return the errors of a model's folder that keep its weights from loading; none for a model on a hub."""
     folder = Path(model_location(model.path))
     if not folder.is_dir():
         return []
     if (folder / "adapter_config.json").is_file():
-        # transformers would load the base that the adapter names instead, from wherever that is.
+        # transformers would load the base that the adapter names, from anywhere.
         fix = "name the base model here, and the adapter by adapter.path"
         return [Problem(_KEY, f"{folder} is an adapter's folder, not a model's", fix)]
-    if not (folder / "config.json").is_file():  # no model's folder at all, which is told of its config
+    if not (folder / "config.json").is_file():  # reported with the model's config
         return []
     if (folder / WEIGHTS).is_file():
         files = [folder / WEIGHTS]
@@ -57,17 +58,16 @@ def weights_problems(model: DictConfig) -> list[Problem]:
     return problems or [problem for file in files for problem in _header_problems(file)]
 
 
-def checkpoint_problems(config: DictConfig) -> list[Problem]:
-    """What is wrong with a checkpoint that the config names."""
+def open_named_checkpoint(config: DictConfig) -> Checkpoint | None:
+    """Return the checkpoint that the config names, if it names one. Raises ConfigErrors if that is incomplete."""
     named = config.trainer.get("resume_from_checkpoint")
-    if named is None or named == checkpoints.AUTO:
-        return []
+    if named is None or named == AUTO:
+        return None
     try:
-        checkpoints.open_checkpoint(Path(str(named)).expanduser())
+        return open_checkpoint(Path(str(named)).expanduser())
     except ValueError as error:
-        fix = f"name a whole one (RUN/checkpoints/checkpoint-N), or {checkpoints.AUTO} for the newest of the run's own"
-        return [Problem(checkpoints.KEY, f"{named} doesn't count: {error}", fix)]
-    return []
+        fix = f"name a complete one (RUN/checkpoints/checkpoint-N), or {AUTO} for the newest of the run's own"
+        raise ConfigErrors([Problem(KEY, f"{named} is no complete checkpoint: {error}", fix)]) from error
 
 
 def _special_file(folder: Path) -> Path | None:
@@ -76,7 +76,7 @@ def _special_file(folder: Path) -> Path | None:
 
 
 def _listed(folder: Path) -> tuple[list[Path], list[Problem]]:
-    """The files that the index of a model in parts names: files of this folder alone."""
+    """Return the files that a sharded model's index names, and its errors: it may name only this folder's files."""
     index = folder / INDEX
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -90,8 +90,6 @@ def _listed(folder: Path) -> tuple[list[Path], list[Problem]]:
 
 
 def _header_problems(file: Path) -> list[Problem]:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(file, framework="pt"):
             return []

@@ -36,7 +36,8 @@ def _problems(hydra: DictConfig) -> Iterator[Problem]:
     name, folder, verbose = plain["job"]["name"], plain["output_subdir"], plain["verbose"]
     if "/" in str(name) or "\0" in str(name):
         yield Problem("hydra.job.name", f"'{name}' names the log file, so it can't hold a '/'", "leave it out")
-    is_given = folder is not None and not str(folder).startswith("${")
+    # conf/resume.yaml has a folder inside .hydra.
+    is_given = folder is not None and not str(folder).startswith(("${", f"{run_folder.HYDRA}/resumed-"))
     if is_given and (folder in (*run_folder.WRITTEN, f"{name}.log") or "/" in str(folder)):
         fix = f"leave it out: the folder is {run_folder.HYDRA}"
         yield Problem("hydra.output_subdir", f"'{folder}' is the name of something else in a run's folder", fix)

@@ -52,12 +52,16 @@ def optimizer_problems(cls: object, kwargs: Mapping[str, Any]) -> list[str]:
 
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         return [f"{_spell(cls)} is no subclass of torch.optim.Optimizer"]
-    name = cls.__name__
-    base_names = [base.__name__ for base in cls.__mro__]
-    problems = [f"{name} can't be used: it {REFUSED[base]}" for base in base_names if base in REFUSED][:1]
-    if "Adafactor" in base_names:
+    problems = [refusal] if (refusal := class_refusal(cls)) else []
+    if "Adafactor" in [base.__name__ for base in cls.__mro__]:
         problems += _adafactor_problems(cls, kwargs)
     return problems + _argument_problems(cls, kwargs)
+
+
+def class_refusal(cls: type) -> str:
+    """Return why no arguments make this optimizer class usable; empty if some do."""
+    refused = [REFUSED[base.__name__] for base in cls.__mro__ if base.__name__ in REFUSED]
+    return f"{cls.__name__} can't be used: it {refused[0]}" if refused else ""
 
 
 def takes(cls: type, argument: str) -> bool:

@@ -65,15 +65,7 @@ def find_resume_point(checked: Checked, folder: Path, *, found_before: ResumePoi
     when the run can't resume: other groups, or fewer steps.
     """
     changed = tuple(_changes(folder / run_folder.CONFIG, checked.config))
-    named = checked.config.trainer.resume_from_checkpoint
-    checkpoint: Checkpoint | None
-    if found_before is not None and _still_holds(found_before, checked.config, folder):
-        checkpoint, passed_over = found_before.checkpoint, found_before.passed_over
-    elif named == AUTO:
-        checkpoint, passed_over = checkpoints.newest_complete(folder / run_folder.CHECKPOINTS)
-    else:
-        passed_over = ()
-        checkpoint = checkpoints.open_checkpoint(Path(str(named)).expanduser())
+    checkpoint, passed_over = _find_checkpoint(checked, folder, found_before)
     if checkpoint is None:
         _refuse_to_replace(folder)
     else:
@@ -81,6 +73,17 @@ def find_resume_point(checked: Checked, folder: Path, *, found_before: ResumePoi
         _refuse_changes_at_the_end(checkpoint, changed)
         _lines_until(checkpoint)
     return ResumePoint(checkpoint, changed, passed_over)
+
+
+def _find_checkpoint(
+    checked: Checked, folder: Path, found_before: ResumePoint | None
+) -> tuple[Checkpoint | None, tuple[str, ...]]:
+    """Return the checkpoint to resume from, and a message for each newer one that is incomplete."""
+    if found_before is not None and _still_holds(found_before, checked.config, folder):
+        return found_before.checkpoint, found_before.passed_over
+    if (named := checked.checkpoint) is not None:
+        return named if named.is_unchanged() else checkpoints.open_checkpoint(named.folder), ()
+    return checkpoints.newest_complete(folder / run_folder.CHECKPOINTS)
 
 
 def _still_holds(point: ResumePoint, config: DictConfig, folder: Path) -> bool:

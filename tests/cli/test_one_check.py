@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from loraplus_hydra import check
-from loraplus_hydra.check import dry_run
+from loraplus_hydra.check import dry_run, problems
 from loraplus_hydra.io import checkpoints
 from loraplus_hydra.training import prepare
 from tests.conftest import Finished
@@ -34,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
 
         monkeypatch.setattr(module, name, counted)
 
-    count(check, "_check", lambda *_: "check")
+    count(problems, "check_config", lambda *_: "check")
     count(dry_run, "meta_model", lambda *_: "meta model")
     count(prepare, "meta_model", lambda *_: "meta model")
     count(checkpoints, "_sha256", lambda path: path)
@@ -53,7 +52,7 @@ def test_command_checks_its_config_once(command: str, cli: Cli, tiny_run: list[s
     assert (calls["check"], calls["meta model"]) == (1, 1)
 
 
-@pytest.mark.parametrize("command", ["resume", "auto"])
+@pytest.mark.parametrize("command", ["resume", "auto", "another run"])
 def test_run_that_resumes_is_checked_and_hashed_once(
     command: str, cli: Cli, tiny_run: list[str], tmp_path: Path, calls: Counter[Any]
 ) -> None:
@@ -63,9 +62,13 @@ def test_run_that_resumes_is_checked_and_hashed_once(
     more = "trainer.max_steps=3"
     if command == "resume":
         finished = cli("resume", str(folder), more)
-    else:
+    elif command == "auto":
         again = ("trainer.save_steps=2", f"hydra.run.dir={folder}", "trainer.resume_from_checkpoint=auto")
         finished = cli(*tiny_run, more, *again)
+    else:
+        named = f"trainer.resume_from_checkpoint={folder / 'checkpoints' / 'checkpoint-2'}"
+        folder = tmp_path / "new"
+        finished = cli(*tiny_run, more, named, f"hydra.run.dir={folder}")
     assert finished.status == 0, finished.err
     assert json.loads((folder / "result.json").read_text())["resumed_at"] == [2]
     assert (calls["check"], calls["meta model"]) == (1, 1)

@@ -1,0 +1,124 @@
+"""Check the task: its classes and functions, its keys, the Trainer's arguments, and the rules of its own module."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import trainer_log_levels
+
+from loraplus_hydra.check.keys import NOT_SET
+from loraplus_hydra.check.kinds import TARGET, derives, is_auto_class, resolve, returns_examples
+from loraplus_hydra.check.signatures import argument_problems, documented_value_problems
+from loraplus_hydra.check.values import MASTERS
+from loraplus_hydra.config.schema import EARLY_STOPPING, TaskConfig
+from loraplus_hydra.errors import Problem, first_line, nearest
+from loraplus_hydra.io.processes import world_size
+from loraplus_hydra.tasks.examples import BASE, own_arguments
+
+_PLACES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    TARGET: (derives(Trainer), "a transformers.Trainer class, such as trl.SFTTrainer"),
+    "args_class": (derives(TrainingArguments), "a transformers.TrainingArguments class"),
+    "auto_class": (is_auto_class, "one of transformers' auto classes, such as transformers.AutoModelForCausalLM"),
+    "examples": (returns_examples, "a function that says -> Examples, such as loraplus_hydra.tasks.sft.examples"),
+}
+
+
+def task_problems(plain: dict[str, Any]) -> list[Problem]:
+    """Return the errors of the groups `task` and `trainer`."""
+    task = plain.get("task", {})
+    problems = _common_keys(task)
+    found = {}
+    for name, (kind, wanted) in _PLACES.items():
+        path = task.get(name) if isinstance(task.get(name), str) else None
+        found[name], more = resolve(path, f"task.{name}", kind, wanted, "Examples" if name == "examples" else "")
+        problems += more
+    if found["examples"] is not None:
+        problems += _own_keys(found["examples"], task)
+    if found["args_class"] is not None:
+        problems += _trainer_arguments(found["args_class"], task, plain.get("trainer", {}))
+    return problems or _own_rules(found["examples"], plain)
+
+
+def _common_keys(task: dict[str, Any]) -> list[Problem]:
+    """Check the keys that every task has: all are present, each of its type."""
+    names = [field.name for field in fields(TaskConfig)]
+    missing = [name for name in names if name not in task]
+    problems = [Problem(f"task.{name}", NOT_SET, f"give it a value: +task.{name}=...") for name in missing]
+    return problems + argument_problems(TaskConfig, {name: task[name] for name in names if name in task}, "task")
+
+
+def _own_keys(examples: Callable[..., Any], task: dict[str, Any]) -> list[Problem]:
+    """Check a task's own keys against the parameters of its function."""
+    first = tuple(inspect.signature(examples).parameters)[:4]  # rows, tokenizer, task, data, whatever their names
+    common = [field.name for field in fields(TaskConfig)]
+    return argument_problems(examples, own_arguments(task), "task", (*first, BASE), also_valid=common)
+
+
+def _own_rules(examples: Callable[..., Any] | None, plain: dict[str, Any]) -> list[Problem]:
+    """Ask the task's own module, which may have a function `config_problems` beside `examples`."""
+    module = inspect.getmodule(examples)  # None for a function that isn't set
+    rules = vars(module).get("config_problems") if module is not None else None
+    return list(rules(plain)) if rules is not None else []
+
+
+def _trainer_arguments(arguments: type, task: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
+    trainer, own = _without(trainer, *EARLY_STOPPING), task.get("args") or {}
+    problems = _misplaced(arguments, trainer, own)
+    if isinstance(trainer.get("activation_checkpointing_kwargs"), str):
+        key = "trainer.activation_checkpointing_kwargs"
+        problems.append(Problem(key, "text is no mapping of arguments", "as in {use_reentrant: false}"))
+    if trainer.get("fsdp") and world_size() == 1:
+        fix = "start it with torchrun --nproc_per_node N -m loraplus_hydra ..., or use trainer=default"
+        problems.append(Problem("trainer.fsdp", "FSDP needs several processes, and this is one", fix))
+    problems += _log_levels(trainer) + documented_value_problems(arguments, own, "task.args")
+    return problems or _constructed(arguments, {**trainer, **own})
+
+
+def _log_levels(trainer: dict[str, Any]) -> list[Problem]:
+    """Check names that only the Trainer itself looks up, when it is made."""
+    return [
+        Problem(f"trainer.{key}", f"there is no level '{trainer[key]}'", f"one of: {', '.join(trainer_log_levels)}")
+        for key in ("log_level", "log_level_replica")
+        if trainer.get(key) is not None and trainer[key] not in trainer_log_levels
+    ]
+
+
+def _misplaced(arguments: type, trainer: dict[str, Any], own: dict[str, Any]) -> list[Problem]:
+    """Check names and types. Fields of all Trainers belong under `trainer`, others under `task.args`."""
+    common = {field.name for field in fields(TrainingArguments)} - set(MASTERS)
+    special = {field.name for field in fields(arguments)} - common - set(MASTERS)  # type: ignore[arg-type]
+    problems = []
+    for place, group, valid, elsewhere, other in (
+        ("trainer", trainer, common, special, "task.args"),
+        ("task.args", own, special, common, "trainer"),
+    ):
+        for name in group:
+            if name in elsewhere:
+                problems.append(Problem(f"{place}.{name}", "belongs elsewhere", f"write {other}.{name}"))
+            elif name not in valid and name not in MASTERS:
+                hint = nearest(name, valid | elsewhere)
+                problems.append(Problem(f"{place}.{name}", f"{arguments.__name__} has no such field{hint}"))
+        # `fsdp` is annotated as text, but takes true.
+        known = {name: value for name, value in group.items() if name in valid and name != "fsdp"}
+        problems += argument_problems(arguments, known, place)
+    return problems
+
+
+def _constructed(arguments: type, values: dict[str, Any]) -> list[Problem]:
+    """Instantiate the arguments' class and return its error as a Problem."""
+    try:
+        arguments(output_dir=".", report_to="none", **_without(values, *MASTERS))
+    except (OSError, json.JSONDecodeError):  # a file of settings that can't be read: machine_problems has it
+        return []
+    except (ValueError, TypeError, ImportError) as error:
+        return [Problem("trainer", first_line(error))]
+    return []
+
+
+def _without(group: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in keys}
