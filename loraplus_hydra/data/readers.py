@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -136,7 +137,16 @@ def _decodes(line: bytes, encoding: str) -> bool:
 
 def _read_jsonl(path: str, file: IO[str], _: Layout) -> Iterator[Row]:
     known: set[str] = set()
-    for number, line in enumerate(file, start=1):
+    lines: Iterator[str] = iter(file)
+    begun: list[str] = []
+    for line in lines:
+        begun.append(line)
+        if line.strip():
+            break
+    if begun and begun[-1].lstrip().startswith("["):
+        yield from _read_array(path, "".join([*begun, *lines]))
+        return
+    for number, line in enumerate(chain(begun, lines), start=1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
@@ -144,6 +154,21 @@ def _read_jsonl(path: str, file: IO[str], _: Layout) -> Iterator[Row]:
         if not known.issuperset(row):
             _check_names(place, row)
             known.update(row)
+        yield {**row, ORIGIN: place}
+
+
+def _read_array(path: str, text: str) -> Iterator[Row]:
+    """Yield the objects of a JSON array, which may be indented."""
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {first_line(error)}") from None
+    for number, row in enumerate(rows, start=1):
+        place = f"{path}, item {number}"
+        row = _json_object(json.dumps(row), place)
+        _check_names(place, row)
         yield {**row, ORIGIN: place}
 
 
