@@ -1,4 +1,4 @@
-"""Rows from files: what is read, held out, drawn, mixed, streamed, and kept between runs."""
+"""Rows from files: read, held out, drawn, mixed, streamed, and cached between runs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from loraplus_hydra.data import mixing
 from loraplus_hydra.data.files import load
-from loraplus_hydra.data.rows import CONTINUES, ORIGIN
+from loraplus_hydra.data.rows import CONTINUES, ORIGIN, load_rows
 from loraplus_hydra.errors import ConfigErrors
 from tests.support.tiny import write_jsonl
 
@@ -24,7 +25,7 @@ def numbered(path: Path, count: int, name: str = "a") -> Path:
     return write_jsonl(path, ({"prompt": f"{name}{number}", "completion": "x"} for number in range(count)))
 
 
-def test_rows_know_the_line_they_stand_in(tmp_path: Path) -> None:
+def test_rows_have_their_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('\ufeff{"prompt": "a"}\n\n{"prompt": "b"}\n', encoding="utf-8")
     rows = load(str(path), str(path))["train"]
@@ -32,7 +33,7 @@ def test_rows_know_the_line_they_stand_in(tmp_path: Path) -> None:
     assert list(rows[ORIGIN]) == [f"{path}, line 1", f"{path}, line 3"]
 
 
-def test_json_values_come_back_as_they_are(tmp_path: Path) -> None:
+def test_json_values_are_unchanged(tmp_path: Path) -> None:
     values = [[{"role": "user", "content": "5", "extra": None}], "5", 5, {"a": {"b": [1, 2.5]}}, None, "text", True]
     path = write_jsonl(tmp_path / "a.jsonl", ({"mixed": value, "number": 1 if value else 2.5} for value in values))
     rows = load(str(path), str(path))["train"]
@@ -40,7 +41,7 @@ def test_json_values_come_back_as_they_are(tmp_path: Path) -> None:
     assert list(rows["number"])[:5] == [1.0, 1.0, 1.0, 1.0, 2.5]
 
 
-def test_csv_cells_are_text_whatever_is_in_them(tmp_path: Path) -> None:
+def test_csv_cells_are_text(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('text,label\n"two\nlines, quoted",1\nNA,null\n007,\n')
     rows = load(str(path), str(path))["train"]
@@ -49,7 +50,7 @@ def test_csv_cells_are_text_whatever_is_in_them(tmp_path: Path) -> None:
     assert [origin.rpartition(" ")[2] for origin in rows[ORIGIN]] == ["2", "4", "5"]
 
 
-def test_csv_without_a_header_with_tabs_and_stray_quotes(tmp_path: Path) -> None:
+def test_csv_without_a_header_with_tabs_and_single_quotes(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     path.write_text('5"\tx\n6"\ty\n')
     rows = load(str(path), str(path), header=False, quote=None)["train"]
@@ -70,7 +71,7 @@ def test_parquet_rows_are_numbered(tmp_path: Path) -> None:
     ("unit", "expected"),
     [("paragraph", ["one\ntwo", "three"]), ("line", ["one", "two", "three"]), ("file", ["one\ntwo\n\n\nthree"])],
 )
-def test_text_comes_in_units(tmp_path: Path, unit: str, expected: list[str]) -> None:
+def test_text_is_read_in_units(tmp_path: Path, unit: str, expected: list[str]) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one\ntwo\n\n\nthree")
     assert list(load(str(path), str(path), unit=unit)["train"]["text"]) == expected
@@ -126,7 +127,7 @@ def test_files_are_mixed_by_weight_and_no_row_comes_twice(tmp_path: Path) -> Non
 @given(
     st.lists(st.tuples(st.integers(1, 500), st.floats(0.01, 100)), min_size=1, max_size=5),
 )
-def test_shares_stand_in_the_ratio_of_the_weights_and_use_one_part_whole(parts: list[tuple[int, float]]) -> None:
+def test_shares_have_the_ratio_of_the_weights_and_use_one_part_in_full(parts: list[tuple[int, float]]) -> None:
     sizes, weights = zip(*parts, strict=True)
     counts = mixing.shares(sizes, weights)
     assert all(1 <= count <= size for count, size in zip(counts, sizes, strict=True))
@@ -135,7 +136,7 @@ def test_shares_stand_in_the_ratio_of_the_weights_and_use_one_part_whole(parts: 
     assert all(abs(count - total * weight) <= 1 for count, weight in zip(counts, weights, strict=True))
 
 
-def test_columns_that_one_file_lacks_are_null_there(tmp_path: Path) -> None:
+def test_columns_that_one_file_lacks_are_null(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b", "note": "c"}])
     write_jsonl(tmp_path / "b.jsonl", [{"prompt": "a", "completion": "b"}])
     rows = load([f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"], f"{tmp_path}/a.jsonl")["train"]
@@ -157,18 +158,12 @@ def test_streamed_rows_need_rows_to_evaluate_on(tmp_path: Path) -> None:
         load(str(numbered(tmp_path / "a.jsonl", 3)), streaming=True)
 
 
-def test_any_callable_that_returns_a_dataset_dict_will_do(compose: Callable[..., Any]) -> None:
-    from omegaconf import OmegaConf
-
-    from loraplus_hydra.data.rows import load_rows
-
+def test_any_callable_that_returns_a_dataset_dict_is_called(compose: Callable[..., Any]) -> None:
     data = OmegaConf.create({"_target_": "tests.data.test_data_files.own_rows", "count": 3, "prompt_column": "q"})
     assert list(load_rows(data)["train"]["q"]) == ["0", "1", "2"]
 
 
 def own_rows(count: int, kind: str = "good") -> Any:
-    from datasets import DatasetDict
-
     rows = Dataset.from_dict({"q": [str(number) for number in range(count)]})
     if kind == "no dictionary":
         return rows
@@ -178,7 +173,7 @@ def own_rows(count: int, kind: str = "good") -> Any:
 
 
 @pytest.mark.parametrize(
-    ("count", "kind", "said"),
+    ("count", "kind", "expected"),
     [
         (3, "no dictionary", "returned a Dataset, not a DatasetDict with 'train' and 'eval'"),
         (3, "no eval", r"returned splits \['test', 'train'\]"),
@@ -186,13 +181,9 @@ def own_rows(count: int, kind: str = "good") -> Any:
         (0, "good", "there are no rows in 'train'"),
     ],
 )
-def test_what_a_callable_returns_is_looked_at(count: int, kind: str, said: str) -> None:
-    from omegaconf import OmegaConf
-
-    from loraplus_hydra.data.rows import load_rows
-
+def test_a_callables_result_is_checked(count: int, kind: str, expected: str) -> None:
     data = OmegaConf.create({"_target_": "tests.data.test_data_files.own_rows", "count": count, "kind": kind})
-    with pytest.raises(ConfigErrors, match=said):
+    with pytest.raises(ConfigErrors, match=expected):
         load_rows(data)
 
 
@@ -217,11 +208,9 @@ print(sorted(set(made)), examples.train["input_ids"][0], len(examples.train))
 """
 
 
-def test_rows_and_tokens_are_kept_by_content_between_processes(
+def test_rows_and_tokens_are_cached_by_content_between_processes(
     compose: Callable[..., Any], llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from omegaconf import OmegaConf
-
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     path = numbered(tmp_path / "a.jsonl", 20)
     config = compose("model=hub", f"model.path={llama_folder}", "data=jsonl", f"data.train={path}")

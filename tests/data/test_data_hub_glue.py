@@ -1,4 +1,4 @@
-"""Rows from a data set laid out as on a hub, and from GLUE's original files."""
+"""Rows of a data set with a hub's layout, and of GLUE's original files."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from datasets import Dataset
 from loraplus_hydra.data import glue, hub
 from loraplus_hydra.data.rows import ORIGIN, columns
 from loraplus_hydra.errors import ConfigErrors
+from loraplus_hydra.models.tokenizer import load_tokenizer
+from loraplus_hydra.tasks.examples import load_examples
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder as the hub has it: two configs, of which one has a validation split."""
+    """Return a folder with a hub's layout: two configs, one with a validation split."""
     folder = tmp_path_factory.mktemp("published")
     for config, splits in {"main": ("train", "validation"), "extra": ("train",)}.items():
         for split in splits:
@@ -46,7 +48,7 @@ def test_streamed(published: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         ({"config": None}, r"data\.config: is not set; one of: (main, extra|extra, main)"),
         ({"config": "mian"}, r"data\.config: .* has no 'mian' \(did you mean 'main'\?\)"),
@@ -55,12 +57,12 @@ def test_streamed(published: str) -> None:
         ({"config": "main", "streaming": True}, r"data\.eval_split: streamed rows can't be held out"),
     ],
 )
-def test_what_is_not_there_is_told_with_what_is(published: str, arguments: dict[str, str], said: str) -> None:
-    with pytest.raises(ConfigErrors, match=said):
+def test_unknown_names_are_errors_with_the_known_ones(published: str, arguments: dict[str, str], expected: str) -> None:
+    with pytest.raises(ConfigErrors, match=expected):
         hub.load(published, **arguments)
 
 
-def test_a_data_set_that_is_not_there(tmp_path: Path) -> None:
+def test_a_data_set_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(ConfigErrors, match=r"data\.name: .*nowhere"):
         hub.load(str(tmp_path / "nowhere"))
 
@@ -156,9 +158,6 @@ def test_mnli_is_evaluated_on_either_half(glue_folder: Path) -> None:
 
 
 def test_single_sentences_are_classified_without_a_pair(glue_folder: Path, compose, bert_folder: Path) -> None:  # type: ignore[no-untyped-def]
-    from loraplus_hydra.models.tokenizer import load_tokenizer
-    from loraplus_hydra.tasks.examples import load_examples
-
     def made(name: str, *overrides: str) -> list[int]:
         config = compose(
             "task=classification",
@@ -175,8 +174,8 @@ def test_single_sentences_are_classified_without_a_pair(glue_folder: Path, compo
     assert 1 in made("stsb", "task.metric=eval_pearson")
 
 
-def test_mistakes_in_the_files_are_told_with_their_line(glue_folder: Path, tmp_path: Path) -> None:
-    for name, text, said in (
+def test_errors_in_files_have_their_line(glue_folder: Path, tmp_path: Path) -> None:
+    for name, text, expected in (
         ("train.tsv", "sentence\tmark\nbad\t0\n", "line 1: no column 'label'; there are: sentence, mark"),
         ("train.tsv", "sentence\tlabel\nbad\t7\n", "line 2: the label '7' is not one of 0, 1"),
         ("dev.tsv", "sentence\tlabel\n", "has no rows"),
@@ -184,7 +183,7 @@ def test_mistakes_in_the_files_are_told_with_their_line(glue_folder: Path, tmp_p
         for file in ("train.tsv", "dev.tsv"):
             (tmp_path / file).write_text("sentence\tlabel\nbad\t0\n")
         (tmp_path / name).write_text(text)
-        with pytest.raises(ConfigErrors, match=said):
+        with pytest.raises(ConfigErrors, match=expected):
             glue.load("sst2", str(tmp_path))
     with pytest.raises(ConfigErrors, match=r"no task 'sst' .did you mean 'sst2'"):
         glue.load("sst", str(glue_folder))

@@ -1,4 +1,4 @@
-"""Whatever can be wrong with data is told by `check`: one message with the place, exit status 1, nothing written."""
+"""Errors in data: `check` gives one message with the place, and writes nothing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Finished
+from tests.support.tiny import TEMPLATE, chat_tokenizer, save_llama
 
 GOOD = {"prompt": "say 1", "completion": "the number 1"}
 TURNS = [{"role": "user", "content": "say 1"}, {"role": "assistant", "content": "the number 1"}]
@@ -19,9 +20,12 @@ LABELLED = [{"text": "the card has arrived", "label": "there"}, {"text": "a paym
 
 @dataclass(frozen=True)
 class Mistake:
-    """A file that is wrong, what is typed, and what must be said; `{path}` stands for the file."""
+    """A wrong file, the overrides, and the expected messages.
 
-    said: tuple[str, ...]
+    `{path}` stands for the file.
+    """
+
+    expected: tuple[str, ...]
     rows: tuple[Any, ...] | None = None  # of a JSONL file
     content: bytes | None = None  # of any other
     name: str = "rows.jsonl"
@@ -35,16 +39,16 @@ def jsonl(*rows: Any) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def sft(*rows: Any, said: tuple[str, ...], **more: Any) -> Mistake:
-    return Mistake(said, rows=rows, **more)
+def sft(*rows: Any, expected: tuple[str, ...], **more: Any) -> Mistake:
+    return Mistake(expected, rows=rows, **more)
 
 
-def classification(*rows: Any, said: tuple[str, ...], **more: Any) -> Mistake:
-    return Mistake(said, rows=rows, task="classification", model="bert", **more)
+def classification(*rows: Any, expected: tuple[str, ...], **more: Any) -> Mistake:
+    return Mistake(expected, rows=rows, task="classification", model="bert", **more)
 
 
-def csv(content: bytes, *said: str, overrides: tuple[str, ...] = ()) -> Mistake:
-    return Mistake(said, content=content, name="rows.csv", overrides=overrides, task="classification", model="bert")
+def csv(content: bytes, *expected: str, overrides: tuple[str, ...] = ()) -> Mistake:
+    return Mistake(expected, content=content, name="rows.csv", overrides=overrides, task="classification", model="bert")
 
 
 MISTAKES: dict[str, Mistake] = {
@@ -64,7 +68,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "no rows": Mistake(("data.train", "rows.jsonl has no rows"), content=b"\n\n"),
     "one row and none to hold out": sft(
-        GOOD, said=("has one row, so none can be held out", "data.eval"), overrides=("data.eval=null",)
+        GOOD, expected=("has one row, so none can be held out", "data.eval"), overrides=("data.eval=null",)
     ),
     "broken JSON": Mistake(("rows.jsonl, line 3: not JSON", "column"), content=jsonl(GOOD) + b"\n{'prompt': 1}\n"),
     "JSON that is no object": Mistake(("line 2: a list", "one object a line"), content=jsonl(GOOD, [GOOD])),
@@ -75,7 +79,9 @@ MISTAKES: dict[str, Mistake] = {
         ("rows.jsonl, line 2: not utf-8 text", "data.encoding=latin-1"),
         content=jsonl(GOOD) + '{"prompt": "caf\u00e9", "completion": "a"}\n'.encode("latin-1"),
     ),
-    "unknown encoding": sft(GOOD, said=("data.encoding", "no encoding 'utf-9'"), overrides=("data.encoding=utf-9",)),
+    "unknown encoding": sft(
+        GOOD, expected=("data.encoding", "no encoding 'utf-9'"), overrides=("data.encoding=utf-9",)
+    ),
     "parquet that isn't": Mistake(
         ("rows.parquet: not a Parquet file",), content=jsonl(GOOD), name="rows.parquet", overrides=("data.format=null",)
     ),
@@ -86,7 +92,7 @@ MISTAKES: dict[str, Mistake] = {
         overrides=("data.format=null",),
     ),
     "weight that is none": sft(
-        GOOD, said=("data.train", "weight", "finite number above 0"), overrides=("data.train={{{path}: -1}}",)
+        GOOD, expected=("data.train", "weight", "finite number above 0"), overrides=("data.train={{{path}: -1}}",)
     ),
     "more cells than columns": csv(b"text,label\na,b\na,b,c\n", "rows.csv, line 3: 3 cells, where there are 2 columns"),
     "fewer cells than columns": csv(b"text,label\na\n", "rows.csv, line 2: 1 cells, where there are 2 columns"),
@@ -95,103 +101,107 @@ MISTAKES: dict[str, Mistake] = {
     "header alone": csv(b"text,label\n", "rows.csv has no rows"),
     "delimiter of two characters": csv(b"text;label\n", "data.delimiter", "not one", overrides=("+data.delimiter=ab",)),
     # The columns
-    "no known column": sft({"q": "a", "a": "b"}, said=("none of the columns looked for", "the columns are: q, a")),
+    "no known column": sft({"q": "a", "a": "b"}, expected=("none of the columns looked for", "the columns are: q, a")),
     "missing column": sft(
-        {"prompt": "a", "answer": "b"}, said=("data.completion_column", "no column 'completion'", "prompt, answer")
+        {"prompt": "a", "answer": "b"}, expected=("data.completion_column", "no column 'completion'", "prompt, answer")
     ),
     "misspelt column": sft(
         {"question": "a", "answer": "b"},
         overrides=("data.prompt_column=qestion", "data.completion_column=answer"),
-        said=("data.prompt_column", "no column 'qestion' (did you mean 'question'?)", "question, answer"),
+        expected=("data.prompt_column", "no column 'qestion' (did you mean 'question'?)", "question, answer"),
     ),
     "column missing from the held-out rows": sft(
-        GOOD, held_out=({"prompt": "a", "answer": "b"},), said=("the eval rows have no column 'completion'",)
+        GOOD, held_out=({"prompt": "a", "answer": "b"},), expected=("the eval rows have no column 'completion'",)
     ),
     "two shapes at once": sft(
-        {**GOOD, "messages": TURNS}, said=("can be read as prompt and completion or as messages",)
+        {**GOOD, "messages": TURNS}, expected=("can be read as prompt and completion or as messages",)
     ),
     "no label column": classification(
-        {"text": "a", "intent": "b"}, said=("data.label_column", "no column 'label'", "text, intent")
+        {"text": "a", "intent": "b"}, expected=("data.label_column", "no column 'label'", "text, intent")
     ),
     # The values
     "null": sft(
-        GOOD, {"prompt": "a", "completion": None}, said=("rows.jsonl, line 2: 'completion' is null, not text",)
+        GOOD, {"prompt": "a", "completion": None}, expected=("rows.jsonl, line 2: 'completion' is null, not text",)
     ),
-    "key that a row lacks": sft(GOOD, {"prompt": "a"}, said=("line 2: 'completion' is null",)),
+    "key that a row lacks": sft(GOOD, {"prompt": "a"}, expected=("line 2: 'completion' is null",)),
     "number for text": sft(
-        GOOD, {"prompt": 7, "completion": "b"}, said=("line 2: 'prompt' is the number 7, not text",)
+        GOOD, {"prompt": 7, "completion": "b"}, expected=("line 2: 'prompt' is the number 7, not text",)
     ),
-    "object for text": sft(GOOD, {"prompt": {"a": 1}, "completion": "b"}, said=("line 2: 'prompt' is an object",)),
-    "empty completion": sft(GOOD, {"prompt": "a", "completion": " "}, said=("line 2: 'completion' is empty",)),
+    "object for text": sft(GOOD, {"prompt": {"a": 1}, "completion": "b"}, expected=("line 2: 'prompt' is an object",)),
+    "empty completion": sft(GOOD, {"prompt": "a", "completion": " "}, expected=("line 2: 'completion' is empty",)),
     "text for messages": sft(
-        {"messages": TURNS}, {"messages": "hello"}, said=("line 2: 'messages' is the text 'hello'",)
+        {"messages": TURNS}, {"messages": "hello"}, expected=("line 2: 'messages' is the text 'hello'",)
     ),
-    "no messages": sft({"messages": TURNS}, {"messages": []}, said=("line 2: 'messages' is an empty list",)),
+    "no messages": sft({"messages": TURNS}, {"messages": []}, expected=("line 2: 'messages' is an empty list",)),
     "message that is text": sft(
-        {"messages": ["hello"]}, said=("line 1, message 1: 'messages' holds the text 'hello'",)
+        {"messages": ["hello"]}, expected=("line 1, message 1: 'messages' holds the text 'hello'",)
     ),
     "unknown role": sft(
         {"messages": [TURNS[0], {"role": "asistant", "content": "b"}]},
-        said=("line 1, message 2", "role 'asistant' (did you mean 'assistant'?)"),
+        expected=("line 1, message 2", "role 'asistant' (did you mean 'assistant'?)"),
     ),
-    "message without a role": sft({"messages": [{"content": "b"}]}, said=("line 1, message 1", "without a role")),
-    "message without content": sft({"messages": [{"role": "user"}]}, said=("line 1, message 1", "without content")),
+    "message without a role": sft({"messages": [{"content": "b"}]}, expected=("line 1, message 1", "without a role")),
+    "message without content": sft({"messages": [{"role": "user"}]}, expected=("line 1, message 1", "without content")),
     "empty answer": sft(
         {"messages": [TURNS[0], {"role": "assistant", "content": ""}]},
-        said=("message 2", "an empty message of the assistant"),
+        expected=("message 2", "an empty message of the assistant"),
     ),
     "template that fails": sft(
         {"messages": TURNS},
         {"messages": TURNS[1:]},
         model="strict",
-        said=("line 2: the chat template fails: user first!",),
+        expected=("line 2: the chat template fails: user first!",),
     ),
     "tokenizer without a template": sft(
-        {"messages": TURNS}, model="plain", said=("model.tokenizer", "no chat template", "chat_template_path")
+        {"messages": TURNS}, model="plain", expected=("model.tokenizer", "no chat template", "chat_template_path")
     ),
     "template asked for and not there": sft(
-        GOOD, model="plain", overrides=("task.chat=true",), said=("model.tokenizer", "task.chat is true")
+        GOOD, model="plain", overrides=("task.chat=true",), expected=("model.tokenizer", "task.chat is true")
     ),
     "no assistant to learn from": sft(
         {"messages": TURNS},
         {"messages": TURNS[:1]},
         overrides=("task.args.assistant_only_loss=true",),
-        said=("line 2: the template marks no token as the assistant's",),
+        expected=("line 2: the template marks no token as the assistant's",),
     ),
     "assistant's loss on plain text": sft(
         {"text": "a"},
         overrides=("task.args.assistant_only_loss=true",),
-        said=("task.args.assistant_only_loss", "no turns"),
+        expected=("task.args.assistant_only_loss", "no turns"),
     ),
     "completion's loss on plain text": sft(
         {"text": "a"},
         overrides=("task.args.completion_only_loss=true",),
-        said=("completion_only_loss", "no completion"),
+        expected=("completion_only_loss", "no completion"),
     ),
     "rows that are all too long": sft(
-        GOOD, overrides=("task.args.max_length=2",), said=("task.args.max_length", "leave nothing to learn")
+        GOOD, overrides=("task.args.max_length=2",), expected=("task.args.max_length", "leave nothing to learn")
     ),
-    "setting of another task": sft(GOOD, overrides=("task.block_size=8",), said=("task.block_size", "task=text")),
-    "empty text": classification(*LABELLED, {"text": "", "label": "there"}, said=("line 3: 'text' is empty",)),
-    "label that is null": classification(*LABELLED, {"text": "a", "label": None}, said=("line 3: 'label' is null",)),
+    "setting of another task": sft(GOOD, overrides=("task.block_size=8",), expected=("task.block_size", "task=text")),
+    "empty text": classification(*LABELLED, {"text": "", "label": "there"}, expected=("line 3: 'text' is empty",)),
+    "label that is null": classification(
+        *LABELLED, {"text": "a", "label": None}, expected=("line 3: 'label' is null",)
+    ),
     "label that is empty": csv(b"text,label\na,b\nc,\n", "rows.csv, line 3: 'label' is empty"),
     "label of the held-out rows alone": classification(
         *LABELLED,
         held_out=({"text": "a", "label": "faild"},),
-        said=(
+        expected=(
             "held_out.jsonl, line 1",
             "'faild', a label that no training row has (did you mean 'failed'?)",
             "failed, there",
         ),
     ),
     "one label alone": classification(
-        {"text": "a", "label": "x"}, {"text": "b", "label": "x"}, said=("one label, 'x' alone", "two labels or more")
+        {"text": "a", "label": "x"},
+        {"text": "b", "label": "x"},
+        expected=("one label, 'x' alone", "two labels or more"),
     ),
     "label that is no number": classification(
         {"text": "a", "label": 1.5},
         {"text": "a", "label": "high"},
         overrides=("task.problem_type=regression", "task.metric=eval_pearson"),
-        said=("line 2: 'label' is the text 'high', not a number",),
+        expected=("line 2: 'label' is the text 'high', not a number",),
     ),
     "number that is not finite": csv(
         b"text,label\na,nan\n",
@@ -202,20 +212,24 @@ MISTAKES: dict[str, Mistake] = {
         {"text": "a", "label": ["x", "y"]},
         {"text": "a", "label": "x"},
         overrides=("task.problem_type=multi_label_classification",),
-        said=("line 2: 'label' is the text 'x', not a list of labels",),
+        expected=("line 2: 'label' is the text 'x', not a list of labels",),
     ),
     "fraction for a label": classification(
         *LABELLED,
         {"text": "a", "label": 0.5},
         overrides=("task.problem_type=single_label_classification",),
-        said=("line 3: 'label' is the number 0.5", "task.problem_type=regression"),
+        expected=("line 3: 'label' is the number 0.5", "task.problem_type=regression"),
     ),
     "problem type that isn't one": classification(
-        *LABELLED, overrides=("task.problem_type=multilabel",), said=("task.problem_type", "multi_label_classification")
+        *LABELLED,
+        overrides=("task.problem_type=multilabel",),
+        expected=("task.problem_type", "multi_label_classification"),
     ),
-    "streamed labels": classification(*LABELLED, overrides=("data.streaming=true",), said=("data.streaming", "labels")),
+    "streamed labels": classification(
+        *LABELLED, overrides=("data.streaming=true",), expected=("data.streaming", "labels")
+    ),
     "streamed rows without a last step": sft(
-        GOOD, overrides=("data.streaming=true", "trainer.max_steps=-1"), said=("trainer.max_steps", "no end")
+        GOOD, overrides=("data.streaming=true", "trainer.max_steps=-1"), expected=("trainer.max_steps", "no end")
     ),
     "text of no words": Mistake(
         ("rows hold no text to continue",), content=jsonl({"text": ""}), task="text", overrides=("task.block_size=8",)
@@ -225,9 +239,7 @@ MISTAKES: dict[str, Mistake] = {
 
 @pytest.fixture(scope="module")
 def strict_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose template refuses what doesn't begin with a user."""
-    from tests.support.tiny import TEMPLATE, chat_tokenizer, save_llama
-
+    """Save a model whose template raises an error unless a user begins."""
     strict = "{%- if messages[0]['role'] != 'user' -%}{{ raise_exception('user first!') }}{%- endif -%}" + TEMPLATE
     return save_llama(tmp_path_factory.mktemp("strict"), chat_tokenizer(strict))
 
@@ -238,7 +250,7 @@ def folders(llama_folder: Path, plain_llama_folder: Path, strict_folder: Path, b
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistake_is_told_with_its_place(
+def test_error_has_its_place(
     name: str,
     cli: Callable[..., Finished],
     folders: dict[str, Path],
@@ -266,7 +278,7 @@ def test_mistake_is_told_with_its_place(
     )
     assert finished.status == 1
     assert "1 thing to put right" in finished.err
-    for words in mistake.said:
+    for words in mistake.expected:
         assert words in finished.err
     assert "Traceback" not in finished.out + finished.err
     assert list(tmp_path.iterdir()) == []
@@ -283,7 +295,7 @@ def test_a_run_with_wrong_data_leaves_no_folder(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_check_says_what_will_be_cut(
+def test_check_counts_the_rows_to_be_cut(
     cli: Callable[..., Finished], llama_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("long") / "rows.jsonl"

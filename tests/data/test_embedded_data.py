@@ -1,4 +1,4 @@
-"""The embedded data set: what of the standard library becomes a pair, what is held out, and in which order."""
+"""The embedded data set: its pairs, the held-out modules, and the order of rows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Value
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from loraplus_hydra.data.embedded import Pair, first_sentence, library_pairs, load, module_pairs
 from loraplus_hydra.data.embedded.source import Source, is_held_out, library_modules, read_library
@@ -61,7 +63,7 @@ def splits() -> dict[str, list[Pair]]:
 
 @pytest.fixture
 def library(tmp_path: Path) -> Path:
-    """A made-up standard library: two modules that are trained on, one that is held out."""
+    """Write a standard library of two training modules and one that is held out."""
     train = [name for name in ("alpha", "beta", "gamma", "delta", "epsilon") if not is_held_out(name, 0.5)][:2]
     held_out = next(name for name in (f"module{number}" for number in range(100)) if is_held_out(name, 0.5))
     for name in [*train, held_out]:
@@ -119,7 +121,7 @@ def _docstrings(source: str) -> list[str]:
 
 
 def _without_bare_strings(source: str) -> str:
-    """An independent oracle: the tree without string statements, with `pass` where a block would be empty."""
+    """Return the code without string statements, by an independent method; `pass` fills empty blocks."""
 
     class Cut(ast.NodeTransformer):
         def generic_visit(self, node: ast.AST) -> ast.AST:
@@ -163,7 +165,7 @@ def test_cutting_leaves_valid_python(source: str, expected: str) -> None:
     assert Source(source).without_docstrings() == expected
 
 
-def test_cutting_the_library_changes_nothing_but_bare_strings() -> None:
+def test_cutting_the_library_changes_only_bare_strings() -> None:
     names = {"argparse", "asyncio.tasks", "decimal", "dataclasses", "turtle", "typing", "re", "tkinter", "inspect"}
     checked = set()
     for name, path in library_modules().items():
@@ -175,8 +177,8 @@ def test_cutting_the_library_changes_nothing_but_bare_strings() -> None:
     assert len(checked) >= 5
 
 
-def test_no_prompt_of_the_library_holds_a_docstring(splits: dict[str, list[Pair]]) -> None:
-    """Prompts that are whole definitions parse, so their docstrings can be asked for."""
+def test_no_prompt_of_the_library_has_a_docstring(splits: dict[str, list[Pair]]) -> None:
+    """Parse the prompts that are complete definitions, and look for docstrings."""
     parsed = 0
     for pair in splits["train"][:500]:
         try:
@@ -242,7 +244,7 @@ def test_a_prompt_comes_once(splits: dict[str, list[Pair]]) -> None:
 # --- what is held out ------------------------------------------------------------------------------------------------
 
 
-def test_held_out_modules_are_held_out_whole(splits: dict[str, list[Pair]]) -> None:
+def test_no_module_is_in_both_splits(splits: dict[str, list[Pair]]) -> None:
     train, held_out = set(splits["train"]), set(splits["eval"])
     for name, source in read_library():
         pairs = set(module_pairs(source))
@@ -250,7 +252,7 @@ def test_held_out_modules_are_held_out_whole(splits: dict[str, list[Pair]]) -> N
 
 
 def test_held_out_modules_are_the_same_under_every_version() -> None:
-    """Fixed for good: the shipped weights have seen all other modules."""
+    """Compare with a fixed list: the shipped weights were trained on all other modules."""
     names = [
         "argparse",
         "asyncio.queues",
@@ -266,13 +268,13 @@ def test_held_out_modules_are_the_same_under_every_version() -> None:
     assert [name for name in names if is_held_out(name)] == ["asyncio.queues", "calendar", "imaplib", "re", "selectors"]
 
 
-def test_a_module_that_was_renamed_stays_on_its_side() -> None:
+def test_a_renamed_module_stays_in_its_split() -> None:
     for name in ("datetime", "decimal", "io"):
         assert is_held_out(f"_py{name}") == is_held_out(name)
 
 
 @given(st.text(), st.floats(0, 1), st.floats(0, 1))
-def test_a_larger_fraction_holds_out_what_a_smaller_one_does(name: str, one: float, other: float) -> None:
+def test_a_larger_fraction_includes_a_smaller_one(name: str, one: float, other: float) -> None:
     smaller, larger = sorted((one, other))
     assert is_held_out(name, larger) or not is_held_out(name, smaller)
 
@@ -281,7 +283,7 @@ def test_a_larger_fraction_holds_out_what_a_smaller_one_does(name: str, one: flo
 
 
 def test_order_is_the_same_in_every_process(splits: dict[str, list[Pair]]) -> None:
-    """Another process has another `hash`, and needs no package but ours."""
+    """Compare with a process that has another `hash` and no packages."""
     code = (
         "import hashlib; from loraplus_hydra.data.embedded import library_pairs;"
         "print(hashlib.sha256(repr(library_pairs()).encode()).hexdigest())"
@@ -344,7 +346,7 @@ def test_other_encodings_and_line_ends_are_read(library: Path) -> None:
     assert Pair('def f():\n    return "ß"', "Größe von x.") in pairs
 
 
-def test_a_python_without_its_source_is_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_python_without_its_source_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path / "python311.zip"))
     with pytest.raises(UserError, match=r"no standard library source in .*python311\.zip.*data=jsonl"):
         load()
@@ -359,8 +361,6 @@ def test_a_split_without_rows_is_an_error(library: Path) -> None:
 
 
 def test_load_returns_a_dataset_dict(splits: dict[str, list[Pair]]) -> None:
-    from datasets import Value
-
     rows = load(max_samples=5)
     assert set(rows) == {"train", "eval"}
     for split, part in rows.items():
@@ -384,15 +384,13 @@ def test_arguments_out_of_range(arguments: dict[str, float], key: str) -> None:
     assert [problem.key for problem in error.value.problems] == [key]
 
 
-def test_all_wrong_arguments_are_told_at_once() -> None:
+def test_all_wrong_arguments_are_listed_at_once() -> None:
     with pytest.raises(ConfigErrors) as error:
         load(eval_fraction=2.0, max_samples=-1, max_prompt_chars=0)
     assert len(error.value.problems) == 3
 
 
-def test_the_config_names_what_load_takes() -> None:
-    from omegaconf import OmegaConf
-
+def test_the_config_has_the_arguments_of_load() -> None:
     config = OmegaConf.load(Path(__file__).resolve().parents[2] / "conf/data/embedded.yaml")
     arguments = {name: value for name, value in config.items() if name != "_target_" and not name.endswith("_column")}
     defaults = {name: parameter.default for name, parameter in inspect.signature(load).parameters.items()}

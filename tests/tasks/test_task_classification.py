@@ -1,4 +1,4 @@
-"""Classification: what the model sees and is told, for one label, several, pairs and measured numbers; its metrics."""
+"""Classification: tokens, labels and metrics for one label, several, and measured numbers."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from omegaconf import open_dict
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from loraplus_hydra.errors import ConfigErrors
 from loraplus_hydra.models.tokenizer import load_tokenizer
+from loraplus_hydra.runs.job import run
 from loraplus_hydra.tasks import metrics
+from loraplus_hydra.tasks.classifier import ClassificationTrainer
 from loraplus_hydra.tasks.examples import Examples, load_examples
 from tests.support.tiny import write_jsonl
-
-if TYPE_CHECKING:
-    from datasets import DatasetDict
 
 Made = Callable[..., Examples]
 
@@ -35,7 +36,7 @@ CARDS = [
 
 @pytest.fixture
 def made(compose: Callable[..., Any], tmp_path: Path, bert_folder: Path) -> Made:
-    """Examples of the classification task for rows; the same rows are evaluated on unless others are given."""
+    """Return a function from rows to the task's examples."""
 
     def make(rows: list[dict[str, Any]], *overrides: str, held_out: list[dict[str, Any]] | None = None) -> Examples:
         train = write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -59,7 +60,7 @@ def words(folder: Path, *names: str) -> list[int]:
     return [vocabulary[name] for name in names]
 
 
-def test_a_text_stands_between_marks_and_its_label_is_its_names_place(made: Made, bert_folder: Path) -> None:
+def test_a_text_is_between_special_tokens_and_its_label_is_its_names_index(made: Made, bert_folder: Path) -> None:
     examples = made(CARDS)
     ids = words(bert_folder, "[CLS]", "a", "card", "has", "not", "arrived", "[SEP]")
     assert examples.train[1] == {
@@ -73,7 +74,7 @@ def test_a_text_stands_between_marks_and_its_label_is_its_names_place(made: Made
     assert examples.model_arguments["label2id"] == {"failed": 0, "late": 1, "there": 2}
 
 
-def test_a_pair_is_told_apart_by_token_types(made: Made, bert_folder: Path) -> None:
+def test_token_types_separate_the_texts_of_a_pair(made: Made, bert_folder: Path) -> None:
     rows = [{"one": "say 1", "two": "the number 1", "same": number % 2} for number in range(2)]
     columns = ("data.text_column=one", "data.text_pair_column=two", "data.label_column=same")
     row = made(rows, *columns).train[0]
@@ -81,14 +82,14 @@ def test_a_pair_is_told_apart_by_token_types(made: Made, bert_folder: Path) -> N
     assert row["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
-def test_several_labels_are_a_one_for_each_that_is_given(made: Made) -> None:
+def test_several_labels_are_one_for_each_given_label(made: Made) -> None:
     rows = [{"text": "a", "label": ["b", "a"]}, {"text": "the", "label": []}, {"text": "a", "label": ["c"]}]
     examples = made(rows, "task.metric=eval_f1")
     assert list(examples.train["labels"]) == [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
     assert examples.model_arguments["problem_type"] == "multi_label_classification"
 
 
-def test_a_measured_number_stays_as_it_is(made: Made) -> None:
+def test_a_measured_number_is_its_own_label(made: Made) -> None:
     rows = [{"text": "a", "label": 2.5}, {"text": "the", "label": 3}]
     examples = made(rows, "task.metric=eval_pearson")
     assert list(examples.train["labels"]) == [2.5, 3.0]
@@ -96,12 +97,12 @@ def test_a_measured_number_stays_as_it_is(made: Made) -> None:
     assert examples.model_arguments["problem_type"] == "regression"
 
 
-def test_figures_are_labels_in_their_own_order(made: Made) -> None:
+def test_whole_numbers_are_labels_in_numerical_order(made: Made) -> None:
     rows = [{"text": "a", "label": number} for number in (10, 9, 2, 10)]
     assert made(rows).model_arguments["id2label"] == {0: "2", 1: "9", 2: "10"}
 
 
-def test_a_long_text_is_cut_inside_its_marks_and_counted(made: Made, bert_folder: Path) -> None:
+def test_a_long_text_is_cut_between_its_special_tokens_and_counted(made: Made, bert_folder: Path) -> None:
     examples = made([*CARDS, {"text": "the lazy dog " * 20, "label": "late"}], "task.max_length=8")
     ids = examples.train[4]["input_ids"]
     assert len(ids) == 8
@@ -119,7 +120,7 @@ def test_a_metric_that_points_the_wrong_way_is_an_error(made: Made) -> None:
         made(CARDS, "task.metric=eval_loss")
 
 
-def test_labels_outside_a_sample_of_the_rows_are_no_mistake(made: Made) -> None:
+def test_labels_outside_a_sample_of_the_rows_are_no_error(made: Made) -> None:
     held_out = [*CARDS, {"text": "fox", "label": "fox"}]
     with pytest.raises(ConfigErrors, match="'fox', a label that no training row has"):
         made(CARDS, held_out=held_out)
@@ -144,9 +145,7 @@ def test_names_that_a_data_set_declares_keep_their_order(compose: Callable[..., 
 
 
 def declared_rows() -> DatasetDict:
-    """Rows of a callable of the user's own, with declared label names."""
-    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-
+    """Return rows with declared label names, as a user's callable does."""
     features = Features({"text": Value("string"), "label": ClassLabel(names=["zebra", "ant"])})
     rows = Dataset.from_dict({"text": ["a", "the"], "label": [0, 1]}, features=features)
     return DatasetDict(train=rows, eval=rows)
@@ -156,7 +155,7 @@ def evaluated(predictions: Any, labels: Any) -> Any:
     return SimpleNamespace(predictions=np.array(predictions), label_ids=np.array(labels))
 
 
-def test_metrics_of_one_label_are_those_counted_by_hand() -> None:
+def test_metrics_of_one_label_equal_those_counted_by_hand() -> None:
     # Predicted 1 1 0 0 1, true 1 0 0 1 1: true positives 2, false 1, missed 1, true negatives 1.
     found = metrics.single_label(evaluated([[0, 1], [0, 1], [1, 0], [1, 0], [0, 1]], [1, 0, 0, 1, 1]))
     assert found["accuracy"] == pytest.approx(3 / 5)
@@ -164,14 +163,14 @@ def test_metrics_of_one_label_are_those_counted_by_hand() -> None:
     assert found["matthews"] == pytest.approx((2 * 1 - 1 * 1) / (3 * 3 * 2 * 2) ** 0.5)
 
 
-def test_metrics_of_several_labels_are_those_counted_by_hand() -> None:
+def test_metrics_of_several_labels_equal_those_counted_by_hand() -> None:
     found = metrics.multi_label(evaluated([[1, -1], [1, 1], [-1, -1]], [[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]))
     assert found["accuracy"] == pytest.approx(1 / 3)
     assert found["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
     assert found["f1_macro"] == pytest.approx((2 / 3 + 2 / 3) / 2)
 
 
-def test_metrics_of_measured_numbers_are_those_counted_by_hand() -> None:
+def test_metrics_of_measured_numbers_equal_those_counted_by_hand() -> None:
     predictions, labels = [[1.0], [2.0], [4.0]], [1.0, 3.0, 3.5]
     found = metrics.regression(evaluated(predictions, labels))
     x, y = np.array([1.0, 2.0, 4.0]), np.array(labels)
@@ -186,11 +185,7 @@ def test_metrics_of_measured_numbers_are_those_counted_by_hand() -> None:
 def test_gradients_do_not_grow_with_accumulation(
     made: Made, bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four batches of one accumulated give the gradient of one batch of four."""
-    from transformers import TrainingArguments
-
-    from loraplus_hydra.tasks.classifier import ClassificationTrainer
-
+    """Compare four accumulated batches of one row with one batch of four."""
     examples = made(CARDS)
 
     def gradient(batch: int, accumulated: int) -> torch.Tensor:
@@ -217,10 +212,6 @@ def test_gradients_do_not_grow_with_accumulation(
 
 
 def test_the_head_is_trained_saved_and_named(compose: Callable[..., Any], bert_folder: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    from loraplus_hydra.runs.job import run
-
     path = write_jsonl(tmp_path / "rows.jsonl", CARDS)
     config = compose(
         "task=classification",

@@ -1,4 +1,4 @@
-"""A task's own keys: the parameters of its `examples` function, passed by name and checked against its signature."""
+"""A task's own keys: parameters of its `examples` function, checked against its signature."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def config_problems(config) -> list[Problem]:
 
 @pytest.fixture
 def own(tmp_path_factory: pytest.TempPathFactory, tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Overrides of a run whose task is a function in a module of the user's."""
+    """Return overrides of a run whose task is a function in a user's module."""
     folder = tmp_path_factory.mktemp("own")
     name = f"task_of_{folder.name}"
     (folder / f"{name}.py").write_text(OWN_TASK)
@@ -54,7 +54,7 @@ def test_an_options_own_keys_are_all_parameters_of_its_function(file: Path) -> N
     assert [key for key in option if key not in COMMON] == [name for name in taken[4:] if name != BASE]
 
 
-def test_keys_reach_a_function_of_ones_own_by_name(own: list[str], cli: Callable[..., Finished]) -> None:
+def test_keys_reach_a_users_function_by_name(own: list[str], cli: Callable[..., Finished]) -> None:
     checked = cli("check", *own, "+task.width=3", "+task.mode=wide")
     assert checked.status == 0
     assert "width 3, mode wide" in checked.out
@@ -104,6 +104,6 @@ def test_values_of_a_tasks_keys_are_checked(overrides: list[str], message: str, 
     assert message in checked.err
 
 
-def test_a_run_needs_no_key_that_suits_by_default(compose: Callable[..., Any]) -> None:
+def test_keys_of_every_task_have_defaults(compose: Callable[..., Any]) -> None:
     task = compose("task=classification").task
     assert (task.samples, task.sample_tokens) == (TaskConfig().samples, TaskConfig().sample_tokens)

@@ -1,4 +1,4 @@
-"""Each task trains on each shape of rows: two steps of a tiny model, from the command's config to the saved adapter."""
+"""Each task trains on each shape of rows: two steps of a tiny model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: which tokens the model sees and which carry loss, against hand-made rows and against TRL."""
+"""Supervised fine-tuning: tokens and labels, compared with hand-made rows and with TRL."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+from trl.chat_template_utils import qwen2_5_chat_template
 
 from loraplus_hydra.errors import ConfigErrors
 from loraplus_hydra.models.tokenizer import load_tokenizer
@@ -29,7 +32,7 @@ SHARED = [{"from": {"user": "human", "assistant": "gpt"}[turn["role"]], "value":
 
 @pytest.fixture
 def made(compose: Callable[..., Any], tmp_path: Path) -> Made:
-    """Examples of the sft task for a model's folder and rows; the same rows are evaluated on."""
+    """Return a function from a model's folder and rows to the task's examples."""
 
     def make(folder: Path, rows: list[dict[str, Any]], *overrides: str) -> Examples:
         path = write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -52,14 +55,14 @@ def test_without_a_template_the_completion_and_its_end_carry_loss(made: Made, pl
     assert row == {"input_ids": prompt + completion, "labels": masked(prompt) + completion}
 
 
-def test_loss_on_prompts_too_when_asked_for(made: Made, plain_llama_folder: Path) -> None:
+def test_prompts_carry_loss_if_configured(made: Made, plain_llama_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(plain_llama_folder)
     row = made(plain_llama_folder, PAIRS, "task.args.completion_only_loss=false").train[0]
     ids = ids_of(tokenizer, "say 0", " the number 0", END)
     assert row == {"input_ids": ids, "labels": ids}
 
 
-def test_an_end_that_is_there_already_is_not_doubled(made: Made, plain_llama_folder: Path) -> None:
+def test_an_existing_end_is_not_doubled(made: Made, plain_llama_folder: Path) -> None:
     rows = [{"prompt": "say", "completion": f" one{END}"}]
     ids = made(plain_llama_folder, rows).train[0]["input_ids"]
     assert ids == ids_of(AutoTokenizer.from_pretrained(plain_llama_folder), "say", " one", END)
@@ -93,8 +96,8 @@ def test_conversations_carry_loss_everywhere_or_in_the_assistants_turns(
     examples = made(llama_folder, [{column: turns}], f"task.args.assistant_only_loss={str(assistant_only).lower()}")
     ids: list[int] = []
     labels: list[int] = []
-    for said, answer in (("say 1", "the number 1"), ("and after", "the number 2")):
-        unlearnt = user(tokenizer, said) + ids_of(tokenizer, ASSISTANT)
+    for question, answer in (("say 1", "the number 1"), ("and after", "the number 2")):
+        unlearnt = user(tokenizer, question) + ids_of(tokenizer, ASSISTANT)
         learnt = ids_of(tokenizer, answer, END)
         ids += unlearnt + learnt
         labels += (masked(unlearnt) if assistant_only else unlearnt) + learnt
@@ -134,9 +137,7 @@ SHAPES: dict[str, tuple[list[dict[str, Any]], list[str], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tokens_and_labels_are_those_that_trl_makes(made: Made, llama_folder: Path, tmp_path: Path, shape: str) -> None:
-    from trl import SFTConfig, SFTTrainer
-
+def test_tokens_and_labels_equal_those_of_trl(made: Made, llama_folder: Path, tmp_path: Path, shape: str) -> None:
     rows, overrides, arguments = SHAPES[shape]
     if "task.args.completion_only_loss=false" in overrides:
         arguments = {**arguments, "completion_only_loss": False}
@@ -151,7 +152,7 @@ def test_tokens_and_labels_are_those_that_trl_makes(made: Made, llama_folder: Pa
         assert list(ours[column]) == list(trainer.train_dataset[column])
 
 
-def test_long_rows_are_counted_and_those_that_lose_all_are_told_apart(made: Made, llama_folder: Path) -> None:
+def test_notes_count_rows_that_are_cut_and_rows_that_are_left_out(made: Made, llama_folder: Path) -> None:
     rows = [*PAIRS, {"prompt": "say 1", "completion": " 1" * 20}, {"prompt": " 1" * 20, "completion": "two"}]
     notes = "\n".join(made(llama_folder, rows, "task.args.max_length=12").notes)
     assert "2 of 6 train rows are longer than 12 tokens" in notes
@@ -175,11 +176,9 @@ def test_a_template_without_marks_is_an_error_for_loss_on_the_assistant_alone(
         made(unmarked_llama_folder, [{"messages": TURNS}], "task.args.assistant_only_loss=true")
 
 
-def test_trls_marked_version_of_a_known_template_is_used_and_said(
+def test_trls_marked_version_of_a_known_template_is_used_and_noted(
     made: Made, unmarked_llama_folder: Path, tmp_path: Path
 ) -> None:
-    from trl.chat_template_utils import qwen2_5_chat_template
-
     template = tmp_path / "qwen.jinja"
     template.write_text(qwen2_5_chat_template, encoding="utf-8")
     examples = made(
@@ -196,14 +195,14 @@ def test_trls_marked_version_of_a_known_template_is_used_and_said(
     assert "say 1" not in learnt
 
 
-def test_rows_that_fit_two_shapes_must_be_told_which(made: Made, llama_folder: Path) -> None:
+def test_rows_that_fit_two_shapes_are_an_error(made: Made, llama_folder: Path) -> None:
     rows = [{"prompt": "a", "completion": "b", "text": "c"}]
     with pytest.raises(ConfigErrors, match=r"prompt and completion or as text.*data\.text_column=null"):
         made(llama_folder, rows)
     assert made(llama_folder, rows, "data.text_column=null").train.num_rows == 1
 
 
-def test_samples_ask_what_comes_ahead_of_the_last_answer(made: Made, llama_folder: Path) -> None:
+def test_samples_end_before_the_last_answer(made: Made, llama_folder: Path) -> None:
     examples = made(llama_folder, [{"messages": TURNS}], "task.samples=1")
     assert examples.prompts == ("and after",)
     assert examples.references == ("the number 2",)
@@ -211,10 +210,7 @@ def test_samples_ask_what_comes_ahead_of_the_last_answer(made: Made, llama_folde
 
 
 def test_packed_rows_do_not_see_each_other(made: Made, llama_folder: Path, tmp_path: Path) -> None:
-    """The loss of packed rows is the token-weighted loss of the same rows by themselves."""
-    import torch
-    from trl import SFTConfig, SFTTrainer
-
+    """Compare the loss of packed rows with the token-weighted loss of the single rows."""
     examples = made(llama_folder, [*PAIRS, {"prompt": "what is the lazy dog", "completion": " fox" * 9}])
     tokenizer = AutoTokenizer.from_pretrained(llama_folder)
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraplus_hydra.errors import ConfigErrors
 from loraplus_hydra.models.tokenizer import load_tokenizer
+from loraplus_hydra.runs.job import run
 from loraplus_hydra.tasks.examples import Examples, load_examples
 from loraplus_hydra.tasks.text import cut_into_blocks
 from tests.support.tiny import END, ids_of, write_jsonl
@@ -25,7 +26,7 @@ Made = Callable[..., Examples]
 
 @pytest.fixture
 def made(compose: Callable[..., Any], llama_folder: Path) -> Made:
-    """Examples of the text task."""
+    """Return a function from overrides to the text task's examples."""
 
     def make(*overrides: str) -> Examples:
         config = compose("task=text", "model=hub", f"model.path={llama_folder}", *overrides)
@@ -46,7 +47,7 @@ def test_blocks_are_the_text_in_order_and_only_the_last_is_shorter(parts: list[l
     assert all(0 < len(block) <= size for block in blocks[-1:])
 
 
-def test_documents_follow_each_other_with_an_end_behind_each(made: Made, llama_folder: Path, tmp_path: Path) -> None:
+def test_documents_follow_each_other_with_an_end_after_each(made: Made, llama_folder: Path, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "the lazy dog"}, {"text": "say 1 2 3"}])
     examples = made("data=jsonl", f"data.train={rows}", f"data.eval={rows}", "task.block_size=5")
     ids = ids_of(AutoTokenizer.from_pretrained(llama_folder), "the lazy dog", END, "say 1 2 3", END)
@@ -67,7 +68,7 @@ def test_a_file_is_one_document_whose_end_is_held_out(made: Made, llama_folder: 
     assert 0.2 < len(held_out) / (len(train) + len(held_out)) < 0.4
 
 
-def test_the_last_block_is_padded_without_loss_and_ends_keep_theirs(made: Made, tmp_path: Path) -> None:
+def test_the_last_block_is_padded_without_loss_and_ends_carry_loss(made: Made, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "the lazy dog"}, {"text": "say 1 2 3"}])
     examples = made("data=jsonl", f"data.train={rows}", f"data.eval={rows}", "task.block_size=6")
     first, last = examples.train
@@ -79,7 +80,7 @@ def test_the_last_block_is_padded_without_loss_and_ends_keep_theirs(made: Made, 
     assert batch["attention_mask"][1].tolist() == [1] * shorter + [0] * (6 - shorter)
 
 
-def test_an_end_that_is_the_pad_token_too_keeps_its_loss(made: Made, tmp_path: Path) -> None:
+def test_an_end_that_is_also_the_pad_token_carries_loss(made: Made, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "the lazy dog"}])
     override = f"model.pad_token='{END}'"
     examples = made("data=jsonl", f"data.train={rows}", f"data.eval={rows}", "task.block_size=8", override)
@@ -90,11 +91,7 @@ def test_an_end_that_is_the_pad_token_too_keeps_its_loss(made: Made, tmp_path: P
 def test_evaluation_loss_is_the_mean_over_all_tokens(
     made: Made, compose: Any, llama_folder: Path, tmp_path: Path
 ) -> None:
-    """By hand over the blocks of the held-out text, whose last is shorter, whatever the batch."""
-    from transformers import AutoModelForCausalLM
-
-    from loraplus_hydra.runs.job import run
-
+    """Compare with the loss by hand over all blocks, of which the last is shorter."""
     text = tmp_path / "book.txt"
     text.write_text("\n".join(f"say {number} the quick brown fox" for number in range(150)))
     overrides = ["data=text", f"data.train={text}", "data.eval_fraction=0.3", "task.block_size=48"]

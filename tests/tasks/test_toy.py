@@ -1,4 +1,4 @@
-"""The toy study: the student learns as its theory says, and its sweep shows what the LoRA+ paper derives."""
+"""The toy: the student learns as in theory, and a sweep shows the paper's result."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import set_seed
 
+from loraplus_hydra.errors import ConfigErrors
+from loraplus_hydra.models.adapter import add_adapter
 from loraplus_hydra.runs.job import run
+from loraplus_hydra.tasks.toy.student import AutoStudent, StudentConfig
 from tests.conftest import Finished
 
 Losses = Callable[..., dict[tuple[float, float], float]]
@@ -24,12 +29,6 @@ def toy(*words: str) -> list[str]:
 def test_student_learns_as_adam_does_on_the_exact_gradient(
     start: str, compose: Callable[..., Any], tmp_path: Path
 ) -> None:
-    from safetensors.torch import load_file
-    from transformers import set_seed
-
-    from loraplus_hydra.models.adapter import add_adapter
-    from loraplus_hydra.tasks.toy.student import AutoStudent, StudentConfig
-
     config = compose(
         *toy("data.width=24", "data.steps=15", f"adapter.init_lora_weights={start}", "loraplus.ratio=30", "seed=5")
     )
@@ -60,7 +59,7 @@ def test_student_learns_as_adam_does_on_the_exact_gradient(
 
 @pytest.fixture
 def losses(compose: Callable[..., Any], tmp_path: Path) -> Losses:
-    """What is left of the error after training at each pair of rates."""
+    """Return the error after training at each pair of rates."""
 
     def at(start: str, width: int, pairs: list[tuple[float, float]]) -> dict[tuple[float, float], float]:
         found = {}
@@ -79,24 +78,24 @@ DIAGONAL = [(1e-3, 1e-3), (1e-2, 1e-2), (1e-1, 1e-1)]
 
 
 def gain(found: dict[tuple[float, float], float]) -> float:
-    """How many times smaller the smallest error is than the smallest at equal rates."""
+    """Return the smallest error at equal rates, divided by the smallest of all."""
     return min(found[pair] for pair in DIAGONAL) / min(found.values())
 
 
-def test_with_a_zero_a_large_ratio_wins_and_the_more_the_wider(losses: Losses) -> None:
+def test_with_a_zero_a_large_ratio_wins_and_gains_more_at_large_width(losses: Losses) -> None:
     gains = [gain(losses("a_zero", width, [*DIAGONAL, (1e-3, 1e-1), (1e-3, 1.0)])) for width in (64, 256)]
     assert gains[0] > 2
     assert gains[1] > 10 * gains[0]
 
 
-def test_with_b_zero_plain_lora_is_hardly_beaten(losses: Losses) -> None:
+def test_with_b_zero_a_ratio_gains_little(losses: Losses) -> None:
     found = losses("true", 256, [*DIAGONAL, (1e-3, 1e-1), (1e-2, 1e-1), (1e-1, 1e-2), (1.0, 1e-2)])
     best = min(found, key=lambda pair: found[pair])
     assert best[1] / best[0] <= 1
     assert gain(found) < 3
 
 
-def test_toy_sweep_ends_in_the_picture_of_both_rates(cli: Callable[..., Finished], tmp_path: Path) -> None:
+def test_toy_sweep_draws_the_map_of_both_rates(cli: Callable[..., Finished], tmp_path: Path) -> None:
     grid = ["loraplus.lr_A=1e-3,1e-1", "loraplus.lr_B=1e-3,1e-1"]
     finished = cli("hparams_search=toy", *grid, "data.width=32", "data.steps=20")
     assert finished.status == 0, finished.err
@@ -108,8 +107,6 @@ def test_toy_sweep_ends_in_the_picture_of_both_rates(cli: Callable[..., Finished
         assert [group["role"] for group in groups] == ["lora_A", "lora_B"]
 
 
-def test_width_beyond_the_tables_is_told(compose: Callable[..., Any], tmp_path: Path) -> None:
-    from loraplus_hydra.errors import ConfigErrors
-
+def test_width_beyond_the_tables_is_an_error(compose: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigErrors, match=r"data\.width: 4096 is out of range"):
         run(compose(*toy("data.width=4096")), tmp_path / "run")
