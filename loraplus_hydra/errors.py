@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -30,6 +31,17 @@ class ConfigErrors(UserError):
         self.problems = tuple(problems)
         assert self.problems, "ConfigErrors needs at least one problem"
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+@contextmanager
+def errors_at(key: str) -> Iterator[None]:
+    """Turn a UserError raised inside into ConfigErrors at `key`; ConfigErrors pass."""
+    try:
+        yield
+    except ConfigErrors:
+        raise
+    except UserError as error:
+        raise ConfigErrors([Problem(key, str(error))]) from error
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.config.schema import ModelConfig
-from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line, nearest
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError, errors_at, first_line, nearest
 from loraplus_hydra.loraplus.memory import measure_state
 from loraplus_hydra.loraplus.plan import Plan
 from loraplus_hydra.loraplus.roles import tensor_records
@@ -35,7 +33,7 @@ def load_data(config: DictConfig) -> Examples:
     except ConfigErrors as errors:
         raise ConfigErrors([*errors.problems, *data_problems(config)]) from errors
     problems = _missing_tokens(config.task.args, tokenizer)
-    with _errors_at("data"):
+    with errors_at("data"):
         examples = prepare_examples(config, tokenizer, keep=True)
     if problems:
         raise ConfigErrors(problems)
@@ -65,7 +63,7 @@ def _missing_tokens(args: DictConfig, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def _load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
-    with _errors_at("model.tokenizer"):
+    with errors_at("model.tokenizer"):
         try:
             tokenizer = load_tokenizer(config.model)
         except UserError:
@@ -74,7 +72,7 @@ def _load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
             key = "model.tokenizer" if config.model.tokenizer else "model.path"
             fix = "name a folder with a tokenizer, or a model on the hub"
             raise ConfigErrors([Problem(key, first_line(error), fix)]) from error
-    with _errors_at("model.path"):
+    with errors_at("model.path"):
         if problems := vocabulary_problems(config.model, tokenizer):
             raise ConfigErrors(problems)
     return tokenizer
@@ -85,9 +83,9 @@ def plan_without_weights(config: DictConfig, examples: Examples | None) -> tuple
 
     `examples` are the rows' examples, on which a classifier's labels depend; None leaves the model's own.
     """
-    with _errors_at("model.path"):
+    with errors_at("model.path"):
         model = meta_model(config.model, config.task.auto_class, examples.model_arguments if examples else {})
-    with _errors_at("adapter"):
+    with errors_at("adapter"):
         try:
             adapted = add_meta_adapter(model, config)
         except UserError:
@@ -97,7 +95,7 @@ def plan_without_weights(config: DictConfig, examples: Examples | None) -> tuple
     problems = [head_problem(adapted, config.task._target_), _rank_problem(adapted), _token_problem(adapted)]
     if found := [problem for problem in problems if problem is not None]:
         raise ConfigErrors(found)
-    with _errors_at("loraplus"):
+    with errors_at("loraplus"):
         try:
             settings = loraplus_settings(config)
             return adapted, measure_state(settings.plan(adapted), settings)
@@ -135,14 +133,3 @@ def _adapter_problem(model: Any, text: str) -> Problem:
         return Problem("adapter", text)
     targets = ", ".join(possible_targets(model))
     return Problem("adapter.target_modules", text, f"layers of this model that it can name: {targets}; or all-linear")
-
-
-@contextmanager
-def _errors_at(key: str) -> Iterator[None]:
-    """Turn a UserError raised inside into a Problem at `key`."""
-    try:
-        yield
-    except ConfigErrors:
-        raise
-    except UserError as error:
-        raise ConfigErrors([Problem(key, str(error))]) from error

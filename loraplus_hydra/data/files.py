@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 
 from loraplus_hydra.data import mixing
 from loraplus_hydra.data.readers import FORMATS, UNITS, Layout, load_file, read
-from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line, nearest
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError, errors_at, first_line, nearest
 
 Files = str | list[str] | dict[str, float]
 _FILES = "a path, a list of paths, or {path: weight, ...}"
@@ -189,19 +188,8 @@ def _looked_for_in(path: Path) -> str:
 
 def _parts(source: Source) -> Iterator[tuple[str, Dataset]]:
     for path, layout in zip(source.paths, source.layouts, strict=True):
-        with _errors_at(source.key):
+        with errors_at(source.key):
             yield path, load_file(path, layout)
-
-
-@contextmanager
-def _errors_at(key: str) -> Iterator[None]:
-    """Turn a UserError about a file into a ConfigErrors at the config's key."""
-    try:
-        yield
-    except ConfigErrors:
-        raise
-    except UserError as error:
-        raise ConfigErrors([Problem(key, str(error))]) from None
 
 
 def _mixed(source: Source, seed: int) -> Dataset:
@@ -239,7 +227,7 @@ def _stream(source: Source, seed: int) -> IterableDataset:
 
 def _streamed_file(key: str, path: str, layout: Layout) -> IterableDataset:
     rows = IterableDataset.from_generator(read, gen_kwargs={"path": path, "layout": layout})
-    with _errors_at(key):
+    with errors_at(key):
         if next(iter(rows), None) is None:
             raise UserError(f"{path} has no rows")
     return rows

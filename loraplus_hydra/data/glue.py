@@ -19,7 +19,7 @@ from loraplus_hydra.data import mixing
 from loraplus_hydra.data.cache import file_digest, generate_cached
 from loraplus_hydra.data.hub import load_split
 from loraplus_hydra.data.rows import ORIGIN
-from loraplus_hydra.errors import ConfigErrors, Problem, UserError, nearest
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError, errors_at, nearest
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,10 @@ def _folder(path: Path, task: GlueTask) -> Path:
 
 
 def _local(path: Path, task: GlueTask) -> Dataset:
-    try:
-        # All rows are read once ahead: datasets would wrap their errors.
-        count = sum(1 for _ in read_tsv(str(path), task))
-    except UserError as error:
-        raise ConfigErrors([Problem("data.path", str(error))]) from None
-    if count == 0:
-        raise ConfigErrors([Problem("data.path", f"{path} has no rows")])
+    with errors_at("data.path"):
+        # All rows are read once before, because datasets would wrap their errors.
+        if sum(1 for _ in read_tsv(str(path), task)) == 0:
+            raise UserError(f"{path} has no rows")
     key = {"glue": task.folder, "path": str(path), "content": file_digest(path)}
     return generate_cached(read_tsv, {"path": str(path), "task": task}, features=_features(task), key=key)
 
