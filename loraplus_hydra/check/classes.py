@@ -19,7 +19,7 @@ from loraplus_hydra.check.kinds import (
 )
 from loraplus_hydra.check.signatures import argument_problems
 from loraplus_hydra.check.values import MASTERS
-from loraplus_hydra.config.schema import EARLY_STOPPING, TaskConfig
+from loraplus_hydra.config.schema import NOT_TRAINING_ARGUMENTS, TaskConfig
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.data.rows import loader_arguments
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line, nearest
@@ -223,7 +223,7 @@ def _trainer_arguments(arguments: type, task: dict[str, Any], trainer: dict[str,
     """Fields common to all Trainers stand under `trainer`, those of this one alone under `task.args`."""
     from transformers import TrainingArguments
 
-    trainer = _without(trainer, *EARLY_STOPPING)  # ours
+    trainer = _without(trainer, *NOT_TRAINING_ARGUMENTS)  # ours
     common = {field.name for field in fields(TrainingArguments)} - set(MASTERS)
     own = {field.name for field in fields(arguments)} - common - set(MASTERS)  # type: ignore[arg-type]
     problems = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict, dataclass, field
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Literal, Optional
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -127,6 +127,7 @@ class TrainerConfig:
     early_stopping_patience: Optional[int] = field(metadata=range_(COUNT))
     early_stopping_threshold: float = field(metadata=range_(NOT_NEGATIVE))  # smallest change that counts as better
     resume_from_checkpoint: Optional[str] = field(metadata=range_(CHECKPOINT))
+    forward: Literal["auto", "lean", "plain"]  # how the model computes a batch, see docs/lean.md
 
 
 @dataclass
@@ -253,7 +254,7 @@ RUN_GROUPS = tuple(GROUPS)
 CLOSED_GROUPS = ("model",)
 
 # Keys of the trainer group that are not fields of TrainingArguments.
-EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
+NOT_TRAINING_ARGUMENTS = ("early_stopping_patience", "early_stopping_threshold", "forward")
 
 NOT_OF_A_RUN = ("hydra", "sweep")  # nodes of the program's config beside the run's
 

@@ -20,5 +20,5 @@ def keep_freed_memory() -> bool:
     with suppress(ValueError, OSError, AttributeError):
         if (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc"):
             libc = ctypes.CDLL("libc.so.6")
-            return all([libc.mallopt(name, value) for name, value in _SETTINGS.items()])
+            return all(libc.mallopt(name, value) == 1 for name, value in _SETTINGS.items())
     return False

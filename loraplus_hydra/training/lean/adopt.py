@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from loraplus_hydra.io import screen
+from loraplus_hydra.training.allocator import keep_freed_memory
+from loraplus_hydra.training.hf_trainer.module_walks import walk_once
 from loraplus_hydra.training.lean.attention import UnknownBatchError
 from loraplus_hydra.training.lean.eligible import reason_against, reason_against_auto
 from loraplus_hydra.training.lean.first_batch import Entry, disagreement
@@ -16,10 +18,15 @@ AUTO, LEAN, PLAIN = "auto", "lean", "plain"
 
 
 def adopt(trainer: Any, forward: str) -> None:
-    """Have a Trainer's model run by the lean forward from its next batch on, as `trainer.forward` says.
+    """Prepare a Trainer for its steps: memory, walks over modules, and the forward that `trainer.forward` names.
 
-    What is not eligible trains as it would without this call, and the reason is on the screen.
+    The lean forward runs the model's batches from the next one on. A run that can't have it trains as it would
+    without, and the reason is on the screen.
     """
+    if trainer.args.device.type == "cpu":
+        keep_freed_memory()
+    if trainer.args.world_size == 1 and not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
+        walk_once(trainer)
     if forward == PLAIN:
         return
     reason = reason_against(trainer) or (reason_against_auto(trainer) if forward == AUTO else None)
@@ -32,7 +39,7 @@ def adopt(trainer: Any, forward: str) -> None:
         _install(lean.backbone, model, lean.backbone_output)
     else:
         _install(model, model, functools.partial(_causal, lean))
-    screen.say("    Forward pass: lean, without padding (trainer.forward)")
+    screen.show("    Forward pass: lean, without padding (trainer.forward)")
 
 
 def _is_classifier(model: Any) -> bool:
@@ -81,4 +88,4 @@ class _State:
 
 
 def _report_plain(reason: str) -> None:
-    screen.say(f"    Forward pass: plain, since {reason}")
+    screen.show(f"    Forward pass: plain, since {reason}")

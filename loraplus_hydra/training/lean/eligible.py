@@ -22,8 +22,9 @@ def _reasons(trainer: Any) -> Any:
     args = trainer.args
     yield args.world_size > 1 or args.n_gpu > 1, "several processes train it"
     yield trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled, "DeepSpeed or FSDP runs it"
-    yield type(trainer).compute_loss not in (Trainer.compute_loss, SFTTrainer.compute_loss), (
-        f"{_name(trainer)} computes its own loss"
+    yield (
+        type(trainer).compute_loss not in (Trainer.compute_loss, SFTTrainer.compute_loss),
+        (f"{_name(trainer)} computes its own loss"),
     )
     yield trainer.compute_loss_func is not None, "the loss is a function of the task's own"
     yield args.label_smoothing_factor > 0, "label smoothing needs all logits (trainer.label_smoothing_factor)"

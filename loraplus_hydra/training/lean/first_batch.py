@@ -49,11 +49,12 @@ def _numbers(
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.dtype]:
     """Return outputs and the gradients of a mixture of them, each as one vector, and the outputs' dtype."""
     values = _outputs(output, batch)
-    # Not their plain sum, which a layer norm at the end makes a constant.
-    mixture = torch.stack([(each * torch.arange(each.numel(), device=each.device).cos()).sum() for each in values]).sum()
-    gradients = (
-        torch.autograd.grad(mixture, trained, allow_unused=True, materialize_grads=True) if mixture.requires_grad else ()
-    )
+    # Weights, since a layer norm at the end makes their plain sum a constant.
+    mixed = [each * torch.arange(each.numel(), device=each.device).cos() for each in values]
+    mixture = torch.stack([each.sum() for each in mixed]).sum()
+    gradients: Any = ()
+    if mixture.requires_grad:
+        gradients = torch.autograd.grad(mixture, trained, allow_unused=True, materialize_grads=True)
     return (_vector(values), _vector(gradients)), values[0].dtype
 
 
@@ -70,7 +71,8 @@ def _outputs(output: Any, batch: Mapping[str, Any]) -> list[torch.Tensor]:
 
 
 def _vector(tensors: Any) -> torch.Tensor:
-    return torch.cat([each.detach().flatten().to(torch.float64) for each in tensors])
+    parts = [each.detach().flatten().to(torch.float64) for each in tensors]
+    return torch.cat(parts) if parts else torch.zeros(0)
 
 
 def _relative(expected: torch.Tensor, made: torch.Tensor) -> float:

@@ -89,14 +89,16 @@ class LeanForward:
         rows = Rows.of(mask) if mask.shape == ids.shape else None
         if rows is None:
             raise UnknownBatchError("a row of the batch is empty")
-        joined = {name: rows.join(batch[name]) for name in ("input_ids", "token_type_ids") if batch.get(name) is not None}
+        joined = {
+            name: rows.join(batch[name]) for name in ("input_ids", "token_type_ids") if batch.get(name) is not None
+        }
         joined["position_ids"] = rows.join(self._positions(ids, mask))
         with self._underway(rows), attention_by_rows(self.backbone.config):
             return self._run_backbone(**joined, use_cache=False, return_dict=True, **{ROWS: rows}), rows
 
     def _positions(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return position ids, [rows, columns], as the model makes them when it is given none."""
-        embeddings = getattr(self.backbone, "embeddings", None)
+        embeddings: Any = getattr(self.backbone, "embeddings", None)
         own = getattr(embeddings, "create_position_ids_from_input_ids", None)  # RoBERTa and its kin
         return positions(mask) if own is None else own(ids, embeddings.padding_idx)
 

@@ -44,7 +44,11 @@ class _Score(torch.autograd.Function):
         chosen = hidden.index_select(0, places)
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
-            chosen, head, bias = chosen.to(dtype), Frozen(head.weight.to(dtype)), None if bias is None else bias.to(dtype)
+            chosen, head, bias = (
+                chosen.to(dtype),
+                Frozen(head.weight.to(dtype)),
+                None if bias is None else bias.to(dtype),
+            )
         gradient = torch.empty_like(chosen) if with_gradient else None
         size = max(16, _PIECE // head.weight.shape[0])
         made = [

@@ -126,7 +126,7 @@ def _frozen_forward(linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]
     return lambda x: _FrozenProduct.apply(x, frozen, linear.bias)
 
 
-def _is_plain_lora(module: nn.Module) -> bool:
+def _is_plain_lora(module: Any) -> bool:
     """Return True for PEFT's LoRA on an `nn.Linear`, with one adapter and nothing besides its two factors."""
     if type(module) is not LoraLinear or type(module.base_layer) is not nn.Linear or module.fan_in_fan_out:
         return False
