@@ -41,7 +41,7 @@ def _reasons(trainer: Any) -> Any:
 def _reasons_of_model(model: Any) -> Any:
     yield not isinstance(model, PeftModel), "it has no adapter"
     settings = model.active_peft_config
-    yield type(settings) is not LoraConfig, f"its adapter is a {type(settings).__name__}, not LoRA"
+    yield type(settings) is not LoraConfig, f"its adapter is {type(settings).__name__}, not LoraConfig"
     yield bool(settings.alora_invocation_tokens), "activated LoRA looks for tokens in padded rows"
     yield bool(settings.arrow_config), "Arrow routes each token among adapters"
     base = model.get_base_model()

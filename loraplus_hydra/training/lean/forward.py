@@ -12,7 +12,7 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl.trainer.utils import FusedCausalLMOutput
 
-from loraplus_hydra.training.lean.attention import ROWS, UnknownBatchError, attention_by_rows
+from loraplus_hydra.training.lean.attention import ROWS, UnknownBatchError, UnknownModelError, attention_by_rows
 from loraplus_hydra.training.lean.frozen import Frozen
 from loraplus_hydra.training.lean.head import Scores, score
 from loraplus_hydra.training.lean.layers import lend_lean_layers
@@ -112,7 +112,11 @@ class LeanForward:
 
     def _padded_for_pooler(self, pooler: nn.Module, inputs: tuple[Any, ...]) -> Any:
         """A pooler takes each row's first token, so it gets padded rows."""
-        return None if self._rows is None else (self._rows.pad(inputs[0]), *inputs[1:])
+        if self._rows is None:
+            return None
+        if inputs[0].shape[:2] != (1, self._rows.tokens):
+            raise UnknownModelError("its pooler does not choose the tokens that it pools")
+        return (self._rows.pad(inputs[0]), *inputs[1:])
 
 
 def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
