@@ -14,7 +14,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from loraplus_hydra.training.lean.attention import ROWS, UnknownBatchError, UnknownModelError, attention_by_rows
 from loraplus_hydra.training.lean.frozen import Frozen
-from loraplus_hydra.training.lean.head import Scores, score
+from loraplus_hydra.training.lean.head import log_probabilities, score
 from loraplus_hydra.training.lean.layers import lend_lean_layers
 from loraplus_hydra.training.lean.rows import Rows, positions
 
@@ -50,7 +50,8 @@ class LeanForward:
 
     def fused_output(self, batch: Mapping[str, Any]) -> FusedCausalLMOutput:
         """Return what TRL's fused head returns: scores of each label, [rows, columns - 1], zero where there is none."""
-        scores, scored = self._scores(batch)
+        tokens, scored = self._supervised(batch)
+        scores = score(*tokens)
         items = batch.get("num_items_in_batch")
         log_probs, entropy, is_top1 = (each.new_zeros(scored.shape).masked_scatter(scored, each) for each in scores)
         return FusedCausalLMOutput(
@@ -63,15 +64,17 @@ class LeanForward:
 
     def causal_output(self, batch: Mapping[str, Any]) -> CausalLMOutputWithPast:
         """Return the loss as transformers' causal models do, without logits."""
-        scores, scored = self._scores(batch)
+        tokens, scored = self._supervised(batch)
         items = batch.get("num_items_in_batch")
-        return CausalLMOutputWithPast(loss=-scores.log_probs.sum() / (scored.sum() if items is None else items))
+        return CausalLMOutputWithPast(
+            loss=-log_probabilities(*tokens).sum() / (scored.sum() if items is None else items)
+        )
 
-    def _scores(self, batch: Mapping[str, Any]) -> tuple[Scores, torch.Tensor]:
-        """Return the scores of the labels, and the mask of the places they are at, [rows, columns - 1]."""
+    def _supervised(self, batch: Mapping[str, Any]) -> tuple[Any, torch.Tensor]:
+        """Return the arguments of `score` for a batch, and the mask of its labels, [rows, columns - 1]."""
         output, rows = self._joined_output(batch)
-        labels = batch["labels"]
-        scored = labels[:, 1:] != IGNORED
+        labels = batch["labels"][:, 1:]
+        scored = labels != IGNORED
         # The token before a label predicts it.
         places = rows.places(nn.functional.pad(scored, (0, 1)))
         if places is None:
@@ -79,8 +82,7 @@ class LeanForward:
         layer = self.model.get_output_embeddings()
         if self._frozen_head is None or self._frozen_head.weight is not layer.weight:
             self._frozen_head = Frozen(layer.weight)
-        hidden = output.last_hidden_state[0]
-        return score(hidden, places, labels[:, 1:][scored], self._frozen_head, layer.bias), scored
+        return (output.last_hidden_state[0], places, labels[scored], self._frozen_head, layer.bias), scored
 
     def _joined_output(self, batch: Mapping[str, Any]) -> tuple[Any, Rows]:
         ids = batch["input_ids"]
