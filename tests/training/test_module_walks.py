@@ -83,7 +83,7 @@ def test_clipping_modes_gradients_and_operations_are_the_trainer_s_own(
 def test_gradients_are_dropped_and_modes_switched() -> None:
     from types import SimpleNamespace
 
-    from loraplus_hydra.training.hf_trainer.module_walks import walk_once
+    from loraplus_hydra.training.module_walks import walk_once
 
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
     model.num_parameters = lambda: 6  # type: ignore[assignment]

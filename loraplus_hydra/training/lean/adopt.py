@@ -8,11 +8,11 @@ from typing import Any
 
 from loraplus_hydra.io import screen
 from loraplus_hydra.training.allocator import keep_freed_memory
-from loraplus_hydra.training.hf_trainer.module_walks import walk_once
 from loraplus_hydra.training.lean.attention import UnknownBatchError
 from loraplus_hydra.training.lean.eligible import reason_against, reason_against_auto
 from loraplus_hydra.training.lean.first_batch import Entry, disagreement
 from loraplus_hydra.training.lean.forward import FUSED, LeanForward, batch_of
+from loraplus_hydra.training.module_walks import walk_once
 
 AUTO, LEAN, PLAIN = "auto", "lean", "plain"
 
