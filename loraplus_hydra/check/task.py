@@ -15,7 +15,7 @@ from loraplus_hydra.check.keys import NOT_SET
 from loraplus_hydra.check.kinds import TARGET, derives, is_auto_class, resolve, returns_examples
 from loraplus_hydra.check.signatures import argument_problems, documented_value_problems
 from loraplus_hydra.check.values import MASTERS
-from loraplus_hydra.config.schema import EARLY_STOPPING, TaskConfig
+from loraplus_hydra.config.schema import NOT_TRAINING_ARGUMENTS, TaskConfig
 from loraplus_hydra.errors import Problem, first_line, nearest
 from loraplus_hydra.io.processes import world_size
 from loraplus_hydra.tasks.examples import BASE, own_arguments
@@ -67,7 +67,7 @@ def _own_rules(examples: Callable[..., Any] | None, plain: dict[str, Any]) -> li
 
 
 def _trainer_arguments(arguments: type, task: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
-    trainer, own = _without(trainer, *EARLY_STOPPING), task.get("args") or {}
+    trainer, own = _without(trainer, *NOT_TRAINING_ARGUMENTS), task.get("args") or {}
     problems = _misplaced(arguments, trainer, own)
     if isinstance(trainer.get("activation_checkpointing_kwargs"), str):
         key = "trainer.activation_checkpointing_kwargs"

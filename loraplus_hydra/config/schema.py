@@ -31,6 +31,7 @@ MAX_STEPS = Range("a whole number from 1 on, or -1 for num_train_epochs", lambda
 BLOCK = Range("a whole number from 2 on", lambda x: x >= 2)
 SEED = Range("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)  # numpy's
 CHECKPOINT = Range("auto or a checkpoint's folder", lambda x: x != "")
+FORWARD = Range("auto, lean or plain", lambda x: x in ("auto", "lean", "plain"))
 DTYPE = Range("auto, float32, bfloat16 or float16", lambda x: x in ("auto", "float32", "bfloat16", "float16"))
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")  # transformers' names
 PROBLEM_TYPE = Range(f"one of {', '.join(PROBLEM_TYPES)}", lambda x: x in PROBLEM_TYPES)
@@ -128,6 +129,7 @@ class TrainerConfig:
     early_stopping_patience: Optional[int] = field(metadata=range_(COUNT))
     early_stopping_threshold: float = field(metadata=range_(NOT_NEGATIVE))  # smallest change that counts as better
     resume_from_checkpoint: Optional[str] = field(metadata=range_(CHECKPOINT))
+    forward: str = field(metadata=range_(FORWARD))  # how the model computes a batch, see docs/lean.md
 
 
 @dataclass
@@ -254,7 +256,7 @@ RUN_GROUPS = tuple(GROUPS)
 CLOSED_GROUPS = ("model",)
 
 # Keys of the trainer group that are not fields of TrainingArguments.
-EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
+NOT_TRAINING_ARGUMENTS = ("early_stopping_patience", "early_stopping_threshold", "forward")
 
 NOT_OF_A_RUN = ("hydra", "sweep")  # nodes of the program's config beside the run's
 

@@ -241,7 +241,7 @@ def test_interrupted_sweep_ends_with_the_report_of_what_is_there(
     finished = cli(*tiny_sweep, "seed=1,2,3")
     folder = the_sweep(tmp_path)
     assert finished.status == code
-    assert "2 jobs: 1 done, 1 interrupted" in finished.out
+    assert "2 of 3 jobs run: 1 done, 1 interrupted" in finished.out
     assert reported == [folder]
     assert {name: result["status"] for name, result in results(folder).items()} == {
         "seed-1": "ok",

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from loraplus_hydra.config.schema import EARLY_STOPPING
+from loraplus_hydra.config.schema import NOT_TRAINING_ARGUMENTS
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import processes, screen
@@ -28,6 +28,7 @@ from loraplus_hydra.training.hf_trainer.metrics_callback import MetricsCallback
 from loraplus_hydra.training.hf_trainer.progress_callback import ShowProgress, remove_own_printing
 from loraplus_hydra.training.hf_trainer.resumable_mixin import resumable
 from loraplus_hydra.training.hf_trainer.whole_head import score_with_whole_head
+from loraplus_hydra.training.lean.adopt import adopt
 from loraplus_hydra.training.prepare import Prepared, plain_group
 from loraplus_hydra.training.progress import ProgressDisplay
 
@@ -65,6 +66,7 @@ def make_trainer(
     remove_own_printing(trainer)
     _refuse_other_processes(trainer)
     _report_dropped_rows(trainer, job)
+    adopt(trainer, config.trainer.get("forward", "plain"))
     return trainer
 
 
@@ -77,7 +79,7 @@ def training_arguments(
     """
     arguments = plain_group(config.trainer)
     arguments["resume_from_checkpoint"] = resume_from
-    for name in EARLY_STOPPING:
+    for name in NOT_TRAINING_ARGUMENTS:
         arguments.pop(name, None)
     arguments.update(plain_group(config.task.args))
     if examples.max_length is not None:

@@ -1,0 +1,91 @@
+"""Give a Trainer the lean forward, where its config asks for it and its model can have it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from loraplus_hydra.io import screen
+from loraplus_hydra.training.allocator import keep_freed_memory
+from loraplus_hydra.training.lean.attention import UnknownBatchError
+from loraplus_hydra.training.lean.eligible import reason_against, reason_against_auto
+from loraplus_hydra.training.lean.first_batch import Entry, disagreement
+from loraplus_hydra.training.lean.forward import FUSED, LeanForward, batch_of
+from loraplus_hydra.training.module_walks import walk_once
+
+AUTO, LEAN, PLAIN = "auto", "lean", "plain"
+
+
+def adopt(trainer: Any, forward: str) -> None:
+    """Prepare a Trainer for its steps: memory, walks over modules, and the forward that `trainer.forward` names.
+
+    The lean forward runs the model's batches from the next one on. A run that can't have it trains as it would
+    without, and the reason is on the screen.
+    """
+    if trainer.args.device.type == "cpu":
+        keep_freed_memory()
+    if trainer.args.world_size == 1 and not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
+        walk_once(trainer)
+    if forward == PLAIN:
+        return
+    reason = reason_against(trainer) or (reason_against_auto(trainer) if forward == AUTO else None)
+    if reason is not None:
+        _report_plain(reason)
+        return
+    model = trainer.model.get_base_model()
+    lean = LeanForward(model)
+    if _is_classifier(model):
+        _install(lean.backbone, model, lean.backbone_output)
+    else:
+        _install(model, model, functools.partial(_causal, lean))
+    screen.show("    Forward pass: lean, without padding (trainer.forward)")
+
+
+def _is_classifier(model: Any) -> bool:
+    """Return True for a model whose loss comes from one hidden state of each row."""
+    return model.get_output_embeddings() is None
+
+
+def _causal(lean: LeanForward, batch: Mapping[str, Any]) -> Any:
+    if batch.get("labels") is None:
+        raise UnknownBatchError("there are no labels")
+    return lean.fused_output(batch) if batch.get(FUSED) else lean.causal_output(batch)
+
+
+def _install(module: Any, model: Any, lean: Entry) -> None:
+    """Replace a module's forward. A call that the lean forward does not know goes to the one from before."""
+    plain = module.forward
+    state = _State()
+
+    @functools.wraps(type(module).forward)  # `generate` reads the signature
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        batch = batch_of(args, kwargs) if state.lean else None
+        if batch is None:
+            return plain(*args, **kwargs)
+        try:
+            if not state.checked:
+                state.check(model, lambda some: plain(**some), lean, batch)
+            return lean(batch) if state.lean else plain(*args, **kwargs)
+        except UnknownBatchError:
+            return plain(*args, **kwargs)
+
+    module.forward = forward
+
+
+class _State:
+    """Whether a model's forward is lean, which its first batch decides."""
+
+    def __init__(self) -> None:
+        self.lean = True
+        self.checked = False
+
+    def check(self, model: Any, plain: Entry, lean: Entry, batch: Mapping[str, Any]) -> None:
+        reason = disagreement(model, plain, lean, batch)
+        self.checked, self.lean = True, reason is None
+        if reason is not None:
+            _report_plain(reason)
+
+
+def _report_plain(reason: str) -> None:
+    screen.show(f"    Forward pass: plain, since {reason}")

@@ -1,0 +1,137 @@
+"""The lean forward of one model: its backbone on joined rows, and the scores of its supervised tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from trl.trainer.utils import FusedCausalLMOutput
+
+from loraplus_hydra.training.lean.attention import ROWS, UnknownBatchError, UnknownModelError, attention_by_rows
+from loraplus_hydra.training.lean.frozen import Frozen
+from loraplus_hydra.training.lean.head import log_probabilities, score
+from loraplus_hydra.training.lean.layers import lend_lean_layers
+from loraplus_hydra.training.lean.rows import Rows, positions
+
+IGNORED = -100  # transformers' label of a token without loss
+FUSED = "fused_lm_head"  # with this argument TRL's trainers ask for scores in place of logits
+# What a batch may hold. With any other argument that isn't None or False a model runs as it is.
+_KNOWN = frozenset(
+    ("input_ids", "attention_mask", "token_type_ids", "labels", "num_items_in_batch", "use_cache", "return_dict", FUSED)
+)
+
+
+class LeanForward:
+    """Runs a model's backbone on joined rows. The model stays as it is outside of these calls.
+
+    `model` is a transformers model with an adapter's layers in it, for causal language modelling or classification.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.backbone = model.base_model
+        self._run_backbone = self.backbone.forward
+        self._rows: Rows | None = None  # of the pass under way
+        lend_lean_layers(model, lambda: self._rows is not None)
+        if isinstance(pooler := getattr(self.backbone, "pooler", None), nn.Module):
+            pooler.register_forward_pre_hook(self._padded_for_pooler)
+        self._frozen_head: Frozen | None = None
+
+    def backbone_output(self, batch: Mapping[str, Any]) -> Any:
+        """Return the backbone's output for a padded batch, its last hidden state padded again."""
+        output, rows = self._joined_output(batch)
+        output.last_hidden_state = rows.pad(output.last_hidden_state)
+        return output
+
+    def fused_output(self, batch: Mapping[str, Any]) -> FusedCausalLMOutput:
+        """Return what TRL's fused head returns: scores of each label, [rows, columns - 1], zero where there is none."""
+        tokens, scored = self._supervised(batch)
+        scores = score(*tokens)
+        items = batch.get("num_items_in_batch")
+        log_probs, entropy, is_top1 = (each.new_zeros(scored.shape).masked_scatter(scored, each) for each in scores)
+        return FusedCausalLMOutput(
+            loss=-scores.log_probs.sum() / (scored.sum().clamp(min=1) if items is None else items),
+            log_probs=log_probs,
+            entropy=entropy,
+            is_top1=is_top1,
+            label_mask=scored,
+        )
+
+    def causal_output(self, batch: Mapping[str, Any]) -> CausalLMOutputWithPast:
+        """Return the loss as transformers' causal models do, without logits."""
+        tokens, scored = self._supervised(batch)
+        items = batch.get("num_items_in_batch")
+        return CausalLMOutputWithPast(
+            loss=-log_probabilities(*tokens).sum() / (scored.sum() if items is None else items)
+        )
+
+    def _supervised(self, batch: Mapping[str, Any]) -> tuple[Any, torch.Tensor]:
+        """Return the arguments of `score` for a batch, and the mask of its labels, [rows, columns - 1]."""
+        output, rows = self._joined_output(batch)
+        labels = batch["labels"][:, 1:]
+        scored = labels != IGNORED
+        # The token before a label predicts it.
+        places = rows.places(nn.functional.pad(scored, (0, 1)))
+        if places is None:
+            raise UnknownBatchError("a label follows a masked token")
+        layer = self.model.get_output_embeddings()
+        if self._frozen_head is None or self._frozen_head.weight is not layer.weight:
+            self._frozen_head = Frozen(layer.weight)
+        return (output.last_hidden_state[0], places, labels[scored], self._frozen_head, layer.bias), scored
+
+    def _joined_output(self, batch: Mapping[str, Any]) -> tuple[Any, Rows]:
+        ids = batch["input_ids"]
+        mask = batch.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        rows = Rows.of(mask) if mask.shape == ids.shape else None
+        if rows is None:
+            raise UnknownBatchError("a row of the batch is empty")
+        joined = {
+            name: rows.join(batch[name]) for name in ("input_ids", "token_type_ids") if batch.get(name) is not None
+        }
+        joined["position_ids"] = rows.join(self._positions(ids, mask))
+        with self._underway(rows), attention_by_rows(self.backbone.config):
+            return self._run_backbone(**joined, use_cache=False, return_dict=True, **{ROWS: rows}), rows
+
+    def _positions(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return position ids, [rows, columns], as the model makes them when it is given none."""
+        embeddings: Any = getattr(self.backbone, "embeddings", None)
+        own = getattr(embeddings, "create_position_ids_from_input_ids", None)  # RoBERTa and its kin
+        return positions(mask) if own is None else own(ids, embeddings.padding_idx)
+
+    @contextmanager
+    def _underway(self, rows: Rows) -> Iterator[None]:
+        self._rows = rows
+        try:
+            yield
+        finally:
+            self._rows = None
+
+    def _padded_for_pooler(self, pooler: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        """A pooler takes each row's first token, so it gets padded rows."""
+        if self._rows is None:
+            return None
+        if inputs[0].shape[:2] != (1, self._rows.tokens):
+            raise UnknownModelError("its pooler does not choose the tokens that it pools")
+        return (self._rows.pad(inputs[0]), *inputs[1:])
+
+
+def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the arguments of a model's call as a batch; None if the lean forward does not know one of them."""
+    if len(args) > 1:
+        return None
+    batch = {**kwargs, **({"input_ids": args[0]} if args else {})}
+    strange = [name for name, value in batch.items() if name not in _KNOWN and value is not None and value is not False]
+    ids = batch.get("input_ids")
+    known = not strange and isinstance(ids, torch.Tensor) and ids.ndim == 2 and batch.get("return_dict") is not False
+    return batch if known else None
+
+
+def takes_positions(backbone: nn.Module) -> bool:
+    """Return True if a backbone can be given the positions of its tokens."""
+    return "position_ids" in inspect.signature(backbone.forward).parameters

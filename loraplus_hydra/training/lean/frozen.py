@@ -1,0 +1,66 @@
+"""Products with a frozen weight matrix, by whichever float32 library is faster on this processor."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
+
+import torch
+
+
+class Frozen:
+    """A frozen weight, [out, in], and its products in both directions.
+
+    `with_onednn` packs the weight for oneDNN once, twice its memory; by default where MKL is slow. It computes in
+    float32 like BLAS. The weight may be cast or moved later: then BLAS takes over.
+    """
+
+    def __init__(self, weight: torch.Tensor, *, with_onednn: bool | None = None) -> None:
+        self.weight = weight
+        wanted = onednn_is_faster() if with_onednn is None else with_onednn
+        self._packed = _pack(weight) if wanted and _can_pack(weight) else None
+        self._packed_from = weight.data_ptr()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x W^T, [tokens, out], for x [tokens, in]."""
+        return x @ self.weight.t() if not self._usable(x) else _product(x, self._packed[0])  # type: ignore[index]
+
+    def backward(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return g W, [tokens, in], for g [tokens, out]."""
+        if not self._usable(gradient):
+            return gradient @ self.weight
+        return _product(gradient, self._packed[1])  # type: ignore[index]
+
+    def _usable(self, x: torch.Tensor) -> bool:
+        return self._packed is not None and x.dtype == torch.float32 and self.weight.data_ptr() == self._packed_from
+
+
+def _can_pack(weight: torch.Tensor) -> bool:
+    usable = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return usable and weight.dtype == torch.float32 and weight.device.type == "cpu"
+
+
+def _pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weight and its transpose in oneDNN's own layout (no public function of torch keeps it)."""
+    weight = weight.detach()
+    both = (weight.contiguous(), weight.t().contiguous())
+    return tuple(torch.ops.mkldnn._reorder_linear_weight(each, None) for each in both)  # type: ignore[return-value]
+
+
+def _product(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, None, "none", [], "")
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Return True where torch multiplies by MKL on a processor that MKL runs its slow code on.
+
+    That is any x86 processor but Intel's: oneDNN does twice as much there.
+    """
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkl.is_available():
+        return False
+    try:
+        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False

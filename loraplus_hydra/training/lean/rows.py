@@ -1,0 +1,86 @@
+"""Rows of a padded batch, joined into one row of tokens without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Where each token of a padded batch stands in the joined row of tokens.
+
+    Rows are joined in the order of their lengths, so that rows of one length form one block in attention. `kept` has
+    the tokens' places in the flattened batch; None where nothing is padded and the batch is its own joined row.
+    """
+
+    shape: tuple[int, int]  # rows and columns of the batch
+    lengths: tuple[int, ...]  # tokens of each row, in joined order
+    kept: torch.Tensor | None
+
+    @classmethod
+    def of(cls, mask: torch.Tensor) -> Rows | None:
+        """Return the rows of an attention mask of zeros and ones, [rows, columns]; None if a row has no token."""
+        rows, columns = mask.shape
+        lengths = mask.sum(1).tolist()
+        if min(lengths) == columns:
+            return cls((rows, columns), (columns,) * rows, None)
+        if min(lengths) == 0:
+            return None
+        order = sorted(range(rows), key=lengths.__getitem__)
+        # Where the padding is does not matter: at the end, at the beginning, or between tokens.
+        places = torch.arange(rows * columns, device=mask.device).view(rows, columns)
+        index = torch.tensor(order, device=mask.device)
+        kept = places[index][mask[index].bool()]
+        return cls((rows, columns), tuple(lengths[row] for row in order), kept)
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """The number of rows and their length, for each run of rows of one length."""
+        return [(len(list(run)), length) for length, run in groupby(self.lengths)]
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens in the joined row."""
+        return sum(self.lengths)
+
+    def join(self, padded: torch.Tensor) -> torch.Tensor:
+        """Return [1, tokens, ...] from the batch's [rows, columns, ...]."""
+        flat = padded.reshape(-1, *padded.shape[2:])
+        return (flat if self.kept is None else flat[self.kept])[None]
+
+    def pad(self, joined: torch.Tensor) -> torch.Tensor:
+        """Return the batch's [rows, columns, ...] from [1, tokens, ...]; zeros stand where there is no token."""
+        flat = joined[0]
+        if self.kept is not None:
+            empty = flat.new_zeros(self.shape[0] * self.shape[1], *flat.shape[1:])
+            flat = empty.index_copy(0, self.kept, flat)
+        return flat.view(*self.shape, *flat.shape[1:])
+
+    def places(self, chosen: torch.Tensor) -> torch.Tensor | None:
+        """Return where the chosen places of the batch stand in the joined row, in the batch's own order.
+
+        `chosen` is a mask, [rows, columns]. Returns None if a chosen place holds no token.
+        """
+        flat = chosen.reshape(-1).nonzero()[:, 0]
+        if self.kept is None:
+            return flat
+        places = torch.full((self.shape[0] * self.shape[1],), -1, device=chosen.device)
+        places[self.kept] = torch.arange(len(self.kept), device=chosen.device)
+        found = places[flat]
+        return None if bool((found < 0).any()) else found
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Return the position of each place of a batch as transformers counts it by default: its column."""
+    return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+
+
+def padding_share(lengths: Sequence[int], batch_size: int) -> float:
+    """Return the share of padded places in batches of rows taken in the order of `lengths`."""
+    batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
+    places = sum(max(batch) * len(batch) for batch in batches)
+    return 1 - sum(lengths) / places if places else 0.0

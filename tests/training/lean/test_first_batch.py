@@ -1,0 +1,109 @@
+"""The check on the first batch: it finds a model that is different, and leaves no trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from loraplus_hydra.training.lean.attention import UnknownBatchError
+from loraplus_hydra.training.lean.first_batch import disagreement
+from loraplus_hydra.training.lean.forward import LeanForward
+from tests.support.lean import Batch, adapted
+
+
+def checked(model: Any, batch: dict[str, torch.Tensor], spoil: Any = None) -> str | None:
+    base = model.get_base_model()
+    lean = LeanForward(base)
+    if spoil is not None:
+        spoil(base)
+    return disagreement(base, lambda some: base(**some), lean.causal_output, batch)
+
+
+class BiasedAttention(nn.Module):
+    """Adds to the hidden states what depends on their neighbours, as attention with a bias of its own does."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        out, weights = self.inner(hidden_states=hidden_states, **kwargs)
+        return out + 0.01 * hidden_states.cumsum(1), weights
+
+
+def test_an_attention_with_a_part_that_the_interface_does_not_show_is_found() -> None:
+    model = adapted("llama", dtype=torch.float32)
+    layer = model.get_base_model().model.layers[1]
+    layer.self_attn = BiasedAttention(layer.self_attn)
+
+    reason = checked(model, Batch((5, 9, 7)).tensors())
+
+    assert reason is not None
+    assert "differ by" in reason
+
+
+def test_a_model_whose_logits_are_scaled_is_found() -> None:
+    def scale(base: Any) -> None:
+        own = base.lm_head.forward
+        base.lm_head.forward = lambda hidden: own(hidden) * 1.01
+
+    assert "differ by" in str(checked(adapted("llama"), Batch((5, 9)).tensors(), scale))
+
+
+def test_a_wrong_gradient_alone_is_found() -> None:
+    base = adapted("llama").get_base_model()
+    lean = LeanForward(base)
+
+    def with_other_gradient(some: Any) -> Any:
+        output = lean.causal_output(some)
+        output["loss"] = output.loss.detach() + 1.01 * (output.loss - output.loss.detach())
+        return output
+
+    reason = disagreement(base, lambda some: base(**some), with_other_gradient, Batch((5, 9)).tensors())
+    assert "gradients differ by" in str(reason)
+
+
+def test_a_model_that_fails_on_joined_rows_is_found() -> None:
+    model = adapted("llama")
+
+    def fail_on_joined(base: Any) -> None:
+        def check(module: Any, inputs: Any, kwargs: Any) -> None:
+            if kwargs.get("position_ids") is not None and kwargs["position_ids"].shape[-1] > 9:
+                raise TypeError("no such rows")
+
+        base.model.layers[0].register_forward_pre_hook(check, with_kwargs=True)
+
+    reason = checked(model, Batch((5, 9)).tensors(), fail_on_joined)
+
+    assert reason == "it fails with joined rows: TypeError: no such rows"
+
+
+def test_agreement_leaves_no_trace() -> None:
+    model = adapted("llama", lora_dropout=0.3, dtype=torch.float32).train()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+
+    with torch.no_grad():
+        assert checked(model, Batch((5, 9)).tensors()) is None
+
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_not_finite_numbers_have_to_agree() -> None:
+    model = adapted("llama", dtype=torch.float32)
+    with torch.no_grad():
+        model.get_base_model().model.embed_tokens.weight[5] = float("nan")
+    batch = Batch((5, 9)).tensors()
+    batch["input_ids"][0, 2] = 5
+
+    assert checked(model, batch) is None
+
+
+def test_rows_without_a_label_decide_nothing() -> None:
+    with pytest.raises(UnknownBatchError):
+        checked(adapted("llama"), Batch((5, 9), supervised=0.0).tensors())

@@ -1,0 +1,187 @@
+"""LoRA's linear layers: PEFT's numbers, by fewer passes over memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from loraplus_hydra.training.lean import frozen, layers
+from loraplus_hydra.training.lean.frozen import Frozen
+from loraplus_hydra.training.lean.layers import lend_lean_layers
+from tests.support.lean import assert_close, gradients
+
+
+def network(dtype: torch.dtype = torch.float64, bias: bool = True, **lora: Any) -> Any:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(12, 10, bias=bias), nn.Tanh(), nn.Linear(10, 7, bias=bias)).to(dtype)
+    model = get_peft_model(plain, LoraConfig(target_modules=["0", "2"], **{"r": 4, **lora}))  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def numbers(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    out = model(x)
+    return [out.detach(), *gradients((out.double() * torch.arange(out.numel()).view(out.shape).cos()).sum(), model)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rank=st.integers(1, 9),
+    alpha=st.integers(1, 40),
+    rslora=st.booleans(),
+    bias=st.booleans(),
+    tokens=st.integers(1, 9),
+    onednn=st.booleans(),
+)
+def test_outputs_and_gradients_are_peft_s(
+    rank: int, alpha: int, rslora: bool, bias: bool, tokens: int, onednn: bool
+) -> None:
+    # oneDNN's packed products are float32, so there the two are only as close as float32 is.
+    dtype, tolerance = (torch.float32, 3e-6) if onednn else (torch.float64, 1e-12)
+    model = network(dtype, bias, r=rank, lora_alpha=alpha, use_rslora=rslora)
+    x = torch.randn(1, tokens, 12, dtype=dtype)
+    expected = numbers(model, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frozen, "onednn_is_faster", lambda: onednn)
+        lent = lend_lean_layers(model, lambda: True)
+
+    assert lent == 2
+    assert_close(numbers(model, x), expected, tolerance)
+
+
+def test_the_input_s_gradient_is_peft_s() -> None:
+    model = network()
+    x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(model(x).sum(), x)
+
+    lend_lean_layers(model, lambda: True)
+
+    assert_close(list(torch.autograd.grad(model(x).sum(), x)), list(expected))
+
+
+def test_a_base_in_bfloat16_keeps_its_adapter_in_float32() -> None:
+    model = network(torch.bfloat16)
+    x = torch.randn(6, 12, dtype=torch.bfloat16)
+    expected = numbers(model, x)
+
+    lend_lean_layers(model, lambda: True)
+    made = numbers(model, x)
+
+    assert [each.dtype for each in made] == [each.dtype for each in expected]
+    assert_close(made, expected, 2e-2)
+
+
+def test_dropout_masks_whole_inputs_and_keeps_their_mean() -> None:
+    model = network(lora_dropout=0.25).train()
+    expected = numbers(model.eval(), x := torch.ones(1, 20_000, 12, dtype=torch.float64))[0]
+    model.train()
+    lend_lean_layers(model, lambda: True)
+
+    torch.manual_seed(3)
+    layer = model.base_model.model[0]
+    out = layer(x)
+
+    with torch.no_grad():
+        whole = layer.base_layer(x)
+        update = (out - whole) / layer.scaling["default"]
+        every_mask = torch.linalg.lstsq(layer.lora_B["default"].weight, update[0].T).solution.T
+    mean = every_mask.mean(0)
+    without = x[0, 0] @ layer.lora_A["default"].weight.T
+    assert (mean - without).abs().max() < 0.05  # the mean over 20,000 masks
+    assert every_mask.std() > 0.1
+    assert expected.shape == model(x).shape
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), out)  # drawn from torch's own generator
+
+
+def test_dropout_is_the_same_in_forward_and_backward() -> None:
+    """With B = W = 0 after the mask, the gradient of B is what the mask let through."""
+    model = network(lora_dropout=0.5, bias=False).train()
+    layer = model.base_model.model[0]
+    layer.base_layer.weight.data.zero_()
+    lend_lean_layers(model, lambda: True)
+    x = torch.randn(4, 12, dtype=torch.float64, requires_grad=True)
+
+    torch.manual_seed(1)
+    out = layer(x)
+    (grad_x,) = torch.autograd.grad(out.sum(), x)
+
+    # The map is linear in x, so its own derivative gives its value.
+    assert torch.isclose((grad_x * x).sum(), out.sum(), rtol=1e-12)
+    assert (grad_x == 0).any()
+
+
+def test_outside_of_a_lean_forward_peft_s_layers_run() -> None:
+    model = network()
+    x = torch.randn(3, 12, dtype=torch.float64)
+    expected = model(x)
+
+    lend_lean_layers(model, lambda: False)
+
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("change", [{"use_dora": True}, {"lora_bias": True}])
+def test_other_layers_stay_as_they_are(change: dict[str, bool]) -> None:
+    model = network(**change)
+    x = torch.randn(3, 12, dtype=torch.float64)
+    expected = numbers(model, x)
+
+    assert lend_lean_layers(model, lambda: True) == 0
+    assert_close(numbers(model, x), expected, 0.0)
+
+
+def test_a_disabled_adapter_leaves_the_base() -> None:
+    model = network()
+    x = torch.randn(3, 12, dtype=torch.float64)
+    lend_lean_layers(model, lambda: True)
+
+    with model.disable_adapter():
+        out = model(x)
+
+    base = nn.Sequential(*(getattr(each, "base_layer", each) for each in model.base_model.model))
+    assert torch.equal(out, base(x))
+
+
+def test_frozen_layers_without_an_adapter_get_packed_weights_where_those_are_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = network(torch.float32)
+    model.base_model.model.append(nn.Linear(7, 5).requires_grad_(False))
+    x = torch.randn(3, 12)
+    expected = numbers(model, x)
+    for module in (frozen, layers):
+        monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
+
+    assert lend_lean_layers(model, lambda: True) == 3
+    assert_close(numbers(model, x), expected, 3e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(tokens=st.integers(0, 70), inputs=st.integers(1, 50), outputs=st.integers(1, 50))
+def test_packed_products_are_as_exact_as_float32(tokens: int, inputs: int, outputs: int) -> None:
+    torch.manual_seed(tokens)
+    weight, x = torch.randn(outputs, inputs), torch.randn(tokens, inputs)
+    packed = Frozen(weight, with_onednn=True)
+
+    assert_close([packed.forward(x).double()], [x.double() @ weight.double().T], 1e-6)
+    gradient = torch.randn(outputs, tokens).t()  # not contiguous
+    assert_close([packed.backward(gradient).double()], [gradient.double() @ weight.double()], 1e-6)
+
+
+def test_a_weight_that_was_replaced_is_not_read_from_its_packed_copy() -> None:
+    weight = nn.Parameter(torch.ones(2, 3), requires_grad=False)
+    packed = Frozen(weight, with_onednn=True)
+
+    weight.data = torch.zeros(2, 3)
+
+    assert packed.forward(torch.ones(1, 3)).tolist() == [[0.0, 0.0]]
