@@ -1,6 +1,7 @@
-"""LoRA+ (arXiv 2402.12354) for PEFT adapters, driven by Hydra: lora_B learns faster than lora_A, by a ratio.
+"""LoRA+ (arXiv 2402.12354) for PEFT adapters, driven by Hydra.
 
-What others import from here is loaded on first use, so that importing the package costs nothing.
+lora_B learns faster than lora_A, by a ratio. Public names are loaded on first use, so importing the package costs
+nothing.
 """
 
 from __future__ import annotations

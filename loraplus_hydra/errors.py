@@ -1,4 +1,4 @@
-"""What is told to a user: one problem, a list of problems, and the nearest valid name."""
+"""Errors for users: one problem, a list of problems, and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 
 class UserError(ValueError):
-    """Something that the user can mend; its text is the whole message, shown without a traceback."""
+    """An error that the user can fix. Its text is the whole message, shown without a traceback."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake in a config: at which key, what is wrong, what would be right."""
+    """One error in a config: its key, what is wrong, and what would be right."""
 
     key: str
     what: str
@@ -25,7 +25,7 @@ class Problem:
 
 
 class ConfigErrors(UserError):
-    """Every mistake found in a config, at once."""
+    """All errors found in a config."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -45,15 +45,15 @@ def errors_at(key: str) -> Iterator[None]:
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """` (did you mean 'adamw'?)` for the valid name closest to `name`, or nothing when none is close."""
+    """Return ` (did you mean 'adamw'?)` for the valid name closest to `name`; empty if none is close."""
     matches = difflib.get_close_matches(str(name), [str(candidate) for candidate in candidates], n=1, cutoff=0.6)
     return f" (did you mean '{matches[0]}'?)" if matches else ""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another library's error says, or its type's name where it says nothing.
+    """Return the first line of another library's error, or the name of its type if it has no text.
 
-    Without the dot at its end, since it becomes a part of a sentence.
+    The dot at its end is dropped, since the line becomes a part of a sentence.
     """
     line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
     return line if line.endswith("..") else line.removesuffix(".")

@@ -30,9 +30,10 @@ def check_without_data(config: DictConfig) -> Checked:
 
 
 def stored_problems(config: DictConfig, groups: Iterable[str] | None = None) -> list[Problem]:
-    """Return the errors of a stored run's config in `groups` (None: all), as far as they need neither rows nor model.
+    """Return the errors of a stored run's config in `groups`; None means all groups.
 
-    Its interpolations are resolved, so keys of `loraplus` that no rule reads are not found.
+    Only errors that need neither rows nor model. The config's interpolations are resolved, so unread keys of `loraplus`
+    are not known.
     """
     from loraplus_hydra.check.problems import deduplicate, problems_of_values
 

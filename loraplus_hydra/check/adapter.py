@@ -1,4 +1,4 @@
-"""Check the groups `adapter` and `quantization`: arguments of their classes, and the combination of both."""
+"""Check the groups `adapter` and `quantization`, each and together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def adapter_problems(config_class: type, adapter: dict[str, Any], trainer: dict[
 def quantization_problems(
     config_class: type, quantization: dict[str, Any], adapter: dict[str, Any], trainer: dict[str, Any]
 ) -> list[Problem]:
-    """Return the errors of a `quantization` group whose class is a quantisation config, and of the adapter on it."""
+    """Return the errors of a quantisation config, and of the adapter on such a base."""
     arguments = {key: value for key, value in quantization.items() if key != "_target_"}
     # The class takes any keyword, and drops those that it doesn't know.
     names = [name for name, kind in inspect.signature(config_class).parameters.items() if kind.kind != kind.VAR_KEYWORD]

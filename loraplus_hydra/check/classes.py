@@ -1,4 +1,7 @@
-"""Check the classes and functions that a config names: they exist, fit their place, and take their arguments."""
+"""Check the classes and functions that a config names.
+
+They exist, fit their place, and take their arguments.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,10 @@ def _optimizer(plain: dict[str, Any]) -> list[Problem]:
 
 
 def _scheduler(plain: dict[str, Any]) -> list[Problem]:
-    """Try the schedule on two groups with different rates: it must take its arguments and keep their ratio."""
+    """Try the schedule on two groups with different rates.
+
+    It must take its arguments and keep their ratio.
+    """
     scheduler, steps = plain.get("scheduler", {}), plain.get("trainer", {}).get("max_steps")
     wanted = "a torch.optim.lr_scheduler class, a transformers.get_..._schedule, or a function that says -> LRScheduler"
     found, problems = resolve(scheduler.get(TARGET), "scheduler._target_", makes_schedule, wanted, "LRScheduler")

@@ -1,4 +1,4 @@
-"""A run without its weights: load the rows, build the model on the meta device, plan its parameter groups."""
+"""A run without its weights: rows, model on the meta device and parameter groups."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ def load_data(config: DictConfig) -> Examples:
 
 
 def data_problems(config: DictConfig) -> list[Problem]:
-    """Check the rows of a config whose own tokenizer can't be loaded, with the embedded model's in its place."""
+    """Check the rows of a config whose own tokenizer can't be loaded.
+
+    The embedded model's tokenizer stands in for it.
+    """
     stand_in: DictConfig = OmegaConf.structured(ModelConfig(path=EMBEDDED))
     try:
         load_examples(config, load_tokenizer(stand_in))
@@ -79,7 +82,9 @@ def _load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
 
 
 def plan_without_weights(config: DictConfig, examples: Examples | None) -> tuple[PeftModel, Plan]:
-    """Return the model with its adapter on the meta device, and the plan of its groups. Raises ConfigErrors.
+    """Return the model with its adapter on the meta device, and the plan of its groups.
+
+    Raises ConfigErrors.
 
     `examples` are the rows' examples, on which a classifier's labels depend; None leaves the model's own.
     """

@@ -1,4 +1,7 @@
-"""Names in a stored run's config that must not be followed: code in the run's own folder, and paths that moved."""
+"""Names in a stored run's config that must not be followed.
+
+These are code in the run's own folder, and dotted paths that moved.
+"""
 
 from __future__ import annotations
 

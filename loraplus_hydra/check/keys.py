@@ -27,7 +27,10 @@ def read_config(config: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
 
 
 def _no_mapping(plain: dict[str, Any], path: str) -> list[Problem]:
-    """Return a Problem for a group that is no mapping, as an interpolation can make it, and empty the group."""
+    """Return a Problem for a group that is no mapping, and empty the group.
+
+    An interpolation can make it one.
+    """
     outer, _, name = path.rpartition(".")
     holder = plain.get(outer, {}) if outer else plain
     if name not in holder or isinstance(holder[name], dict):

@@ -61,7 +61,10 @@ def returns_examples(found: Any) -> bool:
 
 
 def makes_schedule(found: Any) -> bool:
-    """Return True for a schedule's class, one of transformers' functions, or one annotated to return a schedule."""
+    """Return True for a schedule class or a function that makes one.
+
+    That is one of transformers' functions, or one whose return annotation is a schedule.
+    """
     in_transformers = getattr(found, "__module__", None) == "transformers.optimization"
     # transformers' own functions have no annotation.
     is_transformers = callable(found) and in_transformers and str(getattr(found, "__name__", "")).startswith("get_")
@@ -74,7 +77,7 @@ def is_auto_class(found: Any) -> bool:
 
 
 def is_peft_settings(found: Any) -> bool:
-    """Return True for one of PEFT's nested settings, such as `peft.LoftQConfig`: a dataclass of PEFT's own."""
+    """Return True for a dataclass of PEFT's nested settings, such as `peft.LoftQConfig`."""
     home = str(getattr(found, "__module__", ""))
     return isinstance(found, type) and dataclasses.is_dataclass(found) and home.split(".")[0] == "peft"
 

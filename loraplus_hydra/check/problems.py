@@ -30,7 +30,10 @@ log = logging.getLogger(__name__)
 
 
 def check_config(config: DictConfig, *, with_data: bool) -> Checked:
-    """Run all checks; without data those of the rows and of the model's weights are left out. Raises ConfigErrors."""
+    """Run all checks; without data those of the rows and of the model's weights are left out.
+
+    Raises ConfigErrors.
+    """
     problems = problems_of_values(config, config)
     if not with_data:
         problems = [problem for problem in problems if problem.key.split(".")[0] != "data"]

@@ -1,4 +1,4 @@
-"""Check the task: its classes and functions, its keys, the Trainer's arguments, and the rules of its own module."""
+"""Check the task: classes, keys, the Trainer's arguments, and the rules of its module."""
 
 from __future__ import annotations
 

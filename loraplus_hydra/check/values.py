@@ -60,7 +60,7 @@ def value_problems(plain: dict[str, Any]) -> list[Problem]:
 
 
 def set_elsewhere(key: str) -> Problem | None:
-    """Return a Problem for a key of `trainer` or `task.args` whose setting has another place in the config."""
+    """Return a Problem for a key of `trainer` or `task.args` that is set in another group."""
     found = re.match(r"((?:trainer|task\.args)\.(\w+))(\.|$)", key)
     if found is None or found[2] not in MASTERS:
         return None

@@ -59,7 +59,10 @@ def weights_problems(model: DictConfig) -> list[Problem]:
 
 
 def open_named_checkpoint(config: DictConfig) -> Checkpoint | None:
-    """Return the checkpoint that the config names, if it names one. Raises ConfigErrors if that is incomplete."""
+    """Return the checkpoint that the config names, if it names one.
+
+    Raises ConfigErrors if that is incomplete.
+    """
     named = config.trainer.get("resume_from_checkpoint")
     if named is None or named == AUTO:
         return None
@@ -71,12 +74,18 @@ def open_named_checkpoint(config: DictConfig) -> Checkpoint | None:
 
 
 def _special_file(folder: Path) -> Path | None:
-    """Return a FIFO, device or socket in `folder`, or None. Links are followed: the folder is the user's own."""
+    """Return a FIFO, device or socket in `folder`, or None.
+
+    Links are followed: the folder is the user's own.
+    """
     return next((path for path in folder.iterdir() if path.exists() and not (path.is_file() or path.is_dir())), None)
 
 
 def _listed(folder: Path) -> tuple[list[Path], list[Problem]]:
-    """Return the files that a sharded model's index names, and its errors: it may name only this folder's files."""
+    """Return the files that a sharded model's index names, and its errors.
+
+    It may name only this folder's files.
+    """
     index = folder / INDEX
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

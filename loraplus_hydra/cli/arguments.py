@@ -38,7 +38,9 @@ def flags_and_overrides(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def refuse_wrong_flags(words: list[str], own: Iterable[str]) -> None:
-    """Raise ConfigErrors for flags or values of flags that Hydra doesn't know; `own` are the command's flags.
+    """Raise ConfigErrors for flags or values of flags that Hydra doesn't know.
+
+    `own` are the command's flags.
 
     Hydra's own parser would print its usage and end the program with status 2.
     """

@@ -31,7 +31,10 @@ from loraplus_hydra.sweep.search import continue_study
 
 @dataclass
 class Begun:
-    """The job or the sweep that has begun in this process: Hydra passes no objects from a callback to the task."""
+    """The job or the sweep that has begun in this process.
+
+    Hydra passes no objects from a callback to the task.
+    """
 
     job: Job | None = None
     sweep: Sweep | None = None

@@ -24,7 +24,7 @@ from loraplus_hydra.cli.errors import (
     wants_traceback,
 )
 from loraplus_hydra.cli.hydra_settings import explain_logging_error
-from loraplus_hydra.cli.override_problems import has_unknown_key, is_of_composing, override_problems
+from loraplus_hydra.cli.override_problems import has_unknown_key, is_composing_error, override_problems
 from loraplus_hydra.config.hydra_job import is_sweep
 from loraplus_hydra.config.locations import config_folder
 from loraplus_hydra.config.schema import register
@@ -119,8 +119,8 @@ def _finish_sweep() -> bool:
 
 
 def _explain(error: Exception, command: str, arguments: list[str]) -> Exception:
-    """Return ConfigErrors in place of an error from composing the config, as far as the overrides explain it."""
-    if isinstance(error, UserError) or not is_of_composing(error):
+    """Return ConfigErrors for an error from composing the config, if its overrides explain it."""
+    if isinstance(error, UserError) or not is_composing_error(error):
         return error
     if problems := override_problems(arguments, COMMANDS[command].config, error):
         return ConfigErrors(problems)

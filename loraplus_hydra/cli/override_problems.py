@@ -1,14 +1,13 @@
-"""What is wrong with overrides that Hydra refuses: all of them at once, each with the nearest valid name.
+"""Explain all overrides that Hydra refuses at once, each with the nearest valid name.
 
-Hydra stops at the first. Here each is tried on top of those that compose, so that one mistake hides no other.
+Hydra stops at the first one. Here each override is tried on top of those that compose, so no error hides another.
 """
 
 from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -30,12 +29,14 @@ from loraplus_hydra.errors import Problem, first_line, nearest
 from loraplus_hydra.sweep.plugins import missing_plugin
 
 ROOT_KEYS = (*(field.name for field in fields(RunConfig)), "sweep", "experiment", "hparams_search", "launcher", "debug")
+# Sweeps whose values can be listed without a sweeper.
+_LISTED = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP)
 
 
 def has_unknown_key(arguments: list[str]) -> bool:
-    """Whether an override's first word is surely none of ours, so that composing the config first would be in vain.
+    """Return True if the first part of an override's key is surely unknown, without composing the config.
 
-    Never where other configs may come in: behind a `+`, or with flags such as --config-dir.
+    It never is where other configs may come in: with a `+`, or with flags such as --config-dir.
     """
     if any(argument.startswith(("--config", "-c", "--shell", "-sc", "hydra.searchpath")) for argument in arguments):
         return False
@@ -43,8 +44,8 @@ def has_unknown_key(arguments: list[str]) -> bool:
     return any(word is not None and word[1] not in (*ROOT_KEYS, "hydra") for word in words)
 
 
-def is_of_composing(error: BaseException) -> bool:
-    """Whether an error comes from reading or composing the config: Hydra's own, or one that its code stumbled over."""
+def is_composing_error(error: BaseException) -> bool:
+    """Return True for an error that Hydra or its libraries raise while they compose the config."""
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return True
     places = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -52,47 +53,68 @@ def is_of_composing(error: BaseException) -> bool:
 
 
 def override_problems(arguments: list[str], config: str, first_error: Exception | None = None) -> list[Problem]:
-    """One Problem for each override in `arguments` that doesn't compose with the YAML `config`; flags are left out.
+    """Return one Problem for each override in `arguments` that doesn't compose with the YAML `config`.
 
-    `first_error` is what Hydra said, if it was asked: a single override needs no second try to be known as the culprit.
+    `first_error` is Hydra's own error, if there is one: with a single override it saves trying that again.
     """
     overrides = get_args_parser().parse_known_args(arguments)[0].overrides
-    problems: list[Problem] = []
-    accepted: list[str] = []
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
-        for text in overrides:
-            try:
-                override = OverridesParser.create().parse_override(text)
-            except HydraException as error:
-                problems.append(_grammar_problem(text, error))
-                continue
-            if config == "config" and has_unknown_key([text]):
-                problems.append(_unknown_key(override.key_or_group, text, lambda: _compose(config, accepted)))
-                continue
-            if problem := _several_values(text, override, sweeping=bool({"--multirun", "-m"} & set(arguments))):
-                problems.append(problem)
-                continue
-            singles = _single_values(text, override)
-            alone = len(overrides) == len(singles) == 1
-            failure = (text, first_error) if alone and first_error else _first_failure(config, accepted, singles)
-            if failure is None:
-                accepted.append(singles[0])
-            else:
-                # Only a run's keys are known without composing it.
-                problems.append(
-                    _explain(failure[0], override, failure[1], lambda: _compose(config, accepted), config == "config")
-                )
+        composition = _Composition(config, is_sweep=bool({"--multirun", "-m"} & set(arguments)))
+        known_error = first_error if len(overrides) == 1 else None
+        tried = [composition.accept(text, known_error) for text in overrides]
+    problems = [problem for problem in tried if problem is not None]
     if not problems and first_error is not None:
-        return _of_swept_groups(overrides, first_error)
+        return _swept_group_problems(overrides, first_error)
     return problems
 
 
-def _of_swept_groups(overrides: list[str], error: Exception) -> list[Problem]:
-    """What Hydra doesn't compose for a sweep over a group's options, though each of its jobs does compose.
+@dataclass
+class _Composition:
+    """The overrides that compose with the YAML `config`, so far."""
 
-    Its config for the sweep as a whole has none of those options. So what only they have isn't in that config, but it
-    is in the jobs'.
+    config: str
+    is_sweep: bool
+    accepted: list[str] = field(default_factory=list)
+
+    @property
+    def is_run(self) -> bool:
+        """True for a run's config, whose keys are known without composing it."""
+        return self.config == "config"
+
+    def compose(self, *overrides: str) -> DictConfig:
+        return compose(self.config, overrides=[*self.accepted, *overrides], return_hydra_config=True)
+
+    def accept(self, text: str, known_error: Exception | None) -> Problem | None:
+        """Add an override, or return a Problem if it doesn't compose.
+
+        `known_error` is Hydra's error, if known.
+        """
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            return _grammar_problem(text, error)
+        key = override.key_or_group
+        if self.is_run and has_unknown_key([text]):
+            return _unknown_key(key, text, self)
+        if override.is_sweep_override() and not self.is_sweep:
+            return _several_values(text, override)
+        singles = _single_values(text, override)
+        if known_error is not None and len(singles) == 1:
+            return _explain(key, text, known_error, self)
+        for single in singles:
+            try:
+                self.compose(single)
+            except Exception as error:  # Hydra lets through errors of the libraries that it calls
+                return _explain(key, single, error, self)
+        self.accepted.append(singles[0])
+        return None
+
+
+def _swept_group_problems(overrides: list[str], error: Exception) -> list[Problem]:
+    """Explain overrides that fail only because the sweep varies the group they belong to.
+
+    The jobs' configs have an option of that group, but Hydra's config for the whole sweep has none.
     """
     parsed = [(text, OverridesParser.create().parse_override(text)) for text in overrides]
     groups = tuple(f"{one.key_or_group}." for _, one in parsed if one.is_sweep_override())
@@ -104,30 +126,7 @@ def _of_swept_groups(overrides: list[str], error: Exception) -> list[Problem]:
     ]
 
 
-def _first_failure(config: str, accepted: list[str], singles: list[str]) -> tuple[str, Exception] | None:
-    """The first value of an override that doesn't compose, and what Hydra says of it."""
-    for single in singles:
-        try:
-            _compose(config, [*accepted, single])
-        except Exception as error:  # Hydra lets through what its own code stumbles over
-            return single, error
-    return None
-
-
-def _compose(config: str, overrides: list[str]) -> DictConfig:
-    return compose(config, overrides=overrides, return_hydra_config=True)
-
-
-# Sweeps whose values can be listed without a sweeper.
-_LISTED = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP)
-
-
-def _several_values(text: str, override: Override, *, sweeping: bool) -> Problem | None:
-    """A Problem for several values where one is needed."""
-    if not override.is_sweep_override():
-        return None
-    if sweeping:
-        return None
+def _several_values(text: str, override: Override) -> Problem:
     if override.value_type not in _LISTED:
         return Problem(text, "is an interval or a pattern, not a value", "give it one value")
     fix = "for a list write key=[a,b], for a text key='\"a,b\"', for one run each add --multirun"
@@ -135,7 +134,7 @@ def _several_values(text: str, override: Override, *, sweeping: bool) -> Problem
 
 
 def _single_values(text: str, override: Override) -> list[str]:
-    """The override once for each value of its sweep, or itself when it is none."""
+    """Return an override for each value of a sweep override, and any other one unchanged."""
     if not override.is_sweep_override() or override.value_type not in _LISTED:
         return [text]
     prefix = text.split("=", 1)[0]
@@ -145,36 +144,35 @@ def _single_values(text: str, override: Override) -> list[str]:
 def _grammar_problem(text: str, error: HydraException) -> Problem:
     if "=" not in text and not text.startswith("~"):
         if text in COMMANDS:
-            return Problem(text, "is a command, and a command stands first", f"write it ahead of all else: {text} ...")
+            return Problem(text, "is a command, and a command comes first", f"write it ahead of all else: {text} ...")
         return Problem(text, f"is neither a command nor key=value{nearest(text, COMMANDS)}", "write key=value")
     return Problem(text, f"can't be read: {first_line(error)}", "quote the value: key='\"...\"'")
 
 
-def _explain(
-    text: str, override: Override, error: Exception, composed: Callable[[], DictConfig], is_run: bool
-) -> Problem:
-    key = override.key_or_group
+def _explain(key: str, text: str, error: Exception, composition: _Composition) -> Problem:
+    """Return Hydra's error for an override as a Problem."""
     cause: BaseException = error
     while not isinstance(cause, OmegaConfBaseException) and cause.__cause__ is not None:
         cause = cause.__cause__
     if plugin := missing_plugin(error, key):
         return plugin
     if isinstance(error, MissingConfigException) and error.options is not None:
-        value = text.split("=", 1)[1]
-        options = list(error.options)
-        if is_run and (meant := meant_option(key, value)):
-            return Problem(key, f"there is no option '{value}'", f"write {meant}")
-        return Problem(key, f"there is no option '{value}'{nearest(value, options)}", f"one of: {', '.join(options)}")
+        return _unknown_option(key, text.split("=", 1)[1], list(error.options), composition)
     if isinstance(cause, ValidationError):
         return Problem(key, _type_message(cause), "give it a value of that type")
     if "is already at" in str(error) or "Could not append" in str(error):
         plain = text.lstrip("+")
-        return Problem(
-            text, "is in the config already", f"leave out the plus: {plain} (in a sweep of groups: ++{plain})"
-        )
+        fix = f"leave out the plus: {plain} (in a sweep of groups: ++{plain})"
+        return Problem(text, "is in the config already", fix)
     if "Could not override" in str(error) or "No match in the defaults list" in str(error):
-        return _unknown_key(key, text, composed, is_run)
+        return _unknown_key(key, text, composition)
     return Problem(text, " ".join(line.strip() for line in str(error).splitlines()[:2]))
+
+
+def _unknown_option(key: str, value: str, options: list[str], composition: _Composition) -> Problem:
+    if composition.is_run and (meant := meant_option(key, value)):
+        return Problem(key, f"there is no option '{value}'", f"write {meant}")
+    return Problem(key, f"there is no option '{value}'{nearest(value, options)}", f"one of: {', '.join(options)}")
 
 
 def _type_message(cause: ValidationError) -> str:
@@ -186,23 +184,19 @@ def _type_message(cause: ValidationError) -> str:
     return f"'{match[1]}' is not {names.get(match[2], match[2])}"
 
 
-def _unknown_key(key: str, text: str, composed: Callable[[], DictConfig], is_run: bool = True) -> Problem:
-    """The deepest part of `key` that exists, and what it holds."""
-    first = key.replace("/", ".").split(".")[0]
+def _unknown_key(key: str, text: str, composition: _Composition) -> Problem:
+    """Explain a key that doesn't exist by the deepest part of it that does."""
+    is_run, config = composition.is_run, composition.compose()
     if is_run and has_unknown_key([text]):
-        if fix := _meant_overrides(key, text, composed()):
+        hint = nearest(key.replace("/", ".").split(".")[0], ROOT_KEYS)
+        if fix := _meant_overrides(key, text, config):
             return Problem(key, "there is no such key", fix)
-        fix = f"the config has: {', '.join(ROOT_KEYS)}"
-        return Problem(key, f"there is no such key{nearest(first, ROOT_KEYS)}", fix)
+        return Problem(key, f"there is no such key{hint}", f"the config has: {', '.join(ROOT_KEYS)}")
     if is_run and (problem := set_elsewhere(key)):
         return problem
-    config = composed()
-    parent, _, last = key.rpartition(".")
-    while parent and not isinstance(OmegaConf.select(config, parent), DictConfig):
-        parent, _, last = parent.rpartition(".")
-    holder = OmegaConf.select(config, parent) if parent else config
-    names = sorted(str(name) for name in holder if name != "hydra")
-    if last in names:  # a group of a finished run's config, to which no option belongs any more
+    parent, names = _deepest_part(key, config)
+    last = key.removeprefix(f"{parent}.").split(".")[0]
+    if last in names:  # a group of a stored run's config, of which no option can be chosen any more
         fix = f"change single keys: {key}.key=value"
         return Problem(key, f"'{text}' names another option, and the run has its own", fix)
     options = _options_with(key) if is_run and parent in (*GROUPS, "task.args") else []
@@ -217,6 +211,15 @@ def _unknown_key(key: str, text: str, composed: Callable[[], DictConfig], is_run
     return Problem(key, f"there is no such key{hint}", fix)
 
 
+def _deepest_part(key: str, config: DictConfig) -> tuple[str, list[str]]:
+    """Return the longest part of a dotted key that is a mapping in the config, and the keys in it."""
+    parent = key.rpartition(".")[0]
+    while parent and not isinstance(OmegaConf.select(config, parent), DictConfig):
+        parent = parent.rpartition(".")[0]
+    holder = OmegaConf.select(config, parent) if parent else config
+    return parent, sorted(str(name) for name in holder if name != "hydra")
+
+
 def _meant_overrides(name: str, text: str, config: DictConfig) -> str:
     """Return the fix for a key that stands elsewhere, or has another name here; empty where none is known."""
     plain: Any = OmegaConf.to_container(run_of(config), resolve=False)
@@ -226,7 +229,7 @@ def _meant_overrides(name: str, text: str, config: DictConfig) -> str:
 
 
 def _may_be_added(parent: str, *, of_an_option: bool) -> str:
-    """When a key that isn't there may be added to `parent`, in words; empty where it never may."""
+    """Return the case in which a missing key may be added to `parent`, in words; empty if there is none."""
     group, _, inside = parent.partition(".")
     if group == "loraplus":
         return "To add it" if inside else ""  # a rule, or a key of one
@@ -236,7 +239,7 @@ def _may_be_added(parent: str, *, of_an_option: bool) -> str:
 
 
 def _options_with(key: str) -> list[str]:
-    """The options of a run's group whose YAML has `key`, as they are chosen: `data=jsonl`."""
+    """Return the options of a run's group whose YAML has `key`, as overrides: `data=jsonl`."""
     group, _, inside = key.partition(".")
     files = sorted((config_folder() / group).glob("*.yaml"))
     plain = {file.stem: OmegaConf.to_container(OmegaConf.load(file), resolve=False) for file in files}

@@ -1,1 +1,1 @@
-"""The schema, and how a config names things."""
+"""The schema of the config, and the names that a config uses: dotted paths, locations, hashes."""

@@ -1,4 +1,4 @@
-"""Nested mappings as one level: the names on the way joined to one key, as in `optimizer.lr`; no torch."""
+"""Nested mappings as one level with dotted keys, as in `optimizer.lr`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def flat(nested: Mapping[Any, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
-    """{"lr": {"groupA": 0.1}} -> {"lr.groupA": 0.1}; an empty mapping stays, as a value."""
+    """Return {"lr.groupA": 0.1} for {"lr": {"groupA": 0.1}}. An empty mapping stays as a value."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping) and value:

@@ -1,4 +1,4 @@
-"""What Hydra says of the job at hand: whether it is one of a sweep, and which."""
+"""The present job as Hydra knows it, and the quoting of values for Hydra."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from omegaconf import OmegaConf
 
 
 def is_sweep(hydra: Any) -> bool:
-    """Whether Hydra's node is that of a sweep or of one of its jobs."""
+    """Return True for the Hydra node of a sweep or of one of its jobs."""
     return getattr(hydra.mode, "name", hydra.mode) == "MULTIRUN"
 
 
 def number_in_sweep() -> int | None:
-    """The number of the job that runs in a sweep, from 0; None outside one."""
+    """Return the number of the present job of a sweep, from 0; None outside a sweep."""
     hydra: Any = HydraConfig.get() if HydraConfig.initialized() else None
-    if hydra is None or not is_sweep(hydra) or OmegaConf.is_missing(hydra.job, "num"):  # of a sweep that is over
+    # Of a sweep that has ended Hydra keeps a node without the number.
+    if hydra is None or not is_sweep(hydra) or OmegaConf.is_missing(hydra.job, "num"):
         return None
     return int(hydra.job.num)
 
 
 def quoted(value: str) -> str:
-    """A value as Hydra's grammar and OmegaConf read it back, whatever characters are in it.
-
-    To Hydra a backslash escapes only a quote, or a backslash in front of one; to OmegaConf only `${`, likewise.
-    """
+    """Return a text quoted so that Hydra's grammar and OmegaConf read it back unchanged."""
+    # In Hydra's grammar a backslash escapes only a quote, or a backslash ahead of one. OmegaConf has the same rule for
+    # `${`.
     literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     inner = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), literal)
     return f"'{inner}'"

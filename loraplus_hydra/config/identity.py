@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 def run_hash(config: DictConfig) -> str:
-    """The `config_hash` of a run's config: equal whether the run goes on from a checkpoint or begins."""
+    """Return the `config_hash` of a run's config, which is the same whether the run starts or resumes."""
     resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict)
     if isinstance(trainer := resolved.get("trainer"), dict):
@@ -19,6 +19,6 @@ def run_hash(config: DictConfig) -> str:
 
 
 def config_hash(resolved: Any) -> str:
-    """Twelve hex digits that name a resolved config: equal for equal configs, whatever the order of their keys."""
+    """Return twelve hex digits that identify a resolved config. The order of keys does not matter."""
     text = json.dumps(resolved, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from loraplus_hydra.errors import UserError
+
 PACKAGE = Path(__file__).resolve().parents[1]
-
-
 PACKAGE_SCHEME = "pkg://"
 
 
 def config_folder() -> Path:
-    """The folder of YAML files: inside the package when installed from a wheel, beside it in a checkout."""
+    """Return the folder of YAML files: inside the installed package, or beside it in a checkout."""
     installed = PACKAGE / "conf"
     return installed if installed.is_dir() else PACKAGE.parent / "conf"
 
@@ -30,12 +31,8 @@ def model_location(path: str) -> str:
         expanded = Path(path).expanduser()
         return str(expanded.absolute()) if path.startswith("~") or expanded.exists() else path
     package, _, inside = path.removeprefix(PACKAGE_SCHEME).partition("/")
-    from importlib.resources import files
-
-    from loraplus_hydra.errors import UserError
-
     try:
-        if package.split(".")[0] in sys.stdlib_module_names:  # some do things on import
+        if package.split(".")[0] in sys.stdlib_module_names:  # importing `this` or `antigravity` has effects
             raise ValueError("it is part of Python itself")
         return str(files(package).joinpath(inside))
     except (ImportError, ValueError, TypeError) as error:
@@ -66,6 +63,6 @@ def _absolute(value: Any) -> Any:
 
 
 def is_local(location: str) -> bool:
-    """Whether `location` is meant as a folder here (it exists, or is spelt like a path), not as a name on a hub."""
+    """Return True for a local folder (it exists, or looks like a path), False for a name on a hub."""
     looks_like_path = location.startswith((".", "/", "~", os.sep)) or location.count("/") > 1
     return looks_like_path or Path(location).exists()

@@ -1,9 +1,11 @@
-"""The typed config: every key that this project reads itself, with its unit, range and the reason for its default.
+"""The typed config.
+
+Every key that this project reads itself, with its unit, range and the reason for its default.
 
 `RunConfig` is registered with Hydra as `run_schema`, so a mistyped key or a value of the wrong type is refused when the
 config is composed. Groups that hold another library's arguments (`optimizer`, `adapter`, `trainer`, ...) are open
-mappings there: `loraplus_hydra.check` compares them with the signature of what they configure. The keys that we read
-of an open group are the fields of its class below (`OptimizerConfig`, ...), which nobody instantiates: they have no
+mappings there: `loraplus_hydra.check` compares them with the signature of what they configure. The keys that we read of
+an open group are the fields of its class below (`OptimizerConfig`, ...), which nobody instantiates: they have no
 defaults, since the YAML does.
 """
 
@@ -159,7 +161,10 @@ class RunConfig:
 
 @dataclass
 class SweepConfig:
-    """Part of the program's config, not of a run's: `sweep_schema`, which `conf/config.yaml` has under `sweep`."""
+    """Part of the program's config, not of a run's.
+
+    `sweep_schema`, which `conf/config.yaml` has under `sweep`.
+    """
 
     name: Optional[str] = None  # of its folder in outputs/sweeps; null = the swept keys and a hash of the rest
     # Set by the program for the jobs of a sweep: see sweep/plan.py.
@@ -314,7 +319,10 @@ def run_of(root: DictConfig) -> DictConfig:
 
 
 def _columns_as_text(data: Any) -> None:
-    """Turn the number of a column into its name: Hydra reads the override `data.label_column=1` as a number."""
+    """Turn the number of a column into its name.
+
+    Hydra reads the override `data.label_column=1` as a number.
+    """
     if not isinstance(data, DictConfig):
         return
     for key in map(str, data):

@@ -1,7 +1,7 @@
 """The only caller of Hydra's `instantiate` and of imports by name.
 
-Everything a config names by a dotted path comes through here. Hydra 1.4 will want a whitelist at `instantiate`, and
-what a `_target_` may be is one question, so it has one place (`loraplus_hydra.check` asks it before any call).
+Everything that a config names by a dotted path comes through here. `loraplus_hydra.check` decides before any call
+whether it is allowed.
 """
 
 from __future__ import annotations
@@ -10,36 +10,25 @@ import importlib
 import sys
 from typing import Any
 
+import hydra.utils
+from hydra.errors import InstantiationException
+
 from loraplus_hydra.errors import UserError, nearest
 
 
 def locate(path: str) -> Any:
-    """The object that the dotted `path` names, e.g. `torch.optim.AdamW` -> that class.
+    """Return the object that a dotted path names, such as the class for `torch.optim.AdamW`.
 
-    Raises UserError saying which part isn't there, with the nearest name that is.
+    Raises UserError that names the missing part, with the nearest name that exists.
     """
     parts = str(path).split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise UserError(f"'{path}' is no dotted path such as torch.optim.AdamW")
+    # Importing some modules of the standard library has effects, and none has anything for a config.
     if parts[0] in sys.stdlib_module_names or any(part.startswith("__") for part in parts):
-        # Some do things on import, and what a config can name is never among them.
         raise UserError(f"'{path}' is part of Python itself, which has nothing that a config could use")
-    found: Any = None
-    for depth in range(len(parts), 0, -1):
-        module = ".".join(parts[:depth])
-        try:
-            found = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            # Only the module we asked for may be missing; a missing import inside it is the user's to know.
-            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise UserError(f"'{path}': importing {module} failed: {error}") from error
-            continue
-        except Exception as error:
-            raise UserError(f"'{path}': importing {module} failed: {type(error).__name__}: {error}") from error
-        break
-    if found is None:
-        raise UserError(f"'{path}': there is no package '{parts[0]}' here; is it installed?")
-    for name in parts[depth:]:
+    found, attributes = _import_longest(parts)
+    for name in attributes:
         try:
             found = getattr(found, name)
         except AttributeError:
@@ -50,16 +39,29 @@ def locate(path: str) -> Any:
     return found
 
 
+def _import_longest(parts: list[str]) -> tuple[Any, list[str]]:
+    """Import the longest part of a dotted path that is a module. Returns it and the parts after it."""
+    path = ".".join(parts)
+    for depth in range(len(parts), 0, -1):
+        module = ".".join(parts[:depth])
+        try:
+            return importlib.import_module(module), parts[depth:]
+        except ModuleNotFoundError as error:
+            # A module that is missing inside the one asked for is an error.
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise UserError(f"'{path}': importing {module} failed: {error}") from error
+        except Exception as error:
+            raise UserError(f"'{path}': importing {module} failed: {type(error).__name__}: {error}") from error
+    raise UserError(f"'{path}': there is no package '{parts[0]}' here; is it installed?")
+
+
 def instantiate(config: Any, **kwargs: Any) -> Any:
     """Call the `_target_` of a config with its other keys, nested targets too, as plain Python containers."""
-    import hydra.utils
-    from hydra.errors import InstantiationException
-
     try:
-        # _convert_="all": PEFT and transformers serialise what they are given and can't serialise a DictConfig.
+        # _convert_="all": PEFT and transformers serialise their arguments, and can't serialise a DictConfig.
         return hydra.utils.instantiate(config, _convert_="all", **kwargs)
     except InstantiationException as error:
-        # What the target itself raised says more than that calling it failed.
+        # The target's own error says more than that calling it failed.
         if error.__cause__ is not None:
             raise error.__cause__ from None
         raise

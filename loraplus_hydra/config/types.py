@@ -1,4 +1,7 @@
-"""Types and ranges of values, and dataclasses built from JSON. Standard library only, so every room can use it."""
+"""Types and ranges of values, and dataclasses built from JSON.
+
+Standard library only, so every room can use it.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,9 @@ def field_types(schema: Any) -> dict[str, tuple[Any, Range | None]]:
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Return True if a value from YAML or JSON can be meant for `annotation`; True for annotations unknown here.
+    """Return True if a value from YAML or JSON can be meant for `annotation`.
+
+    True for annotations unknown here.
 
     A mapping's keys are not looked at: YAML and JSON make text of them. A dataclass is a mapping that names it by
     `_target_`.

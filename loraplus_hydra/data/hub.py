@@ -57,7 +57,7 @@ def load(
 
 
 def _refuse_leading_out(folder: Path) -> None:
-    """Raise ConfigErrors if the metadata of a local data set names files outside its folder or on a network."""
+    """Raise ConfigErrors if a local data set's metadata names files outside its folder."""
     for name in _METADATA:
         if not (file := folder / name).is_file():
             continue

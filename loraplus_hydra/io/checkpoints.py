@@ -120,7 +120,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def newest_complete(folder: Path) -> tuple[Checkpoint | None, tuple[str, ...]]:
-    """Return the newest complete checkpoint in `folder`, a run's checkpoints/, and a message for each newer one."""
+    """Return the newest complete checkpoint in `folder`, a run's checkpoints/.
+
+    Also returns a message for each newer one.
+    """
     passed_over: list[str] = []
     for place in sorted(_named_after_steps(folder), key=step_of, reverse=True):
         try:

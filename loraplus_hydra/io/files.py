@@ -24,7 +24,7 @@ REMOVE = "remove it, or put the file itself in its place"
 
 
 def draft_of(path: Path) -> Path:
-    """Return a random name beside `path`, for a file or folder that is renamed to `path` when it is complete."""
+    """Return a random name beside `path` for a draft that is renamed to `path` in the end."""
     # In the same folder: only there is a rename atomic. Random: nobody can put a link under the name beforehand.
     return path.with_name(f".{_stem(path)}.{secrets.token_hex(8)}.unfinished")
 
@@ -42,7 +42,10 @@ def refuse_link(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path` atomically: a reader sees the old file or the new one. Raises UserError for a link."""
+    """Write `content` to `path` atomically: a reader sees the old file or the new one.
+
+    Raises UserError for a link.
+    """
     refuse_link(path)
     draft = draft_of(path)
     try:
@@ -97,7 +100,7 @@ def open_regular(path: Path, flags: int) -> int:
 
 
 def is_hub_blob(path: Path) -> bool:
-    """Return True if `path` is a link of a hub cache, from a snapshot into the blobs of the same repository."""
+    """Return True if `path` is a hub cache's link into the blobs of the same repository."""
     snapshots = next((folder for folder in path.absolute().parents if folder.name == "snapshots"), None)
     if snapshots is None or not path.is_file():
         return False

@@ -1,4 +1,7 @@
-"""Folders that the program writes into: made, checked, replaced and removed here, never through a link."""
+"""Folders that the program writes into.
+
+They are made, checked, replaced and removed here, never through a link.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +114,10 @@ def new_folder(target: Path, key: str) -> Iterator[Path]:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Yield a draft folder that takes the place of `folder` when the block ends. Raises UserError for a link."""
+    """Yield a draft folder that takes the place of `folder` when the block ends.
+
+    Raises UserError for a link.
+    """
     refuse_link(folder)
     with _draft(folder) as draft:
         yield draft

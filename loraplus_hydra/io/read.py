@@ -40,7 +40,10 @@ class Hostile(Unreadable):
 
 
 def read_bytes(path: Path, largest: int = _LARGEST) -> bytes:
-    """Return the content of a regular file. Raises Missing, or Unreadable for any other and beyond `largest` bytes."""
+    """Return the content of a regular file.
+
+    Raises Missing, or Unreadable for any other and beyond `largest` bytes.
+    """
     try:
         place = path.resolve() if is_hub_blob(path) else path
         with os.fdopen(open_regular(place, os.O_RDONLY), "rb") as file:

@@ -15,7 +15,9 @@ class TooSlowError(Exception):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TooSlowError inside when it takes longer; in the main thread only, where Python handles signals.
+    """Raise TooSlowError inside when it takes longer.
+
+    In the main thread only, where Python handles signals.
 
     Only for code that changes nothing, such as matching or rendering: the error comes at any of its lines.
     """

@@ -48,10 +48,7 @@ def build_schedule(
 
 
 def named_schedule(name: str) -> Callable[..., Any]:
-    """Return the schedule that transformers' `lr_scheduler_type` calls `name`, or our `wsd` or `one_cycle`.
-
-    Raises UserError for any other name.
-    """
+    """Return the schedule of a name: transformers' `lr_scheduler_type`, or `wsd` or `one_cycle`."""
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION  # not needed by those who pass a function
 
     known: dict[str, Callable[..., Any]] = {kind.value: each for kind, each in TYPE_TO_SCHEDULER_FUNCTION.items()}

@@ -147,7 +147,10 @@ def continue_adapter(
 
 
 def possible_targets(model: nn.Module) -> list[str]:
-    """Return the last parts of the names of layers that LoRA can adapt, the most frequent first: q_proj, v_proj, ..."""
+    """Return the names of layers that LoRA can adapt, the most frequent first.
+
+    They are last parts of full names, such as q_proj and v_proj.
+    """
     kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
     names = Counter(name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, kinds))
     return [name for name, _ in names.most_common()]

@@ -135,10 +135,7 @@ def attach(model: PreTrainedModel, stored: StoredAdapter, *, trainable: bool = F
 
 
 def refuse_other_tensors(folder: Path, adapted: PeftModel) -> None:
-    """Raise UserError unless the weights in a checkpoint's `folder` have the names and shapes of `adapted`.
-
-    `adapted` may be on the meta device. Only the header of the weights is read.
-    """
+    """Raise UserError unless the weights in `folder` have the names and shapes of `adapted`."""
     try:
         misfit = first_misfit(adapted, StoredAdapter(folder, PeftConfig()))
     except (SafetensorError, OSError, RuntimeError) as error:
@@ -148,7 +145,9 @@ def refuse_other_tensors(folder: Path, adapted: PeftModel) -> None:
 
 
 def first_misfit(adapted: PeftModel, stored: StoredAdapter, *, names_only: bool = False) -> str:
-    """Describe the first tensor that model and file don't both have in the same shape; empty if there is none.
+    """Describe the first tensor that model and file don't both have in the same shape.
+
+    Empty if there is none.
 
     With `names_only` shapes are not compared.
     """
@@ -194,7 +193,7 @@ def _read_config(file: Path, key: str) -> PeftConfig:
 
 
 def _unsafe_fields(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """Describe fields that lead to other files or packages, or need far more memory than the adapter's tensors."""
+    """Describe fields that name other files or packages, or need far too much memory."""
     found = [f"{name} leads out of the folder" for name in _LEADING_ELSEWHERE if getattr(config, name, None)]
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     patterns = getattr(config, "rank_pattern", None)

@@ -155,7 +155,10 @@ def architecture(model: DictConfig, config_overrides: Mapping[str, Any] | None =
 
 
 def vocabulary_problems(model: DictConfig, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
-    """Return a Problem if the tokenizer has more tokens than the embedding has rows, `model.add_tokens` aside."""
+    """Return a Problem if the tokenizer has more tokens than the embedding has rows.
+
+    Tokens of `model.add_tokens` get rows of their own.
+    """
     rows = architecture(model).get_text_config().vocab_size
     tokens = len(tokenizer) - len(model.add_tokens)
     if tokens <= rows:

@@ -1,7 +1,7 @@
-"""Initialisations of LoRA's factors: the paper's Init[2], and those that take the factors from the base's weights.
+"""Initialisations of LoRA's factors: Init[2] of the paper, and those that change the base.
 
-PiSSA and OLoRA put a part of each weight W into A0 and B0 and leave W - s B0 A0 in the base, so their adapter fits only
-that base. On the original base the same function is W + s (B A - B0 A0), a plain LoRA of twice the rank.
+PiSSA and OLoRA move a part of each weight W into A0 and B0 and leave W - s B0 A0 in the base, so their adapter is right
+only on that base. On the original one the same function is W + s (B A - B0 A0), a plain LoRA of twice the rank.
 """
 
 from __future__ import annotations

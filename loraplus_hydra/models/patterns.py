@@ -15,7 +15,7 @@ _SECONDS = 5.0
 
 
 def refuse_slow_patterns(config: PeftConfig, model: nn.Module) -> None:
-    """Raise UserError for a pattern that takes seconds to match the names of the model's layers, or is none."""
+    """Raise UserError for a pattern that takes seconds to match the layers' names, or is invalid."""
     names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
     for field, pattern in _patterns(config):
         try:

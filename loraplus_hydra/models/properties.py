@@ -1,4 +1,7 @@
-"""Properties of a base model that its weights fix: labels of a trained head, and how many tokens it can take."""
+"""Properties of a base model that its weights fix.
+
+These are the labels of a trained head, and how many tokens the model can take.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,10 @@ def adapter_labels(path: str) -> tuple[str, ...]:
 
 
 def label_names(id2label: dict[Any, Any]) -> tuple[str, ...]:
-    """Return the names in the order of their numbers; none for transformers' placeholders LABEL_0, LABEL_1, ..."""
+    """Return the names in the order of their numbers.
+
+    None for transformers' placeholders LABEL_0, LABEL_1, ...
+    """
     names = {int(number): str(name) for number, name in id2label.items()}
     placeholders = all(name == f"LABEL_{number}" for number, name in names.items())
     return () if placeholders else tuple(names[number] for number in sorted(names))

@@ -82,7 +82,9 @@ def _copy_adapter(adapter: Path, folder: Path) -> None:
 
 
 def _write_merged(run: FinishedRun, folder: Path, dtype: str | None) -> float:
-    """Write the merged model and the tokenizer; return the largest difference of its logits from the run's.
+    """Write the merged model and the tokenizer.
+
+    Return the largest difference of its logits from the run's.
 
     Raises UserError when the difference is more than rounding.
     """
@@ -132,7 +134,7 @@ def _dequantized(model: PeftModel, run: FinishedRun) -> PeftModel:
 
 
 def _untie(model: PeftModel) -> None:
-    """Give the output layer its own weights where the adapter changes it, or the embedding that shares them."""
+    """Untie the output layer where the adapter changes it or the embedding."""
     base = model.get_base_model()
     embedding, output = base.get_input_embeddings(), base.get_output_embeddings()
     if output is None or not base.config.get_text_config().tie_word_embeddings:

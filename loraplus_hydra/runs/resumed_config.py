@@ -20,10 +20,7 @@ from loraplus_hydra.runs.stored_config import KEY, read_plain, read_stored
 
 
 def resumed_config(folder: Path, config: DictConfig) -> tuple[DictConfig, ResumePoint | None]:
-    """Return the config of the run in `folder` with the changes in `config`, which the command `resume` composed.
-
-    The second value is the run's own newest checkpoint, where that had to be looked for. Raises ConfigErrors.
-    """
+    """Return the config of the run in `folder` with the changes that `resume` was given."""
     file = _stored_file(folder)
     run = read_stored(file, _changes(folder, file, config))
     if run.model.trust_remote_code and not config.trust_remote_code:
@@ -46,7 +43,9 @@ def resumed_config(folder: Path, config: DictConfig) -> tuple[DictConfig, Resume
 
 
 def _stored_file(folder: Path) -> Path:
-    """Return the file of the run's config: Hydra's copy, whose rules still refer to loraplus.ratio, or config.yaml.
+    """Return the file of the run's config.
+
+    Hydra's copy, whose rules still refer to loraplus.ratio, or config.yaml.
 
     Hydra's copy is missing for a run made in Python, and of another form under a program that composes ours.
     """
@@ -116,7 +115,10 @@ def _common(given: Mapping[Any, Any], in_effect: Mapping[Any, Any]) -> dict[Any,
 
 
 def _is_of_a_run(file: Path) -> bool:
-    """Return True if Hydra's copy of a config is a run's, or empty; False if it is that of a program around a run."""
+    """Return True if Hydra's copy of a config is a run's, or empty.
+
+    False if it is that of a program around a run.
+    """
     if not file.is_file():
         return False
     text = read_bytes(file).decode("utf-8", errors="replace")

@@ -76,7 +76,10 @@ def _put_values_for_resolvers(stored: DictConfig, values: Mapping[str, Any]) -> 
 
 
 def _put_absolute_paths(stored: DictConfig, values: Mapping[str, Any]) -> None:
-    """Replace relative paths that don't exist here by the run's absolute ones: it may have been started elsewhere."""
+    """Replace relative paths that don't exist here by the run's absolute ones.
+
+    It may have been started elsewhere.
+    """
     for key in PATH_KEYS:
         relative, absolute = OmegaConf.select(stored, key), values.get(key)
         if not (isinstance(relative, str) and isinstance(absolute, str)) or Path(relative).exists():

@@ -150,7 +150,10 @@ def _called(value: Any, column: str, place: str) -> list[Any]:
 
 
 def _tool_call(call: Any, column: str, place: str) -> Any:
-    """Return a tool call as templates take it: {type, function: {name, arguments}}, the arguments as an object."""
+    """Return a tool call as templates take it.
+
+    {type, function: {name, arguments}}, the arguments as an object.
+    """
     if not isinstance(call, dict):
         raise row_error(place, column, f"holds {describe(call)}, where a tool call is {{name: ..., arguments: ...}}")
     function = call.get("function", {key: call[key] for key in ("name", "arguments") if key in call})

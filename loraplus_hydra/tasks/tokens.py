@@ -57,7 +57,9 @@ def encode_texts(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, rule
 
 
 def encode_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return the tokens of texts that may go on: with those that the tokenizer puts first, without those it puts last.
+    """Return the tokens of texts that may go on.
+
+    With those that the tokenizer puts first, without those it puts last.
 
     A tokenizer that appends an end-of-text token would end a prompt with it, and a row with two of them.
     """
@@ -68,7 +70,10 @@ def encode_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool) -> list[int]:
-    """Return the tokens of a prompt as rows begin with them; a template's text has its special tokens already."""
+    """Return the tokens of a prompt as rows begin with them.
+
+    A template's text has its special tokens already.
+    """
     if special_tokens:
         return encode_plain([text], tokenizer)[0]
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,1 +1,1 @@
-"""How the embedded model's weights were made."""
+"""The script that made the embedded model's weights."""

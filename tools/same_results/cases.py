@@ -1,4 +1,4 @@
-"""Say which runs two checkouts are compared by, write the rows and the model that they take, and run them."""
+"""The runs by which two checkouts are compared, and their rows and model."""
 
 from __future__ import annotations
 
@@ -164,7 +164,10 @@ def start(words: list[str], side: Side, place: Path, threads: int) -> subprocess
 
 
 def environment(cache: Path, threads: int) -> dict[str, str]:
-    """Set what a run is started with: no network, no GPU, so many threads, and nothing cached by another side."""
+    """Set what a run is started with.
+
+    No network, no GPU, so many threads, and nothing cached by another side.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HYDRA"))}
     count = str(threads)
     return inherited | {
@@ -239,7 +242,10 @@ HIDDEN, INNER, POSITIONS = 16, 32, 32
 
 
 def write_inputs(folder: Path) -> None:
-    """Write rows for each task, and a BERT of one layer; the same bytes at each call, so both sides read the same."""
+    """Write rows for each task, and a BERT of one layer.
+
+    The same bytes at each call, so both sides read the same.
+    """
     draft = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(draft, ignore_errors=True)
     write_bert(draft / "bert")

@@ -1,4 +1,6 @@
-"""Show that two checkouts give the same results: run the same cases in both, and compare what they leave on disk.
+"""Show that two checkouts give the same results.
+
+Run the same cases in both, and compare what they leave on disk.
 
     python tools/same_results/compare.py BEFORE AFTER --work FOLDER [--only NAME ...] [--side before] [--out FILE]
 

@@ -1,4 +1,4 @@
-"""`inspect`: show the role, rule, group and rate of every trained tensor, and the memory, without loading weights."""
+"""`inspect`: show each trained tensor's role, rule, group and rate, without loading weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from loraplus_hydra.config.schema import run_of
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
-    """Print a config's table of rates; `--tensors` lists each tensor with the reason, `--json` prints JSON."""
+    """Print a config's table of rates.
+
+    `--tensors` lists each tensor with the reason, `--json` prints JSON.
+    """
     checked = check_without_data(run_of(config))
     from loraplus_hydra.loraplus.plan import table_rows
     from loraplus_hydra.runs import display

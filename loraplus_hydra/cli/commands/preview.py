@@ -1,4 +1,4 @@
-"""`preview`: show three training rows as the model will see them, and which of their tokens carry loss."""
+"""`preview`: show three training rows as the model will see them."""
 
 from __future__ import annotations
 

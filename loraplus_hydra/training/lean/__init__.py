@@ -1,4 +1,4 @@
-"""The lean forward: a batch's log-probabilities and hidden states without padding and without unused logits.
+"""The lean forward: no padding, and no logits that nothing needs.
 
 See docs/lean.md. `adopt.adopt` is the only entry.
 """

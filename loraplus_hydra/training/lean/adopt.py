@@ -18,10 +18,12 @@ AUTO, LEAN, PLAIN = "auto", "lean", "plain"
 
 
 def adopt(trainer: Any, forward: str) -> None:
-    """Prepare a Trainer for its steps: memory, walks over modules, and the forward that `trainer.forward` names.
+    """Prepare a Trainer for its steps.
 
-    The lean forward runs the model's batches from the next one on. A run that can't have it trains as it would
-    without, and the reason is on the screen.
+    Memory, walks over modules, and the forward that `trainer.forward` names.
+
+    The lean forward runs the model's batches from the next one on. A run that can't have it trains as it would without,
+    and the reason is on the screen.
     """
     if trainer.args.device.type == "cpu":
         keep_freed_memory()
@@ -74,7 +76,7 @@ def _install(module: Any, model: Any, lean: Entry) -> None:
 
 
 class _State:
-    """Whether a model's forward is lean, which its first batch decides."""
+    """The choice of a model's forward, which its first batch decides."""
 
     def __init__(self) -> None:
         self.lean = True

@@ -36,10 +36,11 @@ def attend(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return the attention of each row over itself, [1, tokens, heads, size], for inputs [1, heads, tokens, size].
+    """Return the attention of each row over itself.
 
-    Raises UnknownModelError where rows are missing or the layer changes its scores in a way not known here, and
-    UnknownBatchError where a row is longer than the layer's window.
+    Inputs are [1, heads, tokens, size], the output is [1, tokens, heads, size]. Raises UnknownModelError where rows are
+    missing or the layer changes its scores in a way not known here, and UnknownBatchError where a row is longer than
+    the layer's window.
     """
     rows: Rows | None = kwargs.get(ROWS)
     if rows is None or attention_mask is not None or query.shape[2] != rows.tokens:

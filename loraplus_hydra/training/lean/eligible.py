@@ -1,4 +1,4 @@
-"""Which runs can have the lean forward, and which of them `auto` gives it to."""
+"""Rules for runs that can have the lean forward, and for those to which `auto` gives it."""
 
 from __future__ import annotations
 

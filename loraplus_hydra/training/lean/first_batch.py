@@ -19,7 +19,9 @@ _ROWS = 4  # of the batch: enough for one row to disturb another
 
 
 def disagreement(model: nn.Module, plain: Entry, lean: Entry, batch: Mapping[str, Any]) -> str | None:
-    """Return how two forwards differ on the first rows of a batch, in outputs or gradients; None if they agree.
+    """Return how two forwards differ on the first rows of a batch, in outputs or gradients.
+
+    None if they agree.
 
     Dropout is off. Neither gradients nor random generators are changed. Raises UnknownBatchError if these rows show
     nothing.
@@ -49,7 +51,7 @@ def disagreement(model: nn.Module, plain: Entry, lean: Entry, batch: Mapping[str
 
 
 def _tolerance(model: nn.Module) -> float:
-    """Return the relative difference that the coarsest dtype in use explains, in a model of some dozens of layers."""
+    """Return the relative difference that the coarsest dtype in use explains."""
     parameters = list(model.parameters())
     dtypes = {each.dtype for each in parameters if each.is_floating_point()}
     device = parameters[0].device.type

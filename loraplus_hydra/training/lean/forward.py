@@ -49,7 +49,10 @@ class LeanForward:
         return output
 
     def fused_output(self, batch: Mapping[str, Any]) -> FusedCausalLMOutput:
-        """Return what TRL's fused head returns: scores of each label, [rows, columns - 1], zero where there is none."""
+        """Return what TRL's fused head returns.
+
+        Scores of each label, [rows, columns - 1], zero where there is none.
+        """
         tokens, scored = self._supervised(batch)
         scores = score(*tokens)
         items = batch.get("num_items_in_batch")
@@ -113,7 +116,7 @@ class LeanForward:
             self._rows = None
 
     def _padded_for_pooler(self, pooler: nn.Module, inputs: tuple[Any, ...]) -> Any:
-        """A pooler takes each row's first token, so it gets padded rows."""
+        """Give the pooler padded rows: it takes each row's first token."""
         if self._rows is None:
             return None
         if inputs[0].shape[:2] != (1, self._rows.tokens):
@@ -122,7 +125,10 @@ class LeanForward:
 
 
 def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the arguments of a model's call as a batch; None if the lean forward does not know one of them."""
+    """Return the arguments of a model's call as a batch.
+
+    None if the lean forward does not know one of them.
+    """
     if len(args) > 1:
         return None
     batch = {**kwargs, **({"input_ids": args[0]} if args else {})}

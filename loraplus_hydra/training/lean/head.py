@@ -13,7 +13,7 @@ _LEAST = 128  # rows of logits at a time: products of fewer are slow
 
 
 class Scores(NamedTuple):
-    """Of each supervised token: log-probability, entropy of its distribution, and 1 if it is the most likely one."""
+    """Log-probability, entropy and top-1 hit of each supervised token."""
 
     log_probs: torch.Tensor
     entropy: torch.Tensor
@@ -23,10 +23,11 @@ class Scores(NamedTuple):
 def score(
     hidden: torch.Tensor, places: torch.Tensor, targets: torch.Tensor, head: Frozen, bias: torch.Tensor | None
 ) -> Scores:
-    """Return the scores of `targets` [supervised], predicted from `hidden` [tokens, size] at `places` [supervised].
+    """Return the scores of `targets`, predicted from `hidden` at `places`.
 
-    Only the log-probabilities have a gradient. It is made piece by piece in this forward pass, so that the backward
-    pass only scales it: a piece's logits are never needed again. Scores are float32, or float64 with such a model.
+    Shapes: targets and places [supervised], hidden [tokens, size]. Only the log-probabilities have a gradient. It is
+    made piece by piece in this forward pass, so that the backward pass only scales it: a piece's logits are never
+    needed again. Scores are float32, or float64 with such a model.
     """
     return Scores(*_Score.apply(hidden, places, targets, head, bias, torch.is_grad_enabled(), True))
 
@@ -83,7 +84,9 @@ def _piece(
     gradient: torch.Tensor | None,
     with_metrics: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """Return one piece's log-probabilities, entropies and hits; write the log-probabilities' gradient to `gradient`.
+    """Return one piece's log-probabilities, entropies and hits.
+
+    Write the log-probabilities' gradient to `gradient`.
 
     Each pass over the logits counts here: it costs a fifth of their product.
     """

@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Where each token of a padded batch stands in the joined row of tokens.
+    """Places of a padded batch's tokens in the joined row.
 
     Rows are joined in the order of their lengths, so that rows of one length form one block in attention. `kept` has
     the tokens' places in the flattened batch; None where nothing is padded and the batch is its own joined row.
