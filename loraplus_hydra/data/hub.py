@@ -57,7 +57,7 @@ def load(
 
 
 def _refuse_leading_out(folder: Path) -> None:
-    """Raise ConfigErrors if the metadata of a local data set names files outside its folder or on a network."""
+    """Raise ConfigErrors if a local data set's metadata names files outside its folder."""
     for name in _METADATA:
         if not (file := folder / name).is_file():
             continue
@@ -77,7 +77,8 @@ def _refuse_leading_out(folder: Path) -> None:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Yield each text in nested lists and mappings; aliases are followed once, since they may multiply."""
+    """Yield each text in nested lists and mappings."""
+    # Aliases are followed once, since they may multiply.
     waiting, seen = [value], set()
     while waiting:
         one = waiting.pop()

@@ -15,7 +15,10 @@ _SECONDS = 10.0  # for one conversation
 
 
 def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], **arguments: Any) -> Any:
-    """Call the tokenizer's `apply_chat_template`. Raises UserError when the template fails or takes too long."""
+    """Call the tokenizer's `apply_chat_template`.
+
+    Raises UserError if the template fails or takes too long.
+    """
     try:
         with time_limit(_SECONDS):
             return tokenizer.apply_chat_template(list(messages), **arguments)

@@ -57,18 +57,22 @@ def encode_texts(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, rule
 
 
 def encode_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return the tokens of texts that may go on: with those that the tokenizer puts first, without those it puts last.
+    """Return the tokens of texts that may continue.
 
-    A tokenizer that appends an end-of-text token would end a prompt with it, and a row with two of them.
+    The special tokens that the tokenizer puts before a text stay, and those that it puts after one are left out.
     """
     if not texts:
         return []
+    # An end-of-text token that the tokenizer appends would end a prompt, and come twice at the end of a row.
     last = _tokens_put_last(tokenizer)
     return [ids[: len(ids) - last] for ids in tokenizer(list(texts))["input_ids"]]
 
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool) -> list[int]:
-    """Return the tokens of a prompt as rows begin with them; a template's text has its special tokens already."""
+    """Return the tokens of a prompt as rows begin with them.
+
+    A template's text has its special tokens already.
+    """
     if special_tokens:
         return encode_plain([text], tokenizer)[0]
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -141,7 +145,7 @@ def _stops(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def _silence(
     labels: list[int], ids: list[int], other_ids: list[int], marks: Sequence[int], stops: Collection[int]
 ) -> None:
-    """Take the loss from a turn, which `other_ids` have another text for, and from the token that ends it."""
+    """Take the loss from a turn and its end; `other_ids` have another text for it."""
     start = _common_length(ids, other_ids)
     end = len(ids) - _common_length(ids[start:][::-1], other_ids[start:][::-1])
     if start >= end:
@@ -161,7 +165,7 @@ def _text(turns: list[Message], conversation: Conversation, tokenizer: PreTraine
 def _unread(
     conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, rule: LossRule
 ) -> tuple[str, ...]:
-    """Return the keys of messages, and the arguments, without which the template writes the same text."""
+    """Return the keys of messages and the arguments that don't change the template's text."""
     unread = []
     for key in sorted({key for turn in conversation.turns for key in turn} - _READ):
         turns = [{name: value for name, value in turn.items() if name != key} for turn in conversation.turns]
