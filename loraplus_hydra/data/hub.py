@@ -77,7 +77,8 @@ def _refuse_leading_out(folder: Path) -> None:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Yield each text in nested lists and mappings; aliases are followed once, since they may multiply."""
+    """Yield each text in nested lists and mappings."""
+    # Aliases are followed once, since they may multiply.
     waiting, seen = [value], set()
     while waiting:
         one = waiting.pop()

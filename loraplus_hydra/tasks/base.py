@@ -1,4 +1,4 @@
-"""Properties of the weights that training begins from, which hold whatever the rows suggest."""
+"""Properties of the weights that training begins from, whatever the rows are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ _NO_LIMIT = 1_000_000  # tokenizers without a limit give a far larger number
 
 @dataclass(frozen=True)
 class Base:
-    """The trained head and the positions of a base model, or of the run or adapter that is loaded on it."""
+    """The trained head and the positions of the base model.
+
+    If a run or an adapter is loaded on it, they are that one's.
+    """
 
     labels: tuple[str, ...] = ()  # names of a trained head's outputs, in their order; empty: no head, or no names
     head: str = "the model's trained head"  # the owner of the labels, for messages

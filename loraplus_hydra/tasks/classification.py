@@ -61,7 +61,7 @@ def examples(
 
 
 def _unnamed_note(labels: Labels, base: Base | None) -> tuple[str, ...]:
-    """Return a note if the rows' order of labels is taken for the outputs of a trained head without names."""
+    """Return a note if a trained head has no names, so that the rows' labels name its outputs."""
     if base is None or base.unnamed_outputs != len(labels.names):
         return ()
     return (f"The model's trained head has no names for its outputs: they are taken as {', '.join(labels.names)}.",)

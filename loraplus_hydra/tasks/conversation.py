@@ -126,7 +126,7 @@ class Shape:
     def _conversation(
         self, prompt: Messages | None, completion: Messages, row: Mapping[str, Any], place: str
     ) -> Conversation:
-        """Join a row's messages with its system message, if a column has one, and its template arguments."""
+        """Join a row's messages with its system message, if any, and its template arguments."""
         first = with_system(prompt or completion, row.get(SYSTEM), SYSTEM, place)
         arguments = _template_arguments(row, place, schema_nulls=self.schema_nulls)
         if prompt is None:

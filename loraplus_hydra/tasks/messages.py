@@ -1,4 +1,4 @@
-"""Messages of rows, in the forms in which data sets have them, as chat templates take them."""
+"""Messages of rows, in any form of usual data sets, as chat templates take them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def read_messages(value: Any, column: str, place: str, *, schema_nulls: bool = F
 
 
 def with_system(messages: Messages, system: Any, column: str, place: str) -> Messages:
-    """Return the messages after a system message with the text of a row's own column, if there is one."""
+    """Return the messages, after a system message if a column of the row has its text."""
     if not system:
         return messages
     if not isinstance(system, str):
@@ -130,7 +130,10 @@ def _check_content(message: Message, column: str, place: str) -> None:
 
 
 def _joined(parts: list[Any], column: str, place: str) -> str:
-    """Return the text of content that is a list of parts. Raises ConfigErrors for a part that is not text."""
+    """Return the text of content that is a list of parts.
+
+    Raises ConfigErrors for a part that is not text.
+    """
     texts = []
     for part in parts:
         text = part

@@ -94,7 +94,10 @@ class _Encoder:
     chat: bool
 
     def encode(self, rows: Rows, split: str) -> Rows:
-        """Return the columns input_ids, labels and those of _REPORTED, and for `assistant_only` also messages."""
+        """Return the columns input_ids, labels and those of _REPORTED.
+
+        For `assistant_only` there is also the column messages.
+        """
         key = {
             "task": "sft",
             "tokenizer": tokenizer_digest(self.tokenizer),

@@ -61,10 +61,11 @@ def encode_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
 
     With those that the tokenizer puts first, without those it puts last.
 
-    A tokenizer that appends an end-of-text token would end a prompt with it, and a row with two of them.
+    The special tokens that the tokenizer puts before a text stay, and those that it puts after one are left out.
     """
     if not texts:
         return []
+    # An end-of-text token that the tokenizer appends would end a prompt, and come twice at the end of a row.
     last = _tokens_put_last(tokenizer)
     return [ids[: len(ids) - last] for ids in tokenizer(list(texts))["input_ids"]]
 
@@ -146,7 +147,7 @@ def _stops(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def _silence(
     labels: list[int], ids: list[int], other_ids: list[int], marks: Sequence[int], stops: Collection[int]
 ) -> None:
-    """Take the loss from a turn, which `other_ids` have another text for, and from the token that ends it."""
+    """Take the loss from a turn and its end; `other_ids` have another text for it."""
     start = _common_length(ids, other_ids)
     end = len(ids) - _common_length(ids[start:][::-1], other_ids[start:][::-1])
     if start >= end:
@@ -166,7 +167,7 @@ def _text(turns: list[Message], conversation: Conversation, tokenizer: PreTraine
 def _unread(
     conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, rule: LossRule
 ) -> tuple[str, ...]:
-    """Return the keys of messages, and the arguments, without which the template writes the same text."""
+    """Return the keys of messages and the arguments that don't change the template's text."""
     unread = []
     for key in sorted({key for turn in conversation.turns for key in turn} - _READ):
         turns = [{name: value for name, value in turn.items() if name != key} for turn in conversation.turns]

@@ -51,7 +51,7 @@ def own(tmp_path_factory: pytest.TempPathFactory, tiny_run: list[str], monkeypat
 def test_an_options_own_keys_are_all_parameters_of_its_function(file: Path) -> None:
     option = yaml.safe_load(file.read_text())
     taken = list(inspect.signature(locate(option["examples"])).parameters)
-    assert [key for key in option if key not in COMMON] == [name for name in taken[4:] if name != BASE]
+    assert {*option} - COMMON == {*taken[4:]} - {BASE}
 
 
 def test_keys_reach_a_users_function_by_name(own: list[str], cli: Callable[..., Finished]) -> None:
