@@ -69,7 +69,7 @@ def ratios(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, flo
 
 
 def table(results: list[dict[str, Any]], ways: list[str]) -> str:
-    """Times as medians, and in brackets how many times the lean one's they are."""
+    """Return a Markdown table: times as medians, in brackets as multiples of the lean one's."""
     others = [way for way in ways if way != "lean"]
     lines = [
         f"| case | what | lean | {' | '.join(way.replace('_', ' ') for way in others)} |",
