@@ -6,6 +6,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from loraplus_hydra.io import screen
 from loraplus_hydra.training.allocator import keep_freed_memory
 from loraplus_hydra.training.lean.attention import UnknownBatchError
@@ -27,7 +29,12 @@ def adopt(trainer: Any, forward: str) -> None:
     """
     if trainer.args.device.type == "cpu":
         keep_freed_memory()
-    if trainer.args.world_size == 1 and not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
+    if (
+        trainer.args.world_size == 1
+        and trainer.args.n_gpu <= 1
+        and not trainer.is_deepspeed_enabled
+        and not trainer.is_fsdp_enabled
+    ):
         walk_once(trainer)
     if forward == PLAIN:
         return
@@ -62,14 +69,15 @@ def _install(module: Any, model: Any, lean: Entry) -> None:
 
     @functools.wraps(type(module).forward)  # `generate` reads the signature
     def forward(*args: Any, **kwargs: Any) -> Any:
-        batch = batch_of(args, kwargs) if state.lean else None
-        if batch is None:
+        if not state.is_lean:
             return plain(*args, **kwargs)
         try:
-            if not state.checked:
+            batch = batch_of(args, kwargs)
+            if not state.is_checked:
                 state.check(model, lambda some: plain(**some), lean, batch)
-            return lean(batch) if state.lean else plain(*args, **kwargs)
-        except UnknownBatchError:
+            return lean(batch) if state.is_lean else plain(*args, **kwargs)
+        except UnknownBatchError as error:
+            state.report_batch(str(error))
             return plain(*args, **kwargs)
 
     module.forward = forward
@@ -79,14 +87,22 @@ class _State:
     """The choice of a model's forward, which its first batch decides."""
 
     def __init__(self) -> None:
-        self.lean = True
-        self.checked = False
+        self.is_lean = True
+        self.is_checked = False
+        self._reported: set[str] = set()
 
     def check(self, model: Any, plain: Entry, lean: Entry, batch: Mapping[str, Any]) -> None:
+        """Compare both forwards on a batch, and stay plain if they differ."""
         reason = disagreement(model, plain, lean, batch)
-        self.checked, self.lean = True, reason is None
+        self.is_checked, self.is_lean = True, reason is None
         if reason is not None:
             _report_plain(reason)
+
+    def report_batch(self, reason: str) -> None:
+        """Report why a training batch runs plain, each reason once. Generation is no batch of training."""
+        if torch.is_grad_enabled() and reason not in self._reported:
+            self._reported.add(reason)
+            screen.show(f"    Forward pass: plain for some batches, since {reason}")
 
 
 def _report_plain(reason: str) -> None:

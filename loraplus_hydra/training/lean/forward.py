@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl.trainer.utils import FusedCausalLMOutput
 
 from loraplus_hydra.training.lean.attention import ROWS, UnknownBatchError, UnknownModelError, attention_by_rows
-from loraplus_hydra.training.lean.frozen import Frozen
+from loraplus_hydra.training.lean.frozen import Frozen, should_pack
 from loraplus_hydra.training.lean.head import log_probabilities, score
 from loraplus_hydra.training.lean.layers import lend_lean_layers
 from loraplus_hydra.training.lean.rows import Rows, positions
@@ -37,7 +37,9 @@ class LeanForward:
         self.backbone = model.base_model
         self._run_backbone = self.backbone.forward
         self._rows: Rows | None = None  # of the pass under way
-        lend_lean_layers(model, lambda: self._rows is not None)
+        linears = [each for each in model.modules() if isinstance(each, nn.Linear) and not each.weight.requires_grad]
+        self._packed = should_pack(each.weight for each in linears)
+        lend_lean_layers(model, lambda: self._rows is not None, packed=self._packed)
         if isinstance(pooler := getattr(self.backbone, "pooler", None), nn.Module):
             pooler.register_forward_pre_hook(self._padded_for_pooler)
         self._frozen_head: Frozen | None = None
@@ -84,7 +86,7 @@ class LeanForward:
             raise UnknownBatchError("a label follows a masked token")
         layer = self.model.get_output_embeddings()
         if self._frozen_head is None or self._frozen_head.weight is not layer.weight:
-            self._frozen_head = Frozen(layer.weight)
+            self._frozen_head = Frozen(layer.weight, packed=self._packed)
         return (output.last_hidden_state[0], places, labels[scored], self._frozen_head, layer.bias), scored
 
     def _joined_output(self, batch: Mapping[str, Any]) -> tuple[Any, Rows]:
@@ -124,18 +126,19 @@ class LeanForward:
         return (self._rows.pad(inputs[0]), *inputs[1:])
 
 
-def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a model's call as a batch.
 
-    None if the lean forward does not know one of them.
+    Raises UnknownBatchError if one of them is not known here.
     """
-    if len(args) > 1:
-        return None
     batch = {**kwargs, **({"input_ids": args[0]} if args else {})}
     strange = [name for name, value in batch.items() if name not in _KNOWN and value is not None and value is not False]
+    if strange or len(args) > 1:
+        raise UnknownBatchError(f"the model is called with {', '.join(strange) or 'several arguments without names'}")
     ids = batch.get("input_ids")
-    known = not strange and isinstance(ids, torch.Tensor) and ids.ndim == 2 and batch.get("return_dict") is not False
-    return batch if known else None
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or batch.get("return_dict") is False:
+        raise UnknownBatchError("the model is not called with rows of token ids")
+    return batch
 
 
 def takes_positions(backbone: nn.Module) -> bool:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+
+_LARGEST = 2**28  # frozen numbers in all that are packed: their copies take 2 GB
 
 
 class Frozen:
     """A frozen weight, [out, in], and its products in both directions.
 
-    `with_onednn` packs the weight for oneDNN once, twice its memory; by default where MKL is slow. It computes in
-    float32 like BLAS. The weight may be cast or moved later: then BLAS takes over.
+    With `packed` oneDNN multiplies, in float32 like BLAS, from copies of the weight that take twice its memory. The
+    weight may be cast or moved later: then BLAS takes over.
     """
 
-    def __init__(self, weight: torch.Tensor, *, with_onednn: bool | None = None) -> None:
+    def __init__(self, weight: torch.Tensor, *, packed: bool = False) -> None:
         self.weight = weight
-        wanted = onednn_is_faster() if with_onednn is None else with_onednn
-        self._packed = _pack(weight) if wanted and _can_pack(weight) else None
+        self._packed = _pack(weight) if packed and _can_pack(weight) else None
         self._packed_from = weight.data_ptr()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,6 +52,14 @@ def _pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _product(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, None, "none", [], "")
+
+
+def should_pack(weights: Iterable[torch.Tensor]) -> bool:
+    """Return True if oneDNN is to multiply by these frozen weights of one model: where it is faster, if they are small.
+
+    A rule, so that a resumed run computes the same bits as an unbroken one on the same machine.
+    """
+    return onednn_is_faster() and sum(each.numel() for each in weights) <= _LARGEST
 
 
 @functools.cache

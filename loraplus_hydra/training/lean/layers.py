@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from loraplus_hydra.training.lean.frozen import Frozen, onednn_is_faster
+from loraplus_hydra.training.lean.frozen import Frozen
 
 
 class _Adapted(torch.autograd.Function):
@@ -81,16 +81,17 @@ class _FrozenProduct(torch.autograd.Function):
         return grad.view(*gradient.shape[:-1], grad.shape[-1]), None, None
 
 
-def lend_lean_layers(model: nn.Module, underway: Callable[[], bool]) -> int:
+def lend_lean_layers(model: nn.Module, underway: Callable[[], bool], *, packed: bool) -> int:
     """Give the model's linear layers a lean forward, in use while `underway()`; return how many got one.
 
     Layers that are not plain LoRA on a plain linear layer stay as they are, and so does every layer outside of a
-    lean forward: generation, and whatever else calls the model.
+    lean forward: generation, and whatever else calls the model. With `packed` oneDNN multiplies by frozen weights, and
+    frozen layers without an adapter get a lean forward, too.
     """
     adapted = [module for module in model.modules() if _is_plain_lora(module)]
     for layer in adapted:
-        _lend(layer, _lora_forward(layer), underway)
-    frozen = _frozen_linears(model, adapted) if onednn_is_faster() else []
+        _lend(layer, _lora_forward(layer, packed), underway)
+    frozen = _frozen_linears(model, adapted) if packed else []
     for linear in frozen:
         _lend(linear, _frozen_forward(linear), underway)
     return len(adapted) + len(frozen)
@@ -107,10 +108,10 @@ def _lend(layer: nn.Module, lean: Callable[[torch.Tensor], torch.Tensor], underw
     layer.forward = forward
 
 
-def _lora_forward(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def _lora_forward(layer: Any, packed: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     name = layer.active_adapters[0]
     base, lora_A, lora_B = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
-    frozen, dropout = Frozen(base.weight), layer.lora_dropout[name]
+    frozen, dropout = Frozen(base.weight, packed=packed), layer.lora_dropout[name]
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         if layer.disable_adapters or layer.merged or layer.active_adapters != [name]:
@@ -122,7 +123,7 @@ def _lora_forward(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _frozen_forward(linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-    frozen = Frozen(linear.weight)
+    frozen = Frozen(linear.weight, packed=True)
     return lambda x: _FrozenProduct.apply(x, frozen, linear.bias)
 
 

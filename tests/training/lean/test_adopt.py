@@ -239,6 +239,7 @@ def test_preference_tasks_stay_plain(compose: Compose, llama_folder: Path, tmp_p
         compose(
             *("task=dpo", "data=jsonl", f"data.train={rows}", "model=hub", f"model.path={llama_folder}"),
             *("trainer.max_steps=1", "trainer.per_device_train_batch_size=2", "task.samples=0"),
+            "trainer.forward=auto",
         ),
         tmp_path / "run",
     )
@@ -246,10 +247,13 @@ def test_preference_tasks_stay_plain(compose: Compose, llama_folder: Path, tmp_p
     assert reports == ["    Forward pass: plain, since DPOTrainer computes its own loss"]
 
 
-def test_the_default_run_is_lean_on_a_cpu(
+def test_auto_is_lean_on_a_cpu_and_the_default_plain(
     compose: Compose, tiny_run: list[str], tmp_path: Path, reports: list[str]
 ) -> None:
-    run(compose(*tiny_run, "trainer.max_steps=1", "trainer.use_cpu=true"), tmp_path / "run")
+    shared = [*tiny_run, "trainer.max_steps=1", "trainer.use_cpu=true"]
+    run(compose(*shared), tmp_path / "plain")
+    assert not reports
+    run(compose(*shared, "trainer.forward=auto"), tmp_path / "run")
 
     assert reports == ["    Forward pass: lean, without padding (trainer.forward)"]
 
@@ -285,7 +289,8 @@ def test_a_batch_beyond_the_window_runs_by_the_model_s_own_attention(
 
     lean, plain = both(compose, tmp_path, *tiny_run, *uneven, f"model.path={model}")
 
-    assert len(reports) == 1
+    assert len(reports) == 2
+    assert "plain for some batches, since a row is longer than the attention's window of 24 tokens" in reports[1]
     for one, other in zip(lean, plain, strict=True):
         one.pop("norms", None), other.pop("norms", None)
         assert_equal_within(one, other, 2e-6)

@@ -82,9 +82,9 @@ def test_the_trainer_asks_its_accelerator_and_model_for_what_is_kept() -> None:
 def test_onednn_s_packed_products_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without them BLAS multiplies: slower on some processors, and never wrong."""
     weight = torch.randn(3, 4)
-    assert Frozen(weight, with_onednn=True)._packed is not None
+    assert Frozen(weight, packed=True)._packed is not None
 
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    without = Frozen(weight, with_onednn=True)
+    without = Frozen(weight, packed=True)
     assert without._packed is None
     assert torch.equal(without.forward(torch.ones(2, 4)), torch.ones(2, 4) @ weight.T)

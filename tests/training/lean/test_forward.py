@@ -194,11 +194,10 @@ def test_a_call_with_unknown_arguments_is_none_of_ours() -> None:
     ids = torch.ones(2, 3, dtype=torch.long)
 
     assert batch_of((ids,), {}) == {"input_ids": ids}
-    assert (
-        batch_of((), {"input_ids": ids, "past_key_values": None, "output_attentions": False, FUSED: True}) is not None
-    )
-    for strange in ({"past_key_values": 1}, {"position_ids": ids}, {"inputs_embeds": ids}, {"output_attentions": True}):
-        assert batch_of((), {"input_ids": ids, **strange}) is None
-    assert batch_of((), {"inputs_embeds": ids}) is None
-    assert batch_of((ids, ids), {}) is None
-    assert batch_of((ids[0],), {}) is None
+    batch_of((), {"input_ids": ids, "past_key_values": None, "output_attentions": False, FUSED: True})
+    for name in ("past_key_values", "position_ids", "inputs_embeds", "output_attentions"):
+        with pytest.raises(UnknownBatchError, match=f"called with {name}"):
+            batch_of((), {"input_ids": ids, name: ids})
+    for args in ((), (ids, ids), (ids[0],)):
+        with pytest.raises(UnknownBatchError):
+            batch_of(args, {})

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from loraplus_hydra.training.lean import frozen, layers
+from loraplus_hydra.training.lean import frozen
 from loraplus_hydra.training.lean.frozen import Frozen
 from loraplus_hydra.training.lean.layers import lend_lean_layers
 from tests.support.lean import assert_close, gradients
@@ -50,9 +50,7 @@ def test_outputs_and_gradients_are_peft_s(
     x = torch.randn(1, tokens, 12, dtype=dtype)
     expected = numbers(model, x)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frozen, "onednn_is_faster", lambda: onednn)
-        lent = lend_lean_layers(model, lambda: True)
+    lent = lend_lean_layers(model, lambda: True, packed=onednn)
 
     assert lent == 2
     assert_close(numbers(model, x), expected, tolerance)
@@ -63,7 +61,7 @@ def test_the_input_s_gradient_is_peft_s() -> None:
     x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
     expected = torch.autograd.grad(model(x).sum(), x)
 
-    lend_lean_layers(model, lambda: True)
+    lend_lean_layers(model, lambda: True, packed=False)
 
     assert_close(list(torch.autograd.grad(model(x).sum(), x)), list(expected))
 
@@ -73,7 +71,7 @@ def test_a_base_in_bfloat16_keeps_its_adapter_in_float32() -> None:
     x = torch.randn(6, 12, dtype=torch.bfloat16)
     expected = numbers(model, x)
 
-    lend_lean_layers(model, lambda: True)
+    lend_lean_layers(model, lambda: True, packed=False)
     made = numbers(model, x)
 
     assert [each.dtype for each in made] == [each.dtype for each in expected]
@@ -84,7 +82,7 @@ def test_dropout_masks_whole_inputs_and_keeps_their_mean() -> None:
     model = network(lora_dropout=0.25).train()
     expected = numbers(model.eval(), x := torch.ones(1, 20_000, 12, dtype=torch.float64))[0]
     model.train()
-    lend_lean_layers(model, lambda: True)
+    lend_lean_layers(model, lambda: True, packed=False)
 
     torch.manual_seed(3)
     layer = model.base_model.model[0]
@@ -108,7 +106,7 @@ def test_dropout_is_the_same_in_forward_and_backward() -> None:
     model = network(lora_dropout=0.5, bias=False).train()
     layer = model.base_model.model[0]
     layer.base_layer.weight.data.zero_()
-    lend_lean_layers(model, lambda: True)
+    lend_lean_layers(model, lambda: True, packed=False)
     x = torch.randn(4, 12, dtype=torch.float64, requires_grad=True)
 
     torch.manual_seed(1)
@@ -125,7 +123,7 @@ def test_outside_of_a_lean_forward_peft_s_layers_run() -> None:
     x = torch.randn(3, 12, dtype=torch.float64)
     expected = model(x)
 
-    lend_lean_layers(model, lambda: False)
+    lend_lean_layers(model, lambda: False, packed=False)
 
     assert torch.equal(model(x), expected)
 
@@ -136,14 +134,14 @@ def test_other_layers_stay_as_they_are(change: dict[str, bool]) -> None:
     x = torch.randn(3, 12, dtype=torch.float64)
     expected = numbers(model, x)
 
-    assert lend_lean_layers(model, lambda: True) == 0
+    assert lend_lean_layers(model, lambda: True, packed=False) == 0
     assert_close(numbers(model, x), expected, 0.0)
 
 
 def test_a_disabled_adapter_leaves_the_base() -> None:
     model = network()
     x = torch.randn(3, 12, dtype=torch.float64)
-    lend_lean_layers(model, lambda: True)
+    lend_lean_layers(model, lambda: True, packed=False)
 
     with model.disable_adapter():
         out = model(x)
@@ -152,18 +150,21 @@ def test_a_disabled_adapter_leaves_the_base() -> None:
     assert torch.equal(out, base(x))
 
 
-def test_frozen_layers_without_an_adapter_get_packed_weights_where_those_are_faster(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_frozen_layers_without_an_adapter_get_packed_weights() -> None:
     model = network(torch.float32)
     model.base_model.model.append(nn.Linear(7, 5).requires_grad_(False))
     x = torch.randn(3, 12)
     expected = numbers(model, x)
-    for module in (frozen, layers):
-        monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
 
-    assert lend_lean_layers(model, lambda: True) == 3
+    assert lend_lean_layers(model, lambda: True, packed=True) == 3
     assert_close(numbers(model, x), expected, 3e-6)
+
+
+def test_weights_are_packed_where_onednn_is_faster_and_they_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for faster in (True, False):
+        monkeypatch.setattr(frozen, "onednn_is_faster", lambda faster=faster: faster)
+        assert frozen.should_pack([torch.empty(2**14, 2**14, device="meta")]) is faster
+        assert not frozen.should_pack([torch.empty(2**14, 2**14, device="meta")] * 2)
 
 
 @settings(max_examples=30, deadline=None)
@@ -171,7 +172,7 @@ def test_frozen_layers_without_an_adapter_get_packed_weights_where_those_are_fas
 def test_packed_products_are_as_exact_as_float32(tokens: int, inputs: int, outputs: int) -> None:
     torch.manual_seed(tokens)
     weight, x = torch.randn(outputs, inputs), torch.randn(tokens, inputs)
-    packed = Frozen(weight, with_onednn=True)
+    packed = Frozen(weight, packed=True)
 
     assert_close([packed.forward(x).double()], [x.double() @ weight.double().T], 1e-6)
     gradient = torch.randn(outputs, tokens).t()  # not contiguous
@@ -180,7 +181,7 @@ def test_packed_products_are_as_exact_as_float32(tokens: int, inputs: int, outpu
 
 def test_a_weight_that_was_replaced_is_not_read_from_its_packed_copy() -> None:
     weight = nn.Parameter(torch.ones(2, 3), requires_grad=False)
-    packed = Frozen(weight, with_onednn=True)
+    packed = Frozen(weight, packed=True)
 
     weight.data = torch.zeros(2, 3)
 
