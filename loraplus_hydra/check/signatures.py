@@ -14,6 +14,8 @@ from typing import Any
 from loraplus_hydra.config.types import describe, fits
 from loraplus_hydra.errors import Problem, nearest
 
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
 
 def argument_problems(
     target: Callable[..., Any],
@@ -32,9 +34,8 @@ def argument_problems(
     except (TypeError, ValueError):
         return []
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    named = {name: each for name, each in parameters.items() if each.kind not in variable and name != "self"}
-    offered = [name for name in named if name not in supplied]
+    named = {name: each for name, each in parameters.items() if each.kind not in _VARIABLE and name != "self"}
+    offered = {name: each for name, each in named.items() if name not in supplied}
     hints, title = _hints(target), getattr(target, "__name__", str(target))
     problems = []
     for name, value in arguments.items():
@@ -47,12 +48,12 @@ def argument_problems(
             problems.append(Problem(key, f"{title} takes no argument '{name}'{hint}", fix))
         elif name in hints and not fits(value, hints[name]):
             problems.append(Problem(key, f"'{value}' is not {describe(hints[name])}", "give it such a value"))
-    if dataclasses.is_dataclass(target):  # settings, all of which the class checks itself
-        return problems
-    needed = [name for name in offered if named[name].default is inspect.Parameter.empty and name not in arguments]
-    fix = "give it a value: +{key}=..."
+    # A dataclass of settings has its required ones checked when it is made.
+    missing = [] if dataclasses.is_dataclass(target) else [name for name in offered if name not in arguments]
     return problems + [
-        Problem(key, f"{title} needs it", fix.format(key=key)) for key in (f"{where}.{name}" for name in needed)
+        Problem(f"{where}.{name}", f"{title} needs it", f"give it a value: +{where}.{name}=...")
+        for name in missing
+        if offered[name].default is inspect.Parameter.empty
     ]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,38 +39,36 @@ def flags_and_overrides(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def refuse_wrong_flags(words: list[str], own: Iterable[str]) -> None:
-    """Raise ConfigErrors for flags or values of flags that Hydra doesn't know.
-
-    `own` are the command's flags.
+    """Raise ConfigErrors for unknown flags and values of flags; `own` are the command's flags.
 
     Hydra's own parser would print its usage and end the program with status 2.
     """
     flags, overrides = flags_and_overrides([word for word in words if word.removeprefix("--") not in own])
     parser = get_args_parser()
-
-    def refuse(message: str) -> NoReturn:
-        found = re.match(r"argument (\S+): (.*)", message, re.DOTALL)
-        key, what = (found[1], found[2]) if found else ("flags", message)
-        raise ConfigErrors([Problem(key, what, _FIX)])
-
-    parser.error = refuse  # type: ignore[method-assign]
+    parser.error = _refuse  # type: ignore[method-assign]
     given, unknown = parser.parse_known_args([*overrides, *flags])
     known = [*parser._option_string_actions, *(f"--{name}" for name in own)]
     problems = [Problem(word, f"there is no such flag{nearest(word, known)}", _FIX) for word in unknown]
-    if given.experimental_rerun is not None:
-        problems.append(Problem("--experimental-rerun", "reads a pickle, which may run code", "use `resume RUN`"))
-    if given.resolve and given.cfg is None and given.info is None:
-        problems.append(Problem("--resolve", "belongs to --cfg", "as in: --cfg job --resolve"))
-    if given.config_dir is not None and not Path(given.config_dir).is_dir():
-        problems.append(
-            Problem("--config-dir", f"there is no folder '{given.config_dir}'", "name one with YAML of yours")
-        )
-    if given.shell_completion and not any(_COMPLETION.fullmatch(word) for word in given.overrides):
-        problems.append(
-            Problem("--shell-completion", "what shall it do?", 'as in: eval "$(loraplus-hydra -sc install=bash)"')
-        )
-    if problems:
+    if problems := [*problems, *_value_problems(given)]:
         raise ConfigErrors(problems)
+
+
+def _refuse(message: str) -> NoReturn:
+    found = re.match(r"argument (\S+): (.*)", message, re.DOTALL)
+    key, what = (found[1], found[2]) if found else ("flags", message)
+    raise ConfigErrors([Problem(key, what, _FIX)])
+
+
+def _value_problems(given: Namespace) -> Iterator[Problem]:
+    if given.experimental_rerun is not None:
+        yield Problem("--experimental-rerun", "reads a pickle, which may run code", "use `resume RUN`")
+    if given.resolve and given.cfg is None and given.info is None:
+        yield Problem("--resolve", "belongs to --cfg", "as in: --cfg job --resolve")
+    if given.config_dir is not None and not Path(given.config_dir).is_dir():
+        yield Problem("--config-dir", f"there is no folder '{given.config_dir}'", "name one with YAML of yours")
+    if given.shell_completion and not any(_COMPLETION.fullmatch(word) for word in given.overrides):
+        fix = 'as in: eval "$(loraplus-hydra -sc install=bash)"'
+        yield Problem("--shell-completion", "does nothing without install, uninstall or query", fix)
 
 
 def split_command(arguments: list[str]) -> tuple[str, list[str]]:

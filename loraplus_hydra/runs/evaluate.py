@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from omegaconf import DictConfig
 
 from loraplus_hydra.check import stored_problems
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.runs.finished import FinishedRun, load_run, load_run_tokenizer, open_run
+from loraplus_hydra.runs.finished import FinishedRun
+from loraplus_hydra.runs.load_finished import base_of, load_run, load_run_tokenizer
 from loraplus_hydra.tasks.examples import Examples, load_examples
 from loraplus_hydra.training.hf_trainer.assemble import make_trainer
 from loraplus_hydra.training.prepare import bundle
@@ -20,19 +20,16 @@ from loraplus_hydra.training.prepare import bundle
 _KIND_OF_LABELS = ("num_labels", "id2label", "problem_type")
 
 
-def evaluate_with(
-    folder: str, data: dict[Any, Any], changes: Mapping[str, Any], *, trust_remote_code: bool = False
-) -> tuple[FinishedRun, dict[str, float]]:
-    """Return the finished run in `folder` and the metrics of its adapter.
+def evaluate_on(run: FinishedRun, data: dict[Any, Any]) -> dict[str, float]:
+    """Return the metrics of the run's adapter on the rows of `data`.
 
-    `data` changes or replaces the run's `data` group, `changes` (group -> keys) other groups. Raises ConfigErrors.
+    `data` changes or replaces the `data` group of `run.config`, which is checked as a whole. Raises UserError.
     """
-    run = open_run(folder, changes, trust_remote_code=trust_remote_code, groups=())
     run.config.data = _data(run.config, data)
     try:
         if problems := stored_problems(run.config):
             raise ConfigErrors(problems)
-        return run, evaluate(run)
+        return evaluate(run)
     except ConfigErrors as error:
         raise ConfigErrors(dict.fromkeys(_as_given(each, data, run.config) for each in error.problems)) from error
 
@@ -40,7 +37,7 @@ def evaluate_with(
 def evaluate(run: FinishedRun) -> dict[str, float]:
     """Return the metrics of the run's adapter on the held-out rows of its config. Raises UserError."""
     tokenizer = load_run_tokenizer(run)
-    examples = load_examples(_with_stored_head(run), tokenizer, run.base())
+    examples = load_examples(_with_stored_head(run), tokenizer, base_of(run))
     _same_labels(run, examples)
     model, tokenizer = load_run(run, trainable=True)  # the Trainer makes its groups out of what trains
     with tempfile.TemporaryDirectory() as folder:

@@ -19,11 +19,11 @@ from loraplus_hydra.io.folders import new_folder
 from loraplus_hydra.io.quiet_libraries import quiet_peft
 from loraplus_hydra.models.adapter_files import attach, stored_adapter
 from loraplus_hydra.models.quantization import dequantize, is_quantized
-from loraplus_hydra.runs.finished import FinishedRun, load_run
+from loraplus_hydra.runs.finished import FinishedRun
+from loraplus_hydra.runs.load_finished import load_run
 from loraplus_hydra.runs.model_card import write_card
 
 _COPIED = (".json", ".safetensors", ".jinja", ".model", ".txt")  # PEFT's and a tokenizer's
-DTYPES = ("float32", "bfloat16", "float16")
 ROWS_COMPARED = (4, 16)  # rows and tokens for which the export's logits are compared with the run's
 # Differences of logits, as a share of the largest, that rounding explains. Measured: 1e-6, 2e-2 and 3e-3.
 ROUNDING = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}

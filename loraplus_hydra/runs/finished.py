@@ -1,25 +1,21 @@
-"""Open a finished run from its folder: config, result and model with adapter."""
+"""Open a finished run from its folder: config and result. `load_finished` loads its model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from loraplus_hydra.check import stored_problems
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.folders import refuse_links
 from loraplus_hydra.io.read import Missing, Unreadable, read_json
 from loraplus_hydra.io.result import OK, stored_result
 from loraplus_hydra.runs.stored_config import KEY, read_stored
-from loraplus_hydra.tasks.base import Base
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 # What of a stored config is needed to rebuild the model, without training or rows.
 MODEL_GROUPS = ("model", "quantization", "adapter", "task", "seed")
@@ -55,27 +51,6 @@ class FinishedRun:
             raise _no_run(f"{file} can't be read: {first_line(error)}") from error
         return found
 
-    def base(self) -> Base:
-        """Return the properties of the run's weights that other rows must fit."""
-        from loraplus_hydra.models.properties import is_classifier, label_names, positions
-
-        places = positions(self.config.model, self.config.task.auto_class)
-        labels = label_names(self.model_arguments().get("id2label", {})) if is_classifier(self.config) else ()
-        return Base(labels=labels, head="the run", positions=places)
-
-
-def unnamed_run(config: DictConfig) -> list[Problem]:
-    """Return a Problem when a command is given no run's folder."""
-    missing = OmegaConf.is_missing(config, "run")
-    return [Problem(KEY, "no run is named", "write its folder behind the command")] if missing else []
-
-
-def named_run(config: DictConfig) -> str:
-    """Return the run's folder that a command is given. Raises ConfigErrors when there is none."""
-    if problems := unnamed_run(config):
-        raise ConfigErrors(problems)
-    return str(config.run)
-
 
 def model_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Drop timing and progress entries from an evaluation's metrics."""
@@ -98,8 +73,6 @@ def open_run(
     place = Path(folder).expanduser()
     result = _result(place)
     config = read_stored(place / run_folder.CONFIG, overrides or {})
-    from loraplus_hydra.check import stored_problems
-
     problems = stored_problems(config, groups)
     if config.model.trust_remote_code and not trust_remote_code:
         what = "the run's model brings Python of its own (model.trust_remote_code)"
@@ -107,35 +80,6 @@ def open_run(
     if problems:
         raise ConfigErrors(problems)
     return FinishedRun(place, config, result)
-
-
-def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load the run's model with its adapter and its tokenizer. Raises UserError."""
-    from transformers import set_seed
-
-    from loraplus_hydra.io.quiet_libraries import quiet_loading
-    from loraplus_hydra.models.adapter_files import attach, stored_adapter
-    from loraplus_hydra.models.base_model import load_base
-
-    quiet_loading()
-    stored = stored_adapter(str(run.adapter), key=KEY)
-    tokenizer = load_run_tokenizer(run)
-    # Rows of new tokens and a new head: all of them are the adapter's, but some are drawn first.
-    set_seed(run.config.seed)
-    base = load_base(run.config, tokenizer, run.model_arguments())
-    base.config.use_cache = True
-    model = attach(base, stored, trainable=trainable)
-    model.eval()
-    return model, tokenizer
-
-
-def load_run_tokenizer(run: FinishedRun) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that was saved with the run's adapter."""
-    from loraplus_hydra.models.tokenizer import load_tokenizer
-
-    model = run.config.model.copy()
-    model.tokenizer, model.add_tokens, model.pad_token, model.revision = str(run.adapter.absolute()), [], None, None
-    return load_tokenizer(model)
 
 
 def _result(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from loraplus_hydra.check import Checked
 from loraplus_hydra.loraplus.advice import ratio_advice
 from loraplus_hydra.loraplus.memory import Memory, estimate
-from loraplus_hydra.loraplus.plan import Plan, table_rows
+from loraplus_hydra.loraplus.plan import Plan, Row, table_rows
 from loraplus_hydra.training.measure import count_parameters
 
 
@@ -24,10 +24,14 @@ class Inspection:
     total: int
     advice: tuple[str, ...]
 
+    def rows(self) -> list[Row]:
+        """Return the rows of the table of rates."""
+        return table_rows(self.plan)
+
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
         return {
-            "rows": [asdict(row) for row in table_rows(self.plan)],
+            "rows": [asdict(row) for row in self.rows()],
             "tensors": [
                 {
                     **tensor.as_dict(),

@@ -14,7 +14,8 @@ from loraplus_hydra.data.files import load
 from loraplus_hydra.data.rows import ORIGIN, columns
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.models.quantization import is_quantized
-from loraplus_hydra.runs.finished import FinishedRun, load_run
+from loraplus_hydra.runs.finished import FinishedRun
+from loraplus_hydra.runs.load_finished import base_of, load_run
 from loraplus_hydra.tasks.base import least, longest_input
 from loraplus_hydra.tasks.conversation import Conversation, Shape, Text, find_shape, has_schema_nulls
 from loraplus_hydra.tasks.rows import text_in
@@ -89,7 +90,7 @@ def _classify(
         if any(both) and not all(both):
             raise UserError("file: some rows have a second text and others have none")
         arguments = (part, second) if any(both) else (part,)
-        limit = least(run.config.task.get("max_length"), longest_input(tokenizer, run.base()))
+        limit = least(run.config.task.get("max_length"), longest_input(tokenizer, base_of(run)))
         inputs = tokenizer(*arguments, padding=True, truncation=True, max_length=limit, return_tensors="pt")
         with torch.no_grad():
             logits = model(**inputs.to(model.device)).logits.float().cpu()

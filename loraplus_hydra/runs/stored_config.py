@@ -21,6 +21,19 @@ from loraplus_hydra.io.read import RESOLVER, Hostile, Unreadable, read_yaml
 KEY = "run"
 
 
+def unnamed_run(config: DictConfig) -> list[Problem]:
+    """Return a Problem when a command is given no run's folder."""
+    missing = OmegaConf.is_missing(config, "run")
+    return [Problem(KEY, "no run is named", "write its folder behind the command")] if missing else []
+
+
+def named_run(config: DictConfig) -> str:
+    """Return the run's folder that a command is given. Raises ConfigErrors when there is none."""
+    if problems := unnamed_run(config):
+        raise ConfigErrors(problems)
+    return str(config.run)
+
+
 def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
     """Return the stored config in `file`, typed by the schema, with `overrides` (group -> keys).
 

@@ -133,7 +133,7 @@ def test_traceback_is_shown_on_request(
         (["-x", "--json", "seed=1"], "-x: there is no such flag"),
         (["--config-dir", "nowhere"], "--config-dir: there is no folder 'nowhere'"),
         (["--experimental-rerun", "config.pickle"], "reads a pickle"),
-        (["-sc", "install=csh"], "--shell-completion: what shall it do?"),
+        (["-sc", "install=csh"], "--shell-completion: does nothing without install"),
         (["--package", "a..b", "--cfg", "job", "seeed=1"], "seeed: there is no such key"),
     ],
 )

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from loraplus_hydra.config.locations import config_folder
 from loraplus_hydra.runs.evaluate import evaluate
-from loraplus_hydra.runs.finished import load_run, open_run
+from loraplus_hydra.runs.finished import open_run
+from loraplus_hydra.runs.load_finished import load_run
 from tests.conftest import Finished
 from tests.support.finished_runs import NO_PLACE, RUNS, finished
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from loraplus_hydra.runs.export import export
-from loraplus_hydra.runs.finished import load_run, open_run
+from loraplus_hydra.runs.finished import open_run
+from loraplus_hydra.runs.load_finished import load_run
 from tests.conftest import Finished
 from tests.support.architectures import checkpoint
 from tests.support.finished_runs import NO_PLACE, quick_run

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from loraplus_hydra.runs.finished import load_run, open_run
+from loraplus_hydra.runs.finished import open_run
+from loraplus_hydra.runs.load_finished import load_run
 from loraplus_hydra.runs.predict import predict
 from tests.conftest import Finished
 from tests.support.finished_runs import NO_PLACE, WORDS, finished

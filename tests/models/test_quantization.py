@@ -13,7 +13,8 @@ from peft import PeftModel
 from loraplus_hydra.models.adapter import add_adapter
 from loraplus_hydra.models.base_model import load_model
 from loraplus_hydra.models.quantization import quantization_config
-from loraplus_hydra.runs.finished import load_run, open_run
+from loraplus_hydra.runs.finished import open_run
+from loraplus_hydra.runs.load_finished import load_run
 from tests.conftest import Finished
 from tests.models.test_model import CAUSAL_LM, model_group
 from tests.support.architectures import checkpoint

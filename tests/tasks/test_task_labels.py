@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from loraplus_hydra.errors import ConfigErrors
 from loraplus_hydra.models.tokenizer import load_tokenizer
-from loraplus_hydra.runs.evaluate import evaluate_with
+from loraplus_hydra.runs.evaluate import evaluate_on
+from loraplus_hydra.runs.finished import open_run
 from loraplus_hydra.runs.job import run
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.training.prepare import load_adapted_model, prepare_examples
@@ -110,11 +111,11 @@ def test_an_evaluation_goes_by_the_runs_labels_and_needs_no_training_rows(
     rows = [{"text": text, "label": answer} for text, answer in zip(TEXTS, answers, strict=True)]
     rows += [{"text": TEXTS[0], "label": next(name for name in NAMES if name != answers[0])}]
     other = write_jsonl(tmp_path / "other.jsonl", rows)
-    _, metrics = evaluate_with(str(tmp_path / "run"), {"eval": str(other)}, {})
+    metrics = evaluate_on(open_run(str(tmp_path / "run")), {"eval": str(other)})
     assert metrics["eval_accuracy"] == pytest.approx(6 / 7)
     write_jsonl(other, [*rows, {"text": "a", "label": "ant"}])
     with pytest.raises(ConfigErrors, match="labels that the run lacks: ant"):
-        evaluate_with(str(tmp_path / "run"), {"eval": str(other)}, {})
+        evaluate_on(open_run(str(tmp_path / "run")), {"eval": str(other)})
 
 
 def test_an_adapter_with_a_head_goes_on_with_its_labels(

@@ -8,6 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.cli.commands.command import Command
 from loraplus_hydra.io import files
+from loraplus_hydra.runs.finished import model_metrics, open_run
+from loraplus_hydra.runs.stored_config import named_run
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
@@ -22,13 +24,13 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
 
 def _print_metrics(config: DictConfig) -> dict[str, float]:
     """Evaluate the run, print its metrics beside those at the end of training, and return them all."""
-    from loraplus_hydra.runs.evaluate import evaluate_with
-    from loraplus_hydra.runs.finished import model_metrics, named_run
-
     data = {} if config.data is None else OmegaConf.to_container(config.data, resolve=False)
     assert isinstance(data, dict)
     changes = {"model": config.model, "trainer": config.trainer}
-    run, metrics = evaluate_with(named_run(config), data, changes, trust_remote_code=config.trust_remote_code)
+    run = open_run(named_run(config), changes, trust_remote_code=config.trust_remote_code, groups=())
+    from loraplus_hydra.runs.evaluate import evaluate_on
+
+    metrics = evaluate_on(run, data)
     for name, value in model_metrics(metrics).items():
         then = run.result["metrics"].get(name)
         print(f"{name} = {value:.6g}" + ("" if then is None else f" (at the end of training: {then:.6g})"))

@@ -9,18 +9,19 @@ from omegaconf import DictConfig
 from loraplus_hydra.cli.commands.command import Command
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.io import files, folders
+from loraplus_hydra.runs.finished import open_run
+from loraplus_hydra.runs.stored_config import named_run, unnamed_run
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
     """Write the run's merged model, or its adapter. Raises UserError."""
-    from loraplus_hydra.runs.export import DTYPES, export
-    from loraplus_hydra.runs.finished import named_run, open_run, unnamed_run
-
     problems = unnamed_run(config)
     if config.dtype is not None and not config.merge:
         problems.append(Problem("dtype", "an adapter keeps the dtype that it was trained in", "leave it null"))
-    elif config.dtype not in (None, *DTYPES):
-        problems.append(Problem("dtype", f"'{config.dtype}' is no dtype", f"one of: {', '.join(DTYPES)}"))
+    elif config.dtype not in (None, *_DTYPES):
+        problems.append(Problem("dtype", f"'{config.dtype}' is no dtype", f"one of: {', '.join(_DTYPES)}"))
     if problems:
         raise ConfigErrors(problems)
     run = open_run(named_run(config), {"model": config.model}, trust_remote_code=config.trust_remote_code)
@@ -28,6 +29,8 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     target = Path(config.to).expanduser() if config.to else default
     folders.refuse_used_folder(target, key="to")
     files.refuse_unwritable(target.parent, key="to")
+    from loraplus_hydra.runs.export import export
+
     written = export(run, target, merge=config.merge, dtype=config.dtype, report=print)
     print(f"{'The merged model' if config.merge else 'The adapter'} is in {written}, with its card in README.md.")
 

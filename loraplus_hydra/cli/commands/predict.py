@@ -11,12 +11,12 @@ from loraplus_hydra.config.schema import PredictConfig
 from loraplus_hydra.config.types import describe, field_types, mismatch
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.io import files
+from loraplus_hydra.runs.finished import open_run
+from loraplus_hydra.runs.stored_config import named_run, unnamed_run
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
     """Print the answers, or write them into the file `out`. Raises UserError."""
-    from loraplus_hydra.runs.finished import unnamed_run
-
     if problems := unnamed_run(config) + _problems(config):
         raise ConfigErrors(problems)
     if not config.out:
@@ -30,10 +30,9 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
 
 def _answers(config: DictConfig) -> list[str]:
     """Return a line of JSON for each text."""
-    from loraplus_hydra.runs.finished import named_run, open_run
+    run = open_run(named_run(config), {"model": config.model}, trust_remote_code=config.trust_remote_code)
     from loraplus_hydra.runs.predict import predict, read_texts
 
-    run = open_run(named_run(config), {"model": config.model}, trust_remote_code=config.trust_remote_code)
     if config.file is not None:
         texts, pairs = read_texts(config.file, config.column, run)
     else:

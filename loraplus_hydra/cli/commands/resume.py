@@ -11,6 +11,8 @@ from loraplus_hydra.cli.commands.command import Command, Job
 from loraplus_hydra.config.schema import RUN_GROUPS
 from loraplus_hydra.io import processes
 from loraplus_hydra.io.files import refuse_unwritable
+from loraplus_hydra.runs.resumed_config import resumed_config
+from loraplus_hydra.runs.stored_config import named_run
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> Job:
@@ -18,13 +20,11 @@ def main(config: DictConfig, flags: frozenset[str]) -> Job:
 
     Raises UserError when it can't resume.
     """
-    from loraplus_hydra.runs.finished import named_run
-    from loraplus_hydra.runs.resume import resume_point_or_exit
-    from loraplus_hydra.runs.resumed_config import resumed_config
-
     folder = Path(named_run(config)).expanduser()
     run, point = resumed_config(folder, config)
     checked = check(run)
+    from loraplus_hydra.runs.resume import resume_point_or_exit
+
     point = resume_point_or_exit(checked, folder, found_before=point)
     if processes.is_main():
         refuse_unwritable(folder, key="run")
