@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ def quiet_libraries() -> None:
     """Set the environment that keeps other libraries quiet. Call it before they are imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # Where it is imported already, it has read the environment.
+    if "datasets" in sys.modules and os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "1":
+        sys.modules["datasets"].disable_progress_bars()
     warnings.filterwarnings("ignore", message=r".*'pin_memory' argument is set as true but no accelerator")
     # Only the authors of the Hugging Face libraries can act on deprecations inside them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate|datasets)\b")

@@ -114,7 +114,9 @@ def _run(job: Run, checked: Checked | None) -> None:
 
 def _default_folder() -> Path:
     if HydraConfig.initialized():
-        return Path(HydraConfig.get().runtime.output_dir)
+        runtime = HydraConfig.get().runtime
+        if not OmegaConf.is_missing(runtime, "output_dir"):  # it is where a config was composed but no job began
+            return Path(runtime.output_dir)
     return Path(f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S}")  # as conf/app.yaml names it
 
 

@@ -318,9 +318,18 @@ FOUND: dict[str, tuple[list[str], str]] = {
     "values of a sweep beside another mistake": (["++task.args.x.y=1,2", "+x=1"], "gives several values"),
     "number for a group's option": (["optimizer=1e5"], "optimizer"),
     "number for a group's option, added": (["+optimizer=1_000"], "optimizer"),
-    "package that isn't there": (["model.path='pkg://nowhere/x'"], "model.path: 'pkg://nowhere/x' names no folder"),
-    "package without a name": (["model.path='pkg://'"], "model.path: 'pkg://' names no folder"),
-    "module that is no package": (["model.tokenizer='pkg://os/x'"], "model.tokenizer: 'pkg://os/x' names no folder"),
+    "package that isn't there": (
+        ["model.path='pkg://nowhere/x'"],
+        "model.path: 'pkg://nowhere/x' is no folder of an installed Python package",
+    ),
+    "package without a name": (
+        ["model.path='pkg://'"],
+        "model.path: 'pkg://' is no folder of an installed Python package",
+    ),
+    "module that is no package": (
+        ["model.tokenizer='pkg://os/x'"],
+        "model.tokenizer: 'pkg://os/x' is no folder of an installed Python package",
+    ),
     "model without a name": (["model.path=''"], "model.path: '' is no name"),
     "model with too long a name": ([f"model.path={'x' * 5000}"], "File name too long"),
     "rows with too long a name": ([f"data.train={'x' * 5000}"], "data.train"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -92,8 +94,20 @@ def test_scripts_train_lora_B_eight_times_faster(name: str, folder: Path) -> Non
     assert outcome(name) == pytest.approx({"groupA": 1e-3, "groupB": 8e-3})
 
 
+@pytest.fixture
+def fresh_logging() -> Iterator[None]:
+    """Log levels as in a new process: a command that ran before in this one has left Hydra's."""
+    loggers = [logging.getLogger(), logging.getLogger("loraplus_hydra")]
+    levels = [logger.level for logger in loggers]
+    for logger, level in zip(loggers, (logging.WARNING, logging.NOTSET), strict=True):
+        logger.setLevel(level)
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
 def test_run_in_a_notebook_needs_no_folder_of_hydra_and_prints_its_progress(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str], fresh_logging: None
 ) -> None:
     assert outcome("run") == {"status": "ok", "steps": 2}
     printed = capsys.readouterr().out

@@ -161,7 +161,7 @@ def test_starts_that_need_more_than_a_config_are_refused(
 ) -> None:
     ended = cli("check", *tiny_run, f"adapter.init_lora_weights={start}")
     assert ended.status == 1
-    assert f"adapter.init_lora_weights: '{start}' can't be had here" in ended.err
+    assert f"adapter.init_lora_weights: '{start}' isn't supported" in ended.err
 
 
 def test_vera_needs_a_preset_that_splits_it(cli: Callable[..., Finished], tiny_run: list[str]) -> None:

@@ -134,10 +134,13 @@ def test_four_bit_weights_compute_in_the_models_dtype(compose: Callable[..., Any
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["quantization=nf4", "adapter=pissa"], "adapter.init_lora_weights: 'pissa' takes its start out of the base's"),
+        (
+            ["quantization=nf4", "adapter=pissa"],
+            "adapter.init_lora_weights: 'pissa' computes the start from the base's",
+        ),
         (
             ["quantization=int8", "adapter=olora"],
-            "adapter.init_lora_weights: 'olora' takes its start out of the base's",
+            "adapter.init_lora_weights: 'olora' computes the start from the base's",
         ),
         (["quantization=nf4", "+quantization.bnb_4bit_quant_tipe=fp4"], "(did you mean 'bnb_4bit_quant_type'?)"),
         (["quantization=nf4", "quantization.bnb_4bit_compute_dtype=floaty"], "quantization"),

@@ -55,9 +55,10 @@ def _product(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
 
 
 def should_pack(weights: Iterable[torch.Tensor]) -> bool:
-    """Return True if oneDNN is to multiply by these frozen weights of one model: where it is faster, if they are small.
+    """Return True if oneDNN is to multiply by a model's frozen `weights`.
 
-    A rule, so that a resumed run computes the same bits as an unbroken one on the same machine.
+    It is where oneDNN is faster and the weights are small. A rule, so that a resumed run computes the same bits as an
+    unbroken one on the same machine.
     """
     return onednn_is_faster() and sum(each.numel() for each in weights) <= _LARGEST
 
