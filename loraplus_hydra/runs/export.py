@@ -25,7 +25,7 @@ from loraplus_hydra.runs.model_card import write_card
 
 _COPIED = (".json", ".safetensors", ".jinja", ".model", ".txt")  # PEFT's and a tokenizer's
 ROWS_COMPARED = (4, 16)  # rows and tokens for which the export's logits are compared with the run's
-# Differences of logits, as a share of the largest, that rounding explains. Measured: 1e-6, 2e-2 and 3e-3.
+# Differences of logits, as a share of the largest, that rounding explains.
 ROUNDING = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 # Layers of PEFT that change what a weight does: adapters on it, and trained copies.
 _CHANGED = (BaseTunerLayer, ModulesToSaveWrapper)
