@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,14 @@ class Touch:
 
     def __reduce__(self) -> Any:
         return os.system, (f"touch {self.canary}",)
+
+
+def pickled(path: Path, canary: Path) -> None:
+    path.write_bytes(pickle.dumps(Touch(canary)))
+
+
+def truncated(path: Path, canary: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-64])
 
 
 @pytest.fixture
