@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,25 @@ class Finished:
     status: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_not_collected() -> None:
+    """Keep all imported objects out of garbage collections, each of which takes as long as a tiny run otherwise."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_figures() -> Iterator[None]:
+    """Let runs of this process draw no train.png, which takes a third of a tiny run; those of other processes do."""
+    from loraplus_hydra.runs import figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        # The job's module may be imported already, or be imported later by a test.
+        for module in (figure, sys.modules.get("loraplus_hydra.runs.job", figure)):
+            patch.setattr(module, "draw_training", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="session")

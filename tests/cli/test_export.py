@@ -14,12 +14,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from loraplus_hydra import run
 from loraplus_hydra.runs.export import export
 from loraplus_hydra.runs.finished import open_run
 from loraplus_hydra.runs.load_finished import load_run
 from tests.conftest import Finished
 from tests.support.architectures import checkpoint
-from tests.support.finished_runs import NO_PLACE, quick_run
+from tests.support.finished_runs import NO_PLACE
 
 TOKENS = torch.arange(3, 51).reshape(4, 12)
 CSV = "text,label\n" + "".join(f"say {word} {i},{word}\n" for i in range(8) for word in ("one", "two", "three"))
@@ -75,7 +76,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Callable[[str]
         GlobalHydra.instance().clear()
         with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
             config = compose("config", overrides=[*common, *overrides])
-        quick_run(config, folder)
+        run(config, folder)
         return folder
 
     return finished
@@ -234,7 +235,7 @@ def test_an_adapter_that_cannot_be_merged_says_so(tmp_path: Path, tiny_run: list
     overrides = ["adapter._target_=peft.PromptTuningConfig", "+adapter.num_virtual_tokens=4", "loraplus=none"]
     removed = ("path", "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "init_lora_weights")
     overrides += [f"~adapter.{name}" for name in removed if name != "path"]
-    quick_run(compose(*tiny_run, *overrides, "task.samples=0"), tmp_path / "run")
+    run(compose(*tiny_run, *overrides, "task.samples=0"), tmp_path / "run")
     ended = cli("export", str(tmp_path / "run"), f"to={tmp_path / 'out'}")
     assert ended.status == 1
     assert "use merge=false" in ended.err

@@ -14,9 +14,9 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
+from loraplus_hydra import run
 from loraplus_hydra.config.locations import config_folder
 from tests.support.architectures import CAUSAL, config_of
-from tests.support.finished_runs import quick_run
 
 
 def options(group: str) -> list[str]:
@@ -35,7 +35,7 @@ def few_rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def two_steps(config: DictConfig, folder: Path) -> None:
-    result = quick_run(config, folder)
+    result = run(config, folder)
     assert (result.status, result.steps) == ("ok", 2)
     assert result.value is not None
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -13,6 +13,7 @@ from peft import AdaLoraConfig, LoraConfig
 from safetensors.torch import load_file
 
 import loraplus_hydra
+from loraplus_hydra import run
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.models import adalora
 from loraplus_hydra.models.adalora import AdaLoraCallback, orthogonality, phases
@@ -21,7 +22,6 @@ from loraplus_hydra.runs.evaluate import evaluate
 from loraplus_hydra.runs.finished import open_run
 from tests.conftest import Finished
 from tests.support.architectures import TOKENS, base_of
-from tests.support.finished_runs import quick_run
 
 
 def ada_run(tiny_run: list[str], compose: Callable[..., Any], folder: Path, *overrides: str) -> Any:
@@ -37,7 +37,7 @@ def ada_run(tiny_run: list[str], compose: Callable[..., Any], folder: Path, *ove
     adalora.AdaLoraCallback.on_optimizer_step = recorded  # type: ignore[method-assign]
     try:
         base = ["adapter=adalora", "loraplus=roles", "adapter.deltaT=1", "adapter.init_r=6", "adapter.target_r=2"]
-        result = quick_run(compose(*tiny_run, *base, "task.samples=0", *overrides), folder)
+        result = run(compose(*tiny_run, *base, "task.samples=0", *overrides), folder)
     finally:
         adalora.AdaLoraCallback.on_optimizer_step = after  # type: ignore[method-assign]
     return result, ranks, budgets

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from loraplus_hydra import run
 from tests.conftest import Finished
-from tests.support.finished_runs import quick_run
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def first_run(tmp_path_factory: pytest.TempPathFactory, tiny_run: list[str]) -> 
     folder = tmp_path_factory.mktemp("first") / "run"
     with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
         config = compose("config", overrides=[*tiny_run, "adapter.r=4", "task.samples=0"])
-    quick_run(config, folder)
+    run(config, folder)
     return folder
 
 
@@ -39,7 +39,7 @@ def test_a_run_continues_an_adapter(
     inside: str, adapter: list[str], first_run: Path, tiny_run: list[str], compose: Any, tmp_path: Path
 ) -> None:
     path = f"adapter.path={first_run / inside}"
-    second = quick_run(compose(*tiny_run, *adapter, path, "task.samples=0"), tmp_path / "second")
+    second = run(compose(*tiny_run, *adapter, path, "task.samples=0"), tmp_path / "second")
     ended = json.loads((first_run / "result.json").read_text())["metrics"]["eval_loss"]
     assert second.metrics_before["eval_loss"] == pytest.approx(ended, abs=1e-6)
     assert second.value < ended

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from loraplus_hydra import run
 from loraplus_hydra.errors import ConfigErrors
 from loraplus_hydra.loraplus.roles import tensor_records
 from loraplus_hydra.models.adapter import add_adapter
@@ -24,7 +25,6 @@ from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.training.prepare import adapted_meta_model
 from tests.conftest import Finished
 from tests.support.architectures import CAUSAL, TOKENS, base_of, tokenizer
-from tests.support.finished_runs import quick_run
 
 OPTIONS = ("lora", "rslora", "dora", "pissa", "olora", "lora_a_zero", "lora_embeddings", "adalora", "vera")
 
@@ -176,7 +176,7 @@ def test_any_other_method_of_peft_goes_by_its_class(
 ) -> None:
     overrides = ["adapter._target_=peft.LoHaConfig", "~adapter.lora_alpha", "~adapter.lora_dropout", "~adapter.bias"]
     overrides += ["~adapter.init_lora_weights", "loraplus=none", "trainer.max_steps=2", "task.samples=0"]
-    result = quick_run(compose(*tiny_run, *overrides), tmp_path / "run")
+    result = run(compose(*tiny_run, *overrides), tmp_path / "run")
     assert result.steps == 2
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "run" / "adapter")
     assert model.active_peft_config.peft_type == "LOHA"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from loraplus_hydra import run
 from loraplus_hydra.models.adapter import add_adapter
 from loraplus_hydra.models.base_model import load_model
 from loraplus_hydra.models.quantization import quantization_config
@@ -18,7 +19,6 @@ from loraplus_hydra.runs.load_finished import load_run
 from tests.conftest import Finished
 from tests.models.test_model import CAUSAL_LM, model_group
 from tests.support.architectures import checkpoint
-from tests.support.finished_runs import quick_run
 
 TOKENS = torch.arange(3, 51).reshape(4, 12)
 
@@ -50,7 +50,7 @@ def test_quantised_run_trains_and_its_adapter_gives_its_logits_again(
     monkeypatch.setattr(job, "make_trainer", lambda *a: trainers.append(make_trainer(*a)) or trainers[-1])
     overrides = ["model=hub", f"model.path={llama}", f"quantization={kind}", "data=jsonl", f"data.train={rows}"]
     config = compose(*overrides, "trainer.max_steps=4", "trainer.eval_steps=2", "optimizer.lr=1e-3", "task.samples=0")
-    result = quick_run(config, tmp_path / "run")
+    result = run(config, tmp_path / "run")
     assert result.value is not None
     assert result.value < result.metrics_before["eval_loss"]
     (trainer,) = trainers

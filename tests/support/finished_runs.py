@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
-from omegaconf import DictConfig
 
-from loraplus_hydra.io.result import Result
 from tests.support.architectures import checkpoint
 
 NO_PLACE = pytest.param("/proc", marks=pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no /proc"))
@@ -19,14 +16,6 @@ TEMPLATE = (
     "{%- for message in messages -%}{{ '<' + message['role'] + '>' + message['content'] }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<assistant>' }}{%- endif -%}"
 )
-
-
-def quick_run(config: DictConfig, folder: Path) -> Result:
-    """Run a job without its figure and accelerate's garbage collections, which take longer than the rest."""
-    from loraplus_hydra.runs.job import run
-
-    with patch("loraplus_hydra.runs.job.draw_training"), patch("accelerate.utils.memory.clear_device_cache"):
-        return run(config, folder)
 
 
 def write_rows(folder: Path) -> None:
@@ -75,6 +64,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
+    from loraplus_hydra import run
     from loraplus_hydra.config.locations import config_folder
     from loraplus_hydra.config.schema import register
 
@@ -98,7 +88,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
             written = [text.replace("DATA", str(place / "data")) for text in overrides]
             config = compose("config", overrides=[*common, *written])
-        quick_run(config, here / "run")
+        run(config, here / "run")
         return here / "run"
 
     return folder

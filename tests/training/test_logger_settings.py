@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from loraplus_hydra import run
 from loraplus_hydra.errors import ConfigErrors
 from loraplus_hydra.training.trackers.mlflow import resolve_uri
 from tests.support import tracker_files
-from tests.support.finished_runs import quick_run
 from tests.support.tracker_files import installed, nobody_logged_in, same
 from tests.training.test_distributed import ROOT
 
@@ -38,7 +38,7 @@ def test_logger_of_the_wrong_kind_is_refused(target: str, compose: Callable[...,
     if target.startswith("wandb"):
         pytest.importorskip("wandb")
     with pytest.raises(ConfigErrors) as refused:
-        quick_run(compose(*tiny_run, f"logger._target_={target}"), Path("run"))
+        run(compose(*tiny_run, f"logger._target_={target}"), Path("run"))
     (problem,) = refused.value.problems
     assert problem.key == "logger._target_"
     assert "must be a class derived from loraplus_hydra.training.trackers.tracker.Tracker" in problem.fix
@@ -53,7 +53,7 @@ def test_logger_that_is_not_installed_says_how_to_install_it(
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == logger else find(name, *rest))
     with pytest.raises(ConfigErrors) as refused:
-        quick_run(compose(*tiny_run, f"logger={logger}"), Path("run"))
+        run(compose(*tiny_run, f"logger={logger}"), Path("run"))
     (problem,) = refused.value.problems
     assert problem.key == "logger"
     assert f"pip install 'loraplus_hydra[{logger}]'" in problem.what
@@ -84,7 +84,7 @@ def test_wrong_settings_of_wandb_are_told_in_the_check(
     override: str, message: str, compose: Callable[..., Any], tiny_run: list[str]
 ) -> None:
     with pytest.raises(ConfigErrors) as refused:
-        quick_run(compose(*tiny_run, *installed("wandb"), override), Path("run"))
+        run(compose(*tiny_run, *installed("wandb"), override), Path("run"))
     assert message in str(refused.value)
 
 
@@ -144,7 +144,7 @@ def test_places_of_mlflow_s_stores() -> None:
 
 def test_mlflow_s_store_may_be_a_folder(compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path) -> None:
     overrides = [*tiny_run, *installed("mlflow"), "logger.tracking_uri=store", "task.samples=0", "trainer.max_steps=1"]
-    quick_run(compose(*overrides), tmp_path / "run")
+    run(compose(*overrides), tmp_path / "run")
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=(tmp_path / "store").as_uri())

@@ -18,9 +18,9 @@ from transformers import TrainerControl
 from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from loraplus_hydra import run
 from loraplus_hydra.training.hf_trainer import metrics_callback
 from loraplus_hydra.training.step_norms import StepNorms, may_be_logged
-from tests.support.finished_runs import quick_run
 from tests.training.test_distributed import ROOT, torchrun
 
 WEIGHTS = "adapter_model.safetensors"
@@ -45,7 +45,7 @@ def test_norms_are_those_of_the_weights_on_disk(
         *("adapter=dora", "trainer.gradient_accumulation_steps=2", "trainer.max_grad_norm=0.1"),
         *("trainer.save_steps=1", "trainer.save_total_limit=null", "task.samples=0"),
     ]
-    quick_run(compose(*tiny_run, *overrides), tmp_path / "run")
+    run(compose(*tiny_run, *overrides), tmp_path / "run")
     placed = json.loads((tmp_path / "run" / "param_groups.json").read_text())
     group_of = {row["name"].replace(".default", "").removesuffix(".weight"): row["group"] for row in placed}
     assert len(set(group_of.values())) == 3
@@ -65,7 +65,7 @@ def test_norms_are_those_of_the_weights_on_disk(
 
 
 def test_first_step_moves_b_alone(compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path) -> None:
-    quick_run(compose(*tiny_run, "task.samples=0", "trainer.max_steps=1"), tmp_path / "run")
+    run(compose(*tiny_run, "task.samples=0", "trainer.max_steps=1"), tmp_path / "run")
     (line,) = training_lines(tmp_path / "run")
     assert line["norms"]["groupA"]["update"] == 0
     assert line["norms"]["groupB"]["update"] == line["norms"]["groupB"]["weight"] > 0
@@ -76,9 +76,9 @@ def test_training_is_the_same_to_the_bit_without_them(
     optimizer: str, compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = compose(*tiny_run, f"optimizer={optimizer}", "adapter.r=160", "adapter.lora_dropout=0.1", "task.samples=0")
-    quick_run(config, tmp_path / "with")
+    run(config, tmp_path / "with")
     monkeypatch.setattr(metrics_callback, "may_be_logged", lambda *_: False)
-    quick_run(config, tmp_path / "without")
+    run(config, tmp_path / "without")
     losses = []
     for name in ("with", "without"):
         lines = training_lines(tmp_path / name)
@@ -121,7 +121,7 @@ def test_only_steps_that_are_logged_are_measured(
         return original(*arguments)
 
     monkeypatch.setattr(metrics_callback, "StepNorms", counted)
-    quick_run(compose(*tiny_run, "task.samples=0", "data.eval_fraction=0.1", *overrides), tmp_path / "run")
+    run(compose(*tiny_run, "task.samples=0", "data.eval_fraction=0.1", *overrides), tmp_path / "run")
     lines = training_lines(tmp_path / "run")
     assert [line["step"] for line in lines] == logged
     assert all("norms" in line for line in lines)

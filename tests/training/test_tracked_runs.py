@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraplus_hydra import run
 from loraplus_hydra.config.flatten import flat
 from loraplus_hydra.io.result import read_result
 from loraplus_hydra.training.hf_trainer.loraplus_mixin import LoraPlusMixin
@@ -18,7 +19,6 @@ from loraplus_hydra.training.trackers.tracker import TrackedRun, Tracker
 from loraplus_hydra.training.trackers.tracking import final_metrics
 from tests.conftest import Finished
 from tests.support import tracker_files
-from tests.support.finished_runs import quick_run
 from tests.support.tracker_files import Values, installed, nobody_logged_in, same
 from tests.training.test_distributed import torchrun
 
@@ -78,7 +78,7 @@ def test_tracker_holds_what_metrics_jsonl_has(
     logger: str, compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "runs" / "mine"
-    result = quick_run(compose(*tiny_run, *installed(logger), "task.samples=0"), folder)
+    result = run(compose(*tiny_run, *installed(logger), "task.samples=0"), folder)
     found = values_in(logger, folder)
     same(found, metrics_values(logger, folder))
     for name in ("loss", "lr/groupA", "lr/groupB", "norms/groupA/weight", "norms/groupB/update", "grad_norm"):
@@ -145,7 +145,7 @@ def test_resumed_run_goes_on_in_the_same_place_without_doubled_steps(
     folder = tmp_path / "run"
     patch = failing_at(3, RuntimeError("a fault"))
     with pytest.raises(RuntimeError, match="a fault"):
-        quick_run(compose(*overrides), folder)  # steps 1 to 3 are logged, and the checkpoint is of step 2
+        run(compose(*overrides), folder)  # steps 1 to 3 are logged, and the checkpoint is of step 2
     patch.undo()
     assert 3 in {step for _, step in values_in(logger, folder)}
     if logger == "mlflow":
@@ -154,7 +154,7 @@ def test_resumed_run_goes_on_in_the_same_place_without_doubled_steps(
     first = set(folder.glob("wandb/offline-run-*"))
     for place in first:  # a session is a folder of its own, and the reader takes one
         place.rename(place.with_name(f"before-{place.name}"))
-    quick_run(compose(*overrides), folder)
+    run(compose(*overrides), folder)
     assert {path.name: path.read_text() for path in folder.glob("*_id")} == known
     assert len(known) == (logger != "tensorboard")
     found, wanted = values_in(logger, folder), metrics_values(logger, folder)
@@ -187,15 +187,15 @@ def test_run_that_does_not_end_well_says_so_and_leaves_nothing_open(
         overrides = installed(logger)
         patch = failing_at(2, error)
         with pytest.raises(type(error)):
-            quick_run(compose(*tiny_run, "task.samples=0", *overrides), tmp_path / logger)
+            run(compose(*tiny_run, "task.samples=0", *overrides), tmp_path / logger)
         patch.undo()
     import mlflow
     import wandb
 
     assert mlflow.active_run() is None
     assert wandb.run is None
-    run = mlflow_run(tmp_path / "mlflow")
-    assert (run.info.status, run.data.tags["status"]) == (killed, status)
+    stored = mlflow_run(tmp_path / "mlflow")
+    assert (stored.info.status, stored.data.tags["status"]) == (killed, status)
     codes = [one.exit.exit_code for one in tracker_files.wandb_records(tmp_path / "wandb") if one.HasField("exit")]
     assert codes == [1]
     events = tracker_files.tensorboard_events(tmp_path / "tensorboard")
@@ -231,7 +231,7 @@ def test_only_the_first_of_several_processes_tracks(
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1
     same(tracker_files.of_tensorboard(tmp_path / "two"), tracker_files.of_metrics_file(tmp_path / "two"))
-    quick_run(compose(*shared), tmp_path / "one")
+    run(compose(*shared), tmp_path / "one")
     both = [tracker_files.of_metrics_file(tmp_path / name) for name in ("one", "two")]
     for key in both[0]:
         if key[0].startswith("norms/"):
