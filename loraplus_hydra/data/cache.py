@@ -21,7 +21,7 @@ from loraplus_hydra.data.rows import Rows
 from loraplus_hydra.errors import UserError
 
 # Part of every key. Count it up when rows are read or tokenised in another way, so that older files are not used.
-FORMAT = 2
+FORMAT = 3
 _CHUNK = 1 << 20  # bytes of a file hashed at a time
 
 

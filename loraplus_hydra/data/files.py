@@ -1,4 +1,4 @@
-"""Rows from files: JSONL, CSV, Parquet or plain text, one file or several."""
+"""Rows from files: JSON, CSV, Parquet, Arrow or plain text, one file or several."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets, interleave_datasets
 
 from loraplus_hydra.data import mixing
-from loraplus_hydra.data.readers import FORMATS, UNITS, Layout, load_file, read
+from loraplus_hydra.data.readers import FORMATS, TABLES, UNITS, Layout, load_file, read
+from loraplus_hydra.data.streams import SUFFIXES
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, errors_at, first_line, nearest
 
 Files = str | list[str] | dict[str, float]
@@ -52,8 +53,9 @@ def load(
     drawn by `seed`; of text files whose unit is the file it is the end of each. At most `max_samples` rows of each
     split are taken, drawn by `seed`. `streaming` reads the training rows when they are needed, and requires `eval`.
 
-    The files' format is jsonl, csv, parquet or text (None: by the suffix). `delimiter` (None: a tab for .tsv, else a
-    comma), `header` and `quote` concern CSV, and `unit` (file, paragraph, line) plain text.
+    The files' format is jsonl (JSON arrays, too), csv, parquet, arrow or text (None: by the suffix). Files may be
+    compressed by gzip, bzip2, xz, zstd or lz4. A byte order mark comes before `encoding`. `delimiter` (None: a tab for
+    .tsv, else a comma), `header` and `quote` concern CSV, and `unit` (file, paragraph, line) plain text.
 
     Raises ConfigErrors for files that don't exist or don't have their format, with the line.
     """
@@ -75,8 +77,7 @@ def load(
 
 def _check_layout(layout: Layout) -> None:
     """Raise ConfigErrors with everything wrong in a layout; its format may be unknown yet."""
-    problems = []
-    formats = sorted(set(FORMATS.values()))
+    problems, formats = [], _formats()
     if layout.format is not None and layout.format not in formats:
         fix = f"one of: {', '.join(formats)}, or null: by the file's suffix"
         what = f"there is no format '{layout.format}'{nearest(layout.format, formats)}"
@@ -99,12 +100,18 @@ def _check_layout(layout: Layout) -> None:
         raise ConfigErrors(problems)
 
 
+def _formats() -> list[str]:
+    return sorted(set(FORMATS.values()))
+
+
 def _layout_of(path: str, layout: Layout, key: str) -> Layout:
     """Return `layout` with the format and delimiter of this file."""
-    suffix = Path(path).suffix.lower()
+    name = Path(path).name.lower()
+    # "rows.jsonl.gz" has the format of "rows.jsonl".
+    suffix = Path(name.removesuffix(Path(name).suffix) if name.endswith(SUFFIXES) else name).suffix
     format = layout.format or FORMATS.get(suffix)
     if format is None:
-        fix = "name its format: data.format=jsonl, csv, parquet or text"
+        fix = f"name its format: data.format={', '.join(_formats())}"
         raise ConfigErrors([Problem(key, f"{path}: no format has the suffix '{suffix}'", fix)])
     return replace(layout, format=format, delimiter=layout.delimiter or ("\t" if suffix == ".tsv" else ","))
 
@@ -155,7 +162,8 @@ def _matches(key: str, pattern: str) -> list[str]:
     if path.is_file():
         return [str(path)]
     if path.is_dir():
-        fix = f"name its files, for example '{pattern.rstrip('/')}/*.jsonl'"
+        suffixes = [each.suffix for each in sorted(path.iterdir()) if each.suffix in FORMATS]
+        fix = f"name its files, for example '{pattern.rstrip('/')}/*{next(iter(suffixes), '.jsonl')}'"
         raise ConfigErrors([Problem(key, f"{pattern} is a folder", fix)])
     if glob.has_magic(pattern):
         names = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
@@ -212,9 +220,10 @@ def _stream(source: Source, seed: int) -> IterableDataset:
     if documents and source.weights is not None:
         fix = "mix them by data.unit=paragraph or line"
         raise ConfigErrors([Problem(source.key, "streamed documents can't be mixed by weight", fix)])
-    if any(layout.format == "parquet" for layout in source.layouts):
-        fix = "data=hub data.name=parquet streams them"
-        raise ConfigErrors([Problem("data.streaming", "Parquet files are read as they are needed anyway", fix)])
+    if any(layout.format in TABLES for layout in source.layouts):
+        fix = "set it to false; data=hub data.name=parquet streams them"
+        what = "Parquet and Arrow files are read as they are needed anyway"
+        raise ConfigErrors([Problem("data.streaming", what, fix)])
     parts = [_streamed_file(source.key, *file) for file in zip(source.paths, source.layouts, strict=True)]
     if source.weights is not None:
         shares = [weight / sum(source.weights) for weight in source.weights]

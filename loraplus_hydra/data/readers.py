@@ -5,18 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain
-from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet
 from datasets import Dataset, Features, Json, Value
+from datasets.table import InMemoryTable
 
 from loraplus_hydra.data.cache import cache_folder, digest, file_digest, generate_cached
-from loraplus_hydra.data.rows import CONTINUED, CONTINUES, ORIGIN, OURS, with_origin
+from loraplus_hydra.data.json_objects import json_objects
+from loraplus_hydra.data.rows import CONTINUED, CONTINUES, ORIGIN, check_names, with_origin
+from loraplus_hydra.data.streams import DAMAGED, bad_line, find_encoding, open_text, unreadable
 from loraplus_hydra.errors import UserError, first_line
 
 Row = dict[str, Any]
@@ -28,23 +29,12 @@ FORMATS = {
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",
+    ".arrow": "arrow",
     ".txt": "text",
     ".text": "text",
     ".md": "text",
 }
-_COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"PK\x03\x04": "zip",
-}
-_BYTE_ORDER_MARKS = {
-    b"\xff\xfe\0\0": "utf-32",
-    b"\0\0\xfe\xff": "utf-32",
-    b"\xff\xfe": "utf-16",
-    b"\xfe\xff": "utf-16",
-}
+TABLES = {"parquet": "a Parquet file", "arrow": "a file of Arrow's IPC formats"}  # formats with a schema
 UNITS = ("file", "paragraph", "line")
 PIECE = 1000  # least characters of a text file in a row; the row ends at the next line that may begin another
 
@@ -53,7 +43,7 @@ PIECE = 1000  # least characters of a text file in a row; the row ends at the ne
 class Layout:
     """The format of a file, and its details."""
 
-    format: str | None  # jsonl | csv | parquet | text; None: by the file's suffix
+    format: str | None  # jsonl | csv | parquet | arrow | text; None: by the file's suffix
     delimiter: str | None = None  # between a CSV's cells; None: by the file's suffix
     header: bool = True  # a CSV's first row names its columns
     quote: str | None = '"'  # around a CSV's cells that contain the delimiter or a line's end; None: no quotes
@@ -67,8 +57,8 @@ def load_file(path: str, layout: Layout) -> Dataset:
     All rows are read before any is used. Columns of a JSONL file with lists, objects or several kinds of values keep
     them unchanged. Raises UserError naming the file and the line.
     """
-    if layout.format == "parquet":
-        return _load_parquet(path)
+    if layout.format in TABLES:
+        return _load_table(path, layout.format)
     features = _features(read(path, layout))
     if features is None:
         raise UserError(f"{path} has no rows")
@@ -85,116 +75,27 @@ def read(path: str, layout: Layout) -> Iterator[Row]:
     Raises UserError naming the file and the line.
     """
     assert layout.format is not None
-    start = _start_of(path)
-    for magic, kind in _COMPRESSED.items():
-        if start.startswith(magic):  # whatever the encoding: latin-1 takes any bytes for text
-            raise UserError(f"{path}: it is compressed ({kind}); unpack it and name the unpacked file")
-    reader = {"jsonl": _read_jsonl, "csv": _read_csv, "text": _read_text}[layout.format]
-    encoding = "utf-8-sig" if layout.encoding.lower().replace("_", "-") in ("utf-8", "utf8") else layout.encoding
+    reader = {"jsonl": _read_json, "csv": _read_csv, "text": _read_text}[layout.format]
+    encoding = find_encoding(path, layout.encoding)
     try:
         # A CSV's cells may contain line ends.
-        with Path(path).open(encoding=encoding, newline="" if layout.format == "csv" else None) as file:
+        with open_text(path, encoding, newline="" if layout.format == "csv" else None) as file:
             yield from reader(path, file, layout)
     except UnicodeError as error:
-        place = f"{path}{_undecodable_line(path, layout.encoding)}"
-        wide = next((name for mark, name in _BYTE_ORDER_MARKS.items() if start.startswith(mark)), None)
-        advice = (
-            f"it is {wide} text: data.encoding={wide}"
-            if wide
-            else ("save it as UTF-8, or name its encoding, such as data.encoding=latin-1")
-        )
-        raise UserError(f"{place}: not {layout.encoding} text ({error}); {advice}") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+        place = f"{path}{bad_line(path, encoding)}"
+        advice = "save it as UTF-8, or name its encoding, such as data.encoding=latin-1"
+        raise UserError(f"{place}: not {encoding} text ({error}); {advice}") from None
+    except DAMAGED as error:
+        raise unreadable(path, error) from None
 
 
-def _start_of(path: str) -> bytes:
-    try:
-        with Path(path).open("rb") as file:
-            return file.read(8)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-
-
-def _undecodable_line(path: str, encoding: str) -> str:
-    """Return `, line 3` for the first line that isn't `encoding` text, if known."""
-    # In these encodings a line's end is not one byte.
-    if encoding.lower().startswith(("utf-16", "utf-32")):
-        return ""
-    with Path(path).open("rb") as file:
-        bad = (number for number, line in enumerate(file, start=1) if not _decodes(line, encoding))
-        number = next(bad, None)
-    return "" if number is None else f", line {number}"
-
-
-def _decodes(line: bytes, encoding: str) -> bool:
-    try:
-        line.decode(encoding)
-    except UnicodeError:
-        return False
-    return True
-
-
-def _read_jsonl(path: str, file: IO[str], _: Layout) -> Iterator[Row]:
+def _read_json(path: str, file: IO[str], _: Layout) -> Iterator[Row]:
     known: set[str] = set()
-    lines: Iterator[str] = iter(file)
-    begun: list[str] = []
-    for line in lines:
-        begun.append(line)
-        if line.strip():
-            break
-    if begun and begun[-1].lstrip().startswith("["):
-        yield from _read_array(path, "".join([*begun, *lines]))
-        return
-    for number, line in enumerate(chain(begun, lines), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        row = _json_object(line, place)
+    for place, row in json_objects(path, file):
         if not known.issuperset(row):
-            _check_names(place, row)
+            check_names(place, row)
             known.update(row)
         yield {**row, ORIGIN: place}
-
-
-def _read_array(path: str, text: str) -> Iterator[Row]:
-    """Yield the objects of a JSON array, which may be indented."""
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {first_line(error)}") from None
-    for number, row in enumerate(rows, start=1):
-        place = f"{path}, item {number}"
-        row = _json_object(json.dumps(row), place)
-        _check_names(place, row)
-        yield {**row, ORIGIN: place}
-
-
-def _json_object(line: str, place: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
-    except ValueError as error:  # Python reads no number of thousands of digits
-        raise UserError(f"{place}: {first_line(error)}") from None
-    except RecursionError:
-        raise UserError(f"{place}: nested too deeply") from None
-    if not isinstance(row, dict):
-        hint = "; a JSON array must be written as one object a line" if isinstance(row, list) else ""
-        raise UserError(f"{place}: a {type(row).__name__}, where an object like {{...}} is needed{hint}")
-    if "\\ud" in line.lower() and not _is_unicode(row):
-        raise UserError(f"{place}: half a surrogate pair, which is no character")
-    return row
-
-
-def _is_unicode(row: Row) -> bool:
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _read_csv(path: str, file: IO[str], layout: Layout) -> Iterator[Row]:
@@ -223,19 +124,10 @@ def _read_csv(path: str, file: IO[str], layout: Layout) -> Iterator[Row]:
 
 
 def _check_header(path: str, names: list[str]) -> None:
-    _check_names(path, names)
+    check_names(path, names)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{path}: the column '{twice[0]}' is there twice; rename one")
-
-
-def _check_names(place: str, names: Iterable[str]) -> None:
-    """Raise UserError for the names of our own columns, and names that Arrow can't store."""
-    for name in names:
-        if name in OURS:
-            raise UserError(f"{place}: '{name}' is the name of a column of our own; rename it")
-        if "\0" in name:
-            raise UserError(f"{place}: a column's name contains a NUL character ({name!r}); is the file UTF-16 text?")
 
 
 def _read_text(path: str, file: IO[str], layout: Layout) -> Iterator[Row]:
@@ -311,19 +203,33 @@ def _encoded_rows(path: str, layout: Layout, names: tuple[str, ...], encoded: tu
         yield values
 
 
-def _load_parquet(path: str) -> Dataset:
+def _load_table(path: str, format: str) -> Dataset:
+    """Load a file whose columns have types, with the column ORIGIN. Raises UserError."""
     try:
-        if pa.parquet.read_metadata(path).num_rows == 0:  # datasets fails on it, and on a broken file logs a traceback
-            raise UserError(f"{path} has no rows")
-        rows = Dataset.from_parquet(path, cache_dir=str(cache_folder()))
-    except UserError:
-        raise
+        rows = _read_parquet(path) if format == "parquet" else _read_arrow(path)
     except Exception as error:  # datasets wraps every error of Arrow's
-        raise UserError(f"{path}: not a Parquet file that can be read: {_first_cause(error)}") from None
-    if len(rows) == 0:
+        raise UserError(f"{path}: not {TABLES[format]} that can be read: {_first_cause(error)}") from None
+    if rows is None or len(rows) == 0:
         raise UserError(f"{path} has no rows")
-    _check_names(path, rows.column_names)
-    return with_origin(rows, path, digest({"parquet": file_digest(path), "path": path}))
+    check_names(path, rows.column_names)
+    return with_origin(rows, path, digest({format: file_digest(path), "path": path}))
+
+
+def _read_parquet(path: str) -> Dataset | None:
+    if pa.parquet.read_metadata(path).num_rows == 0:  # datasets fails on it, and on a broken file logs a traceback
+        return None
+    return Dataset.from_parquet(path, cache_dir=str(cache_folder()))
+
+
+def _read_arrow(path: str) -> Dataset:
+    """Read either of Arrow's IPC formats: `datasets` writes the stream, most others the file."""
+    source = pa.memory_map(path)
+    try:
+        table = pa.ipc.open_file(source).read_all()
+    except pa.ArrowInvalid:
+        source.seek(0)
+        table = pa.ipc.open_stream(source).read_all()
+    return Dataset(InMemoryTable(table))
 
 
 def _first_cause(error: Exception) -> str:

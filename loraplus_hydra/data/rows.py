@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import pyarrow as pa
@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from loraplus_hydra.config.schema import COLUMN_SUFFIX
 from loraplus_hydra.config.targets import instantiate
-from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -70,3 +70,12 @@ def with_origin(rows: Dataset, source: str, fingerprint: str) -> Dataset:
     """Return `rows` with the column ORIGIN, which numbers them: "`source`, row 1", ..."""
     places = pa.array((f"{source}, row {number}" for number in range(1, len(rows) + 1)), type=pa.string())
     return rows.add_column(ORIGIN, places, new_fingerprint=fingerprint)
+
+
+def check_names(place: str, names: Iterable[str]) -> None:
+    """Raise UserError for the names of our own columns, and names that Arrow can't store."""
+    for name in names:
+        if name in OURS:
+            raise UserError(f"{place}: '{name}' is the name of a column of our own; rename it")
+        if "\0" in name:
+            raise UserError(f"{place}: a column's name contains a NUL character ({name!r}); is the file UTF-16 text?")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import json
 import os
 from collections.abc import Callable
@@ -20,26 +18,6 @@ from loraplus_hydra.data.files import load
 from loraplus_hydra.errors import ConfigErrors
 
 ROWS = b'{"prompt": "a", "completion": "b"}\n' * 4
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
-@pytest.mark.parametrize(("compress", "kind"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2")])
-def test_compressed_file_is_to_be_unpacked(
-    tmp_path: Path, compress: Callable[[bytes], bytes], kind: str, encoding: str
-) -> None:
-    file = tmp_path / "rows.txt"
-    file.write_bytes(compress(ROWS))
-    with pytest.raises(ConfigErrors, match=rf"it is compressed \({kind}\); unpack it"):
-        load(str(file), encoding=encoding, unit="line")
-
-
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
-def test_utf_16_is_named(tmp_path: Path, encoding: str) -> None:
-    file = tmp_path / "rows.csv"
-    file.write_bytes("prompt,completion\na,b\nc,d\n".encode(encoding))
-    with pytest.raises(ConfigErrors, match=f"data.encoding={encoding}"):
-        load(str(file))
-    assert load(str(file), encoding=encoding)["train"].column_names[:2] == ["prompt", "completion"]
 
 
 def test_pipe_and_dangling_link_are_named(tmp_path: Path) -> None:
