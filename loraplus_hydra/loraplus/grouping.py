@@ -5,13 +5,13 @@ Pure Python without torch. `roles.tensor_records` makes the records, `rules.pars
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.loraplus.plan import Group, Plan, PlannedTensor
-from loraplus_hydra.loraplus.rules import Rule, TensorRecord
+from loraplus_hydra.loraplus.rules import Rule, TensorRecord, rate_error
 
 GROUP_ORDER = ("groupA", "embedding", "groupB", "groupB_no_decay")
 """The documented groups come first, in PEFT's order; every other group follows, in the order of the rules."""
@@ -45,11 +45,12 @@ def assign(
             "nothing is trained: no tensor of the model requires a gradient; add an adapter, or unfreeze some tensors"
         )
     ordered = [*extra, *rules]
-    groups = _groups_of_rules(ordered, lr=lr, weight_decay=weight_decay)
+    groups = groups_of(ordered, lr=lr, weight_decay=weight_decay)
     winners = first_match(records, ordered)
-    _check_every_extra_rule_matched(extra, winners, records)
-    _check_the_ratio_does_something(ordered, winners, records)
-    return _plan(records, winners, ordered, list(groups.values()))
+    _check_extra_rules(extra, winners, records)
+    _check_ratio(ordered, winners, records)
+    used = {rule.group for rule in winners}
+    return plan_of(records, winners, [group for group in groups if group.name in used])
 
 
 def first_match(records: Sequence[TensorRecord], rules: Sequence[Rule]) -> list[Rule]:
@@ -66,10 +67,9 @@ def first_match(records: Sequence[TensorRecord], rules: Sequence[Rule]) -> list[
         rules_for_kind = candidates.get(kind)
         if rules_for_kind is None:
             rules_for_kind = candidates[kind] = [rule for rule in rules if rule.matches_kind(record)]
-        for rule in rules_for_kind:
-            if rule.matches_name(record.name):
-                winners.append(rule)
-                break
+        winner = next((rule for rule in rules_for_kind if rule.matches_name(record.name)), None)
+        if winner is not None:
+            winners.append(winner)
         else:
             unmatched.append(f"{record.name} (role {record.role}, owner {record.owner}, {record.ndim}-D)")
     if unmatched:
@@ -80,19 +80,17 @@ def first_match(records: Sequence[TensorRecord], rules: Sequence[Rule]) -> list[
     return winners
 
 
-def check_rate(value: object, what: str, *, zero: bool = False) -> float:
+def check_rate(value: Any, what: str, *, zero: bool = False) -> float:
     """Return `value` as a float if it is finite and above 0 (with `zero`, also 0).
 
     Raises UserError otherwise.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{what} must be a number, got {value!r}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise UserError(f"{what} must be finite and {'not below' if zero else 'above'} 0, got {value!r}")
+    if error := rate_error(value, zero=zero):
+        raise UserError(f"{what} {error}")
     return float(value)
 
 
-def _groups_of_rules(rules: Sequence[Rule], *, lr: float, weight_decay: float) -> dict[str, Group]:
+def groups_of(rules: Sequence[Rule], *, lr: float, weight_decay: float) -> list[Group]:
     """Return the groups that the rules name, still empty, in their final order.
 
     Raises UserError for two rules of one group that disagree.
@@ -110,41 +108,35 @@ def _groups_of_rules(rules: Sequence[Rule], *, lr: float, weight_decay: float) -
                 f"{_spell(found[rule.group])} against {_spell(group)}. Give one of them its own (`group:`)"
             )
     documented = [name for name in GROUP_ORDER if name in found]
-    return {name: found[name] for name in [*documented, *(name for name in found if name not in GROUP_ORDER)]}
+    return [found[name] for name in [*documented, *(name for name in found if name not in GROUP_ORDER)]]
 
 
-def _plan(records: Sequence[TensorRecord], winners: Sequence[Rule], rules: Sequence[Rule], empty: list[Group]) -> Plan:
-    """Fill the `empty` groups with their records, and leave out groups without any."""
-    members: dict[str, list[tuple[TensorRecord, Rule]]] = {group.name: [] for group in empty}
+def plan_of(records: Sequence[TensorRecord], winners: Sequence[Rule], groups: Sequence[Group]) -> Plan:
+    """Return the plan of the `groups`, each filled with the records that its rules won."""
+    members: dict[str, list[tuple[TensorRecord, Rule]]] = {group.name: [] for group in groups}
     for record, rule in zip(records, winners, strict=True):
         members[rule.group].append((record, rule))
-    used = {id(rule) for rule in winners}
-    groups = [
+    filled = [
         replace(
             group,
             records=tuple(record for record, _ in members[group.name]),
-            rules=tuple(rule.name for rule in rules if rule.group == group.name and id(rule) in used),
+            rules=tuple(dict.fromkeys(rule.name for _, rule in members[group.name])),
         )
-        for group in empty
-        if members[group.name]
+        for group in groups
     ]
-    tensors = (PlannedTensor(record, rule, group) for group in groups for record, rule in members[group.name])
-    return Plan(tuple(groups), tuple(tensors))
+    tensors = (PlannedTensor(record, rule, group) for group in filled for record, rule in members[group.name])
+    return Plan(tuple(filled), tuple(tensors))
 
 
-def _check_every_extra_rule_matched(
-    extra: Sequence[Rule], winners: Sequence[Rule], records: Sequence[TensorRecord]
-) -> None:
+def _check_extra_rules(extra: Sequence[Rule], winners: Sequence[Rule], records: Sequence[TensorRecord]) -> None:
+    """Raise UserError for an extra rule that wins no tensor."""
     used = {id(rule) for rule in winners}
     for rule in extra:
         if id(rule) in used or rule.allow_unmatched:
             continue
-        shadowed = any(rule.matches(record) for record in records)
-        why = (
-            "every tensor that it matches is taken by an extra rule ahead of it"
-            if shadowed
-            else "no trained tensor matches it"
-        )
+        why = "no trained tensor matches it"
+        if any(rule.matches(record) for record in records):
+            why = "every tensor that it matches is taken by an extra rule ahead of it"
         examples = _some([record.name for record in records])
         raise UserError(
             f"loraplus.extra_rules.{rule.name} ({rule.conditions()}) does nothing: {why}. Trained are {examples}. "
@@ -152,28 +144,21 @@ def _check_every_extra_rule_matched(
         )
 
 
-def _check_the_ratio_does_something(
-    rules: Sequence[Rule], winners: Sequence[Rule], records: Sequence[TensorRecord]
-) -> None:
+def _check_ratio(rules: Sequence[Rule], winners: Sequence[Rule], records: Sequence[TensorRecord]) -> None:
     """Raise UserError for a ratio that all tensors of the adapter get, or none of them."""
-    meant = [rule for rule in rules if rule.ratio != 1]
-    if not meant:
+    meant = [rule.ratio for rule in rules if rule.ratio != 1]
+    ratios = {rule.ratio for record, rule in zip(records, winners, strict=True) if _belongs_to_the_pair(record)}
+    if not meant or len(ratios) > 1:
         return
-    adapter = [
-        (record, rule.ratio) for record, rule in zip(records, winners, strict=True) if _belongs_to_the_pair(record)
-    ]
-    if len({ratio for _, ratio in adapter}) > 1:
-        return
-    ratio = f"{meant[0].ratio:g}"
-    roles = sorted({record.role for record in records})
-    if not adapter:
+    if not ratios:
         why = "no tensor of a LoRA-like adapter is trained"
-    elif adapter[0][1] == 1:
+    elif ratios == {1}:
         why = "no tensor of the adapter gets it"
     else:
         why = "every tensor of the adapter gets it, so it only raises the rate of them all"
+    roles = sorted({record.role for record in records})
     raise UserError(
-        f"the LoRA+ ratio {ratio} does nothing here: {why} (trained roles: {', '.join(roles)}). "
+        f"the LoRA+ ratio {meant[0]:g} does nothing here: {why} (trained roles: {', '.join(roles)}). "
         "Use loraplus=none for one rate, loraplus=roles for adapters that `default` doesn't split (VeRA), "
         "a LoRA adapter on more than embeddings, or ratio 1"
     )

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.loraplus.grouping import GROUP_ORDER, assign, check_rate, first_match
+from loraplus_hydra.loraplus.grouping import assign, check_rate, first_match, groups_of, plan_of
 from loraplus_hydra.loraplus.optimizer_check import optimizer_problems, takes, unknown_setting
-from loraplus_hydra.loraplus.optimizer_state import keep_32bit_state
 from loraplus_hydra.loraplus.peft_layers import LORA_B_ROLES
 from loraplus_hydra.loraplus.plan import Group
 from loraplus_hydra.loraplus.roles import trained_tensors
-from loraplus_hydra.loraplus.rules import Rule, Rules, TensorRecord, as_rules
-
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["build_optimizer", "create_loraplus_optimizer", "group_parameters", "optimizer_problems"]
+from loraplus_hydra.loraplus.rules import Rule, Rules, as_rules
 
 
 def create_loraplus_optimizer(
@@ -57,21 +53,8 @@ def create_loraplus_optimizer(
             "the model has no adapter, so no tensor gets the LoRA+ ratio as a lora_B; add one first (get_peft_model)",
             stacklevel=2,
         )
-    members: dict[str, list[TensorRecord]] = {name: [] for name in GROUP_ORDER}
-    for record, rule in zip(records, first_match(records, rules), strict=True):
-        members[rule.group].append(record)
-    by_group = {rule.group: rule for rule in rules}
-    groups = [
-        Group(
-            name=name,
-            lr=by_group[name].rate(lr),
-            weight_decay=0.0 if name == "groupB_no_decay" else decay,
-            records=tuple(members[name]),
-        )
-        for name in GROUP_ORDER
-    ]
-    named = zip((record.name for record in records), parameters, strict=True)
-    return build_optimizer(optimizer_cls, groups, named, {"lr": lr, **kwargs})
+    plan = plan_of(records, first_match(records, rules), groups_of(rules, lr=lr, weight_decay=decay))
+    return build_optimizer(optimizer_cls, plan.groups, parameters.items(), {"lr": lr, **kwargs})
 
 
 def group_parameters(
@@ -91,7 +74,7 @@ def group_parameters(
     records, parameters = trained_tensors(model)
     extra = as_rules(extra_rules, "loraplus.extra_rules")
     plan = assign(records, as_rules(rules), lr=lr, weight_decay=weight_decay, extra=extra)
-    return torch_groups(plan.groups, zip((record.name for record in records), parameters, strict=True))
+    return torch_groups(plan.groups, parameters.items())
 
 
 def build_optimizer(
@@ -125,9 +108,8 @@ def build_optimizer(
             f"{optimizer_cls.__name__} refuses these parameters or arguments: {error}"
             + _muon_advice(optimizer_cls, groups)
         ) from error
-    keep_32bit_state(
-        optimizer, (record.name for group in groups for record in group.records if record.trained_embedding)
-    )
+    if _is_bitsandbytes(optimizer):
+        _keep_32bit_state(optimizer, groups)
     return optimizer
 
 
@@ -165,7 +147,7 @@ def _drop_in_rules(*, ratio: float, lr_embedding: float) -> list[Rule]:
     undecayed = ("bias", "norm", "lora_B_bias")
     return [
         Rule("embedding", role=("lora_embedding_A", "lora_embedding_B"), lr=lr_embedding),
-        Rule("groupB_no_decay", role=undecayed, ndim=(1,), ratio=ratio),
+        Rule("groupB_no_decay", role=undecayed, ndim=(1,), ratio=ratio, weight_decay=0.0),
         Rule("groupB", role=LORA_B_ROLES, ratio=ratio),
         Rule("vectors", ndim=(1,), group="groupB", ratio=ratio),
         Rule("groupA"),
@@ -194,3 +176,34 @@ def _muon_advice(optimizer_cls: type[Optimizer], groups: Sequence[Group]) -> str
         f". Muon takes matrices only, and here it would also get {', '.join(others[:3])}: "
         "use optimizer=adamw, or train matrices only"
     )
+
+
+def _is_bitsandbytes(optimizer: Optimizer) -> bool:
+    """Return True if the optimizer's class derives from bitsandbytes' base class, which reads a manager."""
+    if "bitsandbytes" not in sys.modules:
+        return False
+    from bitsandbytes.optim.optimizer import Optimizer8bit
+
+    return isinstance(optimizer, Optimizer8bit)
+
+
+def _keep_32bit_state(optimizer: Any, groups: Sequence[Group]) -> None:
+    """Make a bitsandbytes optimizer keep 32-bit state for trained embeddings. Call it before the first step.
+
+    Overrides in bitsandbytes' global manager no longer reach the optimizer.
+    """
+    from bitsandbytes.optim.optimizer import GlobalOptimManager
+
+    # A manager of its own. The global one goes by (group index, position), so that one job's overrides reach the first
+    # tensors of the next job, and it keeps modules registered with it alive.
+    manager: Any = GlobalOptimManager.__new__(GlobalOptimManager)  # its __init__ refuses: there is to be one only
+    manager.initialize()
+    names = {record.name for group in groups for record in group.records if record.trained_embedding}
+    # By position: a tensor's id changes when a trainer moves, shards or replaces it, its place in the groups doesn't.
+    manager.index2config = {
+        (group_index, position): {"optim_bits": 32}
+        for group_index, group in enumerate(optimizer.param_groups)
+        for position, name in enumerate(group["param_names"])
+        if name in names
+    }
+    optimizer.mng = manager

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from torch.optim import Optimizer
+
 from loraplus_hydra.errors import nearest
 from loraplus_hydra.loraplus.plan import Group
 from loraplus_hydra.loraplus.rules import RULE_KEYS
@@ -16,16 +18,9 @@ REFUSED: dict[str, str] = {
     "LBFGS": "takes one parameter group only, so A and B can't have rates of their own",
     "Rprop": "keeps a step size for each weight; lr is only where they start, and the schedule never reaches them",
     "SparseAdam": "takes sparse gradients only; an adapter's are dense",
-    "Prodigy": OWN_RATE,
-    "DAdaptAdam": OWN_RATE,
-    "DAdaptAdamW": OWN_RATE,
-    "DAdaptAdaGrad": OWN_RATE,
-    "DAdaptSGD": OWN_RATE,
-    "DAdaptLion": OWN_RATE,
-    "DAdaptAdan": OWN_RATE,
-    "DAdaptAdanIP": OWN_RATE,
-    "Lomo": "updates during the backward pass, with one rate for all",
-    "AdaLomo": "updates during the backward pass, with one rate for all",
+    **dict.fromkeys(("Prodigy", "DAdaptAdam", "DAdaptAdamW", "DAdaptAdaGrad", "DAdaptSGD"), OWN_RATE),
+    **dict.fromkeys(("DAdaptLion", "DAdaptAdan", "DAdaptAdanIP"), OWN_RATE),
+    **dict.fromkeys(("Lomo", "AdaLomo"), "updates during the backward pass, with one rate for all"),
 }
 """Class name -> why its per-group rates don't hold."""
 
@@ -48,8 +43,6 @@ def optimizer_problems(cls: object, kwargs: Mapping[str, Any]) -> list[str]:
     `kwargs` are the arguments without the parameters. Nothing is built. Reasons: no Optimizer class; a class whose
     rates per group don't hold; an argument that it doesn't take, with the nearest one that it does; a missing argument.
     """
-    from torch.optim import Optimizer
-
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         return [f"{_spell(cls)} is no subclass of torch.optim.Optimizer"]
     problems = [refusal] if (refusal := class_refusal(cls)) else []
@@ -113,11 +106,8 @@ def _argument_problems(cls: type, kwargs: Mapping[str, Any]) -> list[str]:
 def _parameters(cls: type) -> tuple[dict[str, inspect.Parameter], bool]:
     """Return the constructor's arguments after `params`, and True if it takes others by **kwargs."""
     found = list(inspect.signature(cls).parameters.values())
-    named = [
-        parameter for parameter in found if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    ]
-    takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in found)
-    return {parameter.name: parameter for parameter in named[1:]}, takes_any
+    named = [each for each in found if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+    return {each.name: each for each in named[1:]}, any(each.kind == each.VAR_KEYWORD for each in found)
 
 
 def _spell(cls: object) -> str:

@@ -1,11 +1,15 @@
-"""Tables of PEFT's methods: the role of each attribute, and whether LoRA+ has factors to split.
-
-A test compares them with `peft.PeftType`, which fails for a new method that is missing here.
-"""
+"""The roles of PEFT's tensors, and which of them start at zero."""
 
 from __future__ import annotations
 
-from loraplus_hydra.loraplus.starts import A_ZERO, TRAINED
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ADAPTER_NAME = "default"  # PEFT's name for a model's first adapter, and so of every adapter that we train
+A_ZERO = "a_zero"  # adapter.init_lora_weights of the paper's Init[2], which PEFT doesn't have
+TRAINED = "trained"  # initialisation of an adapter that an earlier run trained
 
 ROLE_OF_ATTRIBUTE: dict[str, str] = {
     # LoRA in all its initialisations and variants, on linears, convolutions, embeddings and fused experts
@@ -59,87 +63,34 @@ ADAPTER_ROLES = tuple(
 )
 """Roles of an adapter's own tensors, whose start its config decides."""
 
-SPLIT = "split"
-
-_PROMPT = "trains virtual tokens or a prompt encoder; no pair of factors"
-_ROTATION = "trains an orthogonal transformation of the weight; no pair of factors"
-_SPECTRUM = "trains coefficients of a fixed basis; no pair of factors"
-_SCALES = "trains scales (or rotations) of activations; no pair of factors"
-_PRODUCT = "its update isn't linear in one pair of factors, so eta_B / eta_A has no meaning"
-_SHARED_BASIS = "trains coefficients over frozen or shared factors; no pair of factors"
-
-LORAPLUS_SUPPORT: dict[str, str] = {
-    "LORA": SPLIT,
-    "ADALORA": SPLIT,
-    "VERA": SPLIT,
-    "PVERA": SPLIT,
-    "HIRA": SPLIT,
-    "GRALORA": SPLIT,
-    "LILY": SPLIT,
-    "POLY": SPLIT,
-    "SUPERTUNING": SPLIT,
-    "PROMPT_TUNING": _PROMPT,
-    "MULTITASK_PROMPT_TUNING": _PROMPT,
-    "P_TUNING": _PROMPT,
-    "PREFIX_TUNING": _PROMPT,
-    "ADAPTION_PROMPT": _PROMPT,
-    "CPT": _PROMPT,
-    "CARTRIDGE": _PROMPT,
-    "OFT": _ROTATION,
-    "BOFT": _ROTATION,
-    "HRA": _ROTATION,
-    "PSOFT": _ROTATION,
-    "ROAD": _SCALES,
-    "IA3": _SCALES,
-    "FOURIERFT": _SPECTRUM,
-    "WAVEFT": _SPECTRUM,
-    "C3A": _SPECTRUM,
-    "LOHA": _PRODUCT,
-    "LOKR": _PRODUCT,
-    "DELORA": "normalises both factors, so their rates don't set how far the update moves; what does is one scalar",
-    "GLORA": "trains up to five small supports a layer, none of them a pair like LoRA's",
-    "PEANUT": _PRODUCT,
-    "DEFT": _PRODUCT,
-    "ADAMSS": "trains many small subspaces, with a start that isn't zero",
-    "VBLORA": _SHARED_BASIS,
-    "UNILORA": _SHARED_BASIS,
-    "TINYLORA": _SHARED_BASIS,
-    "RANDLORA": _SHARED_BASIS,
-    "FROD": _SHARED_BASIS,
-    "MISS": "trains one block a layer; no pair of factors",
-    "SHIRA": "trains some entries of the weight; no pair of factors",
-    "OSF": "trains the weight itself within a subspace; no pair of factors",
-    "BEFT": "trains biases; no pair of factors",
-    "LN_TUNING": "trains normalisation layers; no pair of factors",
-    "TRAINABLE_TOKENS": "trains rows of an embedding; no pair of factors",
-    "XLORA": "trains a router over frozen LoRA adapters; no pair of factors",
-    "SHADOW": "trains a network beside the model; no pair of factors",
-}
-"""Each `peft.PeftType` by name: `SPLIT`, or why LoRA+ does nothing there."""
-
 FACTORS = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
 """Roles of the two factors of a LoRA update."""
+
+
+_STARTS_AT_ZERO = {
+    "lora_B_bias": True,
+    "vera_b": True,
+    "adalora_E": True,
+    "vera_d": False,
+    "adalora_A": False,
+    "adalora_B": False,
+}
+"""Roles whose start depends only on whether PEFT initialises at all."""
 
 
 def zero_start(role: str, initialisation: object) -> bool | None:
     """Return True if a tensor starts at zero, by its role and its config's `init_lora_weights`.
 
-    `initialisation` may also be `A_ZERO` or `TRAINED` of starts.py. Returns None where it is unknown: False (no
-    initialisation) usually means that the caller writes the factors later. Source: the `reset_*` and `*_init` methods
-    of PEFT 0.21's layers.
+    `initialisation` may also be `A_ZERO` or `TRAINED`. Returns None where it is unknown: False (no initialisation)
+    usually means that the caller writes the factors later. Source: the `reset_*` and `*_init` methods of PEFT 0.21's
+    layers.
     """
     if initialisation == TRAINED:
         return False if role in ADAPTER_ROLES else None
-    if role == "lora_B_bias":
-        return None if initialisation is False else True
-    if role in ("vera_b", "adalora_E"):
-        return None if initialisation is False else True
-    if role in ("vera_d", "adalora_A", "adalora_B"):
-        return None if initialisation is False else False
     if role in ("magnitude", "trainable_tokens"):
         return False
-    if role not in FACTORS or initialisation is False:
-        return None
+    if initialisation is False or role not in FACTORS:
+        return None if initialisation is False else _STARTS_AT_ZERO.get(role)
     name = initialisation.lower() if isinstance(initialisation, str) else initialisation
     if name in ("mica", A_ZERO):
         return role in ("lora_A", "lora_embedding_A")
@@ -149,3 +100,13 @@ def zero_start(role: str, initialisation: object) -> bool | None:
     if name in (True, "gaussian", "eva"):
         return role == "lora_B"
     return False if isinstance(name, str) else None
+
+
+def note_initialisation(model: nn.Module, initialisation: str) -> None:
+    """Note on the model that its adapter's initialisation is `A_ZERO` or `TRAINED`."""
+    model.adapter_initialisations = {ADAPTER_NAME: initialisation}  # type: ignore[assignment]
+
+
+def noted_initialisations(model: nn.Module) -> dict[str, str]:
+    """Return each adapter's noted initialisation; empty where PEFT's config holds it."""
+    return getattr(model, "adapter_initialisations", None) or {}

@@ -12,24 +12,19 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.loraplus.peft_layers import (
     FACTORS,
     LAYER_ROLES,
-    LORAPLUS_SUPPORT,
     ROLE_OF_ATTRIBUTE,
-    SPLIT,
+    noted_initialisations,
     zero_start,
 )
 from loraplus_hydra.loraplus.rules import TensorRecord
-from loraplus_hydra.loraplus.starts import noted_initialisations
-
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["LORAPLUS_SUPPORT", "SPLIT", "tensor_records", "trained_tensors"]
 
 # LlamaRMSNorm, T5LayerNorm, LayerNorm2d, MambaRMSNormGated, RMS_norm; not NormHead (Baichuan's output matrix), not
 # Normalize.
@@ -80,10 +75,10 @@ def tensor_records(model: torch.nn.Module) -> list[TensorRecord]:
     return trained_tensors(model)[0]
 
 
-def trained_tensors(model: torch.nn.Module) -> tuple[list[TensorRecord], list[torch.nn.Parameter]]:
-    """Return the records of `tensor_records` and, in the same order, their parameters."""
+def trained_tensors(model: torch.nn.Module) -> tuple[list[TensorRecord], dict[str, torch.nn.Parameter]]:
+    """Return the records of `tensor_records`, and the parameter of each name in them."""
     records: list[TensorRecord] = []
-    parameters: list[torch.nn.Parameter] = []
+    parameters: dict[str, torch.nn.Parameter] = {}
     seen: set[int] = set()  # ids of `parameters`: what has several names counts once, by the first
     # A model has few kinds of layers and many layers, so each of these is worked out once.
     kind_of, place_below = cache(_kind), cache(_place_below)
@@ -94,7 +89,7 @@ def trained_tensors(model: torch.nn.Module) -> tuple[list[TensorRecord], list[to
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
-                parameters.append(parameter)
+                parameters[prefix + name] = parameter
                 pattern = pattern_of(name, parameter.dtype, kind_of(module.__class__), place)
                 records.append(_record(prefix + name, parameter, pattern))
 
@@ -217,8 +212,6 @@ def _adapted_class(layer: Any) -> type:
 
 
 def _kind(cls: type) -> _Kind:
-    import torch
-
     if cls.__name__ == "FullyShardedDataParallel":
         raise UserError(
             "the model is already wrapped in FSDP, whose flat shards have no roles: make the groups before wrapping it"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from loraplus_hydra.config.types import fits
 from loraplus_hydra.errors import ConfigErrors, Problem, nearest
 from loraplus_hydra.loraplus.peft_layers import ADAPTER_ROLES
 
@@ -118,24 +119,18 @@ def parse_rules(rules: Mapping[str, Any], where: str = "loraplus.rules") -> list
 
     A rule that is null is left out. Raises ConfigErrors with every error, each under its key below `where`.
     """
-    problems: list[Problem] = []
     if not isinstance(rules, Mapping):
-        raise ConfigErrors(
-            [
-                Problem(
-                    where, f"must map names to rules, got {rules!r}", "for instance {head: {pattern: score, lr: 1e-3}}"
-                )
-            ]
-        )
+        fix = "for instance {head: {pattern: score, lr: 1e-3}}"
+        raise ConfigErrors([Problem(where, f"must map names to rules, got {rules!r}", fix)])
+    problems: list[Problem] = []
     parsed = []
     for name, keys in rules.items():
         key = f"{where}.{name}"
         if keys is None:
             continue
         if not isinstance(keys, Mapping):
-            problems.append(
-                Problem(key, f"a rule is a mapping, got {keys!r}", "for instance {pattern: score, lr: 1e-3}")
-            )
+            fix = "for instance {pattern: score, lr: 1e-3}"
+            problems.append(Problem(key, f"a rule is a mapping, got {keys!r}", fix))
             continue
         # A null takes a condition or a setting away again: `loraplus.rules.groupB.weight_decay=null` on the command
         # line. A rate that is null would be LoRA+ silently switched off.
@@ -161,7 +156,11 @@ def _rule(name: str, keys: Mapping[str, Any]) -> Rule:
 
 def _problems(keys: Mapping[str, Any], where: str) -> list[Problem]:
     problems = [problem for key in CONDITIONS if key in keys for problem in _condition_problems(key, keys[key], where)]
-    problems += [problem for key in RATES if key in keys for problem in _rate_problems(key, keys[key], where)]
+    problems += [
+        Problem(f"{where}.{key}", error)
+        for key in RATES
+        if key in keys and (error := rate_error(keys[key], zero=key != "ratio"))
+    ]
     if "lr" in keys:
         problems += [
             Problem(f"{where}.{key}", "stands beside `lr`, which is the whole rate", f"keep either `lr` or `{key}`")
@@ -185,7 +184,7 @@ def _condition_problems(key: str, value: Any, where: str) -> list[Problem]:
     key_path = f"{where}.{key}"
     if not values:
         return [Problem(key_path, "an empty list matches nothing", f"name at least one {key}, or leave `{key}` out")]
-    wrong = [item for item in values if not (_is_count(item) if key == "ndim" else isinstance(item, str))]
+    wrong = [item for item in values if not (fits(item, int) and item >= 0 if key == "ndim" else fits(item, str))]
     if wrong:
         kind = "a whole number, 0 or more" if key == "ndim" else "text"
         return [Problem(key_path, f"must be {kind} or a list of such, got {wrong[0]!r}")]
@@ -202,27 +201,18 @@ def _pattern_problems(pattern: str, key_path: str) -> list[Problem]:
     try:
         re.compile(pattern)
     except re.error as error:
-        return [
-            Problem(
-                key_path, f"{pattern!r} is no regular expression ({error})", r"a dot is written \. and a bracket \["
-            )
-        ]
+        fix = r"a dot is written \. and a bracket \["
+        return [Problem(key_path, f"{pattern!r} is no regular expression ({error})", fix)]
     return []
 
 
-def _rate_problems(key: str, value: Any, where: str) -> list[Problem]:
-    key_path = f"{where}.{key}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return [Problem(key_path, f"must be a number, got {value!r}")]
-    if not math.isfinite(value) or value < 0 or (key == "ratio" and value == 0):
-        return [
-            Problem(key_path, f"must be finite and {'above 0' if key == 'ratio' else 'not below 0'}, got {value!r}")
-        ]
-    return []
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def rate_error(value: Any, *, zero: bool) -> str:
+    """Return the error in a rate; empty if it is finite and above 0 (with `zero`, also 0)."""
+    if not fits(value, float):
+        return f"must be a number, got {value!r}"
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        return f"must be finite and {'not below' if zero else 'above'} 0, got {value!r}"
+    return ""
 
 
 def _listed(value: Any) -> list[Any]:
@@ -231,6 +221,5 @@ def _listed(value: Any) -> list[Any]:
 
 def _plain(value: Any) -> Any:
     """Return lists from YAML as tuples, like the optimizers' own defaults (`betas`)."""
-    return (
-        tuple(_plain(item) for item in value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-    )
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return tuple(map(_plain, value)) if is_list else value

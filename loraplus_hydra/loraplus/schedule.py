@@ -25,6 +25,9 @@ INSTEAD: dict[str, str] = {
     "CyclicLR": "Its base_lr and max_lr are the same for all groups; give lists, or use scheduler=one_cycle",
 }
 """Schedule class -> what to use in its place."""
+_ONE_FACTOR = (
+    "Use one that multiplies every rate by the same factor: scheduler=linear, cosine, cosine_with_min_lr, wsd, ..."
+)
 
 
 def build_schedule(
@@ -204,15 +207,8 @@ def _check_ratio(factory: Callable[..., Any], schedule: LRScheduler, optimizer: 
             for index, rate in enumerate(rates):
                 # Both sides are a rate times a rate, so a difference counts relative to them; zero has to meet zero.
                 if not math.isclose(rate * base[largest], rates[largest] * base[index], rel_tol=TOLERANCE, abs_tol=0.0):
-                    raise UserError(
-                        _broken(
-                            factory,
-                            step,
-                            (names[index], names[largest]),
-                            (base[index], base[largest]),
-                            (rate, rates[largest]),
-                        )
-                    )
+                    pair = ((names[each], base[each], rates[each]) for each in (index, largest))
+                    raise UserError(_broken(_name(factory), step, *pair))
             if step < steps:
                 schedule.optimizer.step()
                 _at(factory, step + 1, schedule.step)
@@ -227,21 +223,11 @@ def _at(factory: Callable[..., Any], step: int, call: Callable[..., Any], *argum
         ) from error
 
 
-def _broken(
-    factory: Callable[..., Any],
-    step: int,
-    names: tuple[str, str],
-    base: tuple[float, float],
-    rates: tuple[float, float],
-) -> str:
-    name = _name(factory)
-    advice = INSTEAD.get(
-        name,
-        "Use one that multiplies every rate by the same factor: scheduler=linear, cosine, cosine_with_min_lr, wsd, ...",
-    )
+def _broken(schedule: str, step: int, one: tuple[str, float, float], other: tuple[str, float, float]) -> str:
+    """Return the message on two groups, each with its name, its own rate and its rate at the step."""
     return (
-        f"{name} breaks the ratio between groups: {names[0]} and {names[1]} are set to {base[0]:g} and {base[1]:g}, "
-        f"but at step {step} they train at {rates[0]:g} and {rates[1]:g}. {advice}"
+        f"{schedule} breaks the ratio between groups: {one[0]} and {other[0]} are set to {one[1]:g} and {other[1]:g}, "
+        f"but at step {step} they train at {one[2]:g} and {other[2]:g}. {INSTEAD.get(schedule, _ONE_FACTOR)}"
     )
 
 

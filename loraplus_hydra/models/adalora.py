@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from loraplus_hydra.errors import Problem, UserError
-from loraplus_hydra.loraplus.starts import ADAPTER_NAME
+from loraplus_hydra.loraplus.peft_layers import ADAPTER_NAME
 
 IMPORTANCE_FILE = "adalora.safetensors"  # in a checkpoint: the moving averages that decide which ranks are cut
 _PLACEHOLDER_STEPS = 2**31  # PEFT requires total_step, and nobody knows the run's steps yet

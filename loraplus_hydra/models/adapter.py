@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from loraplus_hydra.config.targets import instantiate, locate
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.io.quiet_libraries import quiet_peft
-from loraplus_hydra.loraplus.starts import A_ZERO, TRAINED, note_initialisation
+from loraplus_hydra.loraplus.peft_layers import A_ZERO, TRAINED, note_initialisation
 from loraplus_hydra.models import adalora
 from loraplus_hydra.models.adapter_files import CONFIG, KEY, StoredAdapter, attach, first_misfit, stored_adapter
 from loraplus_hydra.models.initialisation import changes_base, copy_factors, initialise_a_zero

@@ -20,7 +20,7 @@ from loraplus_hydra.io.folders import refuse_links
 from loraplus_hydra.io.quiet_libraries import quiet_peft
 from loraplus_hydra.io.read import read_json
 from loraplus_hydra.io.run_folder import ADAPTER
-from loraplus_hydra.loraplus.starts import ADAPTER_NAME
+from loraplus_hydra.loraplus.peft_layers import ADAPTER_NAME
 from loraplus_hydra.models.initialisation import convert_to_original_base
 from loraplus_hydra.models.patterns import refuse_slow_patterns
 

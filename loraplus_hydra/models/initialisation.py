@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.loraplus.starts import A_ZERO, ADAPTER_NAME, note_initialisation
+from loraplus_hydra.loraplus.peft_layers import A_ZERO, ADAPTER_NAME, note_initialisation
 
 # Initialisations for which PEFT needs more than a config, and silently does something else without it.
 UNSUPPORTED = {

@@ -15,12 +15,8 @@ from transformers.optimization import Adafactor
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import ConfigErrors, UserError
 from loraplus_hydra.loraplus.grouping import assign
-from loraplus_hydra.loraplus.optimizer import (
-    build_optimizer,
-    create_loraplus_optimizer,
-    group_parameters,
-    optimizer_problems,
-)
+from loraplus_hydra.loraplus.optimizer import build_optimizer, create_loraplus_optimizer, group_parameters
+from loraplus_hydra.loraplus.optimizer_check import optimizer_problems
 from loraplus_hydra.loraplus.roles import tensor_records
 from loraplus_hydra.loraplus.rules import Rule
 from tests.support.models import ConvNet, llama, train, with_lora

@@ -21,9 +21,10 @@ from peft import (
 )
 from torch import nn
 
-from loraplus_hydra.loraplus.roles import LORAPLUS_SUPPORT, SPLIT, tensor_records
+from loraplus_hydra.loraplus.roles import tensor_records
 from loraplus_hydra.loraplus.rules import TensorRecord
 from tests.support.models import ConvNet, bert, gpt2, llama, mixtral, with_lora
+from tests.support.peft_methods import LORAPLUS_SUPPORT, SPLIT
 
 
 def roles(model: nn.Module) -> dict[str, str]:
