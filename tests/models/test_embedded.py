@@ -21,7 +21,6 @@ from loraplus_hydra.data.embedded import library_pairs
 from loraplus_hydra.data.embedded.source import is_held_out
 from tools.embedded_model.card import Facts, model_card
 from tools.embedded_model.pretrain import (
-    CHAT_TEMPLATE,
     CONTEXT,
     VOCABULARY,
     Corpus,
@@ -31,6 +30,7 @@ from tools.embedded_model.pretrain import (
     train,
     train_tokenizer,
 )
+from tools.embedded_model.turns import CHAT_TEMPLATE
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "loraplus_hydra" / "models" / "embedded"

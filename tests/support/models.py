@@ -20,36 +20,27 @@ from transformers import (
 )
 
 VOCABULARY = 64
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}
 
 
 def llama(hidden: int = 16, layers: int = 2, vocabulary: int = VOCABULARY, **changes: Any) -> LlamaForCausalLM:
     """A causal model with RMSNorm and linears without bias; its head isn't tied to its embedding."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        **changes,
-    )
+    sizes = {**_SIZES, "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 2 * hidden}
+    config = LlamaConfig(**sizes, num_hidden_layers=layers, num_key_value_heads=2, **changes)
     return LlamaForCausalLM(config)
 
 
 def bert() -> BertForSequenceClassification:
     """A classifier with LayerNorm, biases everywhere and a head called `classifier`."""
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        num_labels=2,
-    )
+    config = BertConfig(**_SIZES, num_hidden_layers=1, num_labels=2)
     return BertForSequenceClassification(config)
 
 
@@ -62,16 +53,7 @@ def gpt2() -> GPT2LMHeadModel:
 def mixtral() -> MixtralForCausalLM:
     """A mixture of two experts whose weights are fused into single 3-D parameters."""
     torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=2,
-        max_position_embeddings=32,
-    )
+    config = MixtralConfig(**_SIZES, num_hidden_layers=1, num_key_value_heads=2, num_local_experts=2)
     return MixtralForCausalLM(config)
 
 

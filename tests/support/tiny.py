@@ -12,21 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tools.embedded_model.turns import ASSISTANT, END, PAD, USER
+from tools.embedded_model.turns import CHAT_TEMPLATE as TEMPLATE
+
 if TYPE_CHECKING:  # imported where needed: every test module has these fixtures, and most need no model
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
-# Marks the assistant's turns, as the embedded model's template does.
-TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{{- '<|assistant|>' -}}{%- generation -%}{{- message['content'] + '<|end|>' -}}{%- endgeneration -%}"
-    "{%- else -%}"
-    "{{- '<|user|>' + message['content'] + '<|end|>' -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
-)
+# It does not mark the assistant's turns.
 UNMARKED_TEMPLATE = TEMPLATE.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
 CORPUS = [
     "the quick brown fox jumps over the lazy dog",
@@ -88,20 +80,26 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def _sizes(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+    }
+
+
 def save_llama(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A Llama of two layers, hidden size 16, with `tokenizer` beside it."""
+    """Save a Llama of two layers and its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
     set_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
+        **_sizes(tokenizer),
         num_hidden_layers=2,
-        num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=128,
-        pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
@@ -111,19 +109,11 @@ def save_llama(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
 
 
 def save_bert(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A BERT encoder of one layer, with `tokenizer` beside it and no classification head."""
+    """Save a BERT encoder of one layer without a classification head, and its tokenizer."""
     from transformers import BertConfig, BertModel, set_seed
 
     set_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = BertConfig(**_sizes(tokenizer), num_hidden_layers=1, max_position_embeddings=32)
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

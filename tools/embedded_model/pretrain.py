@@ -29,26 +29,14 @@ from loraplus_hydra.data.embedded import definitions, source_of
 from loraplus_hydra.data.embedded.source import Source, is_held_out, read_library, stable_hash
 from loraplus_hydra.errors import UserError
 from tools.embedded_model.card import Facts, model_card
+from tools.embedded_model.turns import ASSISTANT, CHAT_TEMPLATE, END, PAD, USER
 
 VOCABULARY = 2048  # tokens, including the four special ones
-PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"  # ids 0 to 3
 CONTEXT = 512  # tokens in a training sequence, and the longest the model has seen
 BATCH = 4  # sequences a step
 LEARNING_RATE = 4e-3  # the best of 2e-3 to 1e-2 after 600 steps
 WARMUP_STEPS = 60
 REPORT_STEPS = 250
-
-# `generation` marks the assistant's turns: TRL's assistant_only_loss trains on those alone.
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{{- '<|assistant|>' -}}{%- generation -%}{{- message['content'] + '<|end|>' -}}{%- endgeneration -%}"
-    "{%- else -%}"
-    "{{- '<|user|>' + message['content'] + '<|end|>' -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
-)
 
 
 @dataclass(frozen=True)
