@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -118,3 +119,13 @@ def assert_close(made: list[torch.Tensor], expected: list[torch.Tensor], toleran
         if other.numel():
             scale = max(float(other.detach().abs().max()), 1e-3)
             assert float((one - other).detach().abs().max()) <= tolerance * scale
+
+
+def assert_equal_within(one: Any, other: Any, tolerance: float) -> None:
+    """Fail unless two lines of metrics have the same keys and their numbers agree relatively."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal_within(one[key], other[key], tolerance)
+    else:
+        assert one == pytest.approx(other, rel=tolerance, abs=1e-12), (one, other)

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,63 +10,19 @@ from typing import Any
 import pytest
 
 from loraplus_hydra import run
-from loraplus_hydra.io import screen
 from loraplus_hydra.training.hf_trainer.loraplus_mixin import NotFiniteError
 from loraplus_hydra.training.lean.forward import LeanForward
+from tests.support.forking import lines
+from tests.support.lean import assert_equal_within
 
 Compose = Callable[..., Any]
 slow = pytest.mark.slow
-# Of an evaluation's or a step's numbers: those of the clock.
-_CLOCK = ("seconds", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
-
-
-@pytest.fixture
-def reports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is reported of the forward pass."""
-    lines: list[str] = []
-    own = screen.show
-
-    def show(text: str) -> None:
-        own(text)
-        if "Forward pass" in text:
-            lines.append(text)
-
-    monkeypatch.setattr(screen, "show", show)
-    return lines
-
-
-@pytest.fixture(scope="session")
-def uneven(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that train on 60 rows of very different lengths."""
-    path = tmp_path_factory.mktemp("uneven") / "rows.jsonl"
-    words = ("one", "two", "three", "four")
-    rows = [
-        {"prompt": " ".join(["say", *(words[(i * k) % 4] for k in range(i % 13))]), "completion": " " + words[i % 4]}
-        for i in range(60)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return [f"data.train={path}", "optimizer.lr=2e-4", "task.samples=0", "trainer.use_cpu=true"]
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in _CLOCK} for line in lines]
-
-
-def assert_equal_within(one: Any, other: Any, tolerance: float) -> None:
-    """Fail unless two lines of metrics have the same keys and their numbers agree relatively."""
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal_within(one[key], other[key], tolerance)
-    else:
-        assert one == pytest.approx(other, rel=tolerance, abs=1e-12), (one, other)
 
 
 def both(compose: Compose, folder: Path, *overrides: str) -> tuple[list[Any], list[Any]]:
     for forward in ("lean", "plain"):
         run(compose(*overrides, f"trainer.forward={forward}"), folder / forward)
-    return metrics(folder / "lean"), metrics(folder / "plain")
+    return lines(folder / "lean"), lines(folder / "plain")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +144,7 @@ def test_dropout_of_model_and_adapter_trains(
     lean, plain = both(compose, tmp_path, *overrides)
     run(compose(*overrides, "trainer.forward=lean"), tmp_path / "again")
 
-    assert metrics(tmp_path / "again") == lean
+    assert lines(tmp_path / "again") == lean
     assert lean[-1]["eval_loss"] == pytest.approx(plain[-1]["eval_loss"], rel=0.05)
     assert lean[1]["loss"] != plain[1]["loss"]
 
@@ -227,7 +178,7 @@ def test_what_is_not_eligible_trains_as_before_and_reports_why(
     assert len(reports) == 1
     assert reports[0].startswith("    Forward pass: plain, since ")
     assert reason in reports[0]
-    assert metrics(tmp_path / "one") == metrics(tmp_path / "plain")
+    assert lines(tmp_path / "one") == lines(tmp_path / "plain")
 
 
 def test_preference_tasks_stay_plain(compose: Compose, llama_folder: Path, tmp_path: Path, reports: list[str]) -> None:
@@ -349,61 +300,3 @@ def test_answers_and_the_stored_adapter_are_those_of_the_plain_forward(
     assert sorted(path.name for path in (tmp_path / "lean" / "adapter").iterdir()) == sorted(
         path.name for path in (tmp_path / "plain" / "adapter").iterdir()
     )
-
-
-@pytest.mark.parametrize(
-    ("first", "then"), [("lean", "lean"), ("plain", "lean"), pytest.param("lean", "plain", marks=slow)]
-)
-def test_a_run_resumes_from_a_checkpoint_of_either_forward(
-    compose: Compose, tiny_run: list[str], uneven: list[str], tmp_path: Path, first: str, then: str
-) -> None:
-    """Under one forward to the bits of the unbroken run, with dropout; under another to its numbers, without."""
-    dropout = "adapter.lora_dropout=0.1" if first == then else "adapter.lora_dropout=0.0"
-    shared = [*tiny_run, *uneven, dropout, "trainer.max_steps=6", "trainer.save_steps=3", "trainer.eval_steps=2"]
-    whole = tmp_path / "whole"
-    run(compose(*shared, f"trainer.forward={first}"), whole)
-
-    cut = tmp_path / "cut"
-    shutil.copytree(whole, cut)
-    for path in ("adapter", "checkpoints/checkpoint-6"):
-        shutil.rmtree(cut / path)
-    (cut / "result.json").unlink()
-    run(compose(*shared, f"trainer.forward={then}", "trainer.resume_from_checkpoint=auto"), cut)
-
-    if first == then:
-        name = "adapter/adapter_model.safetensors"
-        assert (cut / name).read_bytes() == (whole / name).read_bytes()
-        assert metrics(cut) == metrics(whole)
-    else:
-        for one, other in zip(metrics(cut), metrics(whole), strict=True):
-            one.pop("norms", None), other.pop("norms", None)
-            assert_equal_within(one, other, 2e-6)
-
-
-@slow
-def test_a_killed_run_resumes_to_the_bits_of_the_unbroken_one(
-    compose: Compose, tiny_run: list[str], uneven: list[str], tmp_path: Path
-) -> None:
-    dropout = ["adapter.lora_dropout=0.2", "trainer.forward=lean"]
-    shared = [
-        *tiny_run,
-        *uneven,
-        *dropout,
-        "trainer.max_steps=60",
-        "trainer.save_steps=4",
-        "trainer.save_total_limit=1",
-    ]
-    run(compose(*shared), tmp_path / "whole")
-
-    cut = tmp_path / "cut"
-    command = [sys.executable, "-m", "loraplus_hydra", *shared, f"hydra.run.dir={cut}"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not list(cut.glob("checkpoints/checkpoint-*/manifest.json")):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    assert not (cut / "result.json").is_file(), "the run was over before it was killed"
-    run(compose(*shared, "trainer.resume_from_checkpoint=auto"), cut)
-
-    name = "adapter/adapter_model.safetensors"
-    assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert metrics(cut) == metrics(tmp_path / "whole")
