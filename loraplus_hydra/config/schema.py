@@ -182,7 +182,14 @@ class FinishedRunConfig:
 
 
 @dataclass
-class ExportConfig(FinishedRunConfig):
+class OpenedRunConfig(FinishedRunConfig):
+    """Keys of the commands that open a run's adapter."""
+
+    checkpoint: Optional[str] = None  # newest, or a step; null = the adapter of a finished run
+
+
+@dataclass
+class ExportConfig(OpenedRunConfig):
     """`export`. Registered as `export_schema`."""
 
     to: Optional[str] = None  # the new folder; null = export/model or export/adapter in the run's
@@ -191,7 +198,7 @@ class ExportConfig(FinishedRunConfig):
 
 
 @dataclass
-class PredictConfig(FinishedRunConfig):
+class PredictConfig(OpenedRunConfig):
     """`predict`. Registered as `predict_schema`."""
 
     text: Optional[str] = None  # one text
@@ -204,7 +211,7 @@ class PredictConfig(FinishedRunConfig):
 
 
 @dataclass
-class EvaluateConfig(FinishedRunConfig):
+class EvaluateConfig(OpenedRunConfig):
     """`evaluate`. Registered as `evaluate_schema`."""
 
     data: Dict[str, Any] = field(default_factory=dict)  # keys of the run's `data` to change, or another option

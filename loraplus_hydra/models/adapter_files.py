@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,11 +66,16 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
         config.save_pretrained(str(folder))
         _sort_sets(folder, config)
-    base_config = model.get_base_model().config
-    use_cache, base_config.use_cache = base_config.use_cache, True  # it was switched off for training only
-    base_config.save_pretrained(str(folder))
-    base_config.use_cache = use_cache
+    save_base_config(model, folder)
     tokenizer.save_pretrained(str(folder))
+
+
+def save_base_config(model: PeftModel, folder: Path) -> None:
+    """Write the base's config.json into `folder`; a classifier's has the names of its labels."""
+    config = model.get_base_model().config
+    use_cache, config.use_cache = config.use_cache, True  # it was switched off for training only
+    config.save_pretrained(str(folder))
+    config.use_cache = use_cache
 
 
 def save_factors(model: PeftModel, folder: Path, **arguments: Any) -> None:
@@ -132,6 +137,12 @@ def attach(model: PreTrainedModel, stored: StoredAdapter, *, trainable: bool = F
     if misfit := first_misfit(adapted, stored, names_only=True):
         raise UserError(f"the adapter in {stored.folder} doesn't fit the model: {misfit}")
     return adapted
+
+
+def load_tensors(adapted: PeftModel, folder: Path) -> None:
+    """Load the tensors in `folder` into a model with this adapter. Raises UserError on a misfit."""
+    refuse_other_tensors(folder, adapted)
+    set_peft_model_state_dict(adapted, load_file(folder / WEIGHTS), adapter_name=ADAPTER_NAME)
 
 
 def refuse_other_tensors(folder: Path, adapted: PeftModel) -> None:

@@ -17,7 +17,7 @@ from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io.files import copy_file
 from loraplus_hydra.io.folders import new_folder
 from loraplus_hydra.io.quiet_libraries import quiet_peft
-from loraplus_hydra.models.adapter_files import attach, stored_adapter
+from loraplus_hydra.models.adapter_files import attach, save_adapter, stored_adapter
 from loraplus_hydra.models.quantization import dequantize, is_quantized
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.load_finished import load_run
@@ -39,7 +39,7 @@ def export(
     dtype: str | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Path:
-    """Write a finished run into `target`, a folder that is new or empty, and return it.
+    """Write a run's model into `target`, a folder that is new or empty, and return it.
 
     With `merge` it is the merged model, its weights in `dtype` (None: the run's), a quantised base's dequantised;
     without it the adapter. Both come with the tokenizer and a card. The merged model is loaded again and compared with
@@ -50,8 +50,10 @@ def export(
     with new_folder(target, key="to") as draft:
         if merge:
             check = _comparison(_write_merged(run, draft, dtype))
-        else:
+        elif run.step is None:
             _copy_adapter(run.adapter, draft)
+        else:  # a checkpoint holds more, and may fit only a base that its initialisation changed
+            save_adapter(*load_run(run), draft)
         write_card(run, draft, merged=merge, check=check)
     if check and report is not None:
         report(check)

@@ -1,40 +1,47 @@
-"""Open a finished run from its folder: config and result. `load_finished` loads its model."""
+"""Open a run from its folder: config, result and adapter. `load_finished` loads its model.
+
+The adapter is the final one, or that of a checkpoint.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from loraplus_hydra.check import stored_problems
+from loraplus_hydra.config.identity import run_hash
+from loraplus_hydra.config.types import fits
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.io import run_folder
+from loraplus_hydra.io.checkpoint_state import trainer_state
+from loraplus_hydra.io.checkpoints import Checkpoint, newest_complete, open_checkpoint, sealed, step_of
 from loraplus_hydra.io.folders import refuse_links
 from loraplus_hydra.io.read import Missing, Unreadable, read_json
-from loraplus_hydra.io.result import OK, stored_result
+from loraplus_hydra.io.result import INTERRUPTED, OK, Result, read_result, stored_result
 from loraplus_hydra.runs.stored_config import KEY, read_stored
 
 # What of a stored config is needed to rebuild the model, without training or rows.
 MODEL_GROUPS = ("model", "quantization", "adapter", "task", "seed")
 # What the task sets in a model's config, kept in the config.json beside the adapter.
 _LABEL_SETTINGS = ("id2label", "label2id", "problem_type")
+_FIX = "name the folder of a finished run"
+NEWEST = "newest"  # value of `checkpoint` for the newest complete one
 _NOT_RESULTS = ("runtime", "per_second", "preparation_time", "num_tokens", "epoch")
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run's folder, config and result."""
+    """A run's folder, config and result, and its adapter: the final one, or that of a checkpoint."""
 
     folder: Path
     config: DictConfig
     result: Mapping[str, Any]
-
-    @property
-    def adapter(self) -> Path:
-        return self.folder / run_folder.ADAPTER
+    adapter: Path
+    step: int | None = None  # of the checkpoint
 
     def model_arguments(self) -> dict[str, Any]:
         """Return the settings that the task made in the model's config: labels and their kind."""
@@ -63,15 +70,20 @@ def open_run(
     *,
     trust_remote_code: bool = False,
     groups: Iterable[str] | None = MODEL_GROUPS,
+    checkpoint: str | None = None,
 ) -> FinishedRun:
-    """Open the finished run in `folder`, with `overrides` (group -> keys) merged into its config.
+    """Open the run in `folder`, with `overrides` (group -> keys) merged into its config.
 
+    Without `checkpoint` the run has finished. With `newest` or a step its state at that checkpoint is opened, even if
+    the run was stopped.
     Its config is checked like any other, in `groups` (None: all) and without its rows, since a folder may be untrusted.
     Its targets must be allowed at their places, and a model's own code runs only with `trust_remote_code`. Raises
     ConfigErrors.
     """
     place = Path(folder).expanduser()
-    result = _result(place)
+    _refuse_no_folder(place)
+    found = None if checkpoint is None else _checkpoint(place, checkpoint)
+    result = _finished_result(place) if found is None else {}
     config = read_stored(place / run_folder.CONFIG, overrides or {})
     problems = stored_problems(config, groups)
     if config.model.trust_remote_code and not trust_remote_code:
@@ -79,27 +91,34 @@ def open_run(
         problems.append(Problem("trust_remote_code", what, "read it, then set trust_remote_code=true"))
     if problems:
         raise ConfigErrors(problems)
-    return FinishedRun(place, config, result)
+    if found is None:
+        return FinishedRun(place, config, result, place / run_folder.ADAPTER)
+    return FinishedRun(place, config, _result_at(found, place, config), found.folder, found.step)
 
 
-def _result(folder: Path) -> dict[str, Any]:
-    """Return a finished run's result.json. Raises ConfigErrors when the folder has none."""
+def _refuse_no_folder(folder: Path) -> None:
+    """Raise ConfigErrors unless a run's config is in `folder`."""
     if not folder.is_dir():
         raise _no_run(f"there is no folder {folder}")
     if not (folder / run_folder.CONFIG).is_file():
         runs = sorted(path.parent.name for path in folder.glob(f"*/{run_folder.CONFIG}"))
         hint = f"it holds the runs {', '.join(runs[:5])}; name one" if runs else "name the folder of a finished run"
         raise _no_run(f"{folder} is no run's folder: there is no {run_folder.CONFIG} in it", hint)
+
+
+def _finished_result(folder: Path) -> dict[str, Any]:
+    """Return a finished run's result.json. Raises ConfigErrors for a run that has not finished."""
     try:
         result = stored_result(folder)
     except Missing:
-        raise _no_run(f"the run in {folder} hasn't finished: there is no {run_folder.RESULT}") from None
+        what = f"the run in {folder} hasn't finished: there is no {run_folder.RESULT}"
+        raise _no_run(what, _advice(folder)) from None
     except Unreadable as error:
         raise _no_run(str(error)) from None
     if (status := result.get("status")) != OK:
         stored = result.get("error") or {}
         why = f" ({stored.get('type')}: {str(stored.get('text')).splitlines()[0]})" if stored.get("text") else ""
-        raise _no_run(f"the run in {folder} ended as '{status}'{why}")
+        raise _no_run(f"the run in {folder} ended as '{status}'{why}", _advice(folder))
     adapter = folder / run_folder.ADAPTER
     if adapter.is_symlink() or not adapter.is_dir():
         raise _no_run(
@@ -109,5 +128,62 @@ def _result(folder: Path) -> dict[str, Any]:
     return result
 
 
-def _no_run(what: str, fix: str = "name the folder of a finished run") -> ConfigErrors:
+def _advice(folder: Path) -> str:
+    """Return what can be done with a run that has not finished."""
+    kept = [str(step_of(place)) for place in sealed(folder / run_folder.CHECKPOINTS)]
+    if not kept:
+        return _FIX
+    return f"resume it, or open a checkpoint: checkpoint={NEWEST} (the steps are {', '.join(kept)})"
+
+
+def _checkpoint(folder: Path, named: str) -> Checkpoint:
+    """Return the newest complete checkpoint, or that of a step. Raises ConfigErrors."""
+    place = folder / run_folder.CHECKPOINTS
+    refuse_links(place, KEY, reading=True)  # before other libraries open its files
+    steps = [step_of(each) for each in sealed(place)]
+    wanted = named.removeprefix("checkpoint-")
+    try:
+        if named == NEWEST and (newest := newest_complete(place)[0]) is not None:
+            return newest
+        if wanted.isdecimal() and int(wanted) in steps:
+            return open_checkpoint(place / f"checkpoint-{int(wanted)}")
+    except ValueError as why:
+        raise ConfigErrors([Problem("checkpoint", f"{named} is incomplete: {why}", f"try {NEWEST}")]) from None
+    what = f"{place} has no complete checkpoint" + ("" if named == NEWEST else f" '{named}'")
+    fix = (
+        f"{NEWEST}, or one of the steps {', '.join(map(str, steps))}" if steps else "resume the run, or start it again"
+    )
+    raise ConfigErrors([Problem("checkpoint", what, fix)])
+
+
+def _result_at(checkpoint: Checkpoint, folder: Path, config: DictConfig) -> dict[str, Any]:
+    """Return the result of a run that ended at `checkpoint`, as far as its files have it."""
+    log = trainer_state(checkpoint.folder).log_history
+    stored = read_result(folder) or Result(INTERRUPTED, str(config.task.metric))
+    shown = replace(
+        stored,
+        metrics=_evaluation(log, checkpoint.step),
+        metrics_before=_evaluation(log, 0),
+        train_loss=None,
+        samples=[],
+        steps=checkpoint.step,
+        seconds=checkpoint.state.seconds,
+        seed=config.seed,
+        config_hash=run_hash(config),
+    )
+    return asdict(shown)
+
+
+def _evaluation(log: list[dict[str, Any]], step: int) -> dict[str, float]:
+    """Return the metrics of the evaluation at `step`, empty if there was none."""
+    return {
+        name: value
+        for entry in log
+        if entry["step"] == step
+        for name, value in entry.items()
+        if name.startswith("eval_") and fits(value, float)
+    }
+
+
+def _no_run(what: str, fix: str = _FIX) -> ConfigErrors:
     return ConfigErrors([Problem(KEY, what, fix)])

@@ -6,18 +6,21 @@ from typing import TYPE_CHECKING
 
 from transformers import set_seed
 
+from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.io.quiet_libraries import quiet_loading
-from loraplus_hydra.models.adapter_files import attach, stored_adapter
+from loraplus_hydra.models.adapter import add_adapter
+from loraplus_hydra.models.adapter_files import attach, load_tensors, stored_adapter
 from loraplus_hydra.models.base_model import load_base
+from loraplus_hydra.models.initialisation import changes_base
 from loraplus_hydra.models.properties import is_classifier, label_names, positions
-from loraplus_hydra.models.tokenizer import load_tokenizer
+from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.stored_config import KEY
 from loraplus_hydra.tasks.base import Base
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -29,9 +32,26 @@ def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, P
     set_seed(run.config.seed)
     base = load_base(run.config, tokenizer, run.model_arguments())
     base.config.use_cache = True
-    model = attach(base, stored, trainable=trainable)
+    if changes_base(getattr(stored.config, "init_lora_weights", None)):
+        model = _on_changed_base(base, run, tokenizer)
+    else:
+        model = attach(base, stored, trainable=trainable)
     model.eval()
     return model, tokenizer
+
+
+def _on_changed_base(base: PreTrainedModel, run: FinishedRun, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
+    """Return the model of a checkpoint whose factors fit the base that their initialisation changed.
+
+    The initialisation is repeated, as `resume` does. A final adapter fits the original base.
+    """
+    if run.step is None:
+        what = "the adapter fits a base that its initialisation changed, which no run stores"
+        raise ConfigErrors([Problem(KEY, what, "name another run")])
+    new_tokens, config = new_token_ids(tokenizer, run.config.model), run.config
+    model = add_adapter(base, config.adapter, config.task.task_type, new_tokens=new_tokens)
+    load_tensors(model, run.adapter)
+    return model
 
 
 def load_run_tokenizer(run: FinishedRun) -> PreTrainedTokenizerBase:

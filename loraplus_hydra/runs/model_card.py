@@ -45,14 +45,13 @@ def card(run: FinishedRun, *, merged: bool, check: str = "") -> str:
         _table(("group", "lr", "weight decay", "tensors", "numbers"), _group_rows(groups)),
         "## Results",
         _table(("metric", "before training", "after training"), _metric_rows(run.result)),
-        f"{run.result['steps']} steps, seed {run.result['seed']}, {run.result['seconds']} s on {run.result['device']}; "
-        f"{run.result['trained_parameters']} of {run.result['total_parameters']} parameters trained.",
+        " ".join(_effort(run)),
         *_samples(run.result.get("samples") or []),
         "## Config",
         f"Hash of the config: `{run.result['config_hash']}`",
         code_block(OmegaConf.to_yaml(OmegaConf.create(_published(config))), "yaml"),
         "## Versions",
-        ", ".join(f"{name} {version}" for name, version in run.result["versions"].items()),
+        ", ".join(f"{name} {version}" for name, version in run.result["versions"].items()) or "not recorded",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -112,7 +111,9 @@ def _loading_adapter(run: FinishedRun, auto: str) -> Iterator[str]:
     else:
         yield f"model = {auto}.from_pretrained({base})"
     if run.config.model.add_tokens:
-        yield "model.resize_token_embeddings(len(tokenizer))  # rows for the new tokens"
+        # Many models have more rows than tokens, and must not shrink.
+        yield "rows = max(len(tokenizer), model.get_input_embeddings().num_embeddings)"
+        yield "model.resize_token_embeddings(rows)  # for the new tokens"
     yield "model = PeftModel.from_pretrained(model, folder)"
 
 
@@ -126,7 +127,19 @@ def _metric_rows(result: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     before, after = result["metrics_before"], result["metrics"]
     for name in dict.fromkeys([*model_metrics(after), *model_metrics(before)]):
         yield name, before.get(name, ""), after.get(name, "")
-    yield "train_loss (mean over the steps)", "", result["train_loss"]
+    if result["train_loss"] is not None:
+        yield "train_loss (mean over the steps)", "", result["train_loss"]
+
+
+def _effort(run: FinishedRun) -> Iterator[str]:
+    """Yield sentences on steps, time and parameters, as far as the run has recorded them."""
+    result = run.result
+    if run.step is not None:
+        yield f"This is the checkpoint of step {run.step}; the run may have been planned for more."
+    where = f" on {result['device']}" if result["device"] else ""
+    yield f"{result['steps']} steps, seed {result['seed']}, {result['seconds']} s{where}."
+    if result["total_parameters"]:
+        yield f"{result['trained_parameters']} of {result['total_parameters']} parameters trained."
 
 
 def _samples(samples: list[dict[str, str]]) -> Iterator[str]:

@@ -27,13 +27,20 @@ def _print_metrics(config: DictConfig) -> dict[str, float]:
     data = {} if config.data is None else OmegaConf.to_container(config.data, resolve=False)
     assert isinstance(data, dict)
     changes = {"model": config.model, "trainer": config.trainer}
-    run = open_run(named_run(config), changes, trust_remote_code=config.trust_remote_code, groups=())
+    run = open_run(
+        named_run(config),
+        changes,
+        trust_remote_code=config.trust_remote_code,
+        groups=(),
+        checkpoint=config.checkpoint,
+    )
     from loraplus_hydra.runs.evaluate import evaluate_on
 
     metrics = evaluate_on(run, data)
+    when = "at the end of training" if run.step is None else f"in training at step {run.step}"
     for name, value in model_metrics(metrics).items():
         then = run.result["metrics"].get(name)
-        print(f"{name} = {value:.6g}" + ("" if then is None else f" (at the end of training: {then:.6g})"))
+        print(f"{name} = {value:.6g}" + ("" if then is None else f" ({when}: {then:.6g})"))
     return metrics
 
 

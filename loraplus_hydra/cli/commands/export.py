@@ -24,8 +24,14 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
         problems.append(Problem("dtype", f"'{config.dtype}' is no dtype", f"one of: {', '.join(_DTYPES)}"))
     if problems:
         raise ConfigErrors(problems)
-    run = open_run(named_run(config), {"model": config.model}, trust_remote_code=config.trust_remote_code)
-    default = run.folder / "export" / ("model" if config.merge else "adapter")
+    run = open_run(
+        named_run(config),
+        {"model": config.model},
+        trust_remote_code=config.trust_remote_code,
+        checkpoint=config.checkpoint,
+    )
+    of_step = "" if run.step is None else f"-of-step-{run.step}"
+    default = run.folder / "export" / (("model" if config.merge else "adapter") + of_step)
     target = Path(config.to).expanduser() if config.to else default
     folders.refuse_used_folder(target, key="to")
     files.refuse_unwritable(target.parent, key="to")

@@ -30,7 +30,12 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
 
 def _answers(config: DictConfig) -> list[str]:
     """Return a line of JSON for each text."""
-    run = open_run(named_run(config), {"model": config.model}, trust_remote_code=config.trust_remote_code)
+    run = open_run(
+        named_run(config),
+        {"model": config.model},
+        trust_remote_code=config.trust_remote_code,
+        checkpoint=config.checkpoint,
+    )
     from loraplus_hydra.runs.predict import predict, read_texts
 
     if config.file is not None:

@@ -29,7 +29,7 @@ from loraplus_hydra.io.checkpoints import OPTIMIZER, sealed, step_of, unseal
 from loraplus_hydra.io.interrupts import Interrupted
 from loraplus_hydra.io.quiet_libraries import quiet_step_mismatch
 from loraplus_hydra.loraplus.settings import LoraPlus
-from loraplus_hydra.models.adapter_files import save_factors
+from loraplus_hydra.models.adapter_files import save_base_config, save_factors
 from loraplus_hydra.training.checkpoint_changes import describe_training, differences
 from loraplus_hydra.training.hf_trainer.checkpoint_callback import (
     evaluations_without_gain,
@@ -184,12 +184,13 @@ class ResumableMixin:
         return epochs, round((self.state.epoch - epochs) * planned * self.args.gradient_accumulation_steps)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save the adapter and the tokenizer, without pickled arguments."""
+        """Save the adapter, the base's config.json and the tokenizer, without pickled arguments."""
         if not isinstance(self.model, PeftModel):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
         elif self.args.should_save:
             folder = output_dir or self.args.output_dir
             save_factors(self.model, Path(folder), state_dict=state_dict)
+            save_base_config(self.model, Path(folder))  # for `predict` and its like, which open a checkpoint
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
 
