@@ -180,6 +180,7 @@ def test_card_loads_and_runs_the_export(
     code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(runs(name).parent)  # the card names the last part of a local base
     names: dict[str, Any] = {}
+    capsys.readouterr()  # of the run, which may have been trained just now
     exec(code.replace("<this folder>", str(folder)), names)
     torch.testing.assert_close(logits(names["model"]), expected, atol=2e-5, rtol=1e-4)
     assert len(names["tokenizer"]) == len(AutoTokenizer.from_pretrained(folder))
