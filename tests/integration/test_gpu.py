@@ -1,0 +1,98 @@
+"""Runs on a GPU: the numbers of a CPU, resumed to the bit, 8-bit state where it belongs; skipped without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loraplus_hydra import run
+from tests.conftest import Finished
+from tests.support.forking import differences, lines
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use"),
+]
+
+SHORT = ("trainer.max_steps=8", "trainer.logging_steps=1", "trainer.save_steps=2", "adapter.lora_dropout=0.1")
+RESUMED = {
+    "AdamW": ("optimizer=adamw",),
+    "8-bit AdamW": ("optimizer=adamw8bit", "adapter.r=128"),
+    "paged AdamW": ("optimizer=paged_adamw32bit",),
+    "bfloat16": ("model.dtype=bfloat16",),
+    "bfloat16 autocast": ("trainer.bf16=true",),
+    "nf4": ("quantization=nf4",),
+    "int8": ("quantization=int8",),
+    "DoRA": ("adapter=dora",),
+    "lean": ("trainer.forward=lean",),
+}
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> Any:
+    """Compute the same sums in the same order in both runs of a comparison."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in lines(folder) if "loss" in line]
+
+
+@pytest.mark.parametrize("forward", ["plain", "lean"])
+def test_float32_losses_are_those_of_a_cpu(
+    forward: str, compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    overrides = [*tiny_run, "trainer.max_steps=20"]
+    run(compose(*overrides, "trainer.use_cpu=true", "trainer.forward=plain"), tmp_path / "cpu")
+    run(compose(*overrides, f"trainer.forward={forward}"), tmp_path / "gpu")
+    assert len(losses(tmp_path / "gpu")) == 20
+    assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-4)
+
+
+@pytest.mark.parametrize("variant", RESUMED)
+def test_stopped_run_goes_on_to_the_bits_of_the_unbroken_one(
+    variant: str, stopped: Callable[..., None], compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    overrides = [*tiny_run, *SHORT, *RESUMED[variant]]
+    run(compose(*overrides), tmp_path / "unbroken")
+    stopped(tmp_path / "broken", *overrides, at=5)
+    result = run(compose(*overrides, "trainer.resume_from_checkpoint=auto"), tmp_path / "broken")
+    assert result.resumed_at == [5]
+    assert differences(tmp_path / "broken", tmp_path / "unbroken") == []
+
+
+def test_8bit_optimizer_keeps_embeddings_in_32_bits(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    run(compose(*tiny_run, "optimizer=adamw8bit", "adapter=lora_embeddings", "adapter.r=128"), tmp_path / "run")
+    checkpoint = max((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+    stored = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    names = [name for group in stored["param_groups"] for name in group["param_names"]]
+    positions = [position for group in stored["param_groups"] for position in group["params"]]
+    # bitsandbytes stores a tensor's state in a mapping of its own, beside the step.
+    states = {at: state.get("__bnb_optimizer_quant_state__", state) for at, state in stored["state"].items()}
+    state = {name: states[at]["state1"].dtype for name, at in zip(names, positions, strict=True)}
+    assert {dtype for name, dtype in state.items() if "lora_embedding" in name} == {torch.float32}
+    assert torch.uint8 in {dtype for name, dtype in state.items() if "lora_embedding" not in name}
+
+
+def test_peak_memory_is_the_gpus(compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path) -> None:
+    result = run(compose(*tiny_run), tmp_path / "run")
+    assert 0 < result.peak_memory_bytes < 2**30  # a process on a CPU takes more for its libraries alone
+
+
+def test_adapter_predicts_exports_and_evaluates(
+    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    ended = cli(*tiny_run, "hydra.run.dir=run")
+    assert ended.status == 0, ended.err
+    for command in (("evaluate", "run"), ("predict", "run", "text=say one"), ("export", "run", "to=exported")):
+        ended = cli(*command)
+        assert ended.status == 0, (command, ended.err)
+    assert (tmp_path / "exported" / "model.safetensors").exists()
