@@ -70,6 +70,15 @@ def positions(model: DictConfig, auto_class: str) -> int | None:
     return table_size(meta_model(model, auto_class))
 
 
+def trained_positions(model: DictConfig) -> int | None:
+    """Return the number of tokens that a rotary model was made for; None for other models.
+
+    Raises ConfigErrors.
+    """
+    config = architecture(model).get_text_config()
+    return getattr(config, "max_position_embeddings", None) if _is_rotary(config) else None
+
+
 def table_size(model: nn.Module) -> int | None:
     """Return the number of positions in a model's table of them, or None if it has no table."""
     tables = [module for name, module in model.named_modules() if _is_table(name, module)]

@@ -22,6 +22,7 @@ class Base:
     replaceable: bool = False  # the head can be replaced by a new one
     unnamed_outputs: int = 0  # outputs of a trained head whose labels have no names
     positions: int | None = None  # tokens that the model can take at most; None: no limit
+    trained_positions: int | None = None  # tokens that a model without such a limit was made for; None: unknown
 
 
 def longest_input(tokenizer: PreTrainedTokenizerBase, base: Base | None = None) -> int | None:

@@ -16,7 +16,8 @@ from loraplus_hydra.tasks.base import Base, least, longest_input
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.tasks.labels import Labels, find_labels
 from loraplus_hydra.tasks.metrics import METRICS, MULTI, SINGLE, metrics_of
-from loraplus_hydra.tasks.rows import batch_rows, cut_note, require_columns, text_in, unused_columns_note
+from loraplus_hydra.tasks.row_notes import cut_note
+from loraplus_hydra.tasks.rows import batch_rows, require_columns, text_in, unused_columns_note
 
 
 def examples(
@@ -56,7 +57,7 @@ def examples(
         model_arguments=labels.model_arguments() | {"pad_token_id": tokenizer.pad_token_id},
         notes=_unnamed_note(labels, base)
         + tuple(unused_columns_note(rows, [text, label, data.get("text_pair_column") or ""]))
-        + tuple(cut_note(cut[split], len(encoded[split]), split, limit) for split in SPLITS if cut[split]),
+        + tuple(note for split in SPLITS for note in cut_note(cut[split], len(encoded[split]), split, limit)),
     )
 
 

@@ -5,7 +5,7 @@ https://huggingface.co/docs/trl/dataset_formats
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -78,52 +78,39 @@ class Shape:
         if self.text is not None:
             return Text(text_in(row, self.text, place, empty=False))
         if self.messages is not None:
-            return self._conversation(None, self._messages(row, self.messages, place), row, place)
+            return self.conversation(None, self._messages(row, self.messages, place), row, place)
         assert self.completion is not None
-        prompt = self._prompt(row, place, listed=isinstance(row[self.completion], list))
-        if isinstance(prompt, Messages):
-            return self._conversation(prompt, self._messages(row, self.completion, place), row, place)
-        answer = text_in(row, self.completion, place, empty=False)
-        if not chat:
+        prompt, answer = self._prompt(row, place), self._answer(row, place)
+        if isinstance(prompt, str) and isinstance(answer, str) and not chat:
             return Text(answer, prompt)
-        asked = Messages([{"role": "user", "content": prompt}])
-        return self._conversation(asked, Messages([{"role": "assistant", "content": answer}]), row, place)
+        return self.conversation(as_turns(prompt, "user"), as_turns(answer, "assistant"), row, place)
 
     def ask(self, row: Mapping[str, Any], place: str, *, chat: bool) -> str | Text | Conversation:
         """Return what the model is asked in a row, without its answer. Raises ConfigErrors."""
         if self.text is not None:
             return Text(text_in(row, self.text, place, empty=False))  # it never becomes a turn
-        if self.messages is not None:
-            asked = question(self._messages(row, self.messages, place).turns)
-            if not asked:
+        asked = self.question(row, place)
+        if isinstance(asked, str) and not chat:
+            return asked
+        if self.messages is not None and isinstance(asked, Messages):
+            asked = Messages(question(asked.turns))
+            if not asked.turns:
                 raise row_error(place, self.messages, "holds only answers of the assistant")
-            return self._conversation(None, Messages(asked), row, place)
-        prompt = self._prompt(row, place)
-        if isinstance(prompt, str):
-            if not chat:
-                return prompt
-            prompt = Messages([{"role": "user", "content": prompt}])
-        return self._conversation(None, prompt, row, place)
+        assert asked is not None
+        return self.conversation(None, as_turns(asked, "user"), row, place)
+
+    def question(self, row: Mapping[str, Any], place: str) -> str | Messages | None:
+        """Return a row's prompt or messages, or None if it has no column for them. Raises ConfigErrors."""
+        if self.messages is not None:
+            return self._messages(row, self.messages, place)
+        return None if self.prompt is None else self._prompt(row, place)
 
     def used(self, *, chat: bool) -> set[str]:
         """Return the names of the columns that are read."""
         own = {name for key, name in asdict(self).items() if isinstance(name, str)}
         return own | {SYSTEM, TOOLS, TEMPLATE_ARGUMENTS} if self.messages is not None or chat else own
 
-    def _prompt(self, row: Mapping[str, Any], place: str, *, listed: bool = False) -> str | Messages:
-        assert self.prompt is not None
-        if listed or isinstance(row[self.prompt], list):
-            return self._messages(row, self.prompt, place)
-        prompt = text_in(row, self.prompt, place)
-        further = row.get(self.input) if self.input is not None else None
-        if further is not None and not isinstance(further, str):
-            raise row_error(place, str(self.input), f"is {describe(further)}, not text")
-        return f"{prompt}\n\n{further}" if further else prompt
-
-    def _messages(self, row: Mapping[str, Any], column: str, place: str) -> Messages:
-        return read_messages(row[column], column, place, schema_nulls=self.schema_nulls)
-
-    def _conversation(
+    def conversation(
         self, prompt: Messages | None, completion: Messages, row: Mapping[str, Any], place: str
     ) -> Conversation:
         """Join a row's messages with its system message, if any, and its template arguments."""
@@ -134,25 +121,40 @@ class Shape:
         later = frozenset(len(first.turns) + number for number in completion.silent)
         return Conversation(completion.turns, first.turns, arguments, first.silent | later)
 
+    def _prompt(self, row: Mapping[str, Any], place: str) -> str | Messages:
+        assert self.prompt is not None
+        if isinstance(row[self.prompt], (list, dict)):
+            return self._messages(row, self.prompt, place)
+        prompt = text_in(row, self.prompt, place)
+        further = row.get(self.input) if self.input is not None else None
+        if further is not None and not isinstance(further, str):
+            raise row_error(place, str(self.input), f"is {describe(further)}, not text")
+        return f"{prompt}\n\n{further}" if further else prompt
+
+    def _answer(self, row: Mapping[str, Any], place: str) -> str | Messages:
+        assert self.completion is not None
+        if isinstance(row[self.completion], (list, dict)):
+            return self._messages(row, self.completion, place)
+        return text_in(row, self.completion, place, empty=False)
+
+    def _messages(self, row: Mapping[str, Any], column: str, place: str) -> Messages:
+        return read_messages(row[column], column, place, schema_nulls=self.schema_nulls)
+
+
+def as_turns(value: str | Messages, role: str) -> Messages:
+    """Return messages as they are, and a text as one message of `role`."""
+    return Messages([{"role": role, "content": value}]) if isinstance(value, str) else value
+
 
 def find_shape(rows: DatasetDict, data: DictConfig, *, prompts_only: bool = False) -> Shape:
     """Return the shape that fits the rows' columns and their names in `data`.
 
     Raises ConfigErrors if no shape fits, or several do.
     """
-    available = columns(rows["train"])
-    # A callable of one's own need not name columns that have the usual names.
-    names = {key: data.get(key, usual) for key, usual in _USUAL_NAMES.items()}
-    renamed = {f"data.{key}": name for key, name in names.items() if name not in (None, _USUAL_NAMES[key])}
-    require_columns(rows, renamed)
-    if names[_MESSAGES] == "messages" and "messages" not in available and _OTHER_COLUMN in available:
-        names[_MESSAGES] = _OTHER_COLUMN
-    usual = names[_PROMPT] == "prompt" and names[_COMPLETION] == "completion"
-    if usual and not {"prompt", "completion"} & {*available}:
-        names |= {key: name for key, name in ((_PROMPT, _INSTRUCTION), (_COMPLETION, _OUTPUT)) if name in available}
+    available, names = columns(rows["train"]), _column_names(rows, data)
     fitting = {}
     if names[_PROMPT] in available and (names[_COMPLETION] in available or prompts_only):
-        further = _INPUT if names[_PROMPT] == _INSTRUCTION and _INPUT in available else None
+        further = _further(names, available)
         fitting["prompt and completion"] = Shape(prompt=names[_PROMPT], completion=names[_COMPLETION], input=further)
     if names[_MESSAGES] in available:
         fitting["messages"] = Shape(messages=names[_MESSAGES])
@@ -170,6 +172,45 @@ def find_shape(rows: DatasetDict, data: DictConfig, *, prompts_only: bool = Fals
     require_columns(rows, used)
     listed = shape.messages or shape.completion or shape.text
     return replace(shape, schema_nulls=has_schema_nulls(rows["train"], str(listed)))
+
+
+def prompt_shape(rows: DatasetDict, data: DictConfig) -> Shape:
+    """Return the shape of the columns with prompts alone; it has none if the rows have no such column.
+
+    Raises ConfigErrors if a split lacks the column.
+    """
+    available, names = columns(rows["train"]), _column_names(rows, data)
+    key = next((key for key in (_PROMPT, _MESSAGES) if names[key] in available), None)
+    if key is None:
+        return Shape()
+    require_columns(rows, {f"data.{key}": names[key]})
+    nulls = has_schema_nulls(rows["train"], names[key])
+    if key == _MESSAGES:
+        return Shape(messages=names[key], schema_nulls=nulls)
+    return Shape(prompt=names[key], input=_further(names, available), schema_nulls=nulls)
+
+
+def _column_names(rows: DatasetDict, data: DictConfig) -> dict[str, Any]:
+    """Return the name of each of the config's columns, or another usual one that the rows have.
+
+    Raises ConfigErrors if the rows lack a column that the config names.
+    """
+    available = columns(rows["train"])
+    # A callable of one's own need not name columns that have the usual names.
+    names = {key: data.get(key, usual) for key, usual in _USUAL_NAMES.items()}
+    renamed = {f"data.{key}": name for key, name in names.items() if name not in (None, _USUAL_NAMES[key])}
+    require_columns(rows, renamed)
+    if names[_MESSAGES] == "messages" and "messages" not in available and _OTHER_COLUMN in available:
+        names[_MESSAGES] = _OTHER_COLUMN
+    usual = names[_PROMPT] == "prompt" and names[_COMPLETION] == "completion"
+    if usual and not {"prompt", "completion"} & {*available}:
+        names |= {key: name for key, name in ((_PROMPT, _INSTRUCTION), (_COMPLETION, _OUTPUT)) if name in available}
+    return names
+
+
+def _further(names: Mapping[str, Any], available: Sequence[str]) -> str | None:
+    """Return the column with a second part of the prompt, if there is one."""
+    return _INPUT if names[_PROMPT] == _INSTRUCTION and _INPUT in available else None
 
 
 def _no_shape(names: dict[str, Any], available: list[str]) -> Problem:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from datasets import DatasetDict
+from datasets import DatasetDict, Features, Value
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
-from loraplus_hydra.data.rows import SPLITS, is_streamed
+from loraplus_hydra.data.rows import is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.tasks.answers import AnswerReader, Answers, answer_notes, uses_template, without_reports
 from loraplus_hydra.tasks.base import Base, max_length
-from loraplus_hydra.tasks.dpo import as_turn, samples, uses_template
+from loraplus_hydra.tasks.conversation import Conversation, find_shape
 from loraplus_hydra.tasks.examples import Examples
-from loraplus_hydra.tasks.rows import describe, find_columns, map_rows, row_error, text_in, unused_columns_note
+from loraplus_hydra.tasks.preference import has_preferences, judged, needs_template
+from loraplus_hydra.tasks.rows import describe, require_columns, row_error, unused_columns_note
+from loraplus_hydra.tasks.template import check_template
 
-COLUMNS = ("prompt", "completion", "label")  # TRL's names; `data.<name>_column` names other columns for them
 LABELS = {"true": True, "1": True, "false": False, "0": False}  # as text too, because a CSV has nothing else
 
 
@@ -42,39 +45,63 @@ def examples(
 ) -> Examples:
     """Return TRL's unpaired preferences of rows with a prompt, an answer and its label.
 
-    With `chat` (None: if the tokenizer has a chat template) each text becomes a turn. Training rows are shuffled by
-    `data.seed`. Raises ConfigErrors.
+    Prompt and answer can be a conversation. With `chat` (None: if the tokenizer has a chat template) texts become
+    turns. Training rows are shuffled by `data.seed`. Raises ConfigErrors.
     """
-    if is_streamed(rows["train"]):
-        what = "KTO needs all its rows at once, to mix good answers and bad ones"
-        raise ConfigErrors([Problem("data.streaming", what, "set data.streaming=false")])
-    chat = uses_template(tokenizer, chat)
-    names = find_columns(rows, data, COLUMNS)
+    _refuse_other_rows(rows, data)
+    written_as_turns = uses_template(tokenizer, chat)
+    shape, label = find_shape(rows, data), data.get("label_column") or "label"
+    require_columns(rows, {"data.label_column": label})
+    check_template(tokenizer, shape, chat=chat)
 
-    def read(row: dict[str, Any], place: str) -> dict[str, Any]:
-        texts = {name: text_in(row, names[name], place, empty=False) for name in ("prompt", "completion")}
-        turns: dict[str, Any] = {name: as_turn(text, name) if chat else text for name, text in texts.items()}
-        return turns | {"label": _label(row[names["label"]], names["label"], place)}
+    def read(row: Mapping[str, Any], place: str) -> tuple[Answers, dict[str, Any]]:
+        if isinstance(prompt := shape.question(row, place), str) and not prompt.strip():
+            raise row_error(place, str(shape.prompt), "is empty, so there is nothing to answer")
+        column = str(shape.messages or shape.completion or shape.text)
+        part = judged(shape.read(row, place, chat=written_as_turns), column, place)
+        if isinstance(part, Conversation) and not written_as_turns:
+            raise ConfigErrors([needs_template(place)])
+        return {"completion": part}, {"label": _label(row[label], label, place)}
 
-    train, held_out = (map_rows(rows[split], split, read) for split in SPLITS)
-    good = _count_good(train["label"])
+    reader = AnswerReader(
+        read,
+        ("completion",),
+        others=Features({"label": Value("bool")}),
+        chat=written_as_turns,
+        key={"task": "kto", "shape": asdict(shape), "label": label},
+    )
+    encoded, limit = reader.columns(rows, tokenizer, task), max_length(task, tokenizer, base)
+    good = _count_good(encoded["train"]["label"])
     # Only good answers are references to show.
-    shown = rows["eval"].select([index for index, label in enumerate(held_out["label"]) if label][: task.samples])
+    shown = rows["eval"].select(
+        [index for index, label in enumerate(encoded["eval"]["label"]) if label][: task.samples]
+    )
     return Examples(
         # TRL pairs the rows of a batch before training and then keeps their order, the same in each epoch.
-        train=train.shuffle(seed=data.get("seed") or 0),
-        eval=held_out,
-        max_length=max_length(task, tokenizer, base),
-        special_tokens=not chat,
-        **samples(shown[names["prompt"]], shown[names["completion"]], tokenizer, chat=chat),
+        train=without_reports(encoded["train"]).shuffle(seed=data.get("seed") or 0),
+        eval=without_reports(encoded["eval"]),
+        max_length=limit,
+        special_tokens=not written_as_turns,
         notes=(
-            f"{good:,} good answers and {len(train) - good:,} bad ones to train on",
-            *unused_columns_note(rows, names.values()),
+            f"{good:,} good answers and {len(encoded['train']) - good:,} bad ones to train on",
+            *unused_columns_note(rows, {label, *shape.used(chat=written_as_turns)}),
+            *answer_notes(encoded, rows, limit, task, base),
         ),
+        **reader.samples(shown, tokenizer),
     )
 
 
-def _count_good(labels: list[bool]) -> int:
+def _refuse_other_rows(rows: DatasetDict, data: DictConfig) -> None:
+    """Raise ConfigErrors for streamed rows and for pairs of answers."""
+    if is_streamed(rows["train"]):
+        what = "KTO needs all its rows at once, to mix good answers and bad ones"
+        raise ConfigErrors([Problem("data.streaming", what, "set data.streaming=false")])
+    if has_preferences(rows, data):
+        what = "the rows have pairs of answers, but KTO learns from single answers with a label"
+        raise ConfigErrors([Problem("data", what, "task=dpo learns from pairs")])
+
+
+def _count_good(labels: Sequence[bool]) -> int:
     good = sum(labels)
     if good in (0, len(labels)):
         label = str(good > 0).lower()

@@ -40,8 +40,12 @@ def read_messages(value: Any, column: str, place: str, *, schema_nulls: bool = F
     """Return a row's messages, each with a known role and its content as text.
 
     With `schema_nulls` the column has one type for all rows, so that nulls at any depth are keys that only other rows
-    have. Raises ConfigErrors.
+    have. Text is read as JSON, since a CSV has nothing else, and one message as a list of it. Raises ConfigErrors.
     """
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        value, schema_nulls = json_value(value, column, place), False
+    if isinstance(value, dict):
+        value = [value]
     if not isinstance(value, list):
         raise row_error(place, column, f"is {describe(value)}, not a list of messages")
     if not value:

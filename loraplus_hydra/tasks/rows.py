@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from datasets import DatasetDict
-from omegaconf import DictConfig
 
-from loraplus_hydra.data.rows import ORIGIN, SPLITS, Rows, all_columns, columns
+from loraplus_hydra.data.rows import ORIGIN, SPLITS, columns
 from loraplus_hydra.errors import ConfigErrors, Problem, nearest
 
 
@@ -27,23 +26,6 @@ def require_columns(rows: DatasetDict, wanted: Mapping[str, str]) -> None:
     if problems:
         # One Problem for each key: the training rows' where both splits lack the column.
         raise ConfigErrors(list({problem.key: problem for problem in reversed(problems)}.values()))
-
-
-def find_columns(rows: DatasetDict, data: DictConfig, names: Iterable[str]) -> dict[str, str]:
-    """Return the column for each name: `data.<name>_column`, or by default the name. Raises ConfigErrors."""
-    found = {name: data.get(f"{name}_column") or name for name in names}
-    require_columns(rows, {f"data.{name}_column": column for name, column in found.items()})
-    return found
-
-
-def map_rows(rows: Rows, split: str, read: Callable[[dict[str, Any], str], dict[str, Any]]) -> Rows:
-    """Return `rows` with the columns that `read(row, place)` returns in place of all others."""
-
-    def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        found = [read(row, place) for row, place in batch_rows(batch, indices, split)]
-        return {name: [row[name] for row in found] for name in found[0]}
-
-    return rows.map(convert, batched=True, with_indices=True, remove_columns=all_columns(rows))
 
 
 def batch_rows(batch: Mapping[str, list[Any]], indices: list[int], split: str) -> Iterator[tuple[dict[str, Any], str]]:
@@ -94,8 +76,3 @@ def describe(value: Any) -> str:
     if isinstance(value, (list, dict)):
         return "a list" if isinstance(value, list) else "an object"
     return f"a {type(value).__name__}"
-
-
-def cut_note(cut: int, total: int, split: str, limit: int | None) -> str:
-    """Return the note on rows that are longer than `limit` tokens."""
-    return f"{cut:,} of {total:,} {split} rows are longer than {limit} tokens: their ends are cut off."

@@ -10,37 +10,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, List, Value
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.data.cache import map_cached, tokenizer_digest
-from loraplus_hydra.data.rows import ORIGIN, SPLITS, Rows, all_columns, is_streamed
+from loraplus_hydra.data.rows import SPLITS, Rows, all_columns, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.base import Base, max_length
-from loraplus_hydra.tasks.conversation import Conversation, Shape, Text, find_shape
+from loraplus_hydra.tasks.conversation import Shape, Text, find_shape
 from loraplus_hydra.tasks.examples import Examples
-from loraplus_hydra.tasks.rows import batch_rows, cut_note, unused_columns_note
+from loraplus_hydra.tasks.row_notes import REPORTED, cut_note, stretched_note, template_notes
+from loraplus_hydra.tasks.rows import batch_rows, unused_columns_note
 from loraplus_hydra.tasks.template import check_template, end_token, loss_rule, set_template
-from loraplus_hydra.tasks.tokens import IGNORED, LossRule, encode_conversation, encode_texts, render
+from loraplus_hydra.tasks.tokens import IGNORED, LossRule, encode, render
 
 # With assistant_only_loss SFTTrainer requires a column of messages, which it doesn't read if there are labels.
 _ANY_TURNS = [{"role": "assistant", "content": ""}]
-
-_OTHER_TEMPLATE = "give another one (+task.args.chat_template_path=template.jinja)"
-# Properties of encoded rows that only notes report.
-_FLAGS = {
-    "merged": "the prompt's end and the completion's beginning share a token, which counts as the completion's: end "
-    "prompts, or begin completions, with a space or a line's end.",
-    "unasked": "the chat template ends the prompt with text that the row lacks, so that answers are asked for in "
-    f"another way than they are learnt: {_OTHER_TEMPLATE}.",
-    "changed": "the chat template leaves out or changes text of the assistant, which is not learnt: take it out of the "
-    f"rows, or {_OTHER_TEMPLATE}.",
-    "endless": "no token that ends the answer carries loss, so that the model may not learn to stop: "
-    f"{_OTHER_TEMPLATE}.",
-}
-_REPORTED = {**{name: Value("bool") for name in _FLAGS}, "unread": List(Value("string"))}
 
 
 def examples(
@@ -68,12 +54,12 @@ def examples(
     notes += unused_columns_note(rows, shape.used(chat=chat))
     limit = max_length(task, tokenizer, base)
     for split in SPLITS:
-        notes += _notes(encoded[split], rows[split], split, task, limit)
+        notes += _notes(encoded[split], rows[split], split, task, limit, base)
     samples = list(encoder.samples(rows["eval"], task.samples))
     prompts, rendered, references = zip(*samples, strict=True) if samples else ((), (), ())
     return Examples(
-        train=encoded["train"].remove_columns(list(_REPORTED)),
-        eval=encoded["eval"].remove_columns(list(_REPORTED)),
+        train=encoded["train"].remove_columns(list(REPORTED)),
+        eval=encoded["eval"].remove_columns(list(REPORTED)),
         prompts=prompts,
         rendered=rendered,
         references=references,
@@ -94,7 +80,7 @@ class _Encoder:
     chat: bool
 
     def encode(self, rows: Rows, split: str) -> Rows:
-        """Return the columns input_ids, labels and those of _REPORTED.
+        """Return the columns input_ids, labels and those of REPORTED.
 
         For `assistant_only` there is also the column messages.
         """
@@ -106,7 +92,7 @@ class _Encoder:
             "rule": vars(self.rule),
             "end": self.end,
         }
-        features = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), **_REPORTED}
+        features = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), **REPORTED}
         if self.rule.assistant_only:
             features["messages"] = List({"role": Value("string"), "content": Value("string")})
 
@@ -117,16 +103,8 @@ class _Encoder:
 
     def _batch(self, rows: Iterator[tuple[dict[str, Any], str]]) -> dict[str, list[Any]]:
         parts = [(self.shape.read(row, place, chat=self.chat), place) for row, place in rows]
-        # Texts are tokenised together, which is much faster.
-        texts = [part for part, _ in parts if isinstance(part, Text)]
-        encoded_texts = iter(encode_texts(texts, self.tokenizer, self.rule, self.end))
-        encoded = [
-            encode_conversation(part, self.tokenizer, self.rule, place)
-            if isinstance(part, Conversation)
-            else next(encoded_texts)
-            for part, place in parts
-        ]
-        columns = {name: [getattr(row, name) for row in encoded] for name in ("input_ids", "labels", *_REPORTED)}
+        encoded = encode(parts, self.tokenizer, self.rule, self.end)
+        columns = {name: [getattr(row, name) for row in encoded] for name in ("input_ids", "labels", *REPORTED)}
         return columns | ({"messages": [_ANY_TURNS] * len(encoded)} if self.rule.assistant_only else {})
 
     def samples(self, rows: Dataset, count: int) -> Iterator[tuple[str, str, str]]:
@@ -146,47 +124,25 @@ class _Encoder:
             yield turns[last - 1].get("content") or "", rendered, turns[last].get("content") or ""
 
 
-def _notes(encoded: Rows, rows: Rows, split: str, task: DictConfig, limit: int | None) -> list[str]:
+def _notes(encoded: Rows, rows: Rows, split: str, task: DictConfig, limit: int | None, base: Base | None) -> list[str]:
     """Return notes on the rows that are cut, left out or merged.
 
     Raises ConfigErrors if no row is left.
     """
     if is_streamed(encoded):
         return []
-    notes = _template_notes(encoded, rows, split)
+    notes, lengths = template_notes(encoded, rows, split), list(encoded["length"])
+    notes += stretched_note(lengths, split, limit, base)
     if limit is None or (task.args.get("packing") and task.args.get("packing_strategy") in ("bfd_split", "wrapped")):
         return notes  # nothing is cut
-    long = list(_too_long(encoded, limit))
-    emptied = sum(all(label == IGNORED for label in encoded[index]["labels"][:limit]) for index in long)
-    if long:
-        notes.append(cut_note(len(long), len(encoded), split, limit))
+    keep_end = not task.args.get("packing") and task.args.get("truncation_mode") == "keep_end"
+    kept = slice(-limit, None) if keep_end else slice(limit)
+    long = [index for index, length in enumerate(lengths) if length > limit]
+    emptied = sum(all(label == IGNORED for label in encoded[index]["labels"][kept]) for index in long)
+    notes += cut_note(len(long), len(encoded), split, limit, keep_end=keep_end)
     if emptied:
         notes.append(f"{emptied:,} of these have no token left to learn and are left out.")
     if emptied == len(encoded):
         what = f"{limit} tokens leave nothing to learn of any {split} row"
         raise ConfigErrors([Problem("task.args.max_length", what, "allow more tokens")])
     return notes
-
-
-def _template_notes(encoded: Dataset, rows: Dataset, split: str) -> list[str]:
-    """Return notes on rows that the tokenizer or the chat template changes."""
-    notes = []
-    for name, text in _FLAGS.items():
-        if numbers := [number for number, value in enumerate(encoded[name]) if value]:
-            notes.append(f"In {len(numbers):,} of {len(encoded):,} {split} rows ({_first(rows, numbers[0])}) {text}")
-    if unread := sorted({key for keys in encoded["unread"] for key in keys}):
-        notes.append(f"Not used by the chat template: {', '.join(unread)} ({split} rows)")
-    return notes
-
-
-def _first(rows: Dataset, number: int) -> str:
-    return f"first: {rows[number][ORIGIN] if ORIGIN in rows.column_names else f'row {number + 1}'}"
-
-
-def _too_long(rows: Dataset, limit: int) -> Iterator[int]:
-    """Yield the indices of rows of more than `limit` tokens."""
-    start = 0
-    for batch in rows.with_format("arrow").select_columns("input_ids").iter(batch_size=10_000):
-        lengths = pc.list_value_length(batch["input_ids"])
-        yield from (start + index for index, length in enumerate(lengths.to_pylist()) if length > limit)
-        start += len(batch)

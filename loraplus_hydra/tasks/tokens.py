@@ -44,6 +44,23 @@ class Encoded:
     endless: bool = False  # no token that ends the last answer carries loss
     unread: tuple[str, ...] = ()  # keys of messages, and arguments, that the template doesn't read
 
+    @property
+    def length(self) -> int:
+        return len(self.input_ids)
+
+
+def encode(
+    parts: Sequence[tuple[Text | Conversation, str]], tokenizer: PreTrainedTokenizerBase, rule: LossRule, end: str
+) -> list[Encoded]:
+    """Encode texts and conversations, each with its place. Raises ConfigErrors."""
+    # Texts are tokenised together, which is much faster.
+    texts = [part for part, _ in parts if isinstance(part, Text)]
+    encoded_texts = iter(encode_texts(texts, tokenizer, rule, end))
+    return [
+        encode_conversation(part, tokenizer, rule, place) if isinstance(part, Conversation) else next(encoded_texts)
+        for part, place in parts
+    ]
+
 
 def encode_texts(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, rule: LossRule, end: str) -> list[Encoded]:
     """Encode plain texts, each followed by the token `end` unless it ends with it."""

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -21,7 +21,7 @@ from loraplus_hydra.loraplus.rules import parse_rules
 from loraplus_hydra.loraplus.settings import LoraPlus
 from loraplus_hydra.models.adapter import add_adapter
 from loraplus_hydra.models.base_model import load_base, meta_model
-from loraplus_hydra.models.properties import adapter_labels, is_classifier, positions, trained_head
+from loraplus_hydra.models.properties import adapter_labels, is_classifier, positions, trained_head, trained_positions
 from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
 from loraplus_hydra.tasks.base import Base
 from loraplus_hydra.tasks.examples import Examples, kept_examples, load_examples
@@ -72,16 +72,18 @@ def prepare_examples(config: DictConfig, tokenizer: PreTrainedTokenizerBase, *, 
 
 def base_of(config: DictConfig) -> Base:
     """Return the properties of the weights that a config's training begins from. Raises ConfigErrors."""
-    places = positions(config.model, config.task.auto_class)
+    limits = Base(
+        positions=positions(config.model, config.task.auto_class), trained_positions=trained_positions(config.model)
+    )
     if not is_classifier(config):
-        return Base(positions=places)
+        return limits
     outputs, labels = trained_head(config.model)
     if config.adapter.get("path") and (stored := adapter_labels(config.adapter.path)):
         if config.task.get("new_head"):
             what = f"the adapter in {config.adapter.path} has a trained head, which would be loaded"
             raise ConfigErrors([Problem("task.new_head", what, "set it to false, or begin a new adapter")])
-        return Base(labels=stored, head="the head of adapter.path", positions=places)
-    return Base(labels=labels, replaceable=True, unnamed_outputs=0 if labels else outputs, positions=places)
+        return replace(limits, labels=stored, head="the head of adapter.path")
+    return replace(limits, labels=labels, replaceable=True, unnamed_outputs=0 if labels else outputs)
 
 
 def bundle(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples, model: PeftModel) -> Prepared:

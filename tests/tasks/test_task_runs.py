@@ -38,6 +38,19 @@ RUNS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
         [{"messages": TURNS}] * 4,
         ["task.args.packing=true", "task.args.max_length=64", "task.args.assistant_only_loss=true"],
     ),
+    "preferences, streamed": (
+        "llama",
+        [{"chosen": TURNS, "rejected": [*TURNS[:3], {**TURNS[3], "content": "the dog"}]}] * 4,
+        ["task=dpo", "data.streaming=true"],
+    ),
+    "judged conversations": (
+        "llama",
+        [
+            {"messages": [*TURNS[:3], {"role": "assistant", "content": f"the number {n}"}], "label": n % 2 == 0}
+            for n in range(8)
+        ],
+        ["experiment=kto"],
+    ),
     "streamed": ("llama", PAIRS, ["data.streaming=true"]),
     "one label": ("bert", CARDS, CLASSIFY),
     "one label of a causal model": ("llama", CARDS, CLASSIFY),

@@ -1,0 +1,134 @@
+"""Prompts with answers as TRL's preference trainers take them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import DatasetDict, Features, Json, Value
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
+
+from loraplus_hydra.data.cache import map_cached, tokenizer_digest
+from loraplus_hydra.data.rows import SPLITS, Rows, all_columns, columns, is_streamed
+from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.tasks.base import Base
+from loraplus_hydra.tasks.conversation import TEMPLATE_ARGUMENTS, TOOLS, Conversation, Text
+from loraplus_hydra.tasks.row_notes import REPORTED, cut_note, stretched_note, template_notes
+from loraplus_hydra.tasks.rows import batch_rows
+from loraplus_hydra.tasks.template import end_token
+from loraplus_hydra.tasks.tokens import Encoded, LossRule, encode, render
+
+Answers = Mapping[str, Text | Conversation]  # column of TRL's -> the answer, each after the same prompt
+_RULE = LossRule(completion_only=True, assistant_only=False)  # the tokens that TRL compares
+
+
+@dataclass(frozen=True)
+class AnswerReader:
+    """Rows to TRL's columns: prompt, those of the answers, and others."""
+
+    read: Callable[[Mapping[str, Any], str], tuple[Answers, dict[str, Any]]]  # (row, place) -> answers, other columns
+    answers: tuple[str, ...]  # names of the answers
+    others: Features = field(default_factory=lambda: Features({}))  # types of the other columns
+    chat: bool = False
+    key: Mapping[str, Any] = field(default_factory=dict)  # everything that `read` depends on
+
+    def columns(self, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictConfig) -> dict[str, Rows]:
+        """Return the splits with TRL's columns and those of REPORTED. Raises ConfigErrors."""
+        end = end_token(tokenizer, task)
+        templated = self.chat and bool({TOOLS, TEMPLATE_ARGUMENTS} & {*columns(rows["train"])})
+        # JSON keeps a message as it is. Arrow would give each all the keys that any has.
+        texts = {name: Json() if self.chat else Value("string") for name in ("prompt", *self.answers)}
+        arguments = {TOOLS: Value("string"), TEMPLATE_ARGUMENTS: Json()} if templated else {}
+        features = Features({**texts, **arguments, **self.others, **REPORTED})
+        key = {**self.key, "tokenizer": tokenizer_digest(tokenizer), "end": end, "chat": self.chat}
+
+        def convert_in(split: str) -> Callable[..., dict[str, list[Any]]]:
+            def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+                read = [(self.read(row, place), place) for row, place in batch_rows(batch, indices, split)]
+                parts = [(part, place) for (answers, _), place in read for part in answers.values()]
+                encoded = iter(encode(parts, tokenizer, _RULE, end))
+                lines = [
+                    _columns(answers, templated) | others | _reported([next(encoded) for _ in answers])
+                    for (answers, others), _ in read
+                ]
+                return {name: [line[name] for line in lines] for name in features}
+
+            return convert
+
+        return {
+            split: map_cached(
+                rows[split], convert_in(split), columns=all_columns(rows[split]), features=features, key=key
+            )
+            for split in SPLITS
+        }
+
+    def samples(self, rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """Return the fields of Examples that show rows, with their first answers."""
+        shown = list(self._shown(rows, tokenizer))
+        names = ("prompts", "rendered", "references")
+        return dict(zip(names, zip(*shown, strict=True), strict=True)) if shown else {}
+
+    def _shown(
+        self, rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
+    ) -> Iterator[tuple[str, str, str]]:
+        for row in rows:
+            part = self.read(row, "")[0][self.answers[0]]
+            if isinstance(part, Text):
+                yield str(part.prompt), str(part.prompt), part.completion
+                continue
+            prompt = part.prompt or []
+            rendered = render(prompt, part.template_arguments, tokenizer)
+            yield prompt[-1].get("content") or "", rendered, part.completion[-1].get("content") or ""
+
+
+def answer_notes(
+    encoded: Mapping[str, Rows], rows: DatasetDict, limit: int | None, task: DictConfig, base: Base | None
+) -> list[str]:
+    """Return notes on rows that the template changes and on those that are too long."""
+    notes = []
+    for split in SPLITS:
+        part = encoded[split]
+        if is_streamed(part):
+            continue
+        lengths = list(part["length"])
+        long = sum(limit is not None and length > limit for length in lengths)
+        keep_end = task.args.get("truncation_mode") == "keep_end"
+        notes += template_notes(part, rows[split], split) + stretched_note(lengths, split, limit, base)
+        notes += cut_note(long, len(lengths), split, limit, keep_end=keep_end)
+    return notes
+
+
+def without_reports(rows: Rows) -> Any:
+    """Return the rows as the Trainer takes them, without the columns of REPORTED."""
+    return rows.remove_columns(list(REPORTED))
+
+
+def uses_template(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
+    """Return `chat`, or if it is None, whether the tokenizer has a chat template.
+
+    Raises ConfigErrors for `chat` without a template.
+    """
+    if chat and not tokenizer.chat_template:
+        raise ConfigErrors([Problem("task.chat", "the tokenizer has no chat template", "set task.chat=false")])
+    return bool(tokenizer.chat_template) if chat is None else chat
+
+
+def _columns(answers: Answers, templated: bool) -> dict[str, Any]:
+    """Return a row's prompt and answers, with `templated` also what the template gets besides."""
+    first = next(iter(answers.values()))
+    row = {"prompt": first.prompt, **{name: part.completion for name, part in answers.items()}}
+    if not templated:
+        return row
+    arguments = dict(first.template_arguments) if isinstance(first, Conversation) else {}
+    tools = arguments.pop(TOOLS, None)
+    return row | {TOOLS: tools and json.dumps(tools), TEMPLATE_ARGUMENTS: arguments}
+
+
+def _reported(answers: list[Encoded]) -> dict[str, Any]:
+    """Return what notes report of a row: each property that any of its answers has."""
+    flags = {name: any(getattr(answer, name) for answer in answers) for name in REPORTED if name != "unread"}
+    unread = sorted({key for answer in answers for key in answer.unread})
+    return flags | {"unread": unread, "length": max(answer.length for answer in answers)}

@@ -1,0 +1,193 @@
+"""Preferences of rows: a prompt, and a chosen and a rejected answer to it.
+
+The answers are texts, messages, or whole conversations that begin with the prompt.
+https://huggingface.co/docs/trl/dataset_formats#preference
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from datasets import DatasetDict
+from omegaconf import DictConfig
+from trl.data_utils import extract_prompt
+
+from loraplus_hydra.data.rows import columns
+from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.tasks.conversation import Conversation, Shape, Text, as_turns, has_schema_nulls, prompt_shape
+from loraplus_hydra.tasks.messages import Message, Messages, question, read_messages
+from loraplus_hydra.tasks.rows import describe, require_columns, row_error, text_in
+
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # as HH-RLHF writes dialogues
+_SILENT = "holds a message without loss, but a preference is of whole answers"
+_NOTHING_SHARED = "and the rejected answer begin with no common prompt"
+
+
+@dataclass(frozen=True)
+class Preference:
+    """The chosen and the rejected answer, each after the same prompt."""
+
+    chosen: Text | Conversation
+    rejected: Text | Conversation
+
+
+@dataclass(frozen=True)
+class PreferenceShape:
+    """The columns that a row's preference is read from."""
+
+    chosen: str
+    rejected: str
+    before: Shape  # the prompt's columns; none of them if the answers hold the prompt
+    schema_nulls: bool = False  # columns have one type for all rows, with null for keys that only others have
+
+    def used(self, *, chat: bool) -> set[str]:
+        """Return the names of the columns that are read."""
+        return {self.chosen, self.rejected} | self.before.used(chat=chat)
+
+    def read(self, row: Mapping[str, Any], place: str, *, chat: bool) -> Preference:
+        """Return a row's preference; with `chat` texts become turns. Raises ConfigErrors."""
+        chosen, rejected = self._side(row, self.chosen, place), self._side(row, self.rejected, place)
+        if isinstance(chosen, str) is not isinstance(rejected, str):
+            raise row_error(place, self.rejected, "is not of the kind of the chosen answer: one is text, one messages")
+        if chosen == rejected:
+            raise row_error(place, self.rejected, "is the chosen answer, so there is nothing to prefer")
+        prompt: str | Messages | None = self.before.question(row, place)
+        if isinstance(prompt, str) and not prompt.strip():
+            raise row_error(place, self._prompt_column, "is empty, so there is nothing to answer")
+        if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
+            if not chat:
+                return self._of_texts(chosen, rejected, place)
+            chosen, rejected = self._dialogue(chosen, place), self._dialogue(rejected, place)
+        if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str) and not chat:
+            return Preference(Text(chosen, prompt), Text(rejected, prompt))
+        if not chat:
+            raise ConfigErrors([needs_template(place)])
+        before = None if prompt is None else as_turns(prompt, "user").turns
+        return self._of_turns(before, [as_turns(side, "assistant").turns for side in (chosen, rejected)], row, place)
+
+    def ask(self, row: Mapping[str, Any], place: str, *, chat: bool) -> str | Conversation:
+        """Return the prompt of a row's preference. Raises ConfigErrors."""
+        chosen = self.read(row, place, chat=chat).chosen
+        if isinstance(chosen, Text):
+            return str(chosen.prompt)
+        return Conversation(list(chosen.prompt or []), None, chosen.template_arguments)
+
+    def _side(self, row: Mapping[str, Any], column: str, place: str) -> str | Messages:
+        value = row[column]
+        alone = self.before.prompt is None and self.before.messages is None
+        # In a CSV a conversation is JSON text.
+        written = alone and isinstance(value, str) and value.lstrip().startswith("[{")
+        if not written and not isinstance(value, (list, dict)):
+            return text_in(row, column, place, empty=False)
+        messages = read_messages(value, column, place, schema_nulls=self.schema_nulls)
+        if messages.turns[-1]["role"] != "assistant":
+            raise row_error(place, column, f"ends with a message of the role '{messages.turns[-1]['role']}'")
+        if messages.silent:
+            raise row_error(place, column, _SILENT)
+        return messages
+
+    def _dialogue(self, text: str, place: str) -> Messages:
+        """Return the turns of a text that holds the prompt, too."""
+        turns = read_dialogue(text)
+        if turns is None:
+            fix = (
+                "name the column with the prompt (data.prompt_column=...), or set task.chat=false: the prompt is then "
+            )
+            raise row_error(place, self.chosen, "has no prompt", fix + "the beginning that both answers share")
+        return Messages(turns)
+
+    def _of_texts(self, chosen: str, rejected: str, place: str) -> Preference:
+        """Return the preference of two texts that begin with the prompt."""
+        if chosen[0] != rejected[0]:
+            raise row_error(place, self.chosen, _NOTHING_SHARED)
+        prompt = str(extract_prompt({"chosen": chosen, "rejected": rejected})["prompt"])
+        if read_dialogue(chosen) and read_dialogue(rejected):
+            # The answers can begin with the same words; the prompt ends where a turn begins.
+            prompt = prompt[: [match.end() for match in _TURN.finditer(prompt)][-1]]
+        return Preference(Text(chosen[len(prompt) :], prompt), Text(rejected[len(prompt) :], prompt))
+
+    def _of_turns(
+        self, prompt: list[Message] | None, sides: list[list[Message]], row: Mapping[str, Any], place: str
+    ) -> Preference:
+        """Return the preference of two lists of messages, which may begin with the prompt."""
+        if sides[0][0]["role"] != "assistant" or sides[1][0]["role"] != "assistant":
+            parts: dict[str, Any] = extract_prompt({"chosen": sides[0], "rejected": sides[1]})
+            sides, prompt = [parts["chosen"], parts["rejected"]], self._joined(prompt, parts["prompt"], place)
+        if not prompt:
+            raise row_error(place, self.chosen, _NOTHING_SHARED)
+        if prompt[-1]["role"] == "assistant" and sides[0][0]["role"] == sides[1][0]["role"] == "assistant":
+            raise row_error(place, str(self._prompt_column), "ends with an answer, where a question is needed")
+        chosen, rejected = (self.before.conversation(Messages(prompt), Messages(side), row, place) for side in sides)
+        return Preference(chosen, rejected)
+
+    @property
+    def _prompt_column(self) -> str:
+        return self.before.prompt or self.before.messages or self.chosen
+
+    def _joined(self, before: list[Message] | None, held: list[Message], place: str) -> list[Message]:
+        """Return the prompt that the answers hold, after what other columns have of it."""
+        texts = [_text(turn) for turn in held]
+        if not before or all(_text(turn) in texts for turn in before):
+            return held
+        if before[-1]["role"] == "user" or _text(before[0]) in texts:
+            key = "prompt_column" if self.before.prompt else "messages_column"
+            what = "is another prompt than the one that both answers begin with"
+            raise row_error(place, self._prompt_column, what, f"data.{key}=null takes theirs alone")
+        return before + held
+
+
+def read_dialogue(text: str) -> list[Message] | None:
+    """Return the turns of a text as HH-RLHF writes them, or None if it has another form."""
+    before, *parts = _TURN.split(text)
+    if before or len(parts) < 4 or parts[0] != "Human" or parts[-2] != "Assistant" or not parts[-1].strip():
+        return None
+    speakers, texts = parts[::2], parts[1::2]
+    turns = zip(speakers, texts, strict=True)
+    return [{"role": _SPEAKERS[speaker], "content": text.strip()} for speaker, text in turns]
+
+
+def find_preference_shape(rows: DatasetDict, data: DictConfig) -> PreferenceShape:
+    """Return the shape that fits the rows' columns and their names in `data`.
+
+    Raises ConfigErrors if the rows have no such columns.
+    """
+    names = {name: data.get(f"{name}_column") or name for name in ("chosen", "rejected")}
+    require_columns(rows, {f"data.{name}_column": column for name, column in names.items()})
+    return PreferenceShape(
+        **names, before=prompt_shape(rows, data), schema_nulls=has_schema_nulls(rows["train"], names["chosen"])
+    )
+
+
+def has_preferences(rows: DatasetDict, data: DictConfig) -> bool:
+    """Return True if the rows have the columns of a chosen and a rejected answer."""
+    return {data.get(f"{name}_column") or name for name in ("chosen", "rejected")} <= {*columns(rows["train"])}
+
+
+def judged(part: Text | Conversation, column: str, place: str) -> Text | Conversation:
+    """Return a text or conversation as a prompt and one answer, the turns after the last question.
+
+    Raises ConfigErrors if it has no prompt or no answer, or if part of the answer carries no loss.
+    """
+    if isinstance(part, Conversation) and part.prompt is None:
+        asked = len(question(part.turns))
+        part = replace(part, prompt=part.turns[:asked], completion=part.turns[asked:])
+    if not part.prompt or not part.completion:
+        raise row_error(place, column, "has no prompt that an answer of the assistant follows")
+    if isinstance(part, Conversation) and any(number >= len(part.prompt) for number in part.silent):
+        raise row_error(place, column, _SILENT)
+    return part
+
+
+def _text(turn: Message) -> Any:
+    content = turn.get("content")
+    return content.strip() if isinstance(content, str) else describe(content)
+
+
+def needs_template(place: str) -> Problem:
+    """Return the Problem of messages that no chat template writes."""
+    what = f"{place} holds messages, which are written in the chat template, but it is not used"
+    return Problem("task.chat", what, "task.chat=null, with a tokenizer that has a template")
