@@ -1,4 +1,4 @@
-# make run   creates the environment and trains the embedded default;  make run ARGS="optimizer=adamw8bit loraplus.ratio=16"
+# make run   creates the environment and trains the built-in example;  make run ARGS="optimizer=adamw8bit loraplus.ratio=16"
 # make test  creates the environment and runs the tests
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-run: $(VENV)/.installed ## train the embedded default; ARGS="..." passes overrides
+run: $(VENV)/.installed ## train the built-in example; ARGS="..." passes overrides
 	$(BIN)/python -m loraplus_hydra $(ARGS)
 
 test: lint ## lint, types and the tests (under ten minutes on two cores)

@@ -1,7 +1,6 @@
 """LoRA+ (arXiv 2402.12354) for PEFT adapters, driven by Hydra.
 
-lora_B learns faster than lora_A, by a ratio. Public names are loaded on first use, so importing the package costs
-nothing.
+lora_B gets a larger learning rate than lora_A. Public names are loaded on first use, so importing the package is cheap.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ __all__ = [
     "with_loraplus",
 ]
 
-# PEFT imports bitsandbytes, which warns on import where an optional kernel is not installed.
+# PEFT imports bitsandbytes, which warns on import if an optional kernel is not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 

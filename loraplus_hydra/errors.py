@@ -14,7 +14,7 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One error in a config: its key, what is wrong, and what would be right."""
+    """One error in a config: its key, the error, and a valid alternative."""
 
     key: str
     what: str
@@ -35,7 +35,7 @@ class ConfigErrors(UserError):
 
 @contextmanager
 def errors_at(key: str) -> Iterator[None]:
-    """Turn a UserError raised inside into ConfigErrors at `key`; ConfigErrors pass."""
+    """Turn a UserError raised inside into ConfigErrors at `key`. ConfigErrors stay unchanged."""
     try:
         yield
     except ConfigErrors:
@@ -45,7 +45,7 @@ def errors_at(key: str) -> Iterator[None]:
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """Return ` (did you mean 'adamw'?)` for the valid name closest to `name`; empty if none is close."""
+    """Return a hint such as ` (did you mean 'adamw'?)`, or an empty string if no candidate is close to `name`."""
     matches = difflib.get_close_matches(str(name), [str(candidate) for candidate in candidates], n=1, cutoff=0.6)
     return f" (did you mean '{matches[0]}'?)" if matches else ""
 
@@ -53,7 +53,7 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's error, or the name of its type if it has no text.
 
-    The dot at its end is dropped, since the line becomes a part of a sentence.
+    A final dot is removed, because the line becomes a part of a sentence.
     """
     line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
     return line if line.endswith("..") else line.removesuffix(".")

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def flat(nested: Mapping[Any, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
-    """Return {"lr.groupA": 0.1} for {"lr": {"groupA": 0.1}}. An empty mapping stays as a value."""
+    """Return {"lr.groupA": 0.1} for {"lr": {"groupA": 0.1}}. An empty mapping is kept as a value."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping) and value:

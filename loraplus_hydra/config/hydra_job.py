@@ -1,4 +1,4 @@
-"""The present job as Hydra knows it, and the quoting of values for Hydra."""
+"""Hydra's facts about the current job, and the quoting of values for Hydra."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from omegaconf import OmegaConf
 
 
 def is_sweep(hydra: Any) -> bool:
-    """Return True for the Hydra node of a sweep or of one of its jobs."""
+    """Return True if `hydra` is the Hydra node of a sweep or of a sweep's job."""
     return getattr(hydra.mode, "name", hydra.mode) == "MULTIRUN"
 
 
 def number_in_sweep() -> int | None:
-    """Return the number of the present job of a sweep, from 0; None outside a sweep."""
+    """Return the current job's number in its sweep, from 0; None outside a sweep."""
     hydra: Any = HydraConfig.get() if HydraConfig.initialized() else None
-    # Of a sweep that has ended Hydra keeps a node without the number.
+    # After a sweep has ended, Hydra keeps a node without the number.
     if hydra is None or not is_sweep(hydra) or OmegaConf.is_missing(hydra.job, "num"):
         return None
     return int(hydra.job.num)
@@ -25,8 +25,8 @@ def number_in_sweep() -> int | None:
 
 def quoted(value: str) -> str:
     """Return a text quoted so that Hydra's grammar and OmegaConf read it back unchanged."""
-    # In Hydra's grammar a backslash escapes only a quote, or a backslash ahead of one. OmegaConf has the same rule for
-    # `${`.
+    # In Hydra's grammar a backslash escapes only a quote, or another backslash before a quote. OmegaConf has the same
+    # rule for `${`.
     literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     inner = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), literal)
     return f"'{inner}'"

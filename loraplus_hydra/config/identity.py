@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 def run_hash(config: DictConfig) -> str:
-    """Return the `config_hash` of a run's config, which is the same whether the run starts or resumes."""
+    """Return the `config_hash` of a run's config. It is the same for a new and a resumed run."""
     resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict)
     if isinstance(trainer := resolved.get("trainer"), dict):

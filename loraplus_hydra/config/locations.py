@@ -16,16 +16,16 @@ PACKAGE_SCHEME = "pkg://"
 
 
 def config_folder() -> Path:
-    """Return the folder of YAML files: inside the installed package, or beside it in a checkout."""
+    """Return the folder of YAML files: in the installed package, or next to the package in a checkout."""
     installed = PACKAGE / "conf"
     return installed if installed.is_dir() else PACKAGE.parent / "conf"
 
 
 def model_location(path: str) -> str:
-    """Return a model's `path` as transformers takes it.
+    """Return a model's `path` in the form that transformers accepts.
 
-    `pkg://package/folder` becomes that package's folder, and a local folder its absolute path, which an adapter stores
-    as its base. A name on a hub stays unchanged. Raises UserError for a package that doesn't exist.
+    `pkg://package/folder` becomes the path of that folder. A local folder becomes an absolute path, because an adapter
+    stores the path of its base. A hub name stays unchanged. Raises UserError for a package that doesn't exist.
     """
     if not path.startswith(PACKAGE_SCHEME):
         expanded = Path(path).expanduser()
@@ -33,18 +33,18 @@ def model_location(path: str) -> str:
     package, _, inside = path.removeprefix(PACKAGE_SCHEME).partition("/")
     try:
         if package.split(".")[0] in sys.stdlib_module_names:  # importing `this` or `antigravity` has effects
-            raise ValueError("it is part of Python itself")
+            raise ValueError("this package is part of Python itself")
         return str(files(package).joinpath(inside))
     except (ImportError, ValueError, TypeError) as error:
-        raise UserError(f"'{path}' is no folder of an installed Python package: {error}") from error
+        raise UserError(f"'{path}' is not a folder of an installed Python package: {error}") from error
 
 
-# Keys whose value can be a local path. A run stores it as absolute, so that the run can be opened from another folder.
+# Keys whose value can be a local path. A run stores absolute paths, because it may be opened from another folder.
 PATH_KEYS = ("model.path", "model.tokenizer", "adapter.path", "data.train", "data.eval")
 
 
 def absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the absolute path for each key of PATH_KEYS whose value in `values` is relative and exists.
+    """Return {key: absolute path} for the keys in PATH_KEYS that have an existing relative path.
 
     `values` maps dotted keys to values; a value may be a list of paths.
     """
@@ -57,12 +57,12 @@ def _absolute(value: Any) -> Any:
         return [_absolute(item) for item in value]
     try:
         exists = isinstance(value, str) and value != "" and Path(value).exists()
-    except (OSError, ValueError):  # no path at all
+    except (OSError, ValueError):  # not a valid path
         exists = False
     return str(Path(value).absolute()) if exists else value
 
 
 def is_local(location: str) -> bool:
-    """Return True for a local folder (it exists, or looks like a path), False for a name on a hub."""
+    """Return True for a local folder (it exists, or looks like a path), False for a hub name."""
     looks_like_path = location.startswith((".", "/", "~", os.sep)) or location.count("/") > 1
     return looks_like_path or Path(location).exists()

@@ -1,12 +1,12 @@
 """The typed config.
 
-Every key that this project reads itself, with its unit, range and the reason for its default.
+The schema has every key that this program reads itself, with unit, range and the reason for the default.
 
-`RunConfig` is registered with Hydra as `run_schema`, so a mistyped key or a value of the wrong type is refused when the
-config is composed. Groups that hold another library's arguments (`optimizer`, `adapter`, `trainer`, ...) are open
-mappings there: `loraplus_hydra.check` compares them with the signature of what they configure. The keys that we read of
-an open group are the fields of its class below (`OptimizerConfig`, ...), which nobody instantiates: they have no
-defaults, since the YAML does.
+`RunConfig` is registered with Hydra as `run_schema`, so Hydra refuses a mistyped key or a value of the wrong type.
+Groups with another library's arguments (`optimizer`, `adapter`, `trainer`, ...) accept any key in this schema.
+`loraplus_hydra.check` compares their keys with the signature of the class or function. The keys of such an open group
+that this program reads itself are the fields of a class below (`OptimizerConfig`, ...). These classes are never
+instantiated, and the defaults are in the YAML files.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from loraplus_hydra.config.types import COUNT, NOT_NEGATIVE, POSITIVE, WHOLE, Range, field_types, range_
 
-COLUMN_SUFFIX = "_column"  # of the keys in `data` that name columns, which the task reads
+COLUMN_SUFFIX = "_column"  # end of the keys in `data` whose value is a column's name
 SHARE = Range("a number from 0 to 1", lambda x: 0 <= x <= 1)
 PROPER_SHARE = Range("a number above 0 and below 1", lambda x: 0 < x < 1)
 DROPOUT = Range("a number from 0 to below 1", lambda x: 0 <= x < 1)
 STEPS = Range(
-    "a whole number of steps, or a share of them between 0 and 1",
+    "a whole number of steps, or a share of all steps between 0 and 1",
     lambda x: (isinstance(x, int) and x >= 1) or 0 < x < 1,
 )
 BETAS = Range("two or more numbers from 0 to below 1", lambda x: len(x) >= 2 and all(map(DROPOUT.holds, x)))
@@ -41,48 +41,48 @@ PROBLEM_TYPE = Range(f"one of {', '.join(PROBLEM_TYPES)}", lambda x: x in PROBLE
 
 @dataclass
 class ModelConfig:
-    """The base model and its tokenizer. Closed: other keys are errors."""
+    """Keys of `model`, the base model and its tokenizer. Any other key is an error."""
 
     path: str = MISSING  # a folder, a hub name, or pkg://package/folder
     revision: Optional[str] = None  # hub branch, tag or commit
     tokenizer: Optional[str] = None  # the tokenizer's folder or hub name; null = the model's
-    pad_token: Optional[str] = None  # a token of the tokenizer that pads; null = its own, or see models/tokenizer.py
+    pad_token: Optional[str] = None  # the padding token; null = the tokenizer's own, or see models/tokenizer.py
     add_tokens: List[str] = field(default_factory=list)  # new tokens, whose embeddings train with the adapter
     dtype: str = field(default="float32", metadata=range_(DTYPE))  # of the frozen weights
     attention: Optional[str] = None  # attn_implementation: eager, sdpa, flash_attention_2; null = transformers decides
     trust_remote_code: bool = False  # true runs Python that comes with the model
     lr: float = field(default=5e-5, metadata=range_(POSITIVE))  # eta_A that suits this model; default of optimizer.lr
-    config: Dict[str, Any] = field(default_factory=dict)  # a named model's architecture, as its config.json has it
+    config: Dict[str, Any] = field(default_factory=dict)  # a named model's architecture, in the keys of its config.json
 
 
 @dataclass
 class TaskConfig:
-    """Open: every other key is a parameter of the `examples` function."""
+    """Keys of `task`. Any other key is a parameter of the `examples` function."""
 
     _target_: str = MISSING  # a transformers.Trainer class, or one derived from it
     args_class: str = MISSING  # its arguments' class, transformers.TrainingArguments or derived from it
     auto_class: str = MISSING  # the transformers class that loads the base model
     task_type: Optional[str] = None  # PEFT's task type: CAUSAL_LM, SEQ_CLS, ...
     examples: str = MISSING  # the function that turns rows into the Trainer's examples
-    metric: str = "eval_loss"  # the metric that a sweep optimises and `best` refers to; a key of the evaluation's
-    greater_is_better: bool = False  # of `metric`
+    metric: str = "eval_loss"  # the metric that a sweep optimises and `best` refers to; one of the evaluation's metrics
+    greater_is_better: bool = False  # the direction of `metric`
     samples: int = field(default=0, metadata=range_(WHOLE))  # held-out prompts answered before and after training
-    sample_tokens: int = field(default=48, metadata=range_(COUNT))  # new tokens at most in such an answer
-    args: Dict[str, Any] = field(default_factory=dict)  # arguments that only this Trainer's arguments class has
+    sample_tokens: int = field(default=48, metadata=range_(COUNT))  # maximum number of new tokens in such an answer
+    args: Dict[str, Any] = field(default_factory=dict)  # arguments that only `args_class` has
 
 
 @dataclass
 class OptimizerConfig:
-    """Open: every other key is an argument of the class."""
+    """Keys of `optimizer`. Any other key is an argument of the class."""
 
     _target_: str  # a torch.optim.Optimizer class
     lr: float = field(metadata=range_(POSITIVE))  # eta_A, the rate of lora_A
-    weight_decay: float = field(metadata=range_(NOT_NEGATIVE))  # of the groups that decay
+    weight_decay: float = field(metadata=range_(NOT_NEGATIVE))  # weight decay of the groups that decay
 
 
 @dataclass
 class SchedulerConfig:
-    """Open: every other key is an argument of the callable."""
+    """Keys of `scheduler`. Any other key is an argument of the callable."""
 
     _target_: str  # transformers.get_..._schedule..., a torch.optim.lr_scheduler class, or your function
     warmup_ratio: float = field(metadata=range_(SHARE))  # share of all steps
@@ -91,43 +91,43 @@ class SchedulerConfig:
 
 @dataclass
 class LoraPlusConfig:
-    """Open: each preset has only the keys that its rules use; all of them are checked."""
+    """Keys of `loraplus`. Each preset has only the keys that its rules use."""
 
     ratio: float = field(metadata=range_(POSITIVE))  # eta_B / eta_A
     lr_embedding: float = field(metadata=range_(POSITIVE))  # rate of LoRA factors of embeddings
     lr_A: float = field(metadata=range_(POSITIVE))  # preset `absolute`: rate of lora_A
     lr_B: float = field(metadata=range_(POSITIVE))  # preset `absolute`: rate of lora_B
-    rules: Dict[str, Any]  # name -> rule; the first that matches a tensor decides
-    extra_rules: Dict[str, Any]  # the same, ahead of `rules`
+    rules: Dict[str, Any]  # name -> rule; the first rule that matches a tensor decides
+    extra_rules: Dict[str, Any]  # name -> rule; these come before `rules`
 
 
 @dataclass
 class AdapterConfig:
-    """Open: every other key is a field of the PEFT config class."""
+    """Keys of `adapter`. Any other key is a field of the PEFT config class."""
 
     _target_: str  # a peft.PeftConfig class
-    path: Optional[str]  # an adapter to train on: its folder, or a hub name
+    path: Optional[str]  # an existing adapter to train further: its folder, or a hub name
 
 
 @dataclass
 class QuantizationConfig:
-    """Open: every other key is an argument of the class. Empty for a base that isn't quantised."""
+    """Keys of `quantization`. Any other key is an argument of the class. Empty without quantisation."""
 
     _target_: Optional[str]  # transformers.BitsAndBytesConfig
 
 
 @dataclass
 class DataConfig:
-    """Open: every other key is an argument of the callable; `*_column` keys name its columns."""
+    """Keys of `data`. Any other key is an argument of the callable, or a column's name (`*_column`)."""
 
     _target_: str  # a callable that returns a datasets.DatasetDict with "train" and "eval"
 
 
 @dataclass
 class TrainerConfig:
-    """Open: every other key is a field of transformers.TrainingArguments."""
+    """Keys of `trainer`. Any other key is a field of transformers.TrainingArguments."""
 
-    # evaluations without a better task.metric; null = never stops early
+    # number of evaluations without a better task.metric; null = no early stopping
     early_stopping_patience: Optional[int] = field(metadata=range_(COUNT))
     early_stopping_threshold: float = field(metadata=range_(NOT_NEGATIVE))  # smallest change that counts as better
     resume_from_checkpoint: Optional[str] = field(metadata=range_(CHECKPOINT))
@@ -136,7 +136,7 @@ class TrainerConfig:
 
 @dataclass
 class LoggerConfig:
-    """Open: every other key is an argument of the class. Empty for a run that nothing tracks."""
+    """Keys of `logger`. Any other key is an argument of the class. Empty without a tracker."""
 
     _target_: Optional[str]  # a class derived from loraplus_hydra.training.trackers.tracker.Tracker
 
@@ -151,8 +151,8 @@ class RunConfig:
     adapter: Dict[str, Any] = field(default_factory=dict)  # AdapterConfig + the PEFT config's fields
     optimizer: Dict[str, Any] = field(default_factory=dict)  # OptimizerConfig + the class's arguments
     scheduler: Dict[str, Any] = field(default_factory=dict)  # SchedulerConfig + the callable's arguments
-    loraplus: Dict[str, Any] = field(default_factory=dict)  # keys of LoraPlusConfig, as the preset uses them
-    # Its defaults stand here, because a task's YAML leaves out keys whose default suits it.
+    loraplus: Dict[str, Any] = field(default_factory=dict)  # the keys of LoraPlusConfig that the preset uses
+    # `task` has its defaults here, because a task's YAML omits keys that have a suitable default.
     task: Dict[str, Any] = field(default_factory=lambda: asdict(TaskConfig()))  # TaskConfig + parameters of `examples`
     data: Dict[str, Any] = field(default_factory=dict)  # DataConfig + the callable's arguments
     trainer: Dict[str, Any] = field(default_factory=dict)  # TrainerConfig + transformers.TrainingArguments
@@ -161,24 +161,21 @@ class RunConfig:
 
 @dataclass
 class SweepConfig:
-    """Part of the program's config, not of a run's.
+    """Keys of `sweep` in the program's config. Registered as `sweep_schema`."""
 
-    `sweep_schema`, which `conf/config.yaml` has under `sweep`.
-    """
-
-    name: Optional[str] = None  # of its folder in outputs/sweeps; null = the swept keys and a hash of the rest
+    name: Optional[str] = None  # the folder in outputs/sweeps; null = the swept keys and a hash of all other keys
     # Set by the program for the jobs of a sweep: see sweep/plan.py.
     swept: List[str] = field(default_factory=list)  # the keys that the sweep varies
-    start: Optional[str] = None  # the start of the sweep to which the job belongs
+    start: Optional[str] = None  # identifies the start of the sweep that runs the job
 
 
 @dataclass
 class FinishedRunConfig:
-    """Keys of every command on a stored run."""
+    """Keys of every command that reads a stored run."""
 
     run: str = MISSING  # the run's folder
     trust_remote_code: bool = False  # true runs Python that came with the run's model
-    model: Dict[str, Any] = field(default_factory=dict)  # keys of the run's `model` to change: model.path=...
+    model: Dict[str, Any] = field(default_factory=dict)  # overrides of the run's `model` keys: model.path=...
 
 
 @dataclass
@@ -192,9 +189,9 @@ class OpenedRunConfig(FinishedRunConfig):
 class ExportConfig(OpenedRunConfig):
     """`export`. Registered as `export_schema`."""
 
-    to: Optional[str] = None  # the new folder; null = export/model or export/adapter in the run's
+    to: Optional[str] = None  # the new folder; null = export/model or export/adapter in the run's folder
     merge: bool = True  # true = the merged model, false = the adapter alone
-    dtype: Optional[str] = None  # of a merged model's weights: float32, bfloat16, float16; null = as in the run
+    dtype: Optional[str] = None  # dtype of a merged model's weights: float32, bfloat16, float16; null = as in the run
 
 
 @dataclass
@@ -203,25 +200,25 @@ class PredictConfig(OpenedRunConfig):
 
     text: Optional[str] = None  # one text
     text_pair: Optional[str] = None  # a classifier's second text
-    file: Optional[str] = None  # texts in a file: JSONL, CSV, Parquet, or a text a line
-    column: Optional[str] = None  # the file's column with the text; null = as the run's rows had it
+    file: Optional[str] = None  # a file of texts: JSONL, CSV, Parquet, or one text per line
+    column: Optional[str] = None  # the file's column with the text; null = the column of the run's rows
     out: Optional[str] = None  # a new JSONL file for the answers; null = the screen
-    max_new_tokens: int = field(default=128, metadata=range_(COUNT))  # tokens of an answer at most
-    batch_size: int = field(default=32, metadata=range_(COUNT))  # texts that a classifier takes at once
+    max_new_tokens: int = field(default=128, metadata=range_(COUNT))  # maximum number of tokens in an answer
+    batch_size: int = field(default=32, metadata=range_(COUNT))  # number of texts that a classifier reads at once
 
 
 @dataclass
 class EvaluateConfig(OpenedRunConfig):
     """`evaluate`. Registered as `evaluate_schema`."""
 
-    data: Dict[str, Any] = field(default_factory=dict)  # keys of the run's `data` to change, or another option
-    trainer: Dict[str, Any] = field(default_factory=dict)  # keys of the run's `trainer` to change
-    out: Optional[str] = None  # a new JSON file for the metrics; null = the screen alone
+    data: Dict[str, Any] = field(default_factory=dict)  # overrides of the run's `data` keys, or another option
+    trainer: Dict[str, Any] = field(default_factory=dict)  # overrides of the run's `trainer` keys
+    out: Optional[str] = None  # a new JSON file for the metrics; null = only the screen
 
 
 @dataclass
 class ResumeConfig(FinishedRunConfig):
-    """`resume`. Registered as `resume_schema`. Each group holds the keys of the run's own to change."""
+    """`resume`. Registered as `resume_schema`. Each group has overrides of the run's keys."""
 
     quantization: Dict[str, Any] = field(default_factory=dict)
     adapter: Dict[str, Any] = field(default_factory=dict)
@@ -238,7 +235,7 @@ class ResumeConfig(FinishedRunConfig):
 class ReportConfig:
     """`report`. Registered as `report_schema`."""
 
-    folder: str = MISSING  # the folder that holds the jobs' folders
+    folder: str = MISSING  # the sweep's folder, which contains the jobs' folders
 
 
 SCHEMAS: dict[str, type] = {
@@ -270,9 +267,9 @@ CLOSED_GROUPS = ("model",)
 # Keys of the trainer group that are not fields of TrainingArguments.
 NOT_TRAINING_ARGUMENTS = ("early_stopping_patience", "early_stopping_threshold", "forward")
 
-NOT_OF_A_RUN = ("hydra", "sweep")  # nodes of the program's config beside the run's
+NOT_OF_A_RUN = ("hydra", "sweep")  # nodes of the program's config that a run's config doesn't have
 
-# Types and ranges of other functions' parameters, which their own signatures don't limit.
+# Types and ranges of other libraries' parameters, because their signatures give no range.
 LIBRARY_RANGES: dict[str, tuple[Any, Range]] = {
     "adapter.r": (int, COUNT),
     "adapter.lora_alpha": (float, POSITIVE),
@@ -313,20 +310,20 @@ def value_ranges() -> dict[str, tuple[Any, Range]]:
 
 
 def register() -> None:
-    """Make the schemas known to Hydra; calling it again changes nothing."""
+    """Register the schemas with Hydra. A second call changes nothing."""
     for name, node in SCHEMAS.items():
         ConfigStore.instance().store(name=name, node=node, provider="loraplus_hydra")
 
 
 def run_of(root: DictConfig) -> DictConfig:
-    """Return the run's part of the program's config."""
+    """Return the part of the program's config that describes the run."""
     run = OmegaConf.masked_copy(root, [str(key) for key in root if key not in NOT_OF_A_RUN])
     _columns_as_text(run.get("data"))
     return run
 
 
 def _columns_as_text(data: Any) -> None:
-    """Turn the number of a column into its name.
+    """Turn numbers given as column names into text.
 
     Hydra reads the override `data.label_column=1` as a number.
     """

@@ -8,7 +8,7 @@ from typing import Any
 from loraplus_hydra.config.flatten import flat
 from loraplus_hydra.config.schema import GROUPS
 
-# The last part of a key, as people type it -> the keys that may be meant.
+# Another tool's name of a key -> this config's keys with that meaning.
 KEYS: dict[str, tuple[str, ...]] = {
     "lr": ("optimizer.lr",),
     "learning_rate": ("optimizer.lr",),
@@ -32,13 +32,13 @@ KEYS: dict[str, tuple[str, ...]] = {
     "train_file": ("data.train",),
     "output_dir": ("hydra.run.dir",),
 }
-# An option that a group doesn't have -> the overrides that are meant.
+# Another tool's name of an option -> this config's overrides with that meaning.
 OPTIONS: dict[tuple[str, str], str] = {
     ("adapter", "qlora"): "adapter=lora quantization=nf4",
     ("quantization", "4bit"): "quantization=nf4",
     ("quantization", "8bit"): "quantization=int8",
 }
-# A group whose option may have been given as a path or a hub's name -> the overrides, up to that path.
+# Group -> the overrides that come before a path or hub name, for users who typed `group=path`.
 PATHS: dict[str, str] = {
     "model": "model=hub model.path=",
     "data": "data=jsonl data.train=",
@@ -47,7 +47,10 @@ PATHS: dict[str, str] = {
 
 
 def meant_keys(name: str, config: Mapping[str, Any]) -> list[str]:
-    """Return the full keys of a plain `config` that `name`, the last part of a key, may stand for."""
+    """Return the full keys in `config` (a plain dict) that `name` may mean.
+
+    `name` is the last part of a key, or another tool's name of a key.
+    """
     known = {key for key in flat(config) if key.split(".")[0] in GROUPS and not key.startswith("loraplus.rules.")}
     if name in KEYS:
         return [key for key in KEYS[name] if key in known or key.startswith("hydra.")]
@@ -55,7 +58,7 @@ def meant_keys(name: str, config: Mapping[str, Any]) -> list[str]:
 
 
 def meant_option(group: str, option: str) -> str:
-    """Return the overrides that are meant by `group=option`; empty where nothing is known."""
+    """Return the overrides that `group=option` probably means; empty if unknown."""
     if (group, option) in OPTIONS:
         return OPTIONS[group, option]
     return PATHS[group] + option if group in PATHS and ("/" in option or "." in option) else ""

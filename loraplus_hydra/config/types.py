@@ -1,4 +1,4 @@
-"""Types and ranges of values, and dataclasses built from JSON.
+"""Types and ranges of values; dataclasses from JSON.
 
 Standard library only, so every room can use it.
 """
@@ -29,7 +29,7 @@ _TEXTS = {
 
 @dataclass(frozen=True)
 class Range:
-    """Limits on values beyond their type; `text` completes the sentence 'it must be ...'.
+    """Limits on a value in addition to its type; `text` completes 'it must be ...'.
 
     `holds` is called only with values of the right type, never with None.
     """
@@ -39,7 +39,7 @@ class Range:
 
 
 def is_finite(value: float) -> bool:
-    """Return True for a number that a float can hold; False for NaN, infinities and integers beyond them."""
+    """Return True for a number that a float can represent; False for NaN, infinities and too large integers."""
     return -sys.float_info.max <= value <= sys.float_info.max
 
 
@@ -51,7 +51,7 @@ WHOLE = Range("a whole number from 0 on", lambda x: x >= 0)
 
 
 def range_(limits: Range) -> dict[str, Range]:
-    """Return the metadata that gives a dataclass field its range: `field(metadata=range_(POSITIVE))`."""
+    """Return a dataclass field's metadata with a range: `field(metadata=range_(POSITIVE))`."""
     return {_METADATA: limits}
 
 
@@ -63,12 +63,12 @@ def field_types(schema: Any) -> dict[str, tuple[Any, Range | None]]:
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Return True if a value from YAML or JSON can be meant for `annotation`.
+    """Return True if a value from YAML or JSON fits the type `annotation`.
 
-    True for annotations unknown here.
+    An annotation that this function doesn't know accepts any value.
 
-    A mapping's keys are not looked at: YAML and JSON make text of them. A dataclass is a mapping that names it by
-    `_target_`.
+    A mapping's keys are not checked, because YAML and JSON turn them into text. For a dataclass, a mapping with a
+    `_target_` fits.
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
@@ -82,7 +82,7 @@ def fits(value: Any, annotation: Any) -> bool:
         return isinstance(value, dict) and all(fits(item, arguments[1]) for item in value.values() if arguments)
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int:  # a bool is an int to Python
+    if kind is int:  # in Python a bool is an int
         return isinstance(value, int) and not isinstance(value, bool)
     if dataclasses.is_dataclass(kind):
         return isinstance(value, dict) and "_target_" in value
@@ -90,14 +90,14 @@ def fits(value: Any, annotation: Any) -> bool:
 
 
 def mismatch(value: Any, annotation: Any, limits: Range | None = None) -> str:
-    """Return how `value` breaks its type or range, such as 'is not a number'; empty if it fits."""
+    """Return an error such as 'is not a number' if `value` doesn't fit its type or range; otherwise empty."""
     if not fits(value, annotation):
         return f"is not {describe(annotation, null=False)}"
     return "is out of range" if limits and value is not None and not limits.holds(value) else ""
 
 
 def describe(annotation: Any, limits: Range | None = None, *, null: bool = True) -> str:
-    """Return a type, or the range on top of it, in words; `null=False` leaves out that null is allowed."""
+    """Return a type, or its range if it has one, as text. `null=False` omits 'or null'."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if limits is not None:
         return limits.text + (", or null" if type(None) in arguments and null else "")
@@ -113,10 +113,10 @@ def describe(annotation: Any, limits: Range | None = None, *, null: bool = True)
 
 
 def from_plain(schema: type[T], plain: Any) -> T:
-    """Return the dataclass `schema` built from a mapping as JSON holds it. Unknown keys are ignored.
+    """Return an instance of the dataclass `schema`, built from JSON's mapping. Unknown keys are ignored.
 
-    A key that Python reserves has a trailing underscore as a field. Raises ValueError naming the keys with values that
-    do not fit.
+    If a key is a reserved word of Python, its field has a trailing underscore. Raises ValueError with the keys whose
+    values do not fit.
     """
     given = plain if isinstance(plain, dict) else {}
     known: dict[str, tuple[Any, Range | None]] = field_types(typing.cast(Any, schema))
@@ -135,7 +135,7 @@ def from_plain(schema: type[T], plain: Any) -> T:
 
 
 def to_plain(built: Any) -> dict[str, Any]:
-    """Return a dataclass as the mapping that `from_plain` reads."""
+    """Return a dataclass instance as a mapping that `from_plain` reads."""
     return dataclasses.asdict(built, dict_factory=lambda items: {key.rstrip("_"): value for key, value in items})
 
 
@@ -151,7 +151,7 @@ def _converted(value: Any, annotation: Any, limits: Range | None) -> Any:
 
 
 def _item_types(kind: type, arguments: tuple[Any, ...], count: int) -> tuple[Any, ...]:
-    """Return an annotation for each of `count` items; those beyond a tuple's length take any value."""
+    """Return one annotation for each of `count` items. Items beyond a tuple's length may have any value."""
     if kind is tuple and len(arguments) == count and Ellipsis not in arguments:
         return arguments
     return (arguments[0] if arguments and (kind is not tuple or Ellipsis in arguments) else Any,) * count

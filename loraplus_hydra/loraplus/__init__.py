@@ -1,1 +1,1 @@
-"""The method: role, rule, group, optimizer and schedule. Needs torch and PEFT only."""
+"""The LoRA+ method: role, rule, group, optimizer and schedule. Needs only torch and PEFT."""

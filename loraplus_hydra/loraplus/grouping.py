@@ -1,6 +1,6 @@
-"""Assign each trained tensor to a parameter group: the first rule that matches wins.
+"""Assign each trained tensor to a parameter group by the first rule that matches.
 
-Pure Python without torch. `roles.tensor_records` makes the records, `rules.parse_rules` the rules.
+This module needs no torch. `roles.tensor_records` makes the records, and `rules.parse_rules` makes the rules.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from loraplus_hydra.loraplus.plan import Group, Plan, PlannedTensor
 from loraplus_hydra.loraplus.rules import Rule, TensorRecord, rate_error
 
 GROUP_ORDER = ("groupA", "embedding", "groupB", "groupB_no_decay")
-"""The documented groups come first, in PEFT's order; every other group follows, in the order of the rules."""
+"""PEFT's groups in PEFT's order; they come first. Other groups follow in the order of the rules."""
 
 FROM_THE_BASE_MODEL = frozenset({"saved_module", "bias", "norm", "trainable_tokens"})
-"""Roles of tensors that train beside the adapter's own: a ratio between two of these is not LoRA+."""
+"""Roles of trained tensors outside the adapter. A ratio between two of these tensors is not LoRA+."""
 
 
 def assign(
@@ -30,19 +30,21 @@ def assign(
 ) -> Plan:
     """Put every tensor into the group of the first rule that matches it.
 
-    The `extra` rules stand ahead of `rules`. `lr` (eta_A) and `weight_decay` are the optimizer's: the defaults of rules
-    that set none. Groups are in the order of `GROUP_ORDER`, their tensors in the order of `records`, and none is empty.
+    The `extra` rules come before `rules`. `lr` (eta_A) and `weight_decay` are the optimizer's values, for rules that
+    set none. The plan has the groups in the order of `GROUP_ORDER` and their tensors in the order of `records`. Empty
+    groups are omitted.
 
-    Raises UserError: a tensor that no rule matches; an extra rule that wins no tensor (unless it has
-    `allow_unmatched`); two rules of one group that disagree; a ratio other than 1 that separates no two trained
-    tensors of the adapter.
+    Raises UserError if no rule matches a tensor, if an extra rule gets no tensor (unless it has `allow_unmatched`), if
+    two rules of one group disagree, or if a ratio other than 1 makes no difference between two trained tensors of the
+    adapter.
     """
     check_rate(lr, "lr")
     check_rate(weight_decay, "weight_decay", zero=True)
     records = list(records)
     if not records:
         raise UserError(
-            "nothing is trained: no tensor of the model requires a gradient; add an adapter, or unfreeze some tensors"
+            "the model has no trained tensor, because none requires a gradient; add an adapter, or unfreeze some "
+            "tensors"
         )
     ordered = [*extra, *rules]
     groups = groups_of(ordered, lr=lr, weight_decay=weight_decay)
@@ -54,15 +56,16 @@ def assign(
 
 
 def first_match(records: Sequence[TensorRecord], rules: Sequence[Rule]) -> list[Rule]:
-    """Return the first rule that matches each record, in one linear walk.
+    """Return, for each record, the first rule that matches it.
 
-    Raises UserError for records that no rule matches.
+    Takes one pass over the records. Raises UserError if no rule matches a record.
     """
     candidates: dict[tuple[object, ...], list[Rule]] = {}
     winners: list[Rule] = []
     unmatched: list[str] = []
     for record in records:
-        # Even a large model has few kinds of tensors. Rules are filtered once a kind, names are matched once a tensor.
+        # Even a large model has few kinds of tensors. So rules are filtered once per kind, and names are matched once
+        # per tensor.
         kind = (record.role, record.owner, len(record.shape), record.owner_classes)
         rules_for_kind = candidates.get(kind)
         if rules_for_kind is None:
@@ -75,13 +78,14 @@ def first_match(records: Sequence[TensorRecord], rules: Sequence[Rule]) -> list[
     if unmatched:
         raise UserError(
             f"no rule matches {len(unmatched)} trained tensor{'s'[: len(unmatched) > 1]}: {_some(unmatched)}. "
-            "Add a rule that does, or end loraplus.rules with one without conditions: `rest: {}` takes whatever is left"
+            "Add a rule that matches, or end loraplus.rules with a rule without conditions: `rest: {}` matches all "
+            "other tensors"
         )
     return winners
 
 
 def check_rate(value: Any, what: str, *, zero: bool = False) -> float:
-    """Return `value` as a float if it is finite and above 0 (with `zero`, also 0).
+    """Return `value` as a float if it is finite and above 0; with `zero`, 0 is also valid.
 
     Raises UserError otherwise.
     """
@@ -91,9 +95,9 @@ def check_rate(value: Any, what: str, *, zero: bool = False) -> float:
 
 
 def groups_of(rules: Sequence[Rule], *, lr: float, weight_decay: float) -> list[Group]:
-    """Return the groups that the rules name, still empty, in their final order.
+    """Return the rules' groups, without tensors, in their final order.
 
-    Raises UserError for two rules of one group that disagree.
+    Raises UserError if two rules of one group have different settings.
     """
     found: dict[str, Group] = {}
     first_rule: dict[str, str] = {}
@@ -104,15 +108,16 @@ def groups_of(rules: Sequence[Rule], *, lr: float, weight_decay: float) -> list[
             found[rule.group], first_rule[rule.group] = group, rule.name
         elif found[rule.group] != group:
             raise UserError(
-                f"rules '{first_rule[rule.group]}' and '{rule.name}' share group '{rule.group}' but disagree: "
-                f"{_spell(found[rule.group])} against {_spell(group)}. Give one of them its own (`group:`)"
+                f"rules '{first_rule[rule.group]}' and '{rule.name}' share group '{rule.group}' but have different "
+                f"settings: {_spell(found[rule.group])} and {_spell(group)}. Give one of the rules another group "
+                "(`group:`)"
             )
     documented = [name for name in GROUP_ORDER if name in found]
     return [found[name] for name in [*documented, *(name for name in found if name not in GROUP_ORDER)]]
 
 
 def plan_of(records: Sequence[TensorRecord], winners: Sequence[Rule], groups: Sequence[Group]) -> Plan:
-    """Return the plan of the `groups`, each filled with the records that its rules won."""
+    """Return the plan: each group gets the records for which one of its rules came first."""
     members: dict[str, list[tuple[TensorRecord, Rule]]] = {group.name: [] for group in groups}
     for record, rule in zip(records, winners, strict=True):
         members[rule.group].append((record, rule))
@@ -129,23 +134,23 @@ def plan_of(records: Sequence[TensorRecord], winners: Sequence[Rule], groups: Se
 
 
 def _check_extra_rules(extra: Sequence[Rule], winners: Sequence[Rule], records: Sequence[TensorRecord]) -> None:
-    """Raise UserError for an extra rule that wins no tensor."""
+    """Raise UserError for an extra rule that gets no tensor."""
     used = {id(rule) for rule in winners}
     for rule in extra:
         if id(rule) in used or rule.allow_unmatched:
             continue
         why = "no trained tensor matches it"
         if any(rule.matches(record) for record in records):
-            why = "every tensor that it matches is taken by an extra rule ahead of it"
+            why = "each tensor that it matches is also matched by an earlier extra rule"
         examples = _some([record.name for record in records])
         raise UserError(
-            f"loraplus.extra_rules.{rule.name} ({rule.conditions()}) does nothing: {why}. Trained are {examples}. "
-            "Mend or remove the rule, or say `allow_unmatched: true` in it"
+            f"loraplus.extra_rules.{rule.name} ({rule.conditions()}) has no effect: {why}. Trained tensors are "
+            f"{examples}. Correct or remove the rule, or add `allow_unmatched: true` to it"
         )
 
 
 def _check_ratio(rules: Sequence[Rule], winners: Sequence[Rule], records: Sequence[TensorRecord]) -> None:
-    """Raise UserError for a ratio that all tensors of the adapter get, or none of them."""
+    """Raise UserError for a ratio that either all tensors of the adapter get, or none."""
     meant = [rule.ratio for rule in rules if rule.ratio != 1]
     ratios = {rule.ratio for record, rule in zip(records, winners, strict=True) if _belongs_to_the_pair(record)}
     if not meant or len(ratios) > 1:
@@ -153,21 +158,22 @@ def _check_ratio(rules: Sequence[Rule], winners: Sequence[Rule], records: Sequen
     if not ratios:
         why = "no tensor of a LoRA-like adapter is trained"
     elif ratios == {1}:
-        why = "no tensor of the adapter gets it"
+        why = "no tensor of the adapter gets the ratio"
     else:
-        why = "every tensor of the adapter gets it, so it only raises the rate of them all"
+        why = "every tensor of the adapter gets the ratio, so it only changes the rate of all of them"
     roles = sorted({record.role for record in records})
     raise UserError(
-        f"the LoRA+ ratio {meant[0]:g} does nothing here: {why} (trained roles: {', '.join(roles)}). "
-        "Use loraplus=none for one rate, loraplus=roles for adapters that `default` doesn't split (VeRA), "
-        "a LoRA adapter on more than embeddings, or ratio 1"
+        f"the LoRA+ ratio {meant[0]:g} has no effect here: {why} (trained roles: {', '.join(roles)}). "
+        "Use loraplus=none for one rate, loraplus=roles for an adapter whose factors `default` doesn't separate "
+        "(VeRA), a LoRA adapter on more than embeddings, or ratio 1"
     )
 
 
 def _belongs_to_the_pair(record: TensorRecord) -> bool:
     if record.adapter is None or record.role in FROM_THE_BASE_MODEL:
         return False
-    # Matrices of an unknown PEFT method may be a pair that a rule separates; its vectors (DeLoRA's lambda) never are.
+    # Two matrices of an unknown PEFT method may be a pair of factors with different rates. Its vectors (DeLoRA's
+    # lambda) are not.
     return record.role != "other" or record.ndim > 1
 
 

@@ -1,7 +1,7 @@
-"""Memory of training: weights, adapter, gradients and optimizer state. Activations are not included.
+"""Memory of training: weights, adapter, gradients and optimizer state, without activations.
 
-The optimizer's state is measured, not assumed: the run's own optimizer class takes one step on stand-ins of the trained
-tensors' shapes.
+The optimizer's state is measured: the run's optimizer class takes one step on stand-ins with the trained tensors'
+shapes.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ LARGEST_STAND_IN = 2**21  # numbers; a larger tensor's stand-in has only its fir
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. `optimizer` is None where the optimizer's state could not be measured."""
+    """Memory in bytes. `optimizer` is None if the optimizer's state could not be measured."""
 
-    weights: int  # frozen, as loaded
+    weights: int  # frozen weights, in the dtype in which they are loaded
     adapter: int  # trained tensors
-    gradients: int  # of those
+    gradients: int  # gradients of the trained tensors
     optimizer: int | None
 
     @property
     def total(self) -> int:
-        """All parts together."""
+        """The sum of all parts."""
         return self.weights + self.adapter + self.gradients + (self.optimizer or 0)
 
 
 def estimate(model: nn.Module, plan: Plan, quantization: Mapping[str, Any] | None = None) -> Memory:
-    """Estimate the memory of training `model` by `plan`, whose state is measured.
+    """Estimate the memory of training `model` by `plan`. The plan's optimizer state must be measured.
 
     The model may be on the meta device. `quantization` holds BitsAndBytesConfig's `load_in_4bit`, `load_in_8bit` and
     `bnb_4bit_use_double_quant`.
@@ -57,9 +57,9 @@ def estimate(model: nn.Module, plan: Plan, quantization: Mapping[str, Any] | Non
 
 
 def measure_state(plan: Plan, settings: LoraPlus) -> Plan:
-    """Return `plan` with the size of each tensor's optimizer state.
+    """Return `plan` with the measured size of each tensor's optimizer state.
 
-    The sizes stay None for an optimizer class that steps on GPUs only.
+    The sizes stay None for an optimizer class that can only step on a GPU.
     """
     # One stand-in for each kind of tensor of a group: equal shapes have equal states.
     records = {_kind(tensor): tensor.record for tensor in plan.tensors}
@@ -93,9 +93,9 @@ def _stand_in(record: TensorRecord) -> nn.Parameter:
 
 
 def _bounded(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return `shape` with fewer rows where it has too many numbers.
+    """Return `shape`, with fewer rows if it has too many elements.
 
-    The bound is far above bitsandbytes' own `min_8bit_size`, so the state keeps its bits.
+    The limit is far above bitsandbytes' `min_8bit_size`, so the state's number of bits stays the same.
     """
     numbers = math.prod(shape)
     if numbers <= LARGEST_STAND_IN or not shape:
@@ -104,7 +104,7 @@ def _bounded(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _state_size(state: Mapping[str, Any], stand_in: nn.Parameter, numel: int) -> StateSize:
-    """Return the size of a tensor's state, scaled from its stand-in to its `numel` numbers."""
+    """Return the size of a tensor's state, scaled from the stand-in's size to `numel` elements."""
     numbers = stand_in.numel()
     # bitsandbytes' quantisation maps (qmap1, qmap2) are one tensor for all parameters
     tensors = [x for name, x in state.items() if isinstance(x, torch.Tensor) and not name.startswith("qmap")]
@@ -127,7 +127,7 @@ def _frozen_bytes(model: nn.Module, quantization: Mapping[str, Any]) -> int:
 
 
 def _quantized_weights(model: nn.Module, quantization: Mapping[str, Any]) -> set[int]:
-    """Return the ids of the weights that bitsandbytes replaces: all linear layers but the output layer."""
+    """Return the ids of the weights that bitsandbytes quantises: all linear layers except the output layer."""
     if not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         return set()
     output = getattr(model, "get_output_embeddings", lambda: None)()

@@ -1,4 +1,7 @@
-"""Build optimizers from parameter groups, among them the drop-in for PEFT's LoRA+ function."""
+"""Optimizers built from parameter groups.
+
+One of the functions is a drop-in for PEFT's `create_loraplus_optimizer`.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +34,16 @@ def create_loraplus_optimizer(
 ) -> Optimizer:
     """Return a LoRA+ optimizer: lora_A trains at `lr`, lora_B at `lr` x `loraplus_lr_ratio`.
 
-    A drop-in for `peft.optimizers.create_loraplus_optimizer` (LoRA+, arXiv 2402.12354): the same four groups in the
-    same order (A, embedding, B, B without decay), empty ones too. Four things differ. Norm weights of every kind don't
-    decay; PEFT knows `nn.LayerNorm` only. bitsandbytes' 8-bit optimizers really keep 32-bit state for trained embedding
-    tensors, and only for this optimizer. lora_B is known by the layer that owns it, not by its name. `weight_decay=`,
-    which PEFT silently ignores, counts as `loraplus_weight_decay`.
+    A drop-in for `peft.optimizers.create_loraplus_optimizer` (LoRA+, arXiv 2402.12354). It has the same four groups in
+    the same order (A, embedding, B, B without decay), also if a group is empty. Four things differ. Norm weights of
+    every kind don't decay; PEFT excludes only `nn.LayerNorm`. bitsandbytes' 8-bit optimizers keep 32-bit state for
+    trained embedding tensors, and other optimizers are not affected. A lora_B is found by the layer that owns it, not
+    by its name. `weight_decay=` is used as `loraplus_weight_decay`; PEFT silently ignores it.
 
-    `lr` is eta_A, `loraplus_lr_ratio` eta_B / eta_A, `loraplus_lr_embedding` the rate of the factors of a LoRA
-    embedding, `loraplus_weight_decay` (0.0) the decay of the first three groups. All other arguments go to
-    `optimizer_cls`. Raises UserError (a ValueError) for a rate or ratio that isn't finite and above 0. Warns of a model
-    without an adapter.
+    `lr` is eta_A, and `loraplus_lr_ratio` is eta_B / eta_A. `loraplus_lr_embedding` is the rate of a LoRA embedding's
+    factors, and `loraplus_weight_decay` (0.0) is the decay of the first three groups. All other arguments are passed to
+    `optimizer_cls`. Raises UserError (a ValueError) for a rate or ratio that isn't finite and above 0. Warns if the
+    model has no adapter.
     """
     check_rate(lr, "lr")
     check_rate(loraplus_lr_ratio, "loraplus_lr_ratio")
@@ -50,7 +53,8 @@ def create_loraplus_optimizer(
     records, parameters = trained_tensors(model)
     if all(record.adapter is None for record in records):
         warnings.warn(
-            "the model has no adapter, so no tensor gets the LoRA+ ratio as a lora_B; add one first (get_peft_model)",
+            "the model has no adapter, so there is no lora_B to train at the LoRA+ ratio; add an adapter first "
+            "(get_peft_model)",
             stacklevel=2,
         )
     plan = plan_of(records, first_match(records, rules), groups_of(rules, lr=lr, weight_decay=decay))
@@ -65,11 +69,12 @@ def group_parameters(
     weight_decay: float = 0.0,
     extra_rules: Rules = (),
 ) -> list[dict[str, Any]]:
-    """Return parameter groups for an optimizer of your own.
+    """Return parameter groups that you can pass to any torch optimizer.
 
-    Each has `params`, `param_names`, `name`, `lr`, `weight_decay` and the rule's settings. `rules` are `Rule`s, such as
-    those of `preset_rules`, or a mapping as in the YAML files; `extra_rules` stand ahead of them. Raises UserError as
-    `grouping.assign` does. The groups say nothing about 8-bit state: `build_optimizer` sets that.
+    Each group has `params`, `param_names`, `name`, `lr`, `weight_decay` and the rule's settings. `rules` is a list of
+    `Rule`s, for example from `preset_rules`, or a mapping as in the YAML files. `extra_rules` come before `rules`. The
+    groups don't set the bits of 8-bit state; `build_optimizer` does. Raises UserError for the same reasons as
+    `grouping.assign`.
     """
     records, parameters = trained_tensors(model)
     extra = as_rules(extra_rules, "loraplus.extra_rules")
@@ -83,12 +88,12 @@ def build_optimizer(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
     kwargs: Mapping[str, Any],
 ) -> Optimizer:
-    """`optimizer_cls` over `groups`, each with its name and its parameters' names in it.
+    """Build an `optimizer_cls` with a torch parameter group for each of `groups`.
 
-    `named_parameters` may come from the wrapped model, as long as the names are the records'. `kwargs` are the
-    class's arguments; a `lr` and a `weight_decay` among them are its defaults, while each group has its own. Under
-    bitsandbytes' 8-bit classes trained embedding tensors keep 32-bit state. Raises UserError for a class that can't,
-    or for a setting that it doesn't have.
+    Each torch group also has its name and its parameters' names. `named_parameters` may come from a wrapped model if
+    the names are those of the records. `kwargs` are the class's arguments. With bitsandbytes' 8-bit classes, trained
+    embedding tensors keep 32-bit state. Raises UserError for a class that can't have a rate for each group, or that
+    doesn't have one of the settings.
     """
     problems = optimizer_problems(optimizer_cls, kwargs)
     problems += [problem for group in groups if (problem := unknown_setting(optimizer_cls, group))]
@@ -116,9 +121,9 @@ def build_optimizer(
 def torch_groups(
     groups: Iterable[Group], named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
 ) -> list[dict[str, Any]]:
-    """Return groups of records as torch parameter groups, matched by name.
+    """Return torch parameter groups for `groups`. Parameters are found by name.
 
-    Raises UserError for a name that no parameter has.
+    Raises UserError if no parameter has a record's name.
     """
     by_name = dict(named_parameters)
     try:
@@ -140,9 +145,9 @@ def torch_groups(
 
 
 def _drop_in_rules(*, ratio: float, lr_embedding: float) -> list[Rule]:
-    """Return PEFT's documented table as rules.
+    """Return the groups that PEFT documents as rules.
 
-    One-dimensional tensors train like lora_B; norms and biases among them don't decay.
+    One-dimensional tensors train at the rate of lora_B. Norms and biases don't decay.
     """
     undecayed = ("bias", "norm", "lora_B_bias")
     return [
@@ -173,13 +178,13 @@ def _muon_advice(optimizer_cls: type[Optimizer], groups: Sequence[Group]) -> str
         return ""
     others = [f"{record.name} ({record.ndim}-D)" for group in groups for record in group.records if record.ndim != 2]
     return (
-        f". Muon takes matrices only, and here it would also get {', '.join(others[:3])}: "
-        "use optimizer=adamw, or train matrices only"
+        f". Muon can only train matrices, but these tensors are also trained: {', '.join(others[:3])}. Use "
+        "optimizer=adamw, or train only matrices"
     )
 
 
 def _is_bitsandbytes(optimizer: Optimizer) -> bool:
-    """Return True if the optimizer's class derives from bitsandbytes' base class, which reads a manager."""
+    """Return True if the optimizer's class derives from bitsandbytes' base class."""
     if "bitsandbytes" not in sys.modules:
         return False
     from bitsandbytes.optim.optimizer import Optimizer8bit
@@ -188,18 +193,18 @@ def _is_bitsandbytes(optimizer: Optimizer) -> bool:
 
 
 def _keep_32bit_state(optimizer: Any, groups: Sequence[Group]) -> None:
-    """Make a bitsandbytes optimizer keep 32-bit state for trained embeddings. Call it before the first step.
+    """Make a bitsandbytes optimizer keep 32-bit state for trained embeddings.
 
-    Overrides in bitsandbytes' global manager no longer reach the optimizer.
+    Call this before the first step. After this call the optimizer ignores overrides in bitsandbytes' global manager.
     """
     from bitsandbytes.optim.optimizer import GlobalOptimManager
 
-    # A manager of its own. The global one goes by (group index, position), so that one job's overrides reach the first
-    # tensors of the next job, and it keeps modules registered with it alive.
-    manager: Any = GlobalOptimManager.__new__(GlobalOptimManager)  # its __init__ refuses: there is to be one only
+    # The optimizer gets its own manager. The global manager finds tensors by (group index, position), so it would apply
+    # one job's overrides to the first tensors of the next job. It also keeps registered modules alive.
+    manager: Any = GlobalOptimManager.__new__(GlobalOptimManager)  # a singleton's __init__ raises
     manager.initialize()
     names = {record.name for group in groups for record in group.records if record.trained_embedding}
-    # By position: a tensor's id changes when a trainer moves, shards or replaces it, its place in the groups doesn't.
+    # Tensors are found by their position in the groups. Their id changes when a trainer moves, shards or replaces them.
     manager.index2config = {
         (group_index, position): {"optim_bits": 32}
         for group_index, group in enumerate(optimizer.param_groups)

@@ -1,4 +1,4 @@
-"""Check that an optimizer class with its arguments can do LoRA+."""
+"""Checks that an optimizer class with its arguments can train with LoRA+."""
 
 from __future__ import annotations
 
@@ -12,39 +12,41 @@ from loraplus_hydra.errors import nearest
 from loraplus_hydra.loraplus.plan import Group
 from loraplus_hydra.loraplus.rules import RULE_KEYS
 
-OWN_RATE = "finds its rate itself, so a rate for each group, and with it the ratio, means nothing to it"
+OWN_RATE = "chooses its rate itself, so it ignores the groups' rates and the ratio"
 
 REFUSED: dict[str, str] = {
-    "LBFGS": "takes one parameter group only, so A and B can't have rates of their own",
-    "Rprop": "keeps a step size for each weight; lr is only where they start, and the schedule never reaches them",
-    "SparseAdam": "takes sparse gradients only; an adapter's are dense",
+    "LBFGS": "accepts only one parameter group, so A and B can't have different rates",
+    "Rprop": "has a step size for each weight; lr is only their start value, and the schedule doesn't change them",
+    "SparseAdam": "accepts only sparse gradients; an adapter's gradients are dense",
     **dict.fromkeys(("Prodigy", "DAdaptAdam", "DAdaptAdamW", "DAdaptAdaGrad", "DAdaptSGD"), OWN_RATE),
     **dict.fromkeys(("DAdaptLion", "DAdaptAdan", "DAdaptAdanIP"), OWN_RATE),
     **dict.fromkeys(("Lomo", "AdaLomo"), "updates during the backward pass, with one rate for all"),
 }
-"""Class name -> why its per-group rates don't hold."""
+"""Class name -> why the class can't train each group at its own rate."""
 
 TORCH_ADAFACTOR = (
     "torch's Adafactor scales each update by the parameter's own size, so lora_B, which starts at zero, hardly moves "
-    "(measured: B's update 0.08 of A's at ratio 8); use optimizer=adafactor: transformers', with scale_parameter false"
+    "(measured: B's update 0.08 of A's at ratio 8); use optimizer=adafactor, which is transformers' class with "
+    "scale_parameter=false"
 )
 TRANSFORMERS_ADAFACTOR: dict[str, str] = {
-    "relative_step": "sets its own rate from the step count, so no group's rate is used; say `relative_step: false`",
+    "relative_step": "computes the rate from the step count, so no group's rate is used; set `relative_step: false`",
     "scale_parameter": (
-        "scales each update by the parameter's own size, so lora_B, which starts at zero, hardly moves; "
-        "say `scale_parameter: false`"
+        "scales each update by the parameter's own size, so lora_B, which starts at zero, hardly moves; set "
+        "`scale_parameter: false`"
     ),
 }
 
 
 def optimizer_problems(cls: object, kwargs: Mapping[str, Any]) -> list[str]:
-    """Return the reasons why this class with these arguments can't be the optimizer, a sentence each.
+    """Return the reasons, one sentence each, why this class with these arguments can't be used.
 
-    `kwargs` are the arguments without the parameters. Nothing is built. Reasons: no Optimizer class; a class whose
-    rates per group don't hold; an argument that it doesn't take, with the nearest one that it does; a missing argument.
+    `kwargs` are the arguments without the parameters. No optimizer is built. Possible reasons: the class isn't a
+    subclass of Optimizer; it ignores the groups' own rates; it doesn't have an argument (the nearest valid name is
+    shown); an argument is missing.
     """
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
-        return [f"{_spell(cls)} is no subclass of torch.optim.Optimizer"]
+        return [f"{_spell(cls)} is not a subclass of torch.optim.Optimizer"]
     problems = [refusal] if (refusal := class_refusal(cls)) else []
     if "Adafactor" in [base.__name__ for base in cls.__mro__]:
         problems += _adafactor_problems(cls, kwargs)
@@ -52,26 +54,26 @@ def optimizer_problems(cls: object, kwargs: Mapping[str, Any]) -> list[str]:
 
 
 def class_refusal(cls: type) -> str:
-    """Return why no arguments make this optimizer class usable; empty if some do."""
+    """Return why this optimizer class can't be used with any arguments; empty if it can be used."""
     refused = [REFUSED[base.__name__] for base in cls.__mro__ if base.__name__ in REFUSED]
     return f"{cls.__name__} can't be used: it {refused[0]}" if refused else ""
 
 
 def takes(cls: type, argument: str) -> bool:
-    """Return True if the class's constructor has this argument, or takes any."""
+    """Return True if the class's constructor has this argument, or accepts any."""
     parameters, takes_any = _parameters(cls)
     return takes_any or argument in parameters
 
 
 def unknown_setting(cls: type, group: Group) -> str:
-    """Return the error in a group's settings for this class, empty if there is none."""
+    """Return the error in a group's settings for this class; empty if the settings are valid."""
     for key in group.settings:
         if not takes(cls, key):
             candidates = [*RULE_KEYS, *_parameters(cls)[0]]
             rule = ", ".join(group.rules) or group.name
             return f"rule {rule}: {cls.__name__} has no setting '{key}'{nearest(key, candidates)}"
     if group.weight_decay and not takes(cls, "weight_decay"):
-        return f"group {group.name}: {cls.__name__} has no weight decay, but {group.weight_decay:g} is asked for"
+        return f"group {group.name}: {cls.__name__} has no weight decay, but {group.weight_decay:g} is set"
     return ""
 
 
@@ -104,7 +106,7 @@ def _argument_problems(cls: type, kwargs: Mapping[str, Any]) -> list[str]:
 
 
 def _parameters(cls: type) -> tuple[dict[str, inspect.Parameter], bool]:
-    """Return the constructor's arguments after `params`, and True if it takes others by **kwargs."""
+    """Return the constructor's arguments after `params`, and True if it also has **kwargs."""
     found = list(inspect.signature(cls).parameters.values())
     named = [each for each in found if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
     return {each.name: each for each in named[1:]}, any(each.kind == each.VAR_KEYWORD for each in found)

@@ -1,4 +1,4 @@
-"""The roles of PEFT's tensors, and which of them start at zero."""
+"""The roles of PEFT's tensors, and the tensors that start at zero."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-ADAPTER_NAME = "default"  # PEFT's name for a model's first adapter, and so of every adapter that we train
-A_ZERO = "a_zero"  # adapter.init_lora_weights of the paper's Init[2], which PEFT doesn't have
+ADAPTER_NAME = "default"  # PEFT's name for a model's first adapter; every adapter that this program trains has it
+A_ZERO = "a_zero"  # value of adapter.init_lora_weights for the paper's Init[2], which PEFT doesn't have
 TRAINED = "trained"  # initialisation of an adapter that an earlier run trained
 
 ROLE_OF_ATTRIBUTE: dict[str, str] = {
@@ -18,13 +18,13 @@ ROLE_OF_ATTRIBUTE: dict[str, str] = {
     "lora_embedding_A": "lora_embedding_A",
     "lora_embedding_B": "lora_embedding_B",
     "lora_magnitude_vector": "magnitude",
-    # VeRA and PVeRA: frozen shared matrices, one trained vector on the input side (d) and one on the output side (b)
+    # VeRA and PVeRA: frozen shared matrices, one trained vector for the input (d) and one for the output (b)
     "vera_lambda_b": "vera_b",
     "vera_lambda_d": "vera_d",
     "pvera_lambda_b": "vera_b",
     "pvera_lambda_d": "vera_d",
-    # Methods whose update is linear in such a pair, with B zero at the start: the paper's argument holds as it does
-    # for LoRA
+    # Methods whose update is linear in such a pair and whose B starts at zero. The paper's argument for LoRA applies to
+    # them.
     "hira_A": "lora_A",
     "hira_B": "lora_B",
     "hira_embedding_A": "lora_embedding_A",
@@ -44,10 +44,10 @@ ROLE_OF_ATTRIBUTE: dict[str, str] = {
 """Attribute of a PEFT layer (one of its `adapter_layer_names`) -> role; any other attribute's tensors are `other`."""
 
 LAYER_ROLES: dict[str, dict[str, str]] = {
-    # The factors of P E Q under LoRA's names; E starts at zero.
+    # AdaLoRA's factors P E Q have LoRA's attribute names. E starts at zero.
     "peft.tuners.adalora.layer.AdaLoraLayer": {"lora_A": "adalora_A", "lora_B": "adalora_B", "lora_E": "adalora_E"},
 }
-"""Class of a PEFT layer -> roles of those of its attributes that mean something else than in ROLE_OF_ATTRIBUTE."""
+"""Class of a PEFT layer -> roles of its attributes that differ from ROLE_OF_ATTRIBUTE."""
 
 LORA_B_ROLES = ("lora_B", *(roles["lora_B"] for roles in LAYER_ROLES.values() if "lora_B" in roles))
 """Roles of the tensors that PEFT calls lora_B."""
@@ -61,7 +61,7 @@ ADAPTER_ROLES = tuple(
         ]
     )
 )
-"""Roles of an adapter's own tensors, whose start its config decides."""
+"""Roles of an adapter's own tensors. The adapter's config decides how they start."""
 
 FACTORS = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
 """Roles of the two factors of a LoRA update."""
@@ -75,15 +75,15 @@ _STARTS_AT_ZERO = {
     "adalora_A": False,
     "adalora_B": False,
 }
-"""Roles whose start depends only on whether PEFT initialises at all."""
+"""Roles whose start depends only on whether PEFT initialises the adapter."""
 
 
 def zero_start(role: str, initialisation: object) -> bool | None:
-    """Return True if a tensor starts at zero, by its role and its config's `init_lora_weights`.
+    """Return True if a tensor with this role starts at zero under this `init_lora_weights`.
 
-    `initialisation` may also be `A_ZERO` or `TRAINED`. Returns None where it is unknown: False (no initialisation)
-    usually means that the caller writes the factors later. Source: the `reset_*` and `*_init` methods of PEFT 0.21's
-    layers.
+    `initialisation` may also be `A_ZERO` or `TRAINED`. Returns None if the start is unknown. False (no initialisation)
+    usually means that the caller writes the factors later, so the start is unknown then, too. Source: the `reset_*` and
+    `*_init` methods of PEFT 0.21's layers.
     """
     if initialisation == TRAINED:
         return False if role in ADAPTER_ROLES else None
@@ -94,7 +94,8 @@ def zero_start(role: str, initialisation: object) -> bool | None:
     name = initialisation.lower() if isinstance(initialisation, str) else initialisation
     if name in ("mica", A_ZERO):
         return role in ("lora_A", "lora_embedding_A")
-    # On embeddings PEFT swaps the factors' starts: A is zero, B random. LoRA-GA falls back to that there.
+    # For embeddings PEFT exchanges the factors' starts: A is zero, B random. LoRA-GA also starts embeddings in this
+    # way.
     if role.startswith("lora_embedding_"):
         return role == "lora_embedding_A" if name in (True, "gaussian", "eva", "lora_ga") else None
     if name in (True, "gaussian", "eva"):
@@ -103,10 +104,10 @@ def zero_start(role: str, initialisation: object) -> bool | None:
 
 
 def note_initialisation(model: nn.Module, initialisation: str) -> None:
-    """Note on the model that its adapter's initialisation is `A_ZERO` or `TRAINED`."""
+    """Store on the model that its adapter's initialisation is `A_ZERO` or `TRAINED`."""
     model.adapter_initialisations = {ADAPTER_NAME: initialisation}  # type: ignore[assignment]
 
 
 def noted_initialisations(model: nn.Module) -> dict[str, str]:
-    """Return each adapter's noted initialisation; empty where PEFT's config holds it."""
+    """Return each adapter's initialisation that `note_initialisation` stored. All others are in PEFT's config."""
     return getattr(model, "adapter_initialisations", None) or {}

@@ -1,4 +1,4 @@
-"""The plan of the groups: every trained tensor with its rule and its parameter group."""
+"""The plan of training: every trained tensor with its rule and its parameter group."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Group:
 class StateSize:
     """Size of an optimizer's state for one tensor."""
 
-    bits: int  # of the widest state that has a value per number; 0 = the optimizer keeps none
+    bits: int  # bits of the widest state with a value for each element; 0 = the optimizer has no such state
     bytes: int
 
 
@@ -35,7 +35,7 @@ class PlannedTensor(NamedTuple):
     record: TensorRecord
     rule: Rule
     group: Group
-    state: StateSize | None = None  # None until measured (`memory.measure_state`), or where it can't be
+    state: StateSize | None = None  # None before `memory.measure_state`, or if the state can't be measured
 
     def reason(self) -> str:
         """Return the rule and its conditions as text."""
@@ -45,7 +45,7 @@ class PlannedTensor(NamedTuple):
         return f"rule {self.rule.name}: {conditions}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the entry of param_groups.json. Its keys are an interface."""
+        """Return the tensor's entry in param_groups.json. The keys are an interface."""
         return {
             "name": self.record.name,
             "role": self.record.role,
@@ -61,27 +61,28 @@ class PlannedTensor(NamedTuple):
 class Plan:
     """The rule and group of every trained tensor.
 
-    Made once a run by `grouping.assign`. Optimizer, table of rates, param_groups.json and `inspect` all read it.
+    `grouping.assign` makes it once for a run. The optimizer, the table of rates, param_groups.json and `inspect` use
+    it. The Trainer makes a new plan only if the trained tensors have changed since.
     """
 
     groups: tuple[Group, ...]
-    tensors: tuple[PlannedTensor, ...]  # group by group, in the order of the model's parameters
+    tensors: tuple[PlannedTensor, ...]  # sorted by group, then in the order of the model's parameters
 
     @property
     def records(self) -> list[TensorRecord]:
-        """The trained tensors, group by group."""
+        """The records of the trained tensors, sorted by group."""
         return [tensor.record for tensor in self.tensors]
 
     @property
     def largest_ratio(self) -> float:
-        """The LoRA+ ratio in force: the one furthest from 1 among the rules that matched."""
+        """The LoRA+ ratio of the run: of the ratios in rules that matched, the one furthest from 1."""
         ratios = {tensor.rule.ratio for tensor in self.tensors}
         return max(ratios, key=lambda ratio: max(ratio, 1 / ratio)) if ratios else 1.0
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table of rates: tensors alike in role, rule, group and optimizer state."""
+    """A row of the table of rates: tensors with the same role, rule, group and optimizer state."""
 
     role: str
     rule: str
@@ -94,7 +95,7 @@ class Row:
 
 
 def table_rows(plan: Plan) -> list[Row]:
-    """Return one row per distinct role, rule, group and state, in the order of first appearance."""
+    """Return one row for each combination of role, rule, group and state, in the order of first appearance."""
     collected: dict[tuple[str, str, str, int | None], list[PlannedTensor]] = {}
     for tensor in plan.tensors:
         bits = None if tensor.state is None else tensor.state.bits

@@ -20,9 +20,9 @@ _OPTIMIZER_LR = "optimizer.lr"
 def preset_rules(name: str = "default", *, lr: float | None = None, **values: float) -> list[Rule]:
     """Return the rules of a preset: `preset_rules("default", ratio=8)`.
 
-    `values` override the preset's own keys, such as `ratio` and `lr_embedding`. `lr` is the optimizer's rate, to which
-    `absolute` refers for `lr_A`. Raises UserError for a preset or a key that doesn't exist, or a rate that is not
-    finite and above 0.
+    `values` override the preset's own keys, such as `ratio` and `lr_embedding`. `lr` is the optimizer's rate; the
+    preset `absolute` uses it as the default of `lr_A`. Raises UserError for a preset or a key that doesn't exist, or a
+    rate that is not finite and above 0.
     """
     folder = config_folder() / "loraplus"
     presets = sorted(file.stem for file in folder.glob("*.yaml"))
@@ -41,11 +41,11 @@ def preset_rules(name: str = "default", *, lr: float | None = None, **values: fl
 
 
 def _resolved(node: Any, keys: Mapping[str, Any], preset: str) -> Any:
-    """Return `node` with each interpolation replaced by the value it refers to."""
+    """Return `node` with each interpolation replaced by its value."""
     if isinstance(node, dict):
         return {key: _resolved(value, keys, preset) for key, value in node.items()}
     if not isinstance(node, str) or not (reference := _REFERENCE.fullmatch(node)):
         return node
     if reference[1] == _OPTIMIZER_LR and _OPTIMIZER_LR not in keys:
-        raise UserError(f"preset '{preset}' refers to the optimizer's rate: give lr=...")
+        raise UserError(f"preset '{preset}' needs the optimizer's rate: pass lr=...")
     return _resolved(keys[reference[1]], keys, preset)

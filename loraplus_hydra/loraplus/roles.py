@@ -1,7 +1,7 @@
-"""Find a model's trained tensors and their roles.
+"""A model's trained tensors and their roles.
 
-A role follows from the PEFT layer that owns the tensor and the attribute that holds it, never from a name: an adapter
-may be called `my_lora_B`, a target `lora_Block`. Call this before anything wraps or shards the model: FSDP's flat
+A role is decided by the PEFT layer that owns the tensor and by the layer's attribute, never by a name: an adapter may
+be called `my_lora_B`, a target `lora_Block`. Find the roles before the model is wrapped or sharded, because FSDP's flat
 shards have neither owner nor shape.
 """
 
@@ -33,7 +33,7 @@ NORM_CLASS = re.compile(r"(layer|rms|batch|group|instance|scale)_?norm|norm_?(\d
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kind:
-    """Facts about a module's class that the walk needs."""
+    """Properties of a module's class, computed once for each class."""
 
     owner: str
     owner_classes: tuple[str, ...]
@@ -41,9 +41,9 @@ class _Kind:
     is_embedding: bool
     is_peft_layer: bool
     holds_copies: bool
-    """A `modules_to_save` wrapper, or LN-tuning's layer: copies of a module, one for each adapter."""
+    """True for a `modules_to_save` wrapper or LN-tuning's layer, which have a copy of a module for each adapter."""
     adapter_attributes: frozenset[str]
-    """The attributes of a PEFT layer that hold something for each adapter."""
+    """The attributes of a PEFT layer that are dictionaries with an entry for each adapter."""
     roles: Mapping[str, str]
     """Attribute of a PEFT layer -> role."""
 
@@ -53,39 +53,39 @@ class _Place:
     """A module's place in PEFT's structure."""
 
     tuner: _Kind | None = None
-    """The adapted layer, inside one of its PEFT layer's attributes; None in the base model and in copies of it."""
+    """The adapted layer, if the module is inside a PEFT layer's attribute; None in the base model and its copies."""
     role: str = "other"
     per_adapter: bool = False
-    """The next name below is the adapter's."""
+    """True if the child's name is the adapter's name."""
     adapter: str | None = None
     saved: bool = False
 
 
 _BASE = _Place()
-# Attributes of PEFT's layers that never hold a tensor, a container and a module for each layer.
+# Attributes of PEFT's layers that never contain a tensor. Skipping them saves a container and a module per layer.
 _DROPOUTS = frozenset({"lora_dropout", "vera_dropout"})
 
 
 def tensor_records(model: torch.nn.Module) -> list[TensorRecord]:
     """Return a record for each trained tensor of `model`, in the order of `named_parameters()`.
 
-    A tensor is trained if it requires a gradient, so a frozen reference adapter is left out. Takes one linear walk.
-    Works for models without PEFT and on the meta device. Raises UserError for a model that FSDP has flattened.
+    A tensor is trained if it requires a gradient, so a frozen reference adapter is omitted. The model may be without
+    PEFT, or on the meta device. Takes one pass over the modules. Raises UserError if FSDP has flattened the model.
     """
     return trained_tensors(model)[0]
 
 
 def trained_tensors(model: torch.nn.Module) -> tuple[list[TensorRecord], dict[str, torch.nn.Parameter]]:
-    """Return the records of `tensor_records`, and the parameter of each name in them."""
+    """Return the records of `tensor_records`, and each record's parameter by name."""
     records: list[TensorRecord] = []
     parameters: dict[str, torch.nn.Parameter] = {}
-    seen: set[int] = set()  # ids of `parameters`: what has several names counts once, by the first
-    # A model has few kinds of layers and many layers, so each of these is worked out once.
+    seen: set[int] = set()  # ids of `parameters`; a tensor with several names is collected once, under the first name
+    # A model has many layers of few kinds, so each of these is computed once per kind.
     kind_of, place_below = cache(_kind), cache(_place_below)
     pattern_of = cache(partial(_pattern, _initialisations(model)))
 
     def collect(prefix: str, module: Any, place: _Place) -> None:
-        """Collect a module's own trained tensors; `prefix` is its name."""
+        """Collect a module's own trained tensors; `prefix` is the module's name."""
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
@@ -96,9 +96,9 @@ def trained_tensors(model: torch.nn.Module) -> tuple[list[TensorRecord], dict[st
     def visit(prefix: str, module: Any, place: _Place) -> None:
         """Collect a module's own tensors, then its children's.
 
-        A large mixture of experts has half a million modules, most of them empty or frozen. So `_parameters` and
-        `_modules` are read as they are, since torch's iterators pass each tensor up through a generator a level; and a
-        frozen layer is left before its name is made.
+        A large mixture of experts has half a million modules, and most are empty or frozen. So `_parameters` and
+        `_modules` are read directly, because torch's iterators pass each tensor through one generator per level. A
+        frozen layer is skipped before its name is built.
         """
         if module._parameters:
             collect(prefix, module, place)
@@ -121,7 +121,7 @@ def trained_tensors(model: torch.nn.Module) -> tuple[list[TensorRecord], dict[st
 
 
 def _place_below(place: _Place, kind: _Kind, adapted: _Kind | None, name: str) -> _Place:
-    """Return the place of the child `name` of a module of this kind at `place`."""
+    """Return the place of the child `name`. Its parent has this `kind` and `place`."""
     if not kind.is_peft_layer:
         return _Place(place.tuner, place.role, adapter=name, saved=place.saved) if place.per_adapter else place
     if name == "base_layer":
@@ -134,23 +134,23 @@ def _place_below(place: _Place, kind: _Kind, adapted: _Kind | None, name: str) -
 
 
 def _record(name: str, parameter: torch.nn.Parameter, pattern: TensorRecord) -> TensorRecord:
-    """Return the record of a tensor: the shared `pattern` with the tensor's own name, shape and start."""
+    """Return a tensor's record: `pattern` with the tensor's own name, shape and start."""
     _, role, owner, _, adapter, dtype, trained_embedding, starts_at_zero, owner_classes = pattern
     if starts_at_zero is None and role in FACTORS and not parameter.is_meta:
-        starts_at_zero = not bool(parameter.detach().any())  # the config doesn't say, the values do
+        starts_at_zero = not bool(parameter.detach().any())  # unknown from the config, so the values decide
     shape = tuple(parameter.shape)
-    if shape == (0,):  # DeepSpeed ZeRO-3 keeps a part elsewhere, and the shape with it
+    if shape == (0,):  # DeepSpeed ZeRO-3 has moved the values and stores the shape in `ds_shape`
         shape = tuple(getattr(parameter, "ds_shape", shape))
     return TensorRecord(name, role, owner, shape, adapter, dtype, trained_embedding, starts_at_zero, owner_classes)
 
 
 def _pattern(inits: Mapping[str, object], name: str, dtype: torch.dtype, kind: _Kind, place: _Place) -> TensorRecord:
-    """Return the part of a record that equal layers share.
+    """Return the part of a record that all layers of one kind share.
 
-    It is computed once per kind of layer. A model has many layers of few kinds.
+    It is computed once per kind of layer, because a model has many layers of few kinds.
     """
     owner = place.tuner or kind
-    # In a ParameterDict the parameter's own name is the adapter's.
+    # In a ParameterDict the parameter's name is the adapter's name.
     adapter = name if place.per_adapter else place.adapter
     if place.tuner is None:
         role = _plain_role(name, kind, place)
@@ -175,8 +175,8 @@ def _pattern(inits: Mapping[str, object], name: str, dtype: torch.dtype, kind: _
 
 def _plain_role(name: str, kind: _Kind, place: _Place) -> str:
     words = name.split("_")
-    # `bias`, `in_proj_bias`, `bias_ih_l0`; not `relative_position_bias_table`, nor a module called `..._bias` with a
-    # weight
+    # Biases are `bias`, `in_proj_bias` and `bias_ih_l0`, but neither `relative_position_bias_table` nor a module called
+    # `..._bias` with a weight.
     if words[0] == "bias" or words[-1] == "bias":
         return "bias"
     if kind.is_norm:
@@ -185,7 +185,7 @@ def _plain_role(name: str, kind: _Kind, place: _Place) -> str:
 
 
 def _initialisations(model: torch.nn.Module) -> dict[str, object]:
-    """Return each adapter's initialisation: a noted one, or its config's `init_lora_weights`."""
+    """Return each adapter's initialisation: the stored one, or else the config's `init_lora_weights`."""
     found: dict[str, object] = {}
     module: Any = model
     for _ in range(4):  # trainer wrapper, PeftModel, tuner, base model
@@ -203,7 +203,7 @@ def _initialisations(model: torch.nn.Module) -> dict[str, object]:
 
 
 def _adapted_class(layer: Any) -> type:
-    """Return the class of the layer under a PEFT layer, however many PEFT layers are stacked."""
+    """Return the class of the layer below one or several stacked PEFT layers."""
     module = inner = layer
     while inner is not None:
         module = inner
@@ -214,7 +214,8 @@ def _adapted_class(layer: Any) -> type:
 def _kind(cls: type) -> _Kind:
     if cls.__name__ == "FullyShardedDataParallel":
         raise UserError(
-            "the model is already wrapped in FSDP, whose flat shards have no roles: make the groups before wrapping it"
+            "the model is already wrapped in FSDP, and its flat shards have no roles: make the groups before wrapping "
+            "the model"
         )
     tuner_layers, holders = _peft_classes()
     is_peft_layer = issubclass(cls, (*tuner_layers, *holders))
@@ -236,8 +237,8 @@ def _kind(cls: type) -> _Kind:
 
 
 def _peft_classes() -> tuple[tuple[type, ...], tuple[type, ...]]:
-    """Return PEFT's layer classes, and its wrapper classes that hold trained copies of modules."""
-    if "peft" not in sys.modules:  # then no layer of the model can be PEFT's
+    """Return PEFT's layer classes, and PEFT's wrapper classes for trained copies of modules."""
+    if "peft" not in sys.modules:  # without PEFT imported, no layer can be a PEFT layer
         return (), ()
     from peft.tuners.ln_tuning.layer import LNTuningLayer
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -1,4 +1,4 @@
-"""Rules that decide a tensor's rate, and the records of tensors that they match."""
+"""Rules that decide a tensor's rate, and the records of tensors."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ CONDITIONS = ("role", "pattern", "owner", "ndim")
 RATES = ("lr", "lr_mult", "ratio", "weight_decay")
 RULE_KEYS = (*CONDITIONS, *RATES, "group", "allow_unmatched")
 RESERVED = frozenset({"params", "name", "param_names", "initial_lr"})
-"""Keys of a torch parameter group that are not settings."""
+"""Keys of a torch parameter group that a rule can't set."""
 
 
 class TensorRecord(NamedTuple):
-    """Everything about a trained tensor that a rule can match.
+    """The properties of a trained tensor that a rule can match.
 
-    `owner` is the class of the layer that holds the tensor; for an adapter's tensor, of the adapted layer.
-    `owner_classes` also has its base classes and all full paths. `shape` is the shape before anything shards the model.
-    `trained_embedding` marks tensors for which 8-bit optimizers keep 32-bit state. `starts_at_zero` is None where it is
-    unknown.
+    `owner` is the class of the tensor's layer, or of the adapted layer for an adapter's tensor. `owner_classes` has
+    this class and its base classes, by name and by full path. `shape` is the shape before the model is sharded.
+    `trained_embedding` is True for tensors for which 8-bit optimizers keep 32-bit state. `starts_at_zero` is None if
+    the start is unknown.
     """
 
     name: str
@@ -54,11 +54,11 @@ class TensorRecord(NamedTuple):
 class Rule:
     """Conditions on tensors, and the rate and settings of the tensors that match.
 
-    A tensor matches if all conditions hold. A condition left empty always holds. `role`, `owner` and `ndim` are lists;
-    each holds if the tensor's own value is in the list. `pattern` holds if one of its regular expressions is found in
-    the tensor's name. `owner` also takes a base class of the owner, by name or full path. The rate is `lr`, or the
-    optimizer's lr x `lr_mult` x `ratio`, where `ratio` is LoRA+'s eta_B / eta_A. If `weight_decay` is None, the
-    optimizer's is used. `settings` are the optimizer's other arguments per group (`betas`, ...).
+    A tensor matches if all conditions are true. An empty condition is always true. `role`, `owner` and `ndim` are
+    lists; the tensor's own value must be in the list. `owner` may also be a base class of the tensor's layer, by name
+    or full path. `pattern` is a list of regular expressions; one of them must be found in the tensor's name. The rate
+    is `lr`, or the optimizer's lr x `lr_mult` x `ratio`, where `ratio` is LoRA+'s eta_B / eta_A. If `weight_decay` is
+    None, the optimizer's weight decay is used. `settings` are the optimizer's other arguments per group (`betas`, ...).
     """
 
     name: str
@@ -80,15 +80,15 @@ class Rule:
         object.__setattr__(self, "_patterns", tuple(re.compile(pattern) for pattern in self.pattern))
 
     def rate(self, base_lr: float) -> float:
-        """Return the learning rate of this rule's tensors for the optimizer's rate `base_lr`."""
+        """Return the learning rate of this rule's tensors; `base_lr` is the optimizer's rate."""
         return float(self.lr) if self.lr is not None else base_lr * self.lr_mult * self.ratio
 
     def matches(self, record: TensorRecord) -> bool:
-        """Return True if all conditions hold for this tensor."""
+        """Return True if this tensor meets all conditions."""
         return self.matches_kind(record) and self.matches_name(record.name)
 
     def matches_kind(self, record: TensorRecord) -> bool:
-        """Return True if the conditions on role, owner and ndim hold."""
+        """Return True if this tensor meets the conditions on role, owner and ndim."""
         if self.role and record.role not in self.role:
             return False
         if self.ndim and record.ndim not in self.ndim:
@@ -106,18 +106,18 @@ class Rule:
 
 
 Rules = Sequence[Rule] | Mapping[str, Any]
-"""Rules as `Rule`s, or as a mapping of the YAML files' form."""
+"""A list of `Rule`s, or a mapping as in the YAML files."""
 
 
 def as_rules(rules: Rules, where: str = "loraplus.rules") -> list[Rule]:
-    """Return `rules` as a list of `Rule`s. Raises ConfigErrors as `parse_rules` does."""
+    """Return `rules` as a list of `Rule`s. Raises ConfigErrors for the same reasons as `parse_rules`."""
     return parse_rules(rules, where) if isinstance(rules, Mapping) else list(rules)
 
 
 def parse_rules(rules: Mapping[str, Any], where: str = "loraplus.rules") -> list[Rule]:
-    """Return the rules of a mapping `name -> {condition or setting: value}`, in its order.
+    """Return the rules of a mapping `name -> {condition or setting: value}`, in the mapping's order.
 
-    A rule that is null is left out. Raises ConfigErrors with every error, each under its key below `where`.
+    A rule that is null is omitted. Raises ConfigErrors with all errors; each has its key, which begins with `where`.
     """
     if not isinstance(rules, Mapping):
         fix = "for instance {head: {pattern: score, lr: 1e-3}}"
@@ -132,8 +132,8 @@ def parse_rules(rules: Mapping[str, Any], where: str = "loraplus.rules") -> list
             fix = "for instance {pattern: score, lr: 1e-3}"
             problems.append(Problem(key, f"a rule is a mapping, got {keys!r}", fix))
             continue
-        # A null takes a condition or a setting away again: `loraplus.rules.groupB.weight_decay=null` on the command
-        # line. A rate that is null would be LoRA+ silently switched off.
+        # A null removes a condition or a setting: `loraplus.rules.groupB.weight_decay=null` on the command line. A null
+        # rate is an error, because it would silently switch LoRA+ off.
         present = {
             str(item): value for item, value in keys.items() if value is not None or item in ("lr", "lr_mult", "ratio")
         }
@@ -163,7 +163,9 @@ def _problems(keys: Mapping[str, Any], where: str) -> list[Problem]:
     ]
     if "lr" in keys:
         problems += [
-            Problem(f"{where}.{key}", "stands beside `lr`, which is the whole rate", f"keep either `lr` or `{key}`")
+            Problem(
+                f"{where}.{key}", "can't be combined with `lr`, which is the whole rate", f"keep either `lr` or `{key}`"
+            )
             for key in ("lr_mult", "ratio")
             if key in keys
         ]
@@ -172,7 +174,7 @@ def _problems(keys: Mapping[str, Any], where: str) -> list[Problem]:
     if "allow_unmatched" in keys and not isinstance(keys["allow_unmatched"], bool):
         problems.append(Problem(f"{where}.allow_unmatched", f"must be true or false, got {keys['allow_unmatched']!r}"))
     problems += [
-        Problem(f"{where}.{key}", "is set by the optimizer itself, no rule can", f"use one of {', '.join(RULE_KEYS)}")
+        Problem(f"{where}.{key}", "is set by the optimizer itself, not by a rule", f"use one of {', '.join(RULE_KEYS)}")
         for key in keys
         if key in RESERVED
     ]
@@ -187,7 +189,7 @@ def _condition_problems(key: str, value: Any, where: str) -> list[Problem]:
     wrong = [item for item in values if not (fits(item, int) and item >= 0 if key == "ndim" else fits(item, str))]
     if wrong:
         kind = "a whole number, 0 or more" if key == "ndim" else "text"
-        return [Problem(key_path, f"must be {kind} or a list of such, got {wrong[0]!r}")]
+        return [Problem(key_path, f"must be {kind}, or a list of such values, got {wrong[0]!r}")]
     if key == "role":
         return [
             Problem(key_path, f"there is no role '{item}'{nearest(item, ROLES)}", f"the roles are {', '.join(ROLES)}")
@@ -201,13 +203,13 @@ def _pattern_problems(pattern: str, key_path: str) -> list[Problem]:
     try:
         re.compile(pattern)
     except re.error as error:
-        fix = r"a dot is written \. and a bracket \["
-        return [Problem(key_path, f"{pattern!r} is no regular expression ({error})", fix)]
+        fix = r"write a dot as \. and a bracket as \["
+        return [Problem(key_path, f"{pattern!r} is not a regular expression ({error})", fix)]
     return []
 
 
 def rate_error(value: Any, *, zero: bool) -> str:
-    """Return the error in a rate; empty if it is finite and above 0 (with `zero`, also 0)."""
+    """Return the error in a rate. It is valid if it is finite and above 0 (with `zero`, also 0)."""
     if not fits(value, float):
         return f"must be a number, got {value!r}"
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
@@ -220,6 +222,6 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return lists from YAML as tuples, like the optimizers' own defaults (`betas`)."""
+    """Return lists from YAML as tuples, because optimizers expect tuples (`betas`)."""
     is_list = isinstance(value, Sequence) and not isinstance(value, str)
     return tuple(map(_plain, value)) if is_list else value

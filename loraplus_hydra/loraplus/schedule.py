@@ -16,15 +16,15 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from loraplus_hydra.errors import UserError, nearest
 
 TOLERANCE = 1e-6
-"""Relative difference of two groups' factors that still counts as the same: rates are computed in double precision."""
+"""The largest relative difference at which two groups' factors are equal. Rates have double precision."""
 
 INSTEAD: dict[str, str] = {
-    "OneCycleLR": "Its scalar max_lr is one rate for all groups; use scheduler=one_cycle, or give max_lr as a list",
-    "CosineAnnealingLR": "Its eta_min is one floor for all groups; scheduler=cosine_with_min_lr has a share of each",
-    "CosineAnnealingWarmRestarts": "Its eta_min is one floor for all groups; leave it at 0",
-    "CyclicLR": "Its base_lr and max_lr are the same for all groups; give lists, or use scheduler=one_cycle",
+    "OneCycleLR": "A single max_lr is one rate for all groups; use scheduler=one_cycle, or set max_lr to a list",
+    "CosineAnnealingLR": "eta_min is one smallest rate for all groups; use scheduler=cosine_with_min_lr",
+    "CosineAnnealingWarmRestarts": "eta_min is the same smallest rate for all groups; leave it at 0",
+    "CyclicLR": "base_lr and max_lr are the same for all groups; set them to lists, or use scheduler=one_cycle",
 }
-"""Schedule class -> what to use in its place."""
+"""Schedule class -> advice on what to use instead."""
 _ONE_FACTOR = (
     "Use one that multiplies every rate by the same factor: scheduler=linear, cosine, cosine_with_min_lr, wsd, ..."
 )
@@ -33,16 +33,16 @@ _ONE_FACTOR = (
 def build_schedule(
     factory: Callable[..., Any], optimizer: Optimizer, *, num_training_steps: int, kwargs: Mapping[str, Any]
 ) -> LRScheduler:
-    """Build the schedule `factory(optimizer, ...)` after a dry run has shown that it keeps the ratio.
+    """Build the schedule `factory(optimizer, ...)`. First a dry run checks that it keeps the ratio.
 
     `factory` is any callable that returns an LRScheduler: a `transformers.get_..._schedule...` function, a class of
     `torch.optim.lr_scheduler`, or your own function. In `kwargs`, `num_warmup_steps` (steps) or `warmup_ratio` (share
-    of the training steps, rounded up) set the warm-up, `num_decay_steps` or `decay_ratio` the decay; the others go to
-    `factory` unchanged. The number of training steps goes to its `num_training_steps`, `total_steps` or `T_max`, if it
-    has one.
+    of the training steps, rounded up) set the warm-up; `num_decay_steps` or `decay_ratio` set the decay. Other
+    arguments are passed to `factory` unchanged. If `factory` has a parameter `num_training_steps`, `total_steps` or
+    `T_max`, it gets the number of training steps.
 
-    Raises UserError: an argument that `factory` doesn't take or refuses; a schedule that reacts to the loss; a ratio
-    that changes, with the step and the rates. `optimizer` is only changed when all is well.
+    Raises UserError if `factory` doesn't have or refuses an argument, if the schedule reacts to the loss, or if the
+    ratio changes (the message has the step and the rates). After an error, `optimizer` is unchanged.
     """
     arguments = _arguments(factory, num_training_steps, kwargs)
     rehearsal = _call(factory, _stand_in(optimizer), arguments)
@@ -51,8 +51,10 @@ def build_schedule(
 
 
 def named_schedule(name: str) -> Callable[..., Any]:
-    """Return the schedule of a name: transformers' `lr_scheduler_type`, or `wsd` or `one_cycle`."""
-    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION  # not needed by those who pass a function
+    """Return the schedule with this name: a `lr_scheduler_type` of transformers, `wsd` or `one_cycle`."""
+    from transformers.optimization import (
+        TYPE_TO_SCHEDULER_FUNCTION,
+    )  # takes seconds; only names need it
 
     known: dict[str, Callable[..., Any]] = {kind.value: each for kind, each in TYPE_TO_SCHEDULER_FUNCTION.items()}
     known |= {"wsd": known["warmup_stable_decay"], "one_cycle": one_cycle}
@@ -71,9 +73,9 @@ def one_cycle(
 ) -> LRScheduler:
     """Return one cycle with each group's own rate as its peak.
 
-    The shape of torch's `OneCycleLR`, whose `max_lr` is one for all groups. Rises along a cosine from rate /
-    `div_factor` over the first `pct_start` of the steps, then falls along one to rate / `div_factor` /
-    `final_div_factor`. Momentum stays unchanged. Source: arXiv 1708.07120.
+    The shape is that of torch's `OneCycleLR`, which has the same `max_lr` for all groups. Over the first `pct_start` of
+    the steps (a share), the rate rises from rate / `div_factor` along a cosine. Then it falls along a cosine to rate /
+    `div_factor` / `final_div_factor`. Momentum stays unchanged. Source: arXiv 1708.07120.
     """
     if not 0 <= pct_start <= 1:
         raise ValueError(f"pct_start is a share of the steps, from 0 to 1, got {pct_start}")
@@ -108,14 +110,14 @@ def _arguments(factory: Callable[..., Any], steps: int, kwargs: Mapping[str, Any
             given[what] = length
         elif length:
             raise UserError(
-                f"{name} has no {what}, so neither `{what}` nor `{share}` can be set; "
+                f"{name} has no argument {what}, so neither `{what}` nor `{share}` can be set; "
                 "use scheduler=linear, cosine or wsd"
             )
         left -= length
     if left < 0 and "num_decay_steps" in parameters:
         raise UserError(
             f"{name}: {given['num_warmup_steps']} steps of warm-up and {given['num_decay_steps']} of decay are more "
-            f"than the {steps} there are"
+            f"than the run's {steps} steps"
         )
     unknown = [key for key in given if key not in parameters and not takes_any]
     if unknown:
@@ -126,7 +128,7 @@ def _arguments(factory: Callable[..., Any], steps: int, kwargs: Mapping[str, Any
     if "num_training_steps" in parameters:
         given.setdefault("num_training_steps", steps)
     if "total_steps" in parameters and "epochs" not in given:
-        given.setdefault("total_steps", steps + 1)  # the Trainer steps once more than torch counts
+        given.setdefault("total_steps", steps + 1)  # the Trainer steps the schedule once more than torch allows
     if "T_max" in parameters:
         given.setdefault("T_max", steps)
     return given
@@ -139,17 +141,19 @@ def _length(given: dict[str, Any], what: str, share: str, steps: int, left: int)
             raise UserError(f"scheduler.{key} must be a number, 0 or more, got {value!r}")
     if absolute and ratio:
         raise UserError(
-            f"scheduler.{what}={absolute} and scheduler.{share}={ratio} say the same thing twice: set one of them to 0"
+            f"scheduler.{what}={absolute} and scheduler.{share}={ratio} set the same thing twice: set one of them to 0"
         )
     if ratio > 1:
         raise UserError(
-            f"scheduler.{share} is a share of all steps, from 0 to 1, got {ratio}; steps are set by scheduler.{what}"
+            f"scheduler.{share} is a share of all steps, from 0 to 1, got {ratio}; to give a number of steps, use "
+            f"scheduler.{what}"
         )
     if absolute != int(absolute):
         raise UserError(
-            f"scheduler.{what} counts steps, got {absolute}; a share of all steps is set by scheduler.{share}"
+            f"scheduler.{what} is a number of steps, got {absolute}; to give a share of all steps, use "
+            f"scheduler.{share}"
         )
-    # A share never takes the last step: in a run of one step, a rate of 0 would train nothing.
+    # A share never includes the last step. Otherwise a run of one step would train at a rate of 0.
     return int(absolute) if absolute else max(0, min(math.ceil(steps * ratio), left - 1))
 
 
@@ -158,21 +162,22 @@ def _call(factory: Callable[..., Any], optimizer: Optimizer, arguments: Mapping[
         schedule = factory(optimizer, **arguments)
     except (TypeError, ValueError, AssertionError) as error:
         spelled = ", ".join(f"{key}={value}" for key, value in arguments.items())
-        raise UserError(f"{_name(factory)} refuses its arguments ({spelled}): {error}") from error
+        raise UserError(f"{_name(factory)} refuses the arguments {spelled}: {error}") from error
     if isinstance(schedule, ReduceLROnPlateau) or (not isinstance(schedule, LRScheduler) and hasattr(schedule, "step")):
         raise UserError(
-            f"{_name(factory)} reacts to the loss, with limits that are the same for all groups, so nobody can say "
-            "beforehand that it keeps the ratio; use scheduler=linear, cosine, wsd or another that counts steps"
+            f"{_name(factory)} reacts to the loss, with the same limits for all groups, so it is not known in advance "
+            "that it keeps the ratio; use scheduler=linear, cosine, wsd or another schedule that depends only on the "
+            "step"
         )
     if not isinstance(schedule, LRScheduler):
         raise UserError(
-            f"{_name(factory)} gives {type(schedule).__name__}, which is no torch.optim.lr_scheduler.LRScheduler"
+            f"{_name(factory)} returns {type(schedule).__name__}, which is not a torch.optim.lr_scheduler.LRScheduler"
         )
     return schedule
 
 
 class _StandIn(Optimizer):
-    """Groups, rates and defaults of another optimizer without its parameters, for a dry run."""
+    """An optimizer with another optimizer's groups, rates and defaults, but without its parameters, for a dry run."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         return None
@@ -192,7 +197,8 @@ def _stand_in(optimizer: Optimizer) -> Optimizer:
 
 def _check_ratio(factory: Callable[..., Any], schedule: LRScheduler, optimizer: Optimizer, steps: int) -> None:
     if type(schedule) is LambdaLR and len({id(function) for function in schedule.lr_lambdas}) == 1:
-        # One factor for all groups, by construction; only that there is one at every step is left to see.
+        # A LambdaLR has one factor for all groups by construction, so only the existence of a factor at every step is
+        # checked.
         function = schedule.lr_lambdas[0]
         for step in range(steps + 1):
             _at(factory, step, function, step)
@@ -201,11 +207,12 @@ def _check_ratio(factory: Callable[..., Any], schedule: LRScheduler, optimizer: 
     names = [group.get("name", f"group {index}") for index, group in enumerate(optimizer.param_groups)]
     largest = max(range(len(base)), key=base.__getitem__)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the order of steps, in a rehearsal
+        warnings.simplefilter("ignore")  # torch warns about the order of steps, which is irrelevant in a dry run
         for step in range(steps + 1):
             rates = [float(group["lr"]) for group in schedule.optimizer.param_groups]
             for index, rate in enumerate(rates):
-                # Both sides are a rate times a rate, so a difference counts relative to them; zero has to meet zero.
+                # Both sides are products of two rates, so their difference is compared relative to them. If one is
+                # zero, both must be zero.
                 if not math.isclose(rate * base[largest], rates[largest] * base[index], rel_tol=TOLERANCE, abs_tol=0.0):
                     pair = ((names[each], base[each], rates[each]) for each in (index, largest))
                     raise UserError(_broken(_name(factory), step, *pair))
@@ -219,15 +226,16 @@ def _at(factory: Callable[..., Any], step: int, call: Callable[..., Any], *argum
         call(*arguments)
     except (ArithmeticError, ValueError) as error:
         raise UserError(
-            f"{_name(factory)} has no rate for step {step}: {error}; change its arguments, or the number of steps"
+            f"{_name(factory)} fails at step {step}: {error}; change its arguments, or the number of steps"
         ) from error
 
 
 def _broken(schedule: str, step: int, one: tuple[str, float, float], other: tuple[str, float, float]) -> str:
-    """Return the message on two groups, each with its name, its own rate and its rate at the step."""
+    """Return the message about two groups, each given by name, set rate and rate at the step."""
     return (
-        f"{schedule} breaks the ratio between groups: {one[0]} and {other[0]} are set to {one[1]:g} and {other[1]:g}, "
-        f"but at step {step} they train at {one[2]:g} and {other[2]:g}. {INSTEAD.get(schedule, _ONE_FACTOR)}"
+        f"{schedule} doesn't keep the ratio between groups: the rates of {one[0]} and {other[0]} are set to {one[1]:g} "
+        f"and {other[1]:g}, but at step {step} they are {one[2]:g} and {other[2]:g}. "
+        f"{INSTEAD.get(schedule, _ONE_FACTOR)}"
     )
 
 

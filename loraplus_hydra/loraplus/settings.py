@@ -19,16 +19,18 @@ from loraplus_hydra.loraplus.schedule import named_schedule
 
 @dataclass(frozen=True, kw_only=True)
 class LoraPlus:
-    """Settings from which a Trainer makes its optimizer and schedule: `LoraPlus(lr=5e-5, ratio=8)`.
+    """Settings for a Trainer's optimizer and schedule: `LoraPlus(lr=5e-5, ratio=8)`.
 
-    `lr` is eta_A. The rules are those of `preset` with its `ratio` (eta_B / eta_A; None is the preset's own), or
-    `rules`, if they are given. `extra_rules` stand ahead of them (see `grouping.assign`). Rules are `Rule`s, or a
-    mapping as in the YAML files.
+    `lr` is eta_A. The rules are `rules` if given, otherwise those of `preset`. `ratio` (eta_B / eta_A) overrides the
+    preset's own ratio. `extra_rules` come before the other rules (see `grouping.assign`). Rules are a list of `Rule`s,
+    or a mapping as in the YAML files.
 
-    `schedule` is a name, or a callable that `schedule.build_schedule` accepts. None is the schedule of the Trainer's
-    own arguments (`lr_scheduler_type`, `warmup_steps`). Rate and weight decay are always the settings' own.
+    `schedule` is a name, or a callable that `schedule.build_schedule` accepts. With None, the Trainer's arguments
+    `lr_scheduler_type` and `warmup_steps` decide the schedule. Rate and weight decay are never taken from the Trainer's
+    arguments.
 
-    Raises UserError (a ValueError) for a preset, rule or schedule that doesn't exist, or a ratio beside `rules`.
+    Raises UserError (a ValueError) for a preset or schedule that doesn't exist, an invalid rule, or a ratio together
+    with `rules`.
     """
 
     lr: float
@@ -44,7 +46,7 @@ class LoraPlus:
 
     def __post_init__(self) -> None:
         if self.rules is not None and self.ratio is not None:
-            raise UserError("`ratio` is a preset's; with `rules` of your own, set the ratio of each rule")
+            raise UserError("`ratio` is only for a preset; with your own `rules`, set the ratio of each rule")
         values = {} if self.ratio is None else {"ratio": self.ratio}
         own = preset_rules(self.preset, lr=self.lr, **values) if self.rules is None else as_rules(self.rules)
         object.__setattr__(self, "rules", own)
@@ -53,7 +55,10 @@ class LoraPlus:
             object.__setattr__(self, "schedule", named_schedule(self.schedule))
 
     def plan(self, model: torch.nn.Module) -> Plan:
-        """Assign each trained tensor of `model` to its group. Raises UserError as `grouping.assign` does."""
+        """Return the plan: each trained tensor of `model` with its group.
+
+        Raises UserError for the same reasons as `grouping.assign`.
+        """
         assert self.rules is not None, "__post_init__ sets them"
         return assign(
             tensor_records(model),

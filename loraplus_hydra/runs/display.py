@@ -38,7 +38,7 @@ def show_config(config: Any) -> None:
 
 def show_rates(rows: Sequence[Row]) -> None:
     """Show the table of rates, one row per distinct role, rule, group and optimizer state."""
-    names = ("lr", "weight decay", "state bits", "tensors", "numbers")
+    names = ("lr", "weight decay", "state bits", "tensors", "parameters")
     cells = []
     for row in rows:
         bits = "?" if row.state_bits is None else str(row.state_bits or "none")

@@ -42,7 +42,7 @@ def card(run: FinishedRun, *, merged: bool, check: str = "") -> str:
         "\n".join(f"- {code(str(key))}: {_shown(value)}" for key, value in config["data"].items() if value is not None),
         "## LoRA+",
         "Each group of trained tensors had its own rate (at the schedule's peak):",
-        _table(("group", "lr", "weight decay", "tensors", "numbers"), _group_rows(groups)),
+        _table(("group", "lr", "weight decay", "tensors", "parameters"), _group_rows(groups)),
         "## Results",
         _table(("metric", "before training", "after training"), _metric_rows(run.result)),
         " ".join(_effort(run)),

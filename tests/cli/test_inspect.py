@@ -190,8 +190,8 @@ INIT_2 = [record("lora_A", True), record("lora_B", False)]
     [
         (INIT_1, 8, 125_000_000, None),
         (INIT_1, 4, 8_000_000_000, None),
-        (INIT_1, 16, 125_000_000, "found 4 to 8 there"),
-        (INIT_1, 8, 8_000_000_000, "2 to 4 for Llama-7b"),
+        (INIT_1, 16, 125_000_000, "for Init[1] is 4 to 8"),
+        (INIT_1, 8, 8_000_000_000, "for Llama-7b is 2 to 4"),
         (INIT_2, 16, 125_000_000, None),
         (INIT_2, 4, 125_000_000, "about 16"),
         (INIT_1, 1, 125_000_000, None),

@@ -114,7 +114,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "interpolation to nowhere": (["seed=${nowhere.at.all}"], ["seed", "leads nowhere"]),
     "unknown class": (["optimizer._target_=torch.optim.AdamX"], ["optimizer._target_", "did you mean 'Adam"]),
     "unknown package": (["optimizer._target_=tourch.optim.AdamW"], ["optimizer._target_", "no package 'tourch'"]),
-    "no class at all": (["optimizer._target_=adamw"], ["optimizer._target_", "no dotted path"]),
+    "no class at all": (["optimizer._target_=adamw"], ["optimizer._target_", "not a dotted path"]),
     "class that is no optimizer": (
         ["optimizer._target_=torch.nn.Linear"],
         ["optimizer", "Linear", "torch.optim.Optimizer"],
@@ -130,7 +130,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["+optimizer.beta=3"],
         ["optimizer", "no argument 'beta'", "did you mean 'betas'"],
     ),
-    "LBFGS": (["optimizer._target_=torch.optim.LBFGS"], ["LBFGS", "one parameter group only"]),
+    "LBFGS": (["optimizer._target_=torch.optim.LBFGS"], ["LBFGS", "only one parameter group"]),
     "torch's Adafactor": (["optimizer._target_=torch.optim.Adafactor"], ["Adafactor", "scales each update"]),
     "Adafactor with relative steps": (["optimizer=adafactor", "optimizer.relative_step=true"], ["relative_step"]),
     "second master of the rate": (
@@ -203,9 +203,9 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["+trainer.load_best_model_at_end=true", "trainer.eval_strategy=no"],
         ["trainer"],
     ),
-    "schedule that breaks the ratio": (
+    "schedule that changes the ratio": (
         ["scheduler._target_=torch.optim.lr_scheduler.OneCycleLR", "+scheduler.max_lr=0.1"],
-        ["scheduler", "breaks the ratio", "one_cycle"],
+        ["scheduler", "doesn't keep the ratio", "one_cycle"],
     ),
 }
 

@@ -320,15 +320,15 @@ FOUND: dict[str, tuple[list[str], str]] = {
     "number for a group's option, added": (["+optimizer=1_000"], "optimizer"),
     "package that isn't there": (
         ["model.path='pkg://nowhere/x'"],
-        "model.path: 'pkg://nowhere/x' is no folder of an installed Python package",
+        "model.path: 'pkg://nowhere/x' is not a folder of an installed Python package",
     ),
     "package without a name": (
         ["model.path='pkg://'"],
-        "model.path: 'pkg://' is no folder of an installed Python package",
+        "model.path: 'pkg://' is not a folder of an installed Python package",
     ),
     "module that is no package": (
         ["model.tokenizer='pkg://os/x'"],
-        "model.tokenizer: 'pkg://os/x' is no folder of an installed Python package",
+        "model.tokenizer: 'pkg://os/x' is not a folder of an installed Python package",
     ),
     "model without a name": (["model.path=''"], "model.path: '' is no name"),
     "model with too long a name": ([f"model.path={'x' * 5000}"], "File name too long"),

@@ -40,7 +40,7 @@ def test_keys_of_a_preset_reach_its_rules() -> None:
         ({"ration": 8}, "preset 'default' has no key 'ration' (did you mean 'ratio'?)"),
         ({"name": "none", "ratio": 8}, "preset 'none' has no key 'ratio'"),
         ({"ratio": 0}, "ratio must be finite and above 0"),
-        ({"name": "absolute"}, "preset 'absolute' refers to the optimizer's rate"),
+        ({"name": "absolute"}, "preset 'absolute' needs the optimizer's rate"),
     ],
 )
 def test_wrong_presets_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -75,7 +75,7 @@ def test_rules_are_taken_as_a_mapping_everywhere() -> None:
     [
         ({"preset": "rolse"}, "did you mean 'roles'?"),
         ({"schedule": "cosin"}, "there is no schedule 'cosin' (did you mean 'cosine'?)"),
-        ({"ratio": 4, "rules": {"all": {}}}, "`ratio` is a preset's"),
+        ({"ratio": 4, "rules": {"all": {}}}, "`ratio` is only for a preset"),
         ({"extra_rules": {"head": {"role": "lora_C"}}}, "there is no role 'lora_C'"),
     ],
 )

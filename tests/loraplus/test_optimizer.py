@@ -75,7 +75,7 @@ def test_decay_is_decoupled_in_both_8_bit_adams(name: str) -> None:
 def test_muon_says_which_tensors_are_no_matrices() -> None:
     model = with_lora(ConvNet(), target_modules=["conv2d", "head"])
     with pytest.raises(
-        UserError, match=r"Muon takes matrices only.*conv2d\.lora_A\.default\.weight \(4-D\).*optimizer=adamw"
+        UserError, match=r"Muon can only train matrices.*conv2d\.lora_A\.default\.weight \(4-D\).*optimizer=adamw"
     ):
         build(model, torch.optim.Muon)
 
@@ -101,18 +101,18 @@ class MyProdigy(Prodigy):
 @pytest.mark.parametrize(
     ("cls", "kwargs", "reason"),
     [
-        (torch.optim.LBFGS, {}, "LBFGS can't be used: it takes one parameter group only"),
+        (torch.optim.LBFGS, {}, "LBFGS can't be used: it accepts only one parameter group"),
         (torch.optim.Adafactor, {}, "B's update 0.08 of A's"),
-        (torch.optim.SparseAdam, {}, "sparse gradients only"),
+        (torch.optim.SparseAdam, {}, "only sparse gradients"),
         (torch.optim.Rprop, {}, "step size for each weight"),
-        (Adafactor, {}, "relative_step sets its own rate"),
+        (Adafactor, {}, "relative_step computes the rate"),
         (Adafactor, {"relative_step": False}, "scale_parameter scales each update"),
-        (Prodigy, {}, "Prodigy can't be used: it finds its rate itself"),
-        (DAdaptAdam, {}, "DAdaptAdam can't be used: it finds its rate itself"),
-        (MyProdigy, {}, "MyProdigy can't be used: it finds its rate itself"),
-        (nn.Linear, {}, "torch.nn.modules.linear.Linear is no subclass of torch.optim.Optimizer"),
-        (print, {}, "no subclass of torch.optim.Optimizer"),
-        ("adamw", {}, "no subclass of torch.optim.Optimizer"),
+        (Prodigy, {}, "Prodigy can't be used: it chooses its rate itself"),
+        (DAdaptAdam, {}, "DAdaptAdam can't be used: it chooses its rate itself"),
+        (MyProdigy, {}, "MyProdigy can't be used: it chooses its rate itself"),
+        (nn.Linear, {}, "torch.nn.modules.linear.Linear is not a subclass of torch.optim.Optimizer"),
+        (print, {}, "not a subclass of torch.optim.Optimizer"),
+        ("adamw", {}, "not a subclass of torch.optim.Optimizer"),
         (torch.optim.AdamW, {"beta": (0.9, 0.99)}, "takes no argument 'beta' (did you mean 'betas'?)"),
         (bnb.optim.Lion8bit, {"eps": 1e-8}, "Lion8bit takes no argument 'eps'"),
     ],
@@ -187,7 +187,7 @@ def test_weight_decay_for_a_class_without_is_an_error() -> None:
             return None
 
     model = with_lora(llama(layers=1))
-    with pytest.raises(UserError, match=r"Plain has no weight decay, but 0\.1 is asked for"):
+    with pytest.raises(UserError, match=r"Plain has no weight decay, but 0\.1 is set"):
         build(model, Plain, weight_decay=0.1)
     assert "weight_decay" not in build(model, Plain).param_groups[0]
 

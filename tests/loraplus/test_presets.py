@@ -192,7 +192,7 @@ def test_vera_is_split_by_roles_and_refused_elsewhere() -> None:
     for name in ("peft", "default"):
         with pytest.raises(
             UserError,
-            match=r"every tensor of the adapter gets it.*loraplus=roles for adapters that `default` doesn't split",
+            match=r"every tensor of the adapter gets the ratio.*loraplus=roles for an adapter whose factors",
         ):
             assign(tensor_records(model), preset(name), lr=LR, weight_decay=DECAY)
 
@@ -211,7 +211,7 @@ def test_vera_is_split_by_roles_and_refused_elsewhere() -> None:
 def test_where_the_ratio_does_nothing_it_is_refused(config: Any) -> None:
     records = tensor_records(get_peft_model(llama(), config))
     for name in ("default", "roles"):
-        with pytest.raises(UserError, match="the LoRA\\+ ratio 8 does nothing here"):
+        with pytest.raises(UserError, match="the LoRA\\+ ratio 8 has no effect here"):
             assign(records, preset(name), lr=LR, weight_decay=DECAY)
         assert assign(records, preset(name, ratio=1.0), lr=LR, weight_decay=DECAY).groups
     assert assign(records, preset("none"), lr=LR, weight_decay=DECAY).groups
@@ -231,7 +231,7 @@ def test_an_adapter_or_a_target_with_lora_b_in_its_name() -> None:
             assert by_role(model, name) == {"lora_A": (LR, DECAY), "lora_B": (B, DECAY)}
     wrong = {name: rate for name, rate in rates(target, preset("peft")).items() if "lora_A" in name}
     assert sorted(wrong.values()) == [(LR, DECAY), (B, DECAY)]
-    with pytest.raises(UserError, match="every tensor of the adapter gets it"):  # PEFT does that silently
+    with pytest.raises(UserError, match="every tensor of the adapter gets the ratio"):  # PEFT does that silently
         assign(tensor_records(adapter), preset("peft"), lr=LR, weight_decay=DECAY)
 
 

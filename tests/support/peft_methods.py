@@ -4,12 +4,12 @@ from __future__ import annotations
 
 SPLIT = "split"
 
-_PROMPT = "trains virtual tokens or a prompt encoder; no pair of factors"
-_ROTATION = "trains an orthogonal transformation of the weight; no pair of factors"
-_SPECTRUM = "trains coefficients of a fixed basis; no pair of factors"
-_SCALES = "trains scales (or rotations) of activations; no pair of factors"
+_PROMPT = "trains virtual tokens or a prompt encoder, so it has no pair of factors (A and B)"
+_ROTATION = "trains an orthogonal transformation of the weight, so it has no pair of factors (A and B)"
+_SPECTRUM = "trains coefficients of a fixed basis, so it has no pair of factors (A and B)"
+_SCALES = "trains scales (or rotations) of activations, so it has no pair of factors (A and B)"
 _PRODUCT = "its update isn't linear in one pair of factors, so eta_B / eta_A has no meaning"
-_SHARED_BASIS = "trains coefficients over frozen or shared factors; no pair of factors"
+_SHARED_BASIS = "trains coefficients over frozen or shared factors, so it has no pair of factors (A and B)"
 
 LORAPLUS_SUPPORT: dict[str, str] = {
     "LORA": SPLIT,
@@ -49,13 +49,13 @@ LORAPLUS_SUPPORT: dict[str, str] = {
     "TINYLORA": _SHARED_BASIS,
     "RANDLORA": _SHARED_BASIS,
     "FROD": _SHARED_BASIS,
-    "MISS": "trains one block a layer; no pair of factors",
-    "SHIRA": "trains some entries of the weight; no pair of factors",
-    "OSF": "trains the weight itself within a subspace; no pair of factors",
-    "BEFT": "trains biases; no pair of factors",
-    "LN_TUNING": "trains normalisation layers; no pair of factors",
-    "TRAINABLE_TOKENS": "trains rows of an embedding; no pair of factors",
-    "XLORA": "trains a router over frozen LoRA adapters; no pair of factors",
-    "SHADOW": "trains a network beside the model; no pair of factors",
+    "MISS": "trains one block a layer, so it has no pair of factors (A and B)",
+    "SHIRA": "trains some entries of the weight, so it has no pair of factors (A and B)",
+    "OSF": "trains the weight itself within a subspace, so it has no pair of factors (A and B)",
+    "BEFT": "trains biases, so it has no pair of factors (A and B)",
+    "LN_TUNING": "trains normalisation layers, so it has no pair of factors (A and B)",
+    "TRAINABLE_TOKENS": "trains rows of an embedding, so it has no pair of factors (A and B)",
+    "XLORA": "trains a router over frozen LoRA adapters, so it has no pair of factors (A and B)",
+    "SHADOW": "trains a network beside the model, so it has no pair of factors (A and B)",
 }
 """Each `peft.PeftType` by name: `SPLIT`, or why LoRA+ does nothing there."""
