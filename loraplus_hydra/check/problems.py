@@ -17,6 +17,7 @@ from loraplus_hydra.check.classes import class_problems
 from loraplus_hydra.check.dry_run import data_problems, load_data, plan_without_weights
 from loraplus_hydra.check.keys import NOT_SET, read_config, unknown_keys
 from loraplus_hydra.check.machine import machine_problems
+from loraplus_hydra.check.trial import trial_problems
 from loraplus_hydra.check.values import value_problems
 from loraplus_hydra.check.weights import location_problems, open_named_checkpoint, weights_problems
 from loraplus_hydra.config.schema import value_ranges
@@ -54,6 +55,8 @@ def check_config(config: DictConfig, *, with_data: bool) -> Checked:
         problems += data_problems(config)
     if not wrong & {"model", "adapter", "task", "optimizer", "scheduler", "loraplus"}:
         planned = _collect(problems, plan_without_weights, config, examples)
+    if not problems and examples is not None:
+        problems += trial_problems(config, examples)
     if problems or planned is None:
         raise ConfigErrors(deduplicate(problems))
     return Checked(config, *planned, checkpoint, examples.notes if examples else ())

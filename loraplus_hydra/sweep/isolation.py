@@ -18,8 +18,8 @@ from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.quiet_libraries import quiet_libraries
 from loraplus_hydra.sweep.library_state import reset_libraries
-from loraplus_hydra.sweep.process_state import process_state
 from loraplus_hydra.training.measure import reset_peak_memory
+from loraplus_hydra.training.process_state import process_state
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from loraplus_hydra.runs.export import export
 from loraplus_hydra.runs.finished import open_run
+from loraplus_hydra.runs.job import run
 from loraplus_hydra.runs.load_finished import load_run
 from tests.conftest import Finished
-from tests.support.finished_runs import quick_run
 from tests.support.tiny import bert_folder
 
 __all__ = ["bert_folder"]
@@ -42,7 +42,7 @@ def pair(
 ) -> Callable[..., Pair]:
     def trained(*overrides: str) -> Pair:
         words = [*tiny_run, *COMMON, *overrides]
-        quick_run(compose(*words, "trainer.max_steps=3"), tmp_path / "ended")
+        run(compose(*words, "trainer.max_steps=3"), tmp_path / "ended")
         stopped(tmp_path / "stopped", *words, "trainer.max_steps=6", at=4)
         return Pair(tmp_path / "ended", tmp_path / "stopped")
 
@@ -85,29 +85,31 @@ def test_a_stopped_run_is_tried_from_the_command_line(pair: Callable[..., Pair],
     assert sorted(runs.stopped.rglob("*")) == before, "the run's folder stays as it is"
     assert cli("export", str(runs.stopped), "checkpoint=newest").status == 0
     assert (runs.stopped / "export" / "model-of-step-4" / "model.safetensors").is_file()
+    shutil.move(runs.stopped, "elsewhere")
+    assert open_run("elsewhere", checkpoint="newest").step == 4
 
 
-@pytest.mark.parametrize(
-    ("checkpoint", "message"),
-    [
-        ("7", "has no complete checkpoint '7'; newest, or one of the steps 3"),
-        ("best", "has no complete checkpoint 'best'; newest, or one of the steps 3"),
-        ("../x", "has no complete checkpoint '../x'"),
-        ("3", "3 is incomplete: adapter_model.safetensors"),
-        ("newest", "has no complete checkpoint; newest, or one of the steps 3"),
-    ],
-)
+MISSING = {
+    "7": "has no complete checkpoint '7'; newest, or one of the steps 3",
+    "best": "has no complete checkpoint 'best'; newest, or one of the steps 3",
+    "../x": "has no complete checkpoint '../x'",
+    "3": "3 is incomplete: adapter_model.safetensors",
+    "newest": "has no complete checkpoint; newest, or one of the steps 3",
+}
+
+
 def test_a_checkpoint_that_is_missing_or_broken_is_an_error(
-    checkpoint: str, message: str, tiny_run: list[str], compose: Any, cli: Callable[..., Finished], tmp_path: Path
+    tiny_run: list[str], compose: Any, cli: Callable[..., Finished], tmp_path: Path
 ) -> None:
-    quick_run(compose(*tiny_run, *COMMON, "trainer.max_steps=3"), tmp_path / "run")
+    run(compose(*tiny_run, *COMMON, "trainer.max_steps=3"), tmp_path / "run")
     with (tmp_path / "run/checkpoints/checkpoint-3/adapter_model.safetensors").open("ab") as file:
         file.write(b"more")
-    ended = cli("export", str(tmp_path / "run"), f"checkpoint={checkpoint}", "to=out")
-    assert ended.status == 1
-    assert "checkpoint: " in ended.err
-    assert message in ended.err
-    assert not Path("out").exists()
+    for checkpoint, message in MISSING.items():
+        ended = cli("export", str(tmp_path / "run"), f"checkpoint={checkpoint}", "to=out")
+        assert ended.status == 1
+        assert "checkpoint: " in ended.err
+        assert message in ended.err
+        assert not Path("out").exists()
 
 
 def test_a_killed_classifier_is_exported_with_its_labels(
@@ -129,9 +131,3 @@ def test_a_killed_classifier_is_exported_with_its_labels(
         scores = exported.eval()(**tokens).logits.softmax(-1)[0].tolist()
     predicted = json.loads(cli("predict", str(tmp_path / "run"), "checkpoint=newest", "text='the fox'").out)
     assert list(predicted["scores"].values()) == pytest.approx(scores, abs=1e-5)
-
-
-def test_a_moved_run_opens_its_checkpoints(pair: Callable[..., Pair], tmp_path: Path) -> None:
-    runs = pair()
-    shutil.move(runs.stopped, tmp_path / "elsewhere")
-    assert open_run(str(tmp_path / "elsewhere"), checkpoint="newest").step == 4

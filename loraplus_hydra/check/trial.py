@@ -1,0 +1,145 @@
+"""Try the Trainer's arguments on a stand-in of the model: an evaluation and a step on a few rows.
+
+Some arguments fail only when the Trainer is made, or in its first step. Arguments that the YAML files list have ranges
+of their own, so only others are tried.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.state import AcceleratorState
+from datasets import Dataset, IterableDataset
+from omegaconf import DictConfig, OmegaConf, open_dict
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import BertConfig, LlamaConfig
+
+from loraplus_hydra.config.locations import config_folder
+from loraplus_hydra.config.targets import locate
+from loraplus_hydra.errors import Problem, first_line
+from loraplus_hydra.io.processes import world_size
+from loraplus_hydra.models.properties import is_classifier
+from loraplus_hydra.models.tokenizer import load_tokenizer
+from loraplus_hydra.tasks.examples import Examples
+from loraplus_hydra.training.hf_trainer.assemble import training_arguments
+from loraplus_hydra.training.hf_trainer.progress_callback import remove_own_printing
+from loraplus_hydra.training.process_state import process_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ROWS = 4
+_KNOWN = ("transformers", "trl", "loraplus_hydra")  # packages whose Trainers train any causal model or classifier
+# One short step. Compiling takes a minute, and its names are checked elsewhere.
+_SHORT: dict[str, Any] = {
+    "max_steps": 1,
+    "logging_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "no",
+    "torch_compile": False,
+}
+_LEFT_OUT = ("load_best_model_at_end", "torch_compile_backend", "torch_compile_mode")
+_AT_MOST = {
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "dataloader_num_workers": 1,
+}
+_PLACES = ("trainer", "task.args")
+
+
+def trial_problems(config: DictConfig, examples: Examples) -> list[Problem]:
+    """Return a Problem for each argument with which the Trainer can't train a stand-in of the model."""
+    keys = list(_unlisted_keys(config))
+    if not keys or world_size() > 1 or config.task._target_.partition(".")[0] not in _KNOWN:
+        return []
+    tokenizer = load_tokenizer(config.model)
+    if not (reason := _failure(config, tokenizer, examples)):
+        return []
+    if _failure(_without(config, keys), tokenizer, examples):  # the rows or the stand-in are at fault
+        return []
+    alone = {
+        key: _failure(_without(config, [each for each in keys if each != key]), tokenizer, examples) for key in keys
+    }
+    trainer = config.task._target_.rpartition(".")[2]
+    found = [Problem(key, f"{trainer} can't train with it: {why}", "leave it out") for key, why in alone.items() if why]
+    return found or [Problem(", ".join(keys), f"{trainer} can't train with these together: {reason}", "leave one out")]
+
+
+def _unlisted_keys(config: DictConfig) -> Iterator[str]:
+    """Yield the arguments of the Trainer that are set and that no YAML of ours lists."""
+    listed = {str(key) for key in _yaml("trainer/default.yaml")}
+    for task in (config_folder() / "task").glob("*.yaml"):
+        listed |= _yaml(f"task/{task.name}").get("args", {}).keys()
+    for place in _PLACES:
+        for key, value in OmegaConf.select(config, place).items():
+            if key not in listed and value is not None:
+                yield f"{place}.{key}"
+
+
+def _yaml(name: str) -> dict[str, Any]:
+    plain: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / name))
+    return {str(key): value for key, value in plain.items()}
+
+
+def _without(config: DictConfig, keys: list[str]) -> DictConfig:
+    shorter = config.copy()
+    for key in keys:
+        place, _, name = key.rpartition(".")
+        del OmegaConf.select(shorter, place)[name]
+    return shorter
+
+
+def _failure(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> str:
+    """Return why the Trainer fails on the stand-in; empty if it trains."""
+    is_first = not AcceleratorState._shared_state
+    with process_state(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore")
+        try:
+            trainer = locate(config.task._target_)(
+                model=_stand_in(config, tokenizer, examples),
+                args=training_arguments(_shortened(config), Path(folder), examples),
+                train_dataset=_few(examples.train),
+                eval_dataset=_few(examples.eval),
+                processing_class=tokenizer,
+                **examples.trainer_arguments,
+            )
+            remove_own_printing(trainer)
+            trainer.train()
+        except Exception as error:  # these libraries raise anything
+            return first_line(error)
+        finally:
+            if is_first:  # it would keep this trial's precision for the run
+                AcceleratorState._reset_state()
+    return ""
+
+
+def _shortened(config: DictConfig) -> DictConfig:
+    short = config.copy()
+    with open_dict(short):
+        for name in _LEFT_OUT:
+            short.trainer.pop(name, None)
+        short.trainer.update(_SHORT)
+        for name, most in _AT_MOST.items():
+            short.trainer[name] = min(most, short.trainer.get(name, most))
+    return short
+
+
+def _few(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    return rows.take(_ROWS) if isinstance(rows, IterableDataset) else rows.select(range(min(_ROWS, len(rows))))
+
+
+def _stand_in(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> PeftModel:
+    """Return a model of eight numbers a token that takes the tokenizer's inputs, with an adapter."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": 2**14}
+    values = {"pad_token_id": tokenizer.pad_token_id, **examples.model_arguments}
+    is_encoder = is_classifier(config) and "token_type_ids" in tokenizer.model_input_names
+    architecture = (BertConfig if is_encoder else LlamaConfig)(**sizes, **values)
+    model = locate(config.task.auto_class).from_config(architecture)
+    return get_peft_model(model, LoraConfig(r=1, target_modules="all-linear", task_type=config.task.task_type))
