@@ -1,0 +1,167 @@
+"""The tokens that a row becomes, and those that carry loss, counted by hand; see tests/support/words.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraplus_hydra.check import check
+from loraplus_hydra.models.tokenizer import load_tokenizer
+from loraplus_hydra.runs.preview import preview
+from loraplus_hydra.tasks.examples import Examples, load_examples
+from tests.support.tiny import save_llama, write_jsonl
+from tests.support.words import previewed, word_tokenizer, written_rows
+
+ONLY = "task.args.assistant_only_loss=true"
+SAY = {"role": "user", "content": "say one"}
+ONE = {"role": "assistant", "content": "one"}
+AND = {"role": "user", "content": "and after"}
+TWO = {"role": "assistant", "content": "the number two"}
+TURNS = [SAY, ONE, AND, TWO]
+ALL = "[<user> say one <end> <assistant> one <end> <user> and after <end> <assistant> the number two <end>]"
+MARKED = "<user> say one <end> <assistant> [one <end>] <user> and after <end> <assistant> [the number two <end>]"
+LAST = "<user> say one <end> <assistant> one <end> <user> and after <end> <assistant> [the number two <end>]"
+PAIR = {"prompt": "say one", "completion": " one"}
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]}
+SHARED = [
+    {"from": "human", "value": "say one"},
+    {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+    {"from": "observation", "value": "2"},
+    {"from": "gpt", "value": "the number two"},
+]
+CALLED = (
+    "tools: f <user> say one <end> <assistant> [call f x 1 <end>] <tool> 2 <end> <assistant> [the number two <end>]"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row, its overrides, and what is expected of it."""
+
+    row: dict[str, Any]
+    expected: str
+    overrides: tuple[str, ...] = ()
+    template: bool = True
+    adds: tuple[str, ...] = ()
+
+
+CASES: dict[str, Case] = {
+    "texts in a template": Case(PAIR, "<user> say one <end> <assistant> [one <end>]"),
+    "texts": Case(PAIR, "say one [one <end>]", template=False),
+    "texts, template off": Case(PAIR, "say one [one <end>]", ("task.chat=false",)),
+    "texts, loss everywhere": Case(
+        PAIR, "[say one one <end>]", ("task.args.completion_only_loss=false",), template=False
+    ),
+    "texts, tokenizer adds a beginning": Case(PAIR, "<begin> say one [one <end>]", template=False, adds=("bos",)),
+    "texts, tokenizer adds an end": Case(PAIR, "say one [one <end>]", template=False, adds=("eos",)),
+    "texts, tokenizer adds both": Case(PAIR, "<begin> say one [one <end>]", template=False, adds=("bos", "eos")),
+    "texts that end themselves": Case(
+        {**PAIR, "completion": " one <end>"}, "say one [one <end>]", template=False, adds=("eos",)
+    ),
+    "a template's tokens are not doubled": Case(
+        PAIR, "<user> say one <end> <assistant> [one <end>]", adds=("bos", "eos")
+    ),
+    "plain text": Case({"text": "the fox"}, "[the fox <end>]"),
+    "plain text, tokenizer adds both": Case({"text": "the fox"}, "[<begin> the fox <end>]", adds=("bos", "eos")),
+    "Alpaca": Case(
+        {"instruction": "say", "input": "one", "output": "one"}, "<user> say one <end> <assistant> [one <end>]"
+    ),
+    "messages": Case({"messages": TURNS}, ALL),
+    "messages, the assistant's turns": Case({"messages": TURNS}, MARKED, (ONLY,)),
+    "prompt and completion of messages": Case({"prompt": TURNS[:3], "completion": TURNS[3:]}, LAST),
+    "a text prompt, an answer of messages": Case(
+        {"prompt": "say one", "completion": [ONE]}, MARKED.split(" <user>")[0]
+    ),
+    "a turn of weight 0": Case({"messages": [SAY, {**ONE, "weight": 0}, AND, TWO]}, LAST, (ONLY,)),
+    "a turn of weight 0, loss everywhere": Case(
+        {"messages": [SAY, {**ONE, "train": False}, AND, TWO]},
+        ALL.replace("one <end> <user> and", "one <end> [<user> and").replace("<assistant> one", "<assistant>] one", 1),
+    ),
+    "a system column": Case(
+        {"system": "be brief", "messages": [SAY, ONE]},
+        "<system> be brief <end> <user> say one <end> <assistant> [one <end>]",
+        (ONLY,),
+    ),
+    "parts of text": Case(
+        {"messages": [SAY, {"role": "assistant", "content": [{"type": "text", "text": "the"}, " number"]}]},
+        "<user> say one <end> <assistant> [the number <end>]",
+        (ONLY,),
+    ),
+    "tool calls": Case(
+        {"tools": [{"type": "function", "function": {"name": "f"}}]}
+        | {"messages": [SAY, CALL, {"role": "tool", "content": "2"}, TWO]},
+        CALLED,
+        (ONLY,),
+    ),
+    "ShareGPT with tools": Case({"conversations": SHARED, "tools": '[{"name": "f"}]'}, CALLED, (ONLY,)),
+    "messages as JSON text": Case({"messages": json.dumps(TURNS)}, MARKED, (ONLY,)),
+}
+
+
+@pytest.fixture
+def made(
+    compose: Callable[..., Any], tmp_path: Path, words_folder: Path, plain_words_folder: Path
+) -> Callable[..., Examples]:
+    """Return a function from a case to the task's examples."""
+
+    def make(case: Case, *overrides: str) -> Examples:
+        folder = words_folder if case.template else plain_words_folder
+        if case.adds:
+            tokenizer = word_tokenizer(*([] if case.template else [None]), adds=case.adds)
+            folder = save_llama(tmp_path / "model", tokenizer)
+        path = write_jsonl(tmp_path / "rows.jsonl", [case.row])
+        files = ("data=jsonl", f"data.train={path}", f"data.eval={path}")
+        config = compose("model=hub", f"model.path={folder}", *files, *case.overrides, *overrides)
+        return load_examples(config, load_tokenizer(config.model))
+
+    return make
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_and_loss_are_those_counted_by_hand(made: Callable[..., Examples], name: str) -> None:
+    case = CASES[name]
+    for overrides in ((), ("data.streaming=true", "trainer.max_steps=1")):
+        examples = made(case, *overrides)
+        assert written_rows(examples.train) == [case.expected]
+        assert written_rows(examples.eval) == [case.expected]
+
+
+LENGTHS = [1, 4, 2]  # words of the answers
+ROWS = [{"prompt": "say one", "completion": " ".join(["two"] * length)} for length in LENGTHS]
+# A row has 5 tokens of the prompt, the answer's words and its end.
+WHOLE = [f"<user> say one <end> <assistant> [{row['completion']} <end>]" for row in ROWS]
+TRAINED: dict[str, tuple[tuple[str, ...], list[str]]] = {
+    "whole": ((), WHOLE),
+    "cut at the end": (
+        ("task.args.max_length=8",),
+        [WHOLE[0], "<user> say one <end> <assistant> [two two two]", WHOLE[2]],
+    ),
+    "cut at the beginning": (
+        ("task.args.max_length=8", "+task.args.truncation_mode=keep_end"),
+        [WHOLE[0], "one <end> <assistant> [two two two two <end>]", WHOLE[2]],
+    ),
+    "cut into the answers": (
+        ("task.args.max_length=3", "+task.args.truncation_mode=keep_end"),
+        ["<assistant> [two <end>]", "two [two <end>]", "two [two <end>]"],  # nothing stands before a row's first token
+    ),
+    "packed": (("task.args.packing=true", "task.args.max_length=18"), WHOLE),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_trainers_batches_hold_the_tokens_counted_by_hand(
+    name: str, compose: Callable[..., Any], tmp_path: Path, words_folder: Path
+) -> None:
+    """The Trainer cuts and packs; `preview` shows its batches."""
+    overrides, expected = TRAINED[name]
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    files = ("data=jsonl", f"data.train={path}", f"data.eval={path}", "trainer.use_cpu=true")
+    checked = check(compose("model=hub", f"model.path={words_folder}", *files, *overrides))
+    tokenizer = load_tokenizer(checked.config.model)
+    shown = preview(checked, tokenizer, load_examples(checked.config, tokenizer))
+    assert sorted(previewed(row) for row in shown) == sorted(expected)
