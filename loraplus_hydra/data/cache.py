@@ -6,6 +6,7 @@ default ~/.cache/huggingface/datasets) and may be deleted at any time.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -20,8 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from loraplus_hydra.data.rows import Rows
 from loraplus_hydra.errors import UserError
 
-# Part of every key. Count it up when rows are read or tokenised in another way, so that older files are not used.
-FORMAT = 3
+_PACKAGE = Path(__file__).parents[1]
 _CHUNK = 1 << 20  # bytes of a file hashed at a time
 
 
@@ -41,8 +41,17 @@ def cache_folder() -> Path:
 
 def digest(*parts: Any) -> str:
     """Return 32 hex digits that identify `parts` (anything that JSON can hold) in every process."""
-    text = json.dumps([FORMAT, *parts], sort_keys=True, default=str)
+    text = json.dumps([_code_digest(), *parts], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@functools.cache
+def _code_digest() -> str:
+    """Return a text that identifies the code that reads and tokenises rows."""
+    # Part of every key: another version of the code may give other tokens, so it must not find older files.
+    modules = sorted(path for room in ("data", "tasks") for path in (_PACKAGE / room).rglob("*.py"))
+    code = hashlib.blake2b(b"".join(path.read_bytes() for path in modules), digest_size=8).hexdigest()
+    return f"{code} {version('datasets')} {version('trl')}"
 
 
 def file_digest(path: str | Path) -> str:

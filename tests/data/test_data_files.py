@@ -229,3 +229,17 @@ def test_rows_and_tokens_are_cached_by_content_between_processes(
     changed = run()
     assert changed.startswith("['_encoded_rows', 'encode_conversation', 'encode_texts']")
     assert changed != first
+
+
+def test_a_changed_program_reads_and_tokenises_rows_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loraplus_hydra.data import cache
+
+    def digest_of(code: str) -> str:
+        (tmp_path / "tasks" / "sft.py").write_text(code)
+        cache._code_digest.cache_clear()
+        return cache.digest("rows")
+
+    (tmp_path / "tasks").mkdir()
+    monkeypatch.setattr(cache, "_PACKAGE", tmp_path)
+    assert digest_of("one = 1") == digest_of("one = 1") != digest_of("one = 2")
+    cache._code_digest.cache_clear()
