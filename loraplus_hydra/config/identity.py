@@ -8,11 +8,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+ALLOW = "allow_changed_inputs"  # a key that changes nothing in what is trained
+
 
 def run_hash(config: DictConfig) -> str:
     """Return the `config_hash` of a run's config. It is the same for a new and a resumed run."""
     resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict)
+    resolved.pop(ALLOW, None)
     if isinstance(trainer := resolved.get("trainer"), dict):
         trainer.pop("resume_from_checkpoint", None)
     return config_hash(resolved)

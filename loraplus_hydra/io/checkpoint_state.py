@@ -50,6 +50,14 @@ class ScheduleState:
 
 
 @dataclass(frozen=True)
+class StreamState:
+    """The rows that the current pass over streamed training rows has read, with those that are read ahead."""
+
+    count: int = field(default=0, metadata=range_(WHOLE))  # 0 also without a stream, or where worker processes read it
+    digest: str = ""
+
+
+@dataclass(frozen=True)
 class RunState:
     """run_state.json. JSON keys are an interface: change one only with a line in the CHANGELOG."""
 
@@ -62,6 +70,8 @@ class RunState:
     schedule: ScheduleState
     max_steps: int = field(metadata=range_(COUNT))
     evaluation_due: bool = False  # True where a signal stopped this step's evaluation
+    inputs: dict[str, str] = field(default_factory=dict)  # fingerprints, see io/fingerprints.py
+    stream: StreamState = StreamState()
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from loraplus_hydra.io.checkpoint_state import STATE, TRAINER_STATE, RunState, run_state, trainer_state
+from loraplus_hydra.io.checkpoint_state import STATE, TRAINER_STATE, RunState, StreamState, run_state, trainer_state
 from loraplus_hydra.io.files import open_regular, remove, write_text
 from loraplus_hydra.io.folders import remove_folder
 from loraplus_hydra.io.read import Unreadable, read_bytes, read_json
@@ -58,7 +58,11 @@ class ResumePoint:
 
     checkpoint: Checkpoint | None
     changed: tuple[str, ...] = ()  # keys of the config that differ from the run's stored one, a text each
-    passed_over: tuple[str, ...] = ()  # newer checkpoints that are incomplete, a text each
+    messages: tuple[str, ...] = ()  # for the user, such as on newer checkpoints that are incomplete
+    names_new_rows: bool = False  # True if the command names rows in place of those that the run had
+    inputs: Mapping[str, str] = field(default_factory=dict)  # fingerprints of the inputs to resume with
+    expected: Mapping[str, str] = field(default_factory=dict)  # of those that must be what the run had
+    stream: StreamState = field(default_factory=StreamState)  # the rows of a stream that must come again
 
     @property
     def folder(self) -> str | None:

@@ -17,7 +17,7 @@ from loraplus_hydra.io.read import Unreadable, read_json
 from loraplus_hydra.io.run_folder import RESULT
 
 OK, FAILED, INTERRUPTED, PRUNED = "ok", "failed", "interrupted", "pruned"
-_CHECKED = ("status", "metric", "metrics", "metrics_before", "error", "steps", "config_hash", "resumed_at")  # in use
+_CHECKED = ("status", "metric", "metrics", "metrics_before", "error", "steps", "config_hash", "inputs", "resumed_at")
 _OF_EVERY_RUN = ("metric", "metrics", "metrics_before")  # that ended well
 _LIBRARIES = (
     "loraplus_hydra",
@@ -55,6 +55,7 @@ class Result:
     total_parameters: int = 0
     seed: int = 0
     config_hash: str = ""  # of the resolved config
+    inputs: dict[str, str] = field(default_factory=dict)  # fingerprints of rows, weights, ...: see io/fingerprints.py
     versions: dict[str, str] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)  # prompt, reference, before, after
     error: dict[str, str] | None = None  # type and text, of a job that failed

@@ -107,7 +107,7 @@ def stored_adapter(path: str, key: str = KEY) -> StoredAdapter:
     It is untrusted: no code of it is run, and only its config and its safetensors are read. Raises ConfigErrors under
     `key`.
     """
-    folder = _adapter_folder(path, key)
+    folder = adapter_folder(path, key)
     refuse_links(folder, key, reading=True)  # before other libraries open its files
     stored = StoredAdapter(folder, _read_config(folder / CONFIG, key))
     try:
@@ -172,7 +172,7 @@ def first_misfit(adapted: PeftModel, stored: StoredAdapter, *, names_only: bool 
     return ""
 
 
-def _adapter_folder(path: str, key: str) -> Path:
+def adapter_folder(path: str, key: str = KEY) -> Path:
     """Return the folder with the files of the adapter at `path`, fetched from the hub if need be."""
     folder = Path(model_location(path)) if is_local(path) else _fetch(path, key)
     if (folder / ADAPTER / CONFIG).is_file():

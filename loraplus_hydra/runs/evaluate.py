@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from loraplus_hydra.check import stored_problems
 from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.io.fingerprints import refuse_changed
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.load_finished import base_of, load_run, load_run_tokenizer
 from loraplus_hydra.tasks.examples import Examples, load_examples
@@ -29,15 +30,20 @@ def evaluate_on(run: FinishedRun, data: dict[Any, Any]) -> dict[str, float]:
     try:
         if problems := stored_problems(run.config):
             raise ConfigErrors(problems)
-        return evaluate(run)
+        return evaluate(run, names_new_rows=bool(data))
     except ConfigErrors as error:
         raise ConfigErrors(dict.fromkeys(_as_given(each, data, run.config) for each in error.problems)) from error
 
 
-def evaluate(run: FinishedRun) -> dict[str, float]:
-    """Return the metrics of the run's adapter on the held-out rows of its config. Raises UserError."""
+def evaluate(run: FinishedRun, *, names_new_rows: bool = False) -> dict[str, float]:
+    """Return the metrics of the run's adapter on the held-out rows of its config.
+
+    With `names_new_rows` the config names other rows than the run had. Raises UserError.
+    """
     tokenizer = load_run_tokenizer(run)
     examples = load_examples(_with_stored_head(run), tokenizer, base_of(run))
+    if not (names_new_rows or run.allow_changed_inputs):
+        refuse_changed(run.result.get("inputs") or {}, examples.fingerprints, names=["data.eval"])
     _same_labels(run, examples)
     model, tokenizer = load_run(run, trainable=True)  # the Trainer makes its groups out of what trains
     with tempfile.TemporaryDirectory() as folder:

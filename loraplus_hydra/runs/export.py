@@ -20,7 +20,7 @@ from loraplus_hydra.io.quiet_libraries import quiet_peft
 from loraplus_hydra.models.adapter_files import attach, save_adapter, stored_adapter
 from loraplus_hydra.models.quantization import dequantize, is_quantized
 from loraplus_hydra.runs.finished import FinishedRun
-from loraplus_hydra.runs.load_finished import load_run
+from loraplus_hydra.runs.load_finished import load_run, refuse_changed_run
 from loraplus_hydra.runs.model_card import write_card
 
 _COPIED = (".json", ".safetensors", ".jinja", ".model", ".txt")  # PEFT's and a tokenizer's
@@ -51,6 +51,7 @@ def export(
         if merge:
             check = _comparison(_write_merged(run, draft, dtype))
         elif run.step is None:
+            refuse_changed_run(run)
             _copy_adapter(run.adapter, draft)
         else:  # a checkpoint holds more, and may fit only a base that its initialisation changed
             save_adapter(*load_run(run), draft)

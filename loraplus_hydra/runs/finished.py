@@ -42,6 +42,7 @@ class FinishedRun:
     result: Mapping[str, Any]
     adapter: Path
     step: int | None = None  # of the checkpoint
+    allow_changed_inputs: bool = False
 
     def model_arguments(self) -> dict[str, Any]:
         """Return the settings that the task made in the model's config: labels and their kind."""
@@ -69,6 +70,7 @@ def open_run(
     overrides: Mapping[str, Any] | None = None,
     *,
     trust_remote_code: bool = False,
+    allow_changed_inputs: bool = False,
     groups: Iterable[str] | None = MODEL_GROUPS,
     checkpoint: str | None = None,
 ) -> FinishedRun:
@@ -77,8 +79,8 @@ def open_run(
     Without `checkpoint` the run has finished. With `newest` or a step its state at that checkpoint is opened, even if
     the run was stopped.
     Its config is checked like any other, in `groups` (None: all) and without its rows, since a folder may be untrusted.
-    Its targets must be allowed at their places, and a model's own code runs only with `trust_remote_code`. Raises
-    ConfigErrors.
+    Its targets must be allowed at their places, and a model's own code runs only with `trust_remote_code`. With
+    `allow_changed_inputs` the run's base weights, adapter and rows may have changed. Raises ConfigErrors.
     """
     place = Path(folder).expanduser()
     _refuse_no_folder(place)
@@ -92,8 +94,9 @@ def open_run(
     if problems:
         raise ConfigErrors(problems)
     if found is None:
-        return FinishedRun(place, config, result, place / run_folder.ADAPTER)
-    return FinishedRun(place, config, _result_at(found, place, config), found.folder, found.step)
+        return FinishedRun(place, config, result, place / run_folder.ADAPTER, allow_changed_inputs=allow_changed_inputs)
+    result = _result_at(found, place, config)
+    return FinishedRun(place, config, result, found.folder, found.step, allow_changed_inputs)
 
 
 def _refuse_no_folder(folder: Path) -> None:
@@ -170,6 +173,7 @@ def _result_at(checkpoint: Checkpoint, folder: Path, config: DictConfig) -> dict
         seconds=checkpoint.state.seconds,
         seed=config.seed,
         config_hash=run_hash(config),
+        inputs=checkpoint.state.inputs,
     )
     return asdict(shown)
 

@@ -23,6 +23,7 @@ from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import files, folders, interrupts, processes, run_folder, screen
 from loraplus_hydra.io.checkpoints import ResumePoint, sealed
+from loraplus_hydra.io.fingerprints import refuse_changed
 from loraplus_hydra.io.interrupts import Interrupted
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.quiet_libraries import quiet_libraries, quiet_loading
@@ -30,6 +31,7 @@ from loraplus_hydra.io.result import FAILED, INTERRUPTED, OK, Result, read_resul
 from loraplus_hydra.loraplus.advice import ratio_advice
 from loraplus_hydra.loraplus.plan import Plan, table_rows
 from loraplus_hydra.models.adapter_files import save_adapter
+from loraplus_hydra.models.inputs import folder_fingerprint
 from loraplus_hydra.runs import display
 from loraplus_hydra.runs.figure import draw_training
 from loraplus_hydra.runs.limits import explain_resource_errors
@@ -101,6 +103,9 @@ def _run(job: Run, checked: Checked | None) -> None:
     quiet_loading()
     _begin(job)
     prepared = prepare(job.config)  # steps 2 to 4
+    job.result.inputs = dict(prepared.inputs)
+    if job.point is not None:  # again: only now are all weights on this machine
+        refuse_changed(job.point.expected, prepared.inputs)
     trainer = make_trainer(prepared, job.folder, job.point, job.tracking.log)
     _show_and_write_plan(job.folder, prepared, trainer.loraplus_plan)
     interrupts.stop_if_asked()
@@ -110,6 +115,7 @@ def _run(job: Run, checked: Checked | None) -> None:
     if processes.is_main():
         with interrupts.notice("the adapter is saved first"):
             _save(job.folder, prepared)
+            job.result.inputs["adapter"] = folder_fingerprint(job.folder / run_folder.ADAPTER)
 
 
 def _default_folder() -> Path:
@@ -183,7 +189,7 @@ def _begin(job: Run) -> None:
 
 def _begin_resumed(job: Run, point: ResumePoint) -> None:
     previous = read_result(job.folder)
-    for message in point.passed_over:
+    for message in point.messages:
         screen.show(f"    {message}")
     if point.checkpoint or previous or (job.folder / run_folder.METRICS).is_file():  # else this is its first start
         at = f"from step {point.step}" if point.checkpoint else "no complete checkpoint, so from step 0"
@@ -191,7 +197,9 @@ def _begin_resumed(job: Run, point: ResumePoint) -> None:
         job.result.resumed_at = [*(previous.resumed_at if previous else ()), point.step]
     for change in point.changed:
         screen.show(f"    Changed since: {change}")
-    if previous is not None:  # its status no longer holds
+    if previous is not None or point.checkpoint:
+        # The previous status no longer holds, and inputs that were accepted now are accepted if this start is killed.
+        job.result.inputs = dict(point.inputs)
         replace(job.result, status=INTERRUPTED).write(job.folder)
     roll_back(point, job.folder)
 

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 from transformers import set_seed
 
 from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.io import screen
+from loraplus_hydra.io.fingerprints import NOT_STORED, refuse_changed
 from loraplus_hydra.io.quiet_libraries import quiet_loading
 from loraplus_hydra.models.adapter import add_adapter
 from loraplus_hydra.models.adapter_files import attach, load_tensors, stored_adapter
 from loraplus_hydra.models.base_model import load_base
 from loraplus_hydra.models.initialisation import changes_base
+from loraplus_hydra.models.inputs import base_fingerprints, folder_fingerprint
 from loraplus_hydra.models.properties import is_classifier, label_names, positions
 from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
 from loraplus_hydra.runs.finished import FinishedRun
@@ -32,6 +35,7 @@ def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, P
     set_seed(run.config.seed)
     base = load_base(run.config, tokenizer, run.model_arguments())
     base.config.use_cache = True
+    refuse_changed_run(run)  # by now all files are on this machine
     if changes_base(getattr(stored.config, "init_lora_weights", None)):
         model = _on_changed_base(base, run, tokenizer)
     else:
@@ -52,6 +56,21 @@ def _on_changed_base(base: PreTrainedModel, run: FinishedRun, tokenizer: PreTrai
     model = add_adapter(base, config.adapter, config.task.task_type, new_tokens=new_tokens)
     load_tensors(model, run.adapter)
     return model
+
+
+def refuse_changed_run(run: FinishedRun) -> None:
+    """Raise ConfigErrors if the base weights, or the run's stored adapter, are not what the run had.
+
+    Of a run from before fingerprints were stored, only a note says so.
+    """
+    then: dict[str, str] = run.result.get("inputs") or {}
+    if run.allow_changed_inputs:
+        return
+    if not then:
+        screen.show(f"Note: {NOT_STORED}")
+        return
+    now = base_fingerprints(run.config.model)
+    refuse_changed(then, now if "adapter" not in then else now | {"adapter": folder_fingerprint(run.adapter)})
 
 
 def load_run_tokenizer(run: FinishedRun) -> PreTrainedTokenizerBase:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from loraplus_hydra.check import Checked
-from loraplus_hydra.config.flatten import flat
 from loraplus_hydra.config.identity import run_hash
-from loraplus_hydra.config.locations import absolute_paths
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io import checkpoints, files, folders, processes, run_folder, screen
 from loraplus_hydra.io.checkpoint_state import trainer_state
@@ -18,12 +16,12 @@ from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.read import Missing, read_bytes
 from loraplus_hydra.io.result import OK, Result, read_result
 from loraplus_hydra.models.adapter_files import refuse_other_tensors
-from loraplus_hydra.runs.stored_config import read_plain
+from loraplus_hydra.runs.changed_inputs import with_inputs
+from loraplus_hydra.runs.stored_config import changes
 from loraplus_hydra.training.checkpoint_changes import full_name, refuse_other_groups
 from loraplus_hydra.training.prepare import loraplus_settings
 
 _LARGEST_METRICS = 2**31  # bytes
-_RULES = "loraplus.rules."
 _TRAINED_WITH = ("model", "quantization", "adapter", "optimizer", "scheduler", "loraplus", "data", "seed")
 _LENGTHENING = ("trainer.max_steps", "trainer.num_train_epochs")
 
@@ -64,15 +62,17 @@ def find_resume_point(checked: Checked, folder: Path, *, found_before: ResumePoi
     `found_before` saves hashing the files of its checkpoint again, if that is still the right one. Raises UserError
     when the run can't resume: other groups, or fewer steps.
     """
-    changed = tuple(_changes(folder / run_folder.CONFIG, checked.config))
-    checkpoint, passed_over = _find_checkpoint(checked, folder, found_before)
+    changed = tuple(changes(folder / run_folder.CONFIG, checked.config))
+    checkpoint, messages = _find_checkpoint(checked, folder, found_before)
     if checkpoint is None:
         _refuse_to_replace(folder)
-    else:
-        _refuse_other_training(checked, checkpoint)
-        _refuse_changes_at_the_end(checkpoint, changed)
-        _lines_until(checkpoint)
-    return ResumePoint(checkpoint, changed, passed_over)
+        return ResumePoint(None, changed, messages)
+    _refuse_other_training(checked, checkpoint)
+    _refuse_changes_at_the_end(checkpoint, changed)
+    _lines_until(checkpoint)
+    names_new_rows = found_before is not None and found_before.names_new_rows
+    point = ResumePoint(checkpoint, changed, messages, names_new_rows)
+    return with_inputs(point, checked.config, accepted=read_result(folder))
 
 
 def _find_checkpoint(
@@ -80,7 +80,7 @@ def _find_checkpoint(
 ) -> tuple[Checkpoint | None, tuple[str, ...]]:
     """Return the checkpoint to resume from, and a message for each newer one that is incomplete."""
     if found_before is not None and _still_holds(found_before, checked.config, folder):
-        return found_before.checkpoint, found_before.passed_over
+        return found_before.checkpoint, found_before.messages
     if (named := checked.checkpoint) is not None:
         return named if named.is_unchanged() else checkpoints.open_checkpoint(named.folder), ()
     return checkpoints.newest_complete(folder / run_folder.CHECKPOINTS)
@@ -176,24 +176,3 @@ def _refuse_changes_at_the_end(checkpoint: Checkpoint, changed: tuple[str, ...])
     if idle := [change for change in changed if change.split(".")[0] in _TRAINED_WITH]:
         what = f"all {planned} steps are taken, so this would change nothing: {'; '.join(idle)}"
         raise ConfigErrors([Problem("run", what, "give more steps (trainer.max_steps), or leave it as it was")])
-
-
-def _changes(stored: Path, config: DictConfig) -> list[str]:
-    """Return the keys whose value differs between the stored config and this one, a text each."""
-    if not stored.is_file():
-        return []
-    then = flat(read_plain(stored))  # its interpolations are not followed: it may be untrusted
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    now = flat(plain)
-    now |= absolute_paths(now)
-    keys = [key for key in [*now, *(key for key in then if key not in now)] if key != KEY]
-    pairs = {key: (then.get(key, "not set"), now.get(key, "not set")) for key in keys}
-    changed = {key: values for key, values in pairs.items() if values[0] != values[1]}
-    # A rule's ratio follows loraplus.ratio, which is reported already.
-    others = [values for key, values in changed.items() if key.startswith("loraplus.") and not key.startswith(_RULES)]
-    return [
-        f"{key}: {old} -> {new}"
-        for key, (old, new) in changed.items()
-        if not (key.startswith(_RULES) and (old, new) in others)
-    ]

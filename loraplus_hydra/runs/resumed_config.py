@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from loraplus_hydra.config.identity import ALLOW
 from loraplus_hydra.config.schema import RUN_GROUPS
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.io import run_folder
@@ -19,21 +21,25 @@ from loraplus_hydra.io.read import read_bytes
 from loraplus_hydra.runs.stored_config import KEY, read_plain, read_stored
 
 
-def resumed_config(folder: Path, config: DictConfig) -> tuple[DictConfig, ResumePoint | None]:
-    """Return the config of the run in `folder` with the changes that `resume` was given."""
+def resumed_config(folder: Path, config: DictConfig) -> tuple[DictConfig, ResumePoint]:
+    """Return the config of the run in `folder` with the changes that `resume` was given.
+
+    Also return what is known of the point to resume from.
+    """
     file = _stored_file(folder)
     run = read_stored(file, _changes(folder, file, config))
     if run.model.trust_remote_code and not config.trust_remote_code:
         what = "the run's model brings Python of its own (model.trust_remote_code)"
         raise ConfigErrors([Problem("trust_remote_code", what, "read it, then set trust_remote_code=true")])
-    start, point = run.trainer.get("resume_from_checkpoint"), None
+    start, point = run.trainer.get("resume_from_checkpoint"), ResumePoint(None, names_new_rows=bool(config.data))
     # A run that began from another run's checkpoint resumes from its own, once it has one.
     if start not in (None, AUTO) and config.trainer.get("resume_from_checkpoint") is None:
-        checkpoint, passed_over = newest_complete(folder / run_folder.CHECKPOINTS)
+        checkpoint, messages = newest_complete(folder / run_folder.CHECKPOINTS)
         if checkpoint is not None:
-            start, point = AUTO, ResumePoint(checkpoint, passed_over=passed_over)
+            start, point = AUTO, replace(point, checkpoint=checkpoint, messages=messages)
     with open_dict(run):
         run.trainer.resume_from_checkpoint = start or AUTO
+        run[ALLOW] = config[ALLOW]  # for this command only
     try:
         OmegaConf.to_container(run, resolve=True)
     except OmegaConfBaseException as error:

@@ -12,13 +12,16 @@ from omegaconf.errors import OmegaConfBaseException
 from loraplus_hydra.check.foreign import foreign_code, moved_paths
 from loraplus_hydra.check.keys import read_config, unknown_keys
 from loraplus_hydra.config.flatten import flat
-from loraplus_hydra.config.locations import PATH_KEYS
+from loraplus_hydra.config.identity import ALLOW
+from loraplus_hydra.config.locations import PATH_KEYS, absolute_paths
 from loraplus_hydra.config.schema import RunConfig
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line
-from loraplus_hydra.io import run_folder
+from loraplus_hydra.io import checkpoints, run_folder
 from loraplus_hydra.io.read import RESOLVER, Hostile, Unreadable, read_yaml
 
 KEY = "run"
+_NOT_OF_TRAINING = (checkpoints.KEY, ALLOW)
+_RULES = "loraplus.rules."
 
 
 def unnamed_run(config: DictConfig) -> list[Problem]:
@@ -112,6 +115,27 @@ def read_plain(file: Path) -> dict[str, Any]:
         raise ConfigErrors([Problem(KEY, str(error), "name another run")]) from None
     except Unreadable:
         return {}
+
+
+def changes(stored: Path, config: DictConfig) -> list[str]:
+    """Return the keys whose value differs between the stored config and this one, a text each."""
+    if not stored.is_file():
+        return []
+    then = flat(read_plain(stored))  # its interpolations are not followed: it may be untrusted
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    now = flat(plain)
+    now |= absolute_paths(now)
+    keys = [key for key in [*now, *(key for key in then if key not in now)] if key not in _NOT_OF_TRAINING]
+    pairs = {key: (then.get(key, "not set"), now.get(key, "not set")) for key in keys}
+    changed = {key: values for key, values in pairs.items() if values[0] != values[1]}
+    # A rule's ratio follows loraplus.ratio, which is reported already.
+    others = [values for key, values in changed.items() if key.startswith("loraplus.") and not key.startswith(_RULES)]
+    return [
+        f"{key}: {old} -> {new}"
+        for key, (old, new) in changed.items()
+        if not (key.startswith(_RULES) and (old, new) in others)
+    ]
 
 
 def _interpolated(node: Any, path: str = "") -> str:

@@ -102,11 +102,11 @@ def _train(config: DictConfig, job: _Job, state: State) -> float | None:
 
 def _resume_or_clear(config: DictConfig, folder: Path) -> ResumePoint | None:
     """Let `config` resume from the folder's newest complete checkpoint; without one clear the folder."""
-    checkpoint, passed_over = checkpoints.newest_complete(folder / run_folder.CHECKPOINTS)
+    checkpoint, messages = checkpoints.newest_complete(folder / run_folder.CHECKPOINTS)
     if checkpoint is None:
         with folder_lock(folder):
             clear(folder)
         return None
     with open_dict(config):
         config.trainer.resume_from_checkpoint = checkpoints.AUTO
-    return ResumePoint(checkpoint, passed_over=passed_over)
+    return ResumePoint(checkpoint, messages=messages)

@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from loraplus_hydra.config.hydra_job import quoted
-from loraplus_hydra.config.identity import config_hash
+from loraplus_hydra.config.identity import ALLOW, config_hash
 from loraplus_hydra.config.schema import NOT_OF_A_RUN
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.io import interrupts
@@ -106,7 +106,7 @@ def default_name(config: DictConfig, swept: list[Override]) -> str:
     keys = _sorted_keys(swept)
     whole = OmegaConf.to_container(config, resolve=False)  # as if no swept group were chosen
     assert isinstance(whole, dict)
-    rest = {str(key): value for key, value in whole.items() if key not in NOT_OF_A_RUN}
+    rest = {str(key): value for key, value in whole.items() if key not in (*NOT_OF_A_RUN, ALLOW)}
     for key in keys:
         _remove(rest, key.replace("/", "."))
     # A swept group is missing in `rest`, and so are the overrides inside it, which hold for all jobs.

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from loraplus_hydra.config.identity import config_hash
 from loraplus_hydra.config.schema import TaskConfig
 from loraplus_hydra.config.targets import locate
+from loraplus_hydra.data.fingerprint import RowsRead, fingerprints, watched
 from loraplus_hydra.data.rows import is_streamed, load_rows
 from loraplus_hydra.tasks.base import Base
 
@@ -50,6 +51,9 @@ class Examples:
     trainer_arguments: dict[str, Any] = field(default_factory=dict)  # more arguments of the Trainer
     model_arguments: dict[str, Any] = field(default_factory=dict)  # attributes of the model's config: num_labels, ...
     notes: tuple[str, ...] = ()  # for the user, such as how many rows are cut
+    # Set by `load_examples`:
+    fingerprints: Mapping[str, str] = field(default_factory=dict)  # of the rows, by split
+    rows_read: RowsRead | None = None  # of streamed training rows
 
     def counts(self) -> str:
         """Return the numbers of examples in words."""
@@ -77,7 +81,9 @@ def load_examples(
         function = locate(config.task.examples)
         if BASE in inspect.signature(function).parameters:
             own[BASE] = base or Base()
-        examples = function(load_rows(config.data), tokenizer, config.task, config.data, **own)
+        rows, rows_read = watched(load_rows(config.data))
+        examples = function(rows, tokenizer, config.task, config.data, **own)
+        examples = replace(examples, fingerprints=fingerprints(rows), rows_read=rows_read)
     if keep:
         _kept[key] = examples
     return examples

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +23,8 @@ from loraplus_hydra.loraplus.settings import LoraPlus
 from loraplus_hydra.models.adapter import add_adapter
 from loraplus_hydra.models.base_model import load_base, meta_model
 from loraplus_hydra.models.properties import adapter_labels, is_classifier, positions, trained_head, trained_positions
+from loraplus_hydra.models.inputs import adapter_fingerprint, base_fingerprints, tokenizer_fingerprint
+from loraplus_hydra.models.properties import adapter_labels, is_classifier, positions, trained_head
 from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
 from loraplus_hydra.tasks.base import Base
 from loraplus_hydra.tasks.examples import Examples, kept_examples, load_examples
@@ -43,6 +46,7 @@ class Prepared:
     model: PeftModel
     settings: LoraPlus
     plan: Plan
+    inputs: Mapping[str, str] = field(default_factory=dict)  # fingerprints, see io/fingerprints.py
 
 
 def prepare(config: DictConfig) -> Prepared:
@@ -59,7 +63,19 @@ def prepare(config: DictConfig) -> Prepared:
     model = load_adapted_model(config, tokenizer, examples)
     interrupts.stop_if_asked()
     screen.show("4/6 Deciding which tensor gets which rate")
-    return bundle(config, tokenizer, examples, model)
+    return replace(bundle(config, tokenizer, examples, model), inputs=inputs_of(config, tokenizer, examples))
+
+
+def inputs_of(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> dict[str, str]:
+    """Return the fingerprints of a config's inputs, without those of weights that are not on this machine yet."""
+    found = {
+        **examples.fingerprints,
+        **base_fingerprints(config.model),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+    if path := config.adapter.get("path"):
+        found["adapter.path"] = adapter_fingerprint(path)
+    return found
 
 
 def prepare_examples(config: DictConfig, tokenizer: PreTrainedTokenizerBase, *, keep: bool = False) -> Examples:

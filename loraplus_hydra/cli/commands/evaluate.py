@@ -31,6 +31,7 @@ def _print_metrics(config: DictConfig) -> dict[str, float]:
         named_run(config),
         changes,
         trust_remote_code=config.trust_remote_code,
+        allow_changed_inputs=config.allow_changed_inputs,
         groups=(),
         checkpoint=config.checkpoint,
     )

@@ -28,6 +28,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
         named_run(config),
         {"model": config.model},
         trust_remote_code=config.trust_remote_code,
+        allow_changed_inputs=config.allow_changed_inputs,
         checkpoint=config.checkpoint,
     )
     of_step = "" if run.step is None else f"-of-step-{run.step}"

@@ -34,6 +34,7 @@ def _answers(config: DictConfig) -> list[str]:
         named_run(config),
         {"model": config.model},
         trust_remote_code=config.trust_remote_code,
+        allow_changed_inputs=config.allow_changed_inputs,
         checkpoint=config.checkpoint,
     )
     from loraplus_hydra.runs.predict import predict, read_texts

@@ -17,6 +17,7 @@ from loraplus_hydra.config.schema import NOT_TRAINING_ARGUMENTS
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import processes, screen
+from loraplus_hydra.io.checkpoint_state import StreamState
 from loraplus_hydra.io.checkpoints import ResumePoint
 from loraplus_hydra.io.metrics_log import MetricsLog
 from loraplus_hydra.io.run_folder import CHECKPOINTS, METRICS
@@ -61,7 +62,10 @@ def make_trainer(
         ],
         **job.examples.trainer_arguments,
     )
-    trainer.add_callback(CheckpointCallback(trainer, folder / METRICS, seconds=seconds))
+    trainer.add_callback(CheckpointCallback(trainer, folder / METRICS, seconds=seconds, inputs=job.inputs))
+    if not trainer.args.dataloader_num_workers:  # what a worker process reads is not known here
+        trainer.rows_read = job.examples.rows_read
+        trainer.expected_stream = StreamState() if point is None else point.stream
     score_with_whole_head(job.model)
     remove_own_printing(trainer)
     _refuse_other_processes(trainer)

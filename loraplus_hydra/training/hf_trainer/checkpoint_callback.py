@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import screen
-from loraplus_hydra.io.checkpoint_state import RunState, run_state, write_run_state
+from loraplus_hydra.io.checkpoint_state import RunState, StreamState, run_state, write_run_state
 from loraplus_hydra.io.checkpoints import open_checkpoint, rotate, seal, step_of
 from loraplus_hydra.io.folders import copy_files, replaced_folder
 from loraplus_hydra.training.checkpoint_changes import describe_training
@@ -24,14 +25,15 @@ class CheckpointCallback(TrainerCallback):
     Add it after all callbacks that write into a checkpoint: the manifest lists every file.
     """
 
-    def __init__(self, trainer: Any, metrics: Path, *, seconds: float = 0.0) -> None:
+    def __init__(self, trainer: Any, metrics: Path, *, seconds: float = 0.0, inputs: Mapping[str, str]) -> None:
         self.trainer = trainer
+        self.inputs = dict(inputs)
         self.metrics = metrics
         self.started = time.perf_counter() - seconds
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        window = collect_window(self.trainer)
+        window, read = collect_window(self.trainer), self.trainer.rows_read
         if state.is_world_process_zero:
             groups = {group["name"]: group for group in self.trainer.optimizer.param_groups}
             write_run_state(
@@ -42,6 +44,8 @@ class CheckpointCallback(TrainerCallback):
                     metrics_bytes=self.metrics.stat().st_size if self.metrics.is_file() else 0,
                     window=window,
                     evaluation_due=self.trainer.evaluation_due,
+                    inputs=self.inputs,
+                    stream=StreamState() if read is None else StreamState(read.count, read.digest),
                     **describe_training(self.trainer.loraplus, groups, state.max_steps),
                 ),
             )

@@ -22,9 +22,10 @@ from transformers import Trainer
 from transformers.trainer_callback import EarlyStoppingCallback
 from transformers.trainer_utils import has_length
 
+from loraplus_hydra.data.fingerprint import RowsRead
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import interrupts, screen
-from loraplus_hydra.io.checkpoint_state import run_state
+from loraplus_hydra.io.checkpoint_state import StreamState, run_state
 from loraplus_hydra.io.checkpoints import OPTIMIZER, sealed, step_of, unseal
 from loraplus_hydra.io.interrupts import Interrupted
 from loraplus_hydra.io.quiet_libraries import quiet_step_mismatch
@@ -65,6 +66,8 @@ class ResumableMixin:
     loraplus: LoraPlus
     train_dataset: Any
     resumed_with: tuple[str, ...] = ()
+    rows_read: RowsRead | None = None  # of streamed training rows
+    expected_stream = StreamState()  # what a resumed run must read again of them
     evaluation_due = False  # True from an evaluation that a signal stopped until it is made up
 
     def train_or_restore(self, checkpoint: str | None) -> Any:
@@ -181,7 +184,10 @@ class ResumableMixin:
         # fraction of the stored epoch counts batches, as if an epoch had all steps of the run.
         epochs = int(self.state.epoch)
         planned = _planned_steps(self.args.resume_from_checkpoint)
-        return epochs, round((self.state.epoch - epochs) * planned * self.args.gradient_accumulation_steps)
+        batches = round((self.state.epoch - epochs) * planned * self.args.gradient_accumulation_steps)
+        if batches and self.rows_read is not None and not self.args.ignore_data_skip:
+            self.rows_read.expected = (self.expected_stream.count, self.expected_stream.digest)
+        return epochs, batches
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the adapter, the base's config.json and the tokenizer, without pickled arguments."""

@@ -1,0 +1,115 @@
+"""Fingerprints of rows: the same for equal values, whatever file, folder or layout in memory they come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, IterableDataset
+
+from loraplus_hydra.data.rows import ORIGIN, SPLITS, is_streamed
+from loraplus_hydra.errors import ConfigErrors, Problem
+
+LARGEST = 2**31  # bytes of rows that are hashed completely; of more rows, every second, third, ... batch
+_BATCH = 1000  # rows
+_STREAM = "data.train"
+_TEXTS = (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary)
+
+
+@dataclass
+class RowsRead:
+    """The rows of a stream that its latest pass has read so far. `digest` identifies them and their order."""
+
+    expected: tuple[int, str] | None = None  # after so many rows the digest must be this one
+    count: int = 0
+    _hash: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def see(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        """Count a row of the stream and return it. Raises ConfigErrors if the rows aren't the expected ones."""
+        if index == 0:  # a new pass
+            self.count, self._hash = 0, hashlib.blake2b(digest_size=16)
+        values = {name: value for name, value in row.items() if name != ORIGIN}
+        self._hash.update(json.dumps(values, sort_keys=True, default=repr).encode())
+        self.count += 1
+        if self.expected is not None and self.count == self.expected[0]:
+            if self.digest != self.expected[1]:
+                what = f"the first {self.count:,} rows of the stream are not those that the run has read"
+                fix = "read the run's own rows, name others by data.train=..., or set allow_changed_inputs=true"
+                raise ConfigErrors([Problem(_STREAM, what, fix)])
+            self.expected = None
+        return row
+
+
+def fingerprints(rows: DatasetDict) -> dict[str, str]:
+    """Return the fingerprint of each split that isn't streamed, by the key that names it."""
+    return {f"data.{split}": fingerprint(rows[split]) for split in SPLITS if not is_streamed(rows[split])}
+
+
+def watched(rows: DatasetDict) -> tuple[DatasetDict, RowsRead | None]:
+    """Return the rows with a record of what is read of a training stream; None without a stream."""
+    if not is_streamed(rows["train"]):
+        return rows, None
+    read = RowsRead()
+    stream: IterableDataset = rows["train"]
+    seen = stream.map(read.see, with_indices=True, features=stream.features)
+    return DatasetDict({**rows, "train": seen}), read
+
+
+def fingerprint(rows: Dataset, *, largest: int = LARGEST) -> str:
+    """Return the number of rows and 32 hex digits that identify their values in their order.
+
+    Columns are taken by name, and without the places that the rows come from. Beyond `largest` bytes only some batches
+    of rows are hashed, always the same.
+    """
+    batches, values = rows.with_format("arrow"), hashlib.blake2b(digest_size=16)
+    stride = 1 + rows.data.nbytes * len(rows) // max(1, len(rows.data)) // largest
+    for start in range(0, len(rows), _BATCH * stride):
+        batch: pa.Table = batches[start : start + _BATCH]
+        for name in sorted(set(batch.column_names) - {ORIGIN}):
+            values.update(name.encode())
+            _add(values, pa.concat_arrays(batch.column(name).chunks))
+    return f"{len(rows):,} rows {values.hexdigest()}"
+
+
+def _add(digest: Any, array: pa.Array) -> None:
+    """Add the values of an Arrow array to a hash."""
+    # Not the array's buffers: equal values may stand in different ones, after a slice or beneath nulls.
+    digest.update(len(array).to_bytes(8, "little"))
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if array.null_count:
+        digest.update(_bytes(array.is_valid()))
+        array = array.drop_null()
+    kind = array.type
+    if pa.types.is_struct(kind):
+        for index in sorted(range(kind.num_fields), key=lambda number: kind.field(number).name):
+            digest.update(kind.field(index).name.encode())
+            _add(digest, array.flatten()[index])
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        digest.update(_bytes(array.value_lengths().cast(pa.int64())))
+        _add(digest, array.flatten())
+    elif any(holds(kind) for holds in _TEXTS):
+        digest.update(_bytes(pc.binary_length(array).cast(pa.int64())))
+        width = np.int64 if pa.types.is_large_string(kind) or pa.types.is_large_binary(kind) else np.int32
+        first, last = np.frombuffer(array.buffers()[1], width)[[array.offset, array.offset + len(array)]]
+        digest.update(memoryview(array.buffers()[2] or b"")[first:last])
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+        digest.update(_bytes(array))
+    else:
+        digest.update(repr(array.to_pylist()).encode())
+
+
+def _bytes(array: pa.Array) -> bytes:
+    values: np.ndarray[Any, Any] = array.to_numpy(zero_copy_only=False)
+    return values.tobytes()

@@ -1,0 +1,90 @@
+"""Fingerprints of the files that a model is loaded from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
+
+from loraplus_hydra.config.locations import model_location
+from loraplus_hydra.errors import UserError
+from loraplus_hydra.io import fingerprints
+from loraplus_hydra.io.read import Unreadable, read_json
+from loraplus_hydra.models.adapter_files import CONFIG, WEIGHTS, adapter_folder
+
+MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Entries that tell where a config comes from and which version wrote it.
+_NOT_CONTENT = ("_name_or_path", "transformers_version", "base_model_name_or_path", "revision", "peft_version")
+# Of an adapter's folder; other files there, such as a README, are not read by any command.
+_READ_OF_ADAPTER = (".json", ".safetensors", ".jinja", ".model", ".txt")
+
+
+def base_fingerprints(model: DictConfig) -> dict[str, str]:
+    """Return the fingerprints of the base model's weights and config.json, of those that are on this machine."""
+    found = {}
+    if (config := _file(model, "config.json")) is not None:
+        found["config.json"] = _of_json(config)
+    try:
+        if files := _weight_files(model):
+            found["weights"] = fingerprints.of_weights(files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # loading the model reports a broken file
+    return found
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the fingerprint of a tokenizer: vocabulary, rules, special tokens, chat template and limits."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules: Any = sorted(tokenizer.get_vocab().items()) if backend is None else json.loads(backend.to_str())
+    if backend is not None:  # these two depend on what the tokenizer was used for
+        rules.pop("truncation", None)
+        rules.pop("padding", None)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    limits = [tokenizer.model_max_length, tokenizer.truncation_side, tokenizer("a").input_ids]
+    return fingerprints.of_content([rules, special, tokenizer.chat_template, limits])
+
+
+def adapter_fingerprint(path: str) -> str:
+    """Return the fingerprint of a stored adapter that training begins from. Raises ConfigErrors if there is none."""
+    folder = adapter_folder(path)
+    try:
+        return fingerprints.of_content([_of_json(folder / CONFIG), fingerprints.of_weights([folder / WEIGHTS])])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / WEIGHTS} can't be read: {error}") from error
+
+
+def folder_fingerprint(adapter: Path) -> str:
+    """Return the fingerprint of the folder in which a run has stored its adapter and tokenizer."""
+    read = (file for file in adapter.iterdir() if file.suffix in _READ_OF_ADAPTER and file.name != CONFIG)
+    return f"{fingerprints.of_files(read)}{_of_json(adapter / CONFIG)}"
+
+
+def _weight_files(model: DictConfig) -> list[Path]:
+    if (single := _file(model, MODEL)) is not None:
+        return [single]
+    if (index := _file(model, INDEX)) is None:
+        return []
+    shards = (_file(model, name) for name in sorted(set(read_json(index.resolve())["weight_map"].values())))
+    return [shard for shard in shards if shard is not None]
+
+
+def _file(model: DictConfig, name: str) -> Path | None:
+    """Return a file of the model, in its folder or in the hub's cache; None if it isn't on this machine."""
+    folder = Path(model_location(model.path))
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    found = try_to_load_from_cache(model.path, name, revision=model.revision)
+    return Path(found) if isinstance(found, str) else None  # else it was never fetched, or the hub has none
+
+
+def _of_json(file: Path) -> str:
+    try:
+        stored: Mapping[str, Any] = read_json(file.resolve())
+    except Unreadable:
+        return "unreadable"
+    return fingerprints.of_content({name: value for name, value in stored.items() if name not in _NOT_CONTENT})
