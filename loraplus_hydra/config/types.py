@@ -123,7 +123,7 @@ def from_plain(schema: type[T], plain: Any) -> T:
     values, wrong = {}, []
     for field in dataclasses.fields(schema):  # type: ignore[arg-type]
         key = field.name.rstrip("_")
-        if key not in given and field.default is not dataclasses.MISSING:
+        if key not in given and (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING):
             continue
         try:
             values[field.name] = _converted(given[key], *known[field.name])

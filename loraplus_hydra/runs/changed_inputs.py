@@ -7,8 +7,11 @@ from dataclasses import replace
 
 from omegaconf import DictConfig, OmegaConf
 
-from loraplus_hydra.config.identity import ALLOW
-from loraplus_hydra.io import run_folder
+from loraplus_hydra.config.identity import ALLOW, config_hash
+from loraplus_hydra.data.fingerprint import fingerprints
+from loraplus_hydra.data.rows import load_rows
+from loraplus_hydra.errors import first_line
+from loraplus_hydra.io import run_folder, screen
 from loraplus_hydra.io.checkpoint_state import StreamState
 from loraplus_hydra.io.checkpoints import Checkpoint, ResumePoint
 from loraplus_hydra.io.fingerprints import NOT_STORED, OF_ROWS, changed_inputs, refuse_changed
@@ -16,6 +19,8 @@ from loraplus_hydra.io.result import Result
 from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.runs.stored_config import changes, read_plain
 from loraplus_hydra.training.prepare import inputs_of, prepare_examples
+
+_kept: dict[str, dict[str, str]] = {}  # by the start of a sweep and what names the inputs: at most one entry
 
 
 def with_inputs(point: ResumePoint, config: DictConfig, accepted: Result | None) -> ResumePoint:
@@ -46,7 +51,35 @@ def with_inputs(point: ResumePoint, config: DictConfig, accepted: Result | None)
 def current_inputs(config: DictConfig) -> dict[str, str]:
     """Return the fingerprints of a checked config's inputs. Its rows stay loaded for the run."""
     tokenizer = load_tokenizer(config.model)
-    return inputs_of(config, tokenizer, prepare_examples(config, tokenizer, keep=True))
+    return inputs_of(config, tokenizer, prepare_examples(config, tokenizer, keep=True).fingerprints)
+
+
+def refuse_other_inputs(config: DictConfig, result: Result, *, start: str | None = None) -> None:
+    """Raise ConfigErrors if the inputs of `config` are not those of a finished run with this config.
+
+    A note says so where they can't be compared. Jobs of one `start` of a sweep read the same inputs once.
+    """
+    if config[ALLOW]:
+        return
+    if not result.inputs:
+        screen.show(f"    Note: {NOT_STORED}")
+        return
+    try:
+        now = _inputs_to_compare(config, start)
+    except Exception as error:  # rows, or a function that makes them, may exist no longer
+        screen.show(f"    Note: it isn't known whether rows or weights have changed since: {first_line(error)}")
+        return
+    refuse_changed(result.inputs, now)
+
+
+def _inputs_to_compare(config: DictConfig, start: str | None) -> dict[str, str]:
+    """Return the fingerprints of a config's inputs, kept for the next job of the same start of a sweep."""
+    named = {name: OmegaConf.to_container(config[name], resolve=True) for name in ("model", "data", "adapter")}
+    key = f"{start} {config_hash(named)}"
+    if start is None or key not in _kept:
+        _kept.clear()
+        _kept[key] = inputs_of(config, load_tokenizer(config.model), fingerprints(load_rows(config.data)))
+    return _kept[key]
 
 
 def _is_accepted(name: str, now: Mapping[str, str], accepted: Result | None) -> bool:

@@ -33,6 +33,7 @@ from loraplus_hydra.loraplus.plan import Plan, table_rows
 from loraplus_hydra.models.adapter_files import save_adapter
 from loraplus_hydra.models.inputs import folder_fingerprint
 from loraplus_hydra.runs import display
+from loraplus_hydra.runs.changed_inputs import refuse_other_inputs
 from loraplus_hydra.runs.figure import draw_training
 from loraplus_hydra.runs.limits import explain_resource_errors
 from loraplus_hydra.runs.resume import find_resume_point, finished_message, finished_result, roll_back
@@ -81,6 +82,7 @@ def _run_in(folder: Path, config: DictConfig, checked: Checked | None, point: Re
         if is_locked:
             folders.remove_drafts(folder)
         if (done := finished_result(config, folder)) is not None:
+            refuse_other_inputs(config, done)
             screen.show(finished_message(folder, done))
             return done
         if config.trainer.get("resume_from_checkpoint") is not None:

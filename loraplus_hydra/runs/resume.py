@@ -16,7 +16,7 @@ from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.read import Missing, read_bytes
 from loraplus_hydra.io.result import OK, Result, read_result
 from loraplus_hydra.models.adapter_files import refuse_other_tensors
-from loraplus_hydra.runs.changed_inputs import with_inputs
+from loraplus_hydra.runs.changed_inputs import refuse_other_inputs, with_inputs
 from loraplus_hydra.runs.stored_config import changes
 from loraplus_hydra.training.checkpoint_changes import full_name, refuse_other_groups
 from loraplus_hydra.training.prepare import loraplus_settings
@@ -49,6 +49,7 @@ def resume_point_or_exit(checked: Checked, folder: Path, *, found_before: Resume
     if processes.is_main():
         folders.refuse_links(folder, key="hydra.run.dir")
     if (result := finished_result(checked.config, folder)) is not None:
+        refuse_other_inputs(checked.config, result)
         if processes.is_main():
             print(finished_message(folder, result))
         raise SystemExit(0)

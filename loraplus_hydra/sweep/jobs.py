@@ -15,11 +15,13 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
+from loraplus_hydra.config.identity import ALLOW
 from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import checkpoints, interrupts, run_folder, screen
 from loraplus_hydra.io.checkpoints import ResumePoint
 from loraplus_hydra.io.locks import folder_lock
+from loraplus_hydra.io.quiet_libraries import quiet_libraries
 from loraplus_hydra.io.result import read_result
 from loraplus_hydra.sweep import job_status
 from loraplus_hydra.sweep.folders import State, clear, folder_state, hash_of
@@ -58,11 +60,12 @@ def run_job(root: DictConfig) -> float | None:
     job = _Job(folder, Path(hydra.sweep.dir).absolute(), str(root.sweep.start), overrides)
     config = run_of(root)
     state = folder_state(job.folder, hash_of(config))
-    if state is State.DONE:
-        return _skip(job)
-    job.set_status(job_status.RUNNING)
-    claim_gpu(hydra)
+    if state is not State.DONE:
+        job.set_status(job_status.RUNNING)
+        claim_gpu(hydra)
     try:
+        if state is State.DONE:
+            return _skip(config, job)
         value = _train(config, job, state)
     except KeyboardInterrupt:
         job.set_status(job_status.INTERRUPTED)
@@ -75,9 +78,15 @@ def run_job(root: DictConfig) -> float | None:
     return value
 
 
-def _skip(job: _Job) -> float | None:
+def _skip(config: DictConfig, job: _Job) -> float | None:
+    """Return the metric of a job that is done. Raises ConfigErrors if its rows or weights have changed since."""
     result = read_result(job.folder)
     assert result is not None, "a job that is done has a result"
+    if result.inputs and not config[ALLOW]:
+        quiet_libraries()
+        from loraplus_hydra.runs.changed_inputs import refuse_other_inputs  # heavy, and no job may be left to run
+
+        refuse_other_inputs(config, result, start=job.start)
     screen.show(f"    Done before: {job.name}: {result.metric} {result.value}")
     job.set_status(job_status.SKIPPED, value=result.value)
     return result.value

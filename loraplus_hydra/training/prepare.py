@@ -63,13 +63,17 @@ def prepare(config: DictConfig) -> Prepared:
     model = load_adapted_model(config, tokenizer, examples)
     interrupts.stop_if_asked()
     screen.show("4/6 Deciding which tensor gets which rate")
-    return replace(bundle(config, tokenizer, examples, model), inputs=inputs_of(config, tokenizer, examples))
+    inputs = inputs_of(config, tokenizer, examples.fingerprints)
+    return replace(bundle(config, tokenizer, examples, model), inputs=inputs)
 
 
-def inputs_of(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> dict[str, str]:
-    """Return the fingerprints of a config's inputs, without those of weights that are not on this machine yet."""
+def inputs_of(config: DictConfig, tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, str]) -> dict[str, str]:
+    """Return the fingerprints of a config's inputs, with those of its rows.
+
+    Weights that are not on this machine yet have none.
+    """
     found = {
-        **examples.fingerprints,
+        **rows,
         **base_fingerprints(config.model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }

@@ -1,0 +1,225 @@
+"""Content, not names: what each command does when a run's rows, weights or tokenizer are others than they were."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from loraplus_hydra import run
+from tests.conftest import Finished
+
+Cli = Callable[..., Finished]
+ALLOW = "allow_changed_inputs=true"
+
+
+@pytest.fixture(scope="module")
+def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rows, a model, the finished run `done` and the stopped run `stopped`, which has a checkpoint."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from loraplus_hydra.config.locations import config_folder
+    from loraplus_hydra.config.schema import register, run_of
+
+    folder = tmp_path_factory.mktemp("content")
+    shutil.copytree(tiny_model, folder / "model")
+    for name in ("rows", "held_out"):
+        write_rows(folder / f"{name}.jsonl", name)
+    overrides = [
+        *("model=hub", f"model.path={folder / 'model'}", "data=jsonl", f"data.train={folder / 'rows.jsonl'}"),
+        *(f"data.eval={folder / 'held_out.jsonl'}", "trainer.max_steps=4", "trainer.save_steps=2", "task.samples=0"),
+        *("trainer.per_device_train_batch_size=4", "trainer.eval_strategy=no"),
+    ]
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+        run(run_of(compose("config", overrides=overrides)), folder / "done")
+    shutil.copytree(folder / "done", folder / "stopped")
+    for name in ("adapter", "checkpoints/checkpoint-4"):
+        shutil.rmtree(folder / "stopped" / name)
+    (folder / "stopped" / "result.json").unlink()
+    return folder
+
+
+def write_rows(file: Path, text: str) -> None:
+    file.write_text("".join(json.dumps({"prompt": f"{text} {i}", "completion": f" {i}"}) + "\n" for i in range(24)))
+
+
+def edit_rows(folder: Path) -> None:
+    file = folder / "rows.jsonl"
+    file.write_text(file.read_text().replace("rows 7", "rows 8"))
+
+
+def edit_held_out_rows(folder: Path) -> None:
+    write_rows(folder / "held_out.jsonl", "others")
+
+
+def edit_weights(folder: Path) -> None:
+    """Change one number of one tensor."""
+    file = folder / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][17, 5] += 0.5
+    save_file(tensors, file, {"format": "pt"})
+
+
+def edit_config(folder: Path) -> None:
+    file = folder / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 1e-4}))
+
+
+def edit_template(folder: Path) -> None:
+    (folder / "model" / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message.content }}{% endfor %}"
+    )
+
+
+def edit_adapter(folder: Path) -> None:
+    for name in ("done", "stopped"):
+        file = folder / name / "adapter" / "chat_template.jinja"
+        if file.parent.is_dir():
+            file.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+
+
+COMMANDS = {
+    "resume": ("resume", "stopped"),
+    "evaluate": ("evaluate", "done"),
+    "predict": ("predict", "done", "text=say", "max_new_tokens=1"),
+    "export": ("export", "done", "to=out", "merge=false"),
+}
+# What was edited: the key under which each command refuses it; a command that isn't named does not read it.
+TABLE: list[tuple[Callable[[Path], None], dict[str, str]]] = [
+    (edit_rows, {"resume": "data.train"}),
+    (edit_held_out_rows, {"resume": "data.eval", "evaluate": "data.eval"}),
+    (edit_weights, dict.fromkeys(COMMANDS, "model.path")),
+    (edit_config, dict.fromkeys(COMMANDS, "model.path")),
+    (edit_template, {"resume": "model.tokenizer"}),
+    (edit_adapter, dict.fromkeys(("evaluate", "predict", "export"), "run")),
+]
+
+
+@pytest.fixture
+def copy(place: Path, tmp_path: Path) -> Path:
+    """The folder of `place` moved to where commands start; the stored paths lead into the copy."""
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("*/config.yaml"):
+        file.write_text(file.read_text().replace(str(place), str(tmp_path)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_moved_folder_and_other_names_are_the_same_content(command: str, copy: Path, cli: Cli) -> None:
+    (copy / "model").rename(copy / "base")
+    (copy / "rows.jsonl").rename(copy / "renamed.json")
+    for file in copy.glob("*/config.yaml"):
+        file.write_text(file.read_text().replace("rows.jsonl", "renamed.json").replace(f"{copy}/model", f"{copy}/base"))
+    finished = cli(*COMMANDS[command])
+    assert finished.status == 0, finished.err
+    assert "hanged since" not in finished.out + finished.err
+
+
+@pytest.mark.parametrize(("edit", "refused"), TABLE, ids=[edit.__name__ for edit, _ in TABLE])
+def test_changed_content_is_named_and_refused_unless_it_is_allowed(
+    edit: Callable[[Path], None], refused: dict[str, str], copy: Path, cli: Cli
+) -> None:
+    edit(copy)
+    for name, command in COMMANDS.items():
+        before = sorted(path for path in (copy / command[1]).rglob("*"))
+        finished = cli(*command)
+        if name not in refused:
+            assert finished.status == 0, (name, finished.err)
+            continue
+        assert finished.status == 1, (name, finished.out)
+        assert refused[name] in finished.err, (name, finished.err)
+        assert "changed since" in finished.err, (name, finished.err)
+        assert ALLOW in finished.err.replace("\n", ""), finished.err
+        assert sorted(path for path in (copy / command[1]).rglob("*")) == before
+        allowed = cli(*command, ALLOW)
+        assert allowed.status == 0, (name, allowed.err)
+
+
+def test_rows_named_on_the_command_line_are_new_rows(copy: Path, cli: Cli) -> None:
+    write_rows(copy / "others.jsonl", "others")
+    assert cli("evaluate", "done", f"data.eval={copy / 'others.jsonl'}").status == 0
+    edit_rows(copy)
+    resumed = cli("resume", "stopped", f"data.train={copy / 'rows.jsonl'}", "trainer.max_steps=3")
+    assert resumed.status == 0, resumed.err
+    # The rows that were named then are the run's rows now.
+    again = cli("resume", "stopped", "trainer.max_steps=4")
+    assert again.status == 0, again.err
+
+
+def test_rows_accepted_before_a_kill_are_accepted_by_the_next_resume(
+    copy: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraplus_hydra.runs import job
+
+    def killed(*args: Any) -> None:
+        raise SystemExit(9)
+
+    edit_rows(copy)
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "prepare", killed)
+        assert cli("resume", "stopped", ALLOW).status == 9
+    assert cli("resume", "stopped").status == 0
+
+
+def test_run_without_fingerprints_is_resumed_with_a_note(copy: Path, cli: Cli) -> None:
+    from loraplus_hydra.io.checkpoints import seal
+
+    edit_rows(copy)
+    checkpoint = copy / "stopped" / "checkpoints" / "checkpoint-2"
+    state = json.loads((checkpoint / "run_state.json").read_text())
+    del state["inputs"], state["stream"]
+    (checkpoint / "run_state.json").write_text(json.dumps(state))
+    seal(checkpoint)
+    finished = cli("resume", "stopped")
+    assert finished.status == 0, finished.err
+    assert finished.out.count("the run stored no fingerprints") == 1
+
+
+def test_stream_is_compared_as_far_as_it_was_read(tiny_run: list[str], tmp_path: Path, compose: Any) -> None:
+    rows, held_out = tmp_path / "rows.jsonl", tmp_path / "held_out.jsonl"
+    write_rows(rows, "say")
+    write_rows(held_out, "say")
+    overrides = [
+        *tiny_run,
+        *(f"data.train={rows}", f"data.eval={held_out}", "data.streaming=true", "trainer.eval_strategy=no"),
+        *("trainer.save_steps=2", "task.samples=0", "trainer.per_device_train_batch_size=2"),
+    ]
+    run(compose(*overrides), tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    for name in ("adapter", "checkpoints/checkpoint-4"):
+        shutil.rmtree(tmp_path / "run" / name)
+    rows.write_text(rows.read_text().replace('"say 7"', '"say 77"'))
+    resumed = [*overrides, "trainer.resume_from_checkpoint=auto"]
+    with pytest.raises(Exception, match=r"data.train: the first \d+ rows of the stream"):
+        run(compose(*resumed), tmp_path / "run")
+    run(compose(*resumed, ALLOW), tmp_path / "run")
+
+
+def test_job_that_was_done_with_other_content_is_not_done(copy: Path, cli: Cli) -> None:
+    sweep = [
+        *("-m", "seed=0,1", "model=hub", "model.path=model", "data=jsonl", "data.train=rows.jsonl"),
+        *("data.eval=held_out.jsonl", "trainer.max_steps=1", "trainer.eval_strategy=no", "task.samples=0"),
+        "hydra.sweep.dir=sweep",
+    ]
+    assert cli(*sweep).status == 0
+    (copy / "rows.jsonl").touch()
+    again = cli(*sweep)
+    assert again.status == 0, again.err
+    assert again.out.count("Done before") == 2
+    edit_rows(copy)
+    before = {path: path.stat().st_mtime_ns for path in (copy / "sweep").glob("seed*/*")}
+    refused = cli(*sweep)
+    assert refused.status == 1
+    assert refused.out.count("content of the training rows changed since") >= 2, refused.out
+    assert {path: path.stat().st_mtime_ns for path in (copy / "sweep").glob("seed*/*")} == before
+    allowed = cli(*sweep, ALLOW)
+    assert allowed.status == 0, allowed.err
+    assert allowed.out.count("Done before") == 2
