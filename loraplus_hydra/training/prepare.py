@@ -22,9 +22,8 @@ from loraplus_hydra.loraplus.rules import parse_rules
 from loraplus_hydra.loraplus.settings import LoraPlus
 from loraplus_hydra.models.adapter import add_adapter
 from loraplus_hydra.models.base_model import load_base, meta_model
-from loraplus_hydra.models.properties import adapter_labels, is_classifier, positions, trained_head, trained_positions
 from loraplus_hydra.models.inputs import adapter_fingerprint, base_fingerprints, tokenizer_fingerprint
-from loraplus_hydra.models.properties import adapter_labels, is_classifier, positions, trained_head
+from loraplus_hydra.models.properties import adapter_labels, is_classifier, positions, trained_head, trained_positions
 from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
 from loraplus_hydra.tasks.base import Base
 from loraplus_hydra.tasks.examples import Examples, kept_examples, load_examples
