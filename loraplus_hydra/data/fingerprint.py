@@ -1,4 +1,7 @@
-"""Fingerprints of rows: the same for equal values, whatever file, folder or layout in memory they come from."""
+"""Fingerprints of rows.
+
+They follow from the values alone, whatever file and folder the rows come from and however they are stored.
+"""
 
 from __future__ import annotations
 

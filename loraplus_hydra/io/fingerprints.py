@@ -1,6 +1,6 @@
-"""Fingerprints of a run's inputs: its rows, base weights, tokenizer and the adapter that it began from.
+"""Fingerprints of a run's inputs.
 
-A run stores them in its checkpoints and in result.json. They follow from content alone: a file that was moved, renamed
+The inputs are its rows, its base weights, its tokenizer, and the adapter that it began from. A run stores them in its checkpoints and in result.json. They follow from content alone: a file that was moved, renamed
 or copied has the fingerprint that it had, and so have weights that were stored in other shards.
 """
 
@@ -68,7 +68,7 @@ def of_files(files: Iterable[Path]) -> str:
 
 
 def of_weights(files: Iterable[Path], *, largest: int = LARGEST) -> str:
-    """Return the number of tensors and bytes, and 32 hex digits that identify the tensors, of safetensors files.
+    """Return the fingerprint of the tensors in safetensors files, with their number and bytes.
 
     Up to `largest` bytes every byte counts. Beyond, it is each tensor's name, dtype and shape and up to BLOCKS blocks
     of BLOCK bytes at places that follow from its name. Raises ValueError or OSError for a file that can't be read.
@@ -124,7 +124,10 @@ def _tensors(file: Path) -> Iterator[_Tensor]:
 
 
 def _tensor_digest(tensor: _Tensor, blocks: int) -> str:
-    """Return the hash of so many blocks of a tensor, of all its bytes if there are no more or `blocks` is 0."""
+    """Return the hash of `blocks` blocks of a tensor, or of all its bytes.
+
+    All of them count if there are no more, or if `blocks` is 0.
+    """
     if blocks and tensor.size > blocks * BLOCK:
         places = [(tensor.start + at, BLOCK) for at in _places(tensor.name, tensor.size - BLOCK, blocks)]
     else:

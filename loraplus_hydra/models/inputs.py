@@ -25,7 +25,10 @@ _READ_OF_ADAPTER = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
 
 def base_fingerprints(model: DictConfig) -> dict[str, str]:
-    """Return the fingerprints of the base model's weights and config.json, of those that are on this machine."""
+    """Return the fingerprints of the base model's weights and config.json.
+
+    A file that is not on this machine has none.
+    """
     found = {}
     if (config := _file(model, "config.json")) is not None:
         found["config.json"] = _of_json(config)
@@ -50,7 +53,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def adapter_fingerprint(path: str) -> str:
-    """Return the fingerprint of a stored adapter that training begins from. Raises ConfigErrors if there is none."""
+    """Return the fingerprint of an adapter that training begins from. Raises UserError."""
     folder = adapter_folder(path)
     try:
         return fingerprints.of_content([_of_json(folder / CONFIG), fingerprints.of_weights([folder / WEIGHTS])])

@@ -24,7 +24,7 @@ _kept: dict[str, dict[str, str]] = {}  # by the start of a sweep and what names 
 
 
 def with_inputs(point: ResumePoint, config: DictConfig, accepted: Result | None) -> ResumePoint:
-    """Return `point` with the inputs of `config`, those that must be the checkpoint's, and messages on the others.
+    """Return `point` with the inputs of `config`, and with those that must be the checkpoint's.
 
     `accepted` is the stored result, which has the inputs that an earlier resume was allowed to use. Raises
     ConfigErrors naming each input that has changed.

@@ -79,7 +79,10 @@ def run_job(root: DictConfig) -> float | None:
 
 
 def _skip(config: DictConfig, job: _Job) -> float | None:
-    """Return the metric of a job that is done. Raises ConfigErrors if its rows or weights have changed since."""
+    """Return the metric of a job that is done.
+
+    Raises ConfigErrors if its rows or weights have changed since.
+    """
     result = read_result(job.folder)
     assert result is not None, "a job that is done has a result"
     if result.inputs and not config[ALLOW]:
