@@ -1,7 +1,8 @@
 """Fingerprints of a run's inputs.
 
-The inputs are its rows, its base weights, its tokenizer, and the adapter that it began from. A run stores them in its checkpoints and in result.json. They follow from content alone: a file that was moved, renamed
-or copied has the fingerprint that it had, and so have weights that were stored in other shards.
+The inputs are its rows, its base weights, its tokenizer, and the adapter that it began from. A run stores them in its
+checkpoints and in result.json. They follow from content alone: a file that was moved, renamed or copied has the
+fingerprint that it had, and so have weights that were stored in other shards.
 """
 
 from __future__ import annotations
