@@ -14,7 +14,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from loraplus_hydra import run as quick_run
 from loraplus_hydra.runs.export import export
 from loraplus_hydra.runs.finished import open_run
 from loraplus_hydra.runs.job import run
