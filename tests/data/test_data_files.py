@@ -193,11 +193,11 @@ import datasets
 from omegaconf import OmegaConf
 from loraplus_hydra.data import readers
 from loraplus_hydra.tasks.examples import load_examples
-from loraplus_hydra.tasks import sft
+from loraplus_hydra.tasks import tokens
 from loraplus_hydra.models.tokenizer import load_tokenizer
 
 made = []
-for module, name in ((readers, "_encoded_rows"), (sft, "encode_texts"), (sft, "encode_conversation")):
+for module, name in ((readers, "_encoded_rows"), (tokens, "encode_texts"), (tokens, "encode_conversation")):
     function = getattr(module, name)
     setattr(module, name, lambda *a, _f=function, _n=name, **k: made.append(_n) or _f(*a, **k))
 config = OmegaConf.load(sys.argv[1])
