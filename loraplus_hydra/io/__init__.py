@@ -1,1 +1,1 @@
-"""Files, locks and screen of a process."""
+"""Files, locks, signals, screen and log of a process."""

@@ -1,4 +1,4 @@
-"""The JSON files of a checkpoint. They are validated when read, since a checkpoint may be untrusted."""
+"""The JSON files of a checkpoint, validated when they are read."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from loraplus_hydra.io.files import write_text
 from loraplus_hydra.io.read import read_json
 
 T = TypeVar("T")
-STATE = "run_state.json"  # what the Trainer's own files lack: see training/hf_trainer/checkpoint_callback.py
-TRAINER_STATE = "trainer_state.json"  # as the Trainer names it
-_LARGEST_TRAINER_STATE = 2**29  # bytes; it has an entry for each logged step
+STATE = "run_state.json"  # state that the Trainer's own files don't have
+TRAINER_STATE = "trainer_state.json"  # the Trainer's name of the file
+_LARGEST_TRAINER_STATE = 2**29  # bytes; the file has an entry for each logged step
 
 _LOSSES = Range("a loss for each process", lambda losses: losses and all(map(FINITE.holds, losses)))
 _STEPS_LOGGED = Range("entries with a step", lambda log: all(_is_whole(entry.get("step")) for entry in log))
@@ -24,18 +24,18 @@ _CALLBACKS = Range("callbacks' arguments and attributes", lambda kept: all(map(_
 
 @dataclass(frozen=True)
 class LogWindow:
-    """The part of training that no line of the log has yet."""
+    """Values since the last line of the log, which the next line needs."""
 
-    losses: list[float] = field(metadata=range_(_LOSSES))  # a sum for each process
+    losses: list[float] = field(metadata=range_(_LOSSES))  # the sum of the losses in each process
     since_step: int = field(metadata=range_(WHOLE))  # the last step with a line in the log
     total: float = field(metadata=range_(FINITE))  # the sum of all logged losses
-    # Metrics that TRL has not logged. Some are NaN: a batch had nothing to measure.
+    # Metrics that TRL has not logged yet. A metric is NaN for a batch that had nothing to measure.
     trl: dict[str, float | dict[str, list[float]]]
 
 
 @dataclass(frozen=True)
 class GroupState:
-    """A parameter group: names of its tensors, and its settings."""
+    """A parameter group: its tensors' names and its settings."""
 
     tensors: list[str]
     settings: dict[str, Any]
@@ -43,7 +43,7 @@ class GroupState:
 
 @dataclass(frozen=True)
 class ScheduleState:
-    """The learning-rate schedule: full name of its class or function, and its arguments."""
+    """The learning-rate schedule: its class or function by full name, and its arguments."""
 
     is_: str
     arguments: dict[str, Any]
@@ -51,26 +51,27 @@ class ScheduleState:
 
 @dataclass(frozen=True)
 class StreamState:
-    """The rows that the current pass over streamed training rows has read, with those that are read ahead."""
+    """The streamed training rows that the current epoch has read so far, including rows read in advance."""
 
-    count: int = field(default=0, metadata=range_(WHOLE))  # 0 also without a stream, or where worker processes read it
+    # 0 also without a stream, or if worker processes read the stream
+    count: int = field(default=0, metadata=range_(WHOLE))
     digest: str = ""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """run_state.json. JSON keys are an interface: change one only with a line in the CHANGELOG."""
+    """The content of run_state.json. Its keys are an interface: a change needs a line in the CHANGELOG."""
 
     step: int = field(metadata=range_(COUNT))
-    seconds: float = field(metadata=range_(NOT_NEGATIVE))  # of training so far
+    seconds: float = field(metadata=range_(NOT_NEGATIVE))  # seconds seconds of training so far
     metrics_bytes: int = field(metadata=range_(WHOLE))  # length of metrics.jsonl
     window: LogWindow
     optimizer: str  # full name of its class
     groups: dict[str, GroupState]
     schedule: ScheduleState
     max_steps: int = field(metadata=range_(COUNT))
-    evaluation_due: bool = False  # True where a signal stopped this step's evaluation
-    inputs: dict[str, str] = field(default_factory=dict)  # fingerprints, see io/fingerprints.py
+    evaluation_due: bool = False  # True if a signal stopped this step's evaluation
+    inputs: dict[str, str] = field(default_factory=dict)  # fingerprints of the inputs, see io/fingerprints.py
     stream: StreamState = StreamState()
 
 
@@ -96,10 +97,10 @@ class StoredTrainerState:
 
 
 def run_state(folder: Path) -> RunState:
-    """Return the run_state.json of a checkpoint. Raises ValueError if no run writes it so."""
+    """Return the run_state.json of a checkpoint. Raises ValueError if its content is invalid."""
     state = _build(RunState, read_json(folder / STATE), STATE)
     if state.window.since_step > state.step:
-        raise ValueError(f"its {STATE} isn't as it was written: window")
+        raise ValueError(f"its {STATE} has an invalid value: window")
     return state
 
 
@@ -109,8 +110,8 @@ def write_run_state(folder: Path, state: RunState) -> None:
 
 
 def trainer_state(folder: Path) -> StoredTrainerState:
-    """Return the trainer_state.json of a checkpoint. Raises ValueError if no Trainer can resume from it."""
-    from transformers import TrainerState  # takes seconds, and `io` imports no torch
+    """Return the trainer_state.json of a checkpoint. Raises ValueError if its content is invalid."""
+    from transformers import TrainerState  # takes seconds, and `io` must not import torch
 
     plain = read_json(folder / TRAINER_STATE, largest=_LARGEST_TRAINER_STATE)
     if unknown := sorted(plain.keys() - {each.name for each in dataclasses.fields(TrainerState)}):
@@ -122,11 +123,11 @@ def _build(schema: type[T], plain: Any, name: str) -> T:
     try:
         return from_plain(schema, plain)
     except ValueError as error:
-        raise ValueError(f"its {name} isn't as it was written: {error}") from None
+        raise ValueError(f"its {name} has an invalid value: {error}") from None
 
 
 def _is_callback(kept: Any) -> bool:
-    """Return True for the stored state of a callback, or of several of one class."""
+    """Return True for the stored state of a callback, or of several callbacks of one class."""
     each = kept if isinstance(kept, list) else [kept]
     return all(fits(one, dict[str, dict[str, Any]]) and {"args", "attributes"} <= one.keys() for one in each) and all(
         _is_whole(one["attributes"].get("early_stopping_patience_counter", 0)) for one in each

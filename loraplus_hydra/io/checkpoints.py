@@ -1,6 +1,7 @@
 """Complete and incomplete checkpoints.
 
-The manifest, written last, lists every file with its size and hash.
+A checkpoint is complete if it has a manifest that agrees with its files. The manifest is written last and lists every
+file with its size and hash.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from loraplus_hydra.io.read import Unreadable, read_bytes, read_json
 
 MANIFEST = "manifest.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # as the Trainer names them
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # the Trainer's names of the files
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 _LARGEST_MANIFEST = 2**24  # bytes; a checkpoint has some dozens of files
-# Pickles that PEFT or transformers would open where safetensors are missing. The Trainer's own state (optimizer.pt and
-# its like) is read by torch with `weights_only=True`.
+# Pickles that PEFT or transformers would open if safetensors are missing. The Trainer's own state (optimizer.pt,
+# scheduler.pt, ...) is read by torch with `weights_only=True`.
 _PICKLED_WEIGHTS = (".bin", ".pkl", ".pickle", ".ckpt")
 
 KEY = "trainer.resume_from_checkpoint"
-AUTO = "auto"  # its value for the newest complete checkpoint of the run's own folder
+AUTO = "auto"  # value of trainer.resume_from_checkpoint: the newest complete checkpoint in the run's own folder
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,15 @@ class Checkpoint:
 
     folder: Path
     state: RunState
-    manifest: bytes = b""  # as it was when every file was compared with it
+    manifest: bytes = b""  # the content with which every file was compared
 
     @property
     def step(self) -> int:
-        """The optimizer step at which it was written."""
+        """The optimizer step of the checkpoint."""
         return self.state.step
 
     def is_unchanged(self) -> bool:
-        """Return True if the manifest is still the one that every file was compared with."""
+        """Return True if the manifest has not changed since the files were compared with it."""
         try:
             return read_bytes(self.folder / MANIFEST) == self.manifest
         except Unreadable:
@@ -54,24 +55,24 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint to resume from, or step 0 in a folder that a run has used before."""
+    """A checkpoint to resume from. Without a checkpoint, the run starts at step 0 in a used folder."""
 
     checkpoint: Checkpoint | None
-    changed: tuple[str, ...] = ()  # keys of the config that differ from the run's stored one, a text each
-    messages: tuple[str, ...] = ()  # for the user, such as on newer checkpoints that are incomplete
-    names_new_rows: bool = False  # True if the command names rows in place of those that the run had
+    changed: tuple[str, ...] = ()  # texts, one for each key that differs from the run's stored config
+    messages: tuple[str, ...] = ()  # messages for the user, such as about newer, incomplete checkpoints
+    names_new_rows: bool = False  # True if the command gives other rows than the run had
     inputs: Mapping[str, str] = field(default_factory=dict)  # fingerprints of the inputs to resume with
-    expected: Mapping[str, str] = field(default_factory=dict)  # of those that must be what the run had
-    stream: StreamState = field(default_factory=StreamState)  # the rows of a stream that must come again
+    expected: Mapping[str, str] = field(default_factory=dict)  # fingerprints of the inputs that must be unchanged
+    stream: StreamState = field(default_factory=StreamState)  # the stream's rows that must be the same again
 
     @property
     def folder(self) -> str | None:
-        """The checkpoint's folder as the Trainer takes it."""
+        """The checkpoint's folder as a string, or None, as the Trainer expects it."""
         return None if self.checkpoint is None else str(self.checkpoint.folder)
 
     @property
     def step(self) -> int:
-        """The checkpoint's step; 0 without a checkpoint."""
+        """The optimizer step of the checkpoint; 0 without a checkpoint."""
         return 0 if self.checkpoint is None else self.checkpoint.step
 
     @property
@@ -81,21 +82,21 @@ class ResumePoint:
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of a checkpoint that has all its other files, which makes it complete."""
+    """Make a checkpoint complete by writing its manifest. All other files must exist."""
     files = {path.relative_to(folder).as_posix(): path for path in _files(folder) if path.name != MANIFEST}
     listed = {name: {"size": path.stat().st_size, "sha256": _sha256(path)} for name, path in sorted(files.items())}
     write_text(folder / MANIFEST, json.dumps({"files": listed}, indent=2) + "\n")
 
 
 def unseal(folder: Path) -> None:
-    """Remove a checkpoint, its manifest first. Of a link only the link itself is removed."""
+    """Remove a checkpoint, its manifest first. If it is a link, only the link is removed."""
     if not folder.is_symlink():
         remove(folder / MANIFEST)
     remove_folder(folder)
 
 
 def defect(folder: Path) -> str:
-    """Return why the checkpoint in `folder` is incomplete; empty for a complete one."""
+    """Return why the checkpoint in `folder` is incomplete; empty for a complete checkpoint."""
     try:
         return _defect(folder)
     except OSError as error:
@@ -103,7 +104,7 @@ def defect(folder: Path) -> str:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open the checkpoint in `folder`. Raises ValueError with the reason when it is incomplete."""
+    """Open the checkpoint in `folder`. Raises ValueError with the reason if the checkpoint is incomplete."""
     try:
         manifest = read_bytes(folder / MANIFEST)
     except Unreadable:
@@ -115,7 +116,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise ValueError(f"its {STATE} is of step {state.step}")
     if (trainers := trainer_state(folder).global_step) != state.step:
         raise ValueError(f"its {STATE} is of step {state.step}, and its {TRAINER_STATE} of step {trainers}")
-    # Without it the Trainer would resume silently with other random numbers.
+    # Without this file the Trainer would silently resume with other random numbers.
     processes = len(state.window.losses)
     for name in ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]:
         if not (folder / name).is_file():
@@ -124,37 +125,37 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def newest_complete(folder: Path) -> tuple[Checkpoint | None, tuple[str, ...]]:
-    """Return the newest complete checkpoint in `folder`, a run's checkpoints/.
+    """Return the newest complete checkpoint, and a message for each newer, incomplete one.
 
-    Also returns a message for each newer one.
+    `folder` is the run's folder checkpoints/.
     """
     passed_over: list[str] = []
     for place in sorted(_named_after_steps(folder), key=step_of, reverse=True):
         try:
             return open_checkpoint(place), tuple(passed_over)
         except ValueError as why:
-            passed_over.append(f"Passed over {place}: {why}")
+            passed_over.append(f"Skipped {place}: {why}")
     return None, tuple(passed_over)
 
 
 def in_order(folder: Path) -> list[Path]:
-    """Return the folders of checkpoints in `folder` by step, complete or not, without links."""
+    """Return the folders of all checkpoints in `folder`, sorted by step. Links are omitted."""
     return sorted([path for path in _named_after_steps(folder) if not path.is_symlink()], key=step_of)
 
 
 def sealed(folder: Path) -> list[Path]:
-    """Return the folders of checkpoints with a manifest, by step; their files are not compared with it."""
+    """Return the folders of checkpoints that have a manifest, sorted by step. Their files are not checked."""
     return [path for path in in_order(folder) if (path / MANIFEST).is_file()]
 
 
 def step_of(folder: Path) -> int:
-    """Return the optimizer step that a checkpoint's folder is named after, -1 for any other name."""
+    """Return the step in the name of a checkpoint's folder; -1 for any other name."""
     matched = _FOLDER.fullmatch(folder.name)
     return int(matched[1]) if matched else -1
 
 
 def rotate(folder: Path, keep: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints beyond `keep`, but never the newest nor `best`; None keeps all."""
+    """Remove the oldest checkpoints until `keep` are left; None keeps all. The newest and `best` are never removed."""
     present = in_order(folder)
     if keep is None or keep <= 0:
         return
@@ -173,9 +174,9 @@ def _defect(folder: Path) -> str:
         return "there is no such folder"
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        return f"it has no {MANIFEST}, so it was never finished"
+        return f"it has no {MANIFEST}, so it is incomplete"
     if manifest.stat().st_size > _LARGEST_MANIFEST:
-        return f"its {MANIFEST} is too large to be one"
+        return f"its {MANIFEST} is too large to be a manifest"
     try:
         files = read_json(manifest)["files"]
         listed = {str(name): (int(told["size"]), str(told["sha256"])) for name, told in files.items()}
@@ -196,15 +197,18 @@ def _defect(folder: Path) -> str:
         if (folder / name).stat().st_size != size:
             return f"{name} is {(folder / name).stat().st_size} bytes long, not {size}"
         if _sha256(folder / name) != digest:
-            return f"{name} isn't what was written: its hash differs"
+            return f"{name} has changed since it was written: its hash differs"
     return ""
 
 
 def _bad_name(folder: Path, name: str) -> str:
-    """Return the error in a manifest's file name: outside the folder, through a link, or a pickle."""
+    """Return the error in a file name of a manifest; empty if it is valid.
+
+    Invalid are names outside the folder, links, and pickles.
+    """
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
-        return f"its manifest names {name!r}, which isn't inside it"
+        return f"its manifest lists {name!r}, which is outside the folder"
     links = [part for part in (folder / name, *(folder / name).parents) if part.is_symlink()]
     if any(folder in link.parents for link in links):
         return f"{name} is a link"
@@ -216,17 +220,17 @@ def _bad_name(folder: Path, name: str) -> str:
 
 
 def _optimizer_files(listed: Collection[str]) -> tuple[str, ...]:
-    """Return the files of optimizer and schedule, which a complete checkpoint has."""
-    # Without one of them the Trainer silently begins with a new optimizer or schedule.
-    if any(name.endswith("_states.pt") for name in listed):  # DeepSpeed's, which can hold the schedule, too
+    """Return the files of optimizer and schedule that a complete checkpoint must have."""
+    # If one of these files is missing, the Trainer silently begins with a new optimizer or schedule.
+    if any(name.endswith("_states.pt") for name in listed):  # DeepSpeed's files, which can also contain the schedule
         return ("latest",)
-    if "optimizer_0/.metadata" in listed:  # FSDP's, in shards
+    if "optimizer_0/.metadata" in listed:  # FSDP's shards
         return (SCHEDULER,)
     return (OPTIMIZER, SCHEDULER)
 
 
 def _named_after_steps(folder: Path) -> list[Path]:
-    """Return the folders in `folder`, or links to folders, that are named as checkpoints."""
+    """Return the folders, or links to folders, in `folder` that have a checkpoint's name."""
     found = folder.iterdir() if folder.is_dir() else ()
     return [path for path in found if path.is_dir() and _FOLDER.fullmatch(path.name)]
 

@@ -1,4 +1,4 @@
-"""Writing of files: never through a link, never under a name that can be foreseen."""
+"""Writing of files: never through a link, and never under a predictable temporary name."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from typing import IO
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 
 _DRAFT = re.compile(r"\.(.+)\.[0-9a-f]{16}\.unfinished")
-_LONGEST = 255  # bytes of a file's name
-# O_NONBLOCK: opening a FIFO would wait for another process. For regular files it has no effect.
+_LONGEST = 255  # bytes; longest name of a file
+# O_NONBLOCK, because opening a FIFO would wait for another process. The flag has no effect on regular files.
 SAFE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 REMOVE = "remove it, or put the file itself in its place"
 
 
 def draft_of(path: Path) -> Path:
-    """Return a random name beside `path` for a draft that is renamed to `path` in the end."""
-    # In the same folder: only there is a rename atomic. Random: nobody can put a link under the name beforehand.
+    """Return a random name, in the same folder, for a draft that is later renamed to `path`."""
+    # In the same folder, because a rename is only atomic there. Random, so nobody can create a link with this name in
+    # advance.
     return path.with_name(f".{_stem(path)}.{secrets.token_hex(8)}.unfinished")
 
 
 def drafts_in(folder: Path, target: Path | None = None) -> list[Path]:
-    """Return the drafts in `folder` that killed processes left, all or those of `target`."""
+    """Return the drafts in `folder` that killed processes left. With `target`, only drafts of `target`."""
     named = [(path, _DRAFT.fullmatch(path.name)) for path in folder.iterdir()]
     return [path for path, match in named if match and (target is None or match[1] == _stem(target))]
 
@@ -52,7 +53,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         with _create(draft) as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # else a power cut after the rename could leave an empty file
+            os.fsync(file.fileno())  # without it, a power cut after the rename could leave an empty file
         draft.replace(path)
     except BaseException:
         draft.unlink(missing_ok=True)
@@ -72,21 +73,21 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append `text` to the regular file `path`, which may be new. Raises UserError for a link."""
+    """Append `text` to the file `path`, or create it. Raises UserError for a link."""
     refuse_link(path)
     with os.fdopen(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "wb") as file:
         file.write(text.encode("utf-8"))
 
 
 def truncate(path: Path, size: int) -> None:
-    """Cut the regular file `path` to `size` bytes. Raises UserError for a link."""
+    """Shorten the file `path` to `size` bytes. Raises UserError for a link."""
     refuse_link(path)
     with os.fdopen(open_regular(path, os.O_WRONLY), "wb") as file:
         file.truncate(size)
 
 
 def remove(path: Path) -> None:
-    """Remove the file `path` if it exists; of a link only the link itself."""
+    """Remove the file `path` if it exists. If it is a link, only the link is removed."""
     path.unlink(missing_ok=True)
 
 
@@ -100,7 +101,7 @@ def open_regular(path: Path, flags: int) -> int:
 
 
 def is_hub_blob(path: Path) -> bool:
-    """Return True if `path` is a hub cache's link into the blobs of the same repository."""
+    """Return True if `path` is a link in a hub cache to a blob of the same repository."""
     snapshots = next((folder for folder in path.absolute().parents if folder.name == "snapshots"), None)
     if snapshots is None or not path.is_file():
         return False
@@ -108,9 +109,9 @@ def is_hub_blob(path: Path) -> bool:
 
 
 def new_file(path: str, key: str) -> Path:
-    """Return `path`, set by `key`, with `~` expanded.
+    """Return `path` with `~` expanded.
 
-    Raises UserError when the file exists already and has content, or its folder doesn't exist.
+    Raises UserError, with `key`, if the file already exists and has content, or its folder doesn't exist.
     """
     file = Path(path).expanduser()
     try:
@@ -129,10 +130,11 @@ def new_file(path: str, key: str) -> Path:
 
 @contextmanager
 def reserved(path: str, key: str) -> Iterator[Path]:
-    """Reserve the name of a file, set by `key`, so that no other process writes it until the block ends.
+    """Reserve a file's name: no other process can write the file until the block ends.
 
-    An empty file has the name until `write_text` replaces it; it is removed if nothing is written. Raises UserError if
-    the file has content or can't be written, or another process has reserved it.
+    The reservation is an empty file with this name, which `write_text` replaces. It is removed if nothing is written.
+    `key` is the config's key that sets the name. Raises UserError if the file has content, can't be written, or is
+    reserved by another process.
     """
     file = new_file(path, key)
     refuse_unwritable(file.parent, key)
@@ -145,7 +147,7 @@ def reserved(path: str, key: str) -> Iterator[Path]:
             raise taken from None
         except OSError:  # the file system has no locks
             pass
-        if not _is_at(handle, file) or os.fstat(handle).st_size:  # written between our look and the lock
+        if not _is_at(handle, file) or os.fstat(handle).st_size:  # another process has written it since the check above
             raise taken
         try:
             yield file
@@ -157,18 +159,18 @@ def reserved(path: str, key: str) -> Iterator[Path]:
 
 
 def refuse_unwritable(folder: Path, key: str) -> None:
-    """Raise ConfigErrors when `folder`, set by `key`, can't be made or written into."""
+    """Raise ConfigErrors at `key` if `folder` can't be made or written."""
     place = folder.absolute()
     while not place.exists() and place != place.parent:
         refuse_dangling(place, key)
         place = place.parent
     if not place.is_dir():
-        raise ConfigErrors([Problem(key, f"{place} is a file, so there can be no {folder}", "name another folder")])
-    try:  # permissions alone don't show /proc or a full quota, and mean nothing to root
+        raise ConfigErrors([Problem(key, f"{place} is a file, so {folder} can't be made", "name another folder")])
+    try:  # a trial, because permissions don't reveal /proc or a full quota, and don't apply to root
         Path(tempfile.mkdtemp(prefix=".writable-", dir=place)).rmdir()
     except OSError as error:
-        what = f"{place} can't be written into: {error.strerror}"
-        raise ConfigErrors([Problem(key, what, "name a folder that can")]) from None
+        what = f"{place} can't be written: {error.strerror}"
+        raise ConfigErrors([Problem(key, what, "name a writable folder")]) from None
 
 
 def _create(path: Path) -> IO[bytes]:
@@ -182,12 +184,12 @@ def _is_at(handle: int, path: Path) -> bool:
 
 
 def _stem(path: Path) -> str:
-    """Return the start of a draft's name, short enough for every file system."""
+    """Return the first part of a draft's name, short enough for every file system."""
     room = _LONGEST - len("..0123456789abcdef.unfinished")
     return os.fsencode(path.name)[:room].decode("utf-8", errors="ignore")
 
 
 def refuse_dangling(path: Path, key: str) -> None:
-    """Raise ConfigErrors if `path`, set by `key`, is a link that leads nowhere."""
+    """Raise ConfigErrors at `key` if `path` is a link to a target that doesn't exist."""
     if path.is_symlink() and not path.exists():
-        raise ConfigErrors([Problem(key, f"{path} is a link that leads nowhere", "name another folder")])
+        raise ConfigErrors([Problem(key, f"{path} is a link to a target that doesn't exist", "name another folder")])

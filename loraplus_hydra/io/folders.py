@@ -1,6 +1,6 @@
 """Folders that the program writes into.
 
-They are made, checked, replaced and removed here, never through a link.
+This module makes, checks, replaces and removes folders, never through a link.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from loraplus_hydra.io.files import REMOVE, draft_of, drafts_in, is_hub_blob, re
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.run_folder import HYDRA
 
-# Folders that other programs fill, with links of their own (`wandb/latest-run`). Nothing here reads or clears them.
+# Folders that other programs write, with links (`wandb/latest-run`). This program neither reads nor empties these
+# folders.
 _OTHERS = ("wandb", ".submitit")
 
 
 def refuse_links(folder: Path, key: str, *, reading: bool = False) -> None:
-    """Raise ConfigErrors if `folder`, set by `key`, contains anything but files and folders, at any depth.
+    """Raise ConfigErrors at `key` if `folder` contains a link, device or pipe at any depth.
 
-    The path to `folder` may have links. With `reading`, so may a hub cache, into its own blobs.
+    The path to `folder` may have links. With `reading`, a hub cache's links to its own blobs are allowed.
     """
     waiting = [folder] if folder.is_dir() else []
     while waiting:
@@ -42,26 +43,26 @@ def refuse_links(folder: Path, key: str, *, reading: bool = False) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder` and its parents where they don't exist."""
+    """Make `folder` and its parents if they don't exist."""
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def private_folder(name: str) -> Path:
-    """Return a folder of this user in the system's temporary folder, by a fixed `name`.
+    """Return this user's folder `name` in the system's temporary folder.
 
-    Raises UserError if somebody else has made it, since others could plant links in it.
+    Raises UserError if another user owns the folder, because that user could create links in it.
     """
     folder = Path(tempfile.gettempdir()) / name
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise UserError(f"{folder} is not a folder that only you can write into; remove it")
+        raise UserError(f"{folder} must be a folder that only you can write; remove it")
     return folder
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove `folder` with all its files; of a link only the link itself."""
+    """Remove `folder` with all its files. If it is a link, only the link is removed."""
     if folder.is_symlink():
         folder.unlink()
     else:
@@ -69,7 +70,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder or a link if it exists; what a link leads to stays."""
+    """Remove a file, a folder or a link if it exists. The target of a link is kept."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -77,26 +78,26 @@ def remove(path: Path) -> None:
 
 
 def move(folder: Path, to: Path) -> None:
-    """Rename a folder, which is no link, to a name that nothing has."""
+    """Rename `folder` to the unused name `to`. Raises UserError if `folder` is a link."""
     refuse_link(folder)
     folder.rename(to)
 
 
 def remove_drafts(folder: Path) -> None:
-    """Remove what killed processes left incomplete in `folder`, which the caller has locked."""
+    """Remove the drafts that killed processes left in `folder`. The caller must have locked it."""
     for draft in drafts_in(folder):
         remove(draft)
 
 
 @contextmanager
 def new_folder(target: Path, key: str) -> Iterator[Path]:
-    """Yield a draft folder that becomes `target`, set by `key`, when the block ends.
+    """Yield a draft folder that is renamed to `target` when the block ends.
 
-    `target` is new or empty, and locked meanwhile. After an error nothing is left. Raises UserError if `target` is used
-    or another process writes it.
+    `target` must be new or empty, and is locked until the block ends. After an error the draft is removed. `key` is the
+    config's key that sets `target`. Raises UserError if `target` is used or another process writes it.
     """
     refuse_used_folder(target, key)
-    target = target.resolve()  # a link may lead to it, but can't be replaced by a folder
+    target = target.resolve()  # `target` may be a link to a folder, but a rename can't replace a link
     made = _make_missing(target)
     try:
         with folder_lock(target, use="another process is active", key=key) as is_locked:
@@ -114,7 +115,7 @@ def new_folder(target: Path, key: str) -> Iterator[Path]:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Yield a draft folder that takes the place of `folder` when the block ends.
+    """Yield a draft folder that replaces `folder` when the block ends.
 
     Raises UserError for a link.
     """
@@ -131,12 +132,12 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 
 def copy_files(source: Path, target: Path) -> None:
-    """Copy the folder `source`, which has no links, into the existing folder `target`."""
+    """Copy the files of `source` into the existing folder `target`. `source` must not contain links."""
     shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
 
 
 def refuse_used_folder(folder: Path, key: str) -> None:
-    """Raise UserError unless `folder`, set by `key`, is new or empty."""
+    """Raise UserError, with `key`, unless `folder` is new or empty."""
     try:
         folder.lstat()
     except FileNotFoundError:
@@ -155,12 +156,12 @@ def refuse_used_folder(folder: Path, key: str) -> None:
 
 
 def _make_missing(target: Path) -> list[Path]:
-    """Make `target` and its missing parents; return those made here, outermost first."""
+    """Make `target` and its missing parents. Return the folders that were made, outermost first."""
     made = []
     for folder in reversed([target, *target.parents]):
         if folder.is_dir():
             continue
-        with suppress(FileExistsError):  # another process was faster
+        with suppress(FileExistsError):  # another process has made it first
             folder.mkdir()
             made.append(folder)
     return made
@@ -179,7 +180,7 @@ def _draft(target: Path) -> Iterator[Path]:
 
 def _rename(draft: Path, target: Path, key: str) -> None:
     try:
-        draft.rename(target)  # replaces the empty folder
+        draft.rename(target)  # a rename may replace an empty folder
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise

@@ -1,7 +1,8 @@
-"""Signals that stop the program, kept as a flag until a place where it can stop.
+"""Signals that stop the program, stored as a flag until the program can stop.
 
-An exception raised by a handler is lost when it comes inside a garbage collection or a `__del__`, and leaves half-done
-work when it comes inside a save. So the handler only sets a flag. `stop_if_asked` raises where stopping is safe.
+If a handler raises an exception inside a garbage collection or a `__del__`, the exception is lost. Inside a save, it
+would leave incomplete files. So the handler only sets a flag, and `stop_if_asked` raises Interrupted at places where
+stopping is safe.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: a scheduler's warning ahead of the time limit
-_FIRST_NOTICE = "the present part is finished first"
+_FIRST_NOTICE = "the current part is finished first"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -32,9 +33,9 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class _State:
-    number: int = 0  # the first signal that came; 0 = none
+    number: int = 0  # the first signal that was received; 0 = none
     kept: bool = False  # True while the handlers are installed
-    at_once: bool = False  # True where no code of ours runs that could see the flag
+    at_once: bool = False  # True while no code of this program runs that could check the flag
     notice: str = _FIRST_NOTICE
 
 
@@ -42,34 +43,37 @@ _state = _State()
 
 
 def requested() -> int:
-    """Return the number of the signal that asked to stop, 0 for none."""
+    """Return the number of the signal that requested a stop; 0 for none."""
     return _state.number
 
 
 def request(number: int) -> None:
-    """Ask to stop, for a signal that another process received."""
+    """Request a stop, for a signal that another process received."""
     _state.number = _state.number or number
 
 
 def stop_if_asked() -> None:
-    """Raise Interrupted if a signal asked to stop."""
+    """Raise Interrupted if a stop was requested."""
     if _state.number:
         raise Interrupted(_state.number)
 
 
 def status_of(error: KeyboardInterrupt) -> int:
-    """Return the exit status of a program that `error` ends, as shells count it."""
+    """Return the exit status, as in a shell, of a program that `error` ends."""
     return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
 
 
 def raise_at_once(now: bool) -> None:
-    """Let a first signal raise at once while the program only waits for its workers."""
+    """Set whether the first signal raises at once. True suits a program that only waits for workers."""
     _state.at_once = now
 
 
 @contextmanager
 def notice(text: str) -> Iterator[None]:
-    """Inside, print `text` when a signal comes: what is done before the program stops."""
+    """Print `text` if a signal is received inside the block.
+
+    The text says what the program does before it stops.
+    """
     before, _state.notice = _state.notice, text
     try:
         yield
@@ -79,15 +83,15 @@ def notice(text: str) -> Iterator[None]:
 
 @contextmanager
 def kept_signals(*, deliver: bool = True) -> Iterator[None]:
-    """Inside, keep signals as a flag; a second one raises Interrupted at once.
+    """Store signals as a flag inside the block. A second signal raises Interrupted at once.
 
-    At the end a signal that came has its usual effect, by the handlers from before, unless `deliver` is False.
+    When the block ends, a stored signal is passed to the previous handlers, unless `deliver` is False.
     """
-    if _state.kept or threading.current_thread() is not threading.main_thread():  # Python handles signals only there
+    if _state.kept or threading.current_thread() is not threading.main_thread():  # Python's rule
         yield
         return
     handlers = ((number, signal.getsignal(number)) for number in SIGNALS)
-    # An ignored signal stays ignored, as under nohup; None is a handler that isn't Python's.
+    # An ignored signal stays ignored, as under nohup. None means that the handler is not Python's.
     before = {number: handler for number, handler in handlers if handler not in (signal.SIG_IGN, None)}
     _state.number, _state.kept, _state.at_once = 0, True, False
     for number in before:
@@ -108,23 +112,23 @@ def _handle(number: int, frame: FrameType | None) -> None:
         request(number)
         raise Interrupted(_state.number)
     _state.number = number
-    with suppress(OSError):  # not print(): it fails inside a print that the signal interrupts
-        os.write(2, f"\nStopping: {_state.notice}; once more to stop at once\n".encode())
+    with suppress(OSError):  # print() would fail if the signal interrupts another print()
+        os.write(2, f"\nStopping: {_state.notice}; send the signal again to stop at once\n".encode())
 
 
 def _deliver(number: int, handler: Callable[[int, FrameType | None], Any] | int | None) -> None:
     if callable(handler):
         handler(number, None)
-        raise Interrupted(number)  # a handler of the caller's own may return
+        raise Interrupted(number)  # the caller's own handler may return
     os.kill(os.getpid(), number)
 
 
 def _forget_in_child() -> None:
-    """Let SIGTERM end a forked worker, as the pools of other libraries expect."""
+    """Let SIGTERM end a forked worker, because other libraries' pools expect that."""
     if _state.kept:
         _state.kept, _state.number = False, 0
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            with suppress(ValueError):  # not in the main thread
+            with suppress(ValueError):  # outside the main thread
                 signal.signal(number, signal.SIG_DFL)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import processes
 
-_TURN = 0.1  # seconds between two attempts
+_TURN = 0.1  # seconds between two attempts to lock to lock
 _held: set[int] = set()  # file descriptors of the folders that this process has locked
 
 
@@ -20,27 +20,28 @@ _held: set[int] = set()  # file descriptors of the folders that this process has
 def folder_lock(
     folder: Path, *, use: str = "a run is active", key: str = "hydra.run.dir", patience: float = 0.0
 ) -> Iterator[bool]:
-    """Lock `folder`, set by `key`, against other processes; raise UserError when one of them holds it.
+    """Lock `folder` against other processes. Raise UserError if another process has locked it.
 
-    `use` is what they do there. With `patience` it waits that many seconds for them. Yields False where nothing is
-    locked: on a file system without locks, and in all but a run's first process.
+    The error contains `use`, the reason for the lock, and `key`, the config's key that sets `folder`. With `patience`,
+    wait that many seconds before the error. Yields False if nothing is locked: on a file system without locks, and in
+    all processes of a run except the first.
     """
     if not processes.is_main():
         yield False
         return
-    # The operating system's lock on the folder itself: unlike a lock file, a killed run leaves nothing behind.
+    # The operating system's lock on the folder itself. Unlike a lock file, it ends with a killed process.
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     _held.add(handle)
     try:
         try:
             is_locked = _lock(handle, time.monotonic() + patience)
         except BlockingIOError:
-            raise UserError(f"{use} in {folder}; wait for it, or name another {key}") from None
-        if not _is_still(handle, folder):  # between our look and the lock
+            raise UserError(f"{use} in {folder}; wait until it ends, or name another {key}") from None
+        if not _is_still(handle, folder):  # replaced before the lock was taken
             raise UserError(f"{folder} was replaced by another process; give the command again")
         yield is_locked
     finally:
-        if handle in _held:  # a forked process that leaves this block has given it up before
+        if handle in _held:  # a forked process has already released the lock
             _held.remove(handle)
             os.close(handle)
 
@@ -53,7 +54,7 @@ def _lock(handle: int, deadline: float) -> bool:
             if time.monotonic() >= deadline:
                 raise
             time.sleep(_TURN)
-        except OSError:  # the file system has no locks: running unprotected beats not running
+        except OSError:  # the file system has no locks; the run continues without protection
             return False
         else:
             return True
@@ -70,5 +71,6 @@ def _give_up_locks() -> None:
         os.close(_held.pop())
 
 
-# A lock lasts as long as any process has its descriptor open. DataLoader workers outlive a killed run by seconds.
+# A lock lasts as long as any process has its descriptor open, and DataLoader workers live for some seconds after a run
+# is killed.
 os.register_at_fork(after_in_child=_give_up_locks)

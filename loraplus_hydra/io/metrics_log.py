@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line per logged step and per evaluation, complete even if the run is interrupted."""
+"""metrics.jsonl: a line for each logged step and each evaluation, also of an interrupted run."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from loraplus_hydra.io.files import append_text
 class MetricsLog:
     """Appends lines to a run's metrics.jsonl.
 
-    Every line has the step and the seconds since the run's start. A line of training also has `lr`, the rate of each
-    group in that step, and `norms`, for each group the norm of its weights and of the step's change to them.
+    Every line has the step and the seconds since the run's start. A line of training also has `lr` and `norms`. `lr` is
+    the rate of each group in that step. `norms` has, for each group, the norm of its weights and the norm of its update
+    in that step.
     """
 
     def __init__(
         self, path: Path, *, seconds: float = 0.0, report: Callable[[dict[str, Any]], None] | None = None
     ) -> None:
         self.path = path
-        self.started = time.perf_counter() - seconds  # a resumed run counts its earlier seconds, too
-        self.report = report  # gets each line after it is written
+        self.started = time.perf_counter() - seconds  # a resumed run includes its earlier seconds
+        self.report = report  # called with each line after the line is written
 
     def write(
         self,

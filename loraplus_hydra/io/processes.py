@@ -12,7 +12,7 @@ from loraplus_hydra.errors import UserError
 
 
 def rank() -> int:
-    """Return this process's rank: 0 for the first process, or for a single one."""
+    """Return this process's rank: 0 for the first process, or for a single process."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -22,12 +22,12 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Return True if this process prints and writes for the run."""
+    """Return True if this is the process that prints and writes files for the run."""
     return rank() == 0
 
 
 def hydra_arguments() -> list[str]:
-    """Return the overrides that keep Hydra from writing, for all ranks but the first."""
+    """Return overrides that stop Hydra from writing files; none for the first rank."""
     if is_main():
         return []
     folder = tempfile.mkdtemp(prefix=f"loraplus_hydra_rank{rank()}_")
@@ -39,20 +39,20 @@ def refuse_sweep(arguments: list[str]) -> None:
     """Raise UserError for a sweep under torchrun."""
     if world_size() > 1 and {"-m", "--multirun"} & set(arguments):
         raise UserError(
-            "--multirun under torchrun would run the whole sweep in each process. Start the sweep plainly and let each "
-            "job use one device, or start torchrun once for each job"
+            "--multirun under torchrun would run the whole sweep in each process. Start the sweep without torchrun, "
+            "with one device for each job, or start torchrun once for each job"
         )
 
 
 def shared_folder(folder: Path) -> Path:
-    """Return the first process's `folder`, in every process."""
+    """Return the first process's `folder` in every process."""
     if world_size() == 1:
         return folder
-    import torch  # heavy, and only several processes need it
+    import torch  # takes seconds, and only several processes need it
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    PartialState(cpu=not torch.cuda.is_available())  # joins the processes, as the Trainer would do later
+    PartialState(cpu=not torch.cuda.is_available())  # connects the processes, which the Trainer would do later
     paths = [str(folder.absolute())]
     broadcast_object_list(paths)
     return Path(paths[0])

@@ -1,4 +1,4 @@
-"""Settings that keep other libraries' messages off the screen.
+"""Settings that keep other libraries' messages from the screen.
 
 Most of their warnings stay in the log file.
 """
@@ -12,9 +12,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# The libraries read these when they are imported. A value that the user has set stays.
+# The libraries read these when they are imported. A value that the user has set is kept.
 ENVIRONMENT = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL reports each use of a Trainer otherwise
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # otherwise TRL reports each use of a Trainer
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",  # the screen has one bar, for training
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_VERBOSITY": "error",  # otherwise each failed request to the hub is a warning
@@ -26,16 +26,16 @@ def quiet_libraries() -> None:
     """Set the environment that keeps other libraries quiet. Call it before they are imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # Where it is imported already, it has read the environment.
+    # If the hub's library is already imported, it has read the environment before.
     if "datasets" in sys.modules and os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "1":
         sys.modules["datasets"].disable_progress_bars()
     warnings.filterwarnings("ignore", message=r".*'pin_memory' argument is set as true but no accelerator")
-    # Only the authors of the Hugging Face libraries can act on deprecations inside them.
+    # Only the authors of the Hugging Face libraries can fix deprecations inside these libraries.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate|datasets)\b")
 
 
 def quiet_loading() -> None:
-    """Switch off the progress bars of transformers for reading and writing weights."""
+    """Switch off the progress bars that transformers shows while it reads and writes weights."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -53,7 +53,8 @@ def quiet_peft() -> Iterator[None]:
 @contextmanager
 def quiet_step_mismatch() -> Iterator[None]:
     """Silence transformers' warning that a checkpoint was saved with other step settings."""
-    # It compares a share of all steps, such as save_steps=0.25, with the number that the checkpoint stores for it.
+    # It compares a share of all steps, such as save_steps=0.25, with the number of steps that the checkpoint stores
+    # instead.
     logger = logging.getLogger("transformers.trainer_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)

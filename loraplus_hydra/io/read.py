@@ -1,7 +1,7 @@
 """Reader of a run's files (JSON, YAML, JSON lines), which may be broken or untrusted.
 
-It reads regular files only, of bounded size and depth: a FIFO would wait for ever, and a link could lead anywhere. The
-links of a hub cache into its own blobs are followed.
+The reader opens only regular files and limits their size and depth. A FIFO would wait for ever, and a link could point
+to any file. Links of a hub cache to its own blobs are followed.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import yaml  # type: ignore[import-untyped]
 from loraplus_hydra.errors import UserError, first_line
 from loraplus_hydra.io.files import is_hub_blob, open_regular
 
-RESOLVER = re.compile(r"\$\{[^}]*:")  # ${oc.env:HOME}: followed in an untrusted file, it could read the environment
+RESOLVER = re.compile(r"\$\{[^}]*:")  # ${oc.env:HOME}; in an untrusted file it could read the environment
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader takes a tenth of the time
-_DEEPEST = 100  # levels; on some ten thousand the C loader ends the process with a segmentation fault
+_DEEPEST = 100  # levels; at about ten thousand the C loader crashes with a segmentation fault
 _LARGEST = 2**26  # bytes of a JSON file
 _LARGEST_YAML = 2**21  # a config has some thousand bytes, and YAML is slow
 _LARGEST_LINES = 2**28  # a line for each logged step, of some hundred bytes
-_TOO_DEEP = f"it is nested more than {_DEEPEST} levels deep"
+_TOO_DEEP = f"it has more than {_DEEPEST} nested levels"
 _NAMES: dict[type, str] = {dict: "mapping", list: "list"}
 
 
 class Unreadable(UserError):
-    """A file that can't be read. The text names it and the reason."""
+    """A file that can't be read. The message has the file and the reason."""
 
 
 class Missing(Unreadable):
@@ -36,13 +36,13 @@ class Missing(Unreadable):
 
 
 class Hostile(Unreadable):
-    """YAML that no run writes, and that could fill the memory or end the process."""
+    """Malicious YAML, which could fill the memory or end the process."""
 
 
 def read_bytes(path: Path, largest: int = _LARGEST) -> bytes:
     """Return the content of a regular file.
 
-    Raises Missing, or Unreadable for any other and beyond `largest` bytes.
+    Raises Missing, or Unreadable for anything that is not a regular file or is larger than `largest` bytes.
     """
     try:
         place = path.resolve() if is_hub_blob(path) else path
@@ -65,7 +65,7 @@ def read_text(path: Path, largest: int = _LARGEST) -> str:
 
 
 def inside(folder: Path, *names: str) -> Path:
-    """Return the path of a file in `folder`. Raises Unreadable if a folder between them is a link."""
+    """Return the path `folder`/`names`. Raises Unreadable if a folder in `names` is a link."""
     place = folder
     for name in names[:-1]:
         place /= name
@@ -91,42 +91,42 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             value = parse_json(line)
         except ValueError:
-            continue  # a killed run leaves its last line cut short
+            continue  # a killed run's last line may be incomplete
         if isinstance(value, dict):
             found.append(value)
     return found
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of `text` in JSON. Raises ValueError, also for more than 100 levels."""
+    """Parse `text` as JSON. Raises ValueError, also for more than 100 nested levels."""
     try:
         value = json.loads(text)
     except RecursionError:
         raise Unreadable(_TOO_DEEP) from None
-    # Counting brackets is quick; only few texts have enough of them to be that deep.
+    # Counting brackets is fast, and only few texts have enough brackets for that depth.
     if len(text) > 2 * _DEEPEST and text.count("[") + text.count("{") > _DEEPEST and _is_too_deep(value):
         raise Unreadable(_TOO_DEEP)
     return value
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the value of `text` in YAML's safe subset, with OmegaConf's types.
+    """Parse `text` as YAML's safe subset, with OmegaConf's types.
 
-    Raises Unreadable, also for a key that exists twice. Raises Hostile for aliases and for more than 100 levels.
+    Raises Unreadable, also for a key that exists twice. Raises Hostile for aliases and for more than 100 nested levels.
     """
     try:
         _refuse_traps(text)
         return yaml.load(text, Loader=_Loader)
     except Hostile:
         raise
-    except Exception as error:  # nearly any: KeyError for `!!bool x`, OverflowError for a date
+    except Exception as error:  # many types: KeyError for `!!bool x`, OverflowError for a date, ...
         raise Unreadable(first_line(error)) from error
 
 
 def _refuse_traps(text: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=_Base):
-        if isinstance(event, yaml.AliasEvent):  # a few lines of aliases can expand to fill any memory
+        if isinstance(event, yaml.AliasEvent):  # a few lines of aliases can expand until they fill the memory
             raise Hostile("it holds YAML aliases, which no run writes")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
@@ -134,7 +134,7 @@ def _refuse_traps(text: str) -> None:
 
 
 class _Loader(_Base):
-    """Loader of YAML's safe subset, with the types of OmegaConf's slower one."""
+    """A loader of YAML's safe subset, faster than OmegaConf's loader but with the same types."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -147,10 +147,10 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]  # a date stays a string
     for first, resolvers in _Base.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(  # YAML 1.1 takes 1e-4 for a string, since it has no dot
+_Loader.add_implicit_resolver(  # in YAML 1.1, 1e-4 is a string, because it has no dot
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(?:\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
-_Loader.add_multi_constructor(  # OmegaConf writes paths so
+_Loader.add_multi_constructor(  # OmegaConf writes paths with this tag
     "tag:yaml.org,2002:python/object/apply:pathlib.",
     lambda loader, _, node: Path(*map(str, loader.construct_sequence(node))),
 )

@@ -1,4 +1,4 @@
-"""The result of a job, stored in result.json even if the job failed."""
+"""The result of a run, stored in result.json even if the run failed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loraplus_hydra.io.run_folder import RESULT
 
 OK, FAILED, INTERRUPTED, PRUNED = "ok", "failed", "interrupted", "pruned"
 _CHECKED = ("status", "metric", "metrics", "metrics_before", "error", "steps", "config_hash", "inputs", "resumed_at")
-_OF_EVERY_RUN = ("metric", "metrics", "metrics_before")  # that ended well
+_OF_EVERY_RUN = ("metric", "metrics", "metrics_before")  # the keys that a successful run has
 _LIBRARIES = (
     "loraplus_hydra",
     "torch",
@@ -35,35 +35,37 @@ _LIBRARIES = (
 
 @dataclass
 class Result:
-    """The end of a job.
+    """The result of a run.
 
     The JSON keys are an interface: a change needs a line in the CHANGELOG.
     """
 
-    status: str  # ok | failed | interrupted | pruned (a search ended the job early; no search here does)
+    status: str  # ok | failed | interrupted | pruned (a search ended the job early; this program's search never does)
     metric: str  # name of the metric that a sweep optimises
-    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
-    metrics_before: dict[str, float] = field(default_factory=dict)  # of the evaluation before the first step
+    metrics: dict[str, float] = field(default_factory=dict)  # metrics metrics of the last evaluation
+    # Metrics metrics of the evaluation before the first step
+    metrics_before: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)  # step and value of the best evaluation, compared by `metric`
-    train_loss: float | None = None  # mean over all steps
+    train_loss: float | None = None  # mean training loss over all steps
     steps: int = 0  # optimizer steps taken
-    seconds: float = 0.0  # of the whole job
-    train_seconds: float = 0.0  # of training, evaluations inside it included
+    seconds: float = 0.0  # seconds of the whole run
+    train_seconds: float = 0.0  # seconds of training, including evaluations during training
     peak_memory_bytes: int = 0  # GPU memory allocated, or the process's resident memory on a CPU
     device: str = ""
     trained_parameters: int = 0
     total_parameters: int = 0
     seed: int = 0
-    config_hash: str = ""  # of the resolved config
+    config_hash: str = ""  # hash of the resolved config
     inputs: dict[str, str] = field(default_factory=dict)  # fingerprints of rows, weights, ...: see io/fingerprints.py
     versions: dict[str, str] = field(default_factory=dict)
-    samples: list[dict[str, str]] = field(default_factory=list)  # prompt, reference, before, after
-    error: dict[str, str] | None = None  # type and text, of a job that failed
+    # Each with prompt, reference, and the answers before and after training
+    samples: list[dict[str, str]] = field(default_factory=list)
+    error: dict[str, str] | None = None  # type and text of a failed run's error
     resumed_at: list[int] = field(default_factory=list)  # steps of the checkpoints that the run resumed from
 
     @property
     def value(self) -> float | None:
-        """The metric that a sweep optimises; None when the job has none."""
+        """The value of the metric that a sweep optimises; None if the run has no such value."""
         return self.metrics.get(self.metric)
 
     def write(self, folder: Path) -> None:
@@ -72,12 +74,12 @@ class Result:
 
 
 def stored_result(folder: Path) -> dict[str, Any]:
-    """Return the JSON of the result in `folder`, as a run writes it. Raises Missing or Unreadable."""
+    """Return the JSON of the result in `folder`. Raises Missing, or Unreadable if its content is invalid."""
     file = folder / RESULT
     stored: dict[str, Any] = read_json(file)
     for name in _CHECKED:
         if name in stored and not fits(_without_null(stored[name]), field_types(Result)[name][0]):
-            raise Unreadable(f"{file} can't be read: no run writes its '{name}'")
+            raise Unreadable(f"{file} can't be read: its '{name}' is invalid")
     if stored.get("status") == OK and (missing := [name for name in _OF_EVERY_RUN if name not in stored]):
         raise Unreadable(f"{file} can't be read: it has no '{missing[0]}'")
     return stored
@@ -102,7 +104,7 @@ def versions() -> dict[str, str]:
 
 
 def _without_null(value: Any) -> Any:
-    """Return `value` without the nulls that stand for numbers which aren't finite."""
+    """Return `value` without the nulls that replace numbers that aren't finite."""
     if isinstance(value, dict):
         return {key: item for key, item in value.items() if item is not None}
     return value

@@ -10,7 +10,15 @@ ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 HYDRA = ".hydra"
 
-WRITTEN = (CONFIG, PARAM_GROUPS, METRICS, RESULT, FIGURE, ADAPTER, CHECKPOINTS)  # by us; HYDRA is Hydra's own
+WRITTEN = (
+    CONFIG,
+    PARAM_GROUPS,
+    METRICS,
+    RESULT,
+    FIGURE,
+    ADAPTER,
+    CHECKPOINTS,
+)  # HYDRA is Hydra's
 
-# A sweep's folder: its name, its command and the keys that it varies.
+# The file of a sweep's folder with the sweep's name, its command and its swept keys.
 SWEEP = "sweep.json"

@@ -1,8 +1,8 @@
 """Messages and tables on the screen and in the run's log file.
 
-The output is plain text unless it goes to a terminal. The log file holds everything that the screen shows, except for
-the progress bar: its numbers are in metrics.jsonl. In a sweep the screen shows config and rates once, for the first
-job, and one line for the end of each job. The jobs' log files hold everything.
+The output is plain text unless stdout is a terminal. The log file has everything that the screen shows, except the
+progress bar, whose numbers are in metrics.jsonl. In a sweep the screen shows config and rates only for the first job,
+and one line at the end of each job. The jobs' log files have everything.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-# rich is imported in the functions: `--help` and a mistyped override draw nothing.
+# rich is imported in the functions, because `--help` and a mistyped override need no tables.
 
 log = logging.getLogger("loraplus_hydra")
 
 
 def show(text: str) -> None:
-    """Write a line to screen and log file, from the run's first process only."""
+    """Write a line to screen and log file. Only a run's first process writes."""
     if processes.is_main():
         log.info(text)
 
 
 @contextmanager
 def messages_on_stdout() -> Iterator[None]:
-    """Print messages on stdout where nobody has set up logging, as in a notebook."""
-    if log.level != logging.NOTSET or log.isEnabledFor(logging.INFO):  # Hydra's settings, or the user's own
+    """Print messages on stdout if logging is not set up, as in a notebook."""
+    if log.level != logging.NOTSET or log.isEnabledFor(logging.INFO):  # logging is set up by Hydra or by the user
         yield
         return
     handler = logging.StreamHandler(sys.stdout)
@@ -56,7 +56,7 @@ def log_to_file(text: str, level: int = logging.INFO) -> None:
     """Write `text` to the log file only, if there is one."""
     fields = {"name": log.name, "levelno": level, "levelname": logging.getLevelName(level)}
     record = logging.makeLogRecord({**fields, "msg": "%s", "args": (text,)})
-    for handler in logging.getLogger().handlers:  # not through the loggers: they have the screen as a handler, too
+    for handler in logging.getLogger().handlers:  # not through the loggers, because they also write to the screen
         if isinstance(handler, logging.FileHandler):
             handler.handle(record)
 
@@ -73,10 +73,10 @@ def print_rich(*renderables: Any, on_screen: bool = True) -> None:
 
 
 def console() -> Console:
-    """Return a console on the present stdout."""
+    """Return a console for the current stdout."""
     from rich.console import Console
 
-    # Without a terminal rich assumes 80 columns, which fold the tables.
+    # Without a terminal rich assumes 80 columns, which would wrap the tables.
     return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
@@ -89,7 +89,7 @@ def table(
     from rich.text import Text
 
     made = Table(box=box.ROUNDED if sys.stdout.isatty() else box.ASCII2, show_lines=lines)
-    for name in columns:  # as Text: a name may hold brackets, which rich takes for markup
+    for name in columns:  # as Text, because rich reads brackets in a name as markup
         made.add_column(Text(visible(name)), justify="right" if name in right else "left", overflow="fold")
     for row in rows:
         made.add_row(*(Text(visible(cell)) for cell in row))

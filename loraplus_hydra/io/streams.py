@@ -1,7 +1,7 @@
-"""Standard output and error that outlive their readers.
+"""Standard output and error that don't end the program when writing fails.
 
-`| head` leaves early, a terminal is lost, a device is full, or the program was started with `>&-`. What a run computes
-is in its files, so it continues without a screen.
+Writing can fail in several ways: `| head` stops reading, a terminal is closed, a device is full, or the program was
+started with `>&-`. A run's results are in files, so the run continues without a screen.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import IO, Any
 
 
 class _LastingFile(io.FileIO):
-    """A file descriptor whose failed writes are dropped."""
+    """A file descriptor that ignores failed writes."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "w", closefd=False)
-        self.error: OSError | None = None  # of the first failed write
+        self.error: OSError | None = None  # error error of the first failed write
 
     def write(self, data: Any) -> int:
         if self.error is None:
@@ -34,12 +34,15 @@ class _LastingFile(io.FileIO):
 
 
 def make_streams_last() -> None:
-    """Let this program's stdout and stderr drop what they can't take."""
+    """Make this program's stdout and stderr ignore failed writes."""
     sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
 
 
 def lost_output() -> str:
-    """Return why stdout didn't take all output; empty if it did, or if its reader left."""
+    """Return the error of a failed write to stdout.
+
+    Empty if all output was written, or if the reader closed the pipe.
+    """
     with suppress(OSError, ValueError):
         sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
@@ -48,10 +51,10 @@ def lost_output() -> str:
 
 
 def _lasting(stream: IO[str] | None) -> IO[str]:
-    if stream is None:  # started with >&-; this takes the free descriptor, so that no other file gets it
+    if stream is None:  # started with >&-: otherwise the next opened file would get this descriptor
         return Path(os.devnull).open("w", encoding="utf-8")
     if stream not in (sys.__stdout__, sys.__stderr__) or not isinstance(stream, io.TextIOWrapper):
-        return stream  # of a program around this one
+        return stream  # replaced by the calling program
     with suppress(OSError):
         stream.flush()
     buffer = io.BufferedWriter(_LastingFile(stream.fileno()))

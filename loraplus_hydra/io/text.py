@@ -1,18 +1,18 @@
-"""Text from rows, names, errors and configs, made harmless for the place that shows it."""
+"""Escaping of text from rows, names, errors and configs for the place that shows it."""
 
 from __future__ import annotations
 
 import logging
 import re
 
-# Control characters but tab and line feed, lone surrogates, and the marks that reorder or hide text on a line.
+# Control characters except tab and line feed, lone surrogates, and characters that reorder or hide text on a line.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|~&$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 
 
 def visible(text: str) -> str:
-    """Return `text` with control characters as escapes such as \\x1b; line breaks and tabs stay."""
+    r"""Return `text` with control characters as escapes such as \x1b. Line breaks and tabs are kept."""
     return _CONTROL.sub(_escaped, text.replace("\r\n", "\n"))
 
 
@@ -22,13 +22,13 @@ def one_line(text: str) -> str:
 
 
 def csv_cell(text: str) -> str:
-    """Return a text for a CSV cell that no spreadsheet takes for a formula."""
+    """Return `text` for a CSV cell, escaped if a spreadsheet would read it as a formula."""
     text = visible(text)
     return f"'{text}" if text.startswith(_FORMULA) else text
 
 
 def markdown(text: str) -> str:
-    """Return `text` as Markdown that shows it literally, on one line."""
+    """Return `text` as Markdown on one line that shows the text literally."""
     return _MARKDOWN.sub(r"\\\1", visible(text)).replace("\n", " ")
 
 
@@ -40,7 +40,7 @@ def code(text: str) -> str:
 
 
 def code_block(text: str, language: str = "") -> str:
-    """Return `text` as a Markdown block of code, which no backticks inside can end."""
+    """Return `text` as a Markdown code block. Backticks in the text don't end the block."""
     fence = "`" * max(3, _longest_run(text) + 1)
     text = visible(text).rstrip("\n")
     return f"{fence}{language}\n{text}\n{fence}"
@@ -51,7 +51,7 @@ def _longest_run(text: str) -> int:
 
 
 class VisibleFormatter(logging.Formatter):
-    """Formats log records for screen and log file with control characters as escapes."""
+    """Formats log records with control characters as escapes."""
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))

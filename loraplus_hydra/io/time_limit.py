@@ -1,4 +1,4 @@
-"""A limit of time for patterns and templates that untrusted folders bring."""
+"""A time limit for patterns and templates from untrusted folders."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from types import FrameType
 
 
 class TooSlowError(Exception):
-    """Something took longer than its limit."""
+    """The error when code takes longer than its time limit."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TooSlowError inside when it takes longer.
+    """Raise TooSlowError if the block takes longer than `seconds`.
 
-    In the main thread only, where Python handles signals.
-
-    Only for code that changes nothing, such as matching or rendering: the error comes at any of its lines.
+    There is no limit outside the main thread, because Python handles signals only there. The block must not change any
+    state, because the error can be raised at any line.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -29,7 +28,8 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise TooSlowError(f"it takes longer than {seconds:g} s")
 
     handler = signal.signal(signal.SIGALRM, stop)
-    remaining = signal.setitimer(signal.ITIMER_REAL, seconds, 1)[0]  # again each second: one error may be swallowed
+    # Repeated each second, because the code may catch the first error
+    remaining = signal.setitimer(signal.ITIMER_REAL, seconds, 1)[0]
     try:
         yield
     finally:

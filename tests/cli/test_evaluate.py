@@ -121,7 +121,7 @@ def test_out_that_cannot_be_written_is_told_before_the_work(
     monkeypatch.setattr("loraplus_hydra.runs.evaluate.load_run", None)
     ended = cli("evaluate", str(finished("sft")), f"out={folder}/metrics.json")
     assert ended.status == 1
-    assert f"out: {folder} can't be written into" in ended.err
+    assert f"out: {folder} can't be written" in ended.err
 
 
 @pytest.mark.parametrize(

@@ -345,7 +345,7 @@ def test_folder_that_cannot_be_made_is_told_before_the_work(
     monkeypatch.setattr("loraplus_hydra.runs.export.load_run", None)
     ended = cli("export", str(runs("lora")), f"to={folder}/export/model")
     assert ended.status == 1
-    assert f"to: {folder} can't be written into" in ended.err
+    assert f"to: {folder} can't be written" in ended.err
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ INIT_2 = [record("lora_A", True), record("lora_B", False)]
         (INIT_2, 16, 125_000_000, None),
         (INIT_2, 4, 125_000_000, "about 16"),
         (INIT_1, 1, 125_000_000, None),
-        (INIT_1, 0.5, 125_000_000, "slower"),
+        (INIT_1, 0.5, 125_000_000, "smaller rate"),
     ],
 )
 def test_advice_is_the_papers(records: list[TensorRecord], ratio: float, parameters: int, said: str | None) -> None:

@@ -122,7 +122,7 @@ def test_out_that_cannot_be_written_is_told_before_the_work(
     monkeypatch.setattr("loraplus_hydra.runs.predict.load_run", None)
     ended = cli("predict", str(finished("sft")), "text=say", f"out={folder}/answers.jsonl")
     assert ended.status == 1
-    assert f"out: {folder} can't be written into" in ended.err
+    assert f"out: {folder} can't be written" in ended.err
 
 
 def test_everything_that_is_not_given_is_told_at_once(cli: Callable[..., Finished]) -> None:

@@ -113,7 +113,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "interpolation to nowhere": (["seed=${nowhere.at.all}"], ["seed", "leads nowhere"]),
     "unknown class": (["optimizer._target_=torch.optim.AdamX"], ["optimizer._target_", "did you mean 'Adam"]),
-    "unknown package": (["optimizer._target_=tourch.optim.AdamW"], ["optimizer._target_", "no package 'tourch'"]),
+    "unknown package": (
+        ["optimizer._target_=tourch.optim.AdamW"],
+        ["optimizer._target_", "no installed package 'tourch'"],
+    ),
     "no class at all": (["optimizer._target_=adamw"], ["optimizer._target_", "not a dotted path"]),
     "class that is no optimizer": (
         ["optimizer._target_=torch.nn.Linear"],

@@ -61,7 +61,7 @@ def without_weights(place: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "never finished": (lambda place: (place / MANIFEST).unlink(), "never finished"),
+    "so it is incomplete": (lambda place: (place / MANIFEST).unlink(), "so it is incomplete"),
     "cut short": (lambda place: os.truncate(place / "optimizer.pt", 10), "is 10 bytes long, not 250"),
     "another byte": (lambda place: (place / "optimizer.pt").write_bytes(b"State" + b"state" * 49), "its hash differs"),
     "file missing": (lambda place: (place / "sub" / "part").unlink(), "sub/part is missing"),
@@ -72,11 +72,11 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "manifest lies": (lambda place: change_manifest(place, lambda files: files.pop("sub/part")), "not in the manifest"),
     "path out": (
         lambda place: change_manifest(place, lambda files: files.update({"../x": {"size": 1, "sha256": ""}})),
-        "isn't inside it",
+        "which is outside the folder",
     ),
     "absolute path": (
         lambda place: change_manifest(place, lambda files: files.update({"/etc/passwd": {"size": 1, "sha256": ""}})),
-        "isn't inside it",
+        "which is outside the folder",
     ),
     "link": (add_link, "is a link"),
     "pickled weights": (add_pickle, "pickle"),

@@ -142,7 +142,7 @@ def test_a_share_leaves_the_last_step_its_rate() -> None:
 
 
 def test_warm_up_and_decay_longer_than_the_run_are_refused() -> None:
-    with pytest.raises(UserError, match="60 steps of warm-up and 50 of decay are more than the 100"):
+    with pytest.raises(UserError, match="60 steps of warm-up and 50 of decay are more than the run's 100"):
         from_yaml("wsd", optimizer_at(1.0), 100, warmup_ratio=0, decay_ratio=0, num_warmup_steps=60, num_decay_steps=50)
 
 
@@ -153,7 +153,7 @@ def test_a_schedule_that_fails_at_its_last_step_is_refused_before_the_first() ->
 
 
 def test_warm_up_for_a_schedule_without_is_refused() -> None:
-    with pytest.raises(UserError, match="get_constant_schedule has no num_warmup_steps"):
+    with pytest.raises(UserError, match="get_constant_schedule has no argument num_warmup_steps"):
         build_schedule(
             optimization.get_constant_schedule, optimizer_at(1.0), num_training_steps=10, kwargs={"warmup_ratio": 0.1}
         )
@@ -218,7 +218,7 @@ def test_one_cycle_refuses_what_makes_no_cycle(kwargs: dict[str, float]) -> None
         (lr_scheduler.CyclicLR, {"base_lr": 1e-5, "max_lr": 1e-3}, "CyclicLR doesn't keep the ratio.*at step 0 "),
         (lr_scheduler.ReduceLROnPlateau, {}, "reacts to the loss"),
         (optimization.GreedyLR, {}, "reacts to the loss"),
-        (lambda _: None, {}, "gives NoneType, which is no"),
+        (lambda _: None, {}, "returns NoneType, which is not"),
         (
             lambda optimizer: lr_scheduler.LambdaLR(optimizer, [lambda _: 1.0, lambda step: 1.0 / (step + 1)]),
             {},
