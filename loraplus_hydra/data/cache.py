@@ -1,7 +1,7 @@
 """Content-addressed disk cache of loaded and tokenised rows.
 
-Equal bytes under equal settings are read once. The files are in a folder of the `datasets` cache (HF_DATASETS_CACHE, by
-default ~/.cache/huggingface/datasets) and may be deleted at any time.
+Files with equal bytes and equal settings are read only once. The cache is in a folder of the `datasets` cache
+(HF_DATASETS_CACHE, by default ~/.cache/huggingface/datasets) and may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CHUNK = 1 << 20  # bytes of a file hashed at a time
 
 
 def cache_folder() -> Path:
-    """Return the cache's folder, made if it is missing.
+    """Return the cache's folder. It is made if it doesn't exist.
 
     Raises UserError if it can't be made.
     """
@@ -40,7 +40,7 @@ def cache_folder() -> Path:
 
 
 def digest(*parts: Any) -> str:
-    """Return 32 hex digits that identify `parts` (anything that JSON can hold) in every process."""
+    """Return 32 hex digits that identify `parts` (JSON values), equal in every process."""
     text = json.dumps([_code_digest(), *parts], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -66,7 +66,7 @@ def file_digest(path: str | Path) -> str:
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return 32 hex digits that identify a tokenizer.
 
-    They depend on vocabulary, rules, special tokens, chat template, and the libraries' versions.
+    The digits depend on vocabulary, rules, special tokens, chat template, and the libraries' versions.
     """
     # datasets' own hash of a tokenizer changes once it has been used with truncation or padding.
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -93,10 +93,10 @@ def map_cached(
     features: Features,
     key: Mapping[str, Any],
 ) -> Rows:
-    """Return `rows` after `convert(batch, indices)`, which replaces the `columns` by those of `features`.
+    """Return `rows` converted by `convert(batch, indices)`: `columns` become those of `features`.
 
-    `key` holds everything that the result depends on besides the rows. Streamed rows are converted as they come, and
-    not cached.
+    `key` must have everything except the rows on which the result depends. Streamed rows are converted when they are
+    read, and are not cached.
     """
     arguments: dict[str, Any] = {
         "batched": True,
@@ -114,9 +114,9 @@ def map_cached(
 def generate_cached(
     rows: Callable[..., Any], arguments: dict[str, Any], *, features: Features, key: Mapping[str, Any]
 ) -> Dataset:
-    """Return what the generator function `rows` yields, as a Dataset on disk.
+    """Return the rows that the generator function `rows` yields, as a Dataset on disk.
 
-    `key` holds everything that the rows depend on.
+    `key` must have everything on which the rows depend.
     """
     return Dataset.from_generator(
         rows, features=features, gen_kwargs=arguments, cache_dir=str(cache_folder()), fingerprint=digest(key)

@@ -18,17 +18,17 @@ from loraplus_hydra.errors import ConfigErrors, Problem, UserError, errors_at, f
 
 Files = str | list[str] | dict[str, float]
 _FILES = "a path, a list of paths, or {path: weight, ...}"
-_BUFFER = 1000  # streamed rows that are shuffled among each other
+_BUFFER = 1000  # number of streamed rows in the buffer that shuffles them
 
 
 @dataclass(frozen=True)
 class Source:
     """The files of one split."""
 
-    key: str  # data.train or data.eval
+    key: str  # the config's key: data.train or data.eval
     paths: tuple[str, ...]
     layouts: tuple[Layout, ...]  # of each file
-    weights: tuple[float, ...] | None = None  # of each file in the mix; None: all rows of each
+    weights: tuple[float, ...] | None = None  # the weight of each file in the mix; None: all rows of all files
 
 
 def load(
@@ -48,16 +48,17 @@ def load(
 ) -> DatasetDict:
     """Load the rows of files as "train" and "eval".
 
-    `train` and `eval` are a path, a pattern ("data/*.jsonl"), a list of these (all rows of each), or a mapping of paths
-    to weights (rows in these shares, none twice). Without `eval`, the share `eval_fraction` of each file is held out,
-    drawn by `seed`; of text files whose unit is the file it is the end of each. At most `max_samples` rows of each
-    split are taken, drawn by `seed`. `streaming` reads the training rows when they are needed, and requires `eval`.
+    `train` and `eval` are a path, a pattern ("data/*.jsonl"), a list of these (all rows are used), or a mapping of
+    paths to weights (rows are mixed in these shares, and none is repeated). Without `eval`, the share `eval_fraction`
+    of each file is held out, drawn with `seed`. If a row is a piece of a document (`unit` is file), the end of each
+    document is held out. At most `max_samples` rows of each split are used, drawn with `seed`. `streaming` reads the
+    training rows when they are needed, and requires `eval`.
 
-    The files' format is jsonl (JSON arrays, too), csv, parquet, arrow or text (None: by the suffix). Files may be
-    compressed by gzip, bzip2, xz, zstd or lz4. A byte order mark comes before `encoding`. `delimiter` (None: a tab for
-    .tsv, else a comma), `header` and `quote` concern CSV, and `unit` (file, paragraph, line) plain text.
+    `format` is jsonl (also for JSON arrays), csv, parquet, arrow or text; with None, the file's suffix decides. Files
+    may be compressed by gzip, bzip2, xz, zstd or lz4. A byte order mark overrides `encoding`. `delimiter` (None: a tab
+    for .tsv, otherwise a comma), `header` and `quote` are for CSV. `unit` (file, paragraph, line) is for plain text.
 
-    Raises ConfigErrors for files that don't exist or don't have their format, with the line.
+    Raises ConfigErrors for files that don't exist or are not valid in their format; the message has the line.
     """
     layout = Layout(format, {"tab": "\t", "\\t": "\t"}.get(str(delimiter), delimiter), header, quote, encoding, unit)
     _check_layout(layout)
@@ -65,8 +66,8 @@ def load(
     eval_source = None if eval is None else _source("data.eval", eval, layout)
     if eval_source is None:
         if streaming:
-            what = "streamed rows can't be held out, since they have no end"
-            raise ConfigErrors([Problem("data.eval", what, "name files to evaluate on: data.eval=...")])
+            what = "rows can't be held out from streamed rows, because their number is unknown"
+            raise ConfigErrors([Problem("data.eval", what, "set files for evaluation: data.eval=...")])
         halves = [_hold_out(source.key, path, part, eval_fraction, seed) for path, part in _parts(source)]
         rows, held_out = (mixing.mix(parts, source.weights, seed) for parts in zip(*halves, strict=True))
     else:
@@ -76,25 +77,25 @@ def load(
 
 
 def _check_layout(layout: Layout) -> None:
-    """Raise ConfigErrors with everything wrong in a layout; its format may be unknown yet."""
+    """Raise ConfigErrors with all errors in a layout. Its format may still be None."""
     problems, formats = [], _formats()
     if layout.format is not None and layout.format not in formats:
-        fix = f"one of: {', '.join(formats)}, or null: by the file's suffix"
+        fix = f"use one of {', '.join(formats)}; with null, the file's suffix decides"
         what = f"there is no format '{layout.format}'{nearest(layout.format, formats)}"
         problems.append(Problem("data.format", what, fix))
     if layout.unit not in UNITS:
         what = f"there is no unit '{layout.unit}'{nearest(layout.unit, UNITS)}"
-        problems.append(Problem("data.unit", what, f"one of: {', '.join(UNITS)}"))
+        problems.append(Problem("data.unit", what, f"use one of {', '.join(UNITS)}"))
     for key, value, fix in (
-        ("delimiter", layout.delimiter, "for a tab write tab"),
-        ("quote", layout.quote, "or null: no quotes"),
+        ("delimiter", layout.delimiter, "write `tab` for a tab"),
+        ("quote", layout.quote, "use null if the file has no quotes"),
     ):
         if value is not None and len(value) != 1:
             problems.append(Problem(f"data.{key}", f"'{value}' is not one character", fix))
     try:
-        "a".encode(layout.encoding)  # some of Python's codecs are not for text: zlib, rot13
+        "a".encode(layout.encoding)  # some of Python's codecs are not text encodings: zlib, rot13
     except (LookupError, TypeError, ValueError):
-        fix = "such as utf-8, latin-1, cp1252, utf-16"
+        fix = "use, for example, utf-8, latin-1, cp1252 or utf-16"
         problems.append(Problem("data.encoding", f"there is no encoding '{layout.encoding}'", fix))
     if problems:
         raise ConfigErrors(problems)
@@ -111,7 +112,7 @@ def _layout_of(path: str, layout: Layout, key: str) -> Layout:
     suffix = Path(name.removesuffix(Path(name).suffix) if name.endswith(SUFFIXES) else name).suffix
     format = layout.format or FORMATS.get(suffix)
     if format is None:
-        fix = f"name its format: data.format={', '.join(_formats())}"
+        fix = f"set its format: data.format is one of {', '.join(_formats())}"
         raise ConfigErrors([Problem(key, f"{path}: no format has the suffix '{suffix}'", fix)])
     return replace(layout, format=format, delimiter=layout.delimiter or ("\t" if suffix == ".tsv" else ","))
 
@@ -133,8 +134,8 @@ def _weighted_files(key: str, weights: Mapping[str, float]) -> list[str]:
         matches = _paths(key, pattern)
         paths += matches
         if len(matches) > 1:
-            fix = "give each file a weight of its own"
-            problems.append(Problem(key, f"{pattern} names several files, and a weight belongs to one", fix))
+            fix = "give each file its own weight"
+            problems.append(Problem(key, f"{pattern} matches several files, but a weight is for one file", fix))
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not number or not 0 < weight < float("inf"):
             problems.append(Problem(key, f"the weight of {pattern} is {weight}", "give it a finite number above 0"))
@@ -152,8 +153,8 @@ def _paths(key: str, pattern: Any) -> list[str]:
         raise ConfigErrors([Problem(key, f"'{pattern}' is not a path", _FILES)])
     try:
         return _matches(key, pattern)
-    except (OSError, RuntimeError, re.error) as error:  # a name too long, an unknown user's home, an invalid pattern
-        what = f"'{pattern[:100]}' names no file: {first_line(error)[:200]}"
+    except (OSError, RuntimeError, re.error) as error:  # a too long name, an unknown user's home, or an invalid pattern
+        what = f"'{pattern[:100]}' is not a valid path: {first_line(error)[:200]}"
         raise ConfigErrors([Problem(key, what, "name a file that exists")]) from error
 
 
@@ -163,7 +164,7 @@ def _matches(key: str, pattern: str) -> list[str]:
         return [str(path)]
     if path.is_dir():
         suffixes = [each.suffix for each in sorted(path.iterdir()) if each.suffix in FORMATS]
-        fix = f"name its files, for example '{pattern.rstrip('/')}/*{next(iter(suffixes), '.jsonl')}'"
+        fix = f"give the files in it, for example '{pattern.rstrip('/')}/*{next(iter(suffixes), '.jsonl')}'"
         raise ConfigErrors([Problem(key, f"{pattern} is a folder", fix)])
     if glob.has_magic(pattern):
         names = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
@@ -171,14 +172,14 @@ def _matches(key: str, pattern: str) -> list[str]:
             raise ConfigErrors([Problem(key, f"no file matches {pattern}", _looked_for_in(path))])
         return names
     if what := _special(path):
-        raise ConfigErrors([Problem(key, f"{pattern} {what}", "name a regular file")])
+        raise ConfigErrors([Problem(key, f"{pattern} {what}", "give the path of a regular file")])
     siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     what = f"{pattern}: No such file{nearest(path.name, siblings)}"
     raise ConfigErrors([Problem(key, what, _looked_for_in(path))])
 
 
 def _special(path: Path) -> str:
-    """Return what a path without a regular file is instead, empty if nothing has this name."""
+    """Return what a path is if it is not a regular file; empty if it doesn't exist."""
     if path.is_symlink() and not path.exists():
         return f"is a link to {path.readlink()}, which does not exist"
     kinds = {"is a pipe": path.is_fifo(), "is a socket": path.is_socket()}
@@ -187,11 +188,11 @@ def _special(path: Path) -> str:
 
 
 def _looked_for_in(path: Path) -> str:
-    """Return the end of the message on a path without a file."""
+    """Return the last part of the message about a path that doesn't exist."""
     folder = path.parent.absolute()
     exists = folder.is_dir() or glob.has_magic(str(folder))
-    place = f"it was looked for in {folder}" if exists else f"there is no folder {folder}"
-    return f"{place}: name a file that exists"
+    place = f"it was searched for in {folder}" if exists else f"there is no folder {folder}"
+    return f"{place}: give the path of an existing file"
 
 
 def _parts(source: Source) -> Iterator[tuple[str, Dataset]]:
@@ -206,23 +207,23 @@ def _mixed(source: Source, seed: int) -> Dataset:
 
 def _hold_out(key: str, path: str, rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     if len(rows) < 2:
-        fix = "give data.eval a file of its own"
-        raise ConfigErrors([Problem(key, f"{path} has one row, so none can be held out", fix)])
+        fix = "set data.eval to another file"
+        raise ConfigErrors([Problem(key, f"{path} has only one row, so none can be held out", fix)])
     return mixing.hold_out(rows, fraction, seed)
 
 
 def _stream(source: Source, seed: int) -> IterableDataset:
-    """Return the rows as they are read, shuffled in a buffer.
+    """Return the rows as a stream, shuffled in a buffer.
 
-    With weights they are drawn in these shares. Raises ConfigErrors.
+    With weights, rows are drawn in these shares. Raises ConfigErrors.
     """
     documents = any(layout.format == "text" and layout.unit == "file" for layout in source.layouts)
     if documents and source.weights is not None:
-        fix = "mix them by data.unit=paragraph or line"
-        raise ConfigErrors([Problem(source.key, "streamed documents can't be mixed by weight", fix)])
+        fix = "use data.unit=paragraph or line"
+        raise ConfigErrors([Problem(source.key, "streamed documents can't be mixed with weights", fix)])
     if any(layout.format in TABLES for layout in source.layouts):
         fix = "set it to false; data=hub data.name=parquet streams them"
-        what = "Parquet and Arrow files are read as they are needed anyway"
+        what = "Parquet and Arrow files are always read when they are needed"
         raise ConfigErrors([Problem("data.streaming", what, fix)])
     parts = [_streamed_file(source.key, *file) for file in zip(source.paths, source.layouts, strict=True)]
     if source.weights is not None:

@@ -1,7 +1,7 @@
 """The GLUE benchmark, from a hub or from a folder of the original TSV files.
 
-Rows have the columns "text", "text_pair" and "label". In a task of single sentences "text_pair" is null. Labels have
-the hub's names, in its order. https://gluebenchmark.com/tasks
+Rows have the columns "text", "text_pair" and "label". For tasks with single sentences "text_pair" is null. Labels have
+the hub's names, in the hub's order. https://gluebenchmark.com/tasks
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class GlueTask:
     """One task's layout, in the original files and on the hub."""
 
     folder: str
-    columns: tuple[str, ...]  # of the TSV: text, or text and its pair
-    label: str  # column of the TSV
+    columns: tuple[str, ...]  # the TSV's columns with the text, or with the text and its pair
+    label: str  # the TSV's column with the label
     labels: tuple[str, ...] | None  # names in the hub's order; None: a number
     hub_columns: tuple[str, ...]
-    names_in_file: bool = False  # the TSV has the labels' names, not their numbers
-    header: tuple[str, ...] | None = None  # of files without one
+    names_in_file: bool = False  # True if the TSV has the labels' names instead of their numbers
+    header: tuple[str, ...] | None = None  # the columns' names, for files without a header
 
 
 _SENTENCE, _SENTENCES, _QUESTIONS = ("sentence",), ("sentence1", "sentence2"), ("question1", "question2")
@@ -65,13 +65,13 @@ def load(
 ) -> DatasetDict:
     """Load the training and development rows of the GLUE task `name` as "train" and "eval".
 
-    `path` is a data set on a hub or a folder: one with a folder for each task (CoLA, SST-2, ...), or the task's own.
-    MNLI is evaluated on the genres of its training rows, or with `matched=False` on others. At most `max_samples` rows
-    of each split are taken, drawn by `seed`. Test sets have no public labels. Raises ConfigErrors for names and files
-    that don't exist, and for rows that can't be read.
+    `path` is a data set on a hub, the task's folder, or a folder with a folder for each task (CoLA, SST-2, ...). MNLI
+    is evaluated on the genres of its training rows; with `matched=False`, on other genres. At most `max_samples` rows
+    of each split are used, drawn with `seed`. Test sets are not used, because their labels are not public. Raises
+    ConfigErrors for names and files that don't exist, and for rows that can't be read.
     """
     if name not in TASKS:
-        fix = f"one of: {', '.join(TASKS)}"
+        fix = f"use one of {', '.join(TASKS)}"
         raise ConfigErrors([Problem("data.name", f"GLUE has no task '{name}'{nearest(str(name), TASKS)}", fix)])
     task = TASKS[name]
     suffix = ("_matched" if matched else "_mismatched") if name == "mnli" else ""
@@ -87,7 +87,7 @@ def load(
 
 def _folder(path: Path, task: GlueTask) -> Path:
     if not path.is_dir():
-        fix = f"a folder with {task.folder}/train.tsv in it"
+        fix = f"give a folder that contains {task.folder}/train.tsv"
         raise ConfigErrors([Problem("data.path", f"{path}: no such folder", fix)])
     inside = path / task.folder
     return inside if inside.is_dir() else path
@@ -95,7 +95,7 @@ def _folder(path: Path, task: GlueTask) -> Path:
 
 def _local(path: Path, task: GlueTask) -> Dataset:
     with errors_at("data.path"):
-        # All rows are read once before, because datasets would wrap their errors.
+        # All rows are read once in advance, because datasets would wrap their errors.
         if sum(1 for _ in read_tsv(str(path), task)) == 0:
             raise UserError(f"{path} has no rows")
     key = {"glue": task.folder, "path": str(path), "content": file_digest(path)}
@@ -103,9 +103,9 @@ def _local(path: Path, task: GlueTask) -> Dataset:
 
 
 def read_tsv(path: str, task: GlueTask) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one of the original files, in which quotes have no meaning.
+    """Yield the rows of an original file. Quotes have no special meaning in it.
 
-    As is usual, rows with missing cells (QQP has a few) and MNLI's rows without a verdict (`-`) are left out. Raises
+    Rows with missing cells (QQP has a few) and MNLI's rows without a verdict (`-`) are omitted, as is usual. Raises
     UserError with the line.
     """
     names: Sequence[str] | None = task.header
@@ -122,7 +122,7 @@ def read_tsv(path: str, task: GlueTask) -> Iterator[dict[str, Any]]:
 
 def _read_cells(path: str) -> Iterator[tuple[str, list[str]]]:
     try:
-        # Sentences contain other line ends, so only \n ends a row.
+        # Only \n ends a row, because sentences contain other line ends.
         with Path(path).open(encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, start=1):
                 yield f"{path}, line {number}", line.rstrip("\r\n").split("\t")
@@ -135,7 +135,7 @@ def _read_cells(path: str) -> Iterator[tuple[str, list[str]]]:
 def _check_columns(place: str, names: Sequence[str], task: GlueTask) -> None:
     missing = [column for column in (*task.columns, task.label) if column not in names]
     if missing:
-        raise UserError(f"{place}: no column '{missing[0]}'; there are: {', '.join(names)}")
+        raise UserError(f"{place}: there is no column '{missing[0]}'; the columns are {', '.join(names)}")
 
 
 def _label(text: str, task: GlueTask, place: str) -> int | float:

@@ -1,4 +1,4 @@
-"""Rows of a data set on a hub, or of a folder with its layout."""
+"""Rows of a data set on a hub, or of a local folder with the same layout."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from loraplus_hydra.data.rows import ORIGIN, OURS, with_origin
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line, nearest
 
 _FRONT_MATTER = re.compile(r"\s*---[\r\n]+([\S\s]*?)[\r\n]+---(?:[\r\n]|$)")
-_METADATA = ("README.md", ".huggingface.yaml")  # files in which a data set names its files
-_BUFFER = 1000  # streamed rows that are shuffled among each other
+_METADATA = ("README.md", ".huggingface.yaml")  # files that list the files of a data set
+_BUFFER = 1000  # number of streamed rows in the buffer that shuffles them
 
 
 def load(
@@ -36,19 +36,19 @@ def load(
 ) -> DatasetDict:
     """Load splits of the data set `name` as "train" and "eval".
 
-    `config` names one of its parts. Without `eval_split` the share `eval_fraction` of the training split is held out,
-    drawn by `seed`. At most `max_samples` rows of each split are taken, drawn by `seed`. With `streaming` the training
-    rows are read when they are needed, and `eval_split` is required. Raises ConfigErrors for names that don't exist,
-    with those that do.
+    `config` is one of the data set's configs. Without `eval_split`, the share `eval_fraction` of the training split is
+    held out, drawn with `seed`. At most `max_samples` rows of each split are used, drawn with `seed`. With `streaming`,
+    the training rows are read when they are needed, and `eval_split` is required. Raises ConfigErrors for names that
+    don't exist; the message has the valid names.
     """
     if streaming and eval_split is None:
-        fix = "name a split to evaluate on: data.eval_split=validation"
-        raise ConfigErrors([Problem("data.eval_split", "streamed rows can't be held out", fix)])
+        fix = "set a split for evaluation: data.eval_split=validation"
+        raise ConfigErrors([Problem("data.eval_split", "rows can't be held out from streamed rows", fix)])
     train = load_split(name, config, train_split, revision, streaming=streaming, key="data.train_split")
     if eval_split is not None:
         held_out = load_split(name, config, eval_split, revision, key="data.eval_split")
     elif len(train) < 2:
-        raise ConfigErrors([Problem("data.train_split", f"'{train_split}' has fewer than two rows", "name another")])
+        raise ConfigErrors([Problem("data.train_split", f"'{train_split}' has fewer than two rows", "choose another")])
     else:
         train, held_out = mixing.hold_out(train, eval_fraction, seed)
     if streaming:
@@ -57,7 +57,7 @@ def load(
 
 
 def _refuse_leading_out(folder: Path) -> None:
-    """Raise ConfigErrors if a local data set's metadata names files outside its folder."""
+    """Raise ConfigErrors if a local data set's metadata lists files outside its folder."""
     for name in _METADATA:
         if not (file := folder / name).is_file():
             continue
@@ -68,17 +68,17 @@ def _refuse_leading_out(folder: Path) -> None:
         try:
             stored = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            fix = "correct its metadata, or name the files: data=jsonl, csv or parquet"
+            fix = "correct its metadata, or load the files with data=jsonl, csv or parquet"
             raise ConfigErrors([Problem("data.name", f"{file} can't be read: {first_line(error)}", fix)]) from None
         for entry in _strings(stored.get("configs") if isinstance(stored, dict) else None):
             if "://" in entry or entry.startswith(("/", "~")) or ".." in Path(entry).parts:
-                what = f"{file} names '{entry}', which is outside the folder"
+                what = f"{file} lists '{entry}', which is outside the folder"
                 raise ConfigErrors([Problem("data.name", what, "copy the file into the folder, or use data=jsonl")])
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Yield each text in nested lists and mappings."""
-    # Aliases are followed once, since they may multiply.
+    """Yield every string in nested lists and mappings."""
+    # An alias is followed only once, because nested aliases could expand without limit.
     waiting, seen = [value], set()
     while waiting:
         one = waiting.pop()
@@ -94,18 +94,20 @@ def load_split(
 ) -> Any:
     """Load one split, with the column ORIGIN.
 
-    `key` is the config's key that named the split. Returns a Dataset, or with `streaming` an IterableDataset. Raises
+    `key` is the config's key that sets the split. Returns a Dataset, or with `streaming` an IterableDataset. Raises
     ConfigErrors.
     """
     _refuse_leading_out(Path(name))
     rows = _split(name, config, split, revision, streaming, key)
     if reserved := [column for column in rows.column_names or () if column in OURS]:
-        raise ConfigErrors([Problem("data.name", f"{name} has a column '{reserved[0]}', a name of our own")])
+        raise ConfigErrors(
+            [Problem("data.name", f"{name} has a column '{reserved[0]}', a name reserved for this program")]
+        )
     source = f"{name}/{config}[{split}]" if config else f"{name}[{split}]"
     if streaming:
         return rows.map(_add_origin, with_indices=True, fn_kwargs={"source": source})
     if len(rows) == 0:
-        raise ConfigErrors([Problem(key, f"'{split}' has no rows", "name another split")])
+        raise ConfigErrors([Problem(key, f"'{split}' has no rows", "choose another split")])
     return with_origin(rows, source, digest(rows._fingerprint, source))
 
 
@@ -113,13 +115,13 @@ def _split(name: str, config: str | None, split: str, revision: str | None, stre
     try:
         return load_dataset(name, config, split=split, revision=revision, streaming=streaming)
     except DatasetNotFoundError as error:
-        fix = "name a data set on the hub (owner/name), or a folder; for single files: data=jsonl, csv or parquet"
+        fix = "use a data set on the hub (owner/name), or a folder; for single files use data=jsonl, csv or parquet"
         raise ConfigErrors([Problem("data.name", first_line(error), fix)]) from None
-    except ValueError as error:  # the part or the split doesn't exist
+    except ValueError as error:  # the config or the split doesn't exist
         raise ConfigErrors([_wrong_name(error, name, config, split, revision, key)]) from None
-    except Exception as error:  # whatever the network, the files or their readers raise
+    except Exception as error:  # the network, the files and their readers raise many types
         cause = error.__cause__ or error
-        fix = "name a folder, or a data set on the hub: that needs the network once"
+        fix = "use a folder, or a data set on the hub, which needs the network for its first use"
         raise ConfigErrors([Problem("data.name", f"{name} can't be read: {first_line(cause)}", fix)]) from None
 
 
@@ -128,14 +130,14 @@ def _add_origin(row: dict[str, Any], index: int, source: str) -> dict[str, Any]:
 
 
 def _wrong_name(error: Exception, name: str, config: str | None, split: str, revision: str | None, key: str) -> Problem:
-    """Return a Problem for a `config` or `split` that doesn't exist, with those that do."""
-    with suppress(Exception):  # the names can't be listed either, so the first error is the better one
+    """Return a Problem for a `config` or `split` that doesn't exist, with the valid names."""
+    with suppress(Exception):  # if the names can't be listed either, the first error is reported
         configs = get_dataset_config_names(name, revision=revision)
         if (config is None and len(configs) > 1) or (config is not None and config not in configs):
             what = "is not set" if config is None else f"{name} has no '{config}'{nearest(config, configs)}"
-            return Problem("data.config", what, f"one of: {', '.join(configs)}")
+            return Problem("data.config", what, f"use one of {', '.join(configs)}")
         splits = get_dataset_split_names(name, config, revision=revision)
         if split not in splits:
             what = f"{name} has no split '{split}'{nearest(split, splits)}"
-            return Problem(key, what, f"one of: {', '.join(splits)}")
+            return Problem(key, what, f"use one of {', '.join(splits)}")
     return Problem("data.name", first_line(error))

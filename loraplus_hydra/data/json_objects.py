@@ -1,4 +1,4 @@
-"""Objects of a JSON file: one a line, in an array, or one after another."""
+"""Objects of a JSON file: one per line, in an array, or one after another."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from loraplus_hydra.errors import UserError, first_line
 
 Row = dict[str, Any]
 
-_WRAPPERS = ("data", "rows", "examples", "items", "train")  # keys under which people store a list of rows
+_WRAPPERS = ("data", "rows", "examples", "items", "train")  # usual keys of a list of rows in a single object
 
 
 def json_objects(path: str, lines: Iterable[str]) -> Iterator[tuple[str, Row]]:
     """Yield (place, object) for the objects of a file.
 
-    Lines are read one by one if each holds an object. Raises UserError with the place.
+    Lines are read one by one if each line is an object. Raises UserError with the place.
     """
     lines = iter(lines)
     first, second = list(_through_next(lines)), list(_through_next(lines))
@@ -36,7 +36,7 @@ def json_objects(path: str, lines: Iterable[str]) -> Iterator[tuple[str, Row]]:
 
 
 def _through_next(lines: Iterator[str]) -> Iterator[str]:
-    """Yield the lines up to the next that isn't empty."""
+    """Yield lines until one that isn't empty."""
     for line in lines:
         yield line
         if line.strip():
@@ -44,7 +44,7 @@ def _through_next(lines: Iterator[str]) -> Iterator[str]:
 
 
 def _ends_early(line: str) -> bool:
-    """Return True if a line begins a JSON value that later lines complete."""
+    """Return True if a line is only the beginning of a JSON value."""
     try:
         json.loads(line)
     except json.JSONDecodeError as error:
@@ -55,7 +55,7 @@ def _ends_early(line: str) -> bool:
 
 
 def _read_whole(path: str, text: str) -> Iterator[tuple[str, Row]]:
-    """Yield the objects of an array, or of indented objects that follow one another."""
+    """Yield the objects of an array, or objects of several lines that follow one another."""
     decoder = json.JSONDecoder(object_pairs_hook=_unique)
     surrogates = "\\ud" in text.lower()
     position = _after_space(text, 0)
@@ -75,40 +75,40 @@ def _read_whole(path: str, text: str) -> Iterator[tuple[str, Row]]:
 
 
 def _after_space(text: str, position: int) -> int:
-    """Return the position of the next character that is no white space."""
+    """Return the position of the next character that isn't white space."""
     while position < len(text) and text[position].isspace():
         position += 1
     return position
 
 
 def _refuse_wrapped(path: str, value: Any) -> None:
-    """Raise UserError for one object that has the rows under a key."""
+    """Raise UserError for a single object that contains the list of rows."""
     for name in _WRAPPERS:
         rows = value.get(name) if isinstance(value, dict) else None
         if isinstance(rows, list) and rows and isinstance(rows[0], dict):
-            what = f"it is one object, whose '{name}' is a list of {len(rows):,} objects"
-            raise UserError(f"{path}: {what}; write that list alone into the file")
+            what = f"the file is one object, and its key '{name}' is a list of {len(rows):,} objects"
+            raise UserError(f"{path}: {what}; write only this list into the file")
 
 
 @contextmanager
 def _errors_of(place: str, *, of_file: bool = False) -> Iterator[None]:
-    """Turn the errors of Python's JSON decoder into UserError.
+    """Turn errors of Python's JSON decoder into UserErrors.
 
-    With `of_file` the place is a file, and the decoder's line is added to it.
+    With `of_file`, `place` is a file, and the decoder's line number is added.
     """
     try:
         yield
     except json.JSONDecodeError as error:
         place = f"{place}, line {error.lineno}" if of_file else place
         raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
-    except ValueError as error:  # Python reads no number of thousands of digits
+    except ValueError as error:  # Python refuses a number with thousands of digits
         raise UserError(f"{place}: {first_line(error)}") from None
     except RecursionError:
         raise UserError(f"{place}: nested too deeply") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Row:
-    """Return an object, whose keys may not come twice: Python would drop the first."""
+    """Return an object. Raises ValueError for a repeated key, because Python would drop the first value."""
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
@@ -118,15 +118,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> Row:
 
 
 def _object(row: Any, place: str, *, surrogates: bool) -> Row:
-    """Return a decoded value if it is an object of Unicode text. Raises UserError.
+    """Return a decoded value. Raises UserError unless it is an object with valid Unicode text.
 
-    Without `surrogates` the text is known to be Unicode.
+    If `surrogates` is False, the text is not checked, because it can't contain surrogates.
     """
     if not isinstance(row, dict):
-        hint = "; a JSON array must be written as one object a line" if isinstance(row, list) else ""
-        raise UserError(f"{place}: a {type(row).__name__}, where an object like {{...}} is needed{hint}")
+        hint = "; write a JSON array as one object per line" if isinstance(row, list) else ""
+        raise UserError(f"{place}: a {type(row).__name__}, but an object like {{...}} is needed{hint}")
     if surrogates and not _is_unicode(row):
-        raise UserError(f"{place}: half a surrogate pair, which is no character")
+        raise UserError(f"{place}: half of a surrogate pair, which is not a valid character")
     return row
 
 

@@ -1,4 +1,4 @@
-"""Rows held out, drawn at random, and mixed from several data sets."""
+"""Functions that hold rows out, draw rows at random, and mix data sets."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from loraplus_hydra.data.rows import CONTINUES, Rows, is_streamed
 
 
 def hold_out(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Return (rows kept, rows held out) of two or more rows, at least one each.
+    """Return (rows for training, rows held out), each with at least one row.
 
-    The rows held out are drawn by `seed`. Of documents that continue over several rows it is the end.
+    `rows` must have at least two rows. The rows held out are drawn with `seed`. If documents consist of several rows,
+    the last rows are held out instead.
     """
     count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
     if CONTINUES in rows.column_names:
@@ -24,10 +25,10 @@ def hold_out(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datase
 
 
 def draw(rows: Rows, count: int | None, seed: int) -> Rows:
-    """Return `count` of the rows in their order, drawn by `seed`.
+    """Return `count` rows, drawn with `seed`, in their original order.
 
-    All rows are returned if there are no more, or if `count` is None. Of streamed rows, and of documents that continue
-    over several rows, it is the beginning.
+    All rows are returned if there are not more than `count`, or if `count` is None. If the rows are streamed, or
+    documents consist of several rows, the first rows are returned instead.
     """
     if count is not None and is_streamed(rows):
         return rows.take(count)
@@ -41,8 +42,8 @@ def draw(rows: Rows, count: int | None, seed: int) -> Rows:
 def mix(parts: Sequence[Dataset], weights: Sequence[float] | None, seed: int) -> Dataset:
     """Return the parts as one data set.
 
-    With `weights`, rows are drawn in these shares. No row comes twice, so at least one part is used in full. A column
-    that only some parts have is null in the rows of the others.
+    With `weights`, rows are drawn in these shares. No row is repeated, so rows are drawn until one part is used up. A
+    column that only some parts have is null in the rows of the other parts.
     """
     if weights is not None:
         counts = shares([len(part) for part in parts], weights)
@@ -51,9 +52,9 @@ def mix(parts: Sequence[Dataset], weights: Sequence[float] | None, seed: int) ->
 
 
 def shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Return how many rows to take of parts with these sizes.
+    """Return the number of rows to draw from each part.
 
-    The numbers have the ratio of the weights, and are at least 1.
+    The numbers are in the ratio of the weights, at least 1, and at most the part's size.
     """
     total = min(size / weight for size, weight in zip(sizes, weights, strict=True))
     return [min(size, max(1, round(total * weight))) for size, weight in zip(sizes, weights, strict=True)]

@@ -1,4 +1,4 @@
-"""Readers of files: rows, each with its file and line, which error messages name."""
+"""Readers of files. Each row has its file and line for error messages."""
 
 from __future__ import annotations
 
@@ -34,35 +34,37 @@ FORMATS = {
     ".text": "text",
     ".md": "text",
 }
-TABLES = {"parquet": "a Parquet file", "arrow": "a file of Arrow's IPC formats"}  # formats with a schema
+# Formats whose columns have types
+TABLES = {"parquet": "a Parquet file", "arrow": "a file in one of Arrow's IPC formats"}
 UNITS = ("file", "paragraph", "line")
-PIECE = 1000  # least characters of a text file in a row; the row ends at the next line that may begin another
+PIECE = 1000  # minimum number of characters of a document in a row; the row ends at the next suitable line break
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The format of a file, and its details."""
+    """The format of a file and the settings for reading it."""
 
     format: str | None  # jsonl | csv | parquet | arrow | text; None: by the file's suffix
-    delimiter: str | None = None  # between a CSV's cells; None: by the file's suffix
-    header: bool = True  # a CSV's first row names its columns
-    quote: str | None = '"'  # around a CSV's cells that contain the delimiter or a line's end; None: no quotes
+    delimiter: str | None = None  # character between the cells of a CSV file; None: by the file's suffix
+    header: bool = True  # True if the first row of a CSV file has the columns' names
+    # Character around cells of a CSV file that contain the delimiter or a line break; None: no quotes
+    quote: str | None = '"'
     encoding: str = "utf-8"
-    unit: str = "file"  # of a text file's rows, one of UNITS
+    unit: str = "file"  # the part of a text file that is one row, one of UNITS
 
 
 def load_file(path: str, layout: Layout) -> Dataset:
     """Load the rows of a file as a Dataset on disk, with the column ORIGIN.
 
-    All rows are read before any is used. Columns of a JSONL file with lists, objects or several kinds of values keep
-    them unchanged. Raises UserError naming the file and the line.
+    All rows are read in advance. A JSONL file's columns keep lists, objects and mixed types of values unchanged. Raises
+    UserError with the file and the line.
     """
     if layout.format in TABLES:
         return _load_table(path, layout.format)
     features = _features(read(path, layout))
     if features is None:
         raise UserError(f"{path} has no rows")
-    # Tuples, because datasets splits lists among the arguments into parts that it reads separately.
+    # Tuples, because datasets would split list arguments into parts and read each part separately.
     encoded = tuple(name for name, feature in features.items() if isinstance(feature, Json))
     arguments = {"path": path, "layout": layout, "names": tuple(features), "encoded": encoded}
     key = {"content": file_digest(path), "path": path, **asdict(layout)}
@@ -72,18 +74,18 @@ def load_file(path: str, layout: Layout) -> Dataset:
 def read(path: str, layout: Layout) -> Iterator[Row]:
     """Yield the rows of a JSONL, CSV or text file.
 
-    Raises UserError naming the file and the line.
+    Raises UserError with the file and the line.
     """
     assert layout.format is not None
     reader = {"jsonl": _read_json, "csv": _read_csv, "text": _read_text}[layout.format]
     encoding = find_encoding(path, layout.encoding)
     try:
-        # A CSV's cells may contain line ends.
+        # Cells of a CSV file may contain line breaks.
         with open_text(path, encoding, newline="" if layout.format == "csv" else None) as file:
             yield from reader(path, file, layout)
     except UnicodeError as error:
         place = f"{path}{bad_line(path, encoding)}"
-        advice = "save it as UTF-8, or name its encoding, such as data.encoding=latin-1"
+        advice = "save the file as UTF-8, or set its encoding, for example data.encoding=latin-1"
         raise UserError(f"{place}: not {encoding} text ({error}); {advice}") from None
     except DAMAGED as error:
         raise unreadable(path, error) from None
@@ -117,7 +119,7 @@ def _read_csv(path: str, file: IO[str], layout: Layout) -> Iterator[Row]:
                     continue
             if len(cells) != len(names):
                 hint = "; quote cells that contain the delimiter" if len(cells) > len(names) else ""
-                raise UserError(f"{place}: {len(cells)} cells, where there are {len(names)} columns{hint}")
+                raise UserError(f"{place}: there are {len(cells)} cells, but {len(names)} columns{hint}")
             yield {**dict(zip(names, cells, strict=True)), ORIGIN: place}
     except csv.Error as error:
         raise UserError(f"{path}, line {begun}: {error}") from None
@@ -127,7 +129,7 @@ def _check_header(path: str, names: list[str]) -> None:
     check_names(path, names)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"{path}: the column '{twice[0]}' is there twice; rename one")
+        raise UserError(f"{path}: there are two columns '{twice[0]}'; rename one")
 
 
 def _read_text(path: str, file: IO[str], layout: Layout) -> Iterator[Row]:
@@ -148,11 +150,11 @@ def _read_text(path: str, file: IO[str], layout: Layout) -> Iterator[Row]:
 
 
 def _pieces(path: str, file: IO[str]) -> Iterator[Row]:
-    """Yield one document in rows of about PIECE characters; only the last does not continue."""
+    """Yield one document in rows of about PIECE characters. All rows except the last have CONTINUES."""
     lines: list[str] = []
     size, begun = 0, 1
     for number, line in enumerate(file, start=1):
-        # A row begins with a word: white space cut in two could give other tokens.
+        # A row begins with a word, because a cut inside white space could change the tokens.
         if size >= PIECE and not line[:1].isspace():
             yield {"text": "".join(lines), CONTINUED: begun > 1, CONTINUES: True, ORIGIN: f"{path}, line {begun}"}
             lines, size, begun = [], 0, number
@@ -163,7 +165,7 @@ def _pieces(path: str, file: IO[str]) -> Iterator[Row]:
 
 
 def _features(rows: Iterator[Row]) -> Features | None:
-    """Return types of columns that fit all rows, or None if there is no row."""
+    """Return column types that fit all rows, or None if there are no rows."""
     kinds: dict[str, set[str]] = {}
     for row in rows:
         for name, value in row.items():
@@ -194,7 +196,7 @@ def _kind(value: Any) -> str:
 def _encoded_rows(path: str, layout: Layout, names: tuple[str, ...], encoded: tuple[str, ...]) -> Iterator[Row]:
     """Yield rows with all columns `names`.
 
-    Those in `encoded` are JSON text, as datasets' Json feature stores it.
+    The columns in `encoded` are JSON text, as datasets' Json feature stores it.
     """
     for row in read(path, layout):
         values = {name: row.get(name) for name in names}
@@ -207,8 +209,8 @@ def _load_table(path: str, format: str) -> Dataset:
     """Load a file whose columns have types, with the column ORIGIN. Raises UserError."""
     try:
         rows = _read_parquet(path) if format == "parquet" else _read_arrow(path)
-    except Exception as error:  # datasets wraps every error of Arrow's
-        raise UserError(f"{path}: not {TABLES[format]} that can be read: {_first_cause(error)}") from None
+    except Exception as error:  # datasets wraps all of Arrow's errors
+        raise UserError(f"{path}: can't be read as {TABLES[format]}: {_first_cause(error)}") from None
     if rows is None or len(rows) == 0:
         raise UserError(f"{path} has no rows")
     check_names(path, rows.column_names)
@@ -216,13 +218,17 @@ def _load_table(path: str, format: str) -> Dataset:
 
 
 def _read_parquet(path: str) -> Dataset | None:
-    if pa.parquet.read_metadata(path).num_rows == 0:  # datasets fails on it, and on a broken file logs a traceback
+    # Datasets fails on a file without rows, and logs a traceback for a broken file
+    if pa.parquet.read_metadata(path).num_rows == 0:
         return None
     return Dataset.from_parquet(path, cache_dir=str(cache_folder()))
 
 
 def _read_arrow(path: str) -> Dataset:
-    """Read either of Arrow's IPC formats: `datasets` writes the stream, most others the file."""
+    """Read a file in either of Arrow's IPC formats.
+
+    `datasets` writes the stream format; most other programs write the file format.
+    """
     source = pa.memory_map(path)
     try:
         table = pa.ipc.open_file(source).read_all()

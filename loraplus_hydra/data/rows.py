@@ -17,15 +17,15 @@ Rows: TypeAlias = Dataset | IterableDataset
 
 SPLITS = ("train", "eval")
 
-# Columns that our own loaders add to those of the file.
+# Columns that this program's loaders add to the file's columns.
 ORIGIN = "__origin__"  # the row's place in its source: "train.jsonl, line 17"
-CONTINUES = "__continues__"  # true: the next row continues this one's document
-CONTINUED = "__continued__"  # true: this row continues the document of the one before
+CONTINUES = "__continues__"  # true: the next row continues this row's document
+CONTINUED = "__continued__"  # true: this row continues the previous row's document
 OURS = (ORIGIN, CONTINUES, CONTINUED)
 
 
 def loader_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `data` without the `*_column` keys: its `_target_` and the arguments of that."""
+    """Return `data` without the `*_column` keys: the `_target_` and its arguments."""
     return {str(key): data[key] for key in data if not str(key).endswith(COLUMN_SUFFIX)}
 
 
@@ -41,8 +41,8 @@ def load_rows(data: DictConfig) -> DatasetDict:
         what = f"{data._target_} returned {returned}, not a DatasetDict with 'train' and 'eval'"
         raise ConfigErrors([Problem("data._target_", what)])
     if is_streamed(rows["eval"]):
-        what = "the rows to evaluate on are streamed, but all of them are needed"
-        raise ConfigErrors([Problem("data", what, "stream the training rows alone")])
+        what = "the rows for evaluation are streamed, but an evaluation needs all rows"
+        raise ConfigErrors([Problem("data", what, "stream only the training rows")])
     for split in SPLITS:
         if not is_streamed(rows[split]) and len(rows[split]) == 0:
             raise ConfigErrors([Problem("data", f"there are no rows in '{split}'")])
@@ -50,32 +50,32 @@ def load_rows(data: DictConfig) -> DatasetDict:
 
 
 def is_streamed(rows: Rows) -> bool:
-    """Return True for rows that come one by one, so that their number is unknown."""
+    """Return True for streamed rows, whose number is unknown."""
     return isinstance(rows, IterableDataset)
 
 
 def all_columns(rows: Rows) -> list[str]:
-    """Return the names of all columns; of streamed rows, the columns of the first row."""
+    """Return the names of all columns. For streamed rows, these are the columns of the first row."""
     if rows.column_names is not None:
         return list(rows.column_names)
     return list(next(iter(rows), {}))
 
 
 def columns(rows: Rows) -> list[str]:
-    """Return the names of the columns that came with the rows, without our own."""
+    """Return the names of the columns, without those that this program has added."""
     return [name for name in all_columns(rows) if name not in OURS]
 
 
 def with_origin(rows: Dataset, source: str, fingerprint: str) -> Dataset:
-    """Return `rows` with the column ORIGIN, which numbers them: "`source`, row 1", ..."""
+    """Return `rows` with the column ORIGIN: "`source`, row 1", "`source`, row 2", ..."""
     places = pa.array((f"{source}, row {number}" for number in range(1, len(rows) + 1)), type=pa.string())
     return rows.add_column(ORIGIN, places, new_fingerprint=fingerprint)
 
 
 def check_names(place: str, names: Iterable[str]) -> None:
-    """Raise UserError for the names of our own columns, and names that Arrow can't store."""
+    """Raise UserError for columns' names that are reserved or that Arrow can't store."""
     for name in names:
         if name in OURS:
-            raise UserError(f"{place}: '{name}' is the name of a column of our own; rename it")
+            raise UserError(f"{place}: the column name '{name}' is reserved for this program; rename the column")
         if "\0" in name:
             raise UserError(f"{place}: a column's name contains a NUL character ({name!r}); is the file UTF-16 text?")

@@ -1,4 +1,4 @@
-"""Text of files that may be compressed, and that may begin with a byte order mark."""
+"""Text files, possibly compressed, possibly with a byte order mark."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from loraplus_hydra.errors import UserError, first_line
 
-SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4")  # of compressed files, after the suffix of their format
-_START = 512  # bytes that tell compression, archive and encoding
+SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4")  # suffixes of compressed files; they follow the format's suffix
+_START = 512  # bytes at a file's start that identify compression, archive and encoding
 
 
 def _arrow(codec: str) -> Callable[[str], Any]:
@@ -30,7 +30,7 @@ _DECOMPRESS: dict[bytes, Callable[[str], Any]] = {
     b"\x28\xb5\x2f\xfd": _arrow("zstd"),
     b"\x04\x22\x4d\x18": _arrow("lz4"),
 }
-# The longer marks come first: UTF-32's begins with UTF-16's.
+# Longer marks come first, because the mark of UTF-32 begins with the mark of UTF-16.
 _BYTE_ORDER_MARKS = {
     b"\xff\xfe\0\0": "utf-32",
     b"\0\0\xfe\xff": "utf-32",
@@ -38,7 +38,8 @@ _BYTE_ORDER_MARKS = {
     b"\xfe\xff": "utf-16",
     b"\xef\xbb\xbf": "utf-8-sig",
 }
-# Encodings without a mark, by which of the first four bytes are null: a file begins with two ASCII characters.
+# Encodings without a mark. The null bytes among the first four identify them if the file begins with two ASCII
+# characters.
 _WIDE = {
     b"\0\1\0\1": "utf-16-le",
     b"\1\0\1\0": "utf-16-be",
@@ -64,8 +65,8 @@ def open_text(path: str, encoding: str, newline: str | None = None) -> IO[str]:
 
 
 def bad_line(path: str, encoding: str) -> str:
-    """Return `, line 3` for the first line that isn't `encoding` text, if known."""
-    # In these encodings a line's end is not one byte.
+    """Return `, line 3` for the first line that isn't valid `encoding` text; empty if unknown."""
+    # In these encodings a line break is not one byte.
     if encoding.lower().startswith(("utf-16", "utf-32")):
         return ""
     with _opened(path) as file:
@@ -75,13 +76,13 @@ def bad_line(path: str, encoding: str) -> str:
 
 
 def unreadable(path: str, error: Exception) -> UserError:
-    """Return the error for a file that the system or a decompressor can't read."""
+    """Return the error about a file that the system or a decompressor can't read."""
     if isinstance(error, OSError) and error.strerror:
         return UserError(f"{path}: {error.strerror}")
-    return UserError(f"{path}: can't be unpacked, it is incomplete or damaged: {first_line(error)}")
+    return UserError(f"{path}: can't be unpacked; the file is incomplete or damaged: {first_line(error)}")
 
 
-# What the decompressors raise, besides OSError.
+# Errors that the decompressors raise in addition to OSError.
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
 
@@ -103,7 +104,7 @@ def _read_start(path: str) -> bytes:
     except DAMAGED as error:
         raise unreadable(path, error) from None
     if start.startswith(b"PK\x03\x04") or start[257:262] == b"ustar":
-        raise UserError(f"{path}: it is an archive (zip or tar); unpack it and name the files in it")
+        raise UserError(f"{path}: it is an archive (zip or tar); unpack it, and give the paths of its files")
     return start
 
 

@@ -63,7 +63,7 @@ class RunState:
     """The content of run_state.json. Its keys are an interface: a change needs a line in the CHANGELOG."""
 
     step: int = field(metadata=range_(COUNT))
-    seconds: float = field(metadata=range_(NOT_NEGATIVE))  # seconds seconds of training so far
+    seconds: float = field(metadata=range_(NOT_NEGATIVE))  # seconds of training so far
     metrics_bytes: int = field(metadata=range_(WHOLE))  # length of metrics.jsonl
     window: LogWindow
     optimizer: str  # full name of its class

@@ -1,8 +1,8 @@
 """Fingerprints of a run's inputs.
 
-The inputs are its rows, its base weights, its tokenizer, and the adapter that it began from. A run stores them in its
-checkpoints and in result.json. They follow from content alone: a file that was moved, renamed or copied has the
-fingerprint that it had, and so have weights that were stored in other shards.
+The inputs are the rows, the base weights, the tokenizer, and the adapter that training began from. A run stores their
+fingerprints in its checkpoints and in result.json. A fingerprint depends only on content. It stays the same if a file
+is moved, renamed or copied, or if weights are stored in other shards.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.io.files import open_regular
 from loraplus_hydra.io.read import parse_json
 
-LARGEST = 2**29  # bytes of weights that are hashed completely; of larger ones, blocks of every tensor
+LARGEST = 2**29  # bytes; larger weights are not hashed completely, but in blocks of every tensor
 BLOCK = 4096  # bytes
-BLOCKS = 16  # of a tensor at most
-_READS = 2**15  # of all tensors together: some seconds on a slow disk
-_LARGEST_HEADER = 10**8  # bytes, as safetensors bounds it
+BLOCKS = 16  # maximum number of blocks of a tensor
+_READS = 2**15  # maximum number of blocks of all tensors; reading them takes some seconds on a slow disk
+_LARGEST_HEADER = 10**8  # bytes, safetensors' own limit
 
-# The key of the config that names an input, and what it is, by the name that a fingerprint has in JSON.
+# Name of a fingerprint in JSON -> the config's key that sets the input, and a description of the input.
 INPUTS = {
     "data.train": ("data.train", "content of the training rows"),
     "data.eval": ("data.eval", "content of the rows to evaluate on"),
@@ -36,13 +36,13 @@ INPUTS = {
     "adapter.path": ("adapter.path", "adapter that training began from"),
     "adapter": ("run", "adapter folder of the run"),
 }
-NOT_STORED = "the run stored no fingerprints, so changes of its rows, weights and tokenizer are not noticed"
+NOT_STORED = "the run stored no fingerprints, so changes of its rows, weights and tokenizer are not detected"
 OF_ROWS = ("data.train", "data.eval")
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor in a safetensors file: its name, its dtype and shape, and its bytes from `start` on."""
+    """A tensor in a safetensors file: name, dtype, shape, and the place of its bytes."""
 
     file: Path
     name: str
@@ -52,7 +52,7 @@ class _Tensor:
 
 
 def of_content(content: Any) -> str:
-    """Return 32 hex digits that identify a value of JSON."""
+    """Return 32 hex digits that identify a JSON value."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -69,10 +69,11 @@ def of_files(files: Iterable[Path]) -> str:
 
 
 def of_weights(files: Iterable[Path], *, largest: int = LARGEST) -> str:
-    """Return the fingerprint of the tensors in safetensors files, with their number and bytes.
+    """Return the fingerprint of the tensors in safetensors files, with their number and size.
 
-    Up to `largest` bytes every byte counts. Beyond, it is each tensor's name, dtype and shape and up to BLOCKS blocks
-    of BLOCK bytes at places that follow from its name. Raises ValueError or OSError for a file that can't be read.
+    Up to `largest` bytes, all bytes are hashed. For larger weights, the hash covers each tensor's name, dtype, shape
+    and up to BLOCKS blocks of BLOCK bytes, whose places depend on the tensor's name. Raises ValueError or OSError for a
+    file that can't be read.
     """
     tensors = [tensor for file in files for tensor in _tensors(file)]
     size = sum(tensor.size for tensor in tensors)
@@ -82,22 +83,22 @@ def of_weights(files: Iterable[Path], *, largest: int = LARGEST) -> str:
 
 
 def refuse_changed(then: Mapping[str, str], now: Mapping[str, str], *, names: Iterable[str] = INPUTS) -> None:
-    """Raise ConfigErrors naming each of the inputs `names` whose fingerprint is not what it was.
+    """Raise ConfigErrors for each of the inputs `names` whose fingerprint has changed.
 
-    Inputs of which only one fingerprint is known are left out.
+    An input is skipped if `then` or `now` has no fingerprint for it.
     """
     problems = []
     for name in _changed(then, now, names):
         key, label = INPUTS[name]
         what = f"the {label} changed since the run stored it: {_short(then[name])} then, {_short(now[name])} now"
-        others = f"name others by {key}=..., " if name in OF_ROWS else ""
-        problems.append(Problem(key, what, f"restore what the run had, {others}or set {ALLOW}=true to use this"))
+        others = f"choose another with {key}=..., " if name in OF_ROWS else ""
+        problems.append(Problem(key, what, f"restore the run's own, {others}or set {ALLOW}=true to use this one"))
     if problems:
         raise ConfigErrors(problems)
 
 
 def changed_inputs(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Return a text for each input whose fingerprint is not what it was."""
+    """Return a text for each input whose fingerprint has changed."""
     return [f"{INPUTS[name][1]}: {_short(then[name])} -> {_short(now[name])}" for name in _changed(then, now, INPUTS)]
 
 
@@ -112,7 +113,8 @@ def _short(fingerprint: str) -> str:
 
 
 def _tensors(file: Path) -> Iterator[_Tensor]:
-    handle = open_regular(file.resolve(), os.O_RDONLY)  # a hub cache's link: the folder is the user's own
+    # Follows a hub cache's links, because the folder is the user's own
+    handle = open_regular(file.resolve(), os.O_RDONLY)
     with os.fdopen(handle, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if length > _LARGEST_HEADER:
@@ -125,9 +127,9 @@ def _tensors(file: Path) -> Iterator[_Tensor]:
 
 
 def _tensor_digest(tensor: _Tensor, blocks: int) -> str:
-    """Return the hash of `blocks` blocks of a tensor, or of all its bytes.
+    """Return the hash of `blocks` blocks of a tensor.
 
-    All of them count if there are no more, or if `blocks` is 0.
+    If `blocks` is 0, or the tensor is smaller, all its bytes are hashed.
     """
     if blocks and tensor.size > blocks * BLOCK:
         places = [(tensor.start + at, BLOCK) for at in _places(tensor.name, tensor.size - BLOCK, blocks)]
@@ -140,12 +142,12 @@ def _tensor_digest(tensor: _Tensor, blocks: int) -> str:
 
 
 def _whole(start: int, size: int) -> list[tuple[int, int]]:
-    """Return all bytes from `start` on as blocks of at most a mebibyte."""
+    """Return the blocks, of at most one MiB, that cover `size` bytes from `start`."""
     return [(at, min(2**20, start + size - at)) for at in range(start, start + size, 2**20)]
 
 
 def _places(name: str, last: int, count: int) -> list[int]:
-    """Return `count` numbers from 0 to `last` that follow from the name."""
+    """Return `count` numbers from 0 to `last`, computed from a hash of the name."""
     seeds = (hashlib.blake2b(f"{name} {index}".encode(), digest_size=8).digest() for index in range(count))
     return sorted(int.from_bytes(seed, "little") % (last + 1) for seed in seeds)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import processes
 
-_TURN = 0.1  # seconds between two attempts to lock to lock
+_TURN = 0.1  # seconds between two attempts to lock
 _held: set[int] = set()  # file descriptors of the folders that this process has locked
 
 

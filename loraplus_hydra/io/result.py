@@ -42,8 +42,8 @@ class Result:
 
     status: str  # ok | failed | interrupted | pruned (a search ended the job early; this program's search never does)
     metric: str  # name of the metric that a sweep optimises
-    metrics: dict[str, float] = field(default_factory=dict)  # metrics metrics of the last evaluation
-    # Metrics metrics of the evaluation before the first step
+    metrics: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
+    # Metrics of the evaluation before the first step
     metrics_before: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)  # step and value of the best evaluation, compared by `metric`
     train_loss: float | None = None  # mean training loss over all steps

@@ -20,7 +20,7 @@ class _LastingFile(io.FileIO):
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "w", closefd=False)
-        self.error: OSError | None = None  # error error of the first failed write
+        self.error: OSError | None = None  # error of the first failed write
 
     def write(self, data: Any) -> int:
         if self.error is None:

@@ -177,7 +177,7 @@ def own_rows(count: int, kind: str = "good") -> Any:
     [
         (3, "no dictionary", "returned a Dataset, not a DatasetDict with 'train' and 'eval'"),
         (3, "no eval", r"returned splits \['test', 'train'\]"),
-        (3, "streamed eval", "the rows to evaluate on are streamed"),
+        (3, "streamed eval", "the rows for evaluation are streamed"),
         (0, "good", "there are no rows in 'train'"),
     ],
 )

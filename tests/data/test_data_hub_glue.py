@@ -176,7 +176,7 @@ def test_single_sentences_are_classified_without_a_pair(glue_folder: Path, compo
 
 def test_errors_in_files_have_their_line(glue_folder: Path, tmp_path: Path) -> None:
     for name, text, expected in (
-        ("train.tsv", "sentence\tmark\nbad\t0\n", "line 1: no column 'label'; there are: sentence, mark"),
+        ("train.tsv", "sentence\tmark\nbad\t0\n", "line 1: there is no column 'label'; the columns are sentence, mark"),
         ("train.tsv", "sentence\tlabel\nbad\t7\n", "line 2: the label '7' is not one of 0, 1"),
         ("dev.tsv", "sentence\tlabel\n", "has no rows"),
     ):

@@ -115,7 +115,7 @@ def test_json_that_python_would_read_by_halves_is_an_error(tmp_path: Path) -> No
     with pytest.raises(UserError, match="line 2: an object has the key 'prompt' twice"):
         rows_of(path)
     path.write_text(json.dumps({"version": 1, "data": ROWS}), encoding="utf-8")
-    with pytest.raises(UserError, match="one object, whose 'data' is a list of 3 objects; write that list alone"):
+    with pytest.raises(UserError, match="one object, and its key 'data' is a list of 3 objects; write only this list"):
         rows_of(path)
 
 

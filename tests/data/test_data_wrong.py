@@ -54,7 +54,7 @@ def csv(content: bytes, *expected: str, overrides: tuple[str, ...] = ()) -> Mist
 MISTAKES: dict[str, Mistake] = {
     # The file
     "file not there": Mistake(
-        ("data.train", "rowz.jsonl: No such file (did you mean 'rows.jsonl'?); it was looked for in "),
+        ("data.train", "rowz.jsonl: No such file (did you mean 'rows.jsonl'?); it was searched for in "),
         rows=(GOOD,),
         overrides=("data.train={folder}/rowz.jsonl",),
     ),
@@ -62,18 +62,18 @@ MISTAKES: dict[str, Mistake] = {
         ("data.train", "is a folder", "*.jsonl"), rows=(GOOD,), overrides=("data.train={folder}",)
     ),
     "pattern without a match": Mistake(
-        ("data.train", "no file matches", "it was looked for in ", "name a file"),
+        ("data.train", "no file matches", "it was searched for in ", "give the path of"),
         rows=(GOOD,),
         overrides=("data.train={folder}/*.json",),
     ),
     "no rows": Mistake(("data.train", "rows.jsonl has no rows"), content=b"\n\n"),
     "one row and none to hold out": sft(
-        GOOD, expected=("has one row, so none can be held out", "data.eval"), overrides=("data.eval=null",)
+        GOOD, expected=("has only one row, so none can be held out", "data.eval"), overrides=("data.eval=null",)
     ),
     "broken JSON": Mistake(("rows.jsonl, line 3: not JSON", "column"), content=jsonl(GOOD) + b"\n{'prompt': 1}\n"),
-    "JSON that is no object": Mistake(("line 2: a list", "one object a line"), content=jsonl(GOOD, [GOOD])),
+    "JSON that is no object": Mistake(("line 2: a list", "one object per line"), content=jsonl(GOOD, [GOOD])),
     "half a character": Mistake(
-        ("line 1: half a surrogate pair",), content=b'{"prompt": "\\ud800", "completion": "a"}\n'
+        ("line 1: half of a surrogate pair",), content=b'{"prompt": "\\ud800", "completion": "a"}\n'
     ),
     "wrong encoding": Mistake(
         ("rows.jsonl, line 2: not utf-8 text", "data.encoding=latin-1"),
@@ -83,10 +83,13 @@ MISTAKES: dict[str, Mistake] = {
         GOOD, expected=("data.encoding", "no encoding 'utf-9'"), overrides=("data.encoding=utf-9",)
     ),
     "parquet that isn't": Mistake(
-        ("rows.parquet: not a Parquet file",), content=jsonl(GOOD), name="rows.parquet", overrides=("data.format=null",)
+        ("rows.parquet: can't be read as a Parquet file",),
+        content=jsonl(GOOD),
+        name="rows.parquet",
+        overrides=("data.format=null",),
     ),
     "suffix that says nothing": Mistake(
-        ("no format has the suffix '.dat'", "data.format="),
+        ("no format has the suffix '.dat'", "data.format is one of"),
         content=jsonl(GOOD),
         name="rows.dat",
         overrides=("data.format=null",),
@@ -94,9 +97,9 @@ MISTAKES: dict[str, Mistake] = {
     "weight that is none": sft(
         GOOD, expected=("data.train", "weight", "finite number above 0"), overrides=("data.train={{{path}: -1}}",)
     ),
-    "more cells than columns": csv(b"text,label\na,b\na,b,c\n", "rows.csv, line 3: 3 cells, where there are 2 columns"),
-    "fewer cells than columns": csv(b"text,label\na\n", "rows.csv, line 2: 1 cells, where there are 2 columns"),
-    "column that is there twice": csv(b"text,label,text\na,b,c\n", "the column 'text' is there twice"),
+    "more cells than columns": csv(b"text,label\na,b\na,b,c\n", "rows.csv, line 3: there are 3 cells, but 2 columns"),
+    "fewer cells than columns": csv(b"text,label\na\n", "rows.csv, line 2: there are 1 cells, but 2 columns"),
+    "column that exists twice": csv(b"text,label,text\na,b,c\n", "there are two columns 'text'"),
     "quote that never ends": csv(b'text,label\na,b\n"a,b\n', "rows.csv, line 3", "unexpected end of data"),
     "header alone": csv(b"text,label\n", "rows.csv has no rows"),
     "delimiter of two characters": csv(b"text;label\n", "data.delimiter", "not one", overrides=("+data.delimiter=ab",)),

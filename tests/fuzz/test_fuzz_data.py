@@ -331,16 +331,16 @@ def jsonl(**row: Any) -> bytes:
 
 # What the generator has found, told by name: the file, what is typed, what must be said.
 FOUND: dict[str, tuple[Spoilt, str]] = {
-    "column of our own name": (
+    "column with a reserved name": (
         Spoilt(jsonl(prompt="a", completion="b", __origin__=1) * 4, "rows.jsonl", "sft", ("data=jsonl",), ()),
-        "rows.jsonl, line 1: '__origin__' is the name of a column of our own",
+        "rows.jsonl, line 1: the column name '__origin__' is reserved for this program",
     ),
-    "column of our own name in Parquet": (
+    "column with a reserved name in Parquet": (
         Spoilt(
             written([{"prompt": "a", "completion": "b", "__origin__": 1}] * 4, "parquet"),
             *("rows.parquet", "sft", ("data=parquet",), ()),
         ),
-        "rows.parquet: '__origin__' is the name of a column of our own",
+        "rows.parquet: the column name '__origin__' is reserved for this program",
     ),
     "name of a column with a NUL": (
         Spoilt("prompt,completion\na,b\nc,d\n".encode("utf-16-le"), "rows.csv", "sft", ("data=csv",), ()),

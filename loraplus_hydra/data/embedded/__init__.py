@@ -1,7 +1,7 @@
-"""The embedded data set: source and documentation of the running Python's standard library.
+"""The rows of the built-in example: source and docstrings of Python's standard library.
 
-A pair is the source of a function, method or class without its docstrings, and the first sentence of its docstring.
-Entire modules are held out for evaluation. Everything here except `load` needs only the standard library.
+A pair is the source of a function, method or class without docstrings, and the first sentence of its docstring. Whole
+modules are held out for evaluation. All functions except `load` need only the standard library.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ def load(
     eval_fraction: float = EVAL_FRACTION,
     max_samples: int | None = None,
 ) -> DatasetDict:
-    """Load the pairs as "train" and "eval", with the string columns "prompt" and "completion".
+    """Load the pairs as splits "train" and "eval", with the columns "prompt" and "completion".
 
-    `body=False` leaves only the signature in the prompt. A prompt longer than `max_prompt_chars` is cut at the end of a
-    line. The share `eval_fraction` of the modules is held out. At most `max_samples` rows of each split are taken, a
-    fair sample, because the order of rows is random. The result depends on the Python version only.
+    With `body=False`, the prompt has only the signature. A prompt longer than `max_prompt_chars` is cut at the end of a
+    line. The share `eval_fraction` of the modules is held out. At most the first `max_samples` rows of each split are
+    used; they are a random sample, because the rows are in random order. The result depends only on the Python version.
 
     Raises ConfigErrors for arguments out of range, and UserError if there is no source of the standard library.
     """
     problems = list(_argument_problems(max_prompt_chars, eval_fraction, max_samples))
     if problems:
         raise ConfigErrors(problems)
-    from datasets import Dataset, DatasetDict  # here, because the rest of the module works without packages
+    from datasets import Dataset, DatasetDict  # imported here, because the other functions need no packages
 
     splits = _pairs_once(body, max_prompt_chars, eval_fraction)
     rows = {name: [pair._asdict() for pair in pairs[:max_samples]] for name, pairs in splits}
     return DatasetDict({name: Dataset.from_list(split) for name, split in rows.items()})
 
 
-# Reading takes seconds, so a process does it once. Nobody can change tuples.
+# Reading takes seconds, so a process reads once. The pairs are tuples, which can't be changed.
 @lru_cache(maxsize=1)
 def _pairs_once(body: bool, max_prompt_chars: int, eval_fraction: float) -> tuple[tuple[str, tuple[Pair, ...]], ...]:
     splits = library_pairs(body=body, max_prompt_chars=max_prompt_chars, eval_fraction=eval_fraction)
@@ -67,11 +67,11 @@ def _pairs_once(body: bool, max_prompt_chars: int, eval_fraction: float) -> tupl
 
 def _argument_problems(max_prompt_chars: int, eval_fraction: float, max_samples: int | None) -> Iterator[Problem]:
     if max_prompt_chars < 40:
-        yield Problem("data.max_prompt_chars", f"{max_prompt_chars} leaves no room for a signature", "give 40 or more")
+        yield Problem("data.max_prompt_chars", f"{max_prompt_chars} leaves no room for a signature", "set 40 or more")
     if not 0 < eval_fraction < 1:
         yield Problem("data.eval_fraction", f"{eval_fraction} is not between 0 and 1", "0.1 holds out a tenth")
     if max_samples is not None and max_samples < 1:
-        yield Problem("data.max_samples", f"{max_samples} is out of range", "give 1 or more, or null for all")
+        yield Problem("data.max_samples", f"{max_samples} is out of range", "set 1 or more, or null for all")
 
 
 def library_pairs(
@@ -79,8 +79,8 @@ def library_pairs(
 ) -> dict[str, list[Pair]]:
     """Return {"train": pairs, "eval": pairs} of the standard library.
 
-    `folder` is its folder (default: this Python's). Each prompt comes once. Raises UserError if there is no source, or
-    if a split is empty.
+    `folder` is the library's folder (default: the running Python's). No prompt is repeated. Raises UserError if there
+    is no source, or if a split is empty.
     """
     splits: dict[str, list[Pair]] = {"train": [], "eval": []}
     seen = set()
@@ -94,7 +94,7 @@ def library_pairs(
         if not pairs:
             raise UserError(
                 f"data.eval_fraction: {eval_fraction} leaves no {name} rows in this Python's standard library; "
-                f"{EVAL_FRACTION} is the usual share, or take your own text: data=jsonl data.train=FILE"
+                f"set it to {EVAL_FRACTION}, the default, or use your own text: data=jsonl data.train=FILE"
             )
         pairs.sort(key=lambda pair: stable_hash(pair.prompt))
     return splits
@@ -111,7 +111,8 @@ def module_pairs(source: Source, *, body: bool = True, max_prompt_chars: int = 4
 def first_sentence(docstring: str, max_chars: int = 160) -> str | None:
     """Return the first sentence of a docstring on one line, or None.
 
-    It is None for a sentence of one word, with code, or with more than `max_chars` characters (1% have).
+    The result is None if the sentence has one word, has code, or is longer than `max_chars` characters (1% of
+    sentences).
     """
     for paragraph in re.split(r"\n\s*\n", docstring.strip()):
         text = " ".join(paragraph.split())
@@ -139,9 +140,9 @@ def definitions(node: ast.AST, owner: ast.ClassDef | None = None) -> Iterator[tu
 
 
 def source_of(source: Source, node: Definition, owner: ast.ClassDef | None, *, body: bool = True) -> str:
-    """Return a definition's text without docstrings, or with `body=False` its signature.
+    """Return a definition's text without docstrings. With `body=False`, return only the signature.
 
-    A member of a class comes below the first line of the class.
+    For a member of a class, the text begins with the first line of the class.
     """
     text = source.without_docstrings(source.line_of(node), source.end(node) if body else source.begin(node.body[0]))
     text = text.rstrip()
@@ -153,7 +154,7 @@ def source_of(source: Source, node: Definition, owner: ast.ClassDef | None, *, b
 
 
 def _shortened(text: str, max_chars: int) -> str:
-    """Return at most `max_chars` of `text`, cut at a line's end if half is kept."""
+    """Return at most `max_chars` of `text`, cut at a line's end if at least half of `max_chars` is kept."""
     if len(text) <= max_chars:
         return text
     whole_lines = text[: max_chars + 1].rpartition("\n")[0]
@@ -161,6 +162,6 @@ def _shortened(text: str, max_chars: int) -> str:
 
 
 def _indented(text: str, margin: str) -> str:
-    """Return `text` with `margin` in place of the first line's indentation in every line."""
+    """Return `text` with the first line's indentation replaced by `margin` in every line."""
     old = text[: len(text) - len(text.lstrip())]
     return "\n".join(margin + line.removeprefix(old) if line.strip() else "" for line in text.split("\n"))

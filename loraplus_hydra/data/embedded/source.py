@@ -1,6 +1,6 @@
 """The standard library's source code: its modules, the held-out ones, and text without docstrings.
 
-Needs only the standard library. Files are parsed, never imported.
+This module needs only the standard library. Files are parsed, never imported.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from pathlib import Path
 
 from loraplus_hydra.errors import UserError
 
-EVAL_FRACTION = 0.1  # share of the modules held out here and from the embedded model's pretraining
+EVAL_FRACTION = 0.1  # share of the modules that are held out, also from the pretraining of the built-in model
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__"}  # installed packages are in folders with a hyphen
-_SKIPPED_PACKAGES = {"encodings", "pydoc_data"}  # character tables, and the manual's text as one string
+_SKIPPED_PACKAGES = {"encodings", "pydoc_data"}  # character tables, and the text of Python's manual in one string
 _SKIPPED_FILES = ("_sysconfigdata", "sitecustomize", "usercustomize")  # differ from machine to machine
 
-# With this salt a tenth of the pairs is held out under each of CPython 3.10 to 3.13, and no single module makes up much
-# of it. No held-out prompt of one version is a training prompt of 3.11, which the shipped weights know.
+# With this salt a tenth of the pairs is held out in each of CPython 3.10 to 3.13, and no single module has a large part
+# of them. The built-in weights were trained with Python 3.11. No version's held-out prompt is a training prompt of
+# 3.11.
 _SALT = "loraplus_hydra/370"
 
 
 def library_modules(folder: Path | None = None) -> dict[str, Path]:
     """Return {dotted name: source file} of the standard library, sorted.
 
-    `folder` is its folder (default: this Python's). Tests, installed packages, character tables, the manual's text, and
-    files that differ from machine to machine are left out. Raises UserError if there is no source, as in Pythons that
-    are shipped zipped or without it.
+    `folder` is the library's folder (default: the running Python's). Tests, installed packages, character tables, the
+    manual's text, and files that differ between machines are omitted. Raises UserError if there is no source, because
+    some Pythons have a zipped library or no source.
     """
     folder = Path(sysconfig.get_path("stdlib")) if folder is None else folder
     modules = {}
@@ -51,8 +52,8 @@ def library_modules(folder: Path | None = None) -> dict[str, Path]:
                 modules[".".join(parts)] = path
     if not modules:
         raise UserError(
-            f"data=embedded: there is no standard library source in {folder} (this Python seems to be shipped zipped "
-            f"or stripped); use a Python that has it, or your own text: data=jsonl data.train=FILE"
+            f"data=embedded: there is no standard library source in {folder} (this Python seems to have a zipped "
+            "library, or none); use another Python, or your own text: data=jsonl data.train=FILE"
         )
     return dict(sorted(modules.items()))
 
@@ -70,17 +71,17 @@ def read_library(folder: Path | None = None) -> Iterator[tuple[str, Source]]:
 
 
 def is_held_out(module: str, fraction: float = EVAL_FRACTION) -> bool:
-    """Return True if the module with that dotted name is held out.
+    """Return True if the module with this dotted name is held out.
 
-    A hash of the name decides, so it is the same under every Python. A larger fraction holds out more modules, and all
-    those of a smaller one.
+    A hash of the name decides, so the answer is the same in every Python version. A larger fraction holds out more
+    modules, including all modules of a smaller fraction.
     """
-    # `_pydatetime` was `datetime` before a faster module took its name, and so were its like.
+    # `_pydatetime` was called `datetime` before a faster module got that name. The same holds for other `_py` modules.
     return stable_hash(_SALT + module.removeprefix("_py")) < fraction * 2**64
 
 
 def stable_hash(text: str) -> int:
-    """Return a number below 2**64 that is equal in every process and Python, unlike `hash`."""
+    """Return a number below 2**64. Unlike `hash`, it is equal in every process and Python version."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
@@ -91,7 +92,7 @@ def blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
         block = getattr(node, name, None)
         if block:
             yield block
-    for name in ("handlers", "cases"):  # of try and match
+    for name in ("handlers", "cases"):  # parts of try and match
         for part in getattr(node, name, ()):
             yield part.body
 
@@ -104,16 +105,16 @@ class _Cut:
 
 
 class Source:
-    """A module's text, parsed, and the replacement of each bare string in it.
+    """A parsed module, and the replacement of each of its bare strings.
 
-    Raises SyntaxError, and ValueError for null bytes.
+    Raises SyntaxError, or ValueError for null bytes.
     """
 
     def __init__(self, text: str) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the library has old escapes such as "\d"
+            warnings.simplefilter("ignore")  # the library has outdated escapes such as "\d"
             self.tree = ast.parse(text)
-        # Offsets count bytes of UTF-8, as in ast. Not splitlines, which ends a line at a form feed; ast does not.
+        # Offsets are in bytes of UTF-8, as in ast. splitlines() would also end a line at a form feed, but ast doesn't.
         self._text = text.encode()
         self._lines = [0, *(newline.end() for newline in re.finditer(b"\n", self._text))]
         self._cuts: list[_Cut] = []
@@ -121,7 +122,7 @@ class Source:
         self._cuts.sort(key=lambda cut: cut.begin)
 
     def line_of(self, node: ast.stmt) -> int:
-        """Return the offset of the line on which the statement, or its first decorator, begins."""
+        """Return the offset of the line where the statement, or its first decorator, begins."""
         decorators: list[ast.expr] = getattr(node, "decorator_list", [])
         return self._lines[min([node.lineno, *(decorator.lineno for decorator in decorators)]) - 1]
 
@@ -138,7 +139,7 @@ class Source:
     def without_docstrings(self, begin: int = 0, end: int | None = None) -> str:
         """Return the text from offset `begin` to `end` without docstrings and other bare strings.
 
-        It is valid Python.
+        The result is valid Python.
         """
         end = len(self._text) if end is None else end
         pieces = []
@@ -164,7 +165,7 @@ class Source:
             if alone and statement not in needed:
                 blank_lines = re.compile(rb"(?:[ \t\f]*\n)*").match(self._text, next_line)
                 yield _Cut(line, blank_lines.end() if blank_lines else next_line, b"")
-            else:  # other code is on the line, or the block needs a statement
+            else:  # there is other code on the line, or the block needs a statement
                 yield _Cut(begin, end, b"pass")
 
 
