@@ -115,7 +115,8 @@ def _finish_sweep() -> bool:
         return False
     from loraplus_hydra.sweep.finish import finish
 
-    return not finish(sweep)
+    with interrupts.answered():  # also a sweep that a signal stopped is reported
+        return not finish(sweep)
 
 
 def _explain(error: Exception, command: str, arguments: list[str]) -> Exception:

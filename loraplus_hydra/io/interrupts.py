@@ -7,8 +7,10 @@ stopping is safe.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +20,7 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: a scheduler's warning ahead of the time limit
 _FIRST_NOTICE = "the current part is finished first"
+_AGAIN_AFTER = 0.05  # seconds from an exception that Python dropped to the next
 
 
 class Interrupted(KeyboardInterrupt):
@@ -69,6 +72,16 @@ def raise_at_once(now: bool) -> None:
 
 
 @contextmanager
+def answered() -> Iterator[None]:
+    """Inside, where the program ends in answer to a signal, only another signal stops."""
+    came, _state.number, _state.at_once = _state.number, 0, False
+    try:
+        yield
+    finally:
+        _state.number = came or _state.number
+
+
+@contextmanager
 def notice(text: str) -> Iterator[None]:
     """Print `text` if a signal is received inside the block.
 
@@ -96,9 +109,12 @@ def kept_signals(*, deliver: bool = True) -> Iterator[None]:
     _state.number, _state.kept, _state.at_once = 0, True, False
     for number in before:
         signal.signal(number, _handle)
+    hook = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_send_again, hook)
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
         came, _state.kept, _state.at_once = _state.number, False, False
@@ -114,6 +130,22 @@ def _handle(number: int, frame: FrameType | None) -> None:
     _state.number = number
     with suppress(OSError):  # print() would fail if the signal interrupts another print()
         os.write(2, f"\nStopping: {_state.notice}; send the signal again to stop at once\n".encode())
+
+
+def _send_again(hook: Callable[[sys.UnraisableHookArgs], Any], dropped: sys.UnraisableHookArgs) -> None:
+    """Repeat a signal whose exception was raised inside a collection or a `__del__`, where Python drops it."""
+    if not isinstance(dropped.exc_value, Interrupted):
+        hook(dropped)
+        return
+
+    def send(number: int = dropped.exc_value.number) -> None:
+        if _state.kept and _state.at_once:  # otherwise the flag is enough
+            os.kill(os.getpid(), number)
+
+    # Not from here: the handler would raise inside this hook, and be dropped again.
+    timer = threading.Timer(_AGAIN_AFTER, send)
+    timer.daemon = True
+    timer.start()
 
 
 def _deliver(number: int, handler: Callable[[int, FrameType | None], Any] | int | None) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplus_hydra.errors import UserError
+from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.files import remove, write_bytes, write_text
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.report import figures
@@ -62,6 +63,7 @@ def _write_figures(folder: Path, results: SweepResults) -> list[PageFigure]:
     drawn = []
     with style.house_style():
         for picture in figures.draw_all(results):
+            interrupts.stop_if_asked()
             write_bytes(folder / f"{picture.name}.png", style.png(picture.figure))
             svg = style.svg(picture.figure, picture.title)
             drawn.append(PageFigure(picture.name, picture.title, picture.caption, svg))

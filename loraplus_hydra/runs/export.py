@@ -14,6 +14,7 @@ from peft.utils.other import ModulesToSaveWrapper
 
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
+from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.files import copy_file
 from loraplus_hydra.io.folders import new_folder
 from loraplus_hydra.io.quiet_libraries import quiet_peft
@@ -56,6 +57,7 @@ def export(
         else:  # a checkpoint holds more, and may fit only a base that its initialisation changed
             save_adapter(*load_run(run), draft)
         write_card(run, draft, merged=merge, check=check)
+        interrupts.stop_if_asked()  # the last moment at which nothing is left
     if check and report is not None:
         report(check)
     return target
@@ -94,13 +96,16 @@ def _write_merged(run: FinishedRun, folder: Path, dtype: str | None) -> float:
     model, tokenizer = load_run(run)
     rows = _random_rows(model)
     expected = _logits(model, rows)
+    interrupts.stop_if_asked()
     merged = _merged(model, run)
     if dtype is not None:
         merged = merged.to(getattr(torch, dtype))
+    interrupts.stop_if_asked()
     merged.save_pretrained(str(folder), safe_serialization=True)
     tokenizer.save_pretrained(str(folder))
     del model, merged  # before the export is loaded, so that only one model is in memory
     gc.collect()
+    interrupts.stop_if_asked()
     exported = locate(run.config.task.auto_class).from_pretrained(
         str(folder), dtype="auto", trust_remote_code=run.config.model.trust_remote_code
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from transformers import set_seed
 
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.io import screen
+from loraplus_hydra.io import interrupts, screen
 from loraplus_hydra.io.fingerprints import NOT_STORED, refuse_changed
 from loraplus_hydra.io.quiet_libraries import quiet_loading
 from loraplus_hydra.models.adapter import add_adapter
@@ -36,6 +36,7 @@ def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, P
     base = load_base(run.config, tokenizer, run.model_arguments())
     base.config.use_cache = True
     refuse_changed_run(run)  # by now all files are on this machine
+    interrupts.stop_if_asked()
     if changes_base(getattr(stored.config, "init_lora_weights", None)):
         model = _on_changed_base(base, run, tokenizer)
     else:

@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict
 from loraplus_hydra.data.files import load
 from loraplus_hydra.data.rows import ORIGIN, columns
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
+from loraplus_hydra.io import interrupts
 from loraplus_hydra.models.quantization import is_quantized
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.load_finished import base_of, load_run, load_run_tokenizer
@@ -84,6 +85,7 @@ def _classify(
 ) -> Iterator[dict[str, Any]]:
     names, kind = model.config.id2label, model.config.problem_type
     for start in range(0, len(texts), batch_size):
+        interrupts.stop_if_asked()
         part, second = list(texts[start : start + batch_size]), list(pairs[start : start + batch_size])
         if not all(isinstance(text, str) for text in part):
             raise UserError("file: a classifier takes texts, not conversations")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +58,35 @@ def test_signal_inside_a_collection_is_kept(number: signal.Signals) -> None:
     assert interrupts.status_of(stopped.value) == 128 + number
 
 
+def test_signal_in_a_collection_while_the_program_only_waits_is_sent_again() -> None:
+    # So waits the parent of a sweep under joblib, where no code of ours sees the flag.
+    class Dropping:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)  # the handler raises here, and Python drops what it raises
+
+    def wait() -> None:
+        Dropping()
+        time.sleep(5)
+
+    with interrupts.kept_signals(deliver=False):
+        interrupts.raise_at_once(True)
+        with pytest.raises(Interrupted) as stopped:
+            wait()
+    assert interrupts.status_of(stopped.value) == 143
+
+
+def test_report_of_a_stopped_sweep_is_stopped_by_another_signal_only() -> None:
+    with interrupts.kept_signals(deliver=False):
+        os.kill(os.getpid(), signal.SIGINT)
+        with interrupts.answered():
+            interrupts.stop_if_asked()
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(Interrupted):
+                interrupts.stop_if_asked()
+        assert interrupts.requested() == signal.SIGINT
+
+
 def test_second_signal_raises_at_once() -> None:
     with interrupts.kept_signals(deliver=False):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -99,40 +130,114 @@ EVALUATED = (
 )
 
 
-@pytest.fixture
-def stopped_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Make the next evaluation at a step get SIGTERM in its first batch, as a scheduler sends it."""
+Stopping = Callable[..., list[int]]
 
-    def at(step: int) -> None:
-        predict = ResumableMixin.prediction_step
+
+@pytest.fixture
+def stopped_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> Stopping:
+    """Make the evaluation at a step get SIGTERM in its second batch, as a scheduler sends it; count its batches."""
+
+    def at(step: int, *, in_training: bool = True) -> list[int]:
+        predict, batches = ResumableMixin.prediction_step, [0]
 
         def signalled(self: Any, *args: Any, **kwargs: Any) -> Any:
+            is_here = self.state.global_step == step and self.is_in_train == in_training
             output = predict(self, *args, **kwargs)
-            if self.state.global_step == step and self.is_in_train:
-                monkeypatch.setattr(ResumableMixin, "prediction_step", predict)
-                os.kill(os.getpid(), signal.SIGTERM)
+            if is_here:
+                batches[0] += 1
+                if batches[0] == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
             return output
 
         monkeypatch.setattr(ResumableMixin, "prediction_step", signalled)
+        return batches
 
     return at
 
 
-@pytest.mark.parametrize("step", [2, 4])
-def test_evaluation_that_a_signal_stops_is_made_up(
-    step: int,
-    compose: Callable[..., Any],
-    tiny_run: list[str],
-    tmp_path: Path,
-    stopped_in_evaluation: Callable[[int], None],
+# The step, whether it is inside training, and more overrides: the base's evaluation, one between steps, the one at the
+# last step, and the one after training.
+EVALUATIONS = {
+    "base": (0, True, ()),
+    "between": (2, True, ()),
+    "last step": (4, True, ()),
+    "after training": (4, False, ("trainer.eval_strategy=no",)),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluation_that_a_signal_stops_ends_within_a_batch_and_is_made_up(
+    name: str, compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path, stopped_in_evaluation: Stopping
 ) -> None:
-    run(compose(*tiny_run, *EVALUATED), tmp_path / "unbroken")
+    step, in_training, more = EVALUATIONS[name]
+    overrides = [*tiny_run, *EVALUATED, "data.eval_fraction=0.2", *more]
+    run(compose(*overrides), tmp_path / "unbroken")
     place = tmp_path / "stopped"
-    stopped_in_evaluation(step)
+    batches = stopped_in_evaluation(step, in_training=in_training)
     with _handling(signal.SIGTERM, lambda _: None), pytest.raises(Interrupted):
-        run(compose(*tiny_run, *EVALUATED), place)
-    assert not [line for line in lines(place) if line["step"] == step and "eval_loss" in line]
-    state = json.loads((place / "checkpoints" / f"checkpoint-{step}" / "run_state.json").read_text())
-    assert state["evaluation_due"] is True
-    run(compose(*tiny_run, *EVALUATED, "trainer.resume_from_checkpoint=auto"), place)
+        run(compose(*overrides), place)
+    assert batches == [2]  # of eight
+    assert json.loads((place / "result.json").read_text())["status"] == "interrupted"
+    if step:
+        assert not [line for line in lines(place) if line["step"] == step and "eval_loss" in line]
+        state = json.loads((place / "checkpoints" / f"checkpoint-{step}" / "run_state.json").read_text())
+        assert state["evaluation_due"] is in_training
+    else:
+        assert not list(place.glob("checkpoints/*"))
+    run(compose(*overrides, "trainer.resume_from_checkpoint=auto"), place)
     assert differences(place, tmp_path / "unbroken") == []
+    results = [json.loads((folder / "result.json").read_text()) for folder in (place, tmp_path / "unbroken")]
+    for key in ("metrics", "metrics_before"):
+        ours, theirs = (
+            {k: v for k, v in each[key].items() if "second" not in k and "time" not in k} for each in results
+        )
+        assert ours == theirs
+
+
+COMMANDS = {
+    "evaluate": ("evaluate", "run", "out=metrics.json", "trainer.per_device_eval_batch_size=1"),
+    "predict": ("predict", "run", "file=texts.txt", "out=answers.jsonl", "max_new_tokens=1"),
+    "export": ("export", "run", "to=exported"),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tiny_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from loraplus_hydra.config.locations import config_folder
+    from loraplus_hydra.config.schema import register, run_of
+
+    folder = tmp_path_factory.mktemp("ended") / "run"
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+        run(run_of(compose("config", overrides=[*tiny_run, "trainer.max_steps=1"])), folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_on_a_run_say_that_they_stop_and_leave_nothing(
+    command: str, ended: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    shutil.copytree(ended, tmp_path / "run")
+    (tmp_path / "texts.txt").write_text("say one\n" * 9)
+    forward, passes = torch.nn.Embedding.forward, [0]
+
+    def signalled(self: Any, *args: Any) -> Any:
+        passes[0] += 1
+        if passes[0] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *args)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", signalled)
+    finished = cli(*COMMANDS[command])
+    assert finished.status == 143, finished.err
+    assert "Stopping: " in finished.err
+    assert {"evaluate": "batch", "predict": "answer", "export": "export"}[command] in finished.err
+    assert passes[0] <= 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "texts.txt"]
+    assert not (tmp_path / "run" / "export").exists()

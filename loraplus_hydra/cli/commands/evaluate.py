@@ -7,7 +7,7 @@ import json
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.cli.commands.command import Command
-from loraplus_hydra.io import files
+from loraplus_hydra.io import files, interrupts
 from loraplus_hydra.runs.finished import model_metrics, open_run
 from loraplus_hydra.runs.stored_config import named_run
 
@@ -37,7 +37,8 @@ def _print_metrics(config: DictConfig) -> dict[str, float]:
     )
     from loraplus_hydra.runs.evaluate import evaluate_on
 
-    metrics = evaluate_on(run, data)
+    with interrupts.notice("the present batch is finished, and no metrics are written"):
+        metrics = evaluate_on(run, data)
     when = "at the end of training" if run.step is None else f"in training at step {run.step}"
     for name, value in model_metrics(metrics).items():
         then = run.result["metrics"].get(name)

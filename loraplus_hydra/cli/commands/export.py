@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from loraplus_hydra.cli.commands.command import Command
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.io import files, folders
+from loraplus_hydra.io import files, folders, interrupts
 from loraplus_hydra.runs.finished import open_run
 from loraplus_hydra.runs.stored_config import named_run, unnamed_run
 
@@ -38,7 +38,8 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     files.refuse_unwritable(target.parent, key="to")
     from loraplus_hydra.runs.export import export
 
-    written = export(run, target, merge=config.merge, dtype=config.dtype, report=print)
+    with interrupts.notice("the export ends after its present part, and leaves nothing"):
+        written = export(run, target, merge=config.merge, dtype=config.dtype, report=print)
     print(f"{'The merged model' if config.merge else 'The adapter'} is in {written}, with its card in README.md.")
 
 

@@ -10,7 +10,7 @@ from loraplus_hydra.cli.commands.command import Command
 from loraplus_hydra.config.schema import PredictConfig
 from loraplus_hydra.config.types import describe, field_types, mismatch
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.io import files
+from loraplus_hydra.io import files, interrupts
 from loraplus_hydra.runs.finished import open_run
 from loraplus_hydra.runs.stored_config import named_run, unnamed_run
 
@@ -44,7 +44,8 @@ def _answers(config: DictConfig) -> list[str]:
     else:
         texts, pairs = [config.text], [config.text_pair]
     answers = predict(run, texts, pairs, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
-    return [json.dumps(line, ensure_ascii=False) for line in answers]
+    with interrupts.notice("the present answer is finished, and no answer is written"):
+        return [json.dumps(line, ensure_ascii=False) for line in answers]
 
 
 def _problems(config: DictConfig) -> list[Problem]:

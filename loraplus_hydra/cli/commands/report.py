@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.cli.commands.command import Command
 from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.io import interrupts
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
@@ -17,7 +18,8 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     from loraplus_hydra.report.terminal import show
     from loraplus_hydra.report.write import write_report
 
-    show(write_report(Path(config.folder).expanduser()))
+    with interrupts.notice("the report is left unfinished after the present figure"):
+        show(write_report(Path(config.folder).expanduser()))
 
 
 COMMAND = Command(

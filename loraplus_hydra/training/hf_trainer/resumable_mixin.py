@@ -116,7 +116,8 @@ class ResumableMixin:
         """Evaluate as the Trainer does; if a signal stops it, save a checkpoint from which it can be made up."""
         before = random_states()  # an evaluation draws numbers, too
         try:
-            with interrupts.notice("the evaluation ends after this batch, and a checkpoint is written"):
+            kept = ", and a checkpoint is written" if self.state.global_step else ""
+            with interrupts.notice(f"the evaluation ends after this batch{kept}"):
                 return super()._evaluate(*args, **kwargs)  # type: ignore[misc]
         except _EvaluationStopped:
             if self.state.global_step and not self.evaluation_due:
