@@ -38,7 +38,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     files.refuse_unwritable(target.parent, key="to")
     from loraplus_hydra.runs.export import export
 
-    with interrupts.notice("the export ends after its present part, and leaves nothing"):
+    with interrupts.notice("the export ends after its current part, and leaves nothing"):
         written = export(run, target, merge=config.merge, dtype=config.dtype, report=print)
     print(f"{'The merged model' if config.merge else 'The adapter'} is in {written}, with its card in README.md.")
 

@@ -44,7 +44,7 @@ def _answers(config: DictConfig) -> list[str]:
     else:
         texts, pairs = [config.text], [config.text_pair]
     answers = predict(run, texts, pairs, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
-    with interrupts.notice("the present answer is finished, and no answer is written"):
+    with interrupts.notice("the current answer is finished, and no answer is written"):
         return [json.dumps(line, ensure_ascii=False) for line in answers]
 
 

@@ -18,7 +18,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     from loraplus_hydra.report.terminal import show
     from loraplus_hydra.report.write import write_report
 
-    with interrupts.notice("the report is left unfinished after the present figure"):
+    with interrupts.notice("the report is left unfinished after the current figure"):
         show(write_report(Path(config.folder).expanduser()))
 
 
