@@ -105,7 +105,7 @@ def map_cached(
         "features": features,
     }
     if isinstance(rows, Dataset):
-        fingerprint = digest(rows._fingerprint, key)
+        fingerprint = digest(rows._fingerprint, key, features.to_dict())
         arguments["new_fingerprint"] = fingerprint
         arguments["cache_file_name"] = str(cache_folder() / f"{fingerprint}.arrow")
     return rows.map(convert, **arguments)

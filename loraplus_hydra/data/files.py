@@ -173,9 +173,15 @@ def _matches(key: str, pattern: str) -> list[str]:
         return names
     if what := _special(path):
         raise ConfigErrors([Problem(key, f"{pattern} {what}", "give the path of a regular file")])
+    if "://" in pattern:
+        raise ConfigErrors(
+            [Problem(key, f"{pattern} is an address", "download the file, or name its data set: data=hub")]
+        )
     siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    what = f"{pattern}: No such file{nearest(path.name, siblings)}"
-    raise ConfigErrors([Problem(key, what, _looked_for_in(path))])
+    what, fix = f"{pattern}: No such file{nearest(path.name, siblings)}", _looked_for_in(path)
+    if re.fullmatch(r"[\w.-]+/[\w-]+", pattern):
+        fix += f", or a data set on the hub: data=hub data.name={pattern}"
+    raise ConfigErrors([Problem(key, what, fix)])
 
 
 def _special(path: Path) -> str:

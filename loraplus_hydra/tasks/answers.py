@@ -15,7 +15,7 @@ from loraplus_hydra.data.cache import map_cached, tokenizer_digest
 from loraplus_hydra.data.rows import SPLITS, Rows, all_columns, columns, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.base import Base
-from loraplus_hydra.tasks.conversation import TEMPLATE_ARGUMENTS, TOOLS, Conversation, Text
+from loraplus_hydra.tasks.conversation import FUNCTIONS, TEMPLATE_ARGUMENTS, TOOLS, Conversation, Text
 from loraplus_hydra.tasks.row_notes import REPORTED, cut_note, stretched_note, template_notes
 from loraplus_hydra.tasks.rows import batch_rows
 from loraplus_hydra.tasks.template import end_token
@@ -38,7 +38,7 @@ class AnswerReader:
     def columns(self, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictConfig) -> dict[str, Rows]:
         """Return the splits with TRL's columns and those of REPORTED. Raises ConfigErrors."""
         end = end_token(tokenizer, task)
-        templated = self.chat and bool({TOOLS, TEMPLATE_ARGUMENTS} & {*columns(rows["train"])})
+        templated = self.chat and bool({TOOLS, FUNCTIONS, TEMPLATE_ARGUMENTS} & {*columns(rows["train"])})
         # JSON keeps a message as it is. Arrow would give each all the keys that any has.
         texts = {name: Json() if self.chat else Value("string") for name in ("prompt", *self.answers)}
         arguments = {TOOLS: Value("string"), TEMPLATE_ARGUMENTS: Json()} if templated else {}

@@ -14,7 +14,7 @@ from loraplus_hydra.data.rows import SPLITS, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem, nearest
 from loraplus_hydra.tasks.base import Base, least, longest_input
 from loraplus_hydra.tasks.examples import Examples
-from loraplus_hydra.tasks.labels import Labels, find_labels
+from loraplus_hydra.tasks.labels import Labels, find_labels, similar_note
 from loraplus_hydra.tasks.metrics import METRICS, MULTI, SINGLE, metrics_of
 from loraplus_hydra.tasks.row_notes import cut_note
 from loraplus_hydra.tasks.rows import batch_rows, require_columns, text_in, unused_columns_note
@@ -56,6 +56,7 @@ def examples(
         # A causal model judges by the last token of a text, which it finds by the pad token's id.
         model_arguments=labels.model_arguments() | {"pad_token_id": tokenizer.pad_token_id},
         notes=_unnamed_note(labels, base)
+        + similar_note(labels.names)
         + tuple(unused_columns_note(rows, [text, label, data.get("text_pair_column") or ""]))
         + tuple(note for split in SPLITS for note in cut_note(cut[split], len(encoded[split]), split, limit)),
     )
@@ -63,7 +64,7 @@ def examples(
 
 def _unnamed_note(labels: Labels, base: Base | None) -> tuple[str, ...]:
     """Return a note if a trained head has no names, so that the rows' labels name its outputs."""
-    if base is None or base.unnamed_outputs != len(labels.names):
+    if base is None or not base.unnamed_outputs or base.unnamed_outputs != len(labels.names):
         return ()
     return (f"The model's trained head has no names for its outputs: they are taken as {', '.join(labels.names)}.",)
 

@@ -17,6 +17,7 @@ from loraplus_hydra.errors import ConfigErrors, Problem, nearest
 from loraplus_hydra.tasks.messages import (
     Message,
     Messages,
+    holds_messages,
     json_value,
     question,
     read_messages,
@@ -30,6 +31,13 @@ _USUAL_NAMES = {_PROMPT: "prompt", _COMPLETION: "completion", _MESSAGES: "messag
 _OTHER_COLUMN = "conversations"  # another usual name for messages
 _INSTRUCTION, _INPUT, _OUTPUT = "instruction", "input", "output"  # Alpaca's prompt, the text that it is on, the answer
 TOOLS, TEMPLATE_ARGUMENTS = "tools", "chat_template_kwargs"  # columns that TRL passes to the template
+FUNCTIONS = "functions"  # OpenAI's column before tools
+# Names that a message suggests, in lower case.
+_LIKE_PROMPTS = ("prompt", "question", "query", "instruction", "input", "problem", "user", "human", "article", "source")
+_LIKE_COMPLETIONS = (
+    *("completion", "answer", "response", "output", "solution", "assistant", "gpt", "summary", "target", "chosen"),
+)
+_LIKE_MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat")
 SYSTEM = "system"  # a column with the conversation's system message
 
 
@@ -108,7 +116,7 @@ class Shape:
     def used(self, *, chat: bool) -> set[str]:
         """Return the names of the columns that are read."""
         own = {name for key, name in asdict(self).items() if isinstance(name, str)}
-        return own | {SYSTEM, TOOLS, TEMPLATE_ARGUMENTS} if self.messages is not None or chat else own
+        return own | {SYSTEM, TOOLS, FUNCTIONS, TEMPLATE_ARGUMENTS} if self.messages is not None or chat else own
 
     def conversation(
         self, prompt: Messages | None, completion: Messages, row: Mapping[str, Any], place: str
@@ -123,7 +131,7 @@ class Shape:
 
     def _prompt(self, row: Mapping[str, Any], place: str) -> str | Messages:
         assert self.prompt is not None
-        if isinstance(row[self.prompt], (list, dict)):
+        if holds_messages(row[self.prompt]):
             return self._messages(row, self.prompt, place)
         prompt = text_in(row, self.prompt, place)
         further = row.get(self.input) if self.input is not None else None
@@ -133,7 +141,7 @@ class Shape:
 
     def _answer(self, row: Mapping[str, Any], place: str) -> str | Messages:
         assert self.completion is not None
-        if isinstance(row[self.completion], (list, dict)):
+        if holds_messages(row[self.completion]):
             return self._messages(row, self.completion, place)
         return text_in(row, self.completion, place, empty=False)
 
@@ -219,14 +227,29 @@ def _no_shape(names: dict[str, Any], available: list[str]) -> Problem:
     if len(missing) == 1:
         name = names[missing[0]]
         return Problem(f"data.{missing[0]}", f"the rows have no column '{name}'{nearest(str(name), available)}", fix)
+    if len(available) == 1 and (mark := next((each for each in ";|\t" if each in available[0]), "")):
+        fix += f"; if {mark!r} stands between columns: data.delimiter=" + ("tab" if mark == "\t" else f"'\"{mark}\"'")
     wanted = ", ".join(f"{key}={name}" for key, name in names.items() if name is not None) or "none is named"
-    fix += "; name yours: data.prompt_column=... data.completion_column=..., or data.messages_column=..."
+    fix += f"; name yours: {_suggested(available)}"
     return Problem("data", f"the rows have none of the columns looked for ({wanted})", fix)
+
+
+def _suggested(available: Sequence[str]) -> str:
+    """Return the overrides that name a prompt and a completion, or messages, among the columns."""
+    lower = {name.casefold(): name for name in reversed(available)}
+    prompt, completion, messages = (
+        next((lower[name] for name in names if name in lower), "...")
+        for names in (_LIKE_PROMPTS, _LIKE_COMPLETIONS, _LIKE_MESSAGES)
+    )
+    pair = f"data.prompt_column={prompt} data.completion_column={completion}"
+    return f"data.messages_column={messages}" if messages != "..." else f"{pair}, or data.messages_column=..."
 
 
 def _template_arguments(row: Mapping[str, Any], place: str, *, schema_nulls: bool) -> dict[str, Any]:
     """Return the template's arguments besides the messages, from the columns that TRL uses."""
     tools = json_value(row.get(TOOLS) or None, TOOLS, place)
+    if not tools and (functions := json_value(row.get(FUNCTIONS) or None, FUNCTIONS, place)):
+        tools = [{"type": "function", "function": each} for each in functions]
     others = row.get(TEMPLATE_ARGUMENTS) or {}
     if not isinstance(others, dict):
         raise row_error(place, TEMPLATE_ARGUMENTS, f"is {describe(others)}, not an object")

@@ -9,11 +9,16 @@ from typing import Any
 from datasets import DatasetDict
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
+from trl import DPOTrainer
 
+from loraplus_hydra.config.targets import locate
+from loraplus_hydra.data.rows import Rows, all_columns, is_streamed
 from loraplus_hydra.tasks.answers import AnswerReader, Answers, answer_notes, uses_template, without_reports
 from loraplus_hydra.tasks.base import Base, max_length
+from loraplus_hydra.tasks.conversation import TOOLS
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.tasks.preference import find_preference_shape
+from loraplus_hydra.tasks.row_notes import rows_note
 from loraplus_hydra.tasks.rows import unused_columns_note
 
 
@@ -48,6 +53,29 @@ def examples(
         notes=(
             *unused_columns_note(rows, shape.used(chat=written_as_turns)),
             *answer_notes(encoded, rows, limit, task, base),
+            *_repeated_prompt_note(encoded["train"], rows["train"]),
+            *_tools_note(encoded["train"], task),
         ),
         **reader.samples(rows["eval"].select(range(min(task.samples, len(rows["eval"])))), tokenizer),
     )
+
+
+def _repeated_prompt_note(encoded: Rows, rows: Rows) -> list[str]:
+    """Return a note on training rows both of whose answers begin with the prompt."""
+    if is_streamed(encoded):
+        return []
+    lines = encoded.select_columns(["prompt", "chosen", "rejected"])
+    numbers = [number for number, row in enumerate(lines) if _repeats_prompt(row)]
+    text = "both answers begin with the prompt, which is learnt as part of them: take it out of them."
+    return [note] if (note := rows_note(numbers, rows, "train", text)) else []
+
+
+def _repeats_prompt(row: Mapping[str, Any]) -> bool:
+    prompt, *answers = (row[name] if isinstance(row[name], str) else row[name][-1].get("content") for name in row)
+    return bool(prompt and prompt.strip()) and all(answer and answer.startswith(prompt) for answer in answers)
+
+
+def _tools_note(encoded: Rows, task: DictConfig) -> list[str]:
+    if TOOLS not in all_columns(encoded) or issubclass(locate(task._target_), DPOTrainer):
+        return []
+    return [f"{task._target_} may not pass tools to the chat template as TRL's DPOTrainer does: see `preview`."]

@@ -20,7 +20,14 @@ from loraplus_hydra.tasks.preference import has_preferences, judged, needs_templ
 from loraplus_hydra.tasks.rows import describe, require_columns, row_error, unused_columns_note
 from loraplus_hydra.tasks.template import check_template
 
-LABELS = {"true": True, "1": True, "false": False, "0": False}  # as text too, because a CSV has nothing else
+LABELS = {
+    "true": True,
+    "1": True,
+    "1.0": True,
+    "false": False,
+    "0": False,
+    "0.0": False,
+}  # as text too, because a CSV has nothing else
 
 
 def config_problems(config: Mapping[str, Any]) -> list[Problem]:

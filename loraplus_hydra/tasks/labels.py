@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,9 +40,9 @@ class Labels:
             return _number(value, self.column, place)
         if self.problem_type == SINGLE:
             return self._number_of(value, place)
-        if not isinstance(value, list):
-            raise row_error(place, self.column, f"is {describe(value)}, not a list of labels")
-        given = {self._number_of(label, place) for label in value}
+        given = [self._number_of(label, place) for label in _listed_labels(value, self.column, place)]
+        if len(set(given)) < len(given):
+            raise row_error(place, self.column, "names a label twice", "a list holds the labels that the row has")
         return [float(number in given) for number in range(len(self.names))]
 
     @cached_property
@@ -90,6 +91,8 @@ def find_labels(
     kind = problem_type or _kind(rows["train"], column)
     if kind == REGRESSION:
         return Labels(REGRESSION, (), column)
+    if kind == MULTI:
+        _refuse_one_hot([_from_text(value) for value in rows["train"][column]], column)
     declared = _declared_names(rows["train"], column)
     if base is not None and base.labels:
         labels = Labels(kind, base.labels, column, declared, of_head=base.head)
@@ -102,6 +105,13 @@ def find_labels(
         what = f"'{column}' has one label, {only}, so there is nothing to tell apart"
         raise ConfigErrors([Problem("data.label_column", what, "give rows of two labels or more")])
     return Labels(kind, names, column, declared)
+
+
+def similar_note(names: Sequence[str]) -> tuple[str, ...]:
+    """Return a note on labels that differ only in case or in spaces around them, if there are any."""
+    folded = [name.strip().casefold() for name in names]
+    similar = [repr(name) for name, fold in zip(names, folded, strict=True) if folded.count(fold) > 1]
+    return (f"Labels that differ only in case or spaces: {_listed(similar)}",) if similar else ()
 
 
 def _check_fit(labels: Labels, base: Base, names: set[str]) -> None:
@@ -152,12 +162,40 @@ def _kind(rows: Dataset, column: str) -> str:
     # A list is several labels, a number with a fraction is measured, anything else is one label.
     if isinstance(rows.features[column], ClassLabel):
         return SINGLE
-    values = [value for value in rows[column] if value is not None]
+    values = [_from_text(value) for value in rows[column] if value is not None]
     if any(isinstance(value, list) for value in values):
         return MULTI
-    if any(isinstance(value, float) and not value.is_integer() for value in values):
+    numbers = all(isinstance(value, (int, float)) for value in values)
+    if any(isinstance(value, float) and not value.is_integer() for value in values) and numbers:
         return REGRESSION
     return SINGLE
+
+
+def _from_text(value: Any) -> Any:
+    """Return the list or number that a text is, since a CSV has nothing but text; any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        read = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return read if isinstance(read, (list, int, float)) else value
+
+
+def _listed_labels(value: Any, column: str, place: str) -> list[Any]:
+    labels = _from_text(value)
+    if not isinstance(labels, list):
+        raise row_error(place, column, f"is {describe(value)}, not a list of labels")
+    return labels
+
+
+def _refuse_one_hot(values: list[Any], column: str) -> None:
+    """Raise ConfigErrors for lists with a 0 or 1 for each label: they name the labels 0 and 1."""
+    lists = [value for value in values if isinstance(value, list)]
+    size = len(lists[0]) if lists else 0
+    if size > 1 and all(len(each) == size and all(label in (0, 1) for label in each) for each in lists):
+        what = f"'{column}' holds lists of {size} zeros and ones, one for each label"
+        raise ConfigErrors([Problem("data.label_column", what, "give each row the list of its labels: [a, b]")])
 
 
 def _declared_names(rows: Dataset, column: str) -> tuple[str, ...]:
@@ -174,10 +212,8 @@ def _names(rows: Dataset, column: str, kind: str, split: str) -> Iterator[str]:
     for value, place in zip(rows[column], places, strict=True):
         if kind == SINGLE:
             yield _label_name(value, column, place, declared)
-        elif isinstance(value, list):
-            yield from (_label_name(label, column, place, declared) for label in value)
         else:
-            raise row_error(place, column, f"is {describe(value)}, not a list of labels")
+            yield from (_label_name(label, column, place, declared) for label in _listed_labels(value, column, place))
 
 
 def _row_numbers(count: int, split: str) -> Iterator[str]:

@@ -16,7 +16,11 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _CALL = "function_call"  # a role of ShareGPT: its text is a tool call, or a list of them
 _OTHER_NAMES = {
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
     _CALL: "assistant",
     "tool_call": "assistant",
     "observation": "tool",
@@ -34,6 +38,17 @@ class Messages:
 
     turns: list[Message]
     silent: frozenset[int] = frozenset()
+
+
+def holds_messages(value: Any) -> bool:
+    """Return True for a list, an object, and text that is a JSON list of messages."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return isinstance(value, (list, dict))
+    try:
+        read = json.loads(value)
+    except (ValueError, RecursionError):
+        return False
+    return all(isinstance(each, dict) and {"role", "from"} & each.keys() for each in read)
 
 
 def read_messages(value: Any, column: str, place: str, *, schema_nulls: bool = False) -> Messages:
@@ -117,7 +132,13 @@ def _message(message: Any, column: str, place: str) -> Message:
         raise row_error(place, column, f"holds a message of the role '{role}'{hint}", f"one of: {', '.join(ROLES)}")
     if isinstance(message.get("content"), list):
         message["content"] = _joined(message["content"], column, place)
+    if _CALL in message:  # OpenAI's key before tool calls
+        message["tool_calls"] = [message.pop(_CALL)]
+    if "tool_calls" in message and not message["tool_calls"]:
+        del message["tool_calls"]
     if message.get("tool_calls"):
+        if not isinstance(message["tool_calls"], list):
+            raise row_error(place, column, f"holds {describe(message['tool_calls'])}, where a list of tool calls is")
         message["tool_calls"] = [_tool_call(call, column, place) for call in message["tool_calls"]]
     _check_content(message, column, place)
     return message

@@ -18,7 +18,7 @@ from trl.data_utils import extract_prompt
 from loraplus_hydra.data.rows import columns
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.conversation import Conversation, Shape, Text, as_turns, has_schema_nulls, prompt_shape
-from loraplus_hydra.tasks.messages import Message, Messages, question, read_messages
+from loraplus_hydra.tasks.messages import Message, Messages, holds_messages, question, read_messages
 from loraplus_hydra.tasks.rows import describe, require_columns, row_error, text_in
 
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
@@ -78,10 +78,7 @@ class PreferenceShape:
 
     def _side(self, row: Mapping[str, Any], column: str, place: str) -> str | Messages:
         value = row[column]
-        alone = self.before.prompt is None and self.before.messages is None
-        # In a CSV a conversation is JSON text.
-        written = alone and isinstance(value, str) and value.lstrip().startswith("[{")
-        if not written and not isinstance(value, (list, dict)):
+        if not holds_messages(value):
             return text_in(row, column, place, empty=False)
         messages = read_messages(value, column, place, schema_nulls=self.schema_nulls)
         if messages.turns[-1]["role"] != "assistant":

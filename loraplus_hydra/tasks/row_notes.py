@@ -20,6 +20,7 @@ _FLAGS = {
     f"rows, or {_OTHER_TEMPLATE}.",
     "endless": "no token that ends the answer carries loss, so that the model may not learn to stop: "
     f"{_OTHER_TEMPLATE}.",
+    "unanswered": "the conversation ends without an answer of the assistant.",
 }
 REPORTED = Features(
     {**{name: Value("bool") for name in _FLAGS}, "unread": List(Value("string")), "length": Value("int32")}

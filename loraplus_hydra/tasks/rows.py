@@ -59,7 +59,7 @@ def row_error(place: str, column: str, what: str, fix: str = "correct the row, o
 
 def unused_columns_note(rows: DatasetDict, used: Iterable[str]) -> list[str]:
     """Return a note on the training rows' columns that no part of the task reads."""
-    unused = [name for name in columns(rows["train"]) if name not in set(used)]
+    unused = [name or "''" for name in columns(rows["train"]) if name not in set(used)]
     return [f"Columns that are not used: {', '.join(unused)}"] if unused else []
 
 

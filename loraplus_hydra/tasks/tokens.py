@@ -6,6 +6,7 @@ tests compare them). But they are made before the model is loaded, and errors na
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,7 +43,8 @@ class Encoded:
     unasked: bool = False  # the template's prompt for an answer goes on in another way than the row
     changed: bool = False  # the template leaves out or changes a text that should carry loss
     endless: bool = False  # no token that ends the last answer carries loss
-    unread: tuple[str, ...] = ()  # keys of messages, and arguments, that the template doesn't read
+    unanswered: bool = False  # the conversation ends with a turn that is not the assistant's
+    unread: tuple[str, ...] = ()  # keys of messages, arguments and roles that the template doesn't write
 
     @property
     def length(self) -> int:
@@ -144,10 +146,23 @@ def encode_conversation(
         encoded,
         merged=False,
         unasked=encoded.merged,
-        changed=any(isinstance(answer, str) and answer.strip() not in text for answer in answers),
+        changed=not all(_is_written(answer, text) for answer in answers),
         endless=turns[-1]["role"] == "assistant" and not stops & set(learnt[-_END:]),
-        unread=_unread(conversation, text, tokenizer, rule),
+        unanswered=turns[-1]["role"] != "assistant",
+        unread=_unread(conversation, text, tokenizer, rule) + _dropped_roles(turns, text),
     )
+
+
+def _is_written(content: Any, text: str) -> bool:
+    return not isinstance(content, str) or content.strip() in text or json.dumps(content.strip())[1:-1] in text
+
+
+def _dropped_roles(turns: list[Message], text: str) -> tuple[str, ...]:
+    """Return the roles, without the assistant, of messages whose text the template doesn't write."""
+    roles = {
+        turn["role"] for turn in turns if turn["role"] != "assistant" and not _is_written(turn.get("content"), text)
+    }
+    return tuple(f"messages of the role '{role}'" for role in sorted(roles))
 
 
 def _is_learnt(number: int, conversation: Conversation) -> bool:
