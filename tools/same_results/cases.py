@@ -57,6 +57,11 @@ class Side:
     name: str
     checkout: Path
 
+    def plain_forward(self) -> list[str]:
+        """Return the override for today's path bit for bit; older checkouts have no other."""
+        trainer = (self.checkout / "conf" / "trainer" / "default.yaml").read_text(encoding="utf-8")
+        return ["trainer.forward=plain"] if re.search(r"^forward:", trainer, re.MULTILINE) else []
+
     def code(self) -> str:
         """Name the program's present code and configs, by a hash of their bytes."""
         return fingerprint(self.checkout, "loraplus_hydra", "conf")
@@ -101,7 +106,7 @@ def run_side(side: Side, cases: Iterable[Case], work: Path, threads: int) -> Non
     write_inputs(inputs)
     for case in cases:
         place = work / side.name / case.name
-        words = case.words(inputs, place / RUN)
+        words = [*case.words(inputs, place / RUN), *side.plain_forward()]
         asked = {
             "words": words,
             "threads": threads,

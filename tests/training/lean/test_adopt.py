@@ -198,13 +198,10 @@ def test_preference_tasks_stay_plain(compose: Compose, llama_folder: Path, tmp_p
     assert reports == ["    Forward pass: plain, since DPOTrainer computes its own loss"]
 
 
-def test_auto_is_lean_on_a_cpu_and_the_default_plain(
+def test_the_default_is_lean_on_a_cpu(
     compose: Compose, tiny_run: list[str], tmp_path: Path, reports: list[str]
 ) -> None:
-    shared = [*tiny_run, "trainer.max_steps=1", "trainer.use_cpu=true"]
-    run(compose(*shared), tmp_path / "plain")
-    assert not reports
-    run(compose(*shared, "trainer.forward=auto"), tmp_path / "run")
+    run(compose(*tiny_run, "trainer.max_steps=1", "trainer.use_cpu=true"), tmp_path / "run")
 
     assert reports == ["    Forward pass: lean, without padding (trainer.forward)"]
 
