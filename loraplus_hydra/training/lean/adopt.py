@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from loraplus_hydra.io import screen
 from loraplus_hydra.training.allocator import keep_freed_memory
-from loraplus_hydra.training.lean.attention import UnknownBatchError
+from loraplus_hydra.training.lean.attention import UnknownBatchError, UnknownModelError
 from loraplus_hydra.training.lean.eligible import reason_against, reason_against_auto
-from loraplus_hydra.training.lean.first_batch import Entry, disagreement
+from loraplus_hydra.training.lean.first_batch import Entry, disagreement, is_padded_ahead
 from loraplus_hydra.training.lean.forward import FUSED, LeanForward, batch_of
 from loraplus_hydra.training.module_walks import walk_once
 
@@ -44,16 +45,10 @@ def adopt(trainer: Any, forward: str) -> None:
         return
     model = trainer.model.get_base_model()
     lean = LeanForward(model)
-    if _is_classifier(model):
-        _install(lean.backbone, model, lean.backbone_output)
-    else:
-        _install(model, model, functools.partial(_causal, lean))
-    screen.show("    Forward pass: lean, without padding (trainer.forward)")
-
-
-def _is_classifier(model: Any) -> bool:
-    """Return True for a model whose loss comes from one hidden state of each row."""
-    return model.get_output_embeddings() is None
+    is_classifier = model.get_output_embeddings() is None
+    _install(
+        model, functools.partial(lean.classified, model.forward) if is_classifier else functools.partial(_causal, lean)
+    )
 
 
 def _causal(lean: LeanForward, batch: Mapping[str, Any]) -> Any:
@@ -62,41 +57,57 @@ def _causal(lean: LeanForward, batch: Mapping[str, Any]) -> Any:
     return lean.fused_output(batch) if batch.get(FUSED) else lean.causal_output(batch)
 
 
-def _install(module: Any, model: Any, lean: Entry) -> None:
-    """Replace a module's forward. A call that the lean forward does not know goes to the one from before."""
-    plain = module.forward
+def _install(model: Any, lean: Entry) -> None:
+    """Replace a model's forward. A call that the lean forward does not know goes to the one from before."""
+    plain = model.forward
     state = _State()
 
-    @functools.wraps(type(module).forward)  # `generate` reads the signature
+    @functools.wraps(type(model).forward)  # `generate` reads the signature
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not state.is_lean:
             return plain(*args, **kwargs)
         try:
             batch = batch_of(args, kwargs)
-            if not state.is_checked:
+            if state.is_new(batch):
                 state.check(model, lambda some: plain(**some), lean, batch)
             return lean(batch) if state.is_lean else plain(*args, **kwargs)
         except UnknownBatchError as error:
             state.report_batch(str(error))
-            return plain(*args, **kwargs)
+        except UnknownModelError as error:
+            state.stay_plain(str(error))
+        return plain(*args, **kwargs)
 
-    module.forward = forward
+    model.forward = forward
 
 
 class _State:
-    """The choice of a model's forward, which its first batch decides."""
+    """The choice of a model's forward, which the first batch of each kind decides."""
 
     def __init__(self) -> None:
         self.is_lean = True
-        self.is_checked = False
+        self._checked: set[tuple[bool, frozenset[str]]] = set()
         self._reported: set[str] = set()
+
+    def is_new(self, batch: Mapping[str, Any]) -> bool:
+        """Return True for a batch of a kind that has not been compared: by its arguments, and where it is padded."""
+        return self._kind(batch) not in self._checked
 
     def check(self, model: Any, plain: Entry, lean: Entry, batch: Mapping[str, Any]) -> None:
         """Compare both forwards on a batch, and stay plain if they differ."""
         reason = disagreement(model, plain, lean, batch)
-        self.is_checked, self.is_lean = True, reason is None
         if reason is not None:
-            _report_plain(reason)
+            self.stay_plain(reason)
+        elif not self._checked:
+            screen.show("    Forward pass: lean, without padding (trainer.forward)")
+        self._checked.add(self._kind(batch))
+
+    def stay_plain(self, reason: str) -> None:
+        self.is_lean = False
+        _report_plain(reason)
+
+    @staticmethod
+    def _kind(batch: Mapping[str, Any]) -> tuple[bool, frozenset[str]]:
+        return is_padded_ahead(batch), frozenset(name for name, value in batch.items() if isinstance(value, Tensor))
 
     def report_batch(self, reason: str) -> None:
         """Report why a training batch runs plain, each reason once. Generation is no batch of training."""

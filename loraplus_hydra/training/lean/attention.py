@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from loraplus_hydra.training.lean.rows import Rows
 
 NAME = "loraplus_hydra_rows"  # as `attn_implementation`
-ROWS = "loraplus_hydra_rows"  # the keyword argument that reaches attention through the model's layers
-# Keyword arguments of transformers' attention functions that change the scores, and that this one does not know.
-_UNKNOWN = ("softcap", "s_aux", "position_bias", "alibi", "head_mask")
+_underway: ContextVar[Rows | None] = ContextVar("rows of the lean forward under way", default=None)
+# Keyword arguments of transformers' attention functions that do not change the scores. With any other that isn't None
+# or False (a soft cap, sinks, a bias, chosen keys) the model is not computed here.
+_HARMLESS = frozenset(
+    (
+        *("is_causal", "sliding_window", "position_ids", "position_embeddings", "cache_position", "use_cache"),
+        *("output_attentions", "output_hidden_states", "return_dict", "deterministic"),
+    )
+)
 
 
 class UnknownModelError(Exception):
@@ -38,18 +45,17 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Return the attention of each row over itself.
 
-    Inputs are [1, heads, tokens, size], the output is [1, tokens, heads, size]. Raises UnknownModelError where rows are
-    missing or the layer changes its scores in a way not known here, and UnknownBatchError where a row is longer than
-    the layer's window.
+    Inputs are [1, heads, tokens, size], the output is [1, tokens, heads, size]. Raises UnknownModelError where the
+    tokens are not the joined rows or the layer changes its scores in a way not known here. Raises UnknownBatchError
+    where a row is longer than the layer's window.
     """
-    rows: Rows | None = kwargs.get(ROWS)
-    if rows is None or attention_mask is not None or query.shape[2] != rows.tokens:
-        raise UnknownModelError("its attention does not hand over the rows of a batch")
-    if strange := [name for name in _UNKNOWN if kwargs.get(name) is not None]:
-        raise UnknownModelError(f"its attention takes {strange[0]}")
-    window = kwargs.get("sliding_window")
-    if window is not None and max(rows.lengths) > window:
-        raise UnknownBatchError(f"a row is longer than the attention's window of {window} tokens")
+    rows = _underway.get()
+    if rows is None or attention_mask is not None or query.shape[2] != rows.tokens or key.shape[2] != rows.tokens:
+        raise UnknownModelError("its attention does not get the tokens of a batch")
+    for name, given in kwargs.items():
+        if name not in _HARMLESS and given is not None and given is not False:
+            raise UnknownModelError(f"its attention takes {name}")
+    _refuse_longer_rows(rows, kwargs.get("sliding_window"))
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     groups = query.shape[1] // key.shape[1]
@@ -66,16 +72,40 @@ def attend(
     return (torch.cat(made) if len(made) > 1 else made[0])[None], None
 
 
-# Without an entry among transformers' mask functions no mask is made for an implementation of one's own.
+def rows_underway() -> Rows | None:
+    """Return the rows of the lean forward that is being computed, None outside of one."""
+    return _underway.get()
+
+
+def _no_mask(*, local_size: int | None = None, use_vmap: bool = False, **_: Any) -> None:
+    """Return the mask of an attention by rows: none. Raises where a model's mask does more than separate rows.
+
+    Some layers hand their window to the mask alone, not to attention.
+    """
+    if use_vmap:
+        raise UnknownModelError("its attention has a mask of its own")
+    rows = _underway.get()
+    if rows is not None:
+        _refuse_longer_rows(rows, local_size)
+
+
+def _refuse_longer_rows(rows: Rows, window: int | None) -> None:
+    if window is not None and max(rows.lengths) > window:
+        raise UnknownBatchError(f"a row is longer than the attention's window of {window} tokens")
+
+
 AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, _no_mask)
 
 
 @contextmanager
-def attention_by_rows(config: Any) -> Iterator[None]:
-    """Inside, the models of `config` (a PreTrainedConfig) attend by `attend`; outside as before."""
+def attention_by_rows(config: Any, rows: Rows) -> Iterator[None]:
+    """Inside, the models of `config` (a PreTrainedConfig) attend by `attend` on `rows`; outside as before."""
     before = config._attn_implementation
+    token = _underway.set(rows)
     config._attn_implementation = NAME
     try:
         yield
     finally:
         config._attn_implementation = before
+        _underway.reset(token)

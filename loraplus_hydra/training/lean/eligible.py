@@ -11,6 +11,12 @@ from trl import SFTTrainer
 
 from loraplus_hydra.training.lean.forward import takes_positions
 
+# Settings by which transformers' models change their logits after the output layer.
+_CHANGES_LOGITS = (
+    *("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling"),
+    *("output_multiplier", "lm_head_multiplier"),
+)
+
 
 def reason_against(trainer: Any) -> str | None:
     """Return why a Trainer can't have the lean forward, as the end of a sentence; None if it can."""
@@ -50,6 +56,9 @@ def _reasons_of_model(model: Any) -> Any:
     yield not type(base)._supports_attention_backend, "its attention is not behind transformers' attention interface"
     yield not takes_positions(base.base_model), "it takes no positions of tokens"
     yield bool(getattr(base.config, "output_router_logits", False)), "its experts' routing has a loss of its own"
+    settings = base.config.get_text_config()
+    for name in _CHANGES_LOGITS:
+        yield getattr(settings, name, None) not in (None, 1), f"its logits are scaled or capped ({name})"
     head = base.get_output_embeddings()
     yield head is not None and not _is_frozen_linear(head), "the output layer is trained or is no plain linear layer"
 

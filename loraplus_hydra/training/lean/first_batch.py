@@ -19,29 +19,29 @@ _ROWS = 4  # of the batch: enough for one row to disturb another
 
 
 def disagreement(model: nn.Module, plain: Entry, lean: Entry, batch: Mapping[str, Any]) -> str | None:
-    """Return how two forwards differ on the first rows of a batch, in outputs or gradients.
-
-    None if they agree.
+    """Return how two forwards differ on a batch's first rows, in outputs or gradients; None if they agree.
 
     Dropout is off. Neither gradients nor random generators are changed. Raises UnknownBatchError if these rows show
     nothing.
     """
-    size = len(batch["input_ids"])
-    some = {name: value[:_ROWS] if _is_by_row(value, size) else value for name, value in batch.items()}
+    some = _some_rows(batch)
     labels = some.get("labels")
     if labels is not None and not bool((labels != IGNORED).any()):
         raise UnknownBatchError("the first rows have no label")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with _without_dropout(model), torch.enable_grad():
         try:
-            made = _numbers(lean(some), some, trained)
+            output = lean(some)
+            # What a run goes by: log-probabilities, a classifier's logits, or else the loss.
+            name = next((name for name in ("log_probs", "logits") if output.get(name) is not None), "loss")
+            made = _numbers(output[name], trained)
         except UnknownModelError as error:
             return str(error)
         except UnknownBatchError:
             raise
         except Exception as error:  # whatever a model makes of rows that it doesn't expect; a wrong batch fails again
             return f"it fails with joined rows: {type(error).__name__}: {first_line(error)}"
-        expected = _numbers(plain(some), some, trained)
+        expected = _numbers(plain(some)[name], trained)
         tolerance = _tolerance(model)
     for what, one, other in zip(("outputs", "gradients"), expected, made, strict=True):
         difference = _relative(one, other)
@@ -60,28 +60,15 @@ def _tolerance(model: nn.Module) -> float:
     return 1e-4 if dtypes <= {torch.float32, torch.float64} else 5e-2
 
 
-def _numbers(output: Any, batch: Mapping[str, Any], trained: list[nn.Parameter]) -> tuple[torch.Tensor, torch.Tensor]:
+def _numbers(output: torch.Tensor, trained: list[nn.Parameter]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return outputs and the gradients of a mixture of them, each as one vector."""
-    values = _outputs(output, batch)
-    # Weights, since a layer norm at the end makes their plain sum a constant.
-    mixed = [each * torch.arange(each.numel(), device=each.device).cos() for each in values]
-    mixture = torch.stack([each.sum() for each in mixed]).sum()
+    values = output.flatten()
+    # Weights, since a plain sum may be a constant.
+    mixture = (values * torch.arange(values.numel(), device=values.device).cos()).sum()
     gradients: Any = ()
     if mixture.requires_grad:
         gradients = torch.autograd.grad(mixture, trained, allow_unused=True, materialize_grads=True)
-    return _vector(values), _vector(gradients)
-
-
-def _outputs(output: Any, batch: Mapping[str, Any]) -> list[torch.Tensor]:
-    """Return the tensors that a run goes by: log-probabilities, hidden states of tokens, or a loss."""
-    if (log_probs := output.get("log_probs")) is not None:
-        return [log_probs.flatten()]
-    if (hidden := output.get("last_hidden_state")) is not None:
-        mask = batch.get("attention_mask")
-        of_tokens = hidden if mask is None else hidden[mask.bool()]
-        pooled = output.get("pooler_output")
-        return [of_tokens.flatten(), *([] if pooled is None else [pooled.flatten()])]
-    return [output["loss"].reshape(1)]
+    return _vector([values]), _vector(gradients)
 
 
 def _vector(tensors: Any) -> torch.Tensor:
@@ -97,6 +84,34 @@ def _relative(expected: torch.Tensor, made: torch.Tensor) -> float:
     expected, made = expected[finite], made[finite]
     size = expected.norm()
     return float((made - expected).norm() / size) if size > 0 else float((made - expected).norm())
+
+
+def _some_rows(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch's first rows, and its longest once more with a third of its tokens masked and loss on the others.
+
+    So there are always two rows of different lengths, and a model that mixes rows or counts padding shows it.
+    """
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    longest = int(mask.sum(1).argmax())
+    chosen = torch.tensor([*range(min(len(ids), _ROWS)), longest], device=ids.device)
+    batch = {**batch, "attention_mask": mask}
+    some = {name: value[chosen] if _is_by_row(value, len(ids)) else value for name, value in batch.items()}
+    last, count = some["attention_mask"][-1], mask[longest].cumsum(0)
+    kept = (2 * count[-1] // 3).clamp(min=1)
+    # On the side where the batch is padded.
+    last *= (count > count[-1] - kept) if is_padded_ahead(batch) else (count <= kept)
+    if (labels := some.get("labels")) is not None and labels.shape == some["input_ids"].shape:
+        after_token = torch.nn.functional.pad(last[:-1], (1, 0))
+        labels[-1] = torch.where((last * after_token).bool(), some["input_ids"][-1], IGNORED)
+    return some
+
+
+def is_padded_ahead(batch: Mapping[str, Any]) -> bool:
+    """Return True if a masked place of a batch comes before a token of its row."""
+    mask = batch.get("attention_mask")
+    return mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any())
 
 
 def _is_by_row(value: Any, size: int) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,12 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl.trainer.utils import FusedCausalLMOutput
 
-from loraplus_hydra.training.lean.attention import ROWS, UnknownBatchError, UnknownModelError, attention_by_rows
+from loraplus_hydra.training.lean.attention import (
+    UnknownBatchError,
+    UnknownModelError,
+    attention_by_rows,
+    rows_underway,
+)
 from loraplus_hydra.training.lean.frozen import Frozen, should_pack
 from loraplus_hydra.training.lean.head import log_probabilities, score
 from loraplus_hydra.training.lean.layers import lend_lean_layers
@@ -36,17 +40,24 @@ class LeanForward:
         self.model = model
         self.backbone = model.base_model
         self._run_backbone = self.backbone.forward
-        self._rows: Rows | None = None  # of the pass under way
         linears = [each for each in model.modules() if isinstance(each, nn.Linear) and not each.weight.requires_grad]
         self._packed = should_pack(each.weight for each in linears)
-        lend_lean_layers(model, lambda: self._rows is not None, packed=self._packed)
+        lend_lean_layers(model, lambda: rows_underway() is not None, packed=self._packed)
         if isinstance(pooler := getattr(self.backbone, "pooler", None), nn.Module):
             pooler.register_forward_pre_hook(self._padded_for_pooler)
         self._frozen_head: Frozen | None = None
 
-    def backbone_output(self, batch: Mapping[str, Any]) -> Any:
+    def classified(self, classify: Callable[..., Any], batch: Mapping[str, Any]) -> Any:
+        """Return what `classify`, the model's own forward, makes of a batch with the backbone on joined rows."""
+        self.backbone.forward = self._padded_output
+        try:
+            return classify(**batch)
+        finally:
+            self.backbone.forward = self._run_backbone
+
+    def _padded_output(self, *args: Any, **kwargs: Any) -> Any:
         """Return the backbone's output for a padded batch, its last hidden state padded again."""
-        output, rows = self._joined_output(batch)
+        output, rows = self._joined_output(batch_of(args, kwargs))
         output.last_hidden_state = rows.pad(output.last_hidden_state)
         return output
 
@@ -100,8 +111,8 @@ class LeanForward:
             name: rows.join(batch[name]) for name in ("input_ids", "token_type_ids") if batch.get(name) is not None
         }
         joined["position_ids"] = rows.join(self._positions(ids, mask))
-        with self._underway(rows), attention_by_rows(self.backbone.config):
-            return self._run_backbone(**joined, use_cache=False, return_dict=True, **{ROWS: rows}), rows
+        with attention_by_rows(self.backbone.config, rows):
+            return self._run_backbone(**joined, use_cache=False, return_dict=True), rows
 
     def _positions(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return position ids, [rows, columns], as the model makes them when it is given none."""
@@ -109,21 +120,14 @@ class LeanForward:
         own = getattr(embeddings, "create_position_ids_from_input_ids", None)  # RoBERTa and its kin
         return positions(mask) if own is None else own(ids, embeddings.padding_idx)
 
-    @contextmanager
-    def _underway(self, rows: Rows) -> Iterator[None]:
-        self._rows = rows
-        try:
-            yield
-        finally:
-            self._rows = None
-
     def _padded_for_pooler(self, pooler: nn.Module, inputs: tuple[Any, ...]) -> Any:
         """Give the pooler padded rows: it takes each row's first token."""
-        if self._rows is None:
+        rows = rows_underway()
+        if rows is None:
             return None
-        if inputs[0].shape[:2] != (1, self._rows.tokens):
+        if inputs[0].shape[:2] != (1, rows.tokens):
             raise UnknownModelError("its pooler does not choose the tokens that it pools")
-        return (self._rows.pad(inputs[0]), *inputs[1:])
+        return (rows.pad(inputs[0]), *inputs[1:])
 
 
 def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

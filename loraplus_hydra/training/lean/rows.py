@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -77,10 +76,3 @@ class Rows:
 def positions(mask: torch.Tensor) -> torch.Tensor:
     """Return the position of each place of a batch as transformers counts it by default: its column."""
     return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
-
-
-def padding_share(lengths: Sequence[int], batch_size: int) -> float:
-    """Return the share of padded places in batches of rows taken in the order of `lengths`."""
-    batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
-    places = sum(max(batch) * len(batch) for batch in batches)
-    return 1 - sum(lengths) / places if places else 0.0

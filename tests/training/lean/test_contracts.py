@@ -10,11 +10,10 @@ import torch
 import transformers
 from accelerate import Accelerator
 from peft.tuners.lora import layer as peft_layer
-from transformers import LlamaForCausalLM, PretrainedConfig, Trainer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
+from transformers import AttentionMaskInterface, LlamaForCausalLM, MistralConfig, PretrainedConfig, Trainer
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from trl.trainer import sft_trainer, utils
 
-from loraplus_hydra.training.lean.attention import NAME, attention_by_rows
 from loraplus_hydra.training.lean.frozen import Frozen
 from tests.support.lean import adapted
 
@@ -25,29 +24,20 @@ def test_a_config_s_attention_can_be_switched_with_its_parts() -> None:
     assert config._attn_implementation == "eager"
 
 
-def test_no_mask_is_made_for_an_attention_of_ones_own() -> None:
-    config = adapted("llama").get_base_model().config
-    assert NAME not in ALL_MASK_ATTENTION_FUNCTIONS
+def test_an_attention_of_ones_own_is_asked_for_its_mask() -> None:
+    config = MistralConfig(sliding_window=4)
+    ids = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    asked: list[Any] = []
+    AttentionMaskInterface.register("asked", lambda **given: asked.append(given))  # type: ignore[arg-type]
+    config._attn_implementation = "asked"
+    arguments = (config, torch.zeros(1, 6, 16), None, None, ids)
 
-    with attention_by_rows(config):
-        mask = create_causal_mask(config, torch.zeros(1, 6, 16), None, None, torch.tensor([[0, 1, 2, 0, 1, 2]]))
+    assert create_causal_mask(*arguments) is None
+    assert create_sliding_window_causal_mask(*arguments) is None
+    create_causal_mask(*arguments, and_mask_function=lambda *_: True)
 
-    assert mask is None
-
-
-def test_keyword_arguments_of_a_model_reach_its_attention() -> None:
-    model: Any = adapted("llama").get_base_model()
-    seen: list[Any] = []
-
-    def attention(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs["some_rows"])
-        return query.transpose(1, 2), None
-
-    transformers.AttentionInterface.register("seen", attention)
-    model.config._attn_implementation = "seen"
-    model.model(input_ids=torch.ones(1, 3, dtype=torch.long), some_rows="rows")
-
-    assert seen == ["rows"] * 2
+    assert [each.get("local_size") for each in asked] == [None, 4, None]
+    assert [each["use_vmap"] for each in asked] == [False, False, True]
 
 
 def test_transformers_marks_the_models_that_use_its_attention_interface() -> None:

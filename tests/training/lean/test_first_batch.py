@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loraplus_hydra.training.lean.attention import UnknownBatchError
-from loraplus_hydra.training.lean.first_batch import disagreement
+from loraplus_hydra.training.lean.first_batch import _some_rows, disagreement
 from loraplus_hydra.training.lean.forward import LeanForward
 from tests.support.lean import Batch, adapted
 
@@ -104,6 +104,35 @@ def test_not_finite_numbers_have_to_agree() -> None:
     assert checked(model, batch) is None
 
 
-def test_rows_without_a_label_decide_nothing() -> None:
+def test_rows_without_a_label_are_compared_all_the_same() -> None:
+    def scale(base: Any) -> None:
+        own = base.lm_head.forward
+        base.lm_head.forward = lambda hidden: own(hidden) * 1.01
+
+    unlabelled = Batch((5, 9), supervised=0.0).tensors()
+
+    assert checked(adapted("llama"), unlabelled) is None
+    assert "differ by" in str(checked(adapted("llama"), unlabelled, scale))
+
+
+def test_rows_of_one_token_decide_nothing() -> None:
     with pytest.raises(UnknownBatchError):
-        checked(adapted("llama"), Batch((5, 9), supervised=0.0).tensors())
+        checked(adapted("llama"), Batch((1, 1)).tensors())
+
+
+def test_one_row_alone_shows_a_model_that_mixes_rows() -> None:
+    model = adapted("llama", dtype=torch.float32)
+    model.get_base_model().model.layers[1].mlp.register_forward_hook(lambda *given: given[2] + given[2].roll(1, 1))
+
+    assert "differ by" in str(checked(model, Batch((9,)).tensors()))
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_the_row_that_is_added_is_padded_on_the_batch_s_side(left: bool) -> None:
+    some = _some_rows(Batch((5, 9, 7), left=left).tensors())
+
+    assert some["input_ids"][-1].tolist() == some["input_ids"][1].tolist()
+    assert some["attention_mask"][-1].tolist() == ([0] * 3 + [1] * 6 if left else [1] * 6 + [0] * 3)
+    assert (some["labels"][-1] != -100).tolist() == [
+        each > (3 if left else 0) and each < (9 if left else 6) for each in range(9)
+    ]

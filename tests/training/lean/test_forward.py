@@ -130,22 +130,19 @@ def test_a_loss_over_no_label_is_nan_as_the_model_s_own() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(architecture=st.sampled_from(sorted(CLASSIFIERS)), batch=BATCHES)
-def test_hidden_states_of_a_classifier_are_the_model_s_own(architecture: str, batch: Batch) -> None:
+def test_logits_of_a_classifier_are_the_model_s_own(architecture: str, batch: Batch) -> None:
     model = adapted(architecture, classes=3, **({"target_modules": ["c_attn"]} if architecture == "gpt2" else {}))
     base = model.get_base_model()
     tensors = Batch(**{**vars(batch), "pad": base.config.pad_token_id}).tensors()
     del tensors["labels"]
     if architecture == "bert":
         tensors["token_type_ids"] = tensors["input_ids"] % 2
-    backbone, mask = base.base_model, tensors["attention_mask"].bool()
-    own = backbone(**tensors)
+    own = base(**tensors)
 
-    made = LeanForward(base).backbone_output(tensors)
+    made = LeanForward(base).classified(base.forward, tensors)
 
-    assert made.last_hidden_state.shape == own.last_hidden_state.shape
-    assert_close([made.last_hidden_state[mask]], [own.last_hidden_state[mask]])
-    if own.get("pooler_output") is not None:
-        assert_close([made.pooler_output], [own.pooler_output])
+    assert_close([made.logits], [own.logits])
+    assert_close(gradients(made.logits.cos().sum(), base), gradients(own.logits.cos().sum(), base))
 
 
 def test_the_model_is_as_before_after_a_lean_pass_and_after_an_error() -> None:
@@ -186,8 +183,11 @@ def test_a_pooler_that_is_handed_one_token_is_unknown() -> None:
         )
     )
 
+    batch = Batch((4, 7)).tensors()
+    del batch["labels"]
+
     with pytest.raises(UnknownModelError, match="pooler"):
-        LeanForward(model).backbone_output(Batch((4, 7)).tensors())
+        LeanForward(model).classified(model.forward, batch)
 
 
 def test_a_call_with_unknown_arguments_is_none_of_ours() -> None:
