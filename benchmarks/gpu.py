@@ -39,11 +39,11 @@ def main() -> None:
     for way in [way for way in config.ways if way in INSTALLED and not INSTALLED[way]()]:
         print(f"{way}: left out, since its package is not installed")
         config.ways.remove(way)
+    print(f"on {torch.cuda.get_device_name()}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         save_model(config.model, Path(folder))
         config.folder = folder
         measure_all(config)
-    print(f"on {torch.cuda.get_device_name()}")
 
 
 if __name__ == "__main__":
