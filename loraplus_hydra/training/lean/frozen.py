@@ -24,6 +24,11 @@ class Frozen:
         self._packed = _pack(weight) if packed and _can_pack(weight) else None
         self._packed_from = weight.data_ptr()
 
+    @property
+    def is_packed(self) -> bool:
+        """Return True if oneDNN multiplies in float32."""
+        return self._packed is not None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T, [tokens, out], for x [tokens, in]."""
         return x @ self.weight.t() if not self._usable(x) else _product(x, self._packed[0])  # type: ignore[index]
