@@ -1,0 +1,49 @@
+"""The lean forward on a GPU: the plain forward's numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loraplus_hydra import run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ([], 1e-5),
+        (["model.dtype=bfloat16"], 2e-2),
+        (["quantization=nf4", "model.dtype=bfloat16"], 2e-2),
+    ],
+)
+def test_a_run_has_the_plain_forward_s_losses(
+    compose: Callable[..., Any],
+    tmp_path: Path,
+    changes: list[str],
+    tolerance: float,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shared = ["data.max_samples=64", "trainer.max_steps=6", "trainer.logging_steps=1", "task.samples=0"]
+    losses = {}
+    for forward in ("lean", "plain", "auto"):
+        run(compose(*shared, *changes, f"trainer.forward={forward}"), tmp_path / forward)
+        lines = (tmp_path / forward / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        metrics = [json.loads(line) for line in lines]
+        losses[forward] = [each[name] for each in metrics for name in ("loss", "eval_loss") if name in each]
+
+    printed = capsys.readouterr().out
+    assert "Forward pass: lean, without padding" in printed
+    assert "Forward pass: plain, since it has not been measured on a GPU yet" in printed
+    assert len(losses["lean"]) > 6
+    assert losses["lean"] == pytest.approx(losses["plain"], rel=tolerance)
+    assert losses["auto"] == pytest.approx(losses["plain"], rel=tolerance)
