@@ -1,8 +1,8 @@
-"""AdaLoRA under an HF Trainer: its schedule of ranks and its penalty.
+"""AdaLoRA with a Hugging Face Trainer: the schedule of ranks, and the penalty.
 
-AdaLoRA (arXiv 2303.10512) trains each layer at rank `init_r` for `tinit` steps. It then cuts ranks until `target_r` is
-left on average, and trains the last `tfinal` steps at those. Neither the Trainer nor TRL calls PEFT's
-`update_and_allocate`. Other modules reach this one through `models.adapter.SCHEDULES`.
+AdaLoRA (arXiv 2303.10512) trains each layer at rank `init_r` for `tinit` steps. Then it cuts ranks until their mean is
+`target_r`, and trains the last `tfinal` steps at the remaining ranks. Neither the Trainer nor TRL calls PEFT's
+`update_and_allocate`, so the callback here does. Other modules use this module only through `models.adapter.SCHEDULES`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from transformers.trainer_utils import get_last_checkpoint
 from loraplus_hydra.errors import Problem, UserError
 from loraplus_hydra.loraplus.peft_layers import ADAPTER_NAME
 
-IMPORTANCE_FILE = "adalora.safetensors"  # in a checkpoint: the moving averages that decide which ranks are cut
-_PLACEHOLDER_STEPS = 2**31  # PEFT requires total_step, and nobody knows the run's steps yet
+IMPORTANCE_FILE = "adalora.safetensors"  # file of a checkpoint with the moving averages that decide which ranks are cut
+_PLACEHOLDER_STEPS = 2**31  # PEFT requires total_step before the run's number of steps is known
 
 
 def config_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return AdaLoraConfig's arguments with an idle schedule, which `AdaLoraCallback` replaces."""
+    """Return AdaLoraConfig's arguments with a placeholder schedule, which `AdaLoraCallback` replaces."""
     return {**arguments, "tinit": 0, "tfinal": 0, "total_step": _PLACEHOLDER_STEPS}
 
 
 def problems(adapter: Mapping[str, Any], trainer: Mapping[str, Any]) -> list[Problem]:
-    """Check the schedule that an `adapter` group sets for the steps of a `trainer` group."""
+    """Check the schedule in an `adapter` group against the steps in a `trainer` group."""
     found = []
     if adapter.get("total_step") is not None:
-        found.append(Problem("adapter.total_step", "comes from the run's own number of steps", "leave it out"))
+        found.append(Problem("adapter.total_step", "is computed from the run's number of steps", "leave it out"))
     first, last = adapter.get("tinit", 0), adapter.get("tfinal", 0)
     for name, value in (("tinit", first), ("tfinal", last)):
         if not _is_steps_or_share(value):
@@ -41,8 +41,8 @@ def problems(adapter: Mapping[str, Any], trainer: Mapping[str, Any]) -> list[Pro
             found.append(Problem(f"adapter.{name}", f"{value} is out of range", f"it must be {fix}"))
     start, target = adapter.get("init_r", 12), adapter.get("target_r", 8)
     if isinstance(start, int) and isinstance(target, int) and not 1 <= target < start:
-        fix = "init_r is the rank at the start, target_r the mean rank at the end"
-        found.append(Problem("adapter.target_r", f"{target} isn't below adapter.init_r = {start}", fix))
+        fix = "init_r is the rank at the start, and target_r is the mean rank at the end"
+        found.append(Problem("adapter.target_r", f"{target} is not below adapter.init_r = {start}", fix))
     steps = trainer.get("max_steps")
     if not found and isinstance(steps, int) and steps > 0:
         try:
@@ -57,12 +57,12 @@ def continue_problems(config: PeftConfig) -> list[Problem]:
     if not config.rank_pattern:
         return []
     what = "AdaLoRA has cut this adapter's ranks, and can't cut them again"
-    return [Problem("adapter.path", what, "merge it (export) and start from the merged model")]
+    return [Problem("adapter.path", what, "merge the adapter (export) and start from the merged model")]
 
 
 def finish_meta_model(model: torch.nn.Module) -> None:
-    """Freeze the counts of ranks of a model on the meta device."""
-    # PEFT freezes them itself, but not where it makes them on the meta device.
+    """Freeze the tensors with the number of ranks in a model on the meta device."""
+    # PEFT freezes these tensors itself, except on the meta device.
     for name, parameter in model.named_parameters():
         if name.endswith(f".ranknum.{ADAPTER_NAME}"):
             parameter.requires_grad = False
@@ -74,12 +74,12 @@ def callbacks(model: PeftModel, adapter: Mapping[str, Any]) -> list[TrainerCallb
 
 
 class AdaLoraCallback(TrainerCallback):
-    """The schedule and the penalty of one run.
+    """The schedule of ranks and the penalty in one run.
 
-    `tinit` and `tfinal` are steps, or below 1 shares of the run. The penalty on factors that aren't orthogonal goes
-    into the gradients once an optimizer step, after clipping, and never into a loss. PEFT adds it to the model's own
-    loss instead: also in evaluation, once for each accumulated batch, and not at all under TRL's SFTTrainer, which
-    computes its loss itself.
+    `tinit` and `tfinal` are steps, or shares of the run if they are below 1. The penalty on factors that aren't
+    orthogonal is added to the gradients once per optimizer step, after clipping, and never to a loss. PEFT adds the
+    penalty to the model's own loss instead. It is then also part of an evaluation's loss, counted once for each
+    accumulated batch, and ignored by TRL's SFTTrainer, which computes its own loss.
     """
 
     def __init__(self, model: PeftModel, tinit: float, tfinal: float) -> None:
@@ -107,10 +107,10 @@ class AdaLoraCallback(TrainerCallback):
             factor.grad = gradient if factor.grad is None else factor.grad + gradient
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # The config has a rank pattern only inside this call: with one, PEFT saves cut tensors. A checkpoint needs
-        # whole ones, which fit the model and the optimizer's state.
+        # The config has a rank pattern only inside this call, because with a rank pattern PEFT saves cut tensors. A
+        # checkpoint needs uncut tensors, which fit the model and the optimizer's state.
         self.config.rank_pattern = self.rank_pattern
-        self.tuner.update_and_allocate(state.global_step + 1)  # here, while the gradients still exist
+        self.tuner.update_and_allocate(state.global_step + 1)  # called here, because the gradients still exist
         self.rank_pattern, self.config.rank_pattern = self.config.rank_pattern, None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -129,22 +129,23 @@ class AdaLoraCallback(TrainerCallback):
         given = args.resume_from_checkpoint
         folder = Path(given if isinstance(given, str) else get_last_checkpoint(args.output_dir))
         if not (folder / IMPORTANCE_FILE).is_file():
-            raise UserError(f"trainer.resume_from_checkpoint: {folder} lacks {IMPORTANCE_FILE}, which AdaLoRA needs")
+            raise UserError(f"trainer.resume_from_checkpoint: {folder} has no {IMPORTANCE_FILE}, which AdaLoRA needs")
         allocator, device = self.tuner.rankallocator, next(self.tuner.parameters()).device
         for name, tensor in load_file(folder / IMPORTANCE_FILE).items():
             kind, _, parameter = name.partition(".")
             averages = allocator.exp_avg_ipt if kind == "ipt" else allocator.exp_avg_unc
             averages[parameter] = tensor.to(device)
-            allocator.ipt[parameter] = torch.zeros_like(averages[parameter])  # PEFT resets averages of unknown names
+            # PEFT resets averages whose names it doesn't know
+            allocator.ipt[parameter] = torch.zeros_like(averages[parameter])
         if state.global_step >= self.config.total_step - self.config.tfinal:
             self.rank_pattern = kept_ranks(self.tuner.model)
 
 
 def phases(total: int, tinit: float, tfinal: float) -> tuple[int, int]:
-    """Return the steps of the first and of the last phase in a run of `total` steps.
+    """Return the number of steps in the first and in the last phase of a run of `total` steps.
 
-    `tinit` and `tfinal` below 1 are shares of the run. At least two steps must remain between the phases, since ranks
-    are cut by what a step has shown. Raises UserError if they don't.
+    `tinit` and `tfinal` below 1 are shares of the run. Raises UserError if less than two steps remain between the
+    phases, because ranks are cut by the gradients of earlier steps.
     """
     first = round(tinit * total) if tinit < 1 else int(tinit)
     last = round(tfinal * total) if tfinal < 1 else int(tfinal)
@@ -152,14 +153,14 @@ def phases(total: int, tinit: float, tfinal: float) -> tuple[int, int]:
         last = max(0, min(last, total - first - 2))
     if total - first - last < 2:
         raise UserError(
-            f"adapter.tinit and adapter.tfinal: {first} and {last} steps leave fewer than two of the run's {total} to "
-            "cut the ranks in; make them smaller (below 1 they are shares of the run), or the run longer"
+            f"adapter.tinit and adapter.tfinal: {first} and {last} of the run's {total} steps leave fewer than two "
+            "steps to cut ranks; make them smaller (values below 1 are shares of the run), or make the run longer"
         )
     return first, last
 
 
 def orthogonality(model: torch.nn.Module) -> torch.Tensor:
-    """Return the mean distance of the factors from orthonormal rows (A) and columns (B), as PEFT does."""
+    """Return the mean distance of the factors from orthonormal rows (A) and columns (B), as in PEFT."""
     distances = []
     for name, factor in model.named_parameters():
         if _is_factor(name):
@@ -169,8 +170,8 @@ def orthogonality(model: torch.nn.Module) -> torch.Tensor:
 
 
 def kept_ranks(model: torch.nn.Module) -> dict[str, list[bool]]:
-    """Return True for each singular value in use, by the name of its tensor."""
-    # A cut one is exactly zero, so leaving it out changes nothing.
+    """Return, by tensor name, a flag for each singular value: True if it is in use."""
+    # A cut singular value is exactly zero, so omitting it changes nothing.
     values = ((name, p) for name, p in model.named_parameters() if f"lora_E.{ADAPTER_NAME}" in name)
     return {name: value.detach().ne(0).view(-1).tolist() for name, value in values}
 

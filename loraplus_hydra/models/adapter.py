@@ -1,4 +1,4 @@
-"""Build the PEFT config of the `adapter` group and add the adapter to a model."""
+"""PEFT configs from the `adapter` group, and models with an adapter."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from loraplus_hydra.models.initialisation import changes_base, copy_factors, ini
 from loraplus_hydra.models.patterns import refuse_slow_patterns
 
 ALL_LINEAR = "all-linear"
-WITH_EMBEDDINGS = "all-linear+embeddings"  # not PEFT's: its all-linear and the input embedding
-OWN_KEYS = ("path",)  # keys of `adapter` that are no fields of a PEFT config
-# Fields of a PEFT config that say how an adapter started or was stored, not what it is.
+WITH_EMBEDDINGS = "all-linear+embeddings"  # this program's own value: PEFT's all-linear, and the input embedding
+OWN_KEYS = ("path",)  # keys of `adapter` that are not fields of a PEFT config
+# Fields of a PEFT config about an adapter's start or storage. They make no difference to a trained adapter.
 _NOT_COMPARED = frozenset(
     {
         *("init_lora_weights", "target_modules", "task_type", "inference_mode", "revision", "auto_mapping"),
@@ -38,10 +38,10 @@ _NOT_COMPARED = frozenset(
 
 
 class Schedule(Protocol):
-    """Functions of a module for a PEFT method that follows a schedule of its own."""
+    """The functions that a PEFT method with its own schedule needs, as a module."""
 
     def config_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of the PEFT config class before the run's steps are known."""
+        """Return arguments of the PEFT config class that don't depend on the run's steps."""
 
     def problems(self, adapter: Mapping[str, Any], trainer: Mapping[str, Any]) -> list[Problem]:
         """Check the schedule that an `adapter` group sets for the steps of a `trainer` group."""
@@ -50,10 +50,10 @@ class Schedule(Protocol):
         """Return a Problem if a stored adapter with this config can't be trained further."""
 
     def finish_meta_model(self, model: nn.Module) -> None:
-        """Correct what PEFT makes differently on the meta device."""
+        """Correct tensors that PEFT makes differently on the meta device."""
 
     def callbacks(self, model: PeftModel, adapter: Mapping[str, Any]) -> list[TrainerCallback]:
-        """Return the callbacks that a Trainer of `model` needs for its `adapter` group."""
+        """Return the callbacks that a Trainer of `model` needs."""
 
 
 SCHEDULES: dict[type[PeftConfig], Schedule] = {AdaLoraConfig: adalora}
@@ -65,16 +65,17 @@ def schedule_of(config_class: type[PeftConfig]) -> Schedule | None:
 
 
 def adapter_config(adapter: DictConfig | Mapping[str, Any], task_type: str | None) -> PeftConfig:
-    """Build the PEFT config of `adapter`; `task_type` is used unless the adapter names one."""
+    """Build the PEFT config of `adapter`. `task_type` is used if `adapter` has none."""
     return instantiate({"task_type": task_type, **peft_arguments(adapter)})
 
 
 def peft_arguments(adapter: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """Translate the `adapter` group into `_target_` and keyword arguments of its PEFT config class."""
+    """Translate the `adapter` group into a PEFT config class (`_target_`) and its keyword arguments."""
     arguments = {str(key): value for key, value in adapter.items() if key not in OWN_KEYS}
     if arguments.get("init_lora_weights") == A_ZERO:
-        # `add_adapter` reverses PEFT's own initialisation. With false PEFT would also leave factors of embeddings,
-        # biases of lora_B and DoRA's magnitudes random, so the adapted model would not start as the base.
+        # True, because `add_adapter` exchanges the factors after PEFT's own initialisation. With false PEFT would also
+        # leave factors of embeddings, biases of lora_B and DoRA's magnitudes random, so the adapted model would not
+        # start as the base model.
         arguments["init_lora_weights"] = True
     schedule = schedule_of(locate(arguments["_target_"]))
     return schedule.config_arguments(arguments) if schedule else arguments
@@ -89,10 +90,10 @@ def add_adapter(
     revision: str | None = None,
     on_meta: bool = False,
 ) -> PeftModel:
-    """Add the adapter to `model`; only the adapter's tensors have `requires_grad`.
+    """Add the adapter to `model`. Only the adapter's tensors have `requires_grad`.
 
-    `new_tokens` are token ids whose rows of the embedding train too. `revision` is the base model's, stored with the
-    adapter. With `on_meta` the model is on the meta device and stays there. Raises UserError.
+    `new_tokens` are token ids whose rows of the embedding are also trained. `revision` is the base model's revision,
+    stored with the adapter. With `on_meta`, the model is on the meta device, and so is the adapter. Raises UserError.
     """
     config = adapter_config(adapter, task_type) if adapter.get("_target_") else None
     if config is not None:
@@ -102,15 +103,15 @@ def add_adapter(
         note_initialisation(continued, TRAINED)
         return continued
     if config is None:
-        what = "is not set, nor is adapter._target_"
-        raise ConfigErrors([Problem(KEY, what, "name a stored adapter, or use adapter=lora")])
+        what = "is not set, and adapter._target_ is not set either"
+        raise ConfigErrors([Problem(KEY, what, "set it to a stored adapter, or use adapter=lora")])
     _train_new_tokens(config, model, new_tokens)
     _refuse_olora_on_conv1d(config, model)
     adapted = _new_adapter(model, config, revision=revision, on_meta=on_meta)
     if adapter.get("init_lora_weights") == A_ZERO:
         initialise_a_zero(adapted)
     if not on_meta and changes_base(getattr(config, "init_lora_weights", None)):
-        # `save_adapter` needs them to convert the adapter to the original base.
+        # `save_adapter` needs these copies to convert the adapter to the original base.
         adapted.initial_factors = copy_factors(adapted)
     return adapted
 
@@ -123,11 +124,11 @@ def continue_adapter(
     new_tokens: Sequence[int] = (),
     on_meta: bool = False,
 ) -> PeftModel:
-    """Add the stored adapter at `path` to `model`, to train it further.
+    """Add the stored adapter at `path` to `model` for further training.
 
-    `configured` is the PEFT config of the run's own keys, or None to take the adapter's. On the meta device only names
-    and shapes of the stored tensors are compared with the model's. Raises ConfigErrors if the adapter can't be trained
-    further, belongs to another base, or differs from `configured`.
+    `configured` is the PEFT config of the run's own keys. With None, the stored adapter's config is used. On the meta
+    device only the names and shapes of the stored tensors are compared with the model. Raises ConfigErrors if the
+    adapter can't be trained further, was trained on another base, or differs from `configured`.
     """
     stored = stored_adapter(path)
     problems = [
@@ -142,14 +143,14 @@ def continue_adapter(
     stored.config.inference_mode = False
     adapted = _new_adapter(model, configured or stored.config, on_meta=True)
     if misfit := first_misfit(adapted, stored):
-        raise ConfigErrors([Problem(KEY, misfit, "adapter=existing takes the adapter's own settings")])
+        raise ConfigErrors([Problem(KEY, misfit, "adapter=existing uses the stored adapter's own settings")])
     return adapted
 
 
 def possible_targets(model: nn.Module) -> list[str]:
     """Return the names of layers that LoRA can adapt, the most frequent first.
 
-    They are last parts of full names, such as q_proj and v_proj.
+    The names are last parts of full names, such as q_proj and v_proj.
     """
     kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
     names = Counter(name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, kinds))
@@ -166,7 +167,7 @@ def _new_adapter(model: PreTrainedModel, config: PeftConfig, *, on_meta: bool, r
 
 
 def _name_target_layers(config: PeftConfig, model: PreTrainedModel) -> None:
-    """Replace `all-linear+embeddings` by the names of this model's layers."""
+    """Replace `all-linear+embeddings` with the names of this model's layers."""
     if getattr(config, "target_modules", None) != WITH_EMBEDDINGS:
         return
     config.target_modules = ALL_LINEAR
@@ -175,15 +176,15 @@ def _name_target_layers(config: PeftConfig, model: PreTrainedModel) -> None:
 
 
 def _train_new_tokens(config: PeftConfig, model: PreTrainedModel, new_tokens: Sequence[int]) -> None:
-    """Let the rows of new tokens train, also in an output layer that isn't tied to the embedding."""
+    """Make the rows of new tokens trainable, also in an output layer that isn't tied to the embedding."""
     if not new_tokens:
         return
     if not hasattr(config, "trainable_token_indices"):
         what = f"{type(config).__name__} can't train the rows of new tokens"
-        raise ConfigErrors([Problem("model.add_tokens", what, "use a LoRA adapter (adapter=lora), or leave it empty")])
+        raise ConfigErrors([Problem("model.add_tokens", what, "use a LoRA adapter (adapter=lora), or []")])
     if _name_of(model, model.get_input_embeddings()) in (getattr(config, "target_modules", None) or ()):
-        what = "rows of new tokens can't train where the adapter sits on the embedding itself"
-        raise ConfigErrors([Problem("model.add_tokens", what, "use adapter=lora, or leave it empty")])
+        what = "rows of new tokens can't train if the adapter adapts the embedding"
+        raise ConfigErrors([Problem("model.add_tokens", what, "use adapter=lora, or []")])
     layers = [model.get_input_embeddings()]
     output = model.get_output_embeddings()
     if output is not None and not model.config.get_text_config().tie_word_embeddings:
@@ -193,7 +194,7 @@ def _train_new_tokens(config: PeftConfig, model: PreTrainedModel, new_tokens: Se
 
 
 def _refuse_olora_on_conv1d(config: PeftConfig, model: PreTrainedModel) -> None:
-    # PEFT 0.21.2 decomposes every weight as a Linear's; Conv1D stores its weight transposed.
+    # PEFT 0.21.2 decomposes every weight like a Linear's, but Conv1D stores the transposed weight.
     initialisation = str(getattr(config, "init_lora_weights", None)).lower()
     if initialisation == "olora" and any(isinstance(module, Conv1D) for module in model.modules()):
         what = f"PEFT's olora doesn't support the Conv1D layers of {type(model).__name__}"
@@ -207,21 +208,21 @@ def _name_of(model: nn.Module, layer: nn.Module) -> str:
 def _continue_problems(stored: StoredAdapter, new_tokens: Sequence[int]) -> list[Problem]:
     config = stored.config
     if new_tokens and not getattr(config, "trainable_token_indices", None):
-        return [Problem("model.add_tokens", "the adapter at adapter.path has no rows for new tokens", "leave it empty")]
+        return [Problem("model.add_tokens", "the adapter at adapter.path has no rows for new tokens", "use []")]
     if changes_base(getattr(config, "init_lora_weights", None)):
-        what = f"it is stored as {config.init_lora_weights}, whose base isn't the original one"
-        return [Problem(KEY, what, "store it as plain LoRA (path_initial_model_for_weight_conversion of PEFT)")]
+        what = f"the adapter is stored as {config.init_lora_weights}, which has changed the base"
+        return [Problem(KEY, what, "store it as plain LoRA (PEFT's path_initial_model_for_weight_conversion)")]
     schedule = schedule_of(type(config))
     return schedule.continue_problems(config) if schedule else []
 
 
 def _base_problems(stored: StoredAdapter, model: PreTrainedModel) -> list[Problem]:
     then, now = stored.config.base_model_name_or_path, model.name_or_path
-    # Last parts are compared, so that a folder may move.
+    # Only the last part of the path is compared, because the folder may have been moved.
     if not then or not now or Path(then).name == Path(now).name:
         return []
-    fix = f"set model.path={then}; if that is the same model, write its new name into {stored.folder / CONFIG}"
-    return [Problem(KEY, f"the adapter was trained on {then}, and model.path is {now}", fix)]
+    fix = f"set model.path={then}; if {now} is the same model, write its path into {stored.folder / CONFIG}"
+    return [Problem(KEY, f"the adapter was trained on {then}, but model.path is {now}", fix)]
 
 
 def _differences(stored: PeftConfig, configured: PeftConfig | None) -> list[Problem]:
@@ -236,7 +237,7 @@ def _differences(stored: PeftConfig, configured: PeftConfig | None) -> list[Prob
 
 
 def _comparable_fields(config: PeftConfig) -> dict[str, Any]:
-    """Return the fields as JSON stores them, with None for every empty value."""
+    """Return the config's fields as JSON values, with None for every empty value."""
     fields = {name: value for name, value in config.to_dict().items() if name not in _NOT_COMPARED}
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
     return {name: value or None for name, value in json.loads(json.dumps(plain, default=str)).items()}

@@ -1,4 +1,4 @@
-"""Save and load adapters in PEFT's on-disk layout, from safetensors only."""
+"""Adapters saved and loaded in PEFT's layout, from safetensors only."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from loraplus_hydra.models.patterns import refuse_slow_patterns
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 KEY = "adapter.path"
-# Fields that make PEFT read further files, or import a package, while it builds the adapter.
+# Fields that make PEFT read other files, or import a package, while it builds the adapter.
 _LEADING_ELSEWHERE = ("megatron_config", "prompt_tuning_init_state_dict_path", "adapters", "shadow_model")
-_ANY_RANK = 65_536  # more than anybody trains
-_SAFETENSORS_ONLY = "only safetensors are read, since a pickle can run code"
+_ANY_RANK = 65_536  # far larger than any rank in use
+_SAFETENSORS_ONLY = "only safetensors are read, because a pickle can run code"
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class StoredAdapter:
     config: PeftConfig
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each tensor, from the file's header alone."""
+        """Return the shape of each tensor. Only the file's header is read."""
         with safe_open(self.folder / WEIGHTS, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def not_finite(self) -> str | None:
-        """Return the name of a tensor with a number that isn't finite, or None."""
+        """Return the name of the first tensor with a number that isn't finite, or None."""
         with safe_open(self.folder / WEIGHTS, framework="pt") as file:
             names = (name for name in file.keys() if not file.get_tensor(name).isfinite().all())  # noqa: SIM118
             return next(names, None)
@@ -55,8 +55,8 @@ class StoredAdapter:
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the adapter, its tokenizer and the base's config.json into `folder`.
 
-    The files fit the original base, whatever the adapter's initialisation was. The config.json has a classifier's label
-    names.
+    The files fit the original base, also for an initialisation that changes the base. For a classifier, config.json
+    also has the names of the labels.
     """
     save_factors(model, folder)
     initial = getattr(model, "initial_factors", None)
@@ -71,29 +71,33 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
 
 def save_base_config(model: PeftModel, folder: Path) -> None:
-    """Write the base's config.json into `folder`; a classifier's has the names of its labels."""
+    """Write the base's config.json, with the names of a classifier's labels, into `folder`."""
     config = model.get_base_model().config
-    use_cache, config.use_cache = config.use_cache, True  # it was switched off for training only
+    use_cache, config.use_cache = config.use_cache, True  # the cache was only switched off for training
     config.save_pretrained(str(folder))
     config.use_cache = use_cache
 
 
 def save_factors(model: PeftModel, folder: Path, **arguments: Any) -> None:
-    """Write PEFT's files of the trained tensors into `folder`; `arguments` go to PEFT's `save_pretrained`."""
+    """Write the trained tensors into `folder`. `arguments` are passed to PEFT's `save_pretrained`."""
     model.save_pretrained(
         str(folder),
         safe_serialization=True,
-        # PEFT would store the base's embedding if it has LoRA or new rows. It is frozen; new rows are the adapter's.
+        # PEFT would also store the base's embedding if it has LoRA or new rows. But the embedding is frozen, and new
+        # rows are stored as tensors of the adapter.
         save_embedding_layers=False,
-        selected_adapters=[ADAPTER_NAME],  # not DPO's frozen reference, which is a second adapter
+        selected_adapters=[ADAPTER_NAME],  # without DPO's frozen reference, which is a second adapter
         **arguments,
     )
     _sort_sets(folder, model.peft_config[ADAPTER_NAME])
-    remove(folder / "README.md")  # a card of placeholders; `export` writes a true one
+    remove(folder / "README.md")  # PEFT's card has only placeholders; `export` writes a card with real values
 
 
 def _sort_sets(folder: Path, config: PeftConfig) -> None:
-    """Sort what PEFT keeps as sets in `folder`'s config: their order depends on PYTHONHASHSEED."""
+    """Sort lists in `folder`'s config that PEFT makes from sets.
+
+    The order of a set depends on PYTHONHASHSEED.
+    """
     stored = read_json(folder / CONFIG)
     for name, value in vars(config).items():
         if isinstance(value, set) and name in stored:
@@ -102,13 +106,13 @@ def _sort_sets(folder: Path, config: PeftConfig) -> None:
 
 
 def stored_adapter(path: str, key: str = KEY) -> StoredAdapter:
-    """Open the adapter at `path`: its folder, a run's folder, or a hub name.
+    """Open the adapter at `path`: an adapter's folder, a run's folder, or a hub name.
 
-    It is untrusted: no code of it is run, and only its config and its safetensors are read. Raises ConfigErrors under
-    `key`.
+    The adapter is untrusted. None of its code is run, and only its config and its safetensors are read. Raises
+    ConfigErrors at `key`.
     """
     folder = adapter_folder(path, key)
-    refuse_links(folder, key, reading=True)  # before other libraries open its files
+    refuse_links(folder, key, reading=True)  # checked before other libraries open the files
     stored = StoredAdapter(folder, _read_config(folder / CONFIG, key))
     try:
         shapes, broken = stored.shapes(), stored.not_finite()
@@ -119,7 +123,7 @@ def stored_adapter(path: str, key: str = KEY) -> StoredAdapter:
     if broken is not None:
         unsafe.append(f"{folder / WEIGHTS}: {broken} has numbers that aren't finite")
     if unsafe:
-        raise ConfigErrors([Problem(key, what, "name another adapter") for what in unsafe])
+        raise ConfigErrors([Problem(key, what, "use another adapter") for what in unsafe])
     return stored
 
 
@@ -127,12 +131,13 @@ def attach(model: PreTrainedModel, stored: StoredAdapter, *, trainable: bool = F
     """Add a stored adapter to `model` and load its tensors. Raises UserError if they don't fit."""
     refuse_slow_patterns(stored.config, model)
     stored.config.inference_mode = not trainable
-    if getattr(stored.config, "prompt_tuning_init", None) == "TEXT":  # PEFT would load a tokenizer by its name
+    # PEFT would load the tokenizer that the config names
+    if getattr(stored.config, "prompt_tuning_init", None) == "TEXT":
         stored.config.prompt_tuning_init = type(stored.config.prompt_tuning_init)("RANDOM")
     try:
         with quiet_peft():
             adapted = PeftModel.from_pretrained(model, str(stored.folder), is_trainable=trainable, config=stored.config)
-    except Exception as error:  # PEFT raises anything for a config or tensors of another model
+    except Exception as error:  # PEFT raises many types for a config or tensors of another model
         raise UserError(f"the adapter in {stored.folder} doesn't fit the model: {first_line(error)}") from error
     if misfit := first_misfit(adapted, stored, names_only=True):
         raise UserError(f"the adapter in {stored.folder} doesn't fit the model: {misfit}")
@@ -140,31 +145,30 @@ def attach(model: PreTrainedModel, stored: StoredAdapter, *, trainable: bool = F
 
 
 def load_tensors(adapted: PeftModel, folder: Path) -> None:
-    """Load the tensors in `folder` into a model with this adapter. Raises UserError on a misfit."""
+    """Load the tensors in `folder` into an adapted model. Raises UserError if they don't fit."""
     refuse_other_tensors(folder, adapted)
     set_peft_model_state_dict(adapted, load_file(folder / WEIGHTS), adapter_name=ADAPTER_NAME)
 
 
 def refuse_other_tensors(folder: Path, adapted: PeftModel) -> None:
-    """Raise UserError unless the weights in `folder` have the names and shapes of `adapted`."""
+    """Raise UserError if the tensors in `folder` and in `adapted` differ in names or shapes."""
     try:
         misfit = first_misfit(adapted, StoredAdapter(folder, PeftConfig()))
     except (SafetensorError, OSError, RuntimeError) as error:
         raise UserError(f"{folder / WEIGHTS} can't be read: {first_line(error)}") from None
     if misfit:
-        raise UserError(f"{folder / WEIGHTS} isn't of this run: {misfit}")
+        raise UserError(f"{folder / WEIGHTS} doesn't belong to this run: {misfit}")
 
 
 def first_misfit(adapted: PeftModel, stored: StoredAdapter, *, names_only: bool = False) -> str:
-    """Describe the first tensor that model and file don't both have in the same shape.
+    """Describe the first tensor that is missing, or has another shape, in the model or in the file.
 
-    Empty if there is none.
-
-    With `names_only` shapes are not compared.
+    Empty if all tensors fit. With `names_only`, shapes are not compared.
     """
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     model = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    # The base's own tensors count where they train (biases). PEFT may have stored a frozen embedding among them.
+    # The base's own tensors are compared only if they are trained (biases). PEFT may have stored a frozen embedding,
+    # too.
     file = {name: shape for name, shape in stored.shapes().items() if ".base_layer." not in name or name in model}
     for name in sorted(model.keys() ^ file.keys() if names_only else model.keys() | file.keys()):
         if model.get(name) != file.get(name):
@@ -173,12 +177,12 @@ def first_misfit(adapted: PeftModel, stored: StoredAdapter, *, names_only: bool 
 
 
 def adapter_folder(path: str, key: str = KEY) -> Path:
-    """Return the folder with the files of the adapter at `path`, fetched from the hub if need be."""
+    """Return the folder of the adapter at `path`. A hub's adapter is downloaded first."""
     folder = Path(model_location(path)) if is_local(path) else _fetch(path, key)
     if (folder / ADAPTER / CONFIG).is_file():
         folder = folder / ADAPTER
     if not (folder / CONFIG).is_file():
-        raise ConfigErrors([Problem(key, f"there is no {CONFIG} in {folder}", "name an adapter's folder, or a run's")])
+        raise ConfigErrors([Problem(key, f"there is no {CONFIG} in {folder}", "give an adapter's folder, or a run's")])
     if not (folder / WEIGHTS).is_file():
         raise ConfigErrors([Problem(key, f"there is no {WEIGHTS} in {folder}", _SAFETENSORS_ONLY)])
     return folder
@@ -189,28 +193,28 @@ def _fetch(path: str, key: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=[CONFIG, WEIGHTS]))
     except (OSError, ValueError) as error:
         what = f"{path}: {first_line(error)}"
-        raise ConfigErrors([Problem(key, what, "name an adapter's folder, or one on the hub")]) from error
+        raise ConfigErrors([Problem(key, what, "give an adapter's folder, or an adapter on the hub")]) from error
 
 
 def _read_config(file: Path, key: str) -> PeftConfig:
     try:
         config = PeftConfig.from_pretrained(str(file.parent))
-        reason = "" if config.peft_type else "it names no method of PEFT"
-    except Exception as error:  # PEFT trusts the file and raises anything for a broken one
+        reason = "" if config.peft_type else "its peft_type is not a method of PEFT"
+    except Exception as error:  # PEFT doesn't validate the file, and raises many types for a broken file
         reason = first_line(error)
     if reason:
-        raise ConfigErrors([Problem(key, f"{file} can't be read: {reason}", "name another adapter")])
+        raise ConfigErrors([Problem(key, f"{file} can't be read: {reason}", "use another adapter")])
     return config
 
 
 def _unsafe_fields(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """Describe fields that name other files or packages, or need far too much memory."""
-    found = [f"{name} leads out of the folder" for name in _LEADING_ELSEWHERE if getattr(config, name, None)]
+    """Return a text for each field that names other files or packages, or needs too much memory."""
+    found = [f"{name} is a path outside the folder" for name in _LEADING_ELSEWHERE if getattr(config, name, None)]
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     patterns = getattr(config, "rank_pattern", None)
     sizes = {name: getattr(config, name, None) for name in ("r", "num_virtual_tokens")}
     sizes |= {f"rank_pattern.{name}": size for name, size in (patterns.items() if isinstance(patterns, dict) else ())}
     for name, size in sizes.items():
         if isinstance(size, (int, float)) and not 0 <= size <= max(largest, _ANY_RANK):
-            found.append(f"{name} is {size}, but no tensor of the adapter has a side longer than {largest}")
+            found.append(f"{name} is {size}, but the largest dimension of the adapter's tensors is {largest}")
     return found

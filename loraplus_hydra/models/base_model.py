@@ -1,4 +1,4 @@
-"""Load the base model, or build it on the meta device from its config alone."""
+"""The base model, loaded with weights, or built from its config on the meta device."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the base model with its weights, frozen, from safetensors only.
 
-    `config_overrides` are attributes of the model's config that the task sets: num_labels, id2label, ...;
-    `quantization` is the config's group. Raises ConfigErrors if the model can't be loaded or its config differs from a
-    named model's YAML.
+    `config_overrides` are attributes of the model's config that the task sets (num_labels, id2label, ...).
+    `quantization` is the config's group. Raises ConfigErrors if the model can't be loaded, or if its config differs
+    from the YAML of the option.
     """
     config = load_config(model, config_overrides)
     _refuse_other_architecture(config, model)
@@ -52,8 +52,8 @@ def load_model(
             config=config,
             dtype=model.dtype,
             attn_implementation=model.attention,
-            use_safetensors=True,  # a pickle can run code while it is read
-            # A checkpoint's head for other labels is replaced by a new one.
+            use_safetensors=True,  # reading a pickle can run code
+            # If the checkpoint's head is for other labels, a new head replaces it.
             ignore_mismatched_sizes="num_labels" in (config_overrides or {}),
             **arguments,
         )
@@ -68,7 +68,10 @@ def load_model(
 def load_base(
     config: DictConfig, tokenizer: PreTrainedTokenizerBase, config_overrides: Mapping[str, Any] | None = None
 ) -> PreTrainedModel:
-    """Load the base model of a run's config, quantised if the config says so and matched to the tokenizer."""
+    """Load the base model of a run's config, and match it to the tokenizer.
+
+    The model is quantised if the config has a quantisation.
+    """
     loaded = load_model(
         config.model,
         config.task.auto_class,
@@ -83,28 +86,28 @@ def load_base(
 
 
 def draw_new_head(model: PreTrainedModel) -> None:
-    """Initialise the head of a classifier anew, from the global generator."""
+    """Initialise a classifier's head again, with the global random generator."""
     for name, module in model.named_children():
         if name in _HEADS:
             for part in module.modules():
-                part._is_hf_initialized = False  # transformers leaves loaded weights unchanged
+                part._is_hf_initialized = False  # without this flag transformers would leave loaded weights unchanged
                 for tensor in part.parameters(recurse=False):
                     tensor._is_hf_initialized = False  # type: ignore[attr-defined]
             module.apply(model._init_weights)
 
 
 def load_config(model: DictConfig, config_overrides: Mapping[str, Any] | None = None) -> PretrainedConfig:
-    """Load the config.json beside the model and set the task's overrides in it. Raises ConfigErrors."""
+    """Load the model's config.json and set the task's overrides in it. Raises ConfigErrors."""
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             model_location(model.path), **hub_arguments(model), **(config_overrides or {})
         )
-    except Exception as error:  # transformers raises anything for a broken file
+    except Exception as error:  # transformers raises many types for a broken file
         raise ConfigErrors([_load_problem(model, error)]) from error
     kernel = getattr(config, "_attn_implementation", None)
     if "/" in str(kernel) and model.attention is None and not model.trust_remote_code:
         what = f"the model's config.json asks for '{kernel}', which is code from a hub"
-        raise ConfigErrors([Problem("model.attention", what, "set it, or model.trust_remote_code=true")])
+        raise ConfigErrors([Problem("model.attention", what, "set model.attention, or model.trust_remote_code=true")])
     return _without_cache(config)
 
 
@@ -113,8 +116,8 @@ def meta_model(
 ) -> PreTrainedModel:
     """Build the model on the meta device: every layer and shape, without weights and memory.
 
-    A named model needs no network. A quantised base is built unquantised, since layers and shapes are the same. Raises
-    ConfigErrors.
+    If the model's option has the architecture, no network is needed. A quantised base is built without quantisation,
+    because layers and shapes are the same. Raises ConfigErrors.
     """
     config = architecture(model, config_overrides)
     _refuse_encoder(config, auto_class, model)
@@ -128,7 +131,7 @@ def meta_model(
             )
             if model.add_tokens:
                 built.resize_token_embeddings(config.vocab_size + len(model.add_tokens), mean_resizing=False)
-    except Exception as error:  # an untrusted config can raise anything
+    except Exception as error:  # an untrusted config can cause any error
         raise ConfigErrors([_load_problem(model, error)]) from error
     built.name_or_path = model_location(model.path)
     built.requires_grad_(False)
@@ -138,8 +141,8 @@ def meta_model(
 def architecture(model: DictConfig, config_overrides: Mapping[str, Any] | None = None) -> PretrainedConfig:
     """Return the config that decides the model's layers and shapes.
 
-    It comes from a named model's YAML, unless `model.path` is a folder here; otherwise from the model's config.json.
-    Raises ConfigErrors.
+    If `model.path` is not a local folder and the option's YAML has the architecture, the YAML is used. Otherwise the
+    model's config.json is used. Raises ConfigErrors.
     """
     if not model.config or is_local(model_location(model.path)):
         config = load_config(model, config_overrides)
@@ -149,7 +152,7 @@ def architecture(model: DictConfig, config_overrides: Mapping[str, Any] | None =
     try:
         config = AutoConfig.for_model(values.pop("model_type"), **values, **(config_overrides or {}))
     except (ValueError, KeyError, TypeError) as error:
-        problem = Problem("model.config", first_line(error), "give model_type and what its config.json has")
+        problem = Problem("model.config", first_line(error), "give model_type and the keys of its config.json")
         raise ConfigErrors([problem]) from error
     return _without_cache(config)
 
@@ -157,47 +160,47 @@ def architecture(model: DictConfig, config_overrides: Mapping[str, Any] | None =
 def vocabulary_problems(model: DictConfig, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
     """Return a Problem if the tokenizer has more tokens than the embedding has rows.
 
-    Tokens of `model.add_tokens` get rows of their own.
+    Tokens of `model.add_tokens` don't count, because they get new rows.
     """
     rows = architecture(model).get_text_config().vocab_size
     tokens = len(tokenizer) - len(model.add_tokens)
     if tokens <= rows:
         return []
     what = f"the tokenizer has {tokens:,} tokens, but the model's embedding has {rows:,} rows"
-    return [Problem("model.tokenizer", what, "name the tokenizer that the model was trained with")]
+    return [Problem("model.tokenizer", what, "use the tokenizer that the model was trained with")]
 
 
 def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a loaded model the tokenizer's pad token, and its embedding rows for new tokens.
+    """Set the tokenizer's pad token in a loaded model, and add rows for new tokens to its embedding.
 
-    New rows are drawn around the mean of the old ones, from the global generator.
+    New rows are drawn around the mean of the old rows, with the global random generator.
     """
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
         model.requires_grad_(False)
     for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
         if config is not None:
-            config.pad_token_id = tokenizer.pad_token_id  # a causal classifier finds the end of each text by it
+            config.pad_token_id = tokenizer.pad_token_id  # a causal classifier uses it to find the end of each text
 
 
 def missing_folder_problem(key: str, path: str) -> Problem | None:
-    """Return a Problem if `path`, set by `key`, is meant as a folder here and doesn't exist."""
+    """Return a Problem at `key` if `path` is a local folder that doesn't exist."""
     location = model_location(path)
     if not is_local(location) or Path(location).is_dir():
         return None
-    where = "" if Path(location).is_absolute() else f" (looked for in {Path.cwd()})"
+    where = "" if Path(location).is_absolute() else f" (searched for in {Path.cwd()})"
     return Problem(key, f"there is no folder {location}{where}", location_advice(path))
 
 
 def location_advice(path: str) -> str:
     """Return advice for a model or tokenizer that isn't found at `path`."""
     if is_local(model_location(path)):
-        return "name a folder that holds a model with its config.json and tokenizer"
-    return "name a folder, or a model on the hub: that needs the network once, and `hf auth login` where it is gated"
+        return "give a folder that contains a model with its config.json and tokenizer"
+    return "give a folder, or a model on the hub (needs the network once, and `hf auth login` if it is gated)"
 
 
 def hub_arguments(model: DictConfig) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that say where files may come from."""
+    """Return the arguments of `from_pretrained` about the hub and remote code."""
     arguments: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
     if model.revision is not None:
         arguments["revision"] = model.revision
@@ -207,8 +210,9 @@ def hub_arguments(model: DictConfig) -> dict[str, Any]:
 
 
 def _hub_has_no_address() -> bool:
-    """Return True if the hub's host name can't be resolved, so that only files fetched before can be used."""
-    # huggingface_hub would try each file six times, for over half a minute. Behind a proxy, the proxy resolves names.
+    """Return True if the hub's host name can't be resolved. Then only cached files can be used."""
+    # Without this check huggingface_hub would try each file six times, which takes over half a minute. With a proxy,
+    # the proxy resolves names.
     if huggingface_hub.is_offline_mode() or urllib.request.getproxies():
         return False
     try:
@@ -219,24 +223,24 @@ def _hub_has_no_address() -> bool:
 
 
 def _without_cache(config: PretrainedConfig) -> PretrainedConfig:
-    config.use_cache = False  # only generation uses it, and it warns beside activation checkpointing
+    config.use_cache = False  # only generation uses the cache, and it causes a warning with activation checkpointing
     return config
 
 
 def _refuse_encoder(config: PretrainedConfig, auto_class: str, model: DictConfig) -> None:
-    # transformers only warns when it loads an encoder as a causal model, in which each token would see the next.
+    # transformers only warns when it loads an encoder as a causal model. Each token would see the next token.
     is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", None) is False
     if auto_class.endswith("ForCausalLM") and is_encoder:
-        what = f"{model.path} is an encoder ({config.model_type}), which sees the text that it should predict"
+        what = f"{model.path} is an encoder ({config.model_type}), whose tokens see the text that should be predicted"
         raise ConfigErrors([Problem("model.path", what, "use task=classification, or a causal model")])
 
 
 def _refuse_other_architecture(config: PretrainedConfig, model: DictConfig) -> None:
-    """Raise ConfigErrors if a checkpoint's config differs from the architecture in a named model's YAML."""
+    """Raise ConfigErrors if a checkpoint's config differs from the architecture in the option's YAML."""
     problems = [
         Problem(
             f"model.config.{name}",
-            f"is {value}, but the model at {model.path} has {getattr(config, str(name), None)}",
+            f"is {value}, but it is {getattr(config, str(name), None)} in the model at {model.path}",
             "for a model of another size or kind use model=hub model.path=...",
         )
         for name, value in model.config.items()
@@ -251,10 +255,10 @@ def _load_problem(model: DictConfig, error: Exception) -> Problem:
         return problem
     text = first_line(error)
     if "trust_remote_code" in str(error) and not model.trust_remote_code:
-        what = f"{model.path} brings Python of its own, which isn't run"
-        return Problem("model.path", what, "read it, then set model.trust_remote_code=true")
+        what = f"{model.path} contains Python code, which isn't run"
+        return Problem("model.path", what, "read the code, then set model.trust_remote_code=true")
     if "safetensors" in str(error):
         return Problem(
-            "model.path", text, "only safetensors are read, since a pickle can run code: convert the weights"
+            "model.path", text, "only safetensors are read, because a pickle can run code: convert the weights"
         )
     return Problem("model.path", f"{model.path} can't be loaded: {text}", location_advice(model.path))

@@ -1,7 +1,8 @@
-"""Initialisations of LoRA's factors: Init[2] of the paper, and those that change the base.
+"""Initialisations of LoRA's factors: the paper's Init[2], PiSSA and OLoRA.
 
-PiSSA and OLoRA move a part of each weight W into A0 and B0 and leave W - s B0 A0 in the base, so their adapter is right
-only on that base. On the original one the same function is W + s (B A - B0 A0), a plain LoRA of twice the rank.
+PiSSA and OLoRA move a part of each weight W into A0 and B0, and leave W - s B0 A0 in the base. So their adapter is
+valid only for that changed base. For the original base, the same model is W + s (B A - B0 A0): a plain LoRA of twice
+the rank.
 """
 
 from __future__ import annotations
@@ -17,26 +18,26 @@ from torch import nn
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.loraplus.peft_layers import A_ZERO, ADAPTER_NAME, note_initialisation
 
-# Initialisations for which PEFT needs more than a config, and silently does something else without it.
+# Initialisations that need more than a PEFT config. Without it, PEFT silently uses another initialisation.
 UNSUPPORTED = {
-    "eva": "it needs activations over the data first (peft.initialize_lora_eva_weights)",
-    "corda": "it needs covariances over the data first (peft.tuners.lora.corda.preprocess_corda)",
-    "lora_ga": "it needs gradients over the data first (peft.preprocess_loraga)",
-    "loftq": "it changes the base's weights by more than an adapter can hold, so the saved adapter would be wrong",
+    "eva": "it first needs activations for the data (peft.initialize_lora_eva_weights)",
+    "corda": "it first needs covariances for the data (peft.tuners.lora.corda.preprocess_corda)",
+    "lora_ga": "it first needs gradients for the data (peft.preprocess_loraga)",
+    "loftq": "it changes the base's weights by more than an adapter can store, so the saved adapter would be wrong",
 }
 
 
 def changes_base(init_lora_weights: Any) -> bool:
-    """Return True if this initialisation takes a part of the base's weights away."""
+    """Return True if this initialisation changes the base's weights."""
     return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(("pissa", "olora"))
 
 
 def initialise_a_zero(model: nn.Module) -> None:
     """Initialise the factors by Init[2] of the LoRA+ paper: A is zero, B is random.
 
-    B gets the distribution that PEFT gives A by default: uniform within +-1/sqrt(fan in). B's fan in is the rank, in a
-    convolution times the kernel's size. LoRA on embeddings is left unchanged: PEFT makes A zero and B random there.
-    Random numbers come from the global generator, so seed it before.
+    B gets PEFT's default distribution of A: uniform within +-1/sqrt(fan in). B's fan in is the rank, for a convolution
+    multiplied by the kernel's size. LoRA on embeddings stays unchanged, because PEFT already makes A zero and B random.
+    Random numbers come from the global generator, which the caller must seed.
     """
     found = False
     for module in model.modules():
@@ -46,13 +47,13 @@ def initialise_a_zero(model: nn.Module) -> None:
             nn.init.kaiming_uniform_(lora_B[ADAPTER_NAME].weight, a=math.sqrt(5))
             found = True
     if not found:
-        what = "a_zero initialises LoRA's factors, and this adapter has none"
+        what = "a_zero initialises LoRA's factors, but this adapter has no such factors"
         raise ConfigErrors([Problem("adapter.init_lora_weights", what, "use true")])
     note_initialisation(model, A_ZERO)
 
 
 def copy_factors(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Return CPU copies of every lora_A and lora_B, by their names in PEFT's files."""
+    """Return CPU copies of all lora_A and lora_B, by their names in PEFT's files."""
     return {
         name.replace(f".{ADAPTER_NAME}.", "."): parameter.detach().to("cpu", copy=True)
         for name, parameter in model.named_parameters()
@@ -65,10 +66,11 @@ def convert_to_original_base(
 ) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """Convert an adapter whose initialisation changed the base into a plain LoRA of twice the rank.
 
-    The result fits the original base. `tensors` are the adapter's file, `initial` the `copy_factors` before training.
+    The result fits the original base. `tensors` are the tensors of the adapter's file. `initial` are the `copy_factors`
+    from before training.
     """
-    # PEFT's own conversion does the same to A and B and drops all else: a classification head, DoRA's magnitudes, new
-    # tokens.
+    # PEFT's own conversion treats A and B in the same way, but drops all other tensors: a classification head, DoRA's
+    # magnitudes, new tokens.
     converted = dict(tensors)
     for name, factor in initial.items():
         before = factor.to(tensors[name].dtype)
@@ -76,7 +78,8 @@ def convert_to_original_base(
         converted[name] = torch.cat(both, dim=dim)
     plain = copy.deepcopy(config)
     plain.init_lora_weights = True
-    growth = math.sqrt(2) if config.use_rslora else 2  # the update is scaled by alpha / sqrt(r) or alpha / r
+    # The update is scaled by alpha / sqrt(r) or alpha / r, and r is doubled
+    growth = math.sqrt(2) if config.use_rslora else 2
     plain.r, plain.lora_alpha = 2 * config.r, _number(growth * config.lora_alpha)
     plain.rank_pattern = {key: 2 * rank for key, rank in (config.rank_pattern or {}).items()}
     plain.alpha_pattern = {key: _number(growth * alpha) for key, alpha in (config.alpha_pattern or {}).items()}

@@ -1,4 +1,4 @@
-"""Fingerprints of the files that a model is loaded from."""
+"""Fingerprints of the files from which a model is loaded."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from loraplus_hydra.io.read import Unreadable, read_json
 from loraplus_hydra.models.adapter_files import CONFIG, WEIGHTS, adapter_folder
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Entries that tell where a config comes from and which version wrote it.
+# Entries of a config that only have its path and the version that wrote it.
 _NOT_CONTENT = ("_name_or_path", "transformers_version", "base_model_name_or_path", "revision", "peft_version")
-# Of an adapter's folder; other files there, such as a README, are not read by any command.
+# The files of an adapter's folder that commands read. They don't read others, such as a README.
 _READ_OF_ADAPTER = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
 
 def base_fingerprints(model: DictConfig) -> dict[str, str]:
     """Return the fingerprints of the base model's weights and config.json.
 
-    A file that is not on this machine has none.
+    A file that is not on this machine has no fingerprint.
     """
     found = {}
     if (config := _file(model, "config.json")) is not None:
@@ -44,7 +44,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the fingerprint of a tokenizer: vocabulary, rules, special tokens, chat template and limits."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules: Any = sorted(tokenizer.get_vocab().items()) if backend is None else json.loads(backend.to_str())
-    if backend is not None:  # these two depend on what the tokenizer was used for
+    if backend is not None:  # these two settings change when the tokenizer is used
         rules.pop("truncation", None)
         rules.pop("padding", None)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
@@ -62,7 +62,7 @@ def adapter_fingerprint(path: str) -> str:
 
 
 def folder_fingerprint(adapter: Path) -> str:
-    """Return the fingerprint of the folder in which a run has stored its adapter and tokenizer."""
+    """Return the fingerprint of the folder with a run's adapter and tokenizer."""
     read = (file for file in adapter.iterdir() if file.suffix in _READ_OF_ADAPTER and file.name != CONFIG)
     return f"{fingerprints.of_files(read)}{_of_json(adapter / CONFIG)}"
 
@@ -77,12 +77,16 @@ def _weight_files(model: DictConfig) -> list[Path]:
 
 
 def _file(model: DictConfig, name: str) -> Path | None:
-    """Return a file of the model, in its folder or in the hub's cache; None if it isn't on this machine."""
+    """Return the path of a model's file, in its folder or in the hub's cache.
+
+    None if the file isn't on this machine.
+    """
     folder = Path(model_location(model.path))
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
     found = try_to_load_from_cache(model.path, name, revision=model.revision)
-    return Path(found) if isinstance(found, str) else None  # else it was never fetched, or the hub has none
+    # Otherwise it was never downloaded, or doesn't exist on the hub
+    return Path(found) if isinstance(found, str) else None
 
 
 def _of_json(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""Regular expressions in an adapter's config, tried within a limit of time before PEFT uses them."""
+"""Regular expressions in an adapter's config, tried with a time limit before PEFT uses them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SECONDS = 5.0
 
 
 def refuse_slow_patterns(config: PeftConfig, model: nn.Module) -> None:
-    """Raise UserError for a pattern that takes seconds to match the layers' names, or is invalid."""
+    """Raise UserError for a pattern that is invalid or takes seconds to match the layers' names."""
     names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
     for field, pattern in _patterns(config):
         try:
@@ -28,7 +28,7 @@ def refuse_slow_patterns(config: PeftConfig, model: nn.Module) -> None:
 
 
 def _patterns(config: PeftConfig) -> Iterator[tuple[str, str]]:
-    """Yield the field and the pattern, as PEFT matches it."""
+    """Yield (field, pattern); the pattern has the form in which PEFT uses it."""
     for field in ("target_modules", "exclude_modules"):
         if isinstance(value := getattr(config, field, None), str):
             yield field, value

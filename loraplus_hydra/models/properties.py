@@ -1,6 +1,6 @@
-"""Properties of a base model that its weights fix.
+"""Properties that a base model's weights decide.
 
-These are the labels of a trained head, and how many tokens the model can take.
+These are the labels of a trained head, and the number of tokens that the model can take.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def is_classifier(config: DictConfig) -> bool:
 def trained_head(model: DictConfig) -> tuple[int, tuple[str, ...]]:
     """Return the number of outputs of the base's trained classification head, and their names.
 
-    Without a head the number is 0; outputs that are called LABEL_0, LABEL_1, ... have no names. Raises ConfigErrors.
+    Without a head the number is 0. The placeholders LABEL_0, LABEL_1, ... are not names. Raises ConfigErrors.
     """
     config = architecture(model)
     if not any(str(name).endswith(_CLASSIFIER) for name in config.architectures or ()):
@@ -38,13 +38,13 @@ def trained_head(model: DictConfig) -> tuple[int, tuple[str, ...]]:
 
 
 def adapter_labels(path: str) -> tuple[str, ...]:
-    """Return the names of the labels that a stored adapter's head was trained for, if it has one.
+    """Return the names of the labels of a stored adapter's head; empty without a head.
 
-    They are in the config.json beside the adapter. Raises ConfigErrors for an adapter that can't be read.
+    The names are in the config.json in the adapter's folder. Raises ConfigErrors if the adapter can't be read.
     """
     try:
         names = read_json(stored_adapter(path).folder / "config.json").get("id2label")
-    except Unreadable:  # an adapter that was saved by PEFT alone
+    except Unreadable:  # PEFT itself stores no config.json
         return ()
     return label_names(names) if isinstance(names, dict) else ()
 
@@ -52,7 +52,7 @@ def adapter_labels(path: str) -> tuple[str, ...]:
 def label_names(id2label: dict[Any, Any]) -> tuple[str, ...]:
     """Return the names in the order of their numbers.
 
-    None for transformers' placeholders LABEL_0, LABEL_1, ...
+    The result is empty for transformers' placeholders LABEL_0, LABEL_1, ...
     """
     names = {int(number): str(name) for number, name in id2label.items()}
     placeholders = all(name == f"LABEL_{number}" for number, name in names.items())
@@ -60,9 +60,9 @@ def label_names(id2label: dict[Any, Any]) -> tuple[str, ...]:
 
 
 def positions(model: DictConfig, auto_class: str) -> int | None:
-    """Return the number of tokens that a model with a table of positions can take; None for any number.
+    """Return the maximum number of tokens of a model with learned position embeddings.
 
-    Rotary and relative positions have no table. Raises ConfigErrors.
+    None means any number: rotary and relative positions have no such embeddings. Raises ConfigErrors.
     """
     config = architecture(model).get_text_config()
     if _is_rotary(config):
@@ -71,7 +71,7 @@ def positions(model: DictConfig, auto_class: str) -> int | None:
 
 
 def trained_positions(model: DictConfig) -> int | None:
-    """Return the number of tokens that a rotary model was made for; None for other models.
+    """Return the number of tokens for which a rotary model was trained; None for other models.
 
     Raises ConfigErrors.
     """
@@ -80,7 +80,7 @@ def trained_positions(model: DictConfig) -> int | None:
 
 
 def table_size(model: nn.Module) -> int | None:
-    """Return the number of positions in a model's table of them, or None if it has no table."""
+    """Return the number of positions in a model's position embeddings, or None if it has none."""
     tables = [module for name, module in model.named_modules() if _is_table(name, module)]
     return min((_usable(table) for table in tables), default=None)
 
@@ -94,6 +94,6 @@ def _is_table(name: str, module: nn.Module) -> bool:
 
 
 def _usable(table: Any) -> int:
-    # RoBERTa and its kin count positions from the padding index on; OPT and BART skip `offset` rows.
+    # RoBERTa and similar models count positions from the padding index on. OPT and BART skip `offset` rows.
     skipped = getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1
     return int(table.num_embeddings) - int(skipped)

@@ -1,4 +1,4 @@
-"""Quantisation of base models, with corrections of bitsandbytes and transformers."""
+"""Quantisation of base models, with corrections for errors in bitsandbytes and transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COMPUTE_DTYPE = "bnb_4bit_compute_dtype"
 
 
 def quantization_config(quantization: Mapping[str, Any] | None, auto_dtype: Any = None) -> Any:
-    """Build the quantisation config of the group, or return None if nothing is quantised.
+    """Build the quantisation config of the group. Return None without quantisation.
 
     `auto_dtype` is the checkpoint's dtype, used for `model.dtype=auto`.
     """
@@ -30,32 +30,32 @@ def quantization_config(quantization: Mapping[str, Any] | None, auto_dtype: Any 
 
 
 def is_quantized(quantization: Mapping[str, Any] | None) -> bool:
-    """Return True if the `quantization` group of a config names a class."""
+    """Return True if the `quantization` group has a class."""
     return bool(quantization) and quantization is not None and quantization.get("_target_") is not None
 
 
 def skip_heads(quantized: Any, model: Any) -> None:
-    """Exclude the heads of `model` from quantisation, since they train.
+    """Exclude the heads of `model` from quantisation, because the heads are trained.
 
     `model` may be on the meta device. The layers that transformers excludes by default stay excluded.
     """
-    if isinstance(quantized, BitsAndBytesConfig):  # transformers 5.23 quantises a classifier's head
+    if isinstance(quantized, BitsAndBytesConfig):  # otherwise transformers 5.23 would quantise a classifier's head
         skipped = quantized.llm_int8_skip_modules or get_keys_to_not_convert(model)
         quantized.llm_int8_skip_modules = sorted({*skipped, *(name for name in _HEADS if hasattr(model, name))})
 
 
 def disable_cpu_repacking(model: nn.Module) -> None:
     """Disable bitsandbytes' repacking of 4-bit weights on CPUs with AVX512-BF16."""
-    # It happens in the first evaluation, rounds the scales to bfloat16 for good, and the repacked product has no
-    # gradient: all training after it has a wrong one (bitsandbytes 0.50.2, `Linear4bit.forward`).
+    # Repacking happens in the first evaluation and permanently rounds the scales to bfloat16. The repacked product has
+    # no gradient, so all later training has wrong gradients (bitsandbytes 0.50.2, `Linear4bit.forward`).
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def dequantize(model: Any, dtype: str) -> Any:
-    """Return a quantised model with full weights in `dtype`; `auto` is the dtype that it computes in."""
+    """Return a quantised model with dequantised weights in `dtype`; `auto` is the dtype of its computations."""
     full = model.dequantize() if dtype == "auto" else model.dequantize(dtype=getattr(torch, dtype))
     if hasattr(full.config, "quantization_config"):
-        del full.config.quantization_config  # with it, loading would quantise the weights again
+        del full.config.quantization_config  # otherwise loading would quantise the weights again
     return full

@@ -239,13 +239,13 @@ ONCE: dict[str, tuple[list[str], str]] = {
     "value that isn't set": (["data=jsonl"], "data.train: is not set; give it a value: data.train=..."),
     "folder not there": (
         ["model=hub", "model.path=./nowhere"],
-        "model.path: there is no folder ./nowhere (looked for in {folder}); "
-        "name a folder that holds a model with its config.json and tokenizer",
+        "model.path: there is no folder ./nowhere (searched for in {folder}); "
+        "give a folder that contains a model with its config.json and tokenizer",
     ),
     "folder not there, from the root": (
         ["model=hub", "model.path={folder}/nowhere"],
         "model.path: there is no folder {folder}/nowhere; "
-        "name a folder that holds a model with its config.json and tokenizer",
+        "give a folder that contains a model with its config.json and tokenizer",
     ),
 }
 

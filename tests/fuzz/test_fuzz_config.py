@@ -338,7 +338,7 @@ FOUND: dict[str, tuple[list[str], str]] = {
     "text for a group of keys": (["++task.args=\\${seed}"], "task.args"),
     "settings of an optimizer that contradict": (["+optimizer.foreach=true"], "optimizer: `fused` and `foreach`"),
     "seed beyond numpy's": (["seed=4294967296"], "seed: 4294967296 is out of range"),
-    "token without a text": (["model.add_tokens=['<new>', '']"], "model.add_tokens: a token needs text"),
+    "token without a text": (["model.add_tokens=['<new>', '']"], "model.add_tokens: a token must not be empty"),
     "rows left out of the evaluation": (["+trainer.dataloader_drop_last=true"], "leaves held-out rows out"),
     "flag that there isn't": (["-+é-{}"], "-+é-{}: there is no such flag"),
     "file of settings that isn't there": (

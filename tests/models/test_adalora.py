@@ -143,11 +143,11 @@ def test_adaloras_phases() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("+adapter.total_step=9", "adapter.total_step: comes from the run's own number of steps"),
+        ("+adapter.total_step=9", "adapter.total_step: is computed from the run's number of steps"),
         ("adapter.tinit=-1", "adapter.tinit: -1 is out of range"),
         ("adapter.tfinal=2.5", "adapter.tfinal: 2.5 is out of range"),
         ("adapter.tinit=nan", "adapter.tinit: nan is out of range"),
-        ("adapter.target_r=12", "adapter.target_r: 12 isn't below adapter.init_r = 12"),
+        ("adapter.target_r=12", "adapter.target_r: 12 is not below adapter.init_r = 12"),
         ("adapter.tinit=3", "leave fewer than two"),
     ],
 )

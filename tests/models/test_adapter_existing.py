@@ -101,4 +101,4 @@ def test_existing_needs_a_path(cli: Callable[..., Finished], tiny_run: list[str]
     assert "adapter.path: is not set" in ended.err
     ended = cli("check", *tiny_run, "adapter=existing", "adapter.path=null")
     assert ended.status == 1
-    assert "adapter.path: is not set, nor is adapter._target_" in ended.err
+    assert "adapter.path: is not set, and adapter._target_ is not set either" in ended.err

@@ -273,7 +273,7 @@ def test_new_tokens_that_exist_already_or_cannot_train_are_refused(
     ended = cli(*base, "model.add_tokens=['<new>']", "adapter=vera", "loraplus=roles")
     assert "model.add_tokens: VeraConfig can't train the rows of new tokens" in ended.err
     ended = cli(*base, "model.add_tokens=['<new>']", "adapter=lora_embeddings")
-    assert "model.add_tokens: rows of new tokens can't train where the adapter sits on the embedding" in ended.err
+    assert "model.add_tokens: rows of new tokens can't train if the adapter adapts the embedding" in ended.err
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ ADAPTER_CONFIGS: dict[str, tuple[Any, str]] = {
     "a list": ("[]", "adapter_config.json can't be read"),
     "nested deeply": ("[" * 100_000, "adapter_config.json can't be read"),
     "bytes": ("\x00\x01", "adapter_config.json can't be read"),
-    "no method": ({"peft_type": None}, "adapter_config.json can't be read"),
+    "not a method": ({"peft_type": None}, "adapter_config.json can't be read"),
     "an unknown method": ({"peft_type": "os.system"}, "adapter_config.json can't be read"),
     "a method of another kind": ({"peft_type": "PROMPT_TUNING"}, ""),
     "text for a rank": ({"r": "x"}, ""),
@@ -144,7 +144,7 @@ ADAPTER_CONFIGS: dict[str, tuple[Any, str]] = {
     "a rank of one layer that fills memory": ({"rank_pattern": {"q_proj": 10**12}}, "rank_pattern.q_proj"),
     "a package to import": (
         {"megatron_config": {"x": 1}, "megatron_core": "payload.core"},
-        "megatron_config leads out",
+        "megatron_config is a path outside",
     ),
     "adapters elsewhere": ({"peft_type": "XLORA", "adapters": {"0": "../../elsewhere"}}, ""),
     "layers that aren't there": ({"target_modules": ["nothing"]}, ""),
