@@ -38,10 +38,10 @@ class Reach:
     """First evaluation at which a setting is as good as ratio 1 at its end."""
 
     setting: Setting
-    step: int | None  # None if it never is
-    seconds: float | None
-    times_fewer_steps: float | None  # ratio 1's steps divided by these
-    times_faster: float | None  # the same for seconds
+    step: int | None = None  # None if it never is
+    seconds: float | None = None
+    times_fewer_steps: float | None = None  # ratio 1's steps divided by these
+    times_faster: float | None = None  # the same for seconds
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,17 @@ def compare(settings: Sequence[Setting], *, greater_is_better: bool) -> Outcome:
     best = sound[0] if sound else None
     baseline = next((one for one in sound if one.ratio == 1), None)
     contender = next((one for one in sound if one.ratio not in (1, None)), None)
-    target, reached = speed(baseline, sound, greater_is_better=greater_is_better) if baseline else (None, ())
+    pair = [one for one in sound if one is baseline or one is contender]  # the better one first
+    twin = next((one for one in sound if one.ratio == 1 and contender and _alike(one, contender)), None)
+    target, reached = speed(baseline, sound, sign) if baseline else (None, ())
     return Outcome(
         ranked=tuple(ranked),
         best=best,
         best_job=min(best.done, key=lambda job: sign * (job.value or 0.0)) if best else None,
         baseline=baseline,
         contender=contender,
-        against_baseline=_against_baseline(baseline, contender, greater_is_better=greater_is_better),
-        against_twin=_against_twin(baseline, contender, sound, greater_is_better=greater_is_better),
+        against_baseline=difference(pair[0], pair[1], sign) if len(pair) == 2 else None,
+        against_twin=difference(contender, twin, sign) if contender and twin and twin is not baseline else None,
         passed_over=ranked[0] if ranked and ranked[0] is not best else None,
         near=tuple(one for one in ranked if best and one is not best and is_near(_mean(one), _mean(best))),
         target=target,
@@ -93,35 +95,13 @@ def is_near(value: float, best: float) -> bool:
     return abs(value - best) <= NEAR * abs(best)
 
 
-def _against_baseline(
-    baseline: Setting | None, contender: Setting | None, *, greater_is_better: bool
-) -> Difference | None:
-    if baseline is None or contender is None:
-        return None
-    ahead = _mean(contender) > _mean(baseline) if greater_is_better else _mean(contender) < _mean(baseline)
-    better, worse = (contender, baseline) if ahead else (baseline, contender)
-    return difference(better, worse, greater_is_better=greater_is_better)
-
-
-def _against_twin(
-    baseline: Setting | None, contender: Setting | None, settings: Sequence[Setting], *, greater_is_better: bool
-) -> Difference | None:
-    """Compare the contender with itself at ratio 1, unless that is the baseline."""
-    if contender is None:
-        return None
-    twin = next((one for one in settings if one.ratio == 1 and _alike(one, contender)), None)
-    if twin is None or twin is baseline:
-        return None
-    return difference(contender, twin, greater_is_better=greater_is_better)
-
-
-def difference(better: Setting, worse: Setting, *, greater_is_better: bool) -> Difference:
-    """Compare two settings' means with the spread over seeds.
+def difference(better: Setting, worse: Setting, sign: int) -> Difference:
+    """Compare two settings' means with the spread over seeds; `sign` is -1 where a greater metric is better, else 1.
 
     The verdict is `one seed` if either has fewer than two, `noise` if the difference is no larger than the larger
     spread, `unclear` if its 95% interval (Welch's, for unequal variances) contains zero, and `clear` otherwise.
     """
-    high, low = (better, worse) if greater_is_better else (worse, better)
+    high, low = (better, worse) if sign == -1 else (worse, better)
     gain = _mean(high) - _mean(low)
     spread = None if better.spread is None or worse.spread is None else max(better.spread, worse.spread)
     interval = None if spread is None else welch(high.measured, low.measured)
@@ -178,15 +158,12 @@ def mean_curve(curves: Iterable[Sequence[Point]]) -> tuple[Point, ...]:
     return tuple(points)
 
 
-def first_reaching(curve: Iterable[Point], target: float, *, greater_is_better: bool) -> Point | None:
+def first_reaching(curve: Iterable[Point], target: float, sign: int) -> Point | None:
     """Return the first evaluation after the start that is as good as `target`, or None."""
-    sign = -1 if greater_is_better else 1
     return next((point for point in curve if point.step > 0 and sign * (point.value - target) <= 0), None)
 
 
-def speed(
-    baseline: Setting, settings: Iterable[Setting], *, greater_is_better: bool
-) -> tuple[float | None, tuple[Reach, ...]]:
+def speed(baseline: Setting, settings: Iterable[Setting], sign: int) -> tuple[float | None, tuple[Reach, ...]]:
     """Return the baseline's final metric, and when the best settings first reach it.
 
     The metric is that of the mean curve over seeds. The baseline is measured like the others, by the first evaluation
@@ -196,17 +173,18 @@ def speed(
     if len(curve) < 2:
         return None, ()
     target = curve[-1].value
-    own = first_reaching(curve, target, greater_is_better=greater_is_better)
+    own = first_reaching(curve, target, sign)
     assert own is not None, "a curve reaches its own end"
-    reached = [Reach(baseline, own.step, own.seconds, 1.0, 1.0 if own.seconds else None)]
-    for setting in [one for one in settings if one is not baseline][:_MOST_REACHED]:
-        point = first_reaching(_evaluations(setting), target, greater_is_better=greater_is_better)
-        if point is None:
-            reached.append(Reach(setting, None, None, None, None))
-            continue
-        faster = own.seconds / point.seconds if own.seconds and point.seconds else None
-        reached.append(Reach(setting, point.step, point.seconds, own.step / point.step, faster))
-    return target, tuple(reached)
+    others = [one for one in settings if one is not baseline][:_MOST_REACHED]
+    reached = ((one, first_reaching(_evaluations(one), target, sign)) for one in (baseline, *others))
+    return target, tuple(_reach(one, point, own) for one, point in reached)
+
+
+def _reach(setting: Setting, point: Point | None, own: Point) -> Reach:
+    if point is None:
+        return Reach(setting)
+    faster = own.seconds / point.seconds if own.seconds and point.seconds else None
+    return Reach(setting, point.step, point.seconds, own.step / point.step, faster)
 
 
 def _evaluations(setting: Setting) -> tuple[Point, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from loraplus_hydra.io.result import OK
 from loraplus_hydra.io.text import visible
 from loraplus_hydra.report import summary
 from loraplus_hydra.report.compare import Reach
+from loraplus_hydra.report.figures.style import Picture
 from loraplus_hydra.report.formatting import ABSENT, count, measured, short, with_spread
 from loraplus_hydra.report.read_sweep import Job
 from loraplus_hydra.report.results import SweepResults
@@ -44,17 +44,7 @@ _FACTS = (
 _DATA = ("data.name", "data.path", "data.train", "data._target_")  # the first that is set is shown
 
 
-@dataclass(frozen=True)
-class PageFigure:
-    """A figure on the page."""
-
-    name: str
-    title: str
-    caption: str
-    svg: str
-
-
-def page(results: SweepResults, figures: Sequence[PageFigure]) -> str:
+def page(results: SweepResults, figures: Sequence[Picture]) -> str:
     """Return the page as HTML.
 
     Its Content-Security-Policy allows no request and no script but its own, whatever the jobs' texts contain.
@@ -68,7 +58,7 @@ def page(results: SweepResults, figures: Sequence[PageFigure]) -> str:
         style=Markup((_TEMPLATES / "style.css.jinja").read_text(encoding="utf-8")),
         script=Markup(script),
         policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'",
-        figures=[{**asdict(one), "svg": Markup(one.svg)} for one in figures],
+        figures=figures,
         reached=[_reach_row(results, reach) for reach in results.outcome.reached],
         columns=_columns(results),
         rows=[_row(results, job) for job in in_order(results)],

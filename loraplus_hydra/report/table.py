@@ -30,8 +30,6 @@ def csv_text(results: SweepResults) -> str:
 
 
 def _cell(value: Any) -> Any:
-    if value is None:
-        return ""
     return csv_cell(value) if isinstance(value, str) else value
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from loraplus_hydra.io import screen
 from loraplus_hydra.io.text import visible
 from loraplus_hydra.report import summary
 from loraplus_hydra.report.formatting import ABSENT, count, short, with_spread
+from loraplus_hydra.report.read_sweep import Job
 from loraplus_hydra.report.results import SweepResults
-from loraplus_hydra.report.write import PAGE, SweepReport
+from loraplus_hydra.report.write import PAGE
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,9 +21,8 @@ _MOST_SETTINGS = 25
 _MOST_CHARACTERS = 160  # of a reason
 
 
-def show(report: SweepReport) -> None:
+def show(results: SweepResults) -> None:
     """Print the report. Texts of jobs are never interpreted as markup."""
-    results = report.results
     console = screen.console()
     if results.outcome.ranked:
         spread = ", mean ± standard deviation" if results.seeds else ""
@@ -29,17 +30,16 @@ def show(report: SweepReport) -> None:
         console.print(_settings(results))
         if (left := len(results.outcome.ranked) - _MOST_SETTINGS) > 0:
             console.print(f"... and {count(left, 'setting')} more in {PAGE}", markup=False)
-    if report.unsuccessful:
+    if results.sweep.unsuccessful:
         console.print("Without a result")
-        console.print(_without_result(report))
-    for sentence in (*results.sweep.notes, summary.headline(results), *summary.details(results)):
+        console.print(_without_result(results.sweep.unsuccessful))
+    sentences = (*results.sweep.notes, summary.headline(results), *summary.details(results))
+    for sentence in filter(None, (*sentences, summary.speed_sentence(results))):
         console.print(visible(sentence), markup=False)
-    if speed := summary.speed_sentence(results):
-        console.print(visible(speed), markup=False)
     if command := summary.command(results):
         console.print("Run the best job again:", markup=False)
         print(visible(f"  {command}"))  # not wrapped, so that it can be copied
-    print(visible(f"Report: {report.folder / PAGE}"))
+    print(visible(f"Report: {results.sweep.folder / PAGE}"))
 
 
 def _settings(results: SweepResults) -> Table:
@@ -55,9 +55,9 @@ def _settings(results: SweepResults) -> Table:
     return screen.table([*(results.names[key] for key in keys), results.sweep.metric, "jobs", "best job", ""], cells)
 
 
-def _without_result(report: SweepReport) -> Table:
+def _without_result(jobs: Iterable[Job]) -> Table:
     cells = []
-    for job in report.unsuccessful:
+    for job in jobs:
         reason = " ".join(job.reason.split())
         if len(reason) > _MOST_CHARACTERS:
             reason = reason[:_MOST_CHARACTERS] + " ..."

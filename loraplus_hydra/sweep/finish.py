@@ -53,13 +53,13 @@ def _report(folder: Path) -> Collection[str] | None:
     Returns the jobs that it lists without a result; None if it failed.
     """
     try:
-        report = write.write_report(folder)
+        results = write.write_report(folder)
         print()
-        terminal.show(report)
+        terminal.show(results)
     except Exception as error:  # any: the summary of the jobs must follow, and their own files are safe
         print(f"The report could not be made: {type(error).__name__}: {visible(str(error))}", file=sys.stderr)
         return None
-    return {job.folder for job in report.unsuccessful}
+    return {job.folder for job in results.sweep.unsuccessful}
 
 
 def _not_begun(sweep: Sweep, jobs: list[JobStatus]) -> list[tuple[str, ...]]:

@@ -147,5 +147,5 @@ def test_later_than_ratio_1_is_more_steps(tmp_path: Path) -> None:
 def test_reaching_is_the_first_evaluation_as_good(heights: list[float], target: float, greater: bool) -> None:
     curve = [Point(step, height) for step, height in enumerate(heights)]
     good = [p.step for p in curve[1:] if (p.value >= target if greater else p.value <= target)]
-    found = first_reaching(curve, target, greater_is_better=greater)
+    found = first_reaching(curve, target, -1 if greater else 1)
     assert (found.step if found else None) == (min(good) if good else None)

@@ -18,8 +18,10 @@ def test_figures_have_room_for_runs_that_differ_in_many_keys(tmp_path: Path) -> 
     """No label is cut off, and no axis's heading overlaps the next."""
     import warnings
 
+    import matplotlib
+
     from loraplus_hydra.report import figures
-    from loraplus_hydra.report.figures.style import house_style
+    from loraplus_hydra.report.figures.style import SETTINGS
 
     for place in range(6):
         job = {
@@ -35,7 +37,7 @@ def test_figures_have_room_for_runs_that_differ_in_many_keys(tmp_path: Path) -> 
         write_job(tmp_path / str(place), job, 3.5 + 0.01 * place)
     results = results_of(tmp_path)
     assert len(results.compared) >= 7
-    with house_style(), warnings.catch_warnings():
+    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
         warnings.simplefilter("error")
         drawn = {picture.name: picture.figure for picture in figures.draw_all(results)}
         for figure in drawn.values():

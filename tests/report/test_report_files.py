@@ -29,7 +29,7 @@ def test_job_that_failed_before_its_config_was_written_has_its_values(tmp_path: 
     (bad / "result.json").write_text(json.dumps({"status": "failed", "error": {"type": "ConfigErrors", "text": "no"}}))
     job = next(job for job in read_sweep(tmp_path).jobs if job.folder == "bad")
     assert job.config["optimizer.lr"] == 1e-4
-    row = next(row for row in csv_rows(write_report(tmp_path).folder) if row["folder"] == "bad")
+    row = next(row for row in csv_rows(write_report(tmp_path).sweep.folder) if row["folder"] == "bad")
     assert row["loraplus.ratio"] == "-3"
     assert row["error"] == "ConfigErrors: no"
 
@@ -124,28 +124,30 @@ def test_two_hundred_jobs_some_of_them_broken(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("no folder")
     report = write_report(tmp_path)
-    assert len(report.results.sweep.jobs) == 200
-    assert {job.folder for job in report.unsuccessful} == set(BROKEN) - WITH_A_RESULT
-    assert all(job.reason for job in report.unsuccessful)
-    assert report.results.sweep.not_jobs == ("empty",)
+    assert len(report.sweep.jobs) == 200
+    assert {job.folder for job in report.sweep.unsuccessful} == set(BROKEN) - WITH_A_RESULT
+    assert all(job.reason for job in report.sweep.unsuccessful)
+    assert report.sweep.not_jobs == ("empty",)
     page = (tmp_path / "report.html").read_text()
     assert all(f"<b>{name}</b>" in page for name in set(BROKEN) - WITH_A_RESULT)
     rows = csv_rows(tmp_path)
     assert len(rows) == 200
     assert {row["folder"] for row in rows if row["status"] == "broken"} >= {"truncated", "list", "junk", "deep"}
-    assert set(report.files) >= {"report.html", "results.csv", "ratio.png", "heatmap.png", "curves.png"}
+    written = {"report.html", "results.csv", "ratio.png", "heatmap.png", "curves.png"}
+    assert written <= {path.name for path in tmp_path.iterdir()}
     assert not list(tmp_path.glob(".*.unfinished"))
 
 
 def test_one_job_and_no_success_make_a_page_too(tmp_path: Path) -> None:
     write_job(tmp_path / "one" / "0", {"loraplus.ratio": 4}, 3.7)
-    assert "The one setting has eval_loss 3.7000" in (write_report(tmp_path / "one").folder / "report.html").read_text()
+    write_report(tmp_path / "one")
+    assert "The one setting has eval_loss 3.7000" in (tmp_path / "one" / "report.html").read_text()
     error = {"type": "ValueError", "text": "bad"}
     for place in range(3):
         job = {"loraplus.ratio": place + 1}
         write_job(tmp_path / "none" / str(place), job, None, status="failed", error=error)
     report = write_report(tmp_path / "none")
-    assert len(report.unsuccessful) == 3
+    assert len(report.sweep.unsuccessful) == 3
     assert "No job has a result" in (tmp_path / "none" / "report.html").read_text()
 
 

@@ -64,8 +64,8 @@ def test_fifo_costs_the_report_its_own_job_at_most(name: str, tmp_path: Path) ->
     (job / name).unlink(missing_ok=True)
     os.mkfifo(job / name)
     report = write_report(tmp_path)
-    assert f"{name} can't be read" in next(one.reason for one in report.results.sweep.jobs if one.folder == job.name)
-    assert sum(one.has_result for one in report.results.sweep.jobs) >= 2
+    assert f"{name} can't be read" in next(one.reason for one in report.sweep.jobs if one.folder == job.name)
+    assert sum(one.has_result for one in report.sweep.jobs) >= 2
 
 
 def test_one_process_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

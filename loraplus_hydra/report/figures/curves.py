@@ -6,17 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from loraplus_hydra.report.compare import mean_curve
-from loraplus_hydra.report.figures.style import (
-    BASELINE,
-    BEST,
-    MUTED,
-    OTHERS,
-    Picture,
-    legend_below,
-    new_figure,
-    padded,
-    robust_limits,
-)
+from loraplus_hydra.report.figures import style
+from loraplus_hydra.report.figures.style import BASELINE, BEST, MUTED, OTHERS
 from loraplus_hydra.report.read_sweep import Job, Point
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import Setting
@@ -28,7 +19,7 @@ Curves = Sequence[tuple[Job, Sequence[Point]]]
 Compared = Sequence[tuple[Setting, str, str]]  # setting, colour, label
 
 
-def draw(results: SweepResults) -> Picture | None:
+def draw(results: SweepResults) -> style.Picture | None:
     """Draw a panel for the metric and one for the training loss, if logged."""
     jobs = results.sweep.jobs
     kinds: tuple[tuple[str, Curves], ...] = (
@@ -40,7 +31,7 @@ def draw(results: SweepResults) -> Picture | None:
         return None
     compared = _compared(results)
     lines = max((label.count("\n") + 1 for _, _, label in compared), default=1)
-    figure = new_figure(10.4, 4.14 + 0.16 * lines)
+    figure = style.new_figure(10.4, 4.14 + 0.16 * lines)
     target = results.outcome.target if compared[1:] else None
     beyond = 0
     for place, (name, curves) in enumerate(panels):
@@ -48,8 +39,8 @@ def draw(results: SweepResults) -> Picture | None:
         beyond += _panel(axes, name, compared, curves)
         if name == results.sweep.metric and target is not None:
             axes.axhline(target, color=BASELINE, linestyle=":", linewidth=1.2, zorder=2)
-    legend_below(figure, figure.axes[0])
-    return Picture("curves", "Curves of every job", _caption(results, target, beyond), figure)
+    style.legend_below(figure, figure.axes[0])
+    return style.Picture("curves", "Curves of every job", _caption(results, target, beyond), figure)
 
 
 def _caption(results: SweepResults, target: float | None, beyond: int) -> str:
@@ -64,7 +55,7 @@ def _caption(results: SweepResults, target: float | None, beyond: int) -> str:
 
 def _panel(axes: Any, name: str, compared: Compared, curves: Curves) -> int:
     """Draw one panel; return the number of points beyond its axis."""
-    low, high, beyond = robust_limits([point.value for _, curve in curves for point in curve])
+    low, high, beyond = style.robust_limits([point.value for _, curve in curves for point in curve])
     _job_lines(axes, compared, [(job, curve) for job, curve in curves if curve], 0.85 if len(curves) <= 12 else 0.5)
     for job, curve in curves:
         if curve and not job.has_result:
@@ -75,7 +66,7 @@ def _panel(axes: Any, name: str, compared: Compared, curves: Curves) -> int:
         mean = _thinned(mean_curve(by_folder[job.folder] for job in setting.done))
         marker = "o" if len(mean) <= 25 else None
         _line(axes, mean, color=colour, linewidth=2.2, marker=marker, markersize=4, zorder=3, label=label)
-    axes.set_ylim(*padded(low, high))
+    axes.set_ylim(*style.padded(low, high))
     axes.set_title(name)
     axes.set_xlabel("optimizer step")
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -13,17 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from loraplus_hydra.report.compare import is_near
-from loraplus_hydra.report.figures.style import (
-    BASELINE,
-    INK,
-    MUTED,
-    OTHERS,
-    PAPER,
-    Picture,
-    log_ticks,
-    new_figure,
-    robust_limits,
-)
+from loraplus_hydra.report.figures import style
+from loraplus_hydra.report.figures.style import BASELINE, INK, MUTED, OTHERS, PAPER
 from loraplus_hydra.report.formatting import measured, short
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import Setting
@@ -37,18 +28,19 @@ Cells = dict[Pair, list[Setting]]
 Values = Mapping[Pair, float]
 
 
-def draw(results: SweepResults) -> Picture | None:
+def draw(results: SweepResults) -> style.Picture | None:
     """Draw a grid if most pairs of rates were run, else points."""
     cells = _cells(results.settings)
     across, up = _axes_of(cells)
     best_of = {pair: _best_of(results, members) for pair, members in cells.items()}
-    values = {pair: one.mean for pair, one in best_of.items() if one is not None and one.mean is not None}
+    values = {pair: one.mean for pair, one in best_of.items() if one and one.mean is not None}
     one_ratio = len({one.ratio for one in results.settings}) == 1  # then other keys decide the rates
     if len(across) < 2 or len(up) < 2 or one_ratio or not values:
         return None
-    low, high, beyond = robust_limits(values.values())
+    low, high, beyond = style.robust_limits(values.values())
     full = len(cells) >= _FULL * len(across) * len(up)
-    figure = new_figure(max(7.0, min(10.4, 2.6 + 0.95 * len(across))) if full else 8.0, 5.6 if len(up) > 4 else 4.6)
+    width = max(7.0, min(10.4, 2.6 + 0.95 * len(across))) if full else 8.0
+    figure = style.new_figure(width, 5.6 if len(up) > 4 else 4.6)
     axes = figure.add_subplot()
     scale = _Scale(low, high if high > low else low + 1e-9, results.sweep.greater_is_better)
     (_grid if full else _points)(axes, results, cells, values, scale)
@@ -60,7 +52,7 @@ def draw(results: SweepResults) -> Picture | None:
     if not results.sweep.greater_is_better:
         bar.ax.invert_yaxis()
     figure.legend(handles=_handles(results, values, cells, full), loc="outside lower center", ncols=3)
-    return Picture("heatmap", "Both rates: η_A x η_B", _caption(cells, beyond, full), figure)
+    return style.Picture("heatmap", "Both rates: η_A x η_B", _caption(cells, beyond, full), figure)
 
 
 class _Scale:
@@ -152,8 +144,8 @@ def _points(axes: Any, results: SweepResults, cells: Cells, values: Values, scal
     room = (across[-1] / across[0]) ** 0.07, (up[-1] / up[0]) ** 0.12
     axes.set_xlim(across[0] / room[0], across[-1] * room[0])
     axes.set_ylim(up[0] / room[1], up[-1] * room[1])
-    log_ticks(axes.xaxis, across)
-    log_ticks(axes.yaxis, up)
+    style.log_ticks(axes.xaxis, across)
+    style.log_ticks(axes.yaxis, up)
     _lines_of_ratio(axes, cells)
     size = 210 if len(cells) <= 40 else 90 if len(cells) <= 120 else 40
     for pair in cells:

@@ -8,16 +8,8 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
-from loraplus_hydra.report.figures.style import (
-    INK,
-    MUTED,
-    Picture,
-    log_ticks,
-    new_figure,
-    ordered_colours,
-    padded,
-    robust_limits,
-)
+from loraplus_hydra.report.figures import style
+from loraplus_hydra.report.figures.style import INK, MUTED
 from loraplus_hydra.report.formatting import short
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import Setting, order
@@ -30,7 +22,7 @@ _CHARACTERS = 100  # of all titles in a row
 _MARKERS = "osD^v"  # in addition to colours, for readers with any colour vision
 
 
-def draw(results: SweepResults) -> Picture | None:
+def draw(results: SweepResults) -> style.Picture | None:
     """Draw a panel of metric over ratio for each value of the other keys.
 
     If there are many such values, one panel shows the best over them.
@@ -41,7 +33,7 @@ def draw(results: SweepResults) -> Picture | None:
         return None
     panels = _panels(results, settings)
     looks = _looks(settings)
-    limits = robust_limits([value for one in settings for value in one.measured])
+    limits = style.robust_limits([value for one in settings for value in one.measured])
     figure, grid = _figure([title for title, _ in panels])
     for axes, (title, members) in zip(grid, panels, strict=False):
         for rate, look in looks.items():
@@ -49,14 +41,14 @@ def draw(results: SweepResults) -> Picture | None:
         _mark_best(axes, results, members)
         axes.set_title(title)
         axes.set_xscale("log", base=2)
-        axes.set_ylim(*padded(*limits[:2], 0.09))
+        axes.set_ylim(*style.padded(*limits[:2], 0.09))
         if ratios[0] <= 1 <= ratios[-1]:
             axes.axvline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    log_ticks(grid[0].xaxis, ratios)
+    style.log_ticks(grid[0].xaxis, ratios)
     figure.supxlabel("ratio = rate of lora_B / rate of lora_A (log)", fontsize=9.5)
     figure.supylabel(results.axis_label, fontsize=9.5)
     _legend(figure, looks)
-    return Picture("ratio", "Which ratio?", _caption(results, settings, panels, list(looks), limits[2]), figure)
+    return style.Picture("ratio", "Which ratio?", _caption(results, settings, panels, list(looks), limits[2]), figure)
 
 
 def _looks(settings: Sequence[Setting]) -> dict[float, dict[str, Any]]:
@@ -64,7 +56,7 @@ def _looks(settings: Sequence[Setting]) -> dict[float, dict[str, Any]]:
     rates = sorted({_rate(one) for one in settings})
     return {
         rate: {"color": colour, "marker": _MARKERS[place % len(_MARKERS)]}
-        for place, (rate, colour) in enumerate(zip(rates, ordered_colours(len(rates)), strict=True))
+        for place, (rate, colour) in enumerate(zip(rates, style.ordered_colours(len(rates)), strict=True))
     }
 
 
@@ -74,7 +66,7 @@ def _figure(titles: Sequence[str]) -> tuple[Any, Any]:
     rows = math.ceil(len(titles) / columns)
     further_lines = max(title.count("\n") for title in titles)
     height = 4.2 if len(titles) == 1 else (3.3 + 0.16 * further_lines) * rows + 0.4
-    figure = new_figure(8.6 if len(titles) == 1 else 10.4, height)
+    figure = style.new_figure(8.6 if len(titles) == 1 else 10.4, height)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes in grid.flat[len(titles) :]:
         axes.set_visible(False)

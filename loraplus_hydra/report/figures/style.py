@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -35,7 +34,8 @@ _VARIABLES = {
 # For lines without an order.
 PALETTE = (BEST, BASELINE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DOTS_PER_INCH = 140
-_SETTINGS = {
+# matplotlib's, while the figures are drawn and written.
+SETTINGS = {
     "text.parse_math": False,  # texts are untrusted
     "font.size": 9.5,
     "axes.titlesize": 10,
@@ -76,13 +76,7 @@ class Picture:
     title: str
     caption: str
     figure: Any  # a matplotlib Figure
-
-
-@contextmanager
-def house_style() -> Iterator[None]:
-    """Apply the figures' matplotlib settings while they are drawn and written."""
-    with matplotlib.rc_context(_SETTINGS):
-        yield
+    svg: str = ""  # the figure as an <svg> element, once it is written
 
 
 def new_figure(width: float, height: float) -> Any:
