@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loraplus_hydra.errors import UserError
+from loraplus_hydra.errors import UserError, first_of
 from loraplus_hydra.loraplus.plan import Group, Plan, PlannedTensor
 from loraplus_hydra.loraplus.rules import Rule, TensorRecord, rate_error
 
@@ -77,7 +77,7 @@ def first_match(records: Sequence[TensorRecord], rules: Sequence[Rule]) -> list[
             unmatched.append(f"{record.name} (role {record.role}, owner {record.owner}, {record.ndim}-D)")
     if unmatched:
         raise UserError(
-            f"no rule matches {len(unmatched)} trained tensor{'s'[: len(unmatched) > 1]}: {_some(unmatched)}. "
+            f"no rule matches {len(unmatched)} trained tensor{'s'[: len(unmatched) > 1]}: {first_of(unmatched, 3)}. "
             "Add a rule that matches, or end loraplus.rules with a rule without conditions: `rest: {}` matches all "
             "other tensors"
         )
@@ -142,7 +142,7 @@ def _check_extra_rules(extra: Sequence[Rule], winners: Sequence[Rule], records: 
         why = "no trained tensor matches it"
         if any(rule.matches(record) for record in records):
             why = "each tensor that it matches is also matched by an earlier extra rule"
-        examples = _some([record.name for record in records])
+        examples = first_of([record.name for record in records], 3)
         raise UserError(
             f"loraplus.extra_rules.{rule.name} ({rule.conditions()}) has no effect: {why}. Trained tensors are "
             f"{examples}. Correct or remove the rule, or add `allow_unmatched: true` to it"
@@ -180,8 +180,3 @@ def _belongs_to_the_pair(record: TensorRecord) -> bool:
 def _spell(group: Group) -> str:
     others = (f"{key} {value}" for key, value in group.settings.items())
     return ", ".join([f"lr {group.lr:g}", f"weight_decay {group.weight_decay:g}", *others])
-
-
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    shown = ", ".join(names[:limit])
-    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

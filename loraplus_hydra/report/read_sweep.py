@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from loraplus_hydra.errors import first_of
 from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.read import Missing, Unreadable, inside, read_json, read_lines, read_yaml
 from loraplus_hydra.io.result import FAILED, INTERRUPTED, OK, PRUNED
@@ -112,7 +113,7 @@ def read_sweep(folder: Path) -> Sweep:
     named = [job.metric for job in jobs if job.has_result] or [job.metric for job in jobs if job.metric]
     metric = Counter(named).most_common(1)[0][0] if named else "eval_loss"
     if others := [job.folder for job in jobs if job.metric not in ("", metric)]:
-        notes.append(f"Jobs are compared by {metric}. Those with another metric are left out: {_first_five(others)}")
+        notes.append(f"Jobs are compared by {metric}. Those with another metric are left out: {first_of(others, 5)}")
         jobs = tuple(_without_value(job, metric) if job.folder in others else job for job in jobs)
     notes += _stopped(stored.get("left"))
     swept = stored.get("swept")
@@ -275,7 +276,7 @@ def _stopped(left: Any) -> list[str]:
     """Return a note on the jobs that the last start of a stopped sweep did not come to."""
     if not isinstance(left, list) or not left:
         return []
-    return [f"The sweep was stopped with {len(left)} jobs left: {_first_five(list(map(str, left)))}"]
+    return [f"The sweep was stopped with {len(left)} jobs left: {first_of(list(map(str, left)), 5)}"]
 
 
 def _without_value(job: Job, metric: str) -> Job:
@@ -290,7 +291,3 @@ def _mapping(value: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _natural_order(path: Path) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", path.name)]
-
-
-def _first_five(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -36,12 +36,9 @@ class State(Enum):
 
 def register() -> None:
     """Register the interpolations of `conf/app.yaml`; `cli` calls it when it is imported, also in workers."""
-    for name, resolver in (
-        ("job_folder", _job_folder),
-        ("hydra_folder", _hydra_folder),
-        ("log_file", _log_file),
-    ):
-        OmegaConf.register_new_resolver(f"loraplus.{name}", resolver, replace=True)
+    OmegaConf.register_new_resolver("loraplus.job_folder", _job_folder, replace=True)
+    OmegaConf.register_new_resolver("loraplus.hydra_folder", _hydra_folder, replace=True)
+    OmegaConf.register_new_resolver("loraplus.log_file", _log_file, replace=True)
 
 
 def folder_state(folder: Path, job_hash: str) -> State:

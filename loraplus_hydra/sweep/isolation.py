@@ -1,7 +1,4 @@
-"""Isolation of the jobs in one process: each one starts as in a fresh process.
-
-Around each job, `process_state` restores the state of the process and `library_state` resets the libraries.
-"""
+"""Isolation of the jobs in one process: each one starts as in a fresh process."""
 
 from __future__ import annotations
 
@@ -11,13 +8,13 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 from omegaconf import DictConfig
 
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.quiet_libraries import quiet_libraries
-from loraplus_hydra.sweep.library_state import reset_libraries
 from loraplus_hydra.training.measure import reset_peak_memory
 from loraplus_hydra.training.process_state import process_state
 
@@ -30,7 +27,7 @@ def isolated(config: DictConfig) -> Iterator[None]:
     reset_peak_memory()
     with ExitStack() as stack:
         stack.callback(free_memory)
-        stack.callback(reset_libraries)
+        stack.callback(_reset_libraries)
         stack.enter_context(process_state())
         stack.enter_context(warnings.catch_warnings())
         yield
@@ -53,6 +50,25 @@ def free_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def _reset_libraries() -> None:
+    """Reset the state that libraries keep for the whole process, of those that have been imported."""
+    loaded: Any = sys.modules.get
+    if accelerate := loaded("accelerate.state"):
+        # It keeps the first job's device and precision, and accumulates gradients where that one stopped.
+        accelerate.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.GradientState._reset_state()
+    if bitsandbytes := loaded("bitsandbytes.optim.optimizer"):
+        # It keeps overrides by a parameter's id(), which a tensor of the next job may get again.
+        bitsandbytes.GlobalOptimManager._instance = None
+    if dynamo := loaded("torch._dynamo"):
+        dynamo.reset()  # compiled code keeps the job's model alive
+    # The next job would log into the runs that a failed one left open.
+    if (wandb := loaded("wandb")) and getattr(wandb, "run", None) is not None:
+        wandb.finish()
+    if (mlflow := loaded("mlflow")) and mlflow.active_run() is not None:
+        mlflow.end_run()
 
 
 def _import_early(config: DictConfig) -> None:

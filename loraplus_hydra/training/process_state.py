@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.backends import cuda, cudnn
+
+from loraplus_hydra.training.random_states import random_states, set_random_states
 
 Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # returns a value, sets it
 
@@ -22,7 +22,8 @@ Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # returns a value, set
 def process_state() -> Iterator[None]:
     """Restore the state of the process when the block ends."""
     before = [get() for get, _ in _SETTINGS]
-    folder, generators = Path.cwd(), _generators()
+    folder, generators = Path.cwd(), random_states()
+    seed, used_gpus = torch.initial_seed(), torch.cuda.is_initialized()
     try:
         yield
     finally:
@@ -30,7 +31,9 @@ def process_state() -> Iterator[None]:
             if get() != value:  # some setters do more than set, such as import a compiler
                 put(value)
         os.chdir(folder)
-        _set_generators(*generators)
+        set_random_states(generators)
+        if torch.cuda.is_initialized() and not used_gpus:  # the job has begun to
+            torch.cuda.manual_seed_all(seed)
 
 
 def _set_environment(before: dict[str, str]) -> None:
@@ -54,21 +57,6 @@ def _set_loggers(before: tuple[list[tuple[logging.Logger, int, bool, bool]], int
             logger.setLevel(level)
         logger.propagate, logger.disabled = propagate, disabled
     logging.disable(threshold)
-
-
-def _generators() -> tuple[Any, ...]:
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.initial_seed(), on_gpus
-
-
-def _set_generators(python: Any, numpy: Any, cpu: torch.Tensor, seed: int, on_gpus: list[torch.Tensor] | None) -> None:
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if on_gpus is not None:
-        torch.cuda.set_rng_state_all(on_gpus)
-    elif torch.cuda.is_initialized():  # by the job
-        torch.cuda.manual_seed_all(seed)
 
 
 def _set_default_device(device: torch.device) -> None:
