@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-if TYPE_CHECKING:
-    from peft import PeftModel
+from loraplus_hydra.io.checkpoints import Checkpoint
+from loraplus_hydra.loraplus.plan import Plan
 
-    from loraplus_hydra.io.checkpoints import Checkpoint
-    from loraplus_hydra.loraplus.plan import Plan
+if TYPE_CHECKING:
+    from peft import PeftModel  # loads torch
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.config.schema import ModelConfig
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, errors_at, first_line, nearest
@@ -17,10 +19,6 @@ from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.tasks.examples import Examples, load_examples
 from loraplus_hydra.training.hf_trainer.whole_head import head_problem
 from loraplus_hydra.training.prepare import add_meta_adapter, loraplus_settings, prepare_examples
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 FAR_ABOVE = 10  # times the longest side of a layer: such a rank would fill the memory to no use
 EMBEDDED = "pkg://loraplus_hydra.models/embedded"

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from loraplus_hydra.data.rows import Rows
 from loraplus_hydra.errors import UserError
 
 _PACKAGE = Path(__file__).parents[1]
-_CHUNK = 1 << 20  # bytes of a file hashed at a time
 
 
 def cache_folder() -> Path:
@@ -56,11 +56,8 @@ def _code_digest() -> str:
 
 def file_digest(path: str | Path) -> str:
     """Return 32 hex digits that identify a file's bytes."""
-    content = hashlib.blake2b(digest_size=16)
     with Path(path).open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            content.update(chunk)
-    return content.hexdigest()
+        return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

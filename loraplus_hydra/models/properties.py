@@ -5,17 +5,15 @@ These are the labels of a trained head, and the number of tokens that the model 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from omegaconf import DictConfig
 from torch import nn
+from transformers import PretrainedConfig
 
 from loraplus_hydra.io.read import Unreadable, read_json
 from loraplus_hydra.models.adapter_files import stored_adapter
 from loraplus_hydra.models.base_model import architecture, meta_model
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-    from transformers import PretrainedConfig
 
 _CLASSIFIER = "ForSequenceClassification"
 _TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe", "embeddings_positions")

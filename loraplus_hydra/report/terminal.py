@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+
+from rich.table import Table
 
 from loraplus_hydra.io import screen
 from loraplus_hydra.io.text import visible
@@ -12,9 +13,6 @@ from loraplus_hydra.report.formatting import ABSENT, count, short, with_spread
 from loraplus_hydra.report.read_sweep import Job
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.write import PAGE
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 _MOST_KEYS = 6  # the columns that fit; the page has them all
 _MOST_SETTINGS = 25

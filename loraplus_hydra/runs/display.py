@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from loraplus_hydra.config.hydra_job import number_in_sweep
 from loraplus_hydra.io import run_folder
+from loraplus_hydra.io.result import Result
 from loraplus_hydra.io.screen import print_rich, show, table
 from loraplus_hydra.io.text import one_line
+from loraplus_hydra.loraplus.plan import PlannedTensor, Row
 
 if TYPE_CHECKING:
-    from loraplus_hydra.io.result import Result
-    from loraplus_hydra.loraplus.memory import Memory
-    from loraplus_hydra.loraplus.plan import PlannedTensor, Row
+    from loraplus_hydra.loraplus.memory import Memory  # loads torch
 
 
 def show_config(config: Any) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from loraplus_hydra.io.files import write_bytes
 from loraplus_hydra.io.read import read_lines
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # Okabe and Ito's palette, which people with any colour vision can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -22,9 +24,6 @@ MARGINS = {"left": 0.11, "right": 0.98, "bottom": 0.09, "top": 0.97, "hspace": 0
 
 def draw_training(metrics: Path, out: Path) -> None:
     """Draw loss (training and evaluation) and, on a log axis, each group's rate, as a PNG at `out`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     lines = read_lines(metrics)
     figure = Figure(figsize=(8, 6), dpi=120)
     FigureCanvasAgg(figure)
@@ -50,8 +49,6 @@ def _draw_loss(axes: Axes, trained: list[dict[str, Any]], evaluated: list[dict[s
 
 
 def _draw_rates(axes: Axes, trained: list[dict[str, Any]]) -> None:
-    from matplotlib.ticker import LogFormatter
-
     for index, group in enumerate(trained[-1]["lr"] if trained else ()):
         steps = [line["step"] for line in trained if line["lr"].get(group)]  # a log axis has no place for a rate of 0
         values = [line["lr"][group] for line in trained if line["lr"].get(group)]

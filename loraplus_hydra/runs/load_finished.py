@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from transformers import set_seed
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.io import interrupts, screen
@@ -20,10 +19,6 @@ from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.stored_config import KEY
 from loraplus_hydra.tasks.base import Base
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, PreTrainedTokenizerBase]:

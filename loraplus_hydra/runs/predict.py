@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.data.files import load
 from loraplus_hydra.data.rows import ORIGIN, columns
@@ -23,10 +25,6 @@ from loraplus_hydra.tasks.preference import find_preference_shape, has_preferenc
 from loraplus_hydra.tasks.rows import text_in
 from loraplus_hydra.tasks.tokens import render
 from loraplus_hydra.training.sampling import answer
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 Asked = str | Text | Conversation  # a prompt, a text to continue, or turns up to the one to answer
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from omegaconf import open_dict
 from rich.text import Text
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from loraplus_hydra.check import Checked
 from loraplus_hydra.config.targets import locate
@@ -26,9 +26,6 @@ from loraplus_hydra.io.quiet_libraries import quiet_loading
 from loraplus_hydra.io.text import one_line, visible
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.training.hf_trainer.assemble import training_arguments
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 ROWS = 3
 _NO_LOSS = -100

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.errors import UserError, first_line
 from loraplus_hydra.io.time_limit import time_limit
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _SECONDS = 10.0  # for one conversation
 

@@ -6,11 +6,9 @@ import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+import torch
+from torch import nn
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -30,8 +28,6 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     On a GPU the memory that torch had allocated, on a CPU the process's resident memory.
     """
-    import torch
-
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError, StopIteration, ValueError):  # on Linux, where it can be reset
@@ -43,8 +39,6 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def reset_peak_memory() -> None:
     """Start counting the peak anew, as far as the system allows, for the next job of a process."""
-    import torch
-
     if torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(device)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from transformers import set_seed
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
@@ -27,10 +28,6 @@ from loraplus_hydra.models.properties import adapter_labels, is_classifier, posi
 from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
 from loraplus_hydra.tasks.base import Base
 from loraplus_hydra.tasks.examples import Examples, kept_examples, load_examples
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 _PLANNING_SECONDS = 60.0
 

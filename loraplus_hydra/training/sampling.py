@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplus_hydra.io import interrupts
 from loraplus_hydra.models.properties import table_size
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.tasks.tokens import encode_prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def answers(

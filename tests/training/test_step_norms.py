@@ -19,7 +19,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from loraplus_hydra import run
-from loraplus_hydra.training.hf_trainer import metrics_callback
+from loraplus_hydra.training.hf_trainer import log_callbacks
 from loraplus_hydra.training.step_norms import StepNorms, may_be_logged
 from tests.training.test_distributed import ROOT, torchrun
 
@@ -77,7 +77,7 @@ def test_training_is_the_same_to_the_bit_without_them(
 ) -> None:
     config = compose(*tiny_run, f"optimizer={optimizer}", "adapter.r=160", "adapter.lora_dropout=0.1", "task.samples=0")
     run(config, tmp_path / "with")
-    monkeypatch.setattr(metrics_callback, "may_be_logged", lambda *_: False)
+    monkeypatch.setattr(log_callbacks, "may_be_logged", lambda *_: False)
     run(config, tmp_path / "without")
     losses = []
     for name in ("with", "without"):
@@ -114,13 +114,13 @@ def test_only_steps_that_are_logged_are_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[int] = []
-    original = metrics_callback.StepNorms
+    original = log_callbacks.StepNorms
 
     def counted(*arguments: Any) -> StepNorms:
         made.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(metrics_callback, "StepNorms", counted)
+    monkeypatch.setattr(log_callbacks, "StepNorms", counted)
     run(compose(*tiny_run, "task.samples=0", "data.eval_fraction=0.1", *overrides), tmp_path / "run")
     lines = training_lines(tmp_path / "run")
     assert [line["step"] for line in lines] == logged

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-if TYPE_CHECKING:
-    from loraplus_hydra.check import Checked
-    from loraplus_hydra.io.checkpoints import ResumePoint
+from loraplus_hydra.check import Checked
+from loraplus_hydra.io.checkpoints import ResumePoint
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
-"""Write the HF Trainer's log to metrics.jsonl."""
+"""Callbacks that pass the HF Trainer's log on, to metrics.jsonl and to the screen."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from loraplus_hydra.io.metrics_log import MetricsLog
+from loraplus_hydra.training.progress import ProgressDisplay
 from loraplus_hydra.training.step_norms import Norms, StepNorms, can_be_seen, may_be_logged
+
+_LOSSES = ("loss", "eval_loss")
 
 
 class MetricsCallback(TrainerCallback):
@@ -44,3 +47,31 @@ class MetricsCallback(TrainerCallback):
             rates=self.rates if of_training else None,
             norms=self.norms if of_training else None,
         )
+
+
+class ShowProgress(TrainerCallback):
+    """Passes steps and losses to a ProgressDisplay."""
+
+    def __init__(self, display: ProgressDisplay) -> None:
+        self.display = display
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.display.begin(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.display.advance(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        losses = {name: float(value) for name, value in (logs or {}).items() if name in _LOSSES}
+        if losses and state.is_world_process_zero:
+            self.display.report(state.global_step, state.max_steps, losses)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.display.close()
+
+
+def remove_own_printing(trainer: Any) -> None:
+    """Remove the Trainer's own printing, which would write dicts between our lines."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
