@@ -56,8 +56,6 @@ def _stray_targets(node: Any, path: str) -> Iterator[Problem]:
 
 def _adapter(plain: dict[str, Any]) -> list[Problem]:
     adapter = plain.get("adapter", {})
-    if adapter.get(TARGET) is None and "path" in adapter:
-        return []  # the stored adapter's own config names its class
     wanted = "a PEFT config class, such as peft.LoraConfig"
     found, problems = resolve(adapter.get(TARGET), "adapter._target_", derives(PeftConfig), wanted)
     return problems + (adapter_problems(found, adapter, plain.get("trainer", {})) if found else [])

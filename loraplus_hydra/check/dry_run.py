@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.config.schema import ModelConfig
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, errors_at, first_line, nearest
-from loraplus_hydra.loraplus.memory import measure_state
 from loraplus_hydra.loraplus.plan import Plan
 from loraplus_hydra.loraplus.roles import tensor_records
 from loraplus_hydra.models.adapter import possible_targets
@@ -18,7 +19,7 @@ from loraplus_hydra.models.base_model import meta_model, vocabulary_problems
 from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.tasks.examples import Examples, load_examples
 from loraplus_hydra.training.hf_trainer.whole_head import head_problem
-from loraplus_hydra.training.prepare import add_meta_adapter, loraplus_settings, prepare_examples
+from loraplus_hydra.training.prepare import add_meta_adapter, plan_groups, prepare_examples
 
 FAR_ABOVE = 10  # times the longest side of a layer: such a rank would fill the memory to no use
 EMBEDDED = "pkg://loraplus_hydra.models/embedded"
@@ -64,15 +65,10 @@ def _missing_tokens(args: DictConfig, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def _load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
-    with errors_at("model.tokenizer"):
-        try:
-            tokenizer = load_tokenizer(config.model)
-        except UserError:
-            raise
-        except Exception as error:  # transformers raises whatever the file or the network gives it
-            key = "model.tokenizer" if config.model.tokenizer else "model.path"
-            fix = "name a folder with a tokenizer, or a model on the hub"
-            raise ConfigErrors([Problem(key, first_line(error), fix)]) from error
+    key = "model.tokenizer" if config.model.tokenizer else "model.path"
+    fix = "name a folder with a tokenizer, or a model on the hub"
+    with errors_at("model.tokenizer"), _any_error_as(lambda text: Problem(key, text, fix)):
+        tokenizer = load_tokenizer(config.model)
     with errors_at("model.path"):
         if problems := vocabulary_problems(config.model, tokenizer):
             raise ConfigErrors(problems)
@@ -88,24 +84,25 @@ def plan_without_weights(config: DictConfig, examples: Examples | None) -> tuple
     """
     with errors_at("model.path"):
         model = meta_model(config.model, config.task.auto_class, examples.model_arguments if examples else {})
-    with errors_at("adapter"):
-        try:
-            adapted = add_meta_adapter(model, config)
-        except UserError:
-            raise
-        except Exception as error:  # PEFT's errors for its arguments on this model's layers have many types
-            raise ConfigErrors([_adapter_problem(model, first_line(error))]) from error
+    with errors_at("adapter"), _any_error_as(lambda text: _adapter_problem(model, text)):
+        adapted = add_meta_adapter(model, config)
     problems = [head_problem(adapted, config.task._target_), _rank_problem(adapted), _token_problem(adapted)]
     if found := [problem for problem in problems if problem is not None]:
         raise ConfigErrors(found)
-    with errors_at("loraplus"):
-        try:
-            settings = loraplus_settings(config)
-            return adapted, measure_state(settings.plan(adapted), settings)
-        except UserError:
-            raise
-        except Exception as error:  # the optimizer's class refuses a combination of settings
-            raise ConfigErrors([Problem("optimizer", first_line(error))]) from error
+    # The optimizer's class may refuse a combination of settings.
+    with errors_at("loraplus"), _any_error_as(lambda text: Problem("optimizer", text)):
+        return adapted, plan_groups(config, adapted)[1]
+
+
+@contextmanager
+def _any_error_as(problem: Callable[[str], Problem]) -> Iterator[None]:
+    """Turn an error of a library, whatever its type, into ConfigErrors; a UserError passes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise ConfigErrors([problem(first_line(error))]) from error
 
 
 def _rank_problem(model: PeftModel) -> Problem | None:

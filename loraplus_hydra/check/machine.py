@@ -46,10 +46,9 @@ def _attention(name: Any, trusted: Any) -> list[Problem]:
     known = sorted({"eager", *ALL_ATTENTION_FUNCTIONS})
     if name not in known:
         return [Problem(key, f"there is no attention '{name}'{nearest(name, known)}", f"one of: {', '.join(known)}")]
-    if name in _PACKAGED:
-        available, package = _PACKAGED[name]
-        if not getattr(utils, available)():
-            return [Problem(key, f"'{name}' needs the package {package} and a GPU that it knows", "use sdpa")]
+    available, package = _PACKAGED.get(name, ("", ""))
+    if package and not getattr(utils, available)():
+        return [Problem(key, f"'{name}' needs the package {package} and a GPU that it knows", "use sdpa")]
     return []
 
 
@@ -97,9 +96,8 @@ def _has_cpp_compiler() -> bool:
 
 
 def _bitsandbytes(quantization: dict[str, Any]) -> list[Problem]:
-    if not str(quantization.get("_target_")).endswith("BitsAndBytesConfig"):
-        return []
-    if utils.is_bitsandbytes_available():
+    is_needed = str(quantization.get("_target_")).endswith("BitsAndBytesConfig")
+    if not is_needed or utils.is_bitsandbytes_available():
         return []
     return [Problem("quantization", "bitsandbytes isn't installed", "install it, or use quantization=none")]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from loraplus_hydra.config.schema import value_ranges
@@ -55,8 +56,7 @@ def value_problems(plain: dict[str, Any]) -> list[Problem]:
     for place in ("trainer", "task.args"):
         arguments = select(plain, place)[1] or {}
         problems += [problem for name in arguments if (problem := set_elsewhere(f"{place}.{name}"))]
-    rules = (_streaming_without_max_steps, _drops_evaluation_rows, _stops_early_without_evaluation, _saves_only_model)
-    return problems + [problem for rule in rules if (problem := rule(plain))]
+    return [*problems, *_contradictions(plain)]
 
 
 def set_elsewhere(key: str) -> Problem | None:
@@ -67,35 +67,27 @@ def set_elsewhere(key: str) -> Problem | None:
     return Problem(found[1], "is set elsewhere", f"its one master is {MASTERS[found[2]]}")
 
 
-def _streaming_without_max_steps(plain: dict[str, Any]) -> Problem | None:
-    if select(plain, "data.streaming")[1] is not True or select(plain, "trainer.max_steps")[1] != -1:
-        return None
-    return Problem("trainer.max_steps", "streamed rows have no end that would end the run", "give a number of steps")
+def _contradictions(plain: dict[str, Any]) -> Iterator[Problem]:
+    """Yield a Problem for each setting that another one, or the run itself, makes impossible."""
 
+    def value(key: str) -> Any:
+        return select(plain, key)[1]
 
-def _drops_evaluation_rows(plain: dict[str, Any]) -> Problem | None:
-    key = "trainer.dataloader_drop_last"
+    if value("data.streaming") is True and value("trainer.max_steps") == -1:
+        what = "streamed rows have no end that would end the run"
+        yield Problem("trainer.max_steps", what, "give a number of steps")
     # transformers drops the last batch of an evaluation, too.
-    if select(plain, key)[1] is not True or select(plain, "trainer.per_device_eval_batch_size")[1] == 1:
-        return None
-    fix = "set it to false, or trainer.per_device_eval_batch_size=1"
-    return Problem(key, "it leaves held-out rows out of the evaluation as well", fix)
-
-
-def _stops_early_without_evaluation(plain: dict[str, Any]) -> Problem | None:
-    key = "trainer.early_stopping_patience"
-    if select(plain, key)[1] is None or select(plain, "trainer.eval_strategy")[1] not in ("no", False):
-        return None
-    what = "evaluations end training early, and trainer.eval_strategy=no has none"
-    return Problem(key, what, "trainer.eval_strategy=steps")
-
-
-def _saves_only_model(plain: dict[str, Any]) -> Problem | None:
-    key = "trainer.save_only_model"
-    if select(plain, key)[1] in (None, False):
-        return None
-    what = "its checkpoints lack the optimizer's state, so no run could resume from them"
-    return Problem(key, what, "leave it out: a checkpoint holds the adapter alone, not the model")
+    if value("trainer.dataloader_drop_last") is True and value("trainer.per_device_eval_batch_size") != 1:
+        what = "it leaves held-out rows out of the evaluation as well"
+        fix = "set it to false, or trainer.per_device_eval_batch_size=1"
+        yield Problem("trainer.dataloader_drop_last", what, fix)
+    if value("trainer.early_stopping_patience") is not None and value("trainer.eval_strategy") in ("no", False):
+        what = "evaluations end training early, and trainer.eval_strategy=no has none"
+        yield Problem("trainer.early_stopping_patience", what, "trainer.eval_strategy=steps")
+    if value("trainer.save_only_model") not in (None, False):
+        what = "its checkpoints lack the optimizer's state, so no run could resume from them"
+        fix = "leave it out: a checkpoint holds the adapter alone, not the model"
+        yield Problem("trainer.save_only_model", what, fix)
 
 
 def select(plain: Any, path: str) -> tuple[bool, Any]:

@@ -24,7 +24,6 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.config.identity import config_hash
@@ -93,14 +92,6 @@ def own_arguments(task: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of the `task` group that are parameters of its own `examples` function."""
     common = {each.name for each in fields(TaskConfig)}
     return {str(key): value for key, value in task.items() if key not in common}
-
-
-def kept_examples(config: DictConfig) -> Examples | None:
-    """Return the examples that were kept for this config, or None; they stay kept."""
-    try:
-        return _kept.get(_key(config))
-    except OmegaConfBaseException:  # no examples were made for a config with invalid interpolations
-        return None
 
 
 def _key(config: DictConfig) -> str:

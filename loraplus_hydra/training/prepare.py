@@ -27,7 +27,7 @@ from loraplus_hydra.models.inputs import adapter_fingerprint, base_fingerprints,
 from loraplus_hydra.models.properties import adapter_labels, is_classifier, positions, trained_head, trained_positions
 from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
 from loraplus_hydra.tasks.base import Base
-from loraplus_hydra.tasks.examples import Examples, kept_examples, load_examples
+from loraplus_hydra.tasks.examples import Examples, load_examples
 
 _PLANNING_SECONDS = 60.0
 
@@ -104,8 +104,7 @@ def base_of(config: DictConfig) -> Base:
 
 def bundle(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples, model: PeftModel) -> Prepared:
     """Return the loaded parts with the plan of the model's groups. Raises UserError."""
-    settings = loraplus_settings(config)
-    return Prepared(config, tokenizer, examples, model, settings, measure_state(_plan(settings, model), settings))
+    return Prepared(config, tokenizer, examples, model, *plan_groups(config, model))
 
 
 def load_adapted_model(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> PeftModel:
@@ -122,29 +121,19 @@ def load_adapted_model(config: DictConfig, tokenizer: PreTrainedTokenizerBase, e
 
 def plan_on_meta(config: DictConfig) -> tuple[PeftModel, Plan]:
     """Return the adapted model on the meta device and the plan of its groups. Raises UserError."""
-    model = adapted_meta_model(config)
+    model = add_meta_adapter(meta_model(config.model, config.task.auto_class), config)
+    return model, plan_groups(config, model)[1]
+
+
+def plan_groups(config: DictConfig, model: PeftModel) -> tuple[LoraPlus, Plan]:
+    """Return a config's settings of LoRA+ and the plan of the model's groups. Raises UserError."""
     settings = loraplus_settings(config)
-    return model, measure_state(_plan(settings, model), settings)
-
-
-def _plan(settings: LoraPlus, model: PeftModel) -> Plan:
-    """Plan the groups within a limit of time: patterns of an untrusted config may never end."""
     try:
-        with time_limit(_PLANNING_SECONDS):
-            return settings.plan(model)
+        with time_limit(_PLANNING_SECONDS):  # patterns of an untrusted config may never end
+            plan = settings.plan(model)
     except TooSlowError as error:
         raise UserError(f"loraplus.rules: the patterns can't be matched with the tensors' names: {error}") from None
-
-
-def adapted_meta_model(config: DictConfig, model_arguments: dict[str, Any] | None = None) -> PeftModel:
-    """Build the config's model with its adapter on the meta device.
-
-    `model_arguments` are settings of the model that follow from the rows, such as the number of labels. By default they
-    come from the rows already loaded for this config, if any.
-    """
-    if model_arguments is None:
-        model_arguments = examples.model_arguments if (examples := kept_examples(config)) else {}
-    return add_meta_adapter(meta_model(config.model, config.task.auto_class, model_arguments), config)
+    return settings, measure_state(plan, settings)
 
 
 def add_meta_adapter(model: Any, config: DictConfig) -> PeftModel:

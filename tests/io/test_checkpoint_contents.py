@@ -221,11 +221,11 @@ def test_weights_of_another_adapter_are_told(
 ) -> None:
     from safetensors.torch import load, save_file
 
-    from loraplus_hydra.training.prepare import adapted_meta_model
+    from loraplus_hydra.training.prepare import plan_on_meta
 
     change, told = REFUSED[kind]
     place = checkpoints() / "checkpoint-8"
-    adapted = adapted_meta_model(compose(*tiny_run))
+    adapted = plan_on_meta(compose(*tiny_run))[0]
     refuse_other_tensors(place, adapted)
     file = place / "adapter_model.safetensors"
     save_file(change(load(file.read_bytes())), file, {"format": "pt"})

@@ -22,7 +22,7 @@ from loraplus_hydra.models.adapter import add_adapter
 from loraplus_hydra.models.adapter_files import save_adapter
 from loraplus_hydra.models.base_model import load_base
 from loraplus_hydra.models.tokenizer import load_tokenizer
-from loraplus_hydra.training.prepare import adapted_meta_model
+from loraplus_hydra.training.prepare import plan_on_meta
 from tests.conftest import Finished
 from tests.support.architectures import CAUSAL, TOKENS, base_of, tokenizer
 
@@ -187,7 +187,7 @@ def test_the_same_tensors_train_on_the_meta_device(adapter: str, tiny_model: Pat
     config = compose("model=hub", f"model.path={tiny_model}", f"adapter={adapter}", "loraplus=roles")
     base = load_base(config, load_tokenizer(config.model), {})
     real = tensor_records(add_adapter(base, config.adapter, config.task.task_type))
-    on_meta = tensor_records(adapted_meta_model(config, {}))
+    on_meta = tensor_records(plan_on_meta(config)[0])
     assert [(each.name, each.role, each.shape) for each in on_meta] == [
         (each.name, each.role, each.shape) for each in real
     ]
