@@ -12,21 +12,17 @@ from omegaconf import DictConfig, OmegaConf
 from loraplus_hydra.check.checked import Checked
 from loraplus_hydra.errors import Problem
 
-__all__ = ["Checked", "check", "check_without_data", "stored_problems"]
+__all__ = ["Checked", "check", "stored_problems"]
 
 
-def check(config: DictConfig) -> Checked:
-    """Check a composed `run` config. Raises ConfigErrors with every error in it."""
+def check(config: DictConfig, *, with_data: bool = True) -> Checked:
+    """Check a composed `run` config. Raises ConfigErrors with every error in it.
+
+    Without data the errors of `data` are left out, for commands that need no rows.
+    """
     from loraplus_hydra.check.problems import check_config
 
-    return check_config(config, with_data=True)
-
-
-def check_without_data(config: DictConfig) -> Checked:
-    """Check a config for commands that need no rows: errors of `data` are left out. Raises ConfigErrors."""
-    from loraplus_hydra.check.problems import check_config
-
-    return check_config(config, with_data=False)
+    return check_config(config, with_data=with_data)
 
 
 def stored_problems(config: DictConfig, groups: Iterable[str] | None = None) -> list[Problem]:

@@ -49,15 +49,17 @@ def derives(*bases: type) -> Callable[[Any], bool]:
     return lambda found: isinstance(found, type) and issubclass(found, bases)
 
 
+is_auto_class = derives(_BaseAutoModelClass)
+
+
+def returns(name: str) -> Callable[[Any], bool]:
+    """Return a predicate that is True for functions whose return annotation names `name`."""
+    return lambda found: _is_annotated(found, name)
+
+
 def returns_rows(found: Any) -> bool:
     """Return True for a function annotated to return a `datasets.DatasetDict`, and for that class."""
-    is_class = derives(DatasetDict, IterableDatasetDict)(found)
-    return is_class or _is_annotated(found, r"(Iterable)?DatasetDict")
-
-
-def returns_examples(found: Any) -> bool:
-    """Return True for a function annotated to return Examples."""
-    return _is_annotated(found, "Examples")
+    return derives(DatasetDict, IterableDatasetDict)(found) or _is_annotated(found, r"(Iterable)?DatasetDict")
 
 
 def makes_schedule(found: Any) -> bool:
@@ -69,11 +71,6 @@ def makes_schedule(found: Any) -> bool:
     # transformers' own functions have no annotation.
     is_transformers = callable(found) and in_transformers and str(getattr(found, "__name__", "")).startswith("get_")
     return derives(LRScheduler)(found) or is_transformers or _is_annotated(found, r"\w*(LR|LRScheduler)")
-
-
-def is_auto_class(found: Any) -> bool:
-    """Return True for transformers' auto classes of models."""
-    return derives(_BaseAutoModelClass)(found)
 
 
 def is_peft_settings(found: Any) -> bool:

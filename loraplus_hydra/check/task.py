@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import trainer_log_levels
 
 from loraplus_hydra.check.keys import NOT_SET
-from loraplus_hydra.check.kinds import TARGET, derives, is_auto_class, resolve, returns_examples
+from loraplus_hydra.check.kinds import TARGET, derives, is_auto_class, resolve, returns
 from loraplus_hydra.check.signatures import argument_problems, documented_value_problems
 from loraplus_hydra.check.values import MASTERS
 from loraplus_hydra.config.schema import NOT_TRAINING_ARGUMENTS, TaskConfig
@@ -24,7 +24,7 @@ _PLACES: dict[str, tuple[Callable[[Any], bool], str]] = {
     TARGET: (derives(Trainer), "a transformers.Trainer class, such as trl.SFTTrainer"),
     "args_class": (derives(TrainingArguments), "a transformers.TrainingArguments class"),
     "auto_class": (is_auto_class, "one of transformers' auto classes, such as transformers.AutoModelForCausalLM"),
-    "examples": (returns_examples, "a function that says -> Examples, such as loraplus_hydra.tasks.sft.examples"),
+    "examples": (returns("Examples"), "a function that says -> Examples, such as loraplus_hydra.tasks.sft.examples"),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import secrets
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
+from loraplus_hydra.io.locks import lock
 
 _DRAFT = re.compile(r"\.(.+)\.[0-9a-f]{16}\.unfinished")
 _LONGEST = 255  # bytes; longest name of a file
@@ -142,11 +142,9 @@ def reserved(path: str, key: str) -> Iterator[Path]:
     handle = open_regular(file, os.O_RDWR | os.O_CREAT)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(handle)
         except BlockingIOError:
             raise taken from None
-        except OSError:  # the file system has no locks
-            pass
         if not _is_at(handle, file) or os.fstat(handle).st_size:  # another process has written it since the check above
             raise taken
         try:

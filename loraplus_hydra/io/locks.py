@@ -34,7 +34,7 @@ def folder_lock(
     _held.add(handle)
     try:
         try:
-            is_locked = _lock(handle, time.monotonic() + patience)
+            is_locked = lock(handle, time.monotonic() + patience)
         except BlockingIOError:
             raise UserError(f"{use} in {folder}; wait until it ends, or name another {key}") from None
         if not _is_still(handle, folder):  # replaced before the lock was taken
@@ -46,7 +46,11 @@ def folder_lock(
             os.close(handle)
 
 
-def _lock(handle: int, deadline: float) -> bool:
+def lock(handle: int, deadline: float = 0.0) -> bool:
+    """Lock an open file until it is closed; return False on a file system without locks.
+
+    Raises BlockingIOError if another process still has the lock at the `deadline` (of `time.monotonic`).
+    """
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,8 +9,6 @@ from loraplus_hydra.config.schema import RUN_GROUPS
 from loraplus_hydra.io import checkpoints
 from loraplus_hydra.io.read import Unreadable, parse_yaml
 
-RESUME_KEY = checkpoints.KEY
-
 
 def override_values(overrides: Iterable[str]) -> dict[str, Any]:
     """Return key -> value of the overrides that set a value: `+key=1e-4` gives key: 0.0001."""
@@ -37,7 +35,7 @@ def rerun_overrides(
     """
     changes: dict[str, str] = {}
     for key in dict.fromkeys(map(_key, resumes)):
-        if key.split(".")[0] not in RUN_GROUPS or key == RESUME_KEY:  # a setting of the resume, not of the run
+        if key.split(".")[0] not in RUN_GROUPS or key == checkpoints.KEY:  # a setting of the resume, not of the run
             continue
         # The configs decide: a resume may have been refused, and each one starts from the first config again.
         if key in config and config[key] == first_config.get(key):

@@ -61,7 +61,6 @@ class Job:
     metric: str = ""  # name of the metric that the sweep compares
     value: float | None = None  # that metric at the end
     best: float | None = None  # and at its best evaluation
-    best_step: int | None = None
     steps: int | None = None
     seconds: float | None = None  # of the whole job
     seed: int | None = None
@@ -144,15 +143,13 @@ def read_job(folder: Path) -> Job:
     value = number(_mapping(result, "metrics").get(metric)) if status == OK else None
     if status == OK and value is None:
         reason = f"{run_folder.RESULT} has no number for {metric or 'the metric'}"
-    best = _mapping(result, "best")
     return Job(
         folder=folder.name,
         status=status,
         reason="; ".join(filter(None, (reason, *files.errors))),
         metric=metric,
         value=value,
-        best=number(best.get("value")),
-        best_step=whole_number(best.get("step")),
+        best=number(_mapping(result, "best").get("value")),
         steps=whole_number(result.get("steps")),
         seconds=number(result.get("seconds")),
         seed=whole_number(config.get("seed", override_values(overrides).get("seed", result.get("seed")))),
@@ -281,7 +278,7 @@ def _stopped(left: Any) -> list[str]:
 
 def _without_value(job: Job, metric: str) -> Job:
     reason = "; ".join(filter(None, (job.reason, f"compared by {job.metric}, not {metric}")))
-    return replace(job, value=None, best=None, best_step=None, evaluations=(), reason=reason)
+    return replace(job, value=None, best=None, evaluations=(), reason=reason)
 
 
 def _mapping(value: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loraplus_hydra.io import checkpoints
 from loraplus_hydra.io.result import FAILED
-from loraplus_hydra.report.overrides import RESUME_KEY, override_values
+from loraplus_hydra.report.overrides import override_values
 from loraplus_hydra.report.read_sweep import Job, Rates, Sweep
 from loraplus_hydra.report.values import number
 
@@ -17,7 +18,7 @@ SEED = "seed"
 _PREFERRED = (SEED, "loraplus.ratio", "loraplus.lr_A", "loraplus.lr_B", "optimizer.lr")
 # Beginnings of keys without influence on the trained weights.
 _NOT_TRAINED = (
-    RESUME_KEY,
+    checkpoints.KEY,
     "trainer.logging_",
     "trainer.save_",
     "trainer.dataloader_num_workers",

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from loraplus_hydra.check import Checked
 from loraplus_hydra.loraplus.advice import ratio_advice
 from loraplus_hydra.loraplus.memory import Memory, estimate
-from loraplus_hydra.loraplus.plan import Plan, Row, table_rows
+from loraplus_hydra.loraplus.plan import Plan, table_rows
 from loraplus_hydra.training.measure import count_parameters
+from loraplus_hydra.training.prepare import plain_group
 
 
 @dataclass(frozen=True)
@@ -24,14 +23,10 @@ class Inspection:
     total: int
     advice: tuple[str, ...]
 
-    def rows(self) -> list[Row]:
-        """Return the rows of the table of rates."""
-        return table_rows(self.plan)
-
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
         return {
-            "rows": [asdict(row) for row in self.rows()],
+            "rows": [asdict(row) for row in table_rows(self.plan)],
             "tensors": [
                 {
                     **tensor.as_dict(),
@@ -52,12 +47,5 @@ def inspect(checked: Checked) -> Inspection:
     """Return what `inspect` shows of a checked config."""
     plan = checked.plan
     trained, total = count_parameters(checked.model)
-    memory = estimate(checked.model, plan, quantization_of(checked.config))
+    memory = estimate(checked.model, plan, plain_group(checked.config.quantization))
     return Inspection(plan, memory, trained, total, tuple(ratio_advice(plan.records, plan.largest_ratio, total)))
-
-
-def quantization_of(config: DictConfig) -> dict[str, Any]:
-    """Return the quantization group as a plain mapping; empty if there is none."""
-    node = config.get("quantization")
-    plain = OmegaConf.to_container(node, resolve=True) if node is not None else {}
-    return plain if isinstance(plain, dict) else {}  # type: ignore[return-value]

@@ -6,9 +6,10 @@ import json
 
 from omegaconf import DictConfig
 
-from loraplus_hydra.check import check_without_data
+from loraplus_hydra.check import check
 from loraplus_hydra.cli.commands.command import Command
 from loraplus_hydra.config.schema import run_of
+from loraplus_hydra.loraplus.plan import table_rows
 from loraplus_hydra.runs import display
 
 
@@ -17,14 +18,14 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
 
     `--tensors` lists each tensor with the reason, `--json` prints JSON.
     """
-    checked = check_without_data(run_of(config))
+    checked = check(run_of(config), with_data=False)
     from loraplus_hydra.runs.inspection import inspect
 
     found = inspect(checked)
     if "json" in flags:
         print(json.dumps(found.as_dict(), indent=2))
         return
-    display.show_rates(found.rows())
+    display.show_rates(table_rows(found.plan))
     if "tensors" in flags:
         display.show_tensors(found.plan.tensors)
     display.show_memory(found.memory, found.trained, found.total)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
+import numpy
 
 from loraplus_hydra.report.figures.style import BEST, MUTED, PAPER, Picture, new_figure, robust_limits
 from loraplus_hydra.report.formatting import clipped, folded, short
@@ -106,16 +107,13 @@ def _tick(axes: Any, column: int, height: float, text: str) -> None:
     axes.text(column + 0.04, height, text, ha="left", va="center", fontsize=8.5, bbox=halo, zorder=6)
 
 
-def _smooth(heights: Sequence[float]) -> tuple[list[float], list[float]]:
+def _smooth(heights: Sequence[float]) -> tuple[Any, Any]:
     """Return a curve through the heights that is horizontal at every axis."""
-    x, y = [], []
-    for column in range(len(heights) - 1):
-        for part in range(_LINE_POINTS):
-            share = part / _LINE_POINTS
-            ease = share * share * (3 - 2 * share)  # smoothstep: the eye can follow it through a crossing
-            x.append(column + share)
-            y.append(heights[column] + ease * (heights[column + 1] - heights[column]))
-    return [*x, len(heights) - 1.0], [*y, heights[-1]]
+    x = numpy.linspace(0, len(heights) - 1, (len(heights) - 1) * _LINE_POINTS + 1)
+    before = numpy.floor(x)
+    share = x - before
+    ease = share * share * (3 - 2 * share)  # smoothstep: the eye can follow it through a crossing
+    return x, numpy.interp(before + ease, range(len(heights)), heights)
 
 
 def _worst_beyond(results: SweepResults, low: float, high: float) -> bool:

@@ -15,14 +15,14 @@ import torch
 from loraplus_hydra.errors import Problem
 
 
-def score_with_whole_head(model: Any) -> bool:
-    """Make an adapted output layer compute its own logits, and return True if there is one.
+def score_with_whole_head(model: Any) -> None:
+    """Make an adapted output layer, if there is one, compute its own logits.
 
     `model` is a PeftModel that TRL has patched. Costs the memory of the logits: batch x tokens x vocabulary numbers.
     """
     base = model.get_base_model()
     if not _is_adapted(base.get_output_embeddings()):
-        return False
+        return
     inner = base.forward
 
     @functools.wraps(type(base).forward)  # `generate` reads the signature
@@ -36,7 +36,6 @@ def score_with_whole_head(model: Any) -> bool:
         return _scored(logits.float(), labels[:, 1:] if shifted is None else shifted, items, output)
 
     base.forward = types.MethodType(forward, base)
-    return True
 
 
 def head_problem(model: Any, trainer: str) -> Problem | None:
