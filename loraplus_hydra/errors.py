@@ -33,6 +33,12 @@ class ConfigErrors(UserError):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
+def refuse(problems: Iterable[Problem]) -> None:
+    """Raise ConfigErrors if there are problems."""
+    if found := tuple(problems):
+        raise ConfigErrors(found)
+
+
 @contextmanager
 def errors_at(key: str) -> Iterator[None]:
     """Turn a UserError raised inside into ConfigErrors at `key`. ConfigErrors stay unchanged."""

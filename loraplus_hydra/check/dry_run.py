@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.config.schema import ModelConfig
-from loraplus_hydra.errors import ConfigErrors, Problem, UserError, errors_at, first_line, nearest
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError, errors_at, first_line, nearest, refuse
 from loraplus_hydra.loraplus.plan import Plan
 from loraplus_hydra.loraplus.roles import tensor_records
 from loraplus_hydra.models.adapter import possible_targets
@@ -34,8 +34,7 @@ def load_data(config: DictConfig) -> Examples:
     problems = _missing_tokens(config.task.args, tokenizer)
     with errors_at("data"):
         examples = prepare_examples(config, tokenizer, keep=True)
-    if problems:
-        raise ConfigErrors(problems)
+    refuse(problems)
     return examples
 
 
@@ -70,8 +69,7 @@ def _load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
     with errors_at("model.tokenizer"), _any_error_as(lambda text: Problem(key, text, fix)):
         tokenizer = load_tokenizer(config.model)
     with errors_at("model.path"):
-        if problems := vocabulary_problems(config.model, tokenizer):
-            raise ConfigErrors(problems)
+        refuse(vocabulary_problems(config.model, tokenizer))
     return tokenizer
 
 
@@ -87,8 +85,7 @@ def plan_without_weights(config: DictConfig, examples: Examples | None) -> tuple
     with errors_at("adapter"), _any_error_as(lambda text: _adapter_problem(model, text)):
         adapted = add_meta_adapter(model, config)
     problems = [head_problem(adapted, config.task._target_), _rank_problem(adapted), _token_problem(adapted)]
-    if found := [problem for problem in problems if problem is not None]:
-        raise ConfigErrors(found)
+    refuse(problem for problem in problems if problem is not None)
     # The optimizer's class may refuse a combination of settings.
     with errors_at("loraplus"), _any_error_as(lambda text: Problem("optimizer", text)):
         return adapted, plan_groups(config, adapted)[1]

@@ -12,7 +12,7 @@ from hydra._internal.utils import get_args_parser
 
 from loraplus_hydra.cli.commands import COMMANDS
 from loraplus_hydra.config.hydra_job import quoted
-from loraplus_hydra.errors import ConfigErrors, Problem, nearest
+from loraplus_hydra.errors import ConfigErrors, Problem, nearest, refuse
 
 # Flags of Hydra whose value is the next word.
 _WITH_VALUE = frozenset(
@@ -49,8 +49,7 @@ def refuse_wrong_flags(words: list[str], own: Iterable[str]) -> None:
     given, unknown = parser.parse_known_args([*overrides, *flags])
     known = [*parser._option_string_actions, *(f"--{name}" for name in own)]
     problems = [Problem(word, f"there is no such flag{nearest(word, known)}", _FIX) for word in unknown]
-    if problems := [*problems, *_value_problems(given)]:
-        raise ConfigErrors(problems)
+    refuse([*problems, *_value_problems(given)])
 
 
 def _refuse(message: str) -> NoReturn:

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line, nearest
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line, nearest, refuse
 from loraplus_hydra.io import run_folder
 
 _LOGGINGS = ("hydra_logging", "job_logging")
@@ -17,8 +17,7 @@ _LOGGINGS = ("hydra_logging", "job_logging")
 
 def refuse_wrong_settings(hydra: DictConfig) -> None:
     """Raise ConfigErrors for values of `hydra` that would fail later."""
-    if problems := list(_problems(hydra)):
-        raise ConfigErrors(problems)
+    refuse(_problems(hydra))
 
 
 def explain_logging_error(error: Exception) -> Exception:

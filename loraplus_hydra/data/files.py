@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 from loraplus_hydra.data import mixing
 from loraplus_hydra.data.readers import FORMATS, TABLES, UNITS, Layout, load_file, read
 from loraplus_hydra.data.streams import SUFFIXES
-from loraplus_hydra.errors import ConfigErrors, Problem, UserError, errors_at, first_line, nearest
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError, errors_at, first_line, nearest, refuse
 
 Files = str | list[str] | dict[str, float]
 _FILES = "a path, a list of paths, or {path: weight, ...}"
@@ -97,8 +97,7 @@ def _check_layout(layout: Layout) -> None:
     except (LookupError, TypeError, ValueError):
         fix = "use, for example, utf-8, latin-1, cp1252 or utf-16"
         problems.append(Problem("data.encoding", f"there is no encoding '{layout.encoding}'", fix))
-    if problems:
-        raise ConfigErrors(problems)
+    refuse(problems)
 
 
 def _formats() -> list[str]:
@@ -139,8 +138,7 @@ def _weighted_files(key: str, weights: Mapping[str, float]) -> list[str]:
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not number or not 0 < weight < float("inf"):
             problems.append(Problem(key, f"the weight of {pattern} is {weight}", "give it a finite number above 0"))
-    if problems:
-        raise ConfigErrors(problems)
+    refuse(problems)
     return paths
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from loraplus_hydra.config.types import fits
-from loraplus_hydra.errors import ConfigErrors, Problem, nearest
+from loraplus_hydra.errors import ConfigErrors, Problem, nearest, refuse
 from loraplus_hydra.loraplus.peft_layers import ADAPTER_ROLES
 
 ROLES: tuple[str, ...] = (*ADAPTER_ROLES, "saved_module", "bias", "norm", "other")
@@ -141,8 +141,7 @@ def parse_rules(rules: Mapping[str, Any], where: str = "loraplus.rules") -> list
         problems += found
         if not found:
             parsed.append(_rule(str(name), present))
-    if problems:
-        raise ConfigErrors(problems)
+    refuse(problems)
     return parsed
 
 

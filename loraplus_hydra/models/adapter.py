@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from loraplus_hydra.config.targets import instantiate, locate
-from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.errors import ConfigErrors, Problem, refuse
 from loraplus_hydra.io.quiet_libraries import quiet_peft
 from loraplus_hydra.loraplus.peft_layers import A_ZERO, TRAINED, note_initialisation
 from loraplus_hydra.models import adalora
@@ -131,13 +131,8 @@ def continue_adapter(
     adapter can't be trained further, was trained on another base, or differs from `configured`.
     """
     stored = stored_adapter(path)
-    problems = [
-        *_continue_problems(stored, new_tokens),
-        *_base_problems(stored, model),
-        *_differences(stored.config, configured),
-    ]
-    if problems:
-        raise ConfigErrors(problems)
+    problems = [*_continue_problems(stored, new_tokens), *_base_problems(stored, model)]
+    refuse([*problems, *_differences(stored.config, configured)])
     if not on_meta:
         return attach(model, stored, trainable=True)
     stored.config.inference_mode = False

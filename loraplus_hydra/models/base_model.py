@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from loraplus_hydra.config.locations import is_local, model_location
 from loraplus_hydra.config.targets import locate
-from loraplus_hydra.errors import ConfigErrors, Problem, first_line
+from loraplus_hydra.errors import ConfigErrors, Problem, first_line, refuse
 from loraplus_hydra.models.quantization import disable_cpu_repacking, quantization_config, skip_heads
 
 _HEADS = ("classifier", "score")  # transformers' names for the layers of a classifier's head
@@ -237,17 +237,13 @@ def _refuse_encoder(config: PretrainedConfig, auto_class: str, model: DictConfig
 
 def _refuse_other_architecture(config: PretrainedConfig, model: DictConfig) -> None:
     """Raise ConfigErrors if a checkpoint's config differs from the architecture in the option's YAML."""
-    problems = [
-        Problem(
-            f"model.config.{name}",
-            f"is {value}, but it is {getattr(config, str(name), None)} in the model at {model.path}",
-            "for a model of another size or kind use model=hub model.path=...",
-        )
-        for name, value in model.config.items()
-        if getattr(config, str(name), None) != value
-    ]
-    if problems:
-        raise ConfigErrors(problems)
+    fix = "for a model of another size or kind use model=hub model.path=..."
+    given = {str(name): (value, getattr(config, str(name), None)) for name, value in model.config.items()}
+    refuse(
+        Problem(f"model.config.{name}", f"is {value}, but it is {own} in the model at {model.path}", fix)
+        for name, (value, own) in given.items()
+        if own != value
+    )
 
 
 def _load_problem(model: DictConfig, error: Exception) -> Problem:

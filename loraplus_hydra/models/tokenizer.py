@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from loraplus_hydra.config.locations import model_location
-from loraplus_hydra.errors import ConfigErrors, Problem, first_line, nearest
+from loraplus_hydra.errors import ConfigErrors, Problem, first_line, nearest, refuse
 from loraplus_hydra.models.base_model import hub_arguments, location_advice, missing_folder_problem
 
 # Tokens that models reserve for padding or leave unused, best first. The first that the vocabulary has is used.
@@ -36,9 +36,7 @@ def load_tokenizer(model: DictConfig) -> PreTrainedTokenizerBase:
         what = f"no tokenizer can be loaded from {path}: {first_line(error)}"
         missing = missing_folder_problem(key, path)
         raise ConfigErrors([missing or Problem(key, what, location_advice(path))]) from error
-    problems = [*_set_pad_token(tokenizer, model), *_add_tokens(tokenizer, model)]
-    if problems:
-        raise ConfigErrors(problems)
+    refuse([*_set_pad_token(tokenizer, model), *_add_tokens(tokenizer, model)])
     return tokenizer
 
 

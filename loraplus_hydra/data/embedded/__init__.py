@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from loraplus_hydra.data.embedded.source import EVAL_FRACTION, Source, blocks, is_held_out, read_library, stable_hash
-from loraplus_hydra.errors import ConfigErrors, Problem, UserError
+from loraplus_hydra.errors import Problem, UserError, refuse
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -48,9 +48,7 @@ def load(
 
     Raises ConfigErrors for arguments out of range, and UserError if there is no source of the standard library.
     """
-    problems = list(_argument_problems(max_prompt_chars, eval_fraction, max_samples))
-    if problems:
-        raise ConfigErrors(problems)
+    refuse(_argument_problems(max_prompt_chars, eval_fraction, max_samples))
     from datasets import Dataset, DatasetDict  # imported here, because the other functions need no packages
 
     splits = _pairs_once(body, max_prompt_chars, eval_fraction)

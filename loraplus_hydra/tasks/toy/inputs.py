@@ -6,7 +6,7 @@ from datasets import Dataset, DatasetDict
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase, default_data_collator
 
-from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.errors import Problem, refuse
 from loraplus_hydra.tasks.examples import Examples
 
 _WIDEST = 2048  # rows of the student's tables; the size of the tokenizer's vocabulary
@@ -25,8 +25,7 @@ def load(width: int = 256, rank: int = 4, steps: int = 100, seed: int = 0) -> Da
         problems.append(Problem("data.rank", f"{rank} is out of range", f"from 1 to the width, {width}"))
     if steps < 1:
         problems.append(Problem("data.steps", f"{steps} is out of range", "1 or more"))
-    if problems:
-        raise ConfigErrors(problems)
+    refuse(problems)
     row = {"input_ids": list(range(width))}
     return DatasetDict({"train": Dataset.from_list([row] * steps), "eval": Dataset.from_list([row])})
 
