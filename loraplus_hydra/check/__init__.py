@@ -6,13 +6,28 @@ Importing this package is cheap: torch and transformers are imported when a conf
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from loraplus_hydra.check.checked import Checked
 from loraplus_hydra.errors import Problem
+from loraplus_hydra.io.checkpoints import Checkpoint
+from loraplus_hydra.loraplus.plan import Plan
 
-__all__ = ["Checked", "check", "stored_problems"]
+if TYPE_CHECKING:
+    from peft import PeftModel  # loads torch
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A config without errors, and the parts of its dry run that a command can use again."""
+
+    config: DictConfig
+    model: PeftModel  # with its adapter, on the meta device
+    plan: Plan  # of the model's parameter groups
+    checkpoint: Checkpoint | None = None  # the one that the config names
+    notes: tuple[str, ...] = ()  # on the rows, for the user
 
 
 def check(config: DictConfig, *, with_data: bool = True) -> Checked:

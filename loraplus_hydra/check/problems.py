@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 
-from loraplus_hydra.check.checked import Checked
+from loraplus_hydra.check import Checked
 from loraplus_hydra.check.classes import class_problems
 from loraplus_hydra.check.dry_run import data_problems, load_data, plan_without_weights
 from loraplus_hydra.check.keys import NOT_SET, read_config, unknown_keys

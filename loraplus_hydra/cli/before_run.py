@@ -2,8 +2,8 @@
 
 Hydra makes a run's folder and log before it calls the task function. A config that was checked there would leave a
 folder behind when it is wrong. A callback gets the whole config earlier, so every command runs in `on_run_start`. All
-but `train` and `resume` end the program there. Those two leave a `Job` in `begun`, which the task function takes later
-in the same process. A sweep begins in `on_multirun_start`, and each of its jobs checks its own config.
+but `train` and `resume` end the program there. Those two leave a `Job` in `BeforeRun.job`, which the task function
+takes later in the same process. A sweep begins in `on_multirun_start`, and each of its jobs checks its own config.
 
 Hydra turns a callback's errors into warnings and goes on. Only SystemExit and KeyboardInterrupt get through, hence
 `exit_on_error`.
@@ -12,8 +12,7 @@ Hydra turns a callback's errors into warnings and goes on. Only SystemExit and K
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
@@ -29,22 +28,12 @@ from loraplus_hydra.sweep.plan import Sweep, begin
 from loraplus_hydra.sweep.search import continue_study
 
 
-@dataclass
-class Begun:
-    """The job or the sweep that has begun in this process.
-
-    Hydra passes no objects from a callback to the task.
-    """
-
-    job: Job | None = None
-    sweep: Sweep | None = None
-
-
-begun = Begun()
-
-
 class BeforeRun(Callback):
     """Runs a command with its `--flags` as soon as its config is composed."""
+
+    # Begun in this process; on the class, since Hydra passes no objects from a callback to the task.
+    job: ClassVar[Job | None] = None
+    sweep: ClassVar[Sweep | None] = None
 
     def __init__(self, command: str, flags: list[str]) -> None:
         self.name = command
@@ -62,8 +51,8 @@ class BeforeRun(Callback):
         with exit_on_error():
             refuse_wrong_settings(config.hydra)
             quiet_libraries()
-            begun.job = self.command.main(config, self.flags)
-            if begun.job is None:
+            BeforeRun.job = self.command.main(config, self.flags)
+            if BeforeRun.job is None:
                 raise SystemExit(0)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -72,5 +61,5 @@ class BeforeRun(Callback):
             if self.command.name != "train":
                 raise UserError(f"'{self.command.name}' takes one config, not a sweep; leave out --multirun")
             processes.refuse_sweep(["--multirun"])  # also where the config asks for one (hydra.mode)
-            begun.sweep = begin(config, sys.argv[1:])
-            continue_study(config, begun.sweep)
+            BeforeRun.sweep = begin(config, sys.argv[1:])
+            continue_study(config, BeforeRun.sweep)

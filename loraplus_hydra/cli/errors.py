@@ -49,13 +49,11 @@ def exit_on_error() -> Iterator[None]:
     """Print and log an error raised inside, and raise SystemExit with status 1."""
     try:
         yield
-    except UserError as error:
-        screen.log_to_file(f"Error: {error}", logging.ERROR)
-        print_error(error)
-        raise SystemExit(EXIT_USER_ERROR) from error
     except Exception as error:
-        screen.log_to_file("".join(traceback.format_exception(error)), logging.ERROR)
-        if wants_traceback():
+        is_expected = isinstance(error, UserError)
+        text = f"Error: {error}" if is_expected else "".join(traceback.format_exception(error))
+        screen.log_to_file(text, logging.ERROR)
+        if wants_traceback() and not is_expected:
             traceback.print_exception(error)
         else:
             print_error(error)

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.cli.arguments import hydra_arguments, refuse_wrong_flags, split_command
-from loraplus_hydra.cli.before_run import begun
+from loraplus_hydra.cli.before_run import BeforeRun
 from loraplus_hydra.cli.commands import COMMANDS, commands_help
 from loraplus_hydra.cli.errors import (
     EXIT_USER_ERROR,
@@ -46,7 +46,7 @@ def train(config: DictConfig) -> float | None:
         return run_job(config)
     from loraplus_hydra.runs.job import run
 
-    job, begun.job = begun.job, None
+    job, BeforeRun.job = BeforeRun.job, None
     assert job is not None, "the callback BeforeRun has checked the run"
     with exit_on_error():  # Hydra would print a line of its own ahead of the error
         return run(job.checked, point=job.point).value
@@ -110,7 +110,7 @@ def _run(name: str, arguments: list[str]) -> int:
 
 def _finish_sweep() -> bool:
     """Report the end of the sweep that has begun, if any. Returns True if a job failed."""
-    sweep, begun.sweep = begun.sweep, None
+    sweep, BeforeRun.sweep = BeforeRun.sweep, None
     if sweep is None:
         return False
     from loraplus_hydra.sweep.finish import finish

@@ -6,11 +6,10 @@ Files with equal bytes and equal settings are read only once. The cache is in a 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def digest(*parts: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-@functools.cache
+@cache
 def _code_digest() -> str:
     """Return a text that identifies the code that reads and tokenises rows."""
     # Part of every key: another version of the code may give other tokens, so it must not find older files.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from loraplus_hydra.loraplus.optimizer import build_optimizer
-from loraplus_hydra.loraplus.plan import Group, Plan, PlannedTensor, StateSize
+from loraplus_hydra.loraplus.plan import Plan, PlannedTensor, StateSize
 from loraplus_hydra.loraplus.rules import TensorRecord
 from loraplus_hydra.loraplus.settings import LoraPlus
 
@@ -66,7 +66,10 @@ def measure_state(plan: Plan, settings: LoraPlus) -> Plan:
     stand_ins = {kind: _stand_in(record) for kind, record in records.items()}
     optimizer = build_optimizer(
         settings.optimizer_class,
-        [_with_one_record_per_kind(group, records) for group in plan.groups],
+        [
+            replace(group, records=tuple(record for kind, record in records.items() if kind[0] == group.name))
+            for group in plan.groups
+        ],
         ((records[kind].name, stand_in) for kind, stand_in in stand_ins.items()),
         dict(settings.optimizer_arguments),
     )
@@ -80,10 +83,6 @@ def measure_state(plan: Plan, settings: LoraPlus) -> Plan:
 
 def _kind(tensor: PlannedTensor) -> tuple[Any, ...]:
     return tensor.group.name, tensor.record.shape, tensor.record.trained_embedding
-
-
-def _with_one_record_per_kind(group: Group, records: Mapping[tuple[Any, ...], TensorRecord]) -> Group:
-    return replace(group, records=tuple(record for kind, record in records.items() if kind[0] == group.name))
 
 
 def _stand_in(record: TensorRecord) -> nn.Parameter:

@@ -67,17 +67,6 @@ FACTORS = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}
 """Roles of the two factors of a LoRA update."""
 
 
-_STARTS_AT_ZERO = {
-    "lora_B_bias": True,
-    "vera_b": True,
-    "adalora_E": True,
-    "vera_d": False,
-    "adalora_A": False,
-    "adalora_B": False,
-}
-"""Roles whose start depends only on whether PEFT initialises the adapter."""
-
-
 def zero_start(role: str, initialisation: object) -> bool | None:
     """Return True if a tensor with this role starts at zero under this `init_lora_weights`.
 
@@ -89,8 +78,10 @@ def zero_start(role: str, initialisation: object) -> bool | None:
         return False if role in ADAPTER_ROLES else None
     if role in ("magnitude", "trainable_tokens"):
         return False
-    if initialisation is False or role not in FACTORS:
-        return None if initialisation is False else _STARTS_AT_ZERO.get(role)
+    if initialisation is False or role not in ADAPTER_ROLES:
+        return None
+    if role not in FACTORS:  # then the kind of initialisation doesn't matter
+        return role in ("lora_B_bias", "vera_b", "adalora_E")
     name = initialisation.lower() if isinstance(initialisation, str) else initialisation
     if name in ("mica", A_ZERO):
         return role in ("lora_A", "lora_embedding_A")

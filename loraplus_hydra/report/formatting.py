@@ -33,11 +33,10 @@ def measured(value: float | None) -> str:
 
 def with_spread(mean: float | None, spread: float | None) -> str:
     """Return `3.6170 ± 0.0040`, or only the mean if there is no spread."""
-    return measured(mean) + ("" if spread is None else f" ± {_as_precise(spread, mean)}")
-
-
-def _as_precise(spread: float, mean: float | None) -> str:
-    return f"{spread:.4f}" if spread >= 5e-5 and mean is not None and abs(mean) < 1e4 else f"{spread:.2g}"
+    if mean is None or spread is None:
+        return measured(mean)
+    digits = f"{spread:.4f}" if spread >= 5e-5 and abs(mean) < 1e4 else f"{spread:.2g}"
+    return f"{measured(mean)} ± {digits}"
 
 
 def count(number: int, noun: str) -> str:
