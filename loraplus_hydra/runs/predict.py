@@ -21,7 +21,7 @@ from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.load_finished import base_of, load_run, load_run_tokenizer
 from loraplus_hydra.tasks.base import least, longest_input
 from loraplus_hydra.tasks.conversation import Conversation, Shape, Text, find_shape, has_schema_nulls
-from loraplus_hydra.tasks.preference import find_preference_shape, has_preferences
+from loraplus_hydra.tasks.preference import PreferenceShape, find_preference_shape, has_preferences
 from loraplus_hydra.tasks.rows import text_in
 from loraplus_hydra.tasks.tokens import render
 from loraplus_hydra.training.sampling import answer
@@ -126,13 +126,23 @@ def _read(file: str, column: str | None, run: FinishedRun) -> tuple[list[Asked],
     if str(run.config.task.task_type) == "SEQ_CLS":
         return _texts(file, rows, column or run.config.data.get("text_column", "text"), run)
     both, places = DatasetDict(train=rows, eval=rows), rows[ORIGIN]
+    chat = _uses_chat(run, load_run_tokenizer(run))
+    shape: PreferenceShape | Shape
     if column is None and has_preferences(both, run.config.data):
-        pairs, chat = find_preference_shape(both, run.config.data), _uses_chat(run, load_run_tokenizer(run))
-        asked = [pairs.ask(row, place, chat=chat) for row, place in zip(rows, places, strict=True)]
-        return list(asked), [None] * len(rows)
-    shape = _shape(file, rows, column, run)
-    # A text stays one here: whether it becomes a turn depends on the tokenizer.
-    return [shape.ask(row, place, chat=False) for row, place in zip(rows, places, strict=True)], [None] * len(rows)
+        shape = find_preference_shape(both, run.config.data)
+    else:
+        shape = _shape(file, rows, column, run)
+    asked = [_bare(shape.ask(row, place, chat=chat)) for row, place in zip(rows, places, strict=True)]
+    return asked, [None] * len(rows)
+
+
+def _bare(asked: Asked) -> Asked:
+    """Return a conversation of one text as this text, as `text=` gives it."""
+    if isinstance(asked, Conversation) and not asked.template_arguments and len(asked.turns) == 1:
+        (turn,) = asked.turns
+        if turn == {"role": "user", "content": turn.get("content")}:
+            return str(turn["content"])
+    return asked
 
 
 def _texts(file: str, rows: Dataset, column: str, run: FinishedRun) -> tuple[list[Asked], list[str | None]]:
