@@ -16,7 +16,7 @@ from loraplus_hydra.io.checkpoint_state import STATE
 from loraplus_hydra.io.checkpoints import in_order, newest_complete, open_checkpoint, rotate, seal, unseal
 from loraplus_hydra.models.adapter_files import refuse_other_tensors
 from tests.conftest import Finished
-from tests.runs.test_resume import AUTO
+from tests.runs.conftest import AUTO
 from tests.support.forking import differences
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,9 +16,9 @@ import pytest
 from loraplus_hydra import run
 from loraplus_hydra.errors import UserError
 from tests.conftest import Finished
+from tests.runs.conftest import AUTO
 from tests.support.forking import differences, lines
 
-AUTO = "trainer.resume_from_checkpoint=auto"
 ROOT = Path(__file__).resolve().parents[2]
 # Saves that are no multiple of the logged steps; dropout and accumulation, so that every random state counts.
 LONGER = (

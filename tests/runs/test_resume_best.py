@@ -14,35 +14,13 @@ import pytest
 from loraplus_hydra import run
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.checkpoints import defect, rotate, seal
-from loraplus_hydra.runs import job
-from tests.runs.test_resume import AUTO
+from tests.runs.conftest import Trial
 from tests.support.forking import differences, lines
 
 WEIGHTS = "adapter_model.safetensors"
 # Called better when it is greater, a loss that falls was best at the first evaluation.
 EIGHT = ("trainer.max_steps=8", "trainer.save_steps=2", "trainer.eval_steps=2", "task.greater_is_better=true")
 BEST = (*EIGHT, "+trainer.load_best_model_at_end=true")
-
-
-class Killed(BaseException):
-    """What ends a run here as SIGKILL would."""
-
-
-@pytest.fixture
-def killed(compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Train `overrides` in `folder` and kill the run before it saves the adapter."""
-
-    def kill(*args: Any) -> None:
-        raise Killed
-
-    def train(folder: Path, *overrides: str) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(job, "_save", kill)
-            with pytest.raises(Killed):
-                run(compose(*overrides), folder)
-        (folder / "result.json").unlink()
-
-    return train
 
 
 def kept(folder: Path) -> list[str]:
@@ -58,35 +36,27 @@ def loss_at(folder: Path, step: int) -> float:
 
 
 def tell(place: Path, **changed: Any) -> None:
-    """Change what a checkpoint's trainer_state.json says, and seal it as somebody would who wants it to be loaded."""
+    """Change a checkpoint's trainer_state.json, and write its manifest again so that it looks complete."""
     file = place / "trainer_state.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
     seal(place)
 
 
 @pytest.mark.parametrize("load_best", [(), ("+trainer.load_best_model_at_end=true",)], ids=["last", "best"])
-def test_checkpoint_of_ctrl_c_stays_at_a_limit_of_one(
-    load_best: tuple[str, ...],
-    stopped: Callable[..., None],
-    compose: Callable[..., Any],
-    tiny_run: list[str],
-    tmp_path: Path,
-) -> None:
-    overrides = [*tiny_run, *EIGHT, *load_best, "trainer.save_total_limit=1"]
-    run(compose(*overrides), tmp_path / "unbroken")
-    assert kept(tmp_path / "unbroken") == ["checkpoint-2", "checkpoint-8"]
-    stopped(tmp_path / "run", *overrides, at=7)
-    assert kept(tmp_path / "run") == ["checkpoint-2", "checkpoint-7"]
-    assert run(compose(*overrides, AUTO), tmp_path / "run").resumed_at == [7]
-    assert differences(tmp_path / "run", tmp_path / "unbroken") == []
+def test_checkpoint_of_ctrl_c_stays_at_a_limit_of_one(load_best: tuple[str, ...], trial: Trial) -> None:
+    overrides = (*EIGHT, *load_best, "trainer.save_total_limit=1")
+    trial.train(*overrides)
+    assert kept(trial.unbroken) == ["checkpoint-2", "checkpoint-8"]
+    trial.stop(*overrides, at=7)
+    assert kept(trial.broken) == ["checkpoint-2", "checkpoint-7"]
+    assert trial.resume(*overrides).resumed_at == [7]
+    assert differences(trial.broken, trial.unbroken) == []
 
 
-def test_finished_run_at_a_limit_of_one_is_extended_from_its_last_step(
-    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
-) -> None:
-    overrides = [*tiny_run, *EIGHT, "trainer.save_total_limit=1"]
-    run(compose(*overrides), tmp_path)
-    assert run(compose(*overrides, "trainer.max_steps=10", AUTO), tmp_path).resumed_at == [8]
+def test_finished_run_at_a_limit_of_one_is_extended_from_its_last_step(trial: Trial) -> None:
+    overrides = (*EIGHT, "trainer.save_total_limit=1")
+    trial.train(*overrides, name="broken")
+    assert trial.resume(*overrides, "trainer.max_steps=10").resumed_at == [8]
 
 
 def test_best_checkpoint_that_is_not_there_takes_no_place(tmp_path: Path) -> None:
@@ -124,65 +94,41 @@ def test_metric_and_adapter_are_of_the_best_step_that_has_a_checkpoint(
     assert result.metrics["eval_loss"] == loss_at(tmp_path, 2)
 
 
-@pytest.fixture
-def ended(killed: Callable[..., None], stopped: Callable[..., None]) -> Callable[..., None]:
-    """Train `overrides` in `folder` and stop in step `at`; at 8, the last, as a kill ahead of the adapter does."""
-
-    def train(folder: Path, *overrides: str, at: int) -> None:
-        if at == 8:
-            killed(folder, *overrides)
-        else:
-            stopped(folder, *overrides, at=at)
-
-    return train
+def end(trial: Trial, at: int) -> None:
+    """Stop the run in step `at`; at 8, the last, as a kill before the adapter is saved does."""
+    if at == 8:
+        trial.kill(*BEST)
+    else:
+        trial.stop(*BEST, at=at)
 
 
 @pytest.mark.parametrize("at", [7, 8], ids=["before its last step", "after its last step"])
-def test_moved_run_ends_with_its_best_adapter(
-    at: int,
-    ended: Callable[..., None],
-    compose: Callable[..., Any],
-    tiny_run: list[str],
-    tmp_path: Path,
-) -> None:
-    overrides = [*tiny_run, *BEST]
-    run(compose(*overrides), tmp_path / "unbroken")
-    ended(tmp_path / "run", *overrides, at=at)
-    (tmp_path / "run").rename(tmp_path / "moved")
-    assert run(compose(*overrides, AUTO), tmp_path / "moved").resumed_at[-1] == at
-    assert differences(tmp_path / "moved", tmp_path / "unbroken") == []
+def test_moved_run_ends_with_its_best_adapter(at: int, trial: Trial) -> None:
+    trial.train(*BEST)
+    end(trial, at)
+    moved = trial.broken.rename(trial.folder / "moved")
+    assert trial.resume(*BEST, name="moved").resumed_at[-1] == at
+    assert differences(moved, trial.unbroken) == []
 
 
 @pytest.mark.parametrize("at", [7, 8], ids=["before its last step", "after its last step"])
-def test_best_checkpoint_that_does_not_count_is_refused(
-    at: int,
-    ended: Callable[..., None],
-    compose: Callable[..., Any],
-    tiny_run: list[str],
-    tmp_path: Path,
-) -> None:
-    ended(tmp_path, *tiny_run, *BEST, at=at)
-    os.truncate(tmp_path / "checkpoints" / "checkpoint-2" / WEIGHTS, 10)
+def test_best_checkpoint_that_does_not_count_is_refused(at: int, trial: Trial) -> None:
+    end(trial, at)
+    os.truncate(trial.broken / "checkpoints" / "checkpoint-2" / WEIGHTS, 10)
     with pytest.raises(UserError, match=r"checkpoint-2, can't be loaded at the end: .* is 10 bytes long"):
-        run(compose(*tiny_run, *BEST, AUTO), tmp_path)
-    assert not (tmp_path / "adapter").exists()
-    result = run(compose(*tiny_run, *EIGHT, "+trainer.load_best_model_at_end=false", AUTO), tmp_path)
-    assert (result.status, result.metrics["eval_loss"]) == ("ok", loss_at(tmp_path, 8))
+        trial.resume(*BEST)
+    assert not (trial.broken / "adapter").exists()
+    result = trial.resume(*EIGHT, "+trainer.load_best_model_at_end=false")
+    assert (result.status, result.metrics["eval_loss"]) == ("ok", loss_at(trial.broken, 8))
 
 
 @pytest.mark.parametrize("named", ["evil", "evil/checkpoint-2", ".."])
-def test_best_checkpoint_of_another_place_is_never_opened(
-    named: str,
-    killed: Callable[..., None],
-    compose: Callable[..., Any],
-    tiny_run: list[str],
-    tmp_path: Path,
-) -> None:
+def test_best_checkpoint_of_another_place_is_never_opened(named: str, trial: Trial) -> None:
     import torch
     from safetensors.torch import load_file
 
-    folder, evil = tmp_path / "run", tmp_path / named
-    killed(folder, *tiny_run, *BEST)
+    folder, evil = trial.broken, trial.folder / named
+    trial.kill(*BEST)
     own = folder / "checkpoints" / "checkpoint-2" / WEIGHTS
     if named != "..":
         evil.mkdir(parents=True)
@@ -190,23 +136,21 @@ def test_best_checkpoint_of_another_place_is_never_opened(
     torch.save({name: weight + 1 for name, weight in load_file(own).items()}, evil / "adapter_model.bin")
     tell(folder / "checkpoints" / "checkpoint-8", best_model_checkpoint=str(evil))
     if Path(named).name == "checkpoint-2":
-        run(compose(*tiny_run, *BEST, AUTO), folder)
+        trial.resume(*BEST)
         assert (folder / "adapter" / WEIGHTS).read_bytes() == own.read_bytes()
     else:
         with pytest.raises(UserError, match="that isn't the name of a checkpoint"):
-            run(compose(*tiny_run, *BEST, AUTO), folder)
+            trial.resume(*BEST)
         assert not (folder / "adapter").exists()
 
 
 @pytest.mark.parametrize("step", [4, 8])
-def test_run_from_a_checkpoint_of_another_run_keeps_that_ones_best(
-    step: int, killed: Callable[..., None], compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
-) -> None:
-    overrides = [*tiny_run, *BEST, "trainer.save_total_limit=null"]
-    run(compose(*overrides), tmp_path / "other")
-    shutil.copytree(tmp_path / "other", tmp_path / "first")  # to compare with
-    named = f"trainer.resume_from_checkpoint={tmp_path / 'other' / 'checkpoints' / f'checkpoint-{step}'}"
-    killed(tmp_path / "second", *overrides, named)
-    shutil.rmtree(tmp_path / "other")
-    run(compose(*overrides, AUTO), tmp_path / "second")
-    assert differences(tmp_path / "second", tmp_path / "first") == []
+def test_run_from_a_checkpoint_of_another_run_keeps_that_ones_best(step: int, trial: Trial) -> None:
+    overrides = (*BEST, "trainer.save_total_limit=null")
+    trial.train(*overrides, name="other")
+    shutil.copytree(trial.folder / "other", trial.unbroken)  # to compare with
+    checkpoint = trial.folder / "other" / "checkpoints" / f"checkpoint-{step}"
+    trial.kill(*overrides, f"trainer.resume_from_checkpoint={checkpoint}")
+    shutil.rmtree(trial.folder / "other")
+    trial.resume(*overrides)
+    assert differences(trial.broken, trial.unbroken) == []

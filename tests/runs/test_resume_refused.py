@@ -16,7 +16,8 @@ from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.runs.resume import find_resume_point, roll_back
 from tests.conftest import Finished
-from tests.runs.test_resume import AUTO, files
+from tests.runs.conftest import AUTO
+from tests.runs.test_resume import files
 from tests.support.forking import differences
 
 Cli = Callable[..., Finished]

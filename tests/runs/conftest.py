@@ -1,0 +1,92 @@
+"""Runs that are stopped or killed and then resumed, beside the same run that nothing breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Trainer
+
+from loraplus_hydra import run
+from loraplus_hydra.io.result import Result
+from loraplus_hydra.runs import job
+from tests.support.forking import differences
+
+AUTO = "trainer.resume_from_checkpoint=auto"
+
+
+class Killed(BaseException):
+    """Ends a run as SIGKILL does."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Runs of the tiny model in `folder`: `broken` is broken off and resumed, `unbroken` is neither."""
+
+    folder: Path
+    compose: Callable[..., Any]
+    tiny_run: list[str]
+    stopped: Callable[..., None]
+    monkeypatch: pytest.MonkeyPatch
+
+    @property
+    def broken(self) -> Path:
+        return self.folder / "broken"
+
+    @property
+    def unbroken(self) -> Path:
+        return self.folder / "unbroken"
+
+    def train(self, *overrides: str, name: str = "unbroken") -> Result:
+        """Train in the folder of the name."""
+        return run(self.compose(*self.tiny_run, *overrides), self.folder / name)
+
+    def stop(self, *overrides: str, at: int) -> None:
+        """Train and stop as Ctrl-C does in step `at`."""
+        self.stopped(self.broken, *self.tiny_run, *overrides, at=at)
+
+    def kill(self, *overrides: str, in_evaluation_at: int | None = None, name: str = "broken") -> None:
+        """Train and be killed in the evaluation of a step, or else before the adapter is saved."""
+        evaluate = Trainer.evaluate
+
+        def die(*args: Any) -> None:
+            raise Killed
+
+        def evaluate_or_die(trainer: Trainer, *args: Any, **kwargs: Any) -> dict[str, float]:
+            if trainer.state.global_step == in_evaluation_at:
+                raise Killed
+            return evaluate(trainer, *args, **kwargs)
+
+        with self.monkeypatch.context() as patch:
+            patch.setattr(job, "_save", die)
+            patch.setattr(Trainer, "evaluate", evaluate_or_die)
+            with pytest.raises(Killed):
+                self.train(*overrides, name=name)
+        (self.folder / name / "result.json").unlink()
+
+    def resume(self, *overrides: str, name: str = "broken") -> Result:
+        """Resume the run of the name."""
+        return self.train(*overrides, AUTO, name=name)
+
+    def resume_to_the_same(self, *overrides: str) -> Result:
+        """Resume the broken run, and fail unless it ends with the bits of one that nothing breaks."""
+        self.train(*overrides)
+        result = self.resume(*overrides)
+        assert differences(self.broken, self.unbroken) == []
+        configs = [(each / "adapter" / "adapter_config.json").read_text() for each in (self.broken, self.unbroken)]
+        assert configs[0] == configs[1]
+        return result
+
+
+@pytest.fixture
+def trial(
+    tmp_path: Path,
+    compose: Callable[..., Any],
+    tiny_run: list[str],
+    stopped: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Trial:
+    return Trial(tmp_path, compose, tiny_run, stopped, monkeypatch)
