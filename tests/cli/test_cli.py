@@ -34,7 +34,7 @@ def imported_by(*arguments: str, environment: dict[str, str] | None = None) -> t
         env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     told, _, modules = done.stderr.rpartition("IMPORTED")

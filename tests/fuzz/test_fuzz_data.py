@@ -24,7 +24,7 @@ from tests.fuzz.test_fuzz_config import within
 FIRST = int(os.environ.get("LORAPLUS_FUZZ_FROM", "0"))
 FEW, MANY = 300, int(os.environ.get("LORAPLUS_FUZZ_COUNT", "2000"))
 PART = 500  # the many are examined in parts, which the workers of a test run share
-SECONDS = 60
+SECONDS = 600
 
 TURNS = [{"role": "user", "content": "say 1"}, {"role": "assistant", "content": "the number 1"}]
 COLUMNS: dict[str, dict[str, Callable[[int], Any]]] = {

@@ -16,6 +16,7 @@ import pytest
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.checkpoints import MANIFEST
 from loraplus_hydra.io.locks import folder_lock
+from tests.support.processes import command_line, start
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,19 +102,14 @@ def test_only_the_first_process_of_a_run_locks(tmp_path: Path, monkeypatch: pyte
 
 def test_run_with_workers_is_resumed_right_after_its_kill(tiny_run: list[str], tmp_path: Path) -> None:
     overrides = [*tiny_run, "trainer.max_steps=100000", "trainer.save_steps=5", "trainer.dataloader_num_workers=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "loraplus_hydra"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [*command, *overrides, f"hydra.run.dir={tmp_path / 'run'}"],
-            stdout=log, stderr=log, env=environment, cwd=tmp_path,
-        )  # fmt: skip
-    end = time.monotonic() + 120
+    log = tmp_path / "log"
+    process = start(command_line, *overrides, "hydra.run.dir=run", folder=tmp_path, log=log)
+    end = time.monotonic() + 600
     while not (tmp_path / "run" / "checkpoints" / "checkpoint-5" / MANIFEST).is_file():
-        assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        assert process.is_alive(), log.read_text()[-3000:]
         assert time.monotonic() < end
         time.sleep(0.01)
     assert Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split(), "it has no workers"
     process.kill()
-    process.wait()
+    process.join()
     assert not held(tmp_path / "run")

@@ -33,10 +33,10 @@ class _Model(nn.Module):
 def test_endless_pattern_is_refused(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns, "_SECONDS", 0.2)
     value: Any = {ENDLESS: 4} if "pattern" in field else ENDLESS
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(UserError, match=f"the adapter's {field} can't be matched"):
         patterns.refuse_slow_patterns(LoraConfig(**{field: value}), _Model())
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
     patterns.refuse_slow_patterns(LoraConfig(target_modules="b", rank_pattern={"^b": 4}), _Model())
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +14,9 @@ from loraplus_hydra import run
 from loraplus_hydra.errors import UserError
 from tests.conftest import Finished
 from tests.runs.conftest import AUTO
-from tests.support.forking import differences, lines
+from tests.support import processes
+from tests.support.forking import differences, lines, write_trials
 
-ROOT = Path(__file__).resolve().parents[2]
 # Saves that are no multiple of the logged steps; dropout and accumulation, so that every random state counts.
 LONGER = (
     *("trainer.max_steps=30", "trainer.logging_steps=7", "trainer.save_steps=5", "trainer.eval_steps=10"),
@@ -29,18 +26,10 @@ SHORT = ("trainer.max_steps=8", "trainer.logging_steps=3", "trainer.save_steps=2
 
 
 def trials(folder: Path, how: str, *overrides: str) -> list[dict[str, Any]]:
-    """What `tests.support.forking` saw."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.forking", str(folder), how, *overrides],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    """Return what `write_trials` prints, in a process whose children start fast."""
+    ended = processes.run(write_trials, folder, how, list(overrides), folder=folder)
+    assert ended.status == 0, ended.out[-3000:]
+    return [json.loads(line) for line in ended.out.splitlines() if line.startswith("{")]
 
 
 def check_killed(seen: list[dict[str, Any]], kills: int) -> None:

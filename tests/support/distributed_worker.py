@@ -1,16 +1,10 @@
-"""Run by torchrun in two processes: wrap a model in DDP, FSDP1 or FSDP2 and print each tensor's rate after a step.
-
-torchrun --nproc_per_node 2 tests/support/distributed_worker.py ddp|fsdp1|fsdp2 MODEL_FOLDER
-"""
+"""One of two processes: wrap a model in DDP, FSDP1 or FSDP2 and write each tensor's rate after a step."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
@@ -43,7 +37,8 @@ def wrapped(model: nn.Module, how: str) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def main(how: str, folder: str, out: str) -> None:
+def write_rates(how: str, folder: str, out: str) -> None:
+    """Write OUT/<how>.json, each tensor's rate, for the model in `folder`; `how` is ddp, fsdp1 or fsdp2."""
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
         config: Any = compose(
@@ -67,7 +62,3 @@ def main(how: str, folder: str, out: str) -> None:
         Path(out, f"{how}.json").write_text(json.dumps(rates))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,14 +1,11 @@
-"""Runs of the command line in forked processes, to be killed: what they need is imported once, so all start fast.
+"""Runs of the command line in forked processes, to be killed or stopped, and what they leave.
 
-As a script, `python -m tests.support.forking FOLDER HOW OVERRIDES...` trains a run that nothing breaks, then others
-that are broken and resumed, and prints a JSON line for each: what was seen, and in what it differs in the end. HOW is a
-number of runs to kill with SIGKILL at random moments, every second one while it writes a checkpoint, and every third
-once more while it is resumed; or `signals`.
+`write_trials` trains a run that nothing breaks, then others that are broken and resumed, and prints a JSON line for
+each: what was seen, and in what it differs in the end.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import random
@@ -19,15 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-IMPORTED = (
-    *("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "matplotlib.figure"),
-    *(
-        "loraplus_hydra.runs.job",
-        "loraplus_hydra.training.hf_trainer.assemble",
-        "loraplus_hydra.check.dry_run",
-        "loraplus_hydra.tasks.examples",
-    ),
-)
 NOT_COMPARED = (
     "seconds",
     "eval_runtime",
@@ -210,10 +198,12 @@ def stopped_and_resumed(folder: Path, overrides: list[str], number: signal.Signa
     return seen | {"status": status, "differences": differences(place, folder / "unbroken")}
 
 
-def main() -> None:
-    folder, how, overrides = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-    for name in IMPORTED:  # here, once for all children
-        importlib.import_module(name)
+def write_trials(folder: Path, how: str, overrides: list[str]) -> None:
+    """Print a JSON line for each run that is broken and resumed.
+
+    `how` is a number of runs to kill with SIGKILL at random moments, every second one while it writes a checkpoint, and
+    every third once more while it is resumed; or `signals`.
+    """
     chance = random.Random(0)
     for place in (folder / "unbroken", folder / "again"):
         began = time.perf_counter()
@@ -226,7 +216,3 @@ def main() -> None:
         trials = (killed_and_resumed(folder, overrides, trial, duration, chance) for trial in range(int(how)))
     for seen in trials:
         print(json.dumps(seen), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,18 +1,11 @@
-"""Run by torchrun in two processes: norms around a step of a wrapped model beside those of the same model, unwrapped.
-
-torchrun --nproc_per_node 2 tests/support/step_norms_worker.py OUT
-writes OUT/<how>.json of each wrapper: [wrapped, unwrapped]
-"""
+"""One of two processes: norms around a step of a wrapped model beside those of the same model, unwrapped."""
 
 from __future__ import annotations
 
 import copy
 import json
-import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
@@ -49,14 +42,11 @@ def norms(model: nn.Module) -> dict[str, Any]:
     return before.norms()
 
 
-def main(out: str) -> None:
+def write_norms(out: str) -> None:
+    """Write OUT/<wrapper>-<rank>.json of each wrapper: [wrapped, unwrapped]."""
     dist.init_process_group("gloo")
     for how in ("ddp", "fsdp1", "fsdp2"):
-        told = [norms(wrapped(how)), norms(copy.deepcopy(plain()))]
-        Path(out, f"{how}-{dist.get_rank()}.json").write_text(json.dumps(told))
+        both = [norms(wrapped(how)), norms(copy.deepcopy(plain()))]
+        Path(out, f"{how}-{dist.get_rank()}.json").write_text(json.dumps(both))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -76,7 +76,7 @@ def wandb_records(folder: Path) -> list[Any]:
     kind (1: whole, 2: first, 3: middle, 4: last), and so many bytes. Seven bytes of wandb's own are ahead.
     """
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while True:  # a process of wandb's writes it, and a little after the run has ended
         records = _records(file.read_bytes())
         if any(record.HasField("exit") for record in records) or time.monotonic() > deadline:

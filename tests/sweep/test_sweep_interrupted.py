@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 120  # no wait is longer
+SECONDS = 600  # no wait is longer
 
 
 def start(words: list[str], place: Path) -> subprocess.Popen[str]:

@@ -138,7 +138,7 @@ def test_killed_search_goes_on_from_its_file(tiny_search: list[str], tmp_path: P
     command = [sys.executable, "-m", "loraplus_hydra", *tiny_search, "hydra.sweeper.n_trials=4"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while len(metrics(folder)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

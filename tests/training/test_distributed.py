@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import Finished
+from tests.support.distributed_worker import write_rates
+from tests.support.processes import command_line, run_in_two_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,11 +29,11 @@ def torchrun(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
 def test_each_tensor_trains_at_the_rate_that_inspect_printed(
     how: str, cli: Callable[..., Finished], tiny_model: Path, tmp_path: Path
 ) -> None:
-    told = cli("inspect", "--json", "model=hub", f"model.path={tiny_model}", "adapter=dora", "loraplus.ratio=16")
-    done = torchrun(str(ROOT / "tests" / "support" / "distributed_worker.py"), how, str(tiny_model), str(tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = cli("inspect", "--json", "model=hub", f"model.path={tiny_model}", "adapter=dora", "loraplus.ratio=16")
+    ended = run_in_two_ranks(write_rates, how, str(tiny_model), str(tmp_path), folder=tmp_path)
+    assert ended.status == 0, ended.out[-3000:]
     rates = json.loads((tmp_path / f"{how}.json").read_text())
-    assert rates == pytest.approx({tensor["name"]: tensor["lr"] for tensor in json.loads(told.out)["tensors"]})
+    assert rates == pytest.approx({tensor["name"]: tensor["lr"] for tensor in json.loads(printed.out)["tensors"]})
 
 
 def test_two_processes_share_one_run_folder_and_train_as_one(
@@ -77,13 +79,7 @@ def test_fsdp_in_one_process_is_refused(cli: Callable[..., Finished], tiny_run: 
 
 
 def test_requested_fsdp_that_is_not_active_is_an_error(tiny_run: list[str], tmp_path: Path) -> None:
-    overrides = [
-        *tiny_run,
-        "trainer=fsdp2",
-        "trainer.use_cpu=true",
-        "trainer.bf16=false",
-        f"hydra.run.dir={tmp_path}/x",
-    ]
-    done = torchrun("-m", "loraplus_hydra", *overrides, cwd=tmp_path)
-    assert done.returncode == 1
-    assert "FSDP isn't active" in done.stderr
+    overrides = [*tiny_run, "trainer=fsdp2", "trainer.use_cpu=true", "trainer.bf16=false", "hydra.run.dir=run"]
+    ended = run_in_two_ranks(command_line, *overrides, folder=tmp_path)
+    assert ended.status == 1
+    assert "FSDP isn't active" in ended.out

@@ -96,7 +96,7 @@ def test_wandb_online_without_a_key_asks_nothing_on_a_terminal(tiny_run: list[st
     command = [sys.executable, "-m", "loraplus_hydra", *tiny_run, "logger=wandb", "logger.mode=online"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, stdin=other, stdout=other, stderr=other, timeout=120, check=False
+        command, cwd=tmp_path, env=environment, stdin=other, stdout=other, stderr=other, timeout=600, check=False
     )
     os.set_blocking(terminal, False)
     output = os.read(terminal, 100_000).decode()

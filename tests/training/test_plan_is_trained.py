@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.conftest import Finished
+from tests.support.processes import command_line, run_in_two_ranks
 from tests.support.tiny import write_jsonl
-from tests.training.test_distributed import torchrun
 
 RUNS = {
     "sft": ("data.train={rows}",),
@@ -104,6 +104,6 @@ def test_table_and_file_show_the_optimizers_groups(
 
 def test_table_and_file_show_the_optimizers_groups_under_ddp(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
     overrides = [*COMMON, f"data.train={rows}", f"model.path={tiny_model}", "hydra.run.dir=run", "trainer=cpu"]
-    done = torchrun("-m", "loraplus_hydra", *overrides, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_they_agree(tmp_path / "run", done.stdout)
+    ended = run_in_two_ranks(command_line, *overrides, folder=tmp_path)
+    assert ended.status == 0, ended.out[-3000:]
+    assert_they_agree(tmp_path / "run", ended.out)

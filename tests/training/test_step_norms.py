@@ -21,7 +21,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from loraplus_hydra import run
 from loraplus_hydra.training.hf_trainer import log_callbacks
 from loraplus_hydra.training.step_norms import StepNorms, may_be_logged
-from tests.training.test_distributed import ROOT, torchrun
+from tests.support.processes import run_in_two_ranks
+from tests.support.step_norms_worker import write_norms
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -166,8 +167,8 @@ def test_norms_are_those_of_a_loop_by_hand(dtype: torch.dtype) -> None:
 
 
 def test_norms_of_a_wrapped_model_are_over_all_shards(tmp_path: Path) -> None:
-    done = torchrun(str(ROOT / "tests" / "support" / "step_norms_worker.py"), str(tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
+    ended = run_in_two_ranks(write_norms, str(tmp_path), folder=tmp_path)
+    assert ended.status == 0, ended.out[-3000:]
     for how in ("ddp", "fsdp1", "fsdp2"):
         for rank in (0, 1):
             wrapped, plain = json.loads((tmp_path / f"{how}-{rank}.json").read_text())

@@ -19,8 +19,8 @@ from loraplus_hydra.training.trackers.tracker import TrackedRun, Tracker
 from loraplus_hydra.training.trackers.tracking import final_metrics
 from tests.conftest import Finished
 from tests.support import tracker_files
+from tests.support.processes import command_line, run_in_two_ranks
 from tests.support.tracker_files import Values, installed, nobody_logged_in, same
-from tests.training.test_distributed import torchrun
 
 pytestmark = pytest.mark.extras
 
@@ -227,8 +227,8 @@ def test_only_the_first_of_several_processes_tracks(
     shared = [*tiny_run, *installed("tensorboard"), "trainer=cpu", "trainer.max_steps=3", "trainer.logging_steps=1"]
     shared += ["task.samples=0"]
     two = [*shared, "trainer.per_device_train_batch_size=2", f"hydra.run.dir={tmp_path / 'two'}"]
-    done = torchrun("-m", "loraplus_hydra", *two, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ended = run_in_two_ranks(command_line, *two, folder=tmp_path)
+    assert ended.status == 0, ended.out[-3000:]
     assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1
     same(tracker_files.of_tensorboard(tmp_path / "two"), tracker_files.of_metrics_file(tmp_path / "two"))
     run(compose(*shared), tmp_path / "one")
