@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import inspect
 import os
@@ -355,6 +356,7 @@ def test_a_python_without_its_source_is_an_error(tmp_path: Path, monkeypatch: py
 def test_a_split_without_rows_is_an_error(library: Path) -> None:
     with pytest.raises(UserError, match=r"data\.eval_fraction: 1e-09 leaves no eval rows"):
         library_pairs(folder=library, eval_fraction=1e-9)
+    assert gc.isenabled()
 
 
 # --- load ------------------------------------------------------------------------------------------------------------

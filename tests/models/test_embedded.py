@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loraplus_hydra.data.embedded import library_pairs
+from loraplus_hydra.data.embedded import load
 from loraplus_hydra.data.embedded.source import is_held_out
 from tools.embedded_model.card import Facts, model_card
 from tools.embedded_model.pretrain import (
@@ -152,8 +152,8 @@ def test_the_template_marks_the_assistants_turns(tokenizer: PreTrainedTokenizerF
 
 def test_prompts_fit_the_context(tokenizer: PreTrainedTokenizerFast) -> None:
     lengths = [
-        len(tokenizer(pair.prompt)["input_ids"]) + len(tokenizer(pair.completion)["input_ids"]) + 4
-        for pair in library_pairs()["eval"]
+        len(tokenizer(row["prompt"])["input_ids"]) + len(tokenizer(row["completion"])["input_ids"]) + 4
+        for row in load()["eval"]
     ]
     assert max(lengths) <= tokenizer.model_max_length
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loraplus_hydra.data.embedded import definitions, source_of
-from loraplus_hydra.data.embedded.source import Source, is_held_out, read_library, stable_hash
+from loraplus_hydra.data.embedded.source import Source, is_held_out, no_collections, read_library, stable_hash
 from loraplus_hydra.errors import UserError
 from tools.embedded_model.card import Facts, model_card
 from tools.embedded_model.turns import ASSISTANT, CHAT_TEMPLATE, END, PAD, USER
@@ -48,6 +48,7 @@ class Corpus:
     held_out: dict[str, str]
 
 
+@no_collections()
 def read_corpus() -> Corpus:
     """Read the texts to train on (`modules`, `turns`) and the whole modules to evaluate on (`held_out`)."""
     corpus = Corpus({}, {}, {})

@@ -13,7 +13,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from loraplus_hydra.data.embedded.source import EVAL_FRACTION, Source, blocks, is_held_out, read_library, stable_hash
+from loraplus_hydra.data.embedded.source import (
+    EVAL_FRACTION,
+    Source,
+    blocks,
+    is_held_out,
+    no_collections,
+    read_library,
+    stable_hash,
+)
 from loraplus_hydra.errors import Problem, UserError, refuse
 
 if TYPE_CHECKING:
@@ -72,6 +80,7 @@ def _argument_problems(max_prompt_chars: int, eval_fraction: float, max_samples:
         yield Problem("data.max_samples", f"{max_samples} is out of range", "set 1 or more, or null for all")
 
 
+@no_collections()
 def library_pairs(
     *, body: bool = True, max_prompt_chars: int = 400, eval_fraction: float = EVAL_FRACTION, folder: Path | None = None
 ) -> dict[str, list[Pair]]:

@@ -6,6 +6,7 @@ This module needs only the standard library. Files are parsed, never imported.
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import io
 import os
@@ -14,6 +15,7 @@ import sysconfig
 import tokenize
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +58,18 @@ def library_modules(folder: Path | None = None) -> dict[str, Path]:
             "library, or none); use another Python, or your own text: data=jsonl data.train=FILE"
         )
     return dict(sorted(modules.items()))
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Pause garbage collections, which take longer than parsing and find nothing in syntax trees."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def read_library(folder: Path | None = None) -> Iterator[tuple[str, Source]]:
