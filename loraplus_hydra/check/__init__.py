@@ -1,4 +1,4 @@
-"""All errors of a config at once, before any weight is loaded.
+"""All errors of a config in one list, before any weights are loaded.
 
 Importing this package is cheap: torch and transformers are imported when a config is checked.
 """
@@ -43,8 +43,8 @@ def check(config: DictConfig, *, with_data: bool = True) -> Checked:
 def stored_problems(config: DictConfig, groups: Iterable[str] | None = None) -> list[Problem]:
     """Return the errors of a stored run's config in `groups`; None means all groups.
 
-    Only errors that need neither rows nor model. The config's interpolations are resolved, so unread keys of `loraplus`
-    are not known.
+    Only errors that can be found without rows and model are returned. Unused keys of `loraplus` are not found, because
+    a stored config's interpolations are already resolved.
     """
     from loraplus_hydra.check.problems import deduplicate, problems_of_values
 

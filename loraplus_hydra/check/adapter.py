@@ -1,4 +1,4 @@
-"""Check the groups `adapter` and `quantization`, each and together."""
+"""Checks of the groups `adapter` and `quantization`, alone and together."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def adapter_problems(config_class: type, adapter: dict[str, Any], trainer: dict[
 def quantization_problems(
     config_class: type, quantization: dict[str, Any], adapter: dict[str, Any], trainer: dict[str, Any]
 ) -> list[Problem]:
-    """Return the errors of a quantisation config, and of the adapter on such a base."""
+    """Return the errors of a quantisation config, and of the adapter with this quantisation."""
     arguments = {key: value for key, value in quantization.items() if key != "_target_"}
-    # The class takes any keyword, and drops those that it doesn't know.
+    # The class accepts any keyword argument and ignores unknown ones.
     names = [name for name, kind in inspect.signature(config_class).parameters.items() if kind.kind != kind.VAR_KEYWORD]
     problems = [
         Problem(f"quantization.{name}", f"{config_class.__name__} has no such argument{nearest(name, names)}")
@@ -42,11 +42,11 @@ def quantization_problems(
         except (ValueError, TypeError, ImportError, AttributeError) as error:
             problems.append(Problem("quantization", first_line(error), "see the class's documentation"))
     if changes_base(adapter.get("init_lora_weights")):
-        what = f"'{adapter['init_lora_weights']}' computes the start from the base's weights, which are quantised here"
+        what = f"'{adapter['init_lora_weights']}' is computed from the base's weights, but these are quantised"
         problems.append(Problem("adapter.init_lora_weights", what, "use quantization=none, or adapter=lora"))
     if adapter.get("use_dora") and quantization.get("load_in_8bit") and not _on_gpu(trainer):
         # PEFT 0.21.2 computes the norm without the scales of bitsandbytes' 8-bit weights.
-        what = "PEFT can't take the norms of 8-bit weights on a CPU"
+        what = "PEFT can't compute the norms of 8-bit weights on a CPU"
         problems.append(Problem("adapter.use_dora", what, "use quantization=nf4 or none, or adapter=lora"))
     return problems
 

@@ -1,6 +1,6 @@
-"""Check the classes and functions that a config names.
+"""Checks of the classes and functions in a config.
 
-They exist, fit their place, and take their arguments.
+They must exist, be valid for their key, and accept their arguments.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from loraplus_hydra.loraplus.rules import parse_rules
 from loraplus_hydra.loraplus.schedule import build_schedule
 from loraplus_hydra.training.trackers.tracker import Tracker
 
-# Groups that have a `_target_`. Inside `adapter` there may be more, for PEFT's nested configs.
+# Groups with a `_target_`. Inside `adapter` there may be other targets, for PEFT's nested configs.
 PLACES = ("quantization", "adapter", "optimizer", "scheduler", "task", "data", "logger")
 
 
 def class_problems(plain: dict[str, Any]) -> list[Problem]:
-    """Return the errors at every place of the config that names a class or a function."""
+    """Return the errors of all classes and functions in the config."""
     checks = (_adapter, _quantization, _optimizer, _scheduler, task_problems, _data, _logger, _rules)
     return [*_stray_targets(plain, ""), *(problem for check in checks for problem in check(plain))]
 
 
 def _stray_targets(node: Any, path: str) -> Iterator[Problem]:
-    """Yield a Problem for each `_target_` at a place where nothing is built."""
+    """Yield a Problem for each `_target_` at a key that doesn't allow one."""
     if isinstance(node, list):
         for index, item in enumerate(node):
             yield from _stray_targets(item, f"{path}.{index}")
@@ -47,10 +47,10 @@ def _stray_targets(node: Any, path: str) -> Iterator[Problem]:
             wanted = "one of PEFT's settings, such as peft.LoftQConfig"
             yield from resolve(value, key_path, is_peft_settings, wanted)[1]
         elif key == TARGET and path not in PLACES:
-            fix = f"remove it; {TARGET} belongs to {', '.join(PLACES)}"
-            yield Problem(key_path, f"nothing is built here, so '{value}' has no place", fix)
+            fix = f"remove it; {TARGET} is allowed in {', '.join(PLACES)}"
+            yield Problem(key_path, f"'{value}' is not allowed here, because nothing is instantiated at this key", fix)
         elif key.startswith("_") and key != TARGET:
-            yield Problem(key_path, "Hydra's other instantiation keys have no place here", "remove it")
+            yield Problem(key_path, "Hydra's other instantiation keys are not allowed", "remove it")
         yield from _stray_targets(value, key_path)
 
 
@@ -77,33 +77,31 @@ def _optimizer(plain: dict[str, Any]) -> list[Problem]:
     found, problems = resolve(optimizer.get(TARGET), "optimizer._target_", derives(Optimizer), wanted)
     if found is None:
         return problems
-    if refusal := class_refusal(found):  # its arguments don't matter then
+    if refusal := class_refusal(found):  # if the class can't be used, its arguments are not checked
         return [Problem("optimizer._target_", refusal)]
     try:
         return [Problem("optimizer", text) for text in optimizer_problems(found, _arguments(optimizer))]
-    except Exception as error:  # a class may raise anything for a combination of values
+    except Exception as error:  # a class may raise any type of error for a combination of values
         return [Problem("optimizer", f"{found.__name__}: {first_line(error)}")]
 
 
 def _scheduler(plain: dict[str, Any]) -> list[Problem]:
-    """Try the schedule on two groups with different rates.
-
-    It must take its arguments and keep their ratio.
-    """
+    """Check that the schedule accepts its arguments and keeps the ratio of two groups."""
     scheduler, steps = plain.get("scheduler", {}), plain.get("trainer", {}).get("max_steps")
-    wanted = "a torch.optim.lr_scheduler class, a transformers.get_..._schedule, or a function that says -> LRScheduler"
+    wanted = "a torch.optim.lr_scheduler class, a transformers.get_..._schedule, or a function annotated -> LRScheduler"
     found, problems = resolve(scheduler.get(TARGET), "scheduler._target_", makes_schedule, wanted, "LRScheduler")
     if found is None:
         return problems
     rates = {"A": 1e-4, "B": 8e-4}
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr, "name": name} for name, lr in rates.items()]
-    # A hundred steps show the shape of a schedule, a thousand keep this quick.
+    # At least a hundred steps, because fewer don't show the schedule's shape. At most a thousand, because more take
+    # long.
     steps = min(steps, 1000) if isinstance(steps, int) and steps > 0 else 100
     try:
         build_schedule(found, torch.optim.AdamW(groups), num_training_steps=steps, kwargs=_arguments(scheduler))
     except UserError as error:
         return [Problem("scheduler", str(error))]
-    except Exception as error:  # as with optimizers
+    except Exception as error:  # a schedule may raise any type of error, too
         return [Problem("scheduler", f"{scheduler[TARGET]}: {first_line(error)}")]
     return []
 
@@ -111,7 +109,7 @@ def _scheduler(plain: dict[str, Any]) -> list[Problem]:
 def _data(plain: dict[str, Any]) -> list[Problem]:
     data = plain.get("data", {})
     annotation = "datasets.DatasetDict"
-    wanted = f"a function that says -> {annotation}"
+    wanted = f"a function annotated -> {annotation}"
     found, problems = resolve(data.get(TARGET), "data._target_", returns_rows, wanted, annotation)
     return problems + (argument_problems(found, _arguments(loader_arguments(data)), "data") if found else [])
 
@@ -119,7 +117,7 @@ def _data(plain: dict[str, Any]) -> list[Problem]:
 def _logger(plain: dict[str, Any]) -> list[Problem]:
     logger = plain.get("logger", {})
     home = f"{Tracker.__module__}.{Tracker.__qualname__}"
-    wanted = f"a class derived from {home}, such as the logger group's options name"
+    wanted = f"a class derived from {home}; the options of the logger group have examples"
     found, problems = resolve(logger.get(TARGET), "logger._target_", derives(Tracker), wanted)
     if found is None:
         return problems

@@ -1,4 +1,4 @@
-"""A run without its weights: rows, model on the meta device and parameter groups."""
+"""A run without weights: rows, model on the meta device, and parameter groups."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from loraplus_hydra.tasks.examples import Examples, load_examples
 from loraplus_hydra.training.hf_trainer.whole_head import head_problem
 from loraplus_hydra.training.prepare import add_meta_adapter, plan_groups, prepare_examples
 
-FAR_ABOVE = 10  # times the longest side of a layer: such a rank would fill the memory to no use
+FAR_ABOVE = 10  # times the largest dimension of a layer; such a rank would only fill the memory
 EMBEDDED = "pkg://loraplus_hydra.models/embedded"
 
 
 def load_data(config: DictConfig) -> Examples:
-    """Load the tokenizer and the rows as the run will; the rows are kept for it. Raises ConfigErrors."""
+    """Load the tokenizer and the run's examples, which are cached for the run. Raises ConfigErrors."""
     try:
         tokenizer = _load_tokenizer(config)
     except ConfigErrors as errors:
@@ -39,22 +39,22 @@ def load_data(config: DictConfig) -> Examples:
 
 
 def data_problems(config: DictConfig) -> list[Problem]:
-    """Check the rows of a config whose own tokenizer can't be loaded.
+    """Check the rows of a config whose tokenizer can't be loaded.
 
-    The embedded model's tokenizer stands in for it.
+    The built-in model's tokenizer is used instead.
     """
     stand_in: DictConfig = OmegaConf.structured(ModelConfig(path=EMBEDDED))
     try:
         load_examples(config, load_tokenizer(stand_in))
     except ConfigErrors as errors:
         return [problem for problem in errors.problems if problem.key.split(".")[0] == "data"]
-    except Exception:  # the stand-in may be at fault, since it has other tokens and another template
+    except Exception:  # the error may be due to the other tokenizer, which has other tokens and another template
         return []
     return []
 
 
 def _missing_tokens(args: DictConfig, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
-    """Check the tokens that TRL's arguments name, which it looks up only once the model is loaded."""
+    """Check the tokens in TRL's arguments. TRL itself checks them only after the model is loaded."""
     vocabulary = tokenizer.get_vocab()
     return [
         Problem(f"task.args.{key}", f"the tokenizer has no token '{args[key]}'{nearest(args[key], vocabulary)}")
@@ -65,7 +65,7 @@ def _missing_tokens(args: DictConfig, tokenizer: PreTrainedTokenizerBase) -> lis
 
 def _load_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
     key = "model.tokenizer" if config.model.tokenizer else "model.path"
-    fix = "name a folder with a tokenizer, or a model on the hub"
+    fix = "give a folder with a tokenizer, or a model on the hub"
     with errors_at("model.tokenizer"), _any_error_as(lambda text: Problem(key, text, fix)):
         tokenizer = load_tokenizer(config.model)
     with errors_at("model.path"):
@@ -78,7 +78,7 @@ def plan_without_weights(config: DictConfig, examples: Examples | None) -> tuple
 
     Raises ConfigErrors.
 
-    `examples` are the rows' examples, on which a classifier's labels depend; None leaves the model's own.
+    A classifier's labels come from `examples`. With None, the labels of the model are kept.
     """
     with errors_at("model.path"):
         model = meta_model(config.model, config.task.auto_class, examples.model_arguments if examples else {})
@@ -103,20 +103,20 @@ def _any_error_as(problem: Callable[[str], Problem]) -> Iterator[None]:
 
 
 def _rank_problem(model: PeftModel) -> Problem | None:
-    """Refuse a rank far above every side of the adapted layers, which a typo alone explains."""
+    """Return a Problem for a rank far above the dimensions of the adapted layers, probably a typo."""
     factors = [record for record in tensor_records(model) if record.role in ("lora_A", "lora_B")]
     ranks = [record.shape[0] for record in factors if record.role == "lora_A"]
     sides = [max(record.shape[1:], default=0) if record.role == "lora_A" else record.shape[0] for record in factors]
     if not ranks or max(ranks) <= FAR_ABOVE * max(sides):
         return None
-    what = f"{max(ranks)} is far above every side of the adapted layers, the longest of which is {max(sides)}"
-    return Problem("adapter.r", what, "use a rank far below the sides: 8, 16, 64")
+    what = f"{max(ranks)} is far above the largest dimension of the adapted layers' weights, {max(sides)}"
+    return Problem("adapter.r", what, "use a much smaller rank: 8, 16, 64")
 
 
 def _token_problem(model: PeftModel) -> Problem | None:
-    """Refuse ids of trainable tokens for which the vocabulary has no row."""
+    """Return a Problem for ids of trainable tokens that the vocabulary doesn't have."""
     key = "trainable_token_indices"
-    given = getattr(model.active_peft_config, key, None) or []  # a field of some PEFT configs only
+    given = getattr(model.active_peft_config, key, None) or []  # only some PEFT configs have this field
     ids = [each for part in given.values() for each in part] if isinstance(given, dict) else given
     rows = model.get_input_embeddings().weight.shape[0]
     wrong = [each for each in ids if not 0 <= each < rows]
@@ -129,4 +129,4 @@ def _adapter_problem(model: Any, text: str) -> Problem:
     if "target" not in text.lower():
         return Problem("adapter", text)
     targets = ", ".join(possible_targets(model))
-    return Problem("adapter.target_modules", text, f"layers of this model that it can name: {targets}; or all-linear")
+    return Problem("adapter.target_modules", text, f"this model has the layers {targets}; all-linear is also valid")

@@ -1,6 +1,6 @@
-"""Names in a stored run's config that must not be followed.
+"""Dotted paths in a stored run's config that must not be imported.
 
-These are code in the run's own folder, and dotted paths that moved.
+These are paths to code in the run's own folder, and paths that this package has renamed.
 """
 
 from __future__ import annotations
@@ -14,23 +14,27 @@ from loraplus_hydra.config.locations import PACKAGE_SCHEME
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import Problem, UserError
 
-# Keys whose value is a dotted path that is imported, and those whose value may name a package's folder.
+# Keys whose value is a dotted path to import, and keys whose value may be a package's folder.
 _IMPORTED = ("_target_", "args_class", "auto_class", "examples")
 _LOCATIONS = ("model.path", "model.tokenizer")
 
 
 def foreign_code(plain: Any, folder: Path) -> list[Problem]:
-    """Return a Problem for each name in a plain config that leads to code inside `folder`."""
+    """Return a Problem for each dotted path in a plain config to code inside `folder`."""
     place = folder.resolve()
     return [
-        Problem(key, f"'{name}' is code in the run's own folder", "a run's folder brings none: name what is installed")
+        Problem(
+            key,
+            f"'{name}' is code in the run's own folder",
+            "use an installed package",
+        )
         for key, name in _names(plain, "")
         if any(_inside(source, place) for source in _sources(name, place))
     ]
 
 
 def moved_paths(plain: Any) -> list[str]:
-    """Return the names in a plain config that this package had before its first release."""
+    """Return the dotted paths in a plain config that this package has renamed."""
     own = dict.fromkeys(name for _, name in _names(plain, "") if name.startswith("loraplus_hydra."))
     return [name for name in own if not _exists(name)]
 
@@ -44,7 +48,7 @@ def _exists(name: str) -> bool:
 
 
 def _names(node: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Yield (key, dotted name) of everything in the config that would be imported."""
+    """Yield (key, dotted path) of everything that would be imported for the config."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
         inside = f"{path}.{key}" if path else str(key)
         if isinstance(value, (dict, list)):
@@ -56,15 +60,15 @@ def _names(node: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _sources(name: str, folder: Path) -> Iterator[Path]:
-    """Yield the files and folders of each part of a dotted name, the outer parts first.
+    """Yield the files and folders of each part of a dotted path, from the first part on.
 
-    Ends at the first part inside `folder`: Python imports a part to look for those inside it.
+    The search ends at the first part inside `folder`, because Python imports a part to find the next.
     """
     parts = name.split(".")
     for count in range(1, len(parts) + 1):
         try:
             spec = importlib.util.find_spec(".".join(parts[:count]))
-        except (ImportError, ValueError, AttributeError):  # a class, or nothing at all
+        except (ImportError, ValueError, AttributeError):  # the part is a class, or doesn't exist
             return
         if spec is None:
             return

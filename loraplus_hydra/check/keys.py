@@ -1,4 +1,4 @@
-"""Check keys: values that are missing, broken interpolations, and keys that nobody reads."""
+"""Checks of keys: missing values, broken interpolations, and unused keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ NOT_SET = "is not set"
 
 
 def read_config(config: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
-    """Return the config as plain containers without unreadable values, and a Problem for each of those."""
+    """Return the config as plain containers, and a Problem for each unreadable value.
+
+    Unreadable values are removed from the containers.
+    """
     problems: list[Problem] = []
     plain = _read(config, "", problems)
     assert isinstance(plain, dict)
@@ -27,9 +30,9 @@ def read_config(config: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
 
 
 def _no_mapping(plain: dict[str, Any], path: str) -> list[Problem]:
-    """Return a Problem for a group that is no mapping, and empty the group.
+    """Return a Problem for a group that is not a mapping, and empty the group.
 
-    An interpolation can make it one.
+    An interpolation can replace a group with another value.
     """
     outer, _, name = path.rpartition(".")
     holder = plain.get(outer, {}) if outer else plain
@@ -37,7 +40,7 @@ def _no_mapping(plain: dict[str, Any], path: str) -> list[Problem]:
         return []
     value, holder[name] = holder[name], {}
     shown = "null" if value is None else f"'{str(value)[:100]}'"
-    return [Problem(path, f"{shown} is no mapping of keys", f"set its keys one by one: {path}.KEY=...")]
+    return [Problem(path, f"{shown} is not a mapping of keys", f"set its keys one by one: {path}.KEY=...")]
 
 
 def _read(node: DictConfig | ListConfig, path: str, problems: list[Problem]) -> dict[str, Any] | list[Any]:
@@ -46,12 +49,12 @@ def _read(node: DictConfig | ListConfig, path: str, problems: list[Problem]) -> 
     for key in keys:
         key_path = f"{path}.{key}" if path else str(key)
         if OmegaConf.is_missing(node, key):
-            problems.append(Problem(key_path, NOT_SET, f"give it a value: {key_path}=..."))
+            problems.append(Problem(key_path, NOT_SET, f"set it: {key_path}=..."))
             continue
         try:
             value = node[key]
         except InterpolationToMissingValueError:
-            continue  # the key that it leads to has a Problem
+            continue  # the interpolation's target already has a Problem
         except OmegaConfBaseException as error:
             problems.append(Problem(key_path, _interpolation_message(node, key, error)))
             continue
@@ -63,11 +66,11 @@ def _interpolation_message(node: DictConfig | ListConfig, key: Any, error: Omega
     raw: Any = OmegaConf.to_container(node, resolve=False)
     text = raw[key]
     reason = first_line(error).split("resolving interpolation: ")[-1].strip('"')
-    return f"'{text}' leads nowhere: {reason}"
+    return f"'{text}' can't be resolved: {reason}"
 
 
 def unknown_keys(plain: dict[str, Any], config: DictConfig) -> list[Problem]:
-    """Return keys that nobody reads, where all keys are ours: Hydra takes any with a `+`."""
+    """Return a Problem for each unknown key of this program, because Hydra accepts any key with a `+`."""
     problems = []
     for path, schema in CLOSED.items():
         names = [field.name for field in dataclasses.fields(schema)]
@@ -75,7 +78,7 @@ def unknown_keys(plain: dict[str, Any], config: DictConfig) -> list[Problem]:
         for key in holder if isinstance(holder, dict) else ():
             if key not in names:
                 key_path = f"{path}.{key}" if path else key
-                fix = f"{path or 'the config'} has: {', '.join(names)}"
+                fix = f"{path or 'the config'} has the keys {', '.join(names)}"
                 problems.append(Problem(key_path, f"there is no such key{nearest(key, names)}", fix))
     return problems + _unread_loraplus_keys(config)
 
@@ -86,20 +89,20 @@ def _rates_in(rules: dict[str, Any]) -> list[Any]:
 
 
 def _unread_loraplus_keys(config: DictConfig) -> list[Problem]:
-    """Return keys of `loraplus` that no rule of the preset refers to: setting them would do nothing."""
+    """Return a Problem for each key of `loraplus` that no rule of the preset uses."""
     if not isinstance(config.get("loraplus"), DictConfig):
         return []
     raw: Any = OmegaConf.to_container(config.loraplus, resolve=False)
     rules = {key: raw.get(key) for key in ("rules", "extra_rules")}
     read = set(re.findall(r"\$\{[^}]*?\.*(\w+)\}", str(rules)))
-    if not read:  # a run's stored config.yaml is resolved: its rules hold the values that they referred to
+    if not read:  # in a run's stored config.yaml the rules have values instead of references
         read = {str(key) for key, value in raw.items() if key not in rules and value in _rates_in(rules)}
     used = [str(key) for key in raw if key in read]
     return [
         Problem(
             f"loraplus.{key}",
             f"no rule of this preset uses it{nearest(str(key), used)}",
-            f"the preset uses: {', '.join(used) or 'none'}; or choose another (loraplus=default)",
+            f"the preset uses {', '.join(used) or 'none'}; other presets use other keys (loraplus=default)",
         )
         for key in raw
         if key not in ("rules", "extra_rules") and key not in read

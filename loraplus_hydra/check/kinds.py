@@ -1,8 +1,8 @@
-"""Decide whether a `_target_` is allowed at its place. Nothing is called.
+"""Rules for the classes and functions that a `_target_` may be.
 
-Classes are judged by their base classes, functions by their return annotation. Nobody knows the effect of a function
-before it is called, and a config may be untrusted. So a function must be annotated (`-> DatasetDict`). Functions
-that read pickles, start programs or evaluate text have no such annotation.
+A class is accepted by its base classes, and a function by its return annotation (`-> DatasetDict`). Nothing is called
+to decide. The effect of a function is unknown before it is called, and a config may be untrusted. Functions that read
+pickles, start programs or evaluate text have no such annotation.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def resolve(
 ) -> tuple[Any, list[Problem]]:
     """Return the object at a dotted path, or None and a Problem at `key` if it isn't `wanted`.
 
-    `kind` is True for what is wanted; `annotation` is what a function at this place must declare to return. A path of
-    None gives None alone: that it is missing is reported elsewhere.
+    `kind` returns True for a valid object. `annotation` is the return annotation that a function needs. If the path is
+    None, there is no Problem, because a missing path is reported elsewhere.
     """
     if path is None:
         return None, []
     try:
         found = locate(path)
     except UserError as error:
-        return None, [Problem(key, str(error), f"name {wanted}")]
+        return None, [Problem(key, str(error), f"use {wanted}")]
     if not kind(found) and annotation and inspect.isfunction(found) and "return" not in found.__annotations__:
         return None, [Problem(key, f"'{path}' doesn't declare what it returns", f"add `-> {annotation}` to it")]
     if not kind(found):
@@ -45,7 +45,7 @@ def resolve(
 
 
 def derives(*bases: type) -> Callable[[Any], bool]:
-    """Return a predicate that is True for classes derived from one of `bases`."""
+    """Return a predicate for classes derived from one of `bases`."""
     return lambda found: isinstance(found, type) and issubclass(found, bases)
 
 
@@ -58,14 +58,14 @@ def returns(name: str) -> Callable[[Any], bool]:
 
 
 def returns_rows(found: Any) -> bool:
-    """Return True for a function annotated to return a `datasets.DatasetDict`, and for that class."""
+    """Return True for `datasets.DatasetDict` and for a function annotated to return it."""
     return derives(DatasetDict, IterableDatasetDict)(found) or _is_annotated(found, r"(Iterable)?DatasetDict")
 
 
 def makes_schedule(found: Any) -> bool:
-    """Return True for a schedule class or a function that makes one.
+    """Return True for a schedule class or a function that returns a schedule.
 
-    That is one of transformers' functions, or one whose return annotation is a schedule.
+    Such functions are transformers' own, and functions annotated to return a schedule.
     """
     in_transformers = getattr(found, "__module__", None) == "transformers.optimization"
     # transformers' own functions have no annotation.
@@ -80,7 +80,7 @@ def is_peft_settings(found: Any) -> bool:
 
 
 def _is_annotated(found: Any, name: str) -> bool:
-    """Return True for a function whose return annotation names `name`, alone or among others."""
+    """Return True for a function whose return annotation contains `name`."""
     if not callable(found) or isinstance(found, type):
         return False
     try:

@@ -1,4 +1,4 @@
-"""Check that this machine has the kernels, dtypes and packages that the config needs."""
+"""Checks that this machine has the kernels, dtypes and packages that the config needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loraplus_hydra.errors import Problem, nearest
 
-# Kernels that need a package: the function of transformers that looks for it, and its name.
+# Kernel -> transformers' function that searches for the package it needs, and the package's name.
 _PACKAGED = {
     "flash_attention_2": ("is_flash_attn_2_available", "flash-attn"),
     "flash_attention_3": ("is_flash_attn_3_available", "flash-attn-3"),
@@ -22,7 +22,7 @@ _PACKAGED = {
 
 
 def machine_problems(plain: dict[str, Any]) -> list[Problem]:
-    """Return a Problem for each thing that this machine lacks."""
+    """Return a Problem for each requirement that this machine doesn't meet."""
     model, trainer = plain.get("model", {}), plain.get("trainer", {})
     return [
         *_attention(model.get("attention"), model.get("trust_remote_code")),
@@ -40,22 +40,22 @@ def _attention(name: Any, trusted: Any) -> list[Problem]:
     key = "model.attention"
     if name is None:
         return []
-    if "/" in str(name):  # kernels that transformers would fetch from a hub and run
-        fix = "it needs model.trust_remote_code=true"
+    if "/" in str(name):  # kernels that transformers would download from a hub and run
+        fix = "set model.trust_remote_code=true to run it"
         return [] if trusted else [Problem(key, f"'{name}' is code from a hub", fix)]
     known = sorted({"eager", *ALL_ATTENTION_FUNCTIONS})
     if name not in known:
-        return [Problem(key, f"there is no attention '{name}'{nearest(name, known)}", f"one of: {', '.join(known)}")]
+        return [Problem(key, f"there is no attention '{name}'{nearest(name, known)}", f"use one of {', '.join(known)}")]
     available, package = _PACKAGED.get(name, ("", ""))
     if package and not getattr(utils, available)():
-        return [Problem(key, f"'{name}' needs the package {package} and a GPU that it knows", "use sdpa")]
+        return [Problem(key, f"'{name}' needs the package {package} and a GPU that it supports", "use sdpa")]
     return []
 
 
 def _dtype(dtype: Any, use_cpu: Any) -> list[Problem]:
     if dtype != "bfloat16" or use_cpu or not torch.cuda.is_available() or torch.cuda.is_bf16_supported():
         return []
-    return [Problem("model.dtype", "this GPU doesn't compute in bfloat16", "use float16 or float32")]
+    return [Problem("model.dtype", "this GPU doesn't support bfloat16", "use float16 or float32")]
 
 
 def _compiler(trainer: dict[str, Any]) -> list[Problem]:
@@ -69,23 +69,23 @@ def _compiler(trainer: dict[str, Any]) -> list[Problem]:
 
 
 def _compile_name(key: str, name: Any, known: list[str]) -> list[Problem]:
-    """Check a name that torch looks up only when it compiles the first step."""
+    """Check a name that torch itself checks only when it compiles the first step."""
     if name is None or name in known:
         return []
-    return [Problem(f"trainer.{key}", f"there is no '{name}'{nearest(name, known)}", f"one of: {', '.join(known)}")]
+    return [Problem(f"trainer.{key}", f"there is no '{name}'{nearest(name, known)}", f"use one of {', '.join(known)}")]
 
 
 def _inductor(trainer: dict[str, Any]) -> list[Problem]:
-    """Check that torch's own compiler finds what it needs."""
+    """Check that this machine has the tools that torch's compiler needs."""
     if torch.cuda.is_available() and not trainer.get("use_cpu"):
         lacks = "" if has_triton() else "compiling for this GPU needs triton"
     else:
-        lacks = "" if _has_cpp_compiler() else "compiling needs a C++ compiler, and there is none"
+        lacks = "" if _has_cpp_compiler() else "compiling needs a C++ compiler, but there is none"
     return [Problem("trainer.torch_compile", lacks, "set it to false")] if lacks else []
 
 
 def _has_cpp_compiler() -> bool:
-    from torch._inductor.cpp_builder import get_cpp_compiler  # its import takes a second, and few runs compile
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second, and few runs compile
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
@@ -103,24 +103,24 @@ def _bitsandbytes(quantization: dict[str, Any]) -> list[Problem]:
 
 
 def _deepspeed(given: Any, key: str) -> list[Problem]:
-    """Refuse a DeepSpeed config with an optimizer or a schedule of its own: it would replace LoRA+."""
+    """Return a Problem for a DeepSpeed config with its own optimizer or schedule."""
     settings, problems = _settings(given, key)
     blocks = {"optimizer": "the optimizer group", "scheduler": "the scheduler group"}
     return problems + [
-        Problem(key, f"its block '{name}' would replace {master}, and LoRA+ with it", f"leave '{name}' out")
+        Problem(key, f"its block '{name}' would replace {master} and LoRA+", f"remove '{name}'")
         for name, master in blocks.items()
         if name in settings
     ]
 
 
 def _settings(given: Any, key: str) -> tuple[dict[str, Any], list[Problem]]:
-    """Return settings, read from a JSON file if `given` is its name, and the errors of that file."""
+    """Return settings and their errors. If `given` is a file's name, its JSON is read."""
     if not isinstance(given, str):
         return given if isinstance(given, dict) else {}, []
     try:
         read = json.loads(Path(given).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return {}, [Problem(key, f"it can't be read: {error}", "name a JSON file of such settings")]
+        return {}, [Problem(key, f"it can't be read: {error}", "use a JSON file with these settings")]
     if not isinstance(read, dict):
-        return {}, [Problem(key, f"{given} holds no mapping", "name a JSON file of such settings")]
+        return {}, [Problem(key, f"{given} doesn't contain a mapping", "use a JSON file with these settings")]
     return read, []

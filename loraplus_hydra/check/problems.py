@@ -1,7 +1,7 @@
 """All checks of a config, in order.
 
-Each module of this room looks at one side of the config and returns Problems. A check is left out if it depends on a
-part of the config that has errors, so that each error is reported once.
+Each module of this package checks one part of the config and returns Problems. If a part has errors, checks that depend
+on it are skipped, because they would report the same errors again.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from loraplus_hydra.config.schema import value_ranges
 from loraplus_hydra.errors import ConfigErrors, Problem
 
 T = TypeVar("T")
-# Keys to which the presets' rules refer: a wrong value is wrong again in each rule.
+# Keys that the presets' rules use. A wrong value would be reported again for each rule.
 _IN_RULES = ("loraplus.ratio", "loraplus.lr_embedding", "loraplus.lr_A", "loraplus.lr_B", "optimizer.lr")
 
 log = logging.getLogger(__name__)
 
 
 def check_config(config: DictConfig, *, with_data: bool) -> Checked:
-    """Run all checks; without data those of the rows and of the model's weights are left out.
+    """Run all checks. Without data, the checks of the rows and of the model's weights are skipped.
 
     Raises ConfigErrors.
     """
@@ -50,7 +50,7 @@ def check_config(config: DictConfig, *, with_data: bool) -> Checked:
             examples = _collect(of_data, load_data, config)
             problems += of_data
             if any(problem.key == "model.path" for problem in of_data):
-                wrong.add("model")  # the model isn't found either
+                wrong.add("model")  # the model can't be found either
     elif with_data and not wrong & {"data", "task", "seed"}:
         problems += data_problems(config)
     if not wrong & {"model", "adapter", "task", "optimizer", "scheduler", "loraplus"}:
@@ -63,7 +63,7 @@ def check_config(config: DictConfig, *, with_data: bool) -> Checked:
 
 
 def problems_of_values(config: DictConfig, source: DictConfig) -> list[Problem]:
-    """Return the errors of keys and values, which need no rows and no model.
+    """Return the errors of keys and values. No rows and no model are needed.
 
     `source` is the config with its interpolations, or empty if they are resolved.
     """
@@ -75,11 +75,11 @@ def problems_of_values(config: DictConfig, source: DictConfig) -> list[Problem]:
 
 
 def deduplicate(problems: list[Problem]) -> list[Problem]:
-    """Return the problems without those that repeat another one."""
+    """Return the problems without repetitions."""
     keys = {problem.key for problem in problems}
     if keys & set(_IN_RULES):
         problems = [problem for problem in problems if not problem.key.startswith("loraplus.rules.")]
-    # The first problem of a value that is out of range or not set says all: a signature refuses it, too.
+    # If a value is out of range or not set, the signature's error about the same key adds nothing.
     once = value_ranges().keys() | {problem.key for problem in problems if problem.what == NOT_SET}
     kept: dict[tuple[str, str], Problem] = {}
     for problem in problems:
@@ -98,5 +98,5 @@ def _collect(problems: list[Problem], check: Callable[..., T], *arguments: Any) 
 
 def _warn_of_remote_code(config: DictConfig) -> None:
     if config.model.trust_remote_code:
-        what = "Warning: model.trust_remote_code is true, so Python that comes with %s is run as it is."
+        what = "Warning: model.trust_remote_code is true, so Python code in %s is run without checks."
         log.warning(what, config.model.path)

@@ -1,4 +1,4 @@
-"""Compare arguments with a signature: unknown names, missing names, values of the wrong type."""
+"""Checks of arguments against a signature: unknown names, missing names, wrong types."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def argument_problems(
     supplied: tuple[str, ...] = (),
     also_valid: Collection[str] = (),
 ) -> list[Problem]:
-    """Return the errors of calling `target` with `arguments`, which are below the key `where`.
+    """Return the errors of calling `target` with `arguments`, with keys that begin with `where`.
 
-    `supplied` are arguments that the run passes itself, so the config may not hold them. `also_valid` are other keys
-    below `where`, one of which a mistyped argument may mean.
+    `supplied` are arguments that the run passes itself, so the config must not have them. `also_valid` are other keys
+    below `where`, which are offered as corrections of a mistyped name.
     """
     try:
         parameters = inspect.signature(target).parameters
@@ -41,26 +41,26 @@ def argument_problems(
     for name, value in arguments.items():
         key = f"{where}.{name}"
         if name in supplied:
-            problems.append(Problem(key, "is passed by the run itself", "leave it out"))
+            problems.append(Problem(key, "is passed by the run itself", "remove it"))
         elif name not in named and not takes_any:
-            fix = f"it takes: {', '.join(offered) or 'none'}" if len(offered) <= 30 else ""
+            fix = f"it takes {', '.join(offered) or 'none'}" if len(offered) <= 30 else ""
             hint = nearest(name, [*offered, *also_valid])
             problems.append(Problem(key, f"{title} takes no argument '{name}'{hint}", fix))
         elif name in hints and not fits(value, hints[name]):
-            problems.append(Problem(key, f"'{value}' is not {describe(hints[name])}", "give it such a value"))
-    # A dataclass of settings has its required ones checked when it is made.
+            problems.append(Problem(key, f"'{value}' is not {describe(hints[name])}", "give it a value of this type"))
+    # A dataclass of settings checks its required fields when it is instantiated.
     missing = [] if dataclasses.is_dataclass(target) else [name for name in offered if name not in arguments]
     return problems + [
-        Problem(f"{where}.{name}", f"{title} needs it", f"give it a value: +{where}.{name}=...")
+        Problem(f"{where}.{name}", f"{title} needs this argument", f"set it: +{where}.{name}=...")
         for name in missing
         if offered[name].default is inspect.Parameter.empty
     ]
 
 
 def documented_value_problems(target: type, arguments: Mapping[str, Any], where: str) -> list[Problem]:
-    """Check texts against the 'Possible values' of a dataclass field's help, as TRL documents them.
+    """Check texts against 'Possible values' in the help of a dataclass's fields.
 
-    TRL itself looks at these values only once the model is loaded.
+    TRL documents values in this way, but checks them only after the model is loaded.
     """
     problems = []
     for field in dataclasses.fields(target):
@@ -75,7 +75,7 @@ def documented_value_problems(target: type, arguments: Mapping[str, Any], where:
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
-    """Return the annotations that can be evaluated; those of a dataclass are its fields'."""
+    """Return the annotations that can be evaluated. For a dataclass, these are its fields' annotations."""
     try:
         if dataclasses.is_dataclass(target):
             return typing.get_type_hints(target)

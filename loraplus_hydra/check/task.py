@@ -1,4 +1,4 @@
-"""Check the task: classes, keys, the Trainer's arguments, and the rules of its module."""
+"""Checks of the task: classes, keys, the Trainer's arguments, and the task module's own checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PLACES: dict[str, tuple[Callable[[Any], bool], str]] = {
     TARGET: (derives(Trainer), "a transformers.Trainer class, such as trl.SFTTrainer"),
     "args_class": (derives(TrainingArguments), "a transformers.TrainingArguments class"),
     "auto_class": (is_auto_class, "one of transformers' auto classes, such as transformers.AutoModelForCausalLM"),
-    "examples": (returns("Examples"), "a function that says -> Examples, such as loraplus_hydra.tasks.sft.examples"),
+    "examples": (returns("Examples"), "a function annotated -> Examples, such as loraplus_hydra.tasks.sft.examples"),
 }
 
 
@@ -45,23 +45,24 @@ def task_problems(plain: dict[str, Any]) -> list[Problem]:
 
 
 def _common_keys(task: dict[str, Any]) -> list[Problem]:
-    """Check the keys that every task has: all are present, each of its type."""
+    """Check that all keys that every task has exist and have the right type."""
     names = [field.name for field in fields(TaskConfig)]
     missing = [name for name in names if name not in task]
-    problems = [Problem(f"task.{name}", NOT_SET, f"give it a value: +task.{name}=...") for name in missing]
+    problems = [Problem(f"task.{name}", NOT_SET, f"set it: +task.{name}=...") for name in missing]
     return problems + argument_problems(TaskConfig, {name: task[name] for name in names if name in task}, "task")
 
 
 def _own_keys(examples: Callable[..., Any], task: dict[str, Any]) -> list[Problem]:
     """Check a task's own keys against the parameters of its function."""
-    first = tuple(inspect.signature(examples).parameters)[:4]  # rows, tokenizer, task, data, whatever their names
+    # Rows, tokenizer, task and data, which may have any names
+    first = tuple(inspect.signature(examples).parameters)[:4]
     common = [field.name for field in fields(TaskConfig)]
     return argument_problems(examples, own_arguments(task), "task", (*first, BASE), also_valid=common)
 
 
 def _own_rules(examples: Callable[..., Any] | None, plain: dict[str, Any]) -> list[Problem]:
-    """Ask the task's own module, which may have a function `config_problems` beside `examples`."""
-    module = inspect.getmodule(examples)  # None for a function that isn't set
+    """Return the Problems of `config_problems`, an optional function in the module of `examples`."""
+    module = inspect.getmodule(examples)  # None if the function isn't set
     rules = vars(module).get("config_problems") if module is not None else None
     return list(rules(plain)) if rules is not None else []
 
@@ -71,25 +72,28 @@ def _trainer_arguments(arguments: type, task: dict[str, Any], trainer: dict[str,
     problems = _misplaced(arguments, trainer, own)
     if isinstance(trainer.get("activation_checkpointing_kwargs"), str):
         key = "trainer.activation_checkpointing_kwargs"
-        problems.append(Problem(key, "text is no mapping of arguments", "as in {use_reentrant: false}"))
+        problems.append(Problem(key, "text is not a mapping of arguments", "for example {use_reentrant: false}"))
     if trainer.get("fsdp") and world_size() == 1:
         fix = "start it with torchrun --nproc_per_node N -m loraplus_hydra ..., or use trainer=default"
-        problems.append(Problem("trainer.fsdp", "FSDP needs several processes, and this is one", fix))
+        problems.append(Problem("trainer.fsdp", "FSDP needs several processes, but there is only one", fix))
     problems += _log_levels(trainer) + documented_value_problems(arguments, own, "task.args")
     return problems or _constructed(arguments, {**trainer, **own})
 
 
 def _log_levels(trainer: dict[str, Any]) -> list[Problem]:
-    """Check names that only the Trainer itself looks up, when it is made."""
+    """Check names that transformers checks only when the Trainer is made."""
     return [
-        Problem(f"trainer.{key}", f"there is no level '{trainer[key]}'", f"one of: {', '.join(trainer_log_levels)}")
+        Problem(f"trainer.{key}", f"there is no level '{trainer[key]}'", f"use one of {', '.join(trainer_log_levels)}")
         for key in ("log_level", "log_level_replica")
         if trainer.get(key) is not None and trainer[key] not in trainer_log_levels
     ]
 
 
 def _misplaced(arguments: type, trainer: dict[str, Any], own: dict[str, Any]) -> list[Problem]:
-    """Check names and types. Fields of all Trainers belong under `trainer`, others under `task.args`."""
+    """Return Problems for fields with a wrong name, type or group.
+
+    Fields that all Trainers have belong to `trainer`, other fields to `task.args`.
+    """
     common = {field.name for field in fields(TrainingArguments)} - set(MASTERS)
     special = {field.name for field in fields(arguments)} - common - set(MASTERS)  # type: ignore[arg-type]
     problems = []
@@ -99,11 +103,11 @@ def _misplaced(arguments: type, trainer: dict[str, Any], own: dict[str, Any]) ->
     ):
         for name in group:
             if name in elsewhere:
-                problems.append(Problem(f"{place}.{name}", "belongs elsewhere", f"write {other}.{name}"))
+                problems.append(Problem(f"{place}.{name}", "belongs to another group", f"write {other}.{name}"))
             elif name not in valid and name not in MASTERS:
                 hint = nearest(name, valid | elsewhere)
                 problems.append(Problem(f"{place}.{name}", f"{arguments.__name__} has no such field{hint}"))
-        # `fsdp` is annotated as text, but takes true.
+        # `fsdp` is annotated as text, but accepts true.
         known = {name: value for name, value in group.items() if name in valid and name != "fsdp"}
         problems += argument_problems(arguments, known, place)
     return problems
@@ -113,7 +117,7 @@ def _constructed(arguments: type, values: dict[str, Any]) -> list[Problem]:
     """Instantiate the arguments' class and return its error as a Problem."""
     try:
         arguments(output_dir=".", report_to="none", **_without(values, *MASTERS))
-    except (OSError, json.JSONDecodeError):  # a file of settings that can't be read: machine_problems has it
+    except (OSError, json.JSONDecodeError):  # machine_problems reports a file of settings that can't be read
         return []
     except (ValueError, TypeError, ImportError) as error:
         return [Problem("trainer", first_line(error))]

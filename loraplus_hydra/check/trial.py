@@ -1,7 +1,7 @@
-"""Try the Trainer's arguments on a stand-in of the model: an evaluation and a step on a few rows.
+"""A trial of the Trainer's arguments: an evaluation and a step of a tiny model on a few rows.
 
-Some arguments fail only when the Trainer is made, or in its first step. Arguments that the YAML files list have ranges
-of their own, so only others are tried.
+Some arguments fail only when the Trainer is made, or in its first step. The arguments in the YAML files have ranges, so
+only other arguments are tried.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ROWS = 4
-_KNOWN = ("transformers", "trl", "loraplus_hydra")  # packages whose Trainers train any causal model or classifier
-# One short step. Compiling takes a minute, and its names are checked elsewhere.
+_KNOWN = ("transformers", "trl", "loraplus_hydra")  # packages whose Trainers can train any causal model or classifier
+# Only one short step, and no compilation: it takes a minute, and its names are checked elsewhere.
 _SHORT: dict[str, Any] = {
     "max_steps": 1,
     "logging_steps": 1,
@@ -54,25 +54,31 @@ _PLACES = ("trainer", "task.args")
 
 
 def trial_problems(config: DictConfig, examples: Examples) -> list[Problem]:
-    """Return a Problem for each argument with which the Trainer can't train a stand-in of the model."""
+    """Return a Problem for each argument with which the Trainer can't train a tiny model."""
     keys = list(_unlisted_keys(config))
     if not keys or world_size() > 1 or config.task._target_.partition(".")[0] not in _KNOWN:
         return []
     tokenizer = load_tokenizer(config.model)
     if not (reason := _failure(config, tokenizer, examples)):
         return []
-    if _failure(_without(config, keys), tokenizer, examples):  # the rows or the stand-in are at fault
+    if _failure(_without(config, keys), tokenizer, examples):  # the error is due to the rows or the tiny model
         return []
     alone = {
         key: _failure(_without(config, [each for each in keys if each != key]), tokenizer, examples) for key in keys
     }
     trainer = config.task._target_.rpartition(".")[2]
-    found = [Problem(key, f"{trainer} can't train with it: {why}", "leave it out") for key, why in alone.items() if why]
-    return found or [Problem(", ".join(keys), f"{trainer} can't train with these together: {reason}", "leave one out")]
+    found = [
+        Problem(key, f"{trainer} can't train with this argument: {why}", "remove it")
+        for key, why in alone.items()
+        if why
+    ]
+    return found or [
+        Problem(", ".join(keys), f"{trainer} can't train with these arguments together: {reason}", "remove one of them")
+    ]
 
 
 def _unlisted_keys(config: DictConfig) -> Iterator[str]:
-    """Yield the arguments of the Trainer that are set and that no YAML of ours lists."""
+    """Yield the Trainer's arguments in the config that this program's YAML files don't have."""
     listed = {str(key) for key in _yaml("trainer/default.yaml")}
     for task in (config_folder() / "task").glob("*.yaml"):
         listed |= _yaml(f"task/{task.name}").get("args", {}).keys()
@@ -96,7 +102,7 @@ def _without(config: DictConfig, keys: list[str]) -> DictConfig:
 
 
 def _failure(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> str:
-    """Return why the Trainer fails on the stand-in; empty if it trains."""
+    """Return the Trainer's error with the tiny model; empty if training works."""
     is_first = not AcceleratorState._shared_state
     with process_state(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
@@ -111,10 +117,10 @@ def _failure(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: E
             )
             remove_own_printing(trainer)
             trainer.train()
-        except Exception as error:  # these libraries raise anything
+        except Exception as error:  # these libraries raise many types
             return first_line(error)
         finally:
-            if is_first:  # it would keep this trial's precision for the run
+            if is_first:  # otherwise the run would keep the trial's precision
                 AcceleratorState._reset_state()
     return ""
 
@@ -135,7 +141,7 @@ def _few(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
 
 
 def _stand_in(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> PeftModel:
-    """Return a model of eight numbers a token that takes the tokenizer's inputs, with an adapter."""
+    """Return a model with hidden size 8 and an adapter. It fits the tokenizer."""
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": 2**14}
     values = {"pad_token_id": tokenizer.pad_token_id, **examples.model_arguments}

@@ -1,4 +1,4 @@
-"""Check the values of keys with a range, and refuse settings that have another place in the config."""
+"""Checks of values against their ranges, and of settings that have another key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loraplus_hydra.config.schema import value_ranges
 from loraplus_hydra.config.types import describe, mismatch
 from loraplus_hydra.errors import Problem
 
-# Settings of transformers.TrainingArguments that have another place in this config.
+# Settings of transformers.TrainingArguments that have another key in this config -> that key.
 MASTERS: dict[str, str] = {
     "learning_rate": "optimizer.lr",
     "optim": "the optimizer group (optimizer=adamw8bit)",
@@ -31,9 +31,9 @@ MASTERS: dict[str, str] = {
     "logging_dir": "hydra.run.dir",
     "run_name": "hydra.run.dir",
     "project": "hydra.run.dir",
-    "overwrite_output_dir": "hydra.run.dir (a run never writes over another)",
+    "overwrite_output_dir": "hydra.run.dir (a run never overwrites another)",
     "report_to": "metrics.jsonl, which is always written",
-    "disable_tqdm": "the terminal: progress is a bar there and lines elsewhere",
+    "disable_tqdm": "the terminal: progress is a bar on a terminal, otherwise lines",
     "metric_for_best_model": "task.metric",
     "greater_is_better": "task.greater_is_better",
     "model_init_kwargs": "the model group",
@@ -47,7 +47,7 @@ MASTERS: dict[str, str] = {
 
 
 def value_problems(plain: dict[str, Any]) -> list[Problem]:
-    """Return values out of range, settings at the wrong place, and values that contradict each other."""
+    """Return Problems for values out of range, settings at wrong keys, and contradictions."""
     problems = []
     for key, (annotation, limits) in value_ranges().items():
         present, value = select(plain, key)
@@ -64,7 +64,7 @@ def set_elsewhere(key: str) -> Problem | None:
     found = re.match(r"((?:trainer|task\.args)\.(\w+))(\.|$)", key)
     if found is None or found[2] not in MASTERS:
         return None
-    return Problem(found[1], "is set elsewhere", f"its one master is {MASTERS[found[2]]}")
+    return Problem(found[1], "can't be set here", f"it is set by {MASTERS[found[2]]}")
 
 
 def _contradictions(plain: dict[str, Any]) -> Iterator[Problem]:
@@ -74,19 +74,19 @@ def _contradictions(plain: dict[str, Any]) -> Iterator[Problem]:
         return select(plain, key)[1]
 
     if value("data.streaming") is True and value("trainer.max_steps") == -1:
-        what = "streamed rows have no end that would end the run"
-        yield Problem("trainer.max_steps", what, "give a number of steps")
-    # transformers drops the last batch of an evaluation, too.
+        what = "the number of streamed rows is unknown, so the run would not end"
+        yield Problem("trainer.max_steps", what, "set a number of steps")
+    # transformers also drops the last batch of an evaluation.
     if value("trainer.dataloader_drop_last") is True and value("trainer.per_device_eval_batch_size") != 1:
-        what = "it leaves held-out rows out of the evaluation as well"
+        what = "it also omits rows from the evaluation"
         fix = "set it to false, or trainer.per_device_eval_batch_size=1"
         yield Problem("trainer.dataloader_drop_last", what, fix)
     if value("trainer.early_stopping_patience") is not None and value("trainer.eval_strategy") in ("no", False):
-        what = "evaluations end training early, and trainer.eval_strategy=no has none"
+        what = "early stopping needs evaluations, but trainer.eval_strategy=no has none"
         yield Problem("trainer.early_stopping_patience", what, "trainer.eval_strategy=steps")
     if value("trainer.save_only_model") not in (None, False):
-        what = "its checkpoints lack the optimizer's state, so no run could resume from them"
-        fix = "leave it out: a checkpoint holds the adapter alone, not the model"
+        what = "its checkpoints have no optimizer state, so no run could resume from them"
+        fix = "remove it: a checkpoint has only the adapter, not the model"
         yield Problem("trainer.save_only_model", what, fix)
 
 
@@ -101,5 +101,5 @@ def select(plain: Any, path: str) -> tuple[bool, Any]:
 
 
 def shown(value: Any) -> str:
-    """Return a value as messages show it."""
+    """Return a value's text for messages."""
     return f"'{value}'" if isinstance(value, str) else "null" if value is None else str(value)

@@ -1,1 +1,1 @@
-"""Tasks, one file each: they turn rows into the examples that their Trainer takes."""
+"""Tasks, which turn rows into the examples of a Trainer, and the parts that several tasks share."""

@@ -1,4 +1,4 @@
-"""Prompts with answers as TRL's preference trainers take them."""
+"""Prompts with answers, in the columns of TRL's preference trainers."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from loraplus_hydra.tasks.rows import batch_rows
 from loraplus_hydra.tasks.template import end_token
 from loraplus_hydra.tasks.tokens import Encoded, LossRule, encode, render
 
-Answers = Mapping[str, Text | Conversation]  # column of TRL's -> the answer, each after the same prompt
-_RULE = LossRule(completion_only=True, assistant_only=False)  # the tokens that TRL compares
+Answers = Mapping[str, Text | Conversation]  # TRL's column -> the answer; all answers have the same prompt
+_RULE = LossRule(completion_only=True, assistant_only=False)  # TRL's loss is on the tokens of the answers
 
 
 @dataclass(frozen=True)
 class AnswerReader:
-    """Rows to TRL's columns: prompt, those of the answers, and others."""
+    """Converts rows to TRL's columns: the prompt, the answers, and others."""
 
     read: Callable[[Mapping[str, Any], str], tuple[Answers, dict[str, Any]]]  # (row, place) -> answers, other columns
-    answers: tuple[str, ...]  # names of the answers
+    answers: tuple[str, ...]  # names of the answers' columns
     others: Features = field(default_factory=lambda: Features({}))  # types of the other columns
     chat: bool = False
-    key: Mapping[str, Any] = field(default_factory=dict)  # everything that `read` depends on
+    key: Mapping[str, Any] = field(default_factory=dict)  # everything on which `read` depends
 
     def columns(self, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictConfig) -> dict[str, Rows]:
-        """Return the splits with TRL's columns and those of REPORTED. Raises ConfigErrors."""
+        """Return the splits with TRL's columns and the columns of REPORTED. Raises ConfigErrors."""
         end = end_token(tokenizer, task)
         templated = self.chat and bool({TOOLS, FUNCTIONS, TEMPLATE_ARGUMENTS} & {*columns(rows["train"])})
-        # JSON keeps a message as it is. Arrow would give each all the keys that any has.
+        # JSON keeps a message unchanged. Arrow would give every message the keys of all messages.
         texts = {name: Json() if self.chat else Value("string") for name in ("prompt", *self.answers)}
         arguments = {TOOLS: Value("string"), TEMPLATE_ARGUMENTS: Json()} if templated else {}
         features = Features({**texts, **arguments, **self.others, **REPORTED})
@@ -66,7 +66,7 @@ class AnswerReader:
         }
 
     def samples(self, rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Return the fields of Examples that show rows, with their first answers."""
+        """Return the fields of Examples for samples: the rows' prompts and first answers."""
         shown = list(self._shown(rows, tokenizer))
         names = ("prompts", "rendered", "references")
         return dict(zip(names, zip(*shown, strict=True), strict=True)) if shown else {}
@@ -87,7 +87,7 @@ class AnswerReader:
 def answer_notes(
     encoded: Mapping[str, Rows], rows: DatasetDict, limit: int | None, task: DictConfig, base: Base | None
 ) -> list[str]:
-    """Return notes on rows that the template changes and on those that are too long."""
+    """Return notes on rows that the template changes, and on rows that are too long."""
     notes = []
     for split in SPLITS:
         part = encoded[split]
@@ -102,14 +102,14 @@ def answer_notes(
 
 
 def without_reports(rows: Rows) -> Any:
-    """Return the rows as the Trainer takes them, without the columns of REPORTED."""
+    """Return the rows without the columns of REPORTED, which the Trainer doesn't know."""
     return rows.remove_columns(list(REPORTED))
 
 
 def uses_template(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
-    """Return `chat`, or if it is None, whether the tokenizer has a chat template.
+    """Return `chat`. If it is None, return True if the tokenizer has a chat template.
 
-    Raises ConfigErrors for `chat` without a template.
+    Raises ConfigErrors if `chat` is True but there is no template.
     """
     if chat and not tokenizer.chat_template:
         raise ConfigErrors([Problem("task.chat", "the tokenizer has no chat template", "set task.chat=false")])
@@ -117,7 +117,7 @@ def uses_template(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool
 
 
 def _columns(answers: Answers, templated: bool) -> dict[str, Any]:
-    """Return a row's prompt and answers, with `templated` also what the template gets besides."""
+    """Return a row's prompt and answers. With `templated`, also return the template's other arguments."""
     first = next(iter(answers.values()))
     row = {"prompt": first.prompt, **{name: part.completion for name, part in answers.items()}}
     if not templated:
@@ -128,7 +128,7 @@ def _columns(answers: Answers, templated: bool) -> dict[str, Any]:
 
 
 def _reported(answers: list[Encoded]) -> dict[str, Any]:
-    """Return what notes report of a row: each property that any of its answers has."""
+    """Return a row's properties for notes. A row has a property if any of its answers has it."""
     flags = {name: any(getattr(answer, name) for answer in answers) for name in REPORTED if name != "unread"}
     unread = sorted({key for answer in answers for key in answer.unread})
     return flags | {"unread": unread, "length": max(answer.length for answer in answers)}

@@ -1,4 +1,4 @@
-"""Classification of texts or pairs of texts: one label, several, or a measured number."""
+"""Classification of texts or pairs of texts: one label, several labels, or a number (regression)."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def examples(
 ) -> Examples:
     """Return tokens and labels of rows with one or two texts and a label.
 
-    The columns are `data.text_column`, `data.text_pair_column` (unless null) and `data.label_column`. `problem_type`
-    None: the labels decide. Their order is that of the trained head of `base`, unless `new_head` replaces it. Texts are
-    cut to `max_length` tokens (None: as many as the model takes). The examples' `model_arguments` size and name the
-    model's head. Raises ConfigErrors.
+    The columns are `data.text_column`, `data.text_pair_column` (unless null) and `data.label_column`. If `problem_type`
+    is None, the labels decide it. The labels have the order of the trained head of `base`, unless `new_head` replaces
+    it. Texts are cut to `max_length` tokens (None: the model's maximum). The examples' `model_arguments` set the size
+    and the names of the model's head. Raises ConfigErrors.
     """
     text, label, pair = _columns(rows, data)
     sampled = data.get("max_samples") is not None
@@ -53,7 +53,7 @@ def examples(
             "data_collator": DataCollatorWithPadding(tokenizer),
             "compute_metrics": metrics_of(labels.problem_type),
         },
-        # A causal model judges by the last token of a text, which it finds by the pad token's id.
+        # A causal model classifies by the last token of a text, which it finds with the pad token's id.
         model_arguments=labels.model_arguments() | {"pad_token_id": tokenizer.pad_token_id},
         notes=_unnamed_note(labels, base)
         + similar_note(labels.names)
@@ -63,10 +63,13 @@ def examples(
 
 
 def _unnamed_note(labels: Labels, base: Base | None) -> tuple[str, ...]:
-    """Return a note if a trained head has no names, so that the rows' labels name its outputs."""
+    """Return a note if the rows' labels become the names of a trained head's outputs."""
     if base is None or not base.unnamed_outputs or base.unnamed_outputs != len(labels.names):
         return ()
-    return (f"The model's trained head has no names for its outputs: they are taken as {', '.join(labels.names)}.",)
+    names = ", ".join(labels.names)
+    return (
+        f"The model's trained head has no names for its outputs. The rows' labels name them in this order: {names}.",
+    )
 
 
 def _columns(rows: DatasetDict, data: DictConfig) -> tuple[str, str, str | None]:
@@ -74,26 +77,26 @@ def _columns(rows: DatasetDict, data: DictConfig) -> tuple[str, str, str | None]
 
     Raises ConfigErrors for columns that don't exist and for streamed rows.
     """
-    # A callable of one's own need not name columns that have the usual names.
+    # For a user's own callable, the keys of columns with the usual names may be missing.
     text, label, pair = data.get("text_column", "text"), data.get("label_column", "label"), data.get("text_pair_column")
     wanted = {"data.text_column": text, "data.label_column": label} | ({"data.text_pair_column": pair} if pair else {})
     if missing := [key for key, column in wanted.items() if column is None]:
-        raise ConfigErrors([Problem(key, "is not set", f"name the column: +{key}=...") for key in missing])
+        raise ConfigErrors([Problem(key, "is not set", f"set the column's name: +{key}=...") for key in missing])
     require_columns(rows, wanted)
     if any(is_streamed(rows[split]) for split in SPLITS):
-        what = "the labels of streamed rows aren't known before the rows are read"
+        what = "the labels of streamed rows are unknown before the rows are read"
         raise ConfigErrors([Problem("data.streaming", what, "set it to false")])
-    # GLUE has the column in every task. Where there is no second text, its type is null.
+    # GLUE has this column in every task. In tasks without a second text, the column's type is null.
     is_null = pair and getattr(rows["train"].features[pair], "dtype", None) == "null"
     return text, label, None if is_null else pair
 
 
 def _check_metric(task: DictConfig, labels: Labels) -> None:
-    """Raise ConfigErrors for a metric that the labels don't have, or its wrong direction."""
+    """Raise ConfigErrors for an unknown metric of these labels, or its wrong direction."""
     known = METRICS[labels.problem_type] | {"eval_loss": False}
     if task.metric not in known:
         what = f"{labels.problem_type} has no '{task.metric}'{nearest(task.metric, known)}"
-        raise ConfigErrors([Problem("task.metric", what, f"one of: {', '.join(known)}")])
+        raise ConfigErrors([Problem("task.metric", what, f"use one of {', '.join(known)}")])
     if task.greater_is_better is not known[task.metric]:
         better = "more" if known[task.metric] else "less"
         fix = f"task.greater_is_better={str(known[task.metric]).lower()}"
@@ -102,16 +105,16 @@ def _check_metric(task: DictConfig, labels: Labels) -> None:
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Rows to tokens and labels."""
+    """Converts rows to tokens and labels."""
 
     text: str  # columns
     pair: str | None
     labels: Labels
     tokenizer: PreTrainedTokenizerBase
-    limit: int | None  # tokens of a row
+    limit: int | None  # maximum number of tokens of a row
 
     def encode(self, rows: Dataset, split: str) -> Any:
-        """Return the tokenizer's columns, `labels`, and `cut`, which is true for rows over the limit."""
+        """Return the tokenizer's columns, `labels`, and `cut` (true for rows longer than the limit)."""
         key = {
             "task": "classification",
             "tokenizer": tokenizer_digest(self.tokenizer),

@@ -29,7 +29,8 @@ from loraplus_hydra.tasks.rows import describe, require_columns, row_error, text
 _PROMPT, _COMPLETION, _MESSAGES, _TEXT = "prompt_column", "completion_column", "messages_column", "text_column"
 _USUAL_NAMES = {_PROMPT: "prompt", _COMPLETION: "completion", _MESSAGES: "messages", _TEXT: "text"}
 _OTHER_COLUMN = "conversations"  # another usual name for messages
-_INSTRUCTION, _INPUT, _OUTPUT = "instruction", "input", "output"  # Alpaca's prompt, the text that it is on, the answer
+# Alpaca's columns: the prompt, its optional second part, and the answer
+_INSTRUCTION, _INPUT, _OUTPUT = "instruction", "input", "output"
 TOOLS, TEMPLATE_ARGUMENTS = "tools", "chat_template_kwargs"  # columns that TRL passes to the template
 FUNCTIONS = "functions"  # OpenAI's column before tools
 # Names that a message suggests, in lower case.
@@ -43,7 +44,7 @@ SYSTEM = "system"  # a column with the conversation's system message
 
 @dataclass(frozen=True)
 class Text:
-    """A plain text to learn, after a prompt or without one."""
+    """A plain text to learn, with or without a prompt."""
 
     completion: str
     prompt: str | None = None
@@ -51,12 +52,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns to learn, after a prompt of turns or without one."""
+    """Turns to learn, with or without a prompt of turns."""
 
     completion: list[Message]
     prompt: list[Message] | None = None
-    template_arguments: dict[str, Any] = field(default_factory=dict)  # tools, and others that the template takes
-    silent: frozenset[int] = frozenset()  # numbers of turns without loss, counted from the first of the prompt
+    template_arguments: dict[str, Any] = field(default_factory=dict)  # tools, and the template's other arguments
+    silent: frozenset[int] = frozenset()  # numbers of turns without loss; the prompt's first turn has number 0
 
     @property
     def turns(self) -> list[Message]:
@@ -67,7 +68,7 @@ class Conversation:
 class Shape:
     """The columns that a row's text or conversation is read from.
 
-    A prompt and its completion, or messages, or text; the others are None.
+    A shape has a prompt and a completion, or messages, or text. The other fields are None.
     """
 
     prompt: str | None = None
@@ -75,14 +76,14 @@ class Shape:
     messages: str | None = None
     text: str | None = None
     input: str | None = None  # a second part of the prompt, which may be empty
-    schema_nulls: bool = False  # columns have one type for all rows, with null for keys that only others have
+    schema_nulls: bool = False  # True if objects have the keys of all rows, with null for keys of other rows
 
     @property
     def has_prompt(self) -> bool:
         return self.prompt is not None
 
     def read(self, row: Mapping[str, Any], place: str, *, chat: bool) -> Text | Conversation:
-        """Return a row's text or conversation; with `chat` texts become turns. Raises ConfigErrors."""
+        """Return a row's text or conversation. With `chat`, texts become turns. Raises ConfigErrors."""
         if self.text is not None:
             return Text(text_in(row, self.text, place, empty=False))
         if self.messages is not None:
@@ -94,16 +95,16 @@ class Shape:
         return self.conversation(as_turns(prompt, "user"), as_turns(answer, "assistant"), row, place)
 
     def ask(self, row: Mapping[str, Any], place: str, *, chat: bool) -> str | Text | Conversation:
-        """Return what the model is asked in a row, without its answer. Raises ConfigErrors."""
+        """Return a row's prompt for the model, without the answer. Raises ConfigErrors."""
         if self.text is not None:
-            return Text(text_in(row, self.text, place, empty=False))  # it never becomes a turn
+            return Text(text_in(row, self.text, place, empty=False))  # a plain text never becomes a turn
         asked = self.question(row, place)
         if isinstance(asked, str) and not chat:
             return asked
         if self.messages is not None and isinstance(asked, Messages):
             asked = Messages(question(asked.turns))
             if not asked.turns:
-                raise row_error(place, self.messages, "holds only answers of the assistant")
+                raise row_error(place, self.messages, "has only answers of the assistant")
         assert asked is not None
         return self.conversation(None, as_turns(asked, "user"), row, place)
 
@@ -114,14 +115,14 @@ class Shape:
         return None if self.prompt is None else self._prompt(row, place)
 
     def used(self, *, chat: bool) -> set[str]:
-        """Return the names of the columns that are read."""
+        """Return the names of the columns that this shape reads."""
         own = {name for key, name in asdict(self).items() if isinstance(name, str)}
         return own | {SYSTEM, TOOLS, FUNCTIONS, TEMPLATE_ARGUMENTS} if self.messages is not None or chat else own
 
     def conversation(
         self, prompt: Messages | None, completion: Messages, row: Mapping[str, Any], place: str
     ) -> Conversation:
-        """Join a row's messages with its system message, if any, and its template arguments."""
+        """Join a row's messages with its system message and template arguments, if there are any."""
         first = with_system(prompt or completion, row.get(SYSTEM), SYSTEM, place)
         arguments = _template_arguments(row, place, schema_nulls=self.schema_nulls)
         if prompt is None:
@@ -150,14 +151,14 @@ class Shape:
 
 
 def as_turns(value: str | Messages, role: str) -> Messages:
-    """Return messages as they are, and a text as one message of `role`."""
+    """Return messages unchanged, and a text as one message with this `role`."""
     return Messages([{"role": role, "content": value}]) if isinstance(value, str) else value
 
 
 def find_shape(rows: DatasetDict, data: DictConfig, *, prompts_only: bool = False) -> Shape:
-    """Return the shape that fits the rows' columns and their names in `data`.
+    """Return the shape that fits the rows' columns and the columns' names in `data`.
 
-    Raises ConfigErrors if no shape fits, or several do.
+    Raises ConfigErrors if no shape or several shapes fit.
     """
     available, names = columns(rows["train"]), _column_names(rows, data)
     fitting = {}
@@ -183,7 +184,7 @@ def find_shape(rows: DatasetDict, data: DictConfig, *, prompts_only: bool = Fals
 
 
 def prompt_shape(rows: DatasetDict, data: DictConfig) -> Shape:
-    """Return the shape of the columns with prompts alone; it has none if the rows have no such column.
+    """Return the shape of the columns with prompts, possibly without any column.
 
     Raises ConfigErrors if a split lacks the column.
     """
@@ -199,9 +200,9 @@ def prompt_shape(rows: DatasetDict, data: DictConfig) -> Shape:
 
 
 def _column_names(rows: DatasetDict, data: DictConfig) -> dict[str, Any]:
-    """Return the name of each of the config's columns, or another usual one that the rows have.
+    """Return the name of each of the config's columns, or another usual name that the rows have.
 
-    Raises ConfigErrors if the rows lack a column that the config names.
+    Raises ConfigErrors if the rows don't have a column that the config names.
     """
     available = columns(rows["train"])
     # A callable of one's own need not name columns that have the usual names.
@@ -217,21 +218,21 @@ def _column_names(rows: DatasetDict, data: DictConfig) -> dict[str, Any]:
 
 
 def _further(names: Mapping[str, Any], available: Sequence[str]) -> str | None:
-    """Return the column with a second part of the prompt, if there is one."""
+    """Return the column with a second part of the prompt, or None."""
     return _INPUT if names[_PROMPT] == _INSTRUCTION and _INPUT in available else None
 
 
 def _no_shape(names: dict[str, Any], available: list[str]) -> Problem:
-    fix = f"the columns are: {', '.join(available)}"
+    fix = f"the columns are {', '.join(available)}"
     missing = [key for key in (_PROMPT, _COMPLETION) if names[key] not in available]
     if len(missing) == 1:
         name = names[missing[0]]
         return Problem(f"data.{missing[0]}", f"the rows have no column '{name}'{nearest(str(name), available)}", fix)
     if len(available) == 1 and (mark := next((each for each in ";|\t" if each in available[0]), "")):
         fix += f"; if {mark!r} stands between columns: data.delimiter=" + ("tab" if mark == "\t" else f"'\"{mark}\"'")
-    wanted = ", ".join(f"{key}={name}" for key, name in names.items() if name is not None) or "none is named"
-    fix += f"; name yours: {_suggested(available)}"
-    return Problem("data", f"the rows have none of the columns looked for ({wanted})", fix)
+    wanted = ", ".join(f"{key}={name}" for key, name in names.items() if name is not None) or "no column is set"
+    fix += f"; set your columns: {_suggested(available)}"
+    return Problem("data", f"the rows have none of the expected columns ({wanted})", fix)
 
 
 def _suggested(available: Sequence[str]) -> str:
@@ -246,7 +247,7 @@ def _suggested(available: Sequence[str]) -> str:
 
 
 def _template_arguments(row: Mapping[str, Any], place: str, *, schema_nulls: bool) -> dict[str, Any]:
-    """Return the template's arguments besides the messages, from the columns that TRL uses."""
+    """Return the template's arguments except the messages, from TRL's columns."""
     tools = json_value(row.get(TOOLS) or None, TOOLS, place)
     if not tools and (functions := json_value(row.get(FUNCTIONS) or None, FUNCTIONS, place)):
         tools = [{"type": "function", "function": each} for each in functions]
@@ -259,6 +260,6 @@ def _template_arguments(row: Mapping[str, Any], place: str, *, schema_nulls: boo
 
 
 def has_schema_nulls(rows: Rows, column: str) -> bool:
-    """Return True if a column's lists have one type for all rows, unlike JSON."""
+    """Return True if a column's objects have the keys of all rows, unlike in JSON."""
     feature = (rows.features or {}).get(column)
     return feature is not None and not isinstance(feature, Json)

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: prompt, chosen and rejected answer, as TRL's DPOTrainer takes them."""
+"""Direct preference optimisation: prompt, chosen and rejected answer for TRL's DPOTrainer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def examples(
 ) -> Examples:
     """Return TRL's preference examples of rows with a prompt and two answers.
 
-    With `chat` (None: if the tokenizer has a chat template) texts become turns. Raises ConfigErrors.
+    With `chat`, texts become turns (None: if the tokenizer has a chat template). Raises ConfigErrors.
     """
     written_as_turns = uses_template(tokenizer, chat)
     shape = find_preference_shape(rows, data)

@@ -1,6 +1,6 @@
-"""Examples that a task makes of rows, loaded once for the check and the run.
+"""Examples that a task makes from rows, loaded once for the check and the run.
 
-A task is a function, named by `task.examples`. One of your own looks like this:
+A task is a function, which `task.examples` names. Your own task looks like this:
 
     def examples(
         rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictConfig, data: DictConfig, *, width: int = 80
@@ -8,11 +8,11 @@ A task is a function, named by `task.examples`. One of your own looks like this:
         ...
 
 The first four are passed by position: the rows with the splits "train" and "eval", the model's tokenizer, and the two
-config groups. Every key of the `task` group that is no field of `TaskConfig` is passed by name, and is checked against
-the function's parameters and their types: here `task.width`. A parameter `base: Base | None = None`, if there is one,
-gets the properties of the weights, such as the labels of a trained head. The return annotation is required. A function
-`config_problems(config)` in the same module, if there is one, gets the whole config as plain containers and returns a
-list of `Problem`, empty if the config suits the task.
+config groups. Every other key of the `task` group, which is not a field of `TaskConfig`, is passed by name: here
+`task.width`. Such keys are checked against the function's parameters and their types. An optional parameter `base: Base
+| None = None` gets the properties of the weights, such as the labels of a trained head. The return annotation is
+required. An optional function `config_problems(config)` in the same module checks the whole config, given as plain
+containers. It returns a list of `Problem`.
 """
 
 from __future__ import annotations
@@ -33,34 +33,35 @@ from loraplus_hydra.data.fingerprint import RowsRead, fingerprints, watched
 from loraplus_hydra.data.rows import is_streamed, load_rows
 from loraplus_hydra.tasks.base import Base
 
-BASE = "base"  # the parameter of a task's function that gets a Base
+BASE = "base"  # name of the optional parameter of a task's function for a Base
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples as the task's Trainer takes them, and the held-out rows to show as samples."""
+    """The examples for the task's Trainer, and held-out rows for samples."""
 
     train: Dataset | IterableDataset
     eval: Dataset
     prompts: tuple[str, ...] = ()  # held-out prompts as text
-    rendered: tuple[str, ...] = ()  # the same as the model sees them
-    max_length: int | None = None  # argument of the Trainer, if it is below the one in `task.args`
-    special_tokens: bool | None = None  # the tokenizer adds its own to `rendered`; None: if it has no chat template
+    rendered: tuple[str, ...] = ()  # these prompts as the model sees them
+    max_length: int | None = None  # argument of the Trainer, if it is smaller than the one in `task.args`
+    # True if the tokenizer adds special tokens to `rendered`; None: if it has no chat template
+    special_tokens: bool | None = None
     references: tuple[str, ...] = ()  # the rows' answers
-    trainer_arguments: dict[str, Any] = field(default_factory=dict)  # more arguments of the Trainer
+    trainer_arguments: dict[str, Any] = field(default_factory=dict)  # other arguments of the Trainer
     model_arguments: dict[str, Any] = field(default_factory=dict)  # attributes of the model's config: num_labels, ...
-    notes: tuple[str, ...] = ()  # for the user, such as how many rows are cut
+    notes: tuple[str, ...] = ()  # notes for the user, for example the number of rows that are cut
     # Set by `load_examples`:
-    fingerprints: Mapping[str, str] = field(default_factory=dict)  # of the rows, by split
-    rows_read: RowsRead | None = None  # of streamed training rows
+    fingerprints: Mapping[str, str] = field(default_factory=dict)  # fingerprints of the rows, by split
+    rows_read: RowsRead | None = None  # the streamed training rows that were read
 
     def counts(self) -> str:
-        """Return the numbers of examples in words."""
+        """Return the numbers of examples as text."""
         train = "a stream of examples" if is_streamed(self.train) else f"{len(self.train):,} examples"
-        return f"{train} to train on, {len(self.eval):,} to evaluate on"
+        return f"{train} for training, {len(self.eval):,} for evaluation"
 
 
-# Examples that a check has made for the run that follows, by the config: at most one entry.
+# Examples that a check has made for the following run, by config; at most one entry.
 _kept: dict[str, Examples] = {}
 
 
@@ -69,8 +70,8 @@ def load_examples(
 ) -> Examples:
     """Load the config's rows and return their examples.
 
-    `base` has the properties of the weights that the examples must fit. With `keep`, the next call with the same config
-    returns the same examples. Raises ConfigErrors.
+    The examples must fit the base model; `base` has the properties of its weights. With `keep`, the examples are cached
+    for the next call with the same config. Raises ConfigErrors.
     """
     key = _key(config)
     examples = _kept.pop(key, None)
@@ -89,7 +90,7 @@ def load_examples(
 
 
 def own_arguments(task: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of the `task` group that are parameters of its own `examples` function."""
+    """Return the keys of the `task` group that are parameters of the `examples` function."""
     common = {each.name for each in fields(TaskConfig)}
     return {str(key): value for key, value in task.items() if key not in common}
 

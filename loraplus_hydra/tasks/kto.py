@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation: answers labelled good or bad, as TRL's KTOTrainer takes them."""
+"""Kahneman-Tversky optimisation: answers with a label, good or bad, for TRL's KTOTrainer."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ LABELS = {
     "false": False,
     "0": False,
     "0.0": False,
-}  # as text too, because a CSV has nothing else
+}  # labels as text, because a CSV has only text
 
 
 def config_problems(config: Mapping[str, Any]) -> list[Problem]:
     """Return a Problem for batches of one row."""
     task, batch_size = config["task"], config.get("trainer", {}).get("per_device_train_batch_size")
-    # The loss compares the answers of a batch, except this one.
+    # apo_zero_unpaired is the only loss that doesn't compare the answers of a batch.
     alone = task["args"].get("loss_type") == "apo_zero_unpaired"
     if task["_target_"] != "trl.KTOTrainer" or batch_size != 1 or alone:
         return []
-    what = "KTO takes for each prompt of a batch the answer to another one, and a batch of one row has none"
-    return [Problem("trainer.per_device_train_batch_size", what, "2 or more")]
+    what = "KTO combines each prompt of a batch with the answer to another prompt, but a batch of one row has no other"
+    return [Problem("trainer.per_device_train_batch_size", what, "set 2 or more")]
 
 
 def examples(
@@ -52,8 +52,8 @@ def examples(
 ) -> Examples:
     """Return TRL's unpaired preferences of rows with a prompt, an answer and its label.
 
-    Prompt and answer can be a conversation. With `chat` (None: if the tokenizer has a chat template) texts become
-    turns. Training rows are shuffled by `data.seed`. Raises ConfigErrors.
+    Prompt and answer can be a conversation. With `chat`, texts become turns (None: if the tokenizer has a chat
+    template). Training rows are shuffled with `data.seed`. Raises ConfigErrors.
     """
     _refuse_other_rows(rows, data)
     written_as_turns = uses_template(tokenizer, chat)
@@ -79,18 +79,18 @@ def examples(
     )
     encoded, limit = reader.columns(rows, tokenizer, task), max_length(task, tokenizer, base)
     good = _count_good(encoded["train"]["label"])
-    # Only good answers are references to show.
+    # Only good answers are shown as references.
     shown = rows["eval"].select(
         [index for index, label in enumerate(encoded["eval"]["label"]) if label][: task.samples]
     )
     return Examples(
-        # TRL pairs the rows of a batch before training and then keeps their order, the same in each epoch.
+        # TRL pairs the rows of a batch before training, and uses the same pairs in each epoch.
         train=without_reports(encoded["train"]).shuffle(seed=data.get("seed") or 0),
         eval=without_reports(encoded["eval"]),
         max_length=limit,
         special_tokens=not written_as_turns,
         notes=(
-            f"{good:,} good answers and {len(encoded['train']) - good:,} bad ones to train on",
+            f"{good:,} good and {len(encoded['train']) - good:,} bad answers for training",
             *unused_columns_note(rows, {label, *shape.used(chat=written_as_turns)}),
             *answer_notes(encoded, rows, limit, task, base),
         ),
@@ -101,7 +101,7 @@ def examples(
 def _refuse_other_rows(rows: DatasetDict, data: DictConfig) -> None:
     """Raise ConfigErrors for streamed rows and for pairs of answers."""
     if is_streamed(rows["train"]):
-        what = "KTO needs all its rows at once, to mix good answers and bad ones"
+        what = "KTO needs all rows at once to mix good and bad answers"
         raise ConfigErrors([Problem("data.streaming", what, "set data.streaming=false")])
     if has_preferences(rows, data):
         what = "the rows have pairs of answers, but KTO learns from single answers with a label"
@@ -112,8 +112,8 @@ def _count_good(labels: Sequence[bool]) -> int:
     good = sum(labels)
     if good in (0, len(labels)):
         label = str(good > 0).lower()
-        what = f"all {len(labels)} training rows have the label {label}, so there is nothing to tell apart"
-        raise ConfigErrors([Problem("data.label_column", what, "KTO learns from good answers and bad ones")])
+        what = f"all {len(labels)} training rows have the label {label}, but KTO needs good and bad answers"
+        raise ConfigErrors([Problem("data.label_column", what, "add rows with the other label")])
     return good
 
 

@@ -1,4 +1,4 @@
-"""Labels of classification: kind, names, and each row's label as the model takes it."""
+"""Labels of a classification: kind, names, and the conversion of each row's label."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loraplus_hydra.tasks.base import Base
 from loraplus_hydra.tasks.metrics import MULTI, REGRESSION, SINGLE
 from loraplus_hydra.tasks.rows import describe, row_error
 
-_FEW = 20  # labels shown in a message
+_FEW = 20  # maximum number of labels in a message
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,16 @@ class Labels:
     """The labels' kind, names and column."""
 
     problem_type: str  # transformers' name for the kind
-    names: tuple[str, ...]  # in the order of their numbers; none in a regression
+    names: tuple[str, ...]  # names in the order of the labels' numbers; empty for a regression
     column: str
-    declared: tuple[str, ...] = ()  # the data set's own names, if the column has their numbers
-    of_head: str = ""  # the trained head that has these names; empty for a new head
+    declared: tuple[str, ...] = ()  # the names that the data set declares, if the column has their numbers
+    of_head: str = ""  # the trained head with these names, as in messages; empty for a new head
 
     def read(self, value: Any, place: str) -> int | float | list[float]:
-        """Return a row's label as the model takes it. Raises ConfigErrors.
+        """Return a row's label in the form that the model expects. Raises ConfigErrors.
 
-        It is the label's number, in a regression a measured number, and of several labels 1.0 for each label that the
-        row has and 0.0 for the others.
+        For one label this is the label's number, and for a regression it is the measured number. For several labels it
+        is a list with 1.0 for each label of the row and 0.0 for all others.
         """
         if self.problem_type == REGRESSION:
             return _number(value, self.column, place)
@@ -51,24 +51,24 @@ class Labels:
 
     @cached_property
     def _folded_numbers(self) -> dict[str, int]:
-        """The numbers of a trained head's names in lower case, where these are unique."""
+        """The numbers of a trained head's names in lower case. Names that are then equal are omitted."""
         folded = [name.casefold() for name in self.names]
         return {name: folded.index(name) for name in folded if self.of_head and folded.count(name) == 1}
 
     def number_of(self, name: str) -> int | None:
-        """Return the number of a label's name, or None if there is no such label."""
+        """Return the number of the label with this name, or None."""
         return self._numbers.get(name, self._folded_numbers.get(name.casefold()))
 
     def _number_of(self, value: Any, place: str) -> int:
         name = _label_name(value, self.column, place, self.declared)
         if (number := self.number_of(name)) is not None:
             return number
-        owner = f"{self.of_head} lacks" if self.of_head else "no training row has"
+        owner = f"{self.of_head} doesn't have" if self.of_head else "no training row has"
         what = f"is '{name}', a label that {owner}{nearest(name, self.names)}"
-        raise row_error(place, self.column, what, f"the labels are: {_listed(self.names)}")
+        raise row_error(place, self.column, what, f"the labels are {_listed(self.names)}")
 
     def model_arguments(self) -> dict[str, Any]:
-        """Return the attributes of the model's config that depend on the labels."""
+        """Return the attributes of the model's config that the labels decide."""
         if self.problem_type == REGRESSION:
             return {"num_labels": 1, "problem_type": REGRESSION}
         return {
@@ -82,11 +82,11 @@ class Labels:
 def find_labels(
     rows: DatasetDict, column: str, problem_type: str | None, *, sampled: bool, base: Base | None = None
 ) -> Labels:
-    """Find the labels in the column. Without `problem_type` the training rows' values decide their kind.
+    """Find the labels in a column. Without `problem_type`, the training rows decide the labels' kind.
 
-    The names and their order are those of the trained head of `base`, if it has one. With `sampled`, evaluation rows
-    may have labels that no training row has, because rows were left out. Raises ConfigErrors for values that can't be
-    labels, for names that the trained head lacks, and for fewer than two labels.
+    If `base` has a trained head, its names are used in its order. With `sampled`, evaluation rows may have labels that
+    no training row has, because only some rows are used. Raises ConfigErrors for values that can't be labels, for names
+    that the trained head doesn't have, and for fewer than two labels.
     """
     kind = problem_type or _kind(rows["train"], column)
     if kind == REGRESSION:
@@ -101,9 +101,9 @@ def find_labels(
     splits = SPLITS if sampled else SPLITS[:1]
     names = declared or _sorted({name for split in splits for name in _names(rows[split], column, kind, split)})
     if len(names) < (2 if kind == SINGLE else 1):
-        only = f"'{names[0]}' alone" if names else "none at all"
-        what = f"'{column}' has one label, {only}, so there is nothing to tell apart"
-        raise ConfigErrors([Problem("data.label_column", what, "give rows of two labels or more")])
+        only = f"'{names[0]}'" if names else "none at all"
+        what = f"'{column}' has only one label, {only}, but a classification needs two"
+        raise ConfigErrors([Problem("data.label_column", what, "use rows with two or more labels")])
     return Labels(kind, names, column, declared)
 
 
@@ -115,10 +115,10 @@ def similar_note(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _check_fit(labels: Labels, base: Base, names: set[str]) -> None:
-    """Raise ConfigErrors if a trained head lacks some of the rows' labels."""
+    """Raise ConfigErrors if a trained head doesn't have all labels of the rows."""
     if unknown := _sorted({name for name in names if labels.number_of(name) is None}):
-        what = f"the rows have labels that {labels.of_head} lacks: {_listed(unknown)}"
-        fix = f"its labels are: {_listed(labels.names)}; rename the rows' labels"
+        what = f"the rows have labels that {labels.of_head} doesn't have: {_listed(unknown)}"
+        fix = f"the head's labels are {_listed(labels.names)}; rename the rows' labels"
         if base.replaceable:
             fix += ", or train a new head: task.new_head=true"
         raise ConfigErrors([Problem("data.label_column", what, fix)])
@@ -129,7 +129,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _sorted(names: set[str]) -> tuple[str, ...]:
-    """Return names in alphabetical order, or whole numbers in theirs."""
+    """Return names in alphabetical order. If all are whole numbers, the order is numerical."""
     numbers = all(name.lstrip("-").isdigit() for name in names)
     return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
 
@@ -137,12 +137,12 @@ def _sorted(names: set[str]) -> tuple[str, ...]:
 def _label_name(value: Any, column: str, place: str, declared: Sequence[str] = ()) -> str:
     """Return the name of a label that is text, a whole number, or true or false. Raises ConfigErrors.
 
-    With `declared` names the value is the number of one of them.
+    With `declared`, the value is the number of one of these names.
     """
     if declared:
         if isinstance(value, int) and 0 <= value < len(declared):
             return declared[value]
-        raise row_error(place, column, f"is {describe(value)}: the row has no label")
+        raise row_error(place, column, f"is {describe(value)}, so the row has no label")
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int) or (isinstance(value, str) and value.strip()):
@@ -150,16 +150,16 @@ def _label_name(value: Any, column: str, place: str, declared: Sequence[str] = (
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     what = "is empty" if value == "" else f"is {describe(value)}, not a label"
-    fix = "a label is a text or a whole number"
+    fix = "a label must be text or a whole number"
     if isinstance(value, float):
-        fix += "; to learn measured numbers set task.problem_type=regression"
+        fix += "; for measured numbers set task.problem_type=regression"
     if isinstance(value, list):
-        fix += "; for several labels a row set task.problem_type=multi_label_classification"
+        fix += "; for several labels per row set task.problem_type=multi_label_classification"
     raise row_error(place, column, what, fix)
 
 
 def _kind(rows: Dataset, column: str) -> str:
-    # A list is several labels, a number with a fraction is measured, anything else is one label.
+    # A list means several labels, a number with a fraction means a regression, and anything else is one label.
     if isinstance(rows.features[column], ClassLabel):
         return SINGLE
     values = [_from_text(value) for value in rows[column] if value is not None]
@@ -199,7 +199,7 @@ def _refuse_one_hot(values: list[Any], column: str) -> None:
 
 
 def _declared_names(rows: Dataset, column: str) -> tuple[str, ...]:
-    """Return the names that the data set itself declares, if it does."""
+    """Return the names that the data set itself declares; empty if there are none."""
     feature = rows.features[column]
     if isinstance(feature, List):
         feature = feature.feature
@@ -224,9 +224,9 @@ def _number(value: Any, column: str, place: str) -> float:
     try:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise ValueError
-        number = float(value)  # of text too: a CSV has nothing else
+        number = float(value)  # also from text, because a CSV has only text
     except ValueError:
-        raise row_error(place, column, f"is {describe(value)}, not a number, which a regression learns") from None
+        raise row_error(place, column, f"is {describe(value)}, but a regression needs a number") from None
     if not math.isfinite(number):
         raise row_error(place, column, f"is {number}, not a finite number")
     return number

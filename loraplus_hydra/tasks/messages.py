@@ -1,4 +1,4 @@
-"""Messages of rows, in any form of usual data sets, as chat templates take them."""
+"""Messages in rows, converted from all usual forms to the form of chat templates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loraplus_hydra.tasks.rows import describe, row_error
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-_CALL = "function_call"  # a role of ShareGPT: its text is a tool call, or a list of them
+_CALL = "function_call"  # a role of ShareGPT; its text is one tool call or a list of tool calls
 _OTHER_NAMES = {
     "human": "user",
     "prompter": "user",
@@ -28,13 +28,13 @@ _OTHER_NAMES = {
     "tool_response": "tool",
 }
 _CALLS = (_CALL, "tool_call")
-# Keys that take a message out of the loss: OpenAI's and Mistral's `weight`, axolotl's `train`, and others.
+# Keys that exclude a message from the loss: OpenAI's and Mistral's `weight`, axolotl's `train`, and others.
 WEIGHTS = ("weight", "loss_weight", "train", "loss")
 
 
 @dataclass(frozen=True)
 class Messages:
-    """A list of messages, and the numbers of those that carry no loss."""
+    """A list of messages, and the numbers of the messages without loss."""
 
     turns: list[Message]
     silent: frozenset[int] = frozenset()
@@ -52,10 +52,10 @@ def holds_messages(value: Any) -> bool:
 
 
 def read_messages(value: Any, column: str, place: str, *, schema_nulls: bool = False) -> Messages:
-    """Return a row's messages, each with a known role and its content as text.
+    """Return a row's messages. Each has a known role and text as content.
 
-    With `schema_nulls` the column has one type for all rows, so that nulls at any depth are keys that only other rows
-    have. Text is read as JSON, since a CSV has nothing else, and one message as a list of it. Raises ConfigErrors.
+    With `schema_nulls`, objects have the keys of all rows, and nulls at any depth are ignored. Text is read as JSON,
+    because a CSV has only text. One message is read as a list with this message. Raises ConfigErrors.
     """
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         value, schema_nulls = json_value(value, column, place), False
@@ -77,7 +77,7 @@ def read_messages(value: Any, column: str, place: str, *, schema_nulls: bool = F
 
 
 def with_system(messages: Messages, system: Any, column: str, place: str) -> Messages:
-    """Return the messages, after a system message if a column of the row has its text."""
+    """Return the messages, with a system message first if the row's column has text."""
     if not system:
         return messages
     if not isinstance(system, str):
@@ -85,20 +85,20 @@ def with_system(messages: Messages, system: Any, column: str, place: str) -> Mes
     if messages.turns and messages.turns[0]["role"] == "system":
         if messages.turns[0].get("content") == system:
             return messages
-        raise row_error(place, column, "is a system message, but the messages begin with another one")
+        raise row_error(place, column, "is a system message, but the messages begin with a different system message")
     turns = [{"role": "system", "content": system}, *messages.turns]
     return Messages(turns, frozenset(number + 1 for number in messages.silent))
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a value without keys that are null, at any depth."""
+    """Return a value without keys that have the value null, at any depth."""
     if isinstance(value, dict):
         return {key: without_nulls(each) for key, each in value.items() if each is not None}
     return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def question(turns: list[Message]) -> list[Message]:
-    """Return the turns before the assistant's last answer, which ends a conversation."""
+    """Return the turns before the assistant's last answer, if the conversation ends with an answer."""
     asked = list(turns)
     while asked and asked[-1]["role"] == "assistant":
         asked.pop()
@@ -106,7 +106,7 @@ def question(turns: list[Message]) -> list[Message]:
 
 
 def json_value(value: Any, column: str, place: str) -> Any:
-    """Return a value, or the JSON value in it if it is text. Raises ConfigErrors."""
+    """Return a value. Text is parsed as JSON. Raises ConfigErrors."""
     if not isinstance(value, str):
         return value
     try:
@@ -117,7 +117,7 @@ def json_value(value: Any, column: str, place: str) -> Any:
 
 def _message(message: Any, column: str, place: str) -> Message:
     if not isinstance(message, dict):
-        raise row_error(place, column, f"holds {describe(message)}, where a message is {{role: ..., content: ...}}")
+        raise row_error(place, column, f"has {describe(message)}, but a message must be {{role: ..., content: ...}}")
     message = {key: value for key, value in message.items() if value is not None}
     if "role" not in message and "from" in message:
         message = {"role": message.pop("from"), "content": message.pop("value", None), **message}
@@ -126,10 +126,10 @@ def _message(message: Any, column: str, place: str) -> Message:
         message |= {"content": "", "tool_calls": _called(message.get("content"), column, place)}
     message["role"] = role = _OTHER_NAMES.get(str(role), role)
     if role is None:
-        raise row_error(place, column, "holds a message without a role", f"one of: {', '.join(ROLES)}")
+        raise row_error(place, column, "has a message without a role", f"use one of {', '.join(ROLES)}")
     if role not in ROLES:
         hint = nearest(str(role), ROLES)
-        raise row_error(place, column, f"holds a message of the role '{role}'{hint}", f"one of: {', '.join(ROLES)}")
+        raise row_error(place, column, f"has a message with the role '{role}'{hint}", f"use one of {', '.join(ROLES)}")
     if isinstance(message.get("content"), list):
         message["content"] = _joined(message["content"], column, place)
     if _CALL in message:  # OpenAI's key before tool calls
@@ -147,15 +147,15 @@ def _message(message: Any, column: str, place: str) -> Message:
 def _check_content(message: Message, column: str, place: str) -> None:
     content, calls_tools = message.get("content"), bool(message.get("tool_calls"))
     if content is None and not calls_tools:
-        raise row_error(place, column, "holds a message without content")
+        raise row_error(place, column, "has a message without content")
     if content is not None and not isinstance(content, str):
-        raise row_error(place, column, f"holds a message whose content is {describe(content)}, not text")
+        raise row_error(place, column, f"has a message whose content is {describe(content)}, not text")
     if message["role"] == "assistant" and not content and not calls_tools:
-        raise row_error(place, column, "holds an empty message of the assistant, so there is nothing to learn")
+        raise row_error(place, column, "has an empty message of the assistant, so there is nothing to learn")
 
 
 def _joined(parts: list[Any], column: str, place: str) -> str:
-    """Return the text of content that is a list of parts.
+    """Return the text of a message's content, given as a list of parts.
 
     Raises ConfigErrors for a part that is not text.
     """
@@ -166,8 +166,8 @@ def _joined(parts: list[Any], column: str, place: str) -> str:
             text = next((part[key] for key in ("text", "value", "content") if part.get(key) is not None), None)
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, Mapping) else None
-            what = f"holds a part of the type '{kind}'" if kind else f"holds {describe(part)} among the parts"
-            raise row_error(place, column, f"{what} of a message, where only text is learnt")
+            what = f"has a part of the type '{kind}'" if kind else f"has {describe(part)} among the parts"
+            raise row_error(place, column, f"{what} of a message, but only text can be learnt")
         texts.append(text)
     return "".join(texts)
 
@@ -178,12 +178,12 @@ def _called(value: Any, column: str, place: str) -> list[Any]:
 
 
 def _tool_call(call: Any, column: str, place: str) -> Any:
-    """Return a tool call as templates take it.
+    """Return a tool call in the form of templates.
 
-    {type, function: {name, arguments}}, the arguments as an object.
+    The form is {type, function: {name, arguments}}, with the arguments as an object.
     """
     if not isinstance(call, dict):
-        raise row_error(place, column, f"holds {describe(call)}, where a tool call is {{name: ..., arguments: ...}}")
+        raise row_error(place, column, f"has {describe(call)}, but a tool call must be {{name: ..., arguments: ...}}")
     function = call.get("function", {key: call[key] for key in ("name", "arguments") if key in call})
     if isinstance(function, dict) and isinstance(function.get("arguments"), str):
         function = {**function, "arguments": json_value(function["arguments"], column, place)}
@@ -192,7 +192,7 @@ def _tool_call(call: Any, column: str, place: str) -> Any:
 
 
 def _weight(value: Any, key: str, column: str, place: str) -> bool:
-    """Return False for a message that carries no loss."""
+    """Return False for a message without loss."""
     if value not in (0, 1):
-        raise row_error(place, column, f"holds a message with {key} {describe(value)}", "0 = no loss on it, or 1")
+        raise row_error(place, column, f"has a message with {key} {describe(value)}", "use 0 (no loss) or 1")
     return bool(value)

@@ -1,4 +1,4 @@
-"""Metrics of a classifier's predictions, by scikit-learn and scipy."""
+"""Metrics of a classifier's predictions, computed by scikit-learn and scipy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
-# The metrics that an evaluation reports besides eval_loss, and whether more is better.
+# The metrics that an evaluation reports in addition to eval_loss -> True if a larger value is better.
 METRICS: dict[str, dict[str, bool]] = {
     SINGLE: {"eval_accuracy": True, "eval_f1": True, "eval_matthews": True},
     MULTI: {"eval_accuracy": True, "eval_f1": True, "eval_f1_macro": True},
@@ -20,19 +20,19 @@ METRICS: dict[str, dict[str, bool]] = {
 
 
 def metrics_of(problem_type: str) -> Callable[[Any], dict[str, float]]:
-    """Return the `compute_metrics` of a transformers Trainer for transformers' `problem_type`."""
+    """Return the Trainer's `compute_metrics` for a `problem_type` of transformers."""
     return {SINGLE: single_label, MULTI: multi_label, REGRESSION: regression}[problem_type]
 
 
 def single_label(evaluated: Any) -> dict[str, float]:
     """Return accuracy, F1 and Matthews' phi.
 
-    Of two labels F1 is the second's, as GLUE has it; of more it is the mean over all.
+    For two labels F1 is that of the second label, as in GLUE. For more labels it is the mean over all labels.
     """
     logits, labels = _logits(evaluated), evaluated.label_ids
     predicted = logits.argmax(axis=-1)
     average = "binary" if logits.shape[-1] == 2 else "macro"
-    varied = len({*predicted.tolist(), *labels.tolist()}) > 1  # without, phi is 0 and scikit-learn warns
+    varied = len({*predicted.tolist(), *labels.tolist()}) > 1  # for constant values phi is 0, but scikit-learn warns
     return {
         "accuracy": float((predicted == labels).mean()),
         "f1": float(f1_score(labels, predicted, average=average, zero_division=0)),
@@ -43,7 +43,7 @@ def single_label(evaluated: Any) -> dict[str, float]:
 def multi_label(evaluated: Any) -> dict[str, float]:
     """Return accuracy, F1 over all decisions, and the mean of the labels' F1.
 
-    Accuracy is the share of rows with all labels right. A label is predicted from probability 1/2 on.
+    Accuracy is the share of rows whose labels are all right. A label is predicted if its probability is 1/2 or more.
     """
     predicted, labels = _logits(evaluated) > 0, evaluated.label_ids > 0.5
     return {
@@ -60,7 +60,7 @@ def regression(evaluated: Any) -> dict[str, float]:
     """
     predicted = _logits(evaluated).reshape(-1).astype(np.float64)
     labels = evaluated.label_ids.reshape(-1).astype(np.float64)
-    # Both correlations are undefined without variation, and scipy warns then.
+    # For constant values both correlations are undefined, and scipy warns.
     varied = len(predicted) > 1 and predicted.std() > 0 and labels.std() > 0
     return {
         "pearson": float(pearsonr(predicted, labels).statistic) if varied else 0.0,
@@ -72,5 +72,5 @@ def regression(evaluated: Any) -> dict[str, float]:
 
 def _logits(evaluated: Any) -> np.ndarray:
     predictions = evaluated.predictions
-    # Models that return more than logits give a tuple.
+    # If a model returns more than logits, the predictions are a tuple.
     return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)

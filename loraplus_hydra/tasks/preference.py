@@ -1,4 +1,4 @@
-"""Preferences of rows: a prompt, and a chosen and a rejected answer to it.
+"""Preferences in rows: a prompt with a chosen and a rejected answer.
 
 The answers are texts, messages, or whole conversations that begin with the prompt.
 https://huggingface.co/docs/trl/dataset_formats#preference
@@ -22,14 +22,14 @@ from loraplus_hydra.tasks.messages import Message, Messages, holds_messages, que
 from loraplus_hydra.tasks.rows import describe, require_columns, row_error, text_in
 
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # as HH-RLHF writes dialogues
-_SILENT = "holds a message without loss, but a preference is of whole answers"
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # the form of dialogues in HH-RLHF
+_SILENT = "has a message without loss, but a preference compares whole answers"
 _NOTHING_SHARED = "and the rejected answer begin with no common prompt"
 
 
 @dataclass(frozen=True)
 class Preference:
-    """The chosen and the rejected answer, each after the same prompt."""
+    """The chosen and the rejected answer to the same prompt."""
 
     chosen: Text | Conversation
     rejected: Text | Conversation
@@ -41,20 +41,22 @@ class PreferenceShape:
 
     chosen: str
     rejected: str
-    before: Shape  # the prompt's columns; none of them if the answers hold the prompt
-    schema_nulls: bool = False  # columns have one type for all rows, with null for keys that only others have
+    before: Shape  # the prompt's columns; all are None if the answers contain the prompt
+    schema_nulls: bool = False  # True if objects have the keys of all rows, with null for keys of other rows
 
     def used(self, *, chat: bool) -> set[str]:
-        """Return the names of the columns that are read."""
+        """Return the names of the columns that this shape reads."""
         return {self.chosen, self.rejected} | self.before.used(chat=chat)
 
     def read(self, row: Mapping[str, Any], place: str, *, chat: bool) -> Preference:
-        """Return a row's preference; with `chat` texts become turns. Raises ConfigErrors."""
+        """Return a row's preference. With `chat`, texts become turns. Raises ConfigErrors."""
         chosen, rejected = self._side(row, self.chosen, place), self._side(row, self.rejected, place)
         if isinstance(chosen, str) is not isinstance(rejected, str):
-            raise row_error(place, self.rejected, "is not of the kind of the chosen answer: one is text, one messages")
+            raise row_error(
+                place, self.rejected, "differs in kind from the chosen answer: one is text, the other is messages"
+            )
         if chosen == rejected:
-            raise row_error(place, self.rejected, "is the chosen answer, so there is nothing to prefer")
+            raise row_error(place, self.rejected, "is equal to the chosen answer, so there is no preference")
         prompt: str | Messages | None = self.before.question(row, place)
         if isinstance(prompt, str) and not prompt.strip():
             raise row_error(place, self._prompt_column, "is empty, so there is nothing to answer")
@@ -82,19 +84,18 @@ class PreferenceShape:
             return text_in(row, column, place, empty=False)
         messages = read_messages(value, column, place, schema_nulls=self.schema_nulls)
         if messages.turns[-1]["role"] != "assistant":
-            raise row_error(place, column, f"ends with a message of the role '{messages.turns[-1]['role']}'")
+            raise row_error(place, column, f"ends with a message with the role '{messages.turns[-1]['role']}'")
         if messages.silent:
             raise row_error(place, column, _SILENT)
         return messages
 
     def _dialogue(self, text: str, place: str) -> Messages:
-        """Return the turns of a text that holds the prompt, too."""
+        """Return the turns of a text that also contains the prompt."""
         turns = read_dialogue(text)
         if turns is None:
-            fix = (
-                "name the column with the prompt (data.prompt_column=...), or set task.chat=false: the prompt is then "
-            )
-            raise row_error(place, self.chosen, "has no prompt", fix + "the beginning that both answers share")
+            fix = "set the column with the prompt (data.prompt_column=...), or set task.chat=false to use "
+            fix += "the common beginning of both answers as the prompt"
+            raise row_error(place, self.chosen, "has no prompt", fix)
         return Messages(turns)
 
     def _of_texts(self, chosen: str, rejected: str, place: str) -> Preference:
@@ -103,21 +104,21 @@ class PreferenceShape:
             raise row_error(place, self.chosen, _NOTHING_SHARED)
         prompt = str(extract_prompt({"chosen": chosen, "rejected": rejected})["prompt"])
         if read_dialogue(chosen) and read_dialogue(rejected):
-            # The answers can begin with the same words; the prompt ends where a turn begins.
+            # The answers may begin with the same words, so the prompt must end before a turn.
             prompt = prompt[: [match.end() for match in _TURN.finditer(prompt)][-1]]
         return Preference(Text(chosen[len(prompt) :], prompt), Text(rejected[len(prompt) :], prompt))
 
     def _of_turns(
         self, prompt: list[Message] | None, sides: list[list[Message]], row: Mapping[str, Any], place: str
     ) -> Preference:
-        """Return the preference of two lists of messages, which may begin with the prompt."""
+        """Return the preference of two lists of messages. The lists may begin with the prompt."""
         if sides[0][0]["role"] != "assistant" or sides[1][0]["role"] != "assistant":
             parts: dict[str, Any] = extract_prompt({"chosen": sides[0], "rejected": sides[1]})
             sides, prompt = [parts["chosen"], parts["rejected"]], self._joined(prompt, parts["prompt"], place)
         if not prompt:
             raise row_error(place, self.chosen, _NOTHING_SHARED)
         if prompt[-1]["role"] == "assistant" and sides[0][0]["role"] == sides[1][0]["role"] == "assistant":
-            raise row_error(place, str(self._prompt_column), "ends with an answer, where a question is needed")
+            raise row_error(place, str(self._prompt_column), "ends with an answer, but must end with a question")
         chosen, rejected = (self.before.conversation(Messages(prompt), Messages(side), row, place) for side in sides)
         return Preference(chosen, rejected)
 
@@ -126,19 +127,19 @@ class PreferenceShape:
         return self.before.prompt or self.before.messages or self.chosen
 
     def _joined(self, before: list[Message] | None, held: list[Message], place: str) -> list[Message]:
-        """Return the prompt that the answers hold, after what other columns have of it."""
+        """Return the whole prompt: the part in other columns, then the part in the answers."""
         texts = [_text(turn) for turn in held]
         if not before or all(_text(turn) in texts for turn in before):
             return held
         if before[-1]["role"] == "user" or _text(before[0]) in texts:
             key = "prompt_column" if self.before.prompt else "messages_column"
-            what = "is another prompt than the one that both answers begin with"
-            raise row_error(place, self._prompt_column, what, f"data.{key}=null takes theirs alone")
+            what = "is different from the prompt with which both answers begin"
+            raise row_error(place, self._prompt_column, what, f"set data.{key}=null to use only the answers' prompt")
         return before + held
 
 
 def read_dialogue(text: str) -> list[Message] | None:
-    """Return the turns of a text as HH-RLHF writes them, or None if it has another form."""
+    """Return the turns of a text in HH-RLHF's form, or None for another form."""
     before, *parts = _TURN.split(text)
     if before or len(parts) < 4 or parts[0] != "Human" or parts[-2] != "Assistant" or not parts[-1].strip():
         return None
@@ -148,7 +149,7 @@ def read_dialogue(text: str) -> list[Message] | None:
 
 
 def find_preference_shape(rows: DatasetDict, data: DictConfig) -> PreferenceShape:
-    """Return the shape that fits the rows' columns and their names in `data`.
+    """Return the shape that fits the rows' columns and the columns' names in `data`.
 
     Raises ConfigErrors if the rows have no such columns.
     """
@@ -160,20 +161,20 @@ def find_preference_shape(rows: DatasetDict, data: DictConfig) -> PreferenceShap
 
 
 def has_preferences(rows: DatasetDict, data: DictConfig) -> bool:
-    """Return True if the rows have the columns of a chosen and a rejected answer."""
+    """Return True if the rows have columns with a chosen and a rejected answer."""
     return {data.get(f"{name}_column") or name for name in ("chosen", "rejected")} <= {*columns(rows["train"])}
 
 
 def judged(part: Text | Conversation, column: str, place: str) -> Text | Conversation:
-    """Return a text or conversation as a prompt and one answer, the turns after the last question.
+    """Split a text or conversation into prompt and answer: the turns after the last question.
 
-    Raises ConfigErrors if it has no prompt or no answer, or if part of the answer carries no loss.
+    Raises ConfigErrors if there is no prompt or no answer, or if a part of the answer has no loss.
     """
     if isinstance(part, Conversation) and part.prompt is None:
         asked = len(question(part.turns))
         part = replace(part, prompt=part.turns[:asked], completion=part.turns[asked:])
     if not part.prompt or not part.completion:
-        raise row_error(place, column, "has no prompt that an answer of the assistant follows")
+        raise row_error(place, column, "has no prompt before an answer of the assistant")
     if isinstance(part, Conversation) and any(number >= len(part.prompt) for number in part.silent):
         raise row_error(place, column, _SILENT)
     return part
@@ -185,6 +186,6 @@ def _text(turn: Message) -> Any:
 
 
 def needs_template(place: str) -> Problem:
-    """Return the Problem of messages that no chat template writes."""
-    what = f"{place} holds messages, which are written in the chat template, but it is not used"
-    return Problem("task.chat", what, "task.chat=null, with a tokenizer that has a template")
+    """Return the Problem about messages that need a chat template."""
+    what = f"{place} has messages, which need a chat template, but no template is used"
+    return Problem("task.chat", what, "set task.chat=null, and use a tokenizer with a chat template")

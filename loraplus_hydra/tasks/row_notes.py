@@ -1,4 +1,4 @@
-"""Notes on rows that the tokenizer, the chat template or a limit of length changes."""
+"""Notes on rows that the tokenizer, the chat template or a length limit changes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from datasets import Dataset, Features, List, Value
 from loraplus_hydra.data.rows import ORIGIN
 from loraplus_hydra.tasks.base import Base
 
-_OTHER_TEMPLATE = "give another one (+task.args.chat_template_path=template.jinja)"
-# Properties of encoded rows, fields of `Encoded`, that only notes report.
+_OTHER_TEMPLATE = "use another template (+task.args.chat_template_path=template.jinja)"
+# Properties of encoded rows (fields of `Encoded`) that are used only for notes.
 _FLAGS = {
-    "merged": "the prompt's end and the completion's beginning share a token, which counts as the completion's: end "
-    "prompts, or begin completions, with a space or a line's end.",
-    "unasked": "the chat template ends the prompt with text that the row lacks, so that answers are asked for in "
-    f"another way than they are learnt: {_OTHER_TEMPLATE}.",
-    "changed": "the chat template leaves out or changes text of the assistant, which is not learnt: take it out of the "
-    f"rows, or {_OTHER_TEMPLATE}.",
-    "endless": "no token that ends the answer carries loss, so that the model may not learn to stop: "
-    f"{_OTHER_TEMPLATE}.",
+    "merged": "the end of the prompt and the beginning of the completion are in one token, which has loss: end "
+    "prompts, or begin completions, with a space or a line break.",
+    "unasked": "the chat template ends the prompt with text that the row doesn't have, so prompts differ between "
+    f"training and use: {_OTHER_TEMPLATE}.",
+    "changed": "the chat template omits or changes text of the assistant, so this text is not learnt: remove it from "
+    f"the rows, or {_OTHER_TEMPLATE}.",
+    "endless": f"no token that ends the answer has loss, so the model may not learn to stop: {_OTHER_TEMPLATE}.",
     "unanswered": "the conversation ends without an answer of the assistant.",
 }
 REPORTED = Features(
@@ -43,7 +42,7 @@ def template_notes(encoded: Dataset, rows: Dataset, split: str) -> list[str]:
 
 
 def rows_note(numbers: Sequence[int], rows: Dataset, split: str, text: str) -> str:
-    """Return a note on the rows with these numbers, naming the first; empty if there is none."""
+    """Return a note on the rows with these numbers, with the first row's place; empty without rows."""
     if not numbers:
         return ""
     first = rows[numbers[0]][ORIGIN] if ORIGIN in rows.column_names else f"row {numbers[0] + 1}"
@@ -51,7 +50,7 @@ def rows_note(numbers: Sequence[int], rows: Dataset, split: str, text: str) -> s
 
 
 def cut_note(cut: int, total: int, split: str, limit: int | None, *, keep_end: bool = False) -> list[str]:
-    """Return the note on rows that are longer than `limit` tokens, if there is any."""
+    """Return a note if rows are longer than `limit` tokens."""
     lost = "beginnings" if keep_end else "ends"
     return (
         [f"{cut:,} of {total:,} {split} rows are longer than {limit} tokens: their {lost} are cut off."] if cut else []
@@ -59,7 +58,7 @@ def cut_note(cut: int, total: int, split: str, limit: int | None, *, keep_end: b
 
 
 def stretched_note(lengths: Sequence[int], split: str, limit: int | None, base: Base | None) -> list[str]:
-    """Return the note on rows that are longer than a rotary model was trained for, if there is any.
+    """Return a note if rows are longer than the texts on which a rotary model was trained.
 
     Rows are cut to `limit`.
     """
@@ -67,5 +66,5 @@ def stretched_note(lengths: Sequence[int], split: str, limit: int | None, base: 
     if trained is None or (limit is not None and limit <= trained):
         return []
     long = sum(length > trained for length in lengths)
-    what = f"are longer than the {trained:,} tokens that the model was made for (max_position_embeddings)"
-    return [f"{long:,} of {len(lengths):,} {split} rows {what}; they are not cut there."] if long else []
+    what = f"are longer than the {trained:,} tokens for which the model was trained (max_position_embeddings)"
+    return [f"{long:,} of {len(lengths):,} {split} rows {what}; these rows are not cut to this length."] if long else []

@@ -1,4 +1,4 @@
-"""Columns and values of rows, checked; errors name the row."""
+"""Checks of the rows' columns and values. Errors have the row's place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loraplus_hydra.errors import ConfigErrors, Problem, nearest
 
 
 def require_columns(rows: DatasetDict, wanted: Mapping[str, str]) -> None:
-    """Raise ConfigErrors if a split lacks a column of `wanted`, with those it has.
+    """Raise ConfigErrors if a split doesn't have a column of `wanted`.
 
     `wanted` is {config key: column}.
     """
@@ -22,16 +22,16 @@ def require_columns(rows: DatasetDict, wanted: Mapping[str, str]) -> None:
         for key, column in wanted.items():
             if column not in available:
                 what = f"the {split} rows have no column '{column}'{nearest(column, available)}"
-                problems.append(Problem(key, what, f"the columns are: {', '.join(available)}"))
+                problems.append(Problem(key, what, f"the columns are {', '.join(available)}"))
     if problems:
-        # One Problem for each key: the training rows' where both splits lack the column.
+        # One Problem for each key. If both splits have no such column, the Problem is about the training rows.
         raise ConfigErrors(list({problem.key: problem for problem in reversed(problems)}.values()))
 
 
 def batch_rows(batch: Mapping[str, list[Any]], indices: list[int], split: str) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield (row, place) for the rows of a batch.
 
-    The place is the row's file and line if they are known, else its number in the split.
+    The place is the row's file and line if known, otherwise the row's number in the split.
     """
     names = [name for name in batch if name != ORIGIN]
     for position, index in enumerate(indices):
@@ -42,7 +42,7 @@ def batch_rows(batch: Mapping[str, list[Any]], indices: list[int], split: str) -
 def text_in(row: Mapping[str, Any], column: str, place: str, *, empty: bool = True) -> str:
     """Return the text in a row's column.
 
-    Raises ConfigErrors if it is not text, or with `empty=False` if it is only white space.
+    Raises ConfigErrors if the value is not text. With `empty=False`, only white space is an error, too.
     """
     value = row[column]
     if not isinstance(value, str):
@@ -52,19 +52,19 @@ def text_in(row: Mapping[str, Any], column: str, place: str, *, empty: bool = Tr
     return value
 
 
-def row_error(place: str, column: str, what: str, fix: str = "correct the row, or leave it out") -> ConfigErrors:
-    """Return the error for a row's value."""
+def row_error(place: str, column: str, what: str, fix: str = "correct or remove the row") -> ConfigErrors:
+    """Return the error about a row's value."""
     return ConfigErrors([Problem("data", f"{place}: '{column}' {what}", fix)])
 
 
 def unused_columns_note(rows: DatasetDict, used: Iterable[str]) -> list[str]:
-    """Return a note on the training rows' columns that no part of the task reads."""
+    """Return a note on the training rows' columns that the task doesn't use."""
     unused = [name or "''" for name in columns(rows["train"]) if name not in set(used)]
-    return [f"Columns that are not used: {', '.join(unused)}"] if unused else []
+    return [f"Unused columns: {', '.join(unused)}"] if unused else []
 
 
 def describe(value: Any) -> str:
-    """Return a value in words, as in 'the number 3'."""
+    """Return a description of a value, such as 'the number 3'."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,7 +1,8 @@
-"""Supervised fine-tuning: tokens and labels as TRL's SFTTrainer takes them.
+"""Supervised fine-tuning: tokens and labels for TRL's SFTTrainer.
 
-Rows have prompts and completions, conversations, or plain text. They become tokens and labels here, so that errors in
-them are known before the model is loaded. TRL cuts, packs and batches them. https://huggingface.co/docs/trl/sft_trainer
+Rows have prompts and completions, conversations, or plain text. This module converts rows to tokens and labels, so
+errors in rows are found before the model is loaded. TRL cuts, packs and batches the examples.
+https://huggingface.co/docs/trl/sft_trainer
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from loraplus_hydra.tasks.rows import batch_rows, unused_columns_note
 from loraplus_hydra.tasks.template import check_template, end_token, loss_rule, set_template
 from loraplus_hydra.tasks.tokens import IGNORED, LossRule, encode, render
 
-# With assistant_only_loss SFTTrainer requires a column of messages, which it doesn't read if there are labels.
+# With assistant_only_loss, SFTTrainer requires a column of messages. It doesn't read this column if there are labels.
 _ANY_TURNS = [{"role": "assistant", "content": ""}]
 
 
@@ -40,8 +41,8 @@ def examples(
 ) -> Examples:
     """Return tokens and labels of rows in any of TRL's shapes.
 
-    With `chat` (None: if the tokenizer has a chat template) a prompt and its completion become a turn of the user and
-    one of the assistant. Plain text stays plain. Raises ConfigErrors.
+    With `chat`, a prompt and a completion become a turn of the user and a turn of the assistant. `chat` is None: True
+    if the tokenizer has a chat template. Plain text stays plain. Raises ConfigErrors.
     """
     shape = find_shape(rows, data)
     end = end_token(tokenizer, task)
@@ -71,18 +72,18 @@ def examples(
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Rows to tokens and labels."""
+    """Converts rows to tokens and labels."""
 
     shape: Shape
     tokenizer: PreTrainedTokenizerBase
     rule: LossRule
-    end: str  # token after plain text
+    end: str  # the token that ends a plain text
     chat: bool
 
     def encode(self, rows: Rows, split: str) -> Rows:
-        """Return the columns input_ids, labels and those of REPORTED.
+        """Return the columns input_ids and labels, and the columns of REPORTED.
 
-        For `assistant_only` there is also the column messages.
+        With `assistant_only`, the result also has the column messages.
         """
         key = {
             "task": "sft",
@@ -119,13 +120,13 @@ class _Encoder:
             turns = part.turns
             last = max((index for index, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
             if last == 0:
-                continue  # no turn comes before the answer
+                continue  # there is no turn before the answer
             rendered = render(turns[:last], part.template_arguments, self.tokenizer)
             yield turns[last - 1].get("content") or "", rendered, turns[last].get("content") or ""
 
 
 def _notes(encoded: Rows, rows: Rows, split: str, task: DictConfig, limit: int | None, base: Base | None) -> list[str]:
-    """Return notes on the rows that are cut, left out or merged.
+    """Return notes on rows that are cut or omitted, or whose tokens are merged.
 
     Raises ConfigErrors if no row is left.
     """
@@ -141,8 +142,8 @@ def _notes(encoded: Rows, rows: Rows, split: str, task: DictConfig, limit: int |
     emptied = sum(all(label == IGNORED for label in encoded[index]["labels"][kept]) for index in long)
     notes += cut_note(len(long), len(encoded), split, limit, keep_end=keep_end)
     if emptied:
-        notes.append(f"{emptied:,} of these have no token left to learn and are left out.")
+        notes.append(f"{emptied:,} of these have no token left to learn and are omitted.")
     if emptied == len(encoded):
-        what = f"{limit} tokens leave nothing to learn of any {split} row"
+        what = f"after cutting to {limit} tokens, no {split} row has a token to learn"
         raise ConfigErrors([Problem("task.args.max_length", what, "allow more tokens")])
     return notes

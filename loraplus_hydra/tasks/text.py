@@ -1,4 +1,4 @@
-"""Continuation of plain text: documents become blocks of equally many tokens, without padding."""
+"""Continuation of plain text: documents become blocks of equal length, without padding."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def examples(
     block_size: int,
     base: Base | None = None,
 ) -> Examples:
-    """Return the text in `data.text_column`, document after document, in blocks of `block_size` tokens.
+    """Return the text in `data.text_column` in blocks of `block_size` tokens.
 
-    A document is a row, or several rows that the loader marks. It is followed by an end-of-text token. Blocks run
-    across documents. The last block of a split is shorter, so that no token is lost. A block's first token carries no
-    loss, since no token comes before it. Raises ConfigErrors.
+    A document is one row, or several rows that the loader marks. An end-of-text token follows each document. Blocks
+    continue across documents. The last block of a split is shorter, because no token is dropped. A block's first token
+    has no loss, because no token comes before it. Raises ConfigErrors.
     """
     column = data.get("text_column", "text")
     if column is None:
-        fix = "name the column with the text: +data.text_column=..."
+        fix = "set the column with the text: +data.text_column=..."
         raise ConfigErrors([Problem("data.text_column", "is not set", fix)])
     require_columns(rows, {"data.text_column": column})
     _check_block_size(block_size, longest_input(tokenizer, base))
@@ -51,14 +51,14 @@ def examples(
         notes=tuple(unused_columns_note(rows, [column])),
         special_tokens=True,
         references=answers,
-        # It pads the shorter last block, and its labels with -100. The collator for language models would remove the
-        # loss of every end-of-text token that is also the pad token.
+        # This collator pads the shorter last block, and its labels with -100. The collator for language models would
+        # remove the loss of every end-of-text token that is also the pad token.
         trainer_arguments={"data_collator": DataCollatorForSeq2Seq(tokenizer)},
     )
 
 
 def cut_into_blocks(parts: Iterable[NDArray[np.int32]], size: int) -> Iterator[NDArray[np.int32]]:
-    """Yield the tokens of all parts in blocks of `size`; the last has the rest."""
+    """Yield the tokens of all parts in blocks of `size`. The last block has the remaining tokens."""
     rest: NDArray[np.int32] = np.empty(0, dtype=np.int32)
     for part in parts:
         rest = np.concatenate([rest, part])
@@ -71,8 +71,8 @@ def cut_into_blocks(parts: Iterable[NDArray[np.int32]], size: int) -> Iterator[N
 
 def _check_block_size(size: int, limit: int | None) -> None:
     if limit is not None and size > limit:
-        what = f"{size} tokens are more than the {limit} that the model was made for"
-        raise ConfigErrors([Problem("task.block_size", what, f"{limit} or fewer")])
+        what = f"{size} tokens are more than the model's maximum, {limit}"
+        raise ConfigErrors([Problem("task.block_size", what, f"set {limit} or fewer")])
 
 
 def _blocks_of(
@@ -80,13 +80,13 @@ def _blocks_of(
 ) -> Any:
     """Return the split's blocks, with the columns input_ids and labels.
 
-    Of streamed rows it is an IterableDataset. Raises ConfigErrors.
+    For streamed rows the result is an IterableDataset. Raises ConfigErrors.
     """
     convert = _converter(column, tokenizer, split)
     tokens = map_cached(rows, convert, columns=all_columns(rows), features=_features("input_ids"), key=key)
     first = next(_blocks(tokens, size), None)
     if first is None or len(first["input_ids"]) < 2:
-        raise ConfigErrors([Problem("data", f"the {split} rows hold no text to continue", "give more text")])
+        raise ConfigErrors([Problem("data", f"the {split} rows have no text to continue", "use more text")])
     features = _features("input_ids", "labels")
     if is_streamed(tokens):
         return IterableDataset.from_generator(_blocks, features, gen_kwargs={"tokens": tokens, "size": size})
@@ -107,7 +107,7 @@ def _blocks(tokens: Any, size: int) -> Iterator[dict[str, Any]]:
 def _converter(column: str, tokenizer: PreTrainedTokenizerBase, split: str) -> Any:
     """Return the function that turns a batch into rows of tokens, one for each document.
 
-    A document that continues over several batches has a row in each.
+    A document that continues over several batches has a row in each of them.
     """
     beginning = _beginning(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -118,7 +118,7 @@ def _converter(column: str, tokenizer: PreTrainedTokenizerBase, split: str) -> A
         finished: list[bool] = []
         for row, place in batch_rows(batch, indices, split):
             text = text_in(row, column, place)
-            # Rows are joined before they are tokenised: a word that begins a text can have other tokens than inside it.
+            # Rows are joined before they are tokenised, because a word's tokens can differ at the beginning of a text.
             if texts and not finished[-1]:
                 texts[-1] += text
             else:
@@ -134,7 +134,7 @@ def _converter(column: str, tokenizer: PreTrainedTokenizerBase, split: str) -> A
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the beginning-of-text token, if the tokenizer puts one before a text."""
+    """Return the beginning-of-text token, if the tokenizer adds one before a text."""
     alone = tokenizer("")["input_ids"]
     return [tokenizer.bos_token_id] if alone and alone[0] == tokenizer.bos_token_id else []
 
@@ -142,7 +142,7 @@ def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _samples(
     blocks: Dataset, tokenizer: PreTrainedTokenizerBase, count: int, tokens: int
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the beginnings of held-out blocks, and their continuations."""
+    """Return (beginnings, continuations) of held-out blocks, as text."""
     prompts, answers = [], []
     for row in blocks.take(min(count, len(blocks))):
         ids = row["input_ids"]

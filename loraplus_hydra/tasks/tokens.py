@@ -1,7 +1,7 @@
 """Token ids and labels of texts and conversations.
 
-A label is its token's id, or -100 for a token without loss. The tokens and labels are those of TRL's SFTTrainer (the
-tests compare them). But they are made before the model is loaded, and errors name the row.
+A token's label is its id, or -100 for a token without loss. The tokens and labels are equal to those of TRL's
+SFTTrainer (tests compare them). But they are made before the model is loaded, and errors have the row's place.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ from loraplus_hydra.tasks.conversation import Conversation, Text
 from loraplus_hydra.tasks.messages import Message
 
 IGNORED = -100
-_READ = {"role", "content"}  # keys of messages that every template reads
-_OTHER_TEXT = "\N{BLACK SQUARE}\N{WHITE SQUARE}"  # begins and ends with characters that no answer does
-_END = 5  # among this many last tokens with loss one ends the answer; a template may write white space after it
+_READ = {"role", "content"}  # keys of messages that every template uses
+_OTHER_TEXT = "\N{BLACK SQUARE}\N{WHITE SQUARE}"  # begins and ends with characters with which no answer begins or ends
+# One of this number of last tokens with loss must end the answer; a template may add white space after the end
+_END = 5
 
 
 @dataclass(frozen=True)
 class LossRule:
-    """The choice of tokens that carry loss."""
+    """The rule that decides which tokens have loss."""
 
-    completion_only: bool  # no token of a prompt
-    assistant_only: bool  # only tokens that the template marks as the assistant's
-    template: str | None = None  # a chat template with such marks, in place of the tokenizer's
+    completion_only: bool  # no token of a prompt has loss
+    assistant_only: bool  # only tokens that the template marks as the assistant's have loss
+    template: str | None = None  # a chat template with such marks, used instead of the tokenizer's
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A row as the model takes it."""
+    """A row's tokens and labels, and properties for notes."""
 
     input_ids: list[int]
     labels: list[int]
-    merged: bool = False  # the prompt's last tokens differ from those of the prompt alone
-    unasked: bool = False  # the template's prompt for an answer goes on in another way than the row
-    changed: bool = False  # the template leaves out or changes a text that should carry loss
-    endless: bool = False  # no token that ends the last answer carries loss
+    merged: bool = False  # the prompt's last tokens are different from the tokens of the prompt alone
+    unasked: bool = False  # the text that the template adds to ask for an answer is not in the row
+    changed: bool = False  # the template omits or changes a text that should have loss
+    endless: bool = False  # no token that ends the last answer has loss
     unanswered: bool = False  # the conversation ends with a turn that is not the assistant's
     unread: tuple[str, ...] = ()  # keys of messages, arguments and roles that the template doesn't write
 
@@ -54,8 +55,8 @@ class Encoded:
 def encode(
     parts: Sequence[tuple[Text | Conversation, str]], tokenizer: PreTrainedTokenizerBase, rule: LossRule, end: str
 ) -> list[Encoded]:
-    """Encode texts and conversations, each with its place. Raises ConfigErrors."""
-    # Texts are tokenised together, which is much faster.
+    """Encode (text or conversation, place) pairs. Raises ConfigErrors."""
+    # All texts are tokenised in one call, which is much faster.
     texts = [part for part, _ in parts if isinstance(part, Text)]
     encoded_texts = iter(encode_texts(texts, tokenizer, rule, end))
     return [
@@ -65,7 +66,7 @@ def encode(
 
 
 def encode_texts(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, rule: LossRule, end: str) -> list[Encoded]:
-    """Encode plain texts, each followed by the token `end` unless it ends with it."""
+    """Encode plain texts. The token `end` is added to each text that doesn't end with it."""
     full = [(text.prompt or "") + text.completion + _missing_end(text.completion, end) for text in texts]
     full_ids = encode_plain(full, tokenizer)
     prompt_ids = encode_plain([text.prompt or "" for text in texts], tokenizer)
@@ -76,23 +77,21 @@ def encode_texts(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, rule
 
 
 def encode_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return the tokens of texts that may go on.
+    """Return the tokens of texts that other text may follow.
 
-    With those that the tokenizer puts first, without those it puts last.
-
-    The special tokens that the tokenizer puts before a text stay, and those that it puts after one are left out.
+    Special tokens that the tokenizer adds before a text are kept. Special tokens that it adds after a text are removed.
     """
     if not texts:
         return []
-    # An end-of-text token that the tokenizer appends would end a prompt, and come twice at the end of a row.
+    # An end-of-text token that the tokenizer appends would end a prompt, and would be repeated at the end of a row.
     last = _tokens_put_last(tokenizer)
     return [ids[: len(ids) - last] for ids in tokenizer(list(texts))["input_ids"]]
 
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool) -> list[int]:
-    """Return the tokens of a prompt as rows begin with them.
+    """Return the tokens of a prompt, equal to the first tokens of its row.
 
-    A template's text has its special tokens already.
+    `special_tokens` is False for a template's text, which already has special tokens.
     """
     if special_tokens:
         return encode_plain([text], tokenizer)[0]
@@ -108,7 +107,7 @@ def _tokens_put_last(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def render(messages: list[Message], arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text that the model sees before it answers a conversation. Raises UserError."""
+    """Return a conversation as text that ends where the model's answer begins. Raises UserError."""
     return str(apply_template(tokenizer, messages, add_generation_prompt=True, tokenize=False, **arguments))
 
 
@@ -119,9 +118,9 @@ def _missing_end(completion: str, end: str) -> str:
 def encode_conversation(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, rule: LossRule, place: str
 ) -> Encoded:
-    """Encode a conversation by the chat template.
+    """Encode a conversation with the chat template.
 
-    Raises ConfigErrors naming `place` if the template fails, or if no token carries loss.
+    Raises ConfigErrors, with `place`, if the template fails or no token has loss.
     """
     prompt_ids = None
     if conversation.prompt is not None:
@@ -130,7 +129,7 @@ def encode_conversation(
     turns = conversation.turns
     ids, marks = _apply_template(turns, conversation, tokenizer, rule, place)
     if rule.assistant_only and not any(marks):
-        raise _template_error(place, "the template marks no token as the assistant's", "leave the row out")
+        raise _template_error(place, "the template marks no token as the assistant's", "remove the row")
     encoded = _encoded(ids, prompt_ids, rule, marks)
     stops = _stops(tokenizer)
     for number in sorted(conversation.silent):
@@ -138,7 +137,7 @@ def encode_conversation(
         other_ids, _ = _apply_template(other, conversation, tokenizer, rule, place)
         _silence(encoded.labels, ids, other_ids, marks, stops)
     if all(label == IGNORED for label in encoded.labels):
-        raise _template_error(place, "no message carries loss, so there is nothing to learn", "leave the row out")
+        raise _template_error(place, "no message has loss, so there is nothing to learn", "remove the row")
     text = _text(turns, conversation, tokenizer, rule)
     answers = [turn.get("content") for number, turn in enumerate(turns) if _is_learnt(number, conversation)]
     learnt = [label for label in encoded.labels if label != IGNORED]
@@ -171,7 +170,7 @@ def _is_learnt(number: int, conversation: Conversation) -> bool:
 
 
 def _stops(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the tokens that can end a turn: all special ones."""
+    """Return the tokens that can end a turn: all special tokens."""
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return special | set(tokenizer.all_special_ids)
 
@@ -179,11 +178,14 @@ def _stops(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def _silence(
     labels: list[int], ids: list[int], other_ids: list[int], marks: Sequence[int], stops: Collection[int]
 ) -> None:
-    """Take the loss from a turn and its end; `other_ids` have another text for it."""
+    """Remove the loss of a turn and its end.
+
+    `other_ids` are the conversation's tokens with another text for this turn.
+    """
     start = _common_length(ids, other_ids)
     end = len(ids) - _common_length(ids[start:][::-1], other_ids[start:][::-1])
     if start >= end:
-        return  # the template doesn't write this turn
+        return  # the template omits this turn
     while marks and start > 0 and marks[start - 1] and ids[start - 1] not in stops:
         start -= 1
     while end < len(ids) and ids[end - 1] not in stops and (not marks or marks[end]):
@@ -199,7 +201,7 @@ def _text(turns: list[Message], conversation: Conversation, tokenizer: PreTraine
 def _unread(
     conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, rule: LossRule
 ) -> tuple[str, ...]:
-    """Return the keys of messages and the arguments that don't change the template's text."""
+    """Return the messages' keys and the arguments that the template doesn't use."""
     unread = []
     for key in sorted({key for turn in conversation.turns for key in turn} - _READ):
         turns = [{name: value for name, value in turn.items() if name != key} for turn in conversation.turns]
@@ -218,7 +220,7 @@ def _same(
 ) -> bool:
     try:
         return _text(turns, conversation, tokenizer, rule) == text
-    except UserError:  # a template that fails without the key reads it
+    except UserError:  # a template that fails without the key uses it
         return False
 
 
@@ -232,7 +234,7 @@ def _apply_template(
 ) -> tuple[list[int], list[int]]:
     """Return token ids and marks.
 
-    With `rule.assistant_only` a mark is 1 for the assistant's tokens, else 0; otherwise there are none.
+    With `rule.assistant_only`, a mark is 1 for the assistant's tokens and 0 for others. Without it, there are no marks.
     """
     masked = rule.assistant_only and not arguments
     try:
@@ -246,7 +248,7 @@ def _apply_template(
             **{**conversation.template_arguments, **arguments},
         )
     except UserError as error:
-        raise _template_error(place, str(error), "correct the row, or leave it out") from None
+        raise _template_error(place, str(error), "correct or remove the row") from None
     return list(output["input_ids"]), list(output["assistant_masks"]) if masked else []
 
 
@@ -257,7 +259,8 @@ def _template_error(place: str, what: str, fix: str) -> ConfigErrors:
 def _encoded(
     ids: list[int], prompt_ids: list[int] | None, rule: LossRule, marks: Sequence[int] | None = None
 ) -> Encoded:
-    # The completion begins at the first token that differs from the prompt alone: tokens can span both.
+    # The completion begins at the first token that differs from the tokens of the prompt alone, because one token can
+    # cover the end of the prompt and the beginning of the completion.
     start = 0 if prompt_ids is None else _common_length(prompt_ids, ids)
     first = start if rule.completion_only else 0
     labels = [
@@ -268,7 +271,7 @@ def _encoded(
 
 
 def _common_length(ids: Sequence[int], others: Sequence[int]) -> int:
-    """Return how many tokens at their beginning two sequences have in common."""
+    """Return the length of the longest common beginning of two sequences."""
     length = 0
     for token, other in zip(ids, others, strict=False):
         if token != other:

@@ -83,7 +83,7 @@ def test_classifier_meets_other_rows_with_its_own_labels(
     Path("else.csv").write_text("text,label\nsay one 1,red\nsay two,blue\nsay three,red\n")
     ended = cli("evaluate", str(finished("label")), "data.train=else.csv", "data.eval=else.csv")
     assert ended.status == 1
-    assert "the rows have labels that the run lacks: blue, red" in ended.err
+    assert "the rows have labels that the run doesn't have: blue, red" in ended.err
 
 
 def test_other_rows_for_a_run_of_the_embedded_ones_need_another_option(
@@ -133,7 +133,7 @@ def test_out_that_cannot_be_written_is_told_before_the_work(
         (["data=jsonl", "data.eval=[]"], "data.eval: "),
         (["trainer.per_device_eval_batch_sise=2"], "(did you mean 'per_device_eval_batch_size'?)"),
         (["trainer.per_device_eval_batch_size=0"], "trainer.per_device_eval_batch_size: 0 is out of range"),
-        (["trainer.learning_rate=1"], "trainer.learning_rate: is set elsewhere"),
+        (["trainer.learning_rate=1"], "trainer.learning_rate: can't be set here"),
         (["data=jsn"], "data: there is no option 'jsn' (did you mean 'jsonl'?)"),
         (["optimizer.lr=1"], "optimizer.lr: there is no such key"),
         (["data.prompt_column=question"], "rows have no column 'question'"),

@@ -72,9 +72,9 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["+adapter.trainable_token_indices=[100000]"],
         ["adapter.trainable_token_indices: there is no token 100000; the vocabulary has ids from 0 to"],
     ),
-    "rank above every side": (
+    "rank above every dimension": (
         ["adapter.r=1000000"],
-        ["adapter.r: 1000000 is far above every side of the adapted layers, the longest of which is"],
+        ["adapter.r: 1000000 is far above the largest dimension of the adapted layers' weights,"],
     ),
     "model, file and optimizer at once": (
         ["model=hub", "model.path=./none", "data=jsonl", "data.train=./none.jsonl", "+optimizer.beta=1"],
@@ -111,7 +111,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["model.revision=${oc.env:NO_SUCH_VARIABLE}"],
         ["model.revision", "NO_SUCH_VARIABLE"],
     ),
-    "interpolation to nowhere": (["seed=${nowhere.at.all}"], ["seed", "leads nowhere"]),
+    "interpolation to nowhere": (["seed=${nowhere.at.all}"], ["seed", "can't be resolved"]),
     "unknown class": (["optimizer._target_=torch.optim.AdamX"], ["optimizer._target_", "did you mean 'Adam"]),
     "unknown package": (
         ["optimizer._target_=tourch.optim.AdamW"],
@@ -138,20 +138,20 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "Adafactor with relative steps": (["optimizer=adafactor", "optimizer.relative_step=true"], ["relative_step"]),
     "second master of the rate": (
         ["trainer.learning_rate=1"],
-        ["trainer.learning_rate: is set elsewhere; its one master is optimizer.lr"],
+        ["trainer.learning_rate: can't be set here; it is set by optimizer.lr"],
     ),
     "second master of the rate among a task's arguments": (
         ["task.args.learning_rate=1"],
-        ["task.args.learning_rate: is set elsewhere; its one master is optimizer.lr"],
+        ["task.args.learning_rate: can't be set here; it is set by optimizer.lr"],
     ),
     "second master behind a plus": (["+trainer.learning_rate=1"], ["trainer.learning_rate", "optimizer.lr"]),
     "second master of the optimizer": (["trainer.optim=adamw_torch"], ["trainer.optim", "optimizer group"]),
-    "second master of the seed": (["trainer.seed=1"], ["trainer.seed", "its one master is seed"]),
+    "second master of the seed": (["trainer.seed=1"], ["trainer.seed", "it is set by seed"]),
     "second master of the folder": (["trainer.output_dir=x"], ["trainer.output_dir", "hydra.run.dir"]),
-    "second master of the weight decay": (["trainer.weight_decay=1"], ["is set elsewhere", "optimizer.weight_decay"]),
+    "second master of the weight decay": (["trainer.weight_decay=1"], ["can't be set here", "optimizer.weight_decay"]),
     "second master of the warm-up": (
         ["trainer.warmup_steps=5"],
-        ["trainer.warmup_steps: is set elsewhere", "scheduler.num_warmup_steps"],
+        ["trainer.warmup_steps: can't be set here", "scheduler.num_warmup_steps"],
     ),
     "argument of this trainer alone": (["+trainer.max_length=5"], ["trainer.max_length", "task.args.max_length"]),
     "argument of every trainer": (["+task.args.max_steps=5"], ["task.args.max_steps", "trainer.max_steps"]),

@@ -104,7 +104,7 @@ MISTAKES: dict[str, Mistake] = {
     "header alone": csv(b"text,label\n", "rows.csv has no rows"),
     "delimiter of two characters": csv(b"text;label\n", "data.delimiter", "not one", overrides=("+data.delimiter=ab",)),
     # The columns
-    "no known column": sft({"q": "a", "a": "b"}, expected=("none of the columns looked for", "the columns are: q, a")),
+    "no known column": sft({"q": "a", "a": "b"}, expected=("none of the expected columns", "the columns are: q, a")),
     "missing column": sft(
         {"prompt": "a", "answer": "b"}, expected=("data.completion_column", "no column 'completion'", "prompt, answer")
     ),
@@ -137,7 +137,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "no messages": sft({"messages": TURNS}, {"messages": []}, expected=("line 2: 'messages' is an empty list",)),
     "message that is text": sft(
-        {"messages": ["hello"]}, expected=("line 1, message 1: 'messages' holds the text 'hello'",)
+        {"messages": ["hello"]}, expected=("line 1, message 1: 'messages' has the text 'hello'",)
     ),
     "unknown role": sft(
         {"messages": [TURNS[0], {"role": "asistant", "content": "b"}]},
@@ -178,7 +178,7 @@ MISTAKES: dict[str, Mistake] = {
         expected=("completion_only_loss", "no completion"),
     ),
     "rows that are all too long": sft(
-        GOOD, overrides=("task.args.max_length=2",), expected=("task.args.max_length", "leave nothing to learn")
+        GOOD, overrides=("task.args.max_length=2",), expected=("task.args.max_length", "has a token to learn")
     ),
     "setting of another task": sft(GOOD, overrides=("task.block_size=8",), expected=("task.block_size", "task=text")),
     "empty text": classification(*LABELLED, {"text": "", "label": "there"}, expected=("line 3: 'text' is empty",)),
@@ -198,7 +198,7 @@ MISTAKES: dict[str, Mistake] = {
     "one label alone": classification(
         {"text": "a", "label": "x"},
         {"text": "b", "label": "x"},
-        expected=("one label, 'x' alone", "two labels or more"),
+        expected=("one label, 'x' alone", "two or more labels"),
     ),
     "label that is no number": classification(
         {"text": "a", "label": 1.5},
@@ -232,10 +232,12 @@ MISTAKES: dict[str, Mistake] = {
         *LABELLED, overrides=("data.streaming=true",), expected=("data.streaming", "labels")
     ),
     "streamed rows without a last step": sft(
-        GOOD, overrides=("data.streaming=true", "trainer.max_steps=-1"), expected=("trainer.max_steps", "no end")
+        GOOD,
+        overrides=("data.streaming=true", "trainer.max_steps=-1"),
+        expected=("trainer.max_steps", "number of streamed rows is unknown"),
     ),
     "text of no words": Mistake(
-        ("rows hold no text to continue",), content=jsonl({"text": ""}), task="text", overrides=("task.block_size=8",)
+        ("rows have no text to continue",), content=jsonl({"text": ""}), task="text", overrides=("task.block_size=8",)
     ),
 }
 

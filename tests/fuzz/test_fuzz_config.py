@@ -330,16 +330,16 @@ FOUND: dict[str, tuple[list[str], str]] = {
         ["model.tokenizer='pkg://os/x'"],
         "model.tokenizer: 'pkg://os/x' is not a folder of an installed Python package",
     ),
-    "model without a name": (["model.path=''"], "model.path: '' is no name"),
+    "model without a name": (["model.path=''"], "model.path: '' is not a name"),
     "model with too long a name": ([f"model.path={'x' * 5000}"], "File name too long"),
     "rows with too long a name": ([f"data.train={'x' * 5000}"], "data.train"),
     "rows without a name": (["data.train=''"], "data.train: '' is not a path"),
-    "number for a group of keys": (["task.args=${seed}"], "task.args: '0' is no mapping of keys"),
+    "number for a group of keys": (["task.args=${seed}"], "task.args: '0' is not a mapping of keys"),
     "text for a group of keys": (["++task.args=\\${seed}"], "task.args"),
     "settings of an optimizer that contradict": (["+optimizer.foreach=true"], "optimizer: `fused` and `foreach`"),
     "seed beyond numpy's": (["seed=4294967296"], "seed: 4294967296 is out of range"),
     "token without a text": (["model.add_tokens=['<new>', '']"], "model.add_tokens: a token must not be empty"),
-    "rows left out of the evaluation": (["+trainer.dataloader_drop_last=true"], "leaves held-out rows out"),
+    "rows left out of the evaluation": (["+trainer.dataloader_drop_last=true"], "omits rows from the evaluation"),
     "flag that there isn't": (["-+é-{}"], "-+é-{}: there is no such flag"),
     "file of settings that isn't there": (
         ["++trainer.accelerator_config=%s"],
@@ -347,7 +347,7 @@ FOUND: dict[str, tuple[list[str], str]] = {
     ),
     "text for a mapping of arguments": (
         ["++trainer.activation_checkpointing_kwargs=%s"],
-        "trainer.activation_checkpointing_kwargs: text is no mapping",
+        "trainer.activation_checkpointing_kwargs: text is not a mapping",
     ),
     "broken pattern of layers": (["adapter.target_modules='('"], "adapter"),
 }

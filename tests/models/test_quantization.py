@@ -162,4 +162,4 @@ def test_wrong_quantisation_is_reported(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="works on a GPU")
 def test_dora_on_eight_bits_is_refused_on_a_cpu(cli: Callable[..., Finished], tiny_run: list[str]) -> None:
     ended = cli("check", *tiny_run, "quantization=int8", "adapter=dora")
-    assert "adapter.use_dora: PEFT can't take the norms of 8-bit weights on a CPU" in ended.err
+    assert "adapter.use_dora: PEFT can't compute the norms of 8-bit weights on a CPU" in ended.err

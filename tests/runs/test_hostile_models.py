@@ -62,7 +62,7 @@ MODELS = {
     "a pickle alone": "only safetensors are read",
     "a pickle by another name": "only safetensors are read",
     "cut off": "only safetensors are read",
-    "index out of the folder": "no file of the folder",
+    "index out of the folder": "not a file of the folder",
     "index of pickles": "only safetensors are read",
     "index that is none": "index.json can't be read",
     "an adapter": "is an adapter's folder",

@@ -95,9 +95,9 @@ REFUSED: dict[str, tuple[Rows, tuple[str, ...], str]] = {
     "names that are no usual ones": (
         [{"question": "say", "answer": "one"}],
         (),
-        "name yours: data.prompt_column=question data.completion_column=answer",
+        "set your columns: data.prompt_column=question data.completion_column=answer",
     ),
-    "a column of turns": ([{"conversation": [SAY, ONE]}], (), "name yours: data.messages_column=conversation"),
+    "a column of turns": ([{"conversation": [SAY, ONE]}], (), "set your columns: data.messages_column=conversation"),
     "another delimiter": ("prompt;completion\nsay;one\n", (), """data.delimiter='";"'"""),
     "parts that are no text": (
         [{"messages": [SAY, {"role": "assistant", "content": [{"type": "tool_use", "name": "f"}]}]}],
@@ -124,12 +124,12 @@ REFUSED: dict[str, tuple[Rows, tuple[str, ...], str]] = {
     "KTO's label by another name": (
         [{"prompt": "say", "completion": "one", "kto_tag": True}],
         ("experiment=kto",),
-        "data.label_column: .* the columns are: prompt, completion, kto_tag",
+        "data.label_column: .* the columns are prompt, completion, kto_tag",
     ),
     "no answers to compare": (
         [{"prompt": "say", "answers": ["one"]}],
         ("task=dpo",),
-        "data.chosen_column: .* the columns are: prompt, answers",
+        "data.chosen_column: .* the columns are prompt, answers",
     ),
 }
 
@@ -158,7 +158,7 @@ NOTED: dict[str, tuple[Rows, tuple[str, ...], str]] = {
         ("experiment=orpo",),
         "ORPOTrainer may not pass tools to the chat template",
     ),
-    "a column without a name": (",prompt,completion\n0,say one,one\n", (), "Columns that are not used: ''"),
+    "a column without a name": (",prompt,completion\n0,say one,one\n", (), "Unused columns: ''"),
 }
 
 

@@ -78,7 +78,9 @@ def test_rows_with_some_of_the_labels_keep_the_whole_head(configured: Callable[.
 
 def test_labels_that_the_head_lacks_are_listed(configured: Callable[..., Any]) -> None:
     rows = [{"text": "a", "label": name} for name in ("early", "failed", "ant")]
-    with pytest.raises(ConfigErrors, match=r"trained head lacks: ant, early; its labels are: zebra, Late, failed"):
+    with pytest.raises(
+        ConfigErrors, match=r"trained head doesn't have: ant, early; the head's labels are zebra, Late, failed"
+    ):
         made(configured(rows))
 
 
@@ -114,7 +116,7 @@ def test_an_evaluation_goes_by_the_runs_labels_and_needs_no_training_rows(
     metrics = evaluate_on(open_run(str(tmp_path / "run")), {"eval": str(other)})
     assert metrics["eval_accuracy"] == pytest.approx(6 / 7)
     write_jsonl(other, [*rows, {"text": "a", "label": "ant"}])
-    with pytest.raises(ConfigErrors, match="labels that the run lacks: ant"):
+    with pytest.raises(ConfigErrors, match="labels that the run doesn't have: ant"):
         evaluate_on(open_run(str(tmp_path / "run")), {"eval": str(other)})
 
 
@@ -125,7 +127,7 @@ def test_an_adapter_with_a_head_goes_on_with_its_labels(
     run(first, tmp_path / "run")
     further = ("adapter=existing", f"adapter.path={tmp_path / 'run'}", f"model.path={bert_folder}")
     assert list(made(configured([{"text": "a", "label": "c"}], *further)).train["labels"]) == [1]
-    with pytest.raises(ConfigErrors, match=r"the head of adapter\.path lacks: d; its labels are: b, c"):
+    with pytest.raises(ConfigErrors, match=r"the head of adapter\.path doesn't have: d; the head's labels are b, c"):
         made(configured([{"text": "a", "label": name} for name in ("c", "d")], *further))
     with pytest.raises(ConfigErrors, match=r"task\.new_head"):
         made(configured([{"text": "a", "label": "d"}], *further, "task.new_head=true"))
@@ -136,4 +138,4 @@ def test_outputs_without_names_are_mentioned(configured: Callable[..., Any], ber
     AutoTokenizer.from_pretrained(bert_folder).save_pretrained(tmp_path / "model")
     rows = [{"text": "a", "label": name} for name in ("pos", "neg")]
     notes = made(configured(rows, f"model.path={tmp_path / 'model'}")).notes
-    assert any("no names for its outputs: they are taken as neg, pos" in note for note in notes)
+    assert any("no names for its outputs. The rows' labels name them in this order: neg, pos" in note for note in notes)

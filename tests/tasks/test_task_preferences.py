@@ -156,9 +156,9 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "no column": ({"prompt": "say", "chosen": "yes"}, r"data\.rejected_column: .* no column 'rejected'"),
     "empty prompt": ({"prompt": " ", "chosen": "yes", "rejected": "no"}, "'prompt' is empty"),
     "empty answer": ({"prompt": "say", "chosen": "", "rejected": "no"}, "'chosen' is empty"),
-    "equal": ({"prompt": "say", "chosen": "no", "rejected": "no"}, "nothing to prefer"),
+    "equal": ({"prompt": "say", "chosen": "no", "rejected": "no"}, "no preference"),
     "null": ({"prompt": "say", "chosen": "no", "rejected": None}, "'rejected' is null"),
-    "two kinds": ({"prompt": "say", "chosen": "no", "rejected": [BAD]}, "one is text, one messages"),
+    "two kinds": ({"prompt": "say", "chosen": "no", "rejected": [BAD]}, "one is text, the other is messages"),
     "a question last": ({"chosen": [ASK, GOOD], "rejected": [ASK]}, "ends with a message of the role 'user'"),
     "other prompts": (
         {"chosen": [ASK, GOOD], "rejected": [{**ASK, "content": "x"}, BAD]},
@@ -166,7 +166,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another prompt": (
         {"prompt": "x", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
-        r"'prompt' is another prompt .*data\.prompt_column=null takes theirs alone",
+        r"'prompt' is different from the prompt .*data\.prompt_column=null to use only",
     ),
     "an answered question": ({"messages": [ASK, GOOD], "chosen": GOOD, "rejected": BAD}, "ends with an answer"),
     "without loss": ({"prompt": "x", "chosen": [{**GOOD, "weight": 0}], "rejected": [BAD]}, "message without loss"),
@@ -181,7 +181,7 @@ def test_what_is_no_preference_is_an_error_of_the_row(made: Made, llama_folder: 
 
 
 def test_messages_need_a_template(made: Made, plain_llama_folder: Path) -> None:
-    with pytest.raises(ConfigErrors, match=r"task\.chat: .*line 1 holds messages"):
+    with pytest.raises(ConfigErrors, match=r"task\.chat: .*line 1 has messages"):
         made(plain_llama_folder, [{"chosen": [ASK, GOOD], "rejected": [ASK, BAD]}])
 
 
@@ -202,16 +202,16 @@ def test_judged_answers_of_each_shape_are_the_same(made: Made, llama_folder: Pat
     examples = made(llama_folder, [row, {**row, "label": False}], task="experiment=kto")
     assert sorted(examples.train, key=str) == [{**JUDGED, "label": False}, JUDGED]
     assert (examples.prompts, examples.references) == (("say 1",), ("the number 1",))
-    assert examples.notes == ("1 good answers and 1 bad ones to train on",)
+    assert examples.notes == ("1 good and 1 bad answers for training",)
 
 
 def test_judged_rows_without_question_or_answer_are_errors(made: Made, llama_folder: Path) -> None:
     for turns in ([ASK], [GOOD]):
-        with pytest.raises(ConfigErrors, match="'messages' has no prompt that an answer of the assistant follows"):
+        with pytest.raises(ConfigErrors, match="'messages' has no prompt before an answer of the assistant"):
             made(llama_folder, [{"messages": turns, "label": True}], task="experiment=kto")
     with pytest.raises(ConfigErrors, match="task=dpo learns from pairs"):
         made(llama_folder, [SHAPES["texts"][0]], task="experiment=kto")
-    with pytest.raises(ConfigErrors, match=r"data\.label_column: .*the columns are: prompt, completion, kto_tag"):
+    with pytest.raises(ConfigErrors, match=r"data\.label_column: .*the columns are prompt, completion, kto_tag"):
         made(llama_folder, [{"prompt": "a", "completion": "b", "kto_tag": True}], task="experiment=kto")
 
 
@@ -225,7 +225,7 @@ def test_text_that_the_template_drops_is_reported(made: Made, tmp_path: Path) ->
     strip = TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]", 1)
     folder = save_llama(tmp_path / "strip", chat_tokenizer(strip))
     notes = made(folder, [{**SHAPES["texts"][0], "chosen": "<think>the fox</think>one"}]).notes
-    assert any("line 1) the chat template leaves out or changes text of the assistant" in note for note in notes)
+    assert any("line 1) the chat template omits or changes text of the assistant" in note for note in notes)
 
 
 def test_dataset_rows_keep_their_types(llama_folder: Path, compose: Callable[..., Any], tmp_path: Path) -> None:

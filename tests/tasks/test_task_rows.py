@@ -73,9 +73,7 @@ def test_alpacas_input_stands_in_the_prompt(made: Made, llama_folder: Path) -> N
 
 def test_columns_that_no_part_reads_are_named_once(made: Made, llama_folder: Path) -> None:
     rows = [{"prompt": "say", "completion": "one", "score": 1, "id": "a"}]
-    assert [note for note in made(llama_folder, rows).notes if "not used" in note] == [
-        "Columns that are not used: score, id"
-    ]
+    assert [note for note in made(llama_folder, rows).notes if "Unused" in note] == ["Unused columns: score, id"]
 
 
 def test_keys_of_messages_that_the_template_ignores_are_named(made: Made, llama_folder: Path) -> None:
@@ -90,7 +88,9 @@ def test_a_system_column_is_the_first_message(made: Made, llama_folder: Path) ->
     assert row["input_ids"] == asked + answer
     assert row["labels"] == masked(asked) + answer
     both = [{"system": "the fox", "messages": [{"role": "system", "content": "a dog"}, ONE, TWO]}]
-    with pytest.raises(ConfigErrors, match="is a system message, but the messages begin with another one"):
+    with pytest.raises(
+        ConfigErrors, match="is a system message, but the messages begin with a different system message"
+    ):
         made(llama_folder, both)
 
 
@@ -111,9 +111,9 @@ def test_a_turn_of_no_weight_carries_no_loss(
 
 
 def test_a_weight_between_none_and_all_is_an_error(made: Made, llama_folder: Path) -> None:
-    with pytest.raises(ConfigErrors, match=r"message 2: 'messages' holds a message with weight the number 0\.5"):
+    with pytest.raises(ConfigErrors, match=r"message 2: 'messages' has a message with weight the number 0\.5"):
         made(llama_folder, [{"messages": [ONE, TWO | {"weight": 0.5}]}])
-    with pytest.raises(ConfigErrors, match="no message carries loss"):
+    with pytest.raises(ConfigErrors, match="no message has loss"):
         made(llama_folder, [{"messages": [ONE, TWO | {"weight": 0}]}], ASSISTANT_ONLY)
 
 
@@ -162,14 +162,14 @@ def test_text_that_the_template_drops_is_reported_with_its_row(made: Made, tools
     rows = [{"prompt": "say", "completion": "one"}, {"prompt": "say", "completion": "<think>the fox</think>one"}]
     notes = "\n".join(made(tools_folder, rows).notes)
     assert "In 1 of 2 train rows (first: " in notes
-    assert "rows.jsonl, line 2) the chat template leaves out or changes text of the assistant" in notes
+    assert "rows.jsonl, line 2) the chat template omits or changes text of the assistant" in notes
 
 
 def test_an_answer_without_an_end_is_reported(made: Made, tmp_path: Path) -> None:
     endless = TEMPLATE.replace("message['content'] + '<|end|>'", "message['content']", 1)
     folder = save_llama(tmp_path / "endless", chat_tokenizer(endless))
     notes = made(folder, [{"messages": [ONE, TWO]}], ASSISTANT_ONLY).notes
-    assert any("no token that ends the answer carries loss" in note for note in notes)
+    assert any("no token that ends the answer has loss" in note for note in notes)
 
 
 @pytest.mark.parametrize("adds", ["bos", "eos", "both"])

@@ -161,11 +161,13 @@ def test_notes_count_rows_that_are_cut_and_rows_that_are_left_out(made: Made, ll
 
 def test_rows_whose_prompt_and_completion_share_a_token_are_counted(made: Made, plain_llama_folder: Path) -> None:
     rows = [*PAIRS, {"prompt": "the qu", "completion": "ick fox"}]
-    assert any("1 of 5 train rows" in note and "share a token" in note for note in made(plain_llama_folder, rows).notes)
+    assert any(
+        "1 of 5 train rows" in note and "are in one token" in note for note in made(plain_llama_folder, rows).notes
+    )
 
 
 def test_no_row_left_to_learn_is_an_error(made: Made, llama_folder: Path) -> None:
-    with pytest.raises(ConfigErrors, match=r"task\.args\.max_length: 3 tokens leave nothing to learn"):
+    with pytest.raises(ConfigErrors, match=r"task\.args\.max_length: after cutting to 3 tokens, no"):
         made(llama_folder, PAIRS, "task.args.max_length=3")
 
 

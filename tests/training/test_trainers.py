@@ -144,7 +144,7 @@ def test_kto_with_batches_of_one_row_is_told_before_anything_is_loaded(
     from loraplus_hydra.check import check
 
     overrides = ["model=hub", "model.path=unread", "experiment=kto", f"data.train={judged}"]
-    with pytest.raises(ConfigErrors, match="per_device_train_batch_size: KTO takes for each prompt"):
+    with pytest.raises(ConfigErrors, match="per_device_train_batch_size: KTO combines each prompt"):
         check(compose(*overrides, "trainer.per_device_train_batch_size=1"))
 
 
@@ -156,7 +156,7 @@ def test_kto_takes_true_and_false_as_labels_alone(label: Any, compose: Callable[
     for yes, no in ((True, False), (1, 0), ("true", "False"), ("1", "0")):
         made = kto_examples([{**good, "label": yes}, {**bad, "label": no}], compose, chat_tokenizer(None))
         assert {(row["completion"], row["label"]) for row in made.train} == {("a", True), ("b", False)}
-        with pytest.raises(ConfigErrors, match="nothing to tell apart"):
+        with pytest.raises(ConfigErrors, match="KTO needs good and bad answers"):
             kto_examples([{**good, "label": yes}, {**bad, "label": yes}], compose, chat_tokenizer(None))
 
 

@@ -1,9 +1,9 @@
-"""A linear student, which learns a change of low rank by LoRA.
+"""A linear student that learns a low-rank change with LoRA.
 
-LoRA on a layer of zeros, f = x A^T B^T, learns y = x dW^T. Each step has all inputs, which are sqrt(width) times the
-unit vectors. Their second moment is that of x ~ N(0, I), so the gradient is exact, without a sample's noise. dW = U V
-has rank `rank`. Its factors' entries are drawn from N(0, 1 / width), so its singular values are about 1 at every width,
-and the outputs change as little as in fine-tuning.
+LoRA on a layer of zeros, f = x A^T B^T, learns y = x dW^T. Each step uses all inputs, which are the unit vectors times
+sqrt(width). The inputs have the second moment of x ~ N(0, I), so the gradient is exact, without sampling noise. dW = U
+V has rank `rank`. The entries of U and V are drawn from N(0, 1 / width). So the singular values of dW are about 1 at
+every width, and the outputs change as little as in fine-tuning.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from loraplus_hydra.errors import UserError
 class StudentConfig(PreTrainedConfig):
     """The student's size.
 
-    It has `width` inputs and outputs, and learns a change of `rank` drawn by `seed`. `vocab_size` bounds the width.
+    The student has `width` inputs and outputs, and learns a change with `rank`, drawn with `seed`. `vocab_size` is the
+    largest possible width.
     """
 
     model_type = "loraplus_toy_student"
@@ -35,14 +36,14 @@ class StudentConfig(PreTrainedConfig):
 
 
 class ZeroLinear(nn.Linear):
-    """A frozen layer of zeros, which skips the multiplication."""
+    """A frozen layer of zeros that skips the multiplication."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return input.new_zeros((*input.shape[:-1], self.out_features))
 
 
 class Student(PreTrainedModel):
-    """The student and the outputs that it learns. Token i is input i."""
+    """The student, and the outputs that it learns. Token i is input i."""
 
     config_class = StudentConfig
     base_model_prefix = "student"
@@ -55,11 +56,11 @@ class Student(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leave the layers alone: `fill` sets them all."""
+        """Do nothing, because `fill` sets all layers."""
 
     @torch.no_grad()
     def fill(self) -> Student:
-        """Set the tables of inputs and outputs, and return the model."""
+        """Fill the tables of inputs and outputs, and return the model."""
         width, rank = self.config.width, self.config.rank
         generator = torch.Generator().manual_seed(self.config.seed)
         U, V = (torch.randn(width, rank, generator=generator) / math.sqrt(width) for _ in range(2))
@@ -83,7 +84,7 @@ class Student(PreTrainedModel):
 
 
 class AutoStudent(_BaseAutoModelClass):
-    """The toy's `task.auto_class`, which makes a Student of its config."""
+    """The toy's `task.auto_class`, which makes a Student from a config."""
 
     _model_mapping: ClassVar[Any] = OrderedDict({StudentConfig: Student})
 

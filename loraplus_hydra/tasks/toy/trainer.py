@@ -9,12 +9,12 @@ from transformers import Trainer
 
 
 class StudentTrainer(Trainer):
-    """transformers' Trainer, with `eval_log10_loss` beside `eval_loss`."""
+    """transformers' Trainer, which also reports `eval_log10_loss`."""
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         loss = output.metrics[f"{prefix}_loss"]
-        # Losses differ by ten powers of ten.
+        # Losses differ by up to ten powers of ten, so the logarithm is easier to compare.
         output.metrics[f"{prefix}_log10_loss"] = math.log10(max(loss, 1e-30))
         return output
