@@ -6,15 +6,16 @@ import hashlib
 import json
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+
+from loraplus_hydra.config.plain import plain_of
 
 ALLOW = "allow_changed_inputs"  # a key that changes nothing in what is trained
 
 
 def run_hash(config: DictConfig) -> str:
     """Return the `config_hash` of a run's config. It is the same for a new and a resumed run."""
-    resolved = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(resolved, dict)
+    resolved = plain_of(config)
     resolved.pop(ALLOW, None)
     if isinstance(trainer := resolved.get("trainer"), dict):
         trainer.pop("resume_from_checkpoint", None)

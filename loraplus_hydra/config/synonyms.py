@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loraplus_hydra.config.flatten import flat
+from loraplus_hydra.config.plain import flat
 from loraplus_hydra.config.schema import GROUPS
 
 # Another tool's name of a key -> this config's keys with that meaning.

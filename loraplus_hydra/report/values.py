@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from loraplus_hydra.config.flatten import flat
+from loraplus_hydra.config.plain import flat
 from loraplus_hydra.io.read import RESOLVER
 
 _HUGE = 1e100

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from loraplus_hydra.check import Checked
+from loraplus_hydra.config.plain import plain_of
 from loraplus_hydra.loraplus.advice import ratio_advice
 from loraplus_hydra.loraplus.memory import Memory, estimate
 from loraplus_hydra.loraplus.plan import Plan, table_rows
 from loraplus_hydra.training.measure import count_parameters
-from loraplus_hydra.training.prepare import plain_group
 
 
 @dataclass(frozen=True)
@@ -47,5 +47,5 @@ def inspect(checked: Checked) -> Inspection:
     """Return what `inspect` shows of a checked config."""
     plan = checked.plan
     trained, total = count_parameters(checked.model)
-    memory = estimate(checked.model, plan, plain_group(checked.config.quantization))
+    memory = estimate(checked.model, plan, plain_of(checked.config.quantization))
     return Inspection(plan, memory, trained, total, tuple(ratio_advice(plan.records, plan.largest_ratio, total)))

@@ -16,9 +16,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.check import Checked, check
-from loraplus_hydra.config.flatten import flat
 from loraplus_hydra.config.identity import run_hash
 from loraplus_hydra.config.locations import absolute_paths
+from loraplus_hydra.config.plain import flat
 from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import files, folders, interrupts, processes, run_folder, screen

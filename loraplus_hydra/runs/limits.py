@@ -11,9 +11,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from loraplus_hydra.config.plain import plain_of
 from loraplus_hydra.errors import UserError, first_line
 from loraplus_hydra.loraplus.memory import estimate
-from loraplus_hydra.training.prepare import plain_group, plan_on_meta
+from loraplus_hydra.training.prepare import plan_on_meta
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_cpu")
 # torch.save says no more than that its file is shorter than what it has written ("unexpected pos").
@@ -93,7 +94,7 @@ def _memory_advice(config: DictConfig, error: BaseException) -> str:
 
 def _estimate(config: DictConfig) -> str:
     try:
-        memory = estimate(*plan_on_meta(config), plain_group(config.quantization))
+        memory = estimate(*plan_on_meta(config), plain_of(config.quantization))
     except (MemoryError, RuntimeError, UserError):  # the estimate itself may run out of memory
         return "what `inspect` says"
     return f"{memory.total / 2**20:,.0f} MiB, as `inspect` counts it ({memory.weights / 2**20:,.0f} of them the base)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from loraplus_hydra.config.locations import is_local, model_location
+from loraplus_hydra.config.plain import plain_of
 from loraplus_hydra.io import files, run_folder
 from loraplus_hydra.io.read import read_json
 from loraplus_hydra.io.text import code, code_block, markdown
+from loraplus_hydra.models.adapter_files import stored_adapter
 from loraplus_hydra.runs.finished import FinishedRun, model_metrics
 
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
@@ -29,8 +32,7 @@ def write_card(run: FinishedRun, folder: Path, *, merged: bool, check: str = "")
 
 def card(run: FinishedRun, *, merged: bool, check: str = "") -> str:
     """Return the card's text."""
-    config = OmegaConf.to_container(run.config, resolve=True)
-    assert isinstance(config, dict)
+    config = plain_of(run.config)
     groups = read_json(run.folder / run_folder.PARAM_GROUPS, list)
     parts = [
         _front_matter(run, merged=merged),
@@ -120,7 +122,7 @@ def _loading_adapter(run: FinishedRun, auto: str) -> Iterator[str]:
 def _group_rows(groups: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
     for name in dict.fromkeys(row["group"] for row in groups):
         rows = [row for row in groups if row["group"] == name]
-        yield name, rows[0]["lr"], rows[0]["weight_decay"], len(rows), sum(_numel(row["shape"]) for row in rows)
+        yield name, rows[0]["lr"], rows[0]["weight_decay"], len(rows), sum(math.prod(row["shape"]) for row in rows)
 
 
 def _metric_rows(result: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
@@ -151,23 +153,10 @@ def _samples(samples: list[dict[str, str]]) -> Iterator[str]:
 
 def _table(columns: tuple[str, ...], rows: Any) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    return markdown(str(value))
-
-
-def _numel(shape: list[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
+    return "\n".join("| " + " | ".join(markdown(str(cell)) for cell in line) + " |" for line in lines)
 
 
 def _method(run: FinishedRun) -> str:
-    from loraplus_hydra.models.adapter_files import stored_adapter
-
     config = stored_adapter(str(run.adapter), key="run").config
     name = re.sub("ra$", "RA", type(config).__name__.removesuffix("Config"))  # LoraConfig: LoRA, VeraConfig: VeRA
     start = run.config.adapter.get("init_lora_weights")

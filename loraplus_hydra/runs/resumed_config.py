@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from loraplus_hydra.config.identity import ALLOW
+from loraplus_hydra.config.plain import plain_of
 from loraplus_hydra.config.schema import RUN_GROUPS
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.io import run_folder
@@ -102,9 +103,7 @@ def _earlier_changes(folder: Path) -> dict[str, Any]:
     for file in sorted((folder / run_folder.HYDRA).glob(f"resumed-*/{run_folder.CONFIG}")):
         given = read_plain(file)
         found.merge_with(_common({group: given.get(group) for group in RUN_GROUPS}, in_effect))
-    plain = OmegaConf.to_container(found)
-    assert isinstance(plain, dict)
-    return {str(group): keys for group, keys in plain.items()}
+    return plain_of(found, resolve=False)
 
 
 def _common(given: Mapping[Any, Any], in_effect: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -11,11 +11,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from loraplus_hydra.check.foreign import foreign_code, moved_paths
 from loraplus_hydra.check.keys import read_config, unknown_keys
-from loraplus_hydra.config.flatten import flat
 from loraplus_hydra.config.identity import ALLOW
 from loraplus_hydra.config.locations import PATH_KEYS, absolute_paths
+from loraplus_hydra.config.plain import flat, plain_of
 from loraplus_hydra.config.schema import RunConfig
-from loraplus_hydra.errors import ConfigErrors, Problem, first_line
+from loraplus_hydra.errors import ConfigErrors, Problem, first_line, refuse
 from loraplus_hydra.io import checkpoints, run_folder
 from loraplus_hydra.io.read import RESOLVER, Hostile, Unreadable, read_yaml
 
@@ -32,8 +32,7 @@ def unnamed_run(config: DictConfig) -> list[Problem]:
 
 def named_run(config: DictConfig) -> str:
     """Return the run's folder that a command is given. Raises ConfigErrors when there is none."""
-    if problems := unnamed_run(config):
-        raise ConfigErrors(problems)
+    refuse(unnamed_run(config))
     return str(config.run)
 
 
@@ -45,10 +44,9 @@ def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
     hydras = file.parent.name == run_folder.HYDRA  # Hydra's copy of the config, one folder deeper
     try:
         stored = OmegaConf.create(read_yaml(file))
-    except Unreadable as error:
-        raise ConfigErrors([Problem(KEY, str(error), "name another run")]) from None
-    except OmegaConfBaseException as error:
-        raise ConfigErrors([Problem(KEY, f"{file} can't be read: {first_line(error)}", "name another run")]) from None
+    except (Unreadable, OmegaConfBaseException) as error:
+        what = str(error) if isinstance(error, Unreadable) else f"{file} can't be read: {first_line(error)}"
+        raise ConfigErrors([Problem(KEY, what, "name another run")]) from None
     if not hydras and (key := _interpolated(stored)):
         what = f"{file}: {key} is an interpolation, which no run writes: it could read your environment"
         raise ConfigErrors([Problem(KEY, what, "write the value in its place")])
@@ -64,15 +62,13 @@ def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
         # Untyped first: so all unknown keys are reported at once, and not only the first.
         config = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(schema)), stored, changes)
         assert isinstance(config, DictConfig)
-        if problems := _moved(config, folder) or _unknown(config):
-            raise ConfigErrors(problems)
+        refuse(_moved(config, folder) or unknown_keys(plain_of(config, resolve=False), OmegaConf.create()))
         typed = OmegaConf.merge(schema, config)
     except OmegaConfBaseException as error:
         first = first_line(error)
         raise ConfigErrors([Problem(str(getattr(error, "full_key", None) or KEY), first, f"see {file}")]) from None
     assert isinstance(typed, DictConfig)
-    if problems := foreign_code(read_config(typed)[0], folder):
-        raise ConfigErrors(problems)
+    refuse(foreign_code(read_config(typed)[0], folder))
     return typed
 
 
@@ -81,8 +77,7 @@ def _put_values_for_resolvers(stored: DictConfig, values: Mapping[str, Any]) -> 
 
     `values` are those of the run's own config.yaml. Raises ConfigErrors where it lacks one.
     """
-    plain: Any = OmegaConf.to_container(stored)
-    for key, value in flat(plain).items():
+    for key, value in flat(plain_of(stored, resolve=False)).items():
         if not RESOLVER.search(str(value)):
             continue
         if key not in values or RESOLVER.search(str(values[key])):
@@ -122,9 +117,7 @@ def changes(stored: Path, config: DictConfig) -> list[str]:
     if not stored.is_file():
         return []
     then = flat(read_plain(stored))  # its interpolations are not followed: it may be untrusted
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    now = flat(plain)
+    now = flat(plain_of(config))
     now |= absolute_paths(now)
     keys = [key for key in [*now, *(key for key in then if key not in now)] if key not in _NOT_OF_TRAINING]
     pairs = {key: (then.get(key, "not set"), now.get(key, "not set")) for key in keys}
@@ -159,9 +152,3 @@ def _moved(config: DictConfig, folder: Path) -> list[Problem]:
     adapter = folder / run_folder.ADAPTER
     fix = f"its adapter still works: train on it (adapter=existing adapter.path={adapter}), or load it with PEFT"
     return [Problem(KEY, what, fix)]
-
-
-def _unknown(config: DictConfig) -> list[Problem]:
-    plain = OmegaConf.to_container(config)
-    assert isinstance(plain, dict)
-    return unknown_keys({str(key): value for key, value in plain.items()}, OmegaConf.create())

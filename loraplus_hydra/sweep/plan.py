@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from loraplus_hydra.config.hydra_job import quoted
 from loraplus_hydra.config.identity import ALLOW, config_hash
+from loraplus_hydra.config.plain import plain_of
 from loraplus_hydra.config.schema import NOT_OF_A_RUN
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.io import interrupts
@@ -104,9 +105,8 @@ def default_name(config: DictConfig, swept: list[Override]) -> str:
     The same sweep has the same folder again, and so has one with more values.
     """
     keys = _sorted_keys(swept)
-    whole = OmegaConf.to_container(config, resolve=False)  # as if no swept group were chosen
-    assert isinstance(whole, dict)
-    rest = {str(key): value for key, value in whole.items() if key not in (*NOT_OF_A_RUN, ALLOW)}
+    whole = plain_of(config, resolve=False)  # as if no swept group were chosen
+    rest = {key: value for key, value in whole.items() if key not in (*NOT_OF_A_RUN, ALLOW)}
     for key in keys:
         _remove(rest, key.replace("/", "."))
     # A swept group is missing in `rest`, and so are the overrides inside it, which hold for all jobs.

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from loraplus_hydra.config.plain import plain_of
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io import interrupts, screen
@@ -148,7 +149,7 @@ def add_meta_adapter(model: Any, config: DictConfig) -> PeftModel:
 
 def loraplus_settings(config: DictConfig) -> LoraPlus:
     """Return the `optimizer`, `scheduler` and `loraplus` groups of a config as `LoraPlus`."""
-    optimizer, scheduler, loraplus = (plain_group(config[name]) for name in ("optimizer", "scheduler", "loraplus"))
+    optimizer, scheduler, loraplus = (plain_of(config[name]) for name in ("optimizer", "scheduler", "loraplus"))
     return LoraPlus(
         optimizer_class=locate(optimizer.pop("_target_")),
         lr=optimizer["lr"],  # stays among the arguments too: schedules with a floor measure it against this default
@@ -159,10 +160,3 @@ def loraplus_settings(config: DictConfig) -> LoraPlus:
         schedule=locate(scheduler.pop("_target_")),
         schedule_arguments=scheduler,
     )
-
-
-def plain_group(group: DictConfig) -> dict[str, Any]:
-    """Return a group of the config as plain, resolved containers."""
-    plain = OmegaConf.to_container(group, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplus_hydra import run
-from loraplus_hydra.config.flatten import flat
+from loraplus_hydra.config.plain import flat
 from loraplus_hydra.io.result import read_result
 from loraplus_hydra.training.hf_trainer.loraplus_mixin import LoraPlusMixin
 from loraplus_hydra.training.trackers.tracker import TrackedRun, Tracker

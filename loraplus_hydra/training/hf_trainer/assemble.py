@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from loraplus_hydra.config.plain import plain_of
 from loraplus_hydra.config.schema import NOT_TRAINING_ARGUMENTS
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import UserError
@@ -29,7 +30,7 @@ from loraplus_hydra.training.hf_trainer.loraplus_mixin import with_loraplus
 from loraplus_hydra.training.hf_trainer.resumable_mixin import resumable
 from loraplus_hydra.training.hf_trainer.whole_head import score_with_whole_head
 from loraplus_hydra.training.lean.adopt import adopt
-from loraplus_hydra.training.prepare import Prepared, plain_group
+from loraplus_hydra.training.prepare import Prepared
 from loraplus_hydra.training.progress import ProgressDisplay
 
 
@@ -80,11 +81,11 @@ def training_arguments(
 
     `resume_from` is the checkpoint that `trainer.resume_from_checkpoint` names.
     """
-    arguments = plain_group(config.trainer)
+    arguments = plain_of(config.trainer)
     arguments["resume_from_checkpoint"] = resume_from
     for name in NOT_TRAINING_ARGUMENTS:
         arguments.pop(name, None)
-    arguments.update(plain_group(config.task.args))
+    arguments.update(plain_of(config.task.args))
     if examples.max_length is not None:
         arguments["max_length"] = examples.max_length
     if processes.world_size() > 1 and not torch.accelerator.is_available():

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from filelock import FileLock
 
-from loraplus_hydra.config.flatten import flat
+from loraplus_hydra.config.plain import flat
 from loraplus_hydra.io.files import refuse_link, write_text
 from loraplus_hydra.io.folders import make_folder
 from loraplus_hydra.io.result import FAILED, INTERRUPTED

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from loraplus_hydra.config.flatten import flat
+from loraplus_hydra.config.plain import flat
 from loraplus_hydra.io.result import FAILED, OK
 from loraplus_hydra.training.trackers.tracker import TrackedRun, Tracker
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from loraplus_hydra.config.flatten import flat
 from loraplus_hydra.config.hydra_job import is_sweep
+from loraplus_hydra.config.plain import flat, plain_of
 from loraplus_hydra.config.targets import instantiate
 from loraplus_hydra.config.types import fits
 from loraplus_hydra.errors import first_line
@@ -93,7 +93,6 @@ def final_metrics(result: Result) -> dict[str, float]:
 
 
 def _tracked_run(config: DictConfig, folder: Path, resumed_at: int | None) -> TrackedRun:
-    plain: Any = OmegaConf.to_container(config, resolve=True)
     started_in, sweep = _origin()
     folder = folder.absolute()
     inside = folder.relative_to(started_in) if folder.is_relative_to(started_in) else Path(folder.name)
@@ -101,7 +100,7 @@ def _tracked_run(config: DictConfig, folder: Path, resumed_at: int | None) -> Tr
         folder=folder,
         name=folder.name if sweep else str(inside),
         group=sweep,
-        config=plain,
+        config=plain_of(config),
         started_in=started_in,
         resumed_at=resumed_at,
     )

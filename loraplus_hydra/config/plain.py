@@ -1,9 +1,18 @@
-"""Nested mappings as one level with dotted keys, as in `optimizer.lr`."""
+"""Configs as plain mappings, nested or as one level with dotted keys (`optimizer.lr`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+
+def plain_of(config: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
+    """Return a config as plain containers, its interpolations resolved or else as text."""
+    plain = OmegaConf.to_container(config, resolve=resolve)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
 
 
 def flat(nested: Mapping[Any, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
