@@ -12,7 +12,7 @@ instantiated, and the defaults are in the YAML files.
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, make_dataclass
 from typing import Any, Dict, List, Optional
 
 from hydra.core.config_store import ConfigStore
@@ -220,36 +220,11 @@ class EvaluateConfig(OpenedRunConfig):
 
 
 @dataclass
-class ResumeConfig(FinishedRunConfig):
-    """`resume`. Registered as `resume_schema`. Each group has overrides of the run's keys."""
-
-    quantization: Dict[str, Any] = field(default_factory=dict)
-    adapter: Dict[str, Any] = field(default_factory=dict)
-    optimizer: Dict[str, Any] = field(default_factory=dict)
-    scheduler: Dict[str, Any] = field(default_factory=dict)
-    loraplus: Dict[str, Any] = field(default_factory=dict)
-    task: Dict[str, Any] = field(default_factory=dict)
-    data: Dict[str, Any] = field(default_factory=dict)
-    trainer: Dict[str, Any] = field(default_factory=dict)
-    logger: Dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
 class ReportConfig:
     """`report`. Registered as `report_schema`."""
 
     folder: str = MISSING  # the sweep's folder, which contains the jobs' folders
 
-
-SCHEMAS: dict[str, type] = {
-    "run_schema": RunConfig,
-    "sweep_schema": SweepConfig,
-    "report_schema": ReportConfig,
-    "export_schema": ExportConfig,
-    "predict_schema": PredictConfig,
-    "evaluate_schema": EvaluateConfig,
-    "resume_schema": ResumeConfig,
-}
 
 # The groups of a run's config.
 GROUPS: dict[str, type] = {
@@ -266,6 +241,23 @@ GROUPS: dict[str, type] = {
 }
 RUN_GROUPS = tuple(GROUPS)
 CLOSED_GROUPS = ("model",)
+
+# `resume`: each group has overrides of the run's keys.
+ResumeConfig = make_dataclass(
+    "ResumeConfig",
+    [(group, Dict[str, Any], field(default_factory=dict)) for group in GROUPS if group != "model"],
+    bases=(FinishedRunConfig,),
+)
+
+SCHEMAS: dict[str, type] = {
+    "run_schema": RunConfig,
+    "sweep_schema": SweepConfig,
+    "report_schema": ReportConfig,
+    "export_schema": ExportConfig,
+    "predict_schema": PredictConfig,
+    "evaluate_schema": EvaluateConfig,
+    "resume_schema": ResumeConfig,
+}
 
 # Keys of the trainer group that are not fields of TrainingArguments.
 NOT_TRAINING_ARGUMENTS = ("early_stopping_patience", "early_stopping_threshold", "forward")

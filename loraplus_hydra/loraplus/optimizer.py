@@ -113,8 +113,7 @@ def build_optimizer(
             f"{optimizer_cls.__name__} refuses these parameters or arguments: {error}"
             + _muon_advice(optimizer_cls, groups)
         ) from error
-    if _is_bitsandbytes(optimizer):
-        _keep_32bit_state(optimizer, groups)
+    _keep_32bit_state(optimizer, groups)
     return optimizer
 
 
@@ -183,22 +182,17 @@ def _muon_advice(optimizer_cls: type[Optimizer], groups: Sequence[Group]) -> str
     )
 
 
-def _is_bitsandbytes(optimizer: Optimizer) -> bool:
-    """Return True if the optimizer's class derives from bitsandbytes' base class."""
-    if "bitsandbytes" not in sys.modules:
-        return False
-    from bitsandbytes.optim.optimizer import Optimizer8bit
-
-    return isinstance(optimizer, Optimizer8bit)
-
-
 def _keep_32bit_state(optimizer: Any, groups: Sequence[Group]) -> None:
-    """Make a bitsandbytes optimizer keep 32-bit state for trained embeddings.
+    """Make a bitsandbytes optimizer keep 32-bit state for trained embeddings; leave others unchanged.
 
     Call this before the first step. After this call the optimizer ignores overrides in bitsandbytes' global manager.
     """
-    from bitsandbytes.optim.optimizer import GlobalOptimManager
+    if "bitsandbytes" not in sys.modules:  # then no class can be derived from its own
+        return
+    from bitsandbytes.optim.optimizer import GlobalOptimManager, Optimizer8bit
 
+    if not isinstance(optimizer, Optimizer8bit):
+        return
     # The optimizer gets its own manager. The global manager finds tensors by (group index, position), so it would apply
     # one job's overrides to the first tensors of the next job. It also keeps registered modules alive.
     manager: Any = GlobalOptimManager.__new__(GlobalOptimManager)  # a singleton's __init__ raises

@@ -153,9 +153,8 @@ class ResumableMixin:
                 yield
         except Interrupted:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            if not self.args.load_best_model_at_end and folder not in sealed(
-                folder.parent
-            ):  # else the model is the best one
+            # With load_best_model_at_end the model is the best one, not that of the last step.
+            if not self.args.load_best_model_at_end and folder not in sealed(folder.parent):
                 self.save_checkpoint_now()
             raise
 
@@ -184,7 +183,7 @@ class ResumableMixin:
         # Nobody knows how many steps an epoch of a stream has, so the Trainer takes all steps for the first epoch. The
         # fraction of the stored epoch counts batches, as if an epoch had all steps of the run.
         epochs = int(self.state.epoch)
-        planned = _planned_steps(self.args.resume_from_checkpoint)
+        planned = int(stored_trainer_state(self.args.resume_from_checkpoint).max_steps)
         batches = round((self.state.epoch - epochs) * planned * self.args.gradient_accumulation_steps)
         if batches and self.rows_read is not None and not self.args.ignore_data_skip:
             self.rows_read.expected = (self.expected_stream.count, self.expected_stream.digest)
@@ -252,16 +251,10 @@ class ResumableMixin:
             group.update(groups[group["name"]])
         self.lr_scheduler.load_state_dict(schedule)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # torch warns about the order of steps: the optimizer took its steps earlier
+            # torch warns about the order of steps: the optimizer took its steps earlier.
+            warnings.simplefilter("ignore")
             for _ in range(stored.step):
                 self.lr_scheduler.step()
-
-
-def _planned_steps(checkpoint: str) -> int:
-    """Return the steps that the run was to have when it wrote `checkpoint`."""
-    return int(stored_trainer_state(checkpoint).max_steps)
 
 
 def resumable(trainer_class: type[Trainer]) -> type[Trainer]:

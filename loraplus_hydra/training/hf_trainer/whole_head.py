@@ -11,6 +11,8 @@ import types
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 
 from loraplus_hydra.errors import Problem
 
@@ -21,7 +23,7 @@ def score_with_whole_head(model: Any) -> None:
     `model` is a PeftModel that TRL has patched. Costs the memory of the logits: batch x tokens x vocabulary numbers.
     """
     base = model.get_base_model()
-    if not _is_adapted(base.get_output_embeddings()):
+    if not isinstance(base.get_output_embeddings(), (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         return
     inner = base.forward
 
@@ -40,8 +42,6 @@ def score_with_whole_head(model: Any) -> None:
 
 def head_problem(model: Any, trainer: str) -> Problem | None:
     """Return a Problem if TRL's trainer `trainer` would refuse an adapter on the output layer."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     if not isinstance(model.get_base_model().get_output_embeddings(), BaseTunerLayer) or not trainer.startswith("trl."):
         return None
     name = trainer.rpartition(".")[2]
@@ -69,10 +69,3 @@ def _scored(logits: torch.Tensor, labels: torch.Tensor, items: Any, output: Any)
         label_mask=mask,
         aux_loss=getattr(output, "aux_loss", None),
     )
-
-
-def _is_adapted(layer: Any) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))
