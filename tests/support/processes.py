@@ -16,6 +16,7 @@ from typing import Any
 IMPORTED = (
     *("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "matplotlib.figure"),
     *(
+        "loraplus_hydra.cli.main",
         "loraplus_hydra.runs.job",
         "loraplus_hydra.training.hf_trainer.assemble",
         "loraplus_hydra.check.dry_run",
