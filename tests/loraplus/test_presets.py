@@ -341,14 +341,14 @@ adapters_ = st.lists(
 ).map(sorted)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(trees, adapters_, options_)
 def test_in_any_family_the_peft_preset_is_peft(layout: Any, adapters: list[str], options: dict[str, Any]) -> None:
     model = family(layout, adapters, options)
     assert rates(model, preset("peft")) == peft_rates(model)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(trees, adapters_, options_, rule_lists())
 def test_in_any_family_any_rules_place_each_tensor_once_by_the_first_that_matches(
     layout: Any, adapters: list[str], options: dict[str, Any], rules: list[Rule]
@@ -363,7 +363,7 @@ def test_in_any_family_any_rules_place_each_tensor_once_by_the_first_that_matche
             assert (group.name, group.lr) == (first.group, first.rate(LR))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(trees, adapters_, options_, st.sampled_from(["default", "roles", "absolute", "none"]), st.floats(1.5, 64))
 def test_in_any_family_each_tensor_has_one_group_and_the_order_of_modules_decides_nothing(
     layout: Any, adapters: list[str], options: dict[str, Any], name: str, ratio: float

@@ -120,7 +120,7 @@ layouts = st.dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     layouts,
     st.lists(st.sampled_from(["default", "my_lora_B", "bias", "lora_A"]), min_size=1, max_size=2, unique=True),

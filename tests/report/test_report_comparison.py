@@ -60,7 +60,7 @@ def test_noise_is_called_noise(
     st.lists(st.floats(-5, 5), min_size=2, max_size=6),
     st.lists(st.floats(-5, 5), min_size=2, max_size=6),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_interval_is_scipys(first: list[float], second: list[float]) -> None:
     from scipy.stats import ttest_ind
 

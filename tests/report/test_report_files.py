@@ -93,7 +93,7 @@ ANY_JSON = st.recursive(
 
 
 @given(result=ANY_JSON, config=ANY_JSON, groups=ANY_JSON, lines=st.lists(ANY_JSON, max_size=3), overrides=ANY_JSON)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_whatever_the_files_hold_the_sweep_is_read_and_compared(
     tmp_path_factory: pytest.TempPathFactory, result: Any, config: Any, groups: Any, lines: list[Any], overrides: Any
 ) -> None:

@@ -55,7 +55,7 @@ def check_causal(architecture: str, batch: dict[str, torch.Tensor], items: int |
     assert_close(gradients(output.loss, model), expected_gradients)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     architecture=st.sampled_from(sorted(CAUSAL)),
     batch=BATCHES,
@@ -128,7 +128,7 @@ def test_a_loss_over_no_label_is_nan_as_the_model_s_own() -> None:
     assert LeanForward(model).causal_output(batch).loss.isnan()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(architecture=st.sampled_from(sorted(CLASSIFIERS)), batch=BATCHES)
 def test_logits_of_a_classifier_are_the_model_s_own(architecture: str, batch: Batch) -> None:
     model = adapted(architecture, classes=3, **({"target_modules": ["c_attn"]} if architecture == "gpt2" else {}))

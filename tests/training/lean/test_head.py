@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplus_hydra.training.lean import head
@@ -13,7 +13,6 @@ from loraplus_hydra.training.lean.head import log_probabilities, score
 from tests.support.lean import assert_close
 
 
-@settings(deadline=None)
 @given(
     tokens=st.integers(1, 30),
     supervised=st.integers(0, 30),

@@ -33,7 +33,7 @@ def numbers(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
     return [out.detach(), *gradients((out.double() * torch.arange(out.numel()).view(out.shape).cos()).sum(), model)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rank=st.integers(1, 9),
     alpha=st.integers(1, 40),
@@ -177,7 +177,7 @@ def test_weights_are_packed_where_onednn_is_faster_and_they_are_small(monkeypatc
         assert not frozen.should_pack([torch.empty(2**14, 2**14, device="meta")] * 2)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(tokens=st.integers(0, 70), inputs=st.integers(1, 50), outputs=st.integers(1, 50))
 def test_packed_products_are_as_exact_as_float32(tokens: int, inputs: int, outputs: int) -> None:
     torch.manual_seed(tokens)
