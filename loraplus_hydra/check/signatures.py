@@ -70,7 +70,7 @@ def documented_value_problems(target: type, arguments: Mapping[str, Any], where:
         for value in given if isinstance(given, list) else [given]:
             if listed and known and isinstance(value, str) and value not in known:
                 what = f"there is no '{value}'{nearest(value, known)}"
-                problems.append(Problem(f"{where}.{field.name}", what, f"one of: {', '.join(known)}"))
+                problems.append(Problem(f"{where}.{field.name}", what, f"use one of {', '.join(known)}"))
     return problems
 
 

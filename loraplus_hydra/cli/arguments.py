@@ -1,4 +1,4 @@
-"""The words of a command line: command, flags and overrides, as Hydra takes them."""
+"""The words of a command line, converted for Hydra: command, flags and overrides."""
 
 from __future__ import annotations
 
@@ -26,20 +26,24 @@ _FIX = "--help and --hydra-help list the flags"
 
 
 def flags_and_overrides(words: list[str]) -> tuple[list[str], list[str]]:
-    """Split words into flags with their values, and all others: argparse takes overrides in one row only."""
+    """Split words into flags with their values, and overrides.
+
+    argparse needs all overrides in one sequence.
+    """
     flags: list[str] = []
     overrides: list[str] = []
-    is_value = False  # of the flag before
+    is_value = False  # True if the word is the previous flag's value
     for word, following in zip(words, [*words[1:], ""], strict=False):
         if word in ("--info", "-i") and (following.startswith("-") or "=" in following or not following):
-            word = "--info=all"  # what it means without a value; an override would be taken for one
+            # The meaning of --info without a value; otherwise argparse would read an override as its value
+            word = "--info=all"
         (flags if word.startswith("-") or is_value else overrides).append(word)
         is_value = not is_value and word in _WITH_VALUE
     return flags, overrides
 
 
 def refuse_wrong_flags(words: list[str], own: Iterable[str]) -> None:
-    """Raise ConfigErrors for unknown flags and values of flags; `own` are the command's flags.
+    """Raise ConfigErrors for unknown flags and invalid values. `own` are the command's own flags.
 
     Hydra's own parser would print its usage and end the program with status 2.
     """
@@ -60,27 +64,27 @@ def _refuse(message: str) -> NoReturn:
 
 def _value_problems(given: Namespace) -> Iterator[Problem]:
     if given.experimental_rerun is not None:
-        yield Problem("--experimental-rerun", "reads a pickle, which may run code", "use `resume RUN`")
+        yield Problem("--experimental-rerun", "reads a pickle, which can run code", "use `resume RUN`")
     if given.resolve and given.cfg is None and given.info is None:
-        yield Problem("--resolve", "belongs to --cfg", "as in: --cfg job --resolve")
+        yield Problem("--resolve", "needs --cfg", "for example: --cfg job --resolve")
     if given.config_dir is not None and not Path(given.config_dir).is_dir():
-        yield Problem("--config-dir", f"there is no folder '{given.config_dir}'", "name one with YAML of yours")
+        yield Problem("--config-dir", f"there is no folder '{given.config_dir}'", "give a folder with your YAML files")
     if given.shell_completion and not any(_COMPLETION.fullmatch(word) for word in given.overrides):
-        fix = 'as in: eval "$(loraplus-hydra -sc install=bash)"'
-        yield Problem("--shell-completion", "does nothing without install, uninstall or query", fix)
+        fix = 'for example: eval "$(loraplus-hydra -sc install=bash)"'
+        yield Problem("--shell-completion", "has no effect without install, uninstall or query", fix)
 
 
 def split_command(arguments: list[str]) -> tuple[str, list[str]]:
-    """Return the command and the words after it; a first word that is no command belongs to `train`."""
+    """Return the command and the words after it. Without a command, the command is `train`."""
     if arguments and arguments[0] in COMMANDS:
         return arguments[0], arguments[1:]
     return "train", arguments
 
 
 def hydra_arguments(name: str, arguments: list[str]) -> list[str]:
-    """Return a command's arguments as Hydra takes them.
+    """Return a command's arguments for Hydra.
 
-    Its bare word becomes an override, and its flags become arguments of the callback BeforeRun.
+    The word after the command becomes an override, and the command's flags become arguments of the callback BeforeRun.
     """
     command = COMMANDS[name]
     rest = list(arguments)
@@ -93,7 +97,7 @@ def hydra_arguments(name: str, arguments: list[str]) -> list[str]:
     if flags:
         extra.append(f"hydra.callbacks.before_run.flags=[{','.join(flags)}]")
     rest = [_verbatim(argument, command.verbatim) for argument in rest]
-    # The command's own YAML can't list the keys of a stored run's config.
+    # With `+`, because the command's own YAML can't list the keys of a stored run's config.
     rest = [f"++{text}" if text.split(".")[0] in command.changes and "." in text else text for text in rest]
     rest = [argument for argument in rest if argument.removeprefix("--") not in command.flags]
     own_of_hydra, overrides = flags_and_overrides(rest)
@@ -102,12 +106,15 @@ def hydra_arguments(name: str, arguments: list[str]) -> list[str]:
 
 
 def _is_bare(word: str) -> bool:
-    """Return True for a word that is neither a flag nor an override: a folder may have a `=` in its name."""
+    """Return True for a word that is neither a flag nor an override.
+
+    A folder's name may contain a `=`.
+    """
     return not word.startswith("-") and ("=" not in word or Path(word).is_dir())
 
 
 def _verbatim(argument: str, keys: tuple[str, ...]) -> str:
-    """Return `text=...` with its value quoted, unless it is quoted already or null."""
+    """Return `text=...` with a quoted value, unless the value is already quoted or null."""
     key, found, value = argument.partition("=")
     if not found or key not in keys or value == "null" or value[:1] in ("'", '"'):
         return argument

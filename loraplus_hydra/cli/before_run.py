@@ -1,12 +1,13 @@
-"""The callback of Hydra in which commands run.
+"""The Hydra callback that runs the commands.
 
-Hydra makes a run's folder and log before it calls the task function. A config that was checked there would leave a
-folder behind when it is wrong. A callback gets the whole config earlier, so every command runs in `on_run_start`. All
-but `train` and `resume` end the program there. Those two leave a `Job` in `BeforeRun.job`, which the task function
-takes later in the same process. A sweep begins in `on_multirun_start`, and each of its jobs checks its own config.
+Hydra makes a run's folder and log before it calls the task function. If the config were checked there, an invalid
+config would leave a folder. A callback gets the whole config earlier, so every command runs in `on_run_start`. All
+commands except `train` and `resume` end the program there. These two store a `Job` in `BeforeRun.job`, which the task
+function uses later in the same process. A sweep begins in `on_multirun_start`, and each of its jobs checks its own
+config.
 
-Hydra turns a callback's errors into warnings and goes on. Only SystemExit and KeyboardInterrupt get through, hence
-`exit_on_error`.
+Hydra turns a callback's errors into warnings and continues. Only SystemExit and KeyboardInterrupt end the program, so
+commands run inside `exit_on_error`.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from loraplus_hydra.sweep.search import continue_study
 
 
 class BeforeRun(Callback):
-    """Runs a command with its `--flags` as soon as its config is composed."""
+    """Runs a command with its `--flags` as soon as the config is composed."""
 
-    # Begun in this process; on the class, since Hydra passes no objects from a callback to the task.
+    # State of this process, stored on the class, because Hydra can't pass objects from a callback to the task function.
     job: ClassVar[Job | None] = None
     sweep: ClassVar[Sweep | None] = None
 
@@ -41,9 +42,9 @@ class BeforeRun(Callback):
 
     @property
     def command(self) -> Command:
-        """The command. Raises ConfigErrors if there is none of this name."""
+        """The command. Raises ConfigErrors if no command has this name."""
         if self.name not in COMMANDS:
-            key, fix = "hydra.callbacks.before_run.command", "write the command as the first word"
+            key, fix = "hydra.callbacks.before_run.command", "the command must be the first word"
             raise ConfigErrors([Problem(key, f"there is no command '{self.name}'", fix)])
         return COMMANDS[self.name]
 
@@ -59,7 +60,7 @@ class BeforeRun(Callback):
         with exit_on_error():
             refuse_wrong_settings(config.hydra)
             if self.command.name != "train":
-                raise UserError(f"'{self.command.name}' takes one config, not a sweep; leave out --multirun")
-            processes.refuse_sweep(["--multirun"])  # also where the config asks for one (hydra.mode)
+                raise UserError(f"'{self.command.name}' needs one config, not a sweep; remove --multirun")
+            processes.refuse_sweep(["--multirun"])  # also if the config sets hydra.mode
             BeforeRun.sweep = begin(config, sys.argv[1:])
             continue_study(config, BeforeRun.sweep)

@@ -1,4 +1,4 @@
-"""Errors on the screen, and the program's exit statuses: 0, 1, and 128 + its number for a signal."""
+"""Errors on the screen, and exit statuses: 0, 1, or 128 + the signal's number."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOW_TRACEBACK = "LORAPLUS_HYDRA_TRACEBACK"
 
 
 def take_over_full_error() -> None:
-    """Let Hydra pass on every error, and keep in another variable whether the user wants tracebacks."""
+    """Make Hydra pass on every error, and store whether the user wants tracebacks."""
     if os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
         os.environ[_SHOW_TRACEBACK] = "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -30,23 +30,23 @@ def wants_traceback() -> bool:
 
 
 def print_error(error: Exception) -> None:
-    """Print an error without its traceback; in a distributed run from the first process only."""
+    """Print an error without its traceback. In a distributed run only the first process prints."""
     if not processes.is_main() and isinstance(error, UserError):
         return
     if isinstance(error, ConfigErrors):
         count = len(error.problems)
-        lines = [f"{count} thing{'s' if count > 1 else ''} to put right:", *(f"  - {each}" for each in error.problems)]
+        lines = [f"{count} error{'s' if count > 1 else ''}:", *(f"  - {each}" for each in error.problems)]
     elif isinstance(error, UserError):
         lines = [f"Error: {error}"]
     else:
-        hint = "Set the environment variable HYDRA_FULL_ERROR=1 for the traceback."
+        hint = "For the traceback, set the environment variable HYDRA_FULL_ERROR=1."
         lines = [f"{type(error).__name__}: {error}", hint]
     print(visible("\n".join(lines)), file=sys.stderr)
 
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Print and log an error raised inside, and raise SystemExit with status 1."""
+    """Print and log an error that the block raises, and raise SystemExit with status 1."""
     try:
         yield
     except Exception as error:

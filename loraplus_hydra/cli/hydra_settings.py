@@ -1,4 +1,4 @@
-"""Checks of Hydra's own node: mistakes that Hydra finds only after it has made the run's folder."""
+"""Checks of the `hydra` node for errors that Hydra finds only after it has made a folder."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ _LOGGINGS = ("hydra_logging", "job_logging")
 
 
 def refuse_wrong_settings(hydra: DictConfig) -> None:
-    """Raise ConfigErrors for values of `hydra` that would fail later."""
+    """Raise ConfigErrors for values of `hydra` that would cause errors later."""
     refuse(_problems(hydra))
 
 
 def explain_logging_error(error: Exception) -> Exception:
-    """Return ConfigErrors in place of an error of Hydra's from setting up its own log, else `error`."""
+    """Return ConfigErrors if `error` is from Hydra's setup of logging, otherwise `error`."""
     names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     if "configure_log" not in names or isinstance(error, UserError):
         return error
     what = f"Hydra can't set up its log: {first_line(error)}"
-    return ConfigErrors([Problem("hydra.verbose, hydra.hydra_logging", what, "leave them out")])
+    return ConfigErrors([Problem("hydra.verbose, hydra.hydra_logging", what, "remove these overrides")])
 
 
 def _problems(hydra: DictConfig) -> Iterator[Problem]:
-    # Unresolved: what our interpolations stand for follows from the folder, which Hydra hasn't made yet.
+    # Unresolved, because the interpolations need the run's folder, which Hydra hasn't made yet.
     plain: Any = OmegaConf.to_container(hydra, resolve=False)
     name, folder, verbose = plain["job"]["name"], plain["output_subdir"], plain["verbose"]
     if "/" in str(name) or "\0" in str(name):
-        yield Problem("hydra.job.name", f"'{name}' names the log file, so it can't hold a '/'", "leave it out")
+        yield Problem("hydra.job.name", f"'{name}' is the log file's name, so it can't contain a '/'", "leave it out")
     # conf/resume.yaml has a folder inside .hydra.
     is_given = folder is not None and not str(folder).startswith(("${", f"{run_folder.HYDRA}/resumed-"))
     if is_given and (folder in (*run_folder.WRITTEN, f"{name}.log") or "/" in str(folder)):
-        fix = f"leave it out: the folder is {run_folder.HYDRA}"
-        yield Problem("hydra.output_subdir", f"'{folder}' is the name of something else in a run's folder", fix)
+        fix = f"remove it: the folder is {run_folder.HYDRA}"
+        yield Problem("hydra.output_subdir", f"'{folder}' is the name of another file or folder of a run", fix)
     if not isinstance(verbose, (bool, str, list)):
-        yield Problem("hydra.verbose", "is neither true, false, nor a logger's name or several", "hydra.verbose=true")
+        yield Problem("hydra.verbose", "must be true, false, or one or several loggers' names", "hydra.verbose=true")
     for key in _LOGGINGS:
         yield from _logging_problems(f"hydra.{key}", plain[key])
 
 
 def _logging_problems(key: str, found: Any) -> Iterator[Problem]:
-    fix = "leave it out, or set single levels: hydra.job_logging.root.level=WARNING"
+    fix = "remove it, or set single levels: hydra.job_logging.root.level=WARNING"
     if not isinstance(found, dict) or not isinstance(found.get("root"), dict) or not found.get("handlers"):
         yield Problem(key, "has no handlers, so nothing would be logged", fix)
         return
     try:
         yield from _wrong_names(key, found, fix)
     except (AttributeError, TypeError):
-        yield Problem(key, "isn't a config of Python's logging", fix)
+        yield Problem(key, "is not a valid config of Python's logging", fix)
 
 
 def _wrong_names(key: str, config: Mapping[Any, Any], fix: str) -> Iterator[Problem]:

@@ -1,6 +1,6 @@
-"""The command line: the first word is a command, all words after it follow Hydra's grammar.
+"""The command line. The first word is a command, and all other words follow Hydra's grammar.
 
-Nothing heavy is imported here: `--help`, `--cfg job`, completion and a mistyped override answer without torch.
+This module doesn't import torch, so `--help`, `--cfg job`, completion and errors in overrides are fast.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from loraplus_hydra.sweep.folders import register as register_interpolations
 
 
 def train(config: DictConfig) -> float | None:
-    """Train the run that BeforeRun has checked, or one job of a sweep; Hydra calls it.
+    """Train the run that BeforeRun has checked, or one job of a sweep. Hydra calls this function.
 
-    Returns the metric that a sweep compares. Launchers send this function to their workers by its name, so importing
-    this module there registers the interpolations of the config.
+    Returns the metric that a sweep compares. Launchers pass this function to their workers by name. So workers import
+    this module, which registers the config's interpolations.
     """
     if is_sweep(HydraConfig.get()):
         from loraplus_hydra.sweep.jobs import run_job
@@ -48,7 +48,7 @@ def train(config: DictConfig) -> float | None:
 
     job, BeforeRun.job = BeforeRun.job, None
     assert job is not None, "the callback BeforeRun has checked the run"
-    with exit_on_error():  # Hydra would print a line of its own ahead of the error
+    with exit_on_error():  # Hydra would print its own line before the error
         return run(job.checked, point=job.point).value
 
 
@@ -91,7 +91,7 @@ def _run(name: str, arguments: list[str]) -> int:
         refuse_wrong_flags(arguments, COMMANDS[name].flags)
         overrides = hydra_arguments(name, arguments)
         if name == "resume" and not any(override.startswith("run=") for override in overrides):
-            raise ConfigErrors([Problem("run", "no run is named", "write its folder behind the command")])
+            raise ConfigErrors([Problem("run", "no run's folder is given", "write the folder after the command")])
         processes.refuse_sweep(arguments)
         if COMMANDS[name].config == "config" and has_unknown_key(overrides):
             raise ConfigErrors(override_problems(overrides, "config"))
@@ -109,27 +109,28 @@ def _run(name: str, arguments: list[str]) -> int:
 
 
 def _finish_sweep() -> bool:
-    """Report the end of the sweep that has begun, if any. Returns True if a job failed."""
+    """Write the report of the sweep, if one has begun. Return True if a job failed."""
     sweep, BeforeRun.sweep = BeforeRun.sweep, None
     if sweep is None:
         return False
     from loraplus_hydra.sweep.finish import finish
 
-    with interrupts.answered():  # also a sweep that a signal stopped is reported
+    with interrupts.answered():  # a sweep that a signal stopped gets a report, too
         return not finish(sweep)
 
 
 def _explain(error: Exception, command: str, arguments: list[str]) -> Exception:
-    """Return ConfigErrors for an error from composing the config, if its overrides explain it."""
+    """Return ConfigErrors if overrides caused Hydra's error, otherwise an error without traceback."""
     if isinstance(error, UserError) or not is_composing_error(error):
         return error
     if problems := override_problems(arguments, COMMANDS[command].config, error):
         return ConfigErrors(problems)
-    return UserError(str(error)) if isinstance(error, HydraException) else error  # of the flags, or of the user's YAML
+    # An error an error of the flags, or of the user's YAML
+    return UserError(str(error)) if isinstance(error, HydraException) else error
 
 
 def _complete() -> None:
-    """Complete the first word, and prepare the environment so that Hydra completes the words after it."""
+    """Complete the first word. Prepare the environment, because Hydra completes the other words."""
     line = os.environ.get("COMP_LINE", "")
     program, *typed = line.split(" ")
     if len(typed) == 1:

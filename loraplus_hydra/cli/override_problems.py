@@ -1,6 +1,6 @@
-"""Explain all overrides that Hydra refuses at once, each with the nearest valid name.
+"""Problems for all overrides that Hydra refuses, each with the nearest valid name.
 
-Hydra stops at the first one. Here each override is tried on top of those that compose, so no error hides another.
+Hydra stops at the first such override. Here each override is added to those that compose, so all errors are found.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from loraplus_hydra.errors import Problem, first_line, nearest
 from loraplus_hydra.sweep.plugins import missing_plugin
 
 ROOT_KEYS = (*(field.name for field in fields(RunConfig)), "sweep", "experiment", "hparams_search", "launcher", "debug")
-# Sweeps whose values can be listed without a sweeper.
+# Kinds of sweep overrides whose values can be listed without a sweeper.
 _LISTED = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP)
 
 
 def has_unknown_key(arguments: list[str]) -> bool:
-    """Return True if the first part of an override's key is surely unknown, without composing the config.
+    """Return True if the first part of an override's key is certainly unknown.
 
-    It never is where other configs may come in: with a `+`, or with flags such as --config-dir.
+    The config is not composed. If other configs may add keys (with a `+`, or with flags such as --config-dir), the
+    result is False.
     """
     if any(argument.startswith(("--config", "-c", "--shell", "-sc", "hydra.searchpath")) for argument in arguments):
         return False
@@ -45,7 +46,7 @@ def has_unknown_key(arguments: list[str]) -> bool:
 
 
 def is_composing_error(error: BaseException) -> bool:
-    """Return True for an error that Hydra or its libraries raise while they compose the config."""
+    """Return True for an error from the composition of the config."""
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return True
     places = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -55,7 +56,7 @@ def is_composing_error(error: BaseException) -> bool:
 def override_problems(arguments: list[str], config: str, first_error: Exception | None = None) -> list[Problem]:
     """Return one Problem for each override in `arguments` that doesn't compose with the YAML `config`.
 
-    `first_error` is Hydra's own error, if there is one: with a single override it saves trying that again.
+    `first_error` is Hydra's own error, if known. With a single override, it is used instead of a second composition.
     """
     overrides = get_args_parser().parse_known_args(arguments)[0].overrides
     GlobalHydra.instance().clear()
@@ -71,7 +72,7 @@ def override_problems(arguments: list[str], config: str, first_error: Exception 
 
 @dataclass
 class _Composition:
-    """The overrides that compose with the YAML `config`, so far."""
+    """The overrides that compose with the YAML `config` so far."""
 
     config: str
     is_sweep: bool
@@ -79,7 +80,7 @@ class _Composition:
 
     @property
     def is_run(self) -> bool:
-        """True for a run's config, whose keys are known without composing it."""
+        """True for a run's config, whose keys are known without a composition."""
         return self.config == "config"
 
     def compose(self, *overrides: str) -> DictConfig:
@@ -105,20 +106,20 @@ class _Composition:
         for single in singles:
             try:
                 self.compose(single)
-            except Exception as error:  # Hydra lets through errors of the libraries that it calls
+            except Exception as error:  # Hydra doesn't catch errors of the libraries that it calls
                 return _explain(key, single, error, self)
         self.accepted.append(singles[0])
         return None
 
 
 def _swept_group_problems(overrides: list[str], error: Exception) -> list[Problem]:
-    """Explain overrides that fail only because the sweep varies the group they belong to.
+    """Return Problems for overrides that fail only because the sweep varies their group.
 
     The jobs' configs have an option of that group, but Hydra's config for the whole sweep has none.
     """
     parsed = [(text, OverridesParser.create().parse_override(text)) for text in overrides]
     groups = tuple(f"{one.key_or_group}." for _, one in parsed if one.is_sweep_override())
-    what = "is a key of some of the group's options alone, and the group is swept"
+    what = "is a key of only some options of the group, and the group is swept"
     return [
         Problem(one.key_or_group, what, f"write ++{text.lstrip('+')}")
         for text, one in parsed
@@ -128,13 +129,13 @@ def _swept_group_problems(overrides: list[str], error: Exception) -> list[Proble
 
 def _several_values(text: str, override: Override) -> Problem:
     if override.value_type not in _LISTED:
-        return Problem(text, "is an interval or a pattern, not a value", "give it one value")
-    fix = "for a list write key=[a,b], for a text key='\"a,b\"', for one run each add --multirun"
-    return Problem(text, "gives several values", fix)
+        return Problem(text, "is an interval or a pattern, not a value", "use one value")
+    fix = "write key=[a,b] for a list, key='\"a,b\"' for a text, or add --multirun for one run per value"
+    return Problem(text, "has several values", fix)
 
 
 def _single_values(text: str, override: Override) -> list[str]:
-    """Return an override for each value of a sweep override, and any other one unchanged."""
+    """Return an override for each value of a sweep override. Other overrides are returned unchanged."""
     if not override.is_sweep_override() or override.value_type not in _LISTED:
         return [text]
     prefix = text.split("=", 1)[0]
@@ -144,7 +145,9 @@ def _single_values(text: str, override: Override) -> list[str]:
 def _grammar_problem(text: str, error: HydraException) -> Problem:
     if "=" not in text and not text.startswith("~"):
         if text in COMMANDS:
-            return Problem(text, "is a command, and a command comes first", f"write it ahead of all else: {text} ...")
+            return Problem(
+                text, "is a command, but a command must be the first word", f"write {text} ... before all other words"
+            )
         return Problem(text, f"is neither a command nor key=value{nearest(text, COMMANDS)}", "write key=value")
     return Problem(text, f"can't be read: {first_line(error)}", "quote the value: key='\"...\"'")
 
@@ -159,11 +162,11 @@ def _explain(key: str, text: str, error: Exception, composition: _Composition) -
     if isinstance(error, MissingConfigException) and error.options is not None:
         return _unknown_option(key, text.split("=", 1)[1], list(error.options), composition)
     if isinstance(cause, ValidationError):
-        return Problem(key, _type_message(cause), "give it a value of that type")
+        return Problem(key, _type_message(cause), "use a value of that type")
     if "is already at" in str(error) or "Could not append" in str(error):
         plain = text.lstrip("+")
-        fix = f"leave out the plus: {plain} (in a sweep of groups: ++{plain})"
-        return Problem(text, "is in the config already", fix)
+        fix = f"remove the plus: {plain} (in a sweep of groups: ++{plain})"
+        return Problem(text, "is already in the config", fix)
     if "Could not override" in str(error) or "No match in the defaults list" in str(error):
         return _unknown_key(key, text, composition)
     return Problem(text, " ".join(line.strip() for line in str(error).splitlines()[:2]))
@@ -172,7 +175,7 @@ def _explain(key: str, text: str, error: Exception, composition: _Composition) -
 def _unknown_option(key: str, value: str, options: list[str], composition: _Composition) -> Problem:
     if composition.is_run and (meant := meant_option(key, value)):
         return Problem(key, f"there is no option '{value}'", f"write {meant}")
-    return Problem(key, f"there is no option '{value}'{nearest(value, options)}", f"one of: {', '.join(options)}")
+    return Problem(key, f"there is no option '{value}'{nearest(value, options)}", f"use one of {', '.join(options)}")
 
 
 def _type_message(cause: ValidationError) -> str:
@@ -185,27 +188,27 @@ def _type_message(cause: ValidationError) -> str:
 
 
 def _unknown_key(key: str, text: str, composition: _Composition) -> Problem:
-    """Explain a key that doesn't exist by the deepest part of it that does."""
+    """Return the Problem for a key that doesn't exist, with the keys of its longest existing part."""
     is_run, config = composition.is_run, composition.compose()
     if is_run and has_unknown_key([text]):
         hint = nearest(key.replace("/", ".").split(".")[0], ROOT_KEYS)
         if fix := _meant_overrides(key, text, config):
             return Problem(key, "there is no such key", fix)
-        return Problem(key, f"there is no such key{hint}", f"the config has: {', '.join(ROOT_KEYS)}")
+        return Problem(key, f"there is no such key{hint}", f"the config has the keys {', '.join(ROOT_KEYS)}")
     if is_run and (problem := set_elsewhere(key)):
         return problem
     parent, names = _deepest_part(key, config)
     last = key.removeprefix(f"{parent}.").split(".")[0]
-    if last in names:  # a group of a stored run's config, of which no option can be chosen any more
+    if last in names:  # a stored run's group, whose option can't be changed
         fix = f"change single keys: {key}.key=value"
-        return Problem(key, f"'{text}' names another option, and the run has its own", fix)
+        return Problem(key, f"'{text}' chooses another option, but a stored run's option can't be changed", fix)
     options = _options_with(key) if is_run and parent in (*GROUPS, "task.args") else []
     if is_run and not options and (fix := _meant_overrides(last, text, config)):
         return Problem(key, "there is no such key", fix)
     hint = "" if options else nearest(last, names)
-    fix = f"{parent or 'the config'} has: {', '.join(names) or 'no key'}"
+    fix = f"{parent or 'the config'} has the keys {', '.join(names) or '(none)'}"
     if options:
-        fix = f"choose an option that has it: {', '.join(options)}"
+        fix = f"choose an option that has this key: {', '.join(options)}"
     if not hint and (when := _may_be_added(parent, of_an_option=bool(options))):
         fix += f". {when}, write +{text.lstrip('+')}"
     return Problem(key, f"there is no such key{hint}", fix)
@@ -221,7 +224,7 @@ def _deepest_part(key: str, config: DictConfig) -> tuple[str, list[str]]:
 
 
 def _meant_overrides(name: str, text: str, config: DictConfig) -> str:
-    """Return the fix for a key that stands elsewhere, or has another name here; empty where none is known."""
+    """Return advice for a key of another group or another tool; empty if none is known."""
     plain: Any = OmegaConf.to_container(run_of(config), resolve=False)
     value = text.partition("=")[2]
     overrides = [f"{key}={value}" for key in meant_keys(name, plain)]
@@ -229,17 +232,17 @@ def _meant_overrides(name: str, text: str, config: DictConfig) -> str:
 
 
 def _may_be_added(parent: str, *, of_an_option: bool) -> str:
-    """Return the case in which a missing key may be added to `parent`, in words; empty if there is none."""
+    """Return text about adding a missing key to `parent`; empty if that is not allowed."""
     group, _, inside = parent.partition(".")
     if group == "loraplus":
-        return "To add it" if inside else ""  # a rule, or a key of one
+        return "To add it" if inside else ""  # a rule, or a rule's key
     if group in ("data", "task") and of_an_option:
-        return ""  # the options list all that their functions take
-    return "If it is a setting of the class behind it" if group in GROUPS and group not in CLOSED_GROUPS else ""
+        return ""  # the options already have all keys of their functions
+    return "If it is an argument of the group's class" if group in GROUPS and group not in CLOSED_GROUPS else ""
 
 
 def _options_with(key: str) -> list[str]:
-    """Return the options of a run's group whose YAML has `key`, as overrides: `data=jsonl`."""
+    """Return the options whose YAML has `key`, as overrides such as `data=jsonl`."""
     group, _, inside = key.partition(".")
     files = sorted((config_folder() / group).glob("*.yaml"))
     plain = {file.stem: OmegaConf.to_container(OmegaConf.load(file), resolve=False) for file in files}

@@ -1,1 +1,1 @@
-"""One run: trained, resumed, reopened and shown."""
+"""One run: training, resume, and the commands on a finished run."""

@@ -1,4 +1,4 @@
-"""Compare the inputs of a run that resumes with those of its checkpoint."""
+"""Comparison of a resumed run's inputs with the checkpoint's inputs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.runs.stored_config import changes, read_plain
 from loraplus_hydra.training.prepare import inputs_of, prepare_examples
 
-_kept: dict[str, dict[str, str]] = {}  # by the start of a sweep and what names the inputs: at most one entry
+_kept: dict[str, dict[str, str]] = {}  # by start of a sweep and hash of the keys that set the inputs; at most one entry
 
 
 def with_inputs(point: ResumePoint, config: DictConfig, accepted: Result | None) -> ResumePoint:
-    """Return `point` with the inputs of `config`, and with those that must be the checkpoint's.
+    """Return `point` with the fingerprints of `config`'s inputs, and the fingerprints to expect.
 
-    `accepted` is the stored result, which has the inputs that an earlier resume was allowed to use. Raises
-    ConfigErrors naming each input that has changed.
+    `accepted` is the stored result with the changed inputs that an earlier resume was allowed to use. Raises
+    ConfigErrors for each input that has changed.
     """
     checkpoint = point.checkpoint
     assert checkpoint is not None
@@ -49,15 +49,15 @@ def with_inputs(point: ResumePoint, config: DictConfig, accepted: Result | None)
 
 
 def current_inputs(config: DictConfig) -> dict[str, str]:
-    """Return the fingerprints of a checked config's inputs. Its rows stay loaded for the run."""
+    """Return the fingerprints of a checked config's inputs. Its rows are cached for the run."""
     tokenizer = load_tokenizer(config.model)
     return inputs_of(config, tokenizer, prepare_examples(config, tokenizer, keep=True).fingerprints)
 
 
 def refuse_other_inputs(config: DictConfig, result: Result, *, start: str | None = None) -> None:
-    """Raise ConfigErrors if the inputs of `config` are not those of a finished run with this config.
+    """Raise ConfigErrors if the inputs of `config` have changed since the run with this config finished.
 
-    A note says so where they can't be compared. Jobs of one `start` of a sweep read the same inputs once.
+    If the inputs can't be compared, a note is shown. Jobs of one `start` of a sweep read the same inputs only once.
     """
     if config[ALLOW]:
         return
@@ -66,14 +66,14 @@ def refuse_other_inputs(config: DictConfig, result: Result, *, start: str | None
         return
     try:
         now = _inputs_to_compare(config, start)
-    except Exception as error:  # rows, or a function that makes them, may exist no longer
-        screen.show(f"    Note: it isn't known whether rows or weights have changed since: {first_line(error)}")
+    except Exception as error:  # the rows, or the function that makes them, may no longer exist
+        screen.show(f"    Note: rows and weights can't be checked for changes: {first_line(error)}")
         return
     refuse_changed(result.inputs, now)
 
 
 def _inputs_to_compare(config: DictConfig, start: str | None) -> dict[str, str]:
-    """Return the fingerprints of a config's inputs, kept for the next job of the same start of a sweep."""
+    """Return the fingerprints of a config's inputs, cached for the next job of the sweep's start."""
     named = {name: OmegaConf.to_container(config[name], resolve=True) for name in ("model", "data", "adapter")}
     key = f"{start} {config_hash(named)}"
     if start is None or key not in _kept:
@@ -87,9 +87,9 @@ def _is_accepted(name: str, now: Mapping[str, str], accepted: Result | None) -> 
 
 
 def _names_the_same_rows(checkpoint: Checkpoint, config: DictConfig) -> bool:
-    """Return True if `config` names its rows as the checkpoint's run did.
+    """Return True if `config` has the same `data` settings as the checkpoint's run.
 
-    A run's own command has the same text, also where its folder and relative paths have moved.
+    Paths are compared as text, because the folder of the run and of relative paths may have been moved.
     """
     folder = checkpoint.folder.parent.parent
     stored = folder / run_folder.CONFIG

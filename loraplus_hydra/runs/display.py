@@ -14,7 +14,7 @@ from loraplus_hydra.io.text import one_line
 from loraplus_hydra.loraplus.plan import PlannedTensor, Row
 
 if TYPE_CHECKING:
-    from loraplus_hydra.loraplus.memory import Memory  # loads torch
+    from loraplus_hydra.loraplus.memory import Memory  # importing it loads torch
 
 
 def show_config(config: Any) -> None:
@@ -37,7 +37,7 @@ def show_config(config: Any) -> None:
 
 
 def show_rates(rows: Sequence[Row]) -> None:
-    """Show the table of rates, one row per distinct role, rule, group and optimizer state."""
+    """Show the table of rates."""
     names = ("lr", "weight decay", "state bits", "tensors", "parameters")
     cells = []
     for row in rows:
@@ -86,10 +86,10 @@ def show_result(folder: Path, result: Result) -> None:
     if compared:
         show(compared)
     show(f"Trained {result.trained_parameters:,} of {result.total_parameters:,} parameters in {result.seconds:.0f} s.")
-    show(f"Everything is in {folder}")
+    show(f"All files are in {folder}")
     for name, what in (
-        (run_folder.ADAPTER, "the adapter, as PEFT loads it"),
-        (run_folder.FIGURE, "loss and rates over steps"),
+        (run_folder.ADAPTER, "the adapter in PEFT's layout"),
+        (run_folder.FIGURE, "loss and rates at each step"),
         (run_folder.METRICS, "a line for each logged step"),
         (run_folder.PARAM_GROUPS, "every trained tensor and its rate"),
         (run_folder.RESULT, "the result"),
@@ -100,7 +100,7 @@ def show_result(folder: Path, result: Result) -> None:
 
 
 def _next_steps(folder: Path) -> Iterator[str]:
-    """Yield suggestions for a next run, by the config of the run in `folder`."""
+    """Yield suggestions for a next run that differs from the run in `folder`."""
     from omegaconf import OmegaConf
 
     config = OmegaConf.load(folder / run_folder.CONFIG)
@@ -132,4 +132,4 @@ def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     text = escape(one_line(str(value)))
-    return f"{text}\\" if text.endswith("\\") else text  # a last backslash would escape the markup behind it
+    return f"{text}\\" if text.endswith("\\") else text  # a final backslash would escape the markup after it

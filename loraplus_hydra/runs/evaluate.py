@@ -1,4 +1,4 @@
-"""Metrics of a finished run's adapter, on its own held-out rows or on others."""
+"""Metrics of a finished run's adapter, on the run's held-out rows or on other rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KIND_OF_LABELS = ("num_labels", "id2label", "problem_type")
 def evaluate_on(run: FinishedRun, data: dict[Any, Any]) -> dict[str, float]:
     """Return the metrics of the run's adapter on the rows of `data`.
 
-    `data` changes or replaces the `data` group of `run.config`, which is checked as a whole. Raises UserError.
+    `data` changes or replaces the `data` group of `run.config`. The new config is checked as a whole. Raises UserError.
     """
     run.config.data = _data(run.config, data)
     try:
@@ -38,14 +38,14 @@ def evaluate_on(run: FinishedRun, data: dict[Any, Any]) -> dict[str, float]:
 def evaluate(run: FinishedRun, *, names_new_rows: bool = False) -> dict[str, float]:
     """Return the metrics of the run's adapter on the held-out rows of its config.
 
-    With `names_new_rows` the config names other rows than the run had. Raises UserError.
+    `names_new_rows` is True if the config sets other rows than the run had. Raises UserError.
     """
     tokenizer = load_run_tokenizer(run)
     examples = load_examples(_with_stored_head(run), tokenizer, base_of(run))
     if not (names_new_rows or run.allow_changed_inputs):
         refuse_changed(run.result.get("inputs") or {}, examples.fingerprints, names=["data.eval"])
     _same_labels(run, examples)
-    model, tokenizer = load_run(run, trainable=True)  # the Trainer makes its groups out of what trains
+    model, tokenizer = load_run(run, trainable=True)  # the Trainer makes parameter groups from the trained tensors
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(bundle(run.config, tokenizer, examples, model), Path(folder))
         metrics: dict[str, float] = trainer.evaluate()
@@ -53,7 +53,7 @@ def evaluate(run: FinishedRun, *, names_new_rows: bool = False) -> dict[str, flo
 
 
 def _with_stored_head(run: FinishedRun) -> DictConfig:
-    """Return the run's config with the head and the kind of labels that it was trained for."""
+    """Return the run's config, with the number and kind of labels of the trained head."""
     config = run.config.copy()
     if "new_head" in config.task:
         config.task.new_head = False
@@ -63,7 +63,7 @@ def _with_stored_head(run: FinishedRun) -> DictConfig:
 
 
 def _data(config: DictConfig, changes: dict[Any, Any]) -> Any:
-    """Return the run's data with `changes`, or the option that replaces it."""
+    """Return the run's `data` group with `changes`, or the option that replaces it."""
     data = {**({} if changes.get("_target_") else config.data), **changes}
     if "train" in data and _stand_in(changes):
         data["train"] = changes["eval"]
@@ -71,16 +71,19 @@ def _data(config: DictConfig, changes: dict[Any, Any]) -> Any:
 
 
 def _stand_in(changes: dict[Any, Any]) -> bool:
-    """Return True if the rows to evaluate on stand in for training rows, which an evaluation doesn't need."""
+    """Return True if the evaluation rows are also used as training rows.
+
+    An evaluation needs no training rows, but a data set must have some.
+    """
     return changes.get("eval") is not None and changes.get("train", "???") == "???"
 
 
 def _as_given(problem: Problem, changes: dict[Any, Any], config: DictConfig) -> Problem:
-    """Return a Problem under the key that the user typed."""
+    """Return a Problem with the key that the user typed."""
     if problem.key == "data.train" and _stand_in(changes):
         return replace(problem, key="data.eval")
-    if problem.key == "data.eval" and "train" not in config.data:  # the run's rows came from no file
-        return replace(problem, fix="name another option: data=jsonl data.eval=...")
+    if problem.key == "data.eval" and "train" not in config.data:  # the run's rows were not from files
+        return replace(problem, fix="choose another option: data=jsonl data.eval=...")
     return problem
 
 
@@ -89,4 +92,4 @@ def _same_labels(run: FinishedRun, examples: Examples) -> None:
     for name, value in examples.model_arguments.items():
         if name in _KIND_OF_LABELS and name in known and value != known[name]:
             what = f"the rows' {name} is {value}, but the run's model has {known[name]}"
-            raise ConfigErrors([Problem("data", what, "evaluate on rows that have the run's labels")])
+            raise ConfigErrors([Problem("data", what, "use rows that have the run's labels")])

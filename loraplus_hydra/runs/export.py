@@ -1,4 +1,7 @@
-"""Export of a finished run: a merged model or the adapter, with a card, complete or not at all."""
+"""Export of a finished run: the merged model or the adapter, with a card.
+
+After an error no folder is left.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,11 @@ from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.load_finished import load_run, refuse_changed_run
 from loraplus_hydra.runs.model_card import write_card
 
-_COPIED = (".json", ".safetensors", ".jinja", ".model", ".txt")  # PEFT's and a tokenizer's
-ROWS_COMPARED = (4, 16)  # rows and tokens for which the export's logits are compared with the run's
-# Differences of logits, as a share of the largest, that rounding explains.
+_COPIED = (".json", ".safetensors", ".jinja", ".model", ".txt")  # suffixes of PEFT's and a tokenizer's files
+ROWS_COMPARED = (4, 16)  # number of rows and tokens for the comparison of the export's and the run's logits
+# Differences of logits that rounding can cause, relative to the largest logit.
 ROUNDING = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-# Layers of PEFT that change what a weight does: adapters on it, and trained copies.
+# PEFT's layers that replace a layer's weight: adapted layers, and trained copies.
 _CHANGED = (BaseTunerLayer, ModulesToSaveWrapper)
 
 
@@ -40,12 +43,12 @@ def export(
     dtype: str | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Path:
-    """Write a run's model into `target`, a folder that is new or empty, and return it.
+    """Write a run's model into `target`, a new or empty folder, and return the folder.
 
-    With `merge` it is the merged model, its weights in `dtype` (None: the run's), a quantised base's dequantised;
-    without it the adapter. Both come with the tokenizer and a card. The merged model is loaded again and compared with
-    the run's before the folder gets its name; `report` gets the outcome as text. Raises UserError, and leaves nothing
-    behind then.
+    With `merge`, the merged model is written, with weights in `dtype` (None: the run's dtype). Weights of a quantised
+    base are dequantised. Without `merge`, the adapter is written. The tokenizer and a card are added to both. Before
+    the folder gets its name, the merged model is loaded again, and its logits are compared with the run's; `report`
+    gets the outcome as text. Raises UserError, and then no folder is left.
     """
     check = ""
     with new_folder(target, key="to") as draft:
@@ -54,10 +57,10 @@ def export(
         elif run.step is None:
             refuse_changed_run(run)
             _copy_adapter(run.adapter, draft)
-        else:  # a checkpoint holds more, and may fit only a base that its initialisation changed
+        else:  # a checkpoint has other files, and its adapter may fit only a base that the initialisation changed
             save_adapter(*load_run(run), draft)
         write_card(run, draft, merged=merge, check=check)
-        interrupts.stop_if_asked()  # the last moment at which nothing is left
+        interrupts.stop_if_asked()  # after this line the folder is kept
     if check and report is not None:
         report(check)
     return target
@@ -72,26 +75,27 @@ def _comparison(difference: float) -> str:
 
 
 def _copy_adapter(adapter: Path, folder: Path) -> None:
-    """Copy the adapter's files of the kinds that a run writes: no pickles, code or folders.
+    """Copy the adapter's files. Pickles, code and folders are not copied.
 
-    Raises UserError for a link out of the folder.
+    Raises UserError for a link to a file outside the folder.
     """
     stored_adapter(str(adapter), key="run")
     for file in sorted(adapter.iterdir()):
         if file.suffix not in _COPIED or not file.is_file():
             continue
-        # A link could make the export publish any file of this machine.
+        # Through a link, the export could publish any file of this machine.
         if not file.resolve().is_relative_to(adapter.resolve()):
-            raise ConfigErrors([Problem("run", f"{file} is a link out of the adapter's folder", "remove it")])
+            raise ConfigErrors(
+                [Problem("run", f"{file} is a link to a file outside the adapter's folder", "remove it")]
+            )
         copy_file(file, folder / file.name)
 
 
 def _write_merged(run: FinishedRun, folder: Path, dtype: str | None) -> float:
     """Write the merged model and the tokenizer.
 
-    Return the largest difference of its logits from the run's.
-
-    Raises UserError when the difference is more than rounding.
+    Return the largest difference between its logits and the run's. Raises UserError if the difference is larger than
+    rounding can cause.
     """
     model, tokenizer = load_run(run)
     rows = _random_rows(model)
@@ -103,7 +107,7 @@ def _write_merged(run: FinishedRun, folder: Path, dtype: str | None) -> float:
     interrupts.stop_if_asked()
     merged.save_pretrained(str(folder), safe_serialization=True)
     tokenizer.save_pretrained(str(folder))
-    del model, merged  # before the export is loaded, so that only one model is in memory
+    del model, merged  # before the export is loaded, because two models may not fit into the memory
     gc.collect()
     interrupts.stop_if_asked()
     exported = locate(run.config.task.auto_class).from_pretrained(
@@ -111,16 +115,16 @@ def _write_merged(run: FinishedRun, folder: Path, dtype: str | None) -> float:
     )
     difference = float((_logits(exported, rows) - expected).abs().max())
     bound = _bound(exported.dtype, run) * max(1.0, float(expected.abs().max()))
-    if not difference <= bound:  # NaN is never below a bound
+    if not difference <= bound:  # written this way because a comparison with NaN is False
         raise UserError(
-            f"merge: the merged model's logits differ from the run's by {difference:.2g}, and rounding explains "
+            f"merge: the merged model's logits differ from the run's by {difference:.2g}, but rounding can cause only "
             f"{bound:.2g}; use merge=false"
         )
     return difference
 
 
 def _merged(model: PeftModel, run: FinishedRun) -> Any:
-    """Return the model with the adapter's update added to its weights. Raises UserError."""
+    """Return the model with the adapter's update merged into its weights. Raises UserError."""
     full = _dequantized(model, run)
     _untie(full)
     try:
@@ -129,12 +133,12 @@ def _merged(model: PeftModel, run: FinishedRun) -> Any:
     except (AttributeError, NotImplementedError, TypeError) as error:
         kind = full.active_peft_config.peft_type
         raise UserError(f"merge: {kind} can't be merged into the weights ({error}); use merge=false") from error
-    except ValueError as error:  # safe_merge found a number that isn't finite
+    except ValueError as error:  # safe_merge has found a number that isn't finite
         raise UserError(f"run: the adapter can't be merged: {error}") from error
 
 
 def _dequantized(model: PeftModel, run: FinishedRun) -> PeftModel:
-    """Return the model on full weights, the values of its quantised ones."""
+    """Return the model with dequantised weights."""
     if not is_quantized(run.config.quantization):
         return model
     base = dequantize(model.unload(), run.config.model.dtype)
@@ -142,12 +146,12 @@ def _dequantized(model: PeftModel, run: FinishedRun) -> PeftModel:
 
 
 def _untie(model: PeftModel) -> None:
-    """Untie the output layer where the adapter changes it or the embedding."""
+    """Untie the output layer from the embedding if the adapter changes one of them."""
     base = model.get_base_model()
     embedding, output = base.get_input_embeddings(), base.get_output_embeddings()
     if output is None or not base.config.get_text_config().tie_word_embeddings:
         return
-    # Rows of new tokens stay tied: PEFT trains them for both layers at once.
+    # Rows of new tokens stay tied, because PEFT trains the same rows for both layers.
     if not isinstance(embedding, _CHANGED) and not isinstance(output, _CHANGED):
         return
     layer = output.get_base_layer() if isinstance(output, BaseTunerLayer) else output
@@ -158,7 +162,7 @@ def _untie(model: PeftModel) -> None:
 
 
 def _random_rows(model: Any) -> torch.Tensor:
-    """Return the same few rows of random tokens each time, without padding."""
+    """Return a few rows of random tokens without padding, the same in each call."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     rows = torch.randint(0, vocabulary, ROWS_COMPARED, generator=torch.Generator().manual_seed(0))
     pad = model.config.get_text_config().pad_token_id
@@ -173,6 +177,6 @@ def _logits(model: Any, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _bound(dtype: torch.dtype, run: FinishedRun) -> float:
-    """Return the difference that rounding to `dtype` explains, as a share of the largest logit."""
+    """Return the difference that rounding to `dtype` can cause, relative to the largest logit."""
     own = 1e-2 if is_quantized(run.config.quantization) else 0.0
     return max(own, ROUNDING.get(str(dtype).removeprefix("torch."), 5e-2), ROUNDING.get(run.config.model.dtype, 5e-2))

@@ -14,16 +14,16 @@ from matplotlib.ticker import LogFormatter
 from loraplus_hydra.io.files import write_bytes
 from loraplus_hydra.io.read import read_lines
 
-# Okabe and Ito's palette, which people with any colour vision can distinguish.
+# Okabe and Ito's palette, whose colours people with any colour vision can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-# Fixed margins, as fractions of the figure: a layout engine draws every text several times to find its own.
+# Fixed margins, as fractions of the figure. A layout engine would draw every text several times to find margins.
 MARGINS = {"left": 0.11, "right": 0.98, "bottom": 0.09, "top": 0.97, "hspace": 0.08}
 
 
 def draw_training(metrics: Path, out: Path) -> None:
-    """Draw loss (training and evaluation) and, on a log axis, each group's rate, as a PNG at `out`."""
+    """Draw losses and, on a log axis, each group's rate. Write the figure as a PNG to `out`."""
     lines = read_lines(metrics)
     figure = Figure(figsize=(8, 6), dpi=120)
     FigureCanvasAgg(figure)
@@ -50,11 +50,12 @@ def _draw_loss(axes: Axes, trained: list[dict[str, Any]], evaluated: list[dict[s
 
 def _draw_rates(axes: Axes, trained: list[dict[str, Any]]) -> None:
     for index, group in enumerate(trained[-1]["lr"] if trained else ()):
-        steps = [line["step"] for line in trained if line["lr"].get(group)]  # a log axis has no place for a rate of 0
+        steps = [line["step"] for line in trained if line["lr"].get(group)]  # a log axis can't show a rate of 0
         values = [line["lr"][group] for line in trained if line["lr"].get(group)]
         axes.plot(steps, values, color=COLOURS[index % len(COLOURS)], label=group)
     axes.set_yscale("log")
-    # Plain text, which draws faster than 10^-4; below one decade the minor ticks have labels, too.
+    # Plain text, because it is drawn faster than 10^-4. If the rates span less than a decade, minor ticks have labels,
+    # too.
     axes.yaxis.set_major_formatter(LogFormatter())
     axes.yaxis.set_minor_formatter(LogFormatter())
     axes.set_ylabel("learning rate")

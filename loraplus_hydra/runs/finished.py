@@ -1,6 +1,6 @@
-"""Open a run from its folder: config, result and adapter. `load_finished` loads its model.
+"""A run opened from its folder: config, result and adapter.
 
-The adapter is the final one, or that of a checkpoint.
+The adapter is the final adapter or a checkpoint's. `load_finished` loads the model.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from loraplus_hydra.io.read import Missing, Unreadable, read_json
 from loraplus_hydra.io.result import INTERRUPTED, OK, Result, read_result, stored_result
 from loraplus_hydra.runs.stored_config import KEY, read_stored
 
-# What of a stored config is needed to rebuild the model, without training or rows.
+# The groups of a stored config that are needed to rebuild the model.
 MODEL_GROUPS = ("model", "quantization", "adapter", "task", "seed")
-# What the task sets in a model's config, kept in the config.json beside the adapter.
+# Attributes of a model's config that the task sets. They are stored in config.json in the adapter's folder.
 _LABEL_SETTINGS = ("id2label", "label2id", "problem_type")
-_FIX = "name the folder of a finished run"
-NEWEST = "newest"  # value of `checkpoint` for the newest complete one
+_FIX = "give the folder of a finished run"
+NEWEST = "newest"  # value of `checkpoint` for the newest complete checkpoint
 _NOT_RESULTS = ("runtime", "per_second", "preparation_time", "num_tokens", "epoch")
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's folder, config and result, and its adapter: the final one, or that of a checkpoint."""
+    """A run's folder, config, result and adapter (the final adapter or a checkpoint's)."""
 
     folder: Path
     config: DictConfig
     result: Mapping[str, Any]
     adapter: Path
-    step: int | None = None  # of the checkpoint
+    step: int | None = None  # step of the checkpoint; None for the final adapter
     allow_changed_inputs: bool = False
 
     def model_arguments(self) -> dict[str, Any]:
-        """Return the settings that the task made in the model's config: labels and their kind."""
+        """Return the attributes of the model's config that the task set: labels and their kind."""
         file = self.adapter / "config.json"
         try:
             stored = read_json(file)
@@ -61,7 +61,7 @@ class FinishedRun:
 
 
 def model_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop timing and progress entries from an evaluation's metrics."""
+    """Return an evaluation's metrics without times and progress."""
     return {name: value for name, value in metrics.items() if not any(part in name for part in _NOT_RESULTS)}
 
 
@@ -76,11 +76,11 @@ def open_run(
 ) -> FinishedRun:
     """Open the run in `folder`, with `overrides` (group -> keys) merged into its config.
 
-    Without `checkpoint` the run has finished. With `newest` or a step its state at that checkpoint is opened, even if
-    the run was stopped.
-    Its config is checked like any other, in `groups` (None: all) and without its rows, since a folder may be untrusted.
-    Its targets must be allowed at their places, and a model's own code runs only with `trust_remote_code`. With
-    `allow_changed_inputs` the run's base weights, adapter and rows may have changed. Raises ConfigErrors.
+    Without `checkpoint`, the run must have finished. With `newest` or a step, the checkpoint is opened, even if the run
+    was stopped. The folder may be untrusted. So the `groups` of the config (None: all) are checked like any other
+    config, except the rows. Targets must be allowed at their keys, and a model's own code runs only with
+    `trust_remote_code`. With `allow_changed_inputs`, the run's base weights, adapter and rows may have changed. Raises
+    ConfigErrors.
     """
     place = Path(folder).expanduser()
     _refuse_no_folder(place)
@@ -89,8 +89,8 @@ def open_run(
     config = read_stored(place / run_folder.CONFIG, overrides or {})
     problems = stored_problems(config, groups)
     if config.model.trust_remote_code and not trust_remote_code:
-        what = "the run's model brings Python of its own (model.trust_remote_code)"
-        problems.append(Problem("trust_remote_code", what, "read it, then set trust_remote_code=true"))
+        what = "the run's model contains Python code (model.trust_remote_code)"
+        problems.append(Problem("trust_remote_code", what, "read the code, then set trust_remote_code=true"))
     if problems:
         raise ConfigErrors(problems)
     if found is None:
@@ -100,17 +100,21 @@ def open_run(
 
 
 def _refuse_no_folder(folder: Path) -> None:
-    """Raise ConfigErrors unless a run's config is in `folder`."""
+    """Raise ConfigErrors if `folder` has no run's config."""
     if not folder.is_dir():
         raise _no_run(f"there is no folder {folder}")
     if not (folder / run_folder.CONFIG).is_file():
         runs = sorted(path.parent.name for path in folder.glob(f"*/{run_folder.CONFIG}"))
-        hint = f"it holds the runs {', '.join(runs[:5])}; name one" if runs else "name the folder of a finished run"
-        raise _no_run(f"{folder} is no run's folder: there is no {run_folder.CONFIG} in it", hint)
+        hint = (
+            f"it contains the runs {', '.join(runs[:5])}; give one of them"
+            if runs
+            else "give the folder of a finished run"
+        )
+        raise _no_run(f"{folder} is not a run's folder, because it has no {run_folder.CONFIG}", hint)
 
 
 def _finished_result(folder: Path) -> dict[str, Any]:
-    """Return a finished run's result.json. Raises ConfigErrors for a run that has not finished."""
+    """Return a finished run's result.json. Raises ConfigErrors if the run has not finished."""
     try:
         result = stored_result(folder)
     except Missing:
@@ -125,14 +129,14 @@ def _finished_result(folder: Path) -> dict[str, Any]:
     adapter = folder / run_folder.ADAPTER
     if adapter.is_symlink() or not adapter.is_dir():
         raise _no_run(
-            f"there is no {run_folder.ADAPTER} in {folder}" + (", only a link" if adapter.is_symlink() else "")
+            f"there is no {run_folder.ADAPTER} in {folder}" + (", but a link" if adapter.is_symlink() else "")
         )
-    refuse_links(adapter, KEY, reading=True)  # before other libraries open its files
+    refuse_links(adapter, KEY, reading=True)  # checked before other libraries open the files
     return result
 
 
 def _advice(folder: Path) -> str:
-    """Return what can be done with a run that has not finished."""
+    """Return advice about a run that has not finished."""
     kept = [str(step_of(place)) for place in sealed(folder / run_folder.CHECKPOINTS)]
     if not kept:
         return _FIX
@@ -140,9 +144,9 @@ def _advice(folder: Path) -> str:
 
 
 def _checkpoint(folder: Path, named: str) -> Checkpoint:
-    """Return the newest complete checkpoint, or that of a step. Raises ConfigErrors."""
+    """Return the newest complete checkpoint, or the checkpoint of a step. Raises ConfigErrors."""
     place = folder / run_folder.CHECKPOINTS
-    refuse_links(place, KEY, reading=True)  # before other libraries open its files
+    refuse_links(place, KEY, reading=True)  # checked before other libraries open the files
     steps = [step_of(each) for each in sealed(place)]
     wanted = named.removeprefix("checkpoint-")
     try:
@@ -151,16 +155,18 @@ def _checkpoint(folder: Path, named: str) -> Checkpoint:
         if wanted.isdecimal() and int(wanted) in steps:
             return open_checkpoint(place / f"checkpoint-{int(wanted)}")
     except ValueError as why:
-        raise ConfigErrors([Problem("checkpoint", f"{named} is incomplete: {why}", f"try {NEWEST}")]) from None
+        raise ConfigErrors([Problem("checkpoint", f"{named} is incomplete: {why}", f"use {NEWEST}")]) from None
     what = f"{place} has no complete checkpoint" + ("" if named == NEWEST else f" '{named}'")
     fix = (
-        f"{NEWEST}, or one of the steps {', '.join(map(str, steps))}" if steps else "resume the run, or start it again"
+        f"use {NEWEST}, or one of the steps {', '.join(map(str, steps))}"
+        if steps
+        else "resume the run, or start it again"
     )
     raise ConfigErrors([Problem("checkpoint", what, fix)])
 
 
 def _result_at(checkpoint: Checkpoint, folder: Path, config: DictConfig) -> dict[str, Any]:
-    """Return the result of a run that ended at `checkpoint`, as far as its files have it."""
+    """Return the result of a run that ended at `checkpoint`, with the entries that its files have."""
     log = trainer_state(checkpoint.folder).log_history
     stored = read_result(folder) or Result(INTERRUPTED, str(config.task.metric))
     shown = replace(
@@ -179,7 +185,7 @@ def _result_at(checkpoint: Checkpoint, folder: Path, config: DictConfig) -> dict
 
 
 def _evaluation(log: list[dict[str, Any]], step: int) -> dict[str, float]:
-    """Return the metrics of the evaluation at `step`, empty if there was none."""
+    """Return the metrics of the evaluation at `step`; empty if there was no evaluation."""
     return {
         name: value
         for entry in log

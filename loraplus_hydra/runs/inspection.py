@@ -1,4 +1,4 @@
-"""The plan of a config's parameter groups with the memory they take, for `inspect`."""
+"""The plan of a config's parameter groups, and the memory of training, for `inspect`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from loraplus_hydra.training.measure import count_parameters
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that `inspect` shows of a config."""
+    """Everything that `inspect` shows about a config."""
 
     plan: Plan
     memory: Memory
-    trained: int  # parameters
+    trained: int  # number of trained parameters
     total: int
     advice: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON values."""
+        """Return the inspection as a dict of JSON values."""
         return {
             "rows": [asdict(row) for row in table_rows(self.plan)],
             "tensors": [
@@ -44,7 +44,7 @@ class Inspection:
 
 
 def inspect(checked: Checked) -> Inspection:
-    """Return what `inspect` shows of a checked config."""
+    """Return everything that `inspect` shows about a checked config."""
     plan = checked.plan
     trained, total = count_parameters(checked.model)
     memory = estimate(checked.model, plan, plain_of(checked.config.quantization))

@@ -1,4 +1,4 @@
-"""One job: from a config to a trained adapter and a result."""
+"""One run: from a config to a trained adapter and a result."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from loraplus_hydra.training.trackers.tracking import Tracking
 
 @dataclass(frozen=True)
 class Run:
-    """A job at work: its config and folder, its result so far, and where it resumes from."""
+    """The run in progress: its config, folder, result so far, and checkpoint to resume from."""
 
     config: DictConfig
     folder: Path
@@ -56,14 +56,14 @@ class Run:
 
 
 def run(config: DictConfig | Checked, folder: str | Path | None = None, *, point: ResumePoint | None = None) -> Result:
-    """Train one adapter by `config` and write everything into `folder`.
+    """Train one adapter with `config` and write all files into `folder`.
 
-    `config` is a composed `run`, or a checked one. `folder` is by default the one that Hydra made for the job, or
-    outputs/DATE/TIME where Hydra runs no job, as in a notebook. Messages are printed there, unless the logger
-    `loraplus_hydra` has a level. With `trainer.resume_from_checkpoint` the run resumes from a checkpoint (`point` has
-    it, if it was found before); one that has finished with this config is left unchanged. Returns the result;
-    `result.value` is the metric that a sweep optimises. Raises ConfigErrors before anything heavy when the config is
-    wrong; any other error is raised after it is written into result.json.
+    `config` is a composed `run` config, checked or not. The default of `folder` is the folder that Hydra made for the
+    job. Without Hydra, as in a notebook, it is outputs/DATE/TIME; messages are then printed, unless the logger
+    `loraplus_hydra` has a level. With `trainer.resume_from_checkpoint`, the run resumes from a checkpoint; `point` is
+    this checkpoint if the caller has found it before. A run that has finished with this config is not changed. Returns
+    the result; `result.value` is the metric that a sweep optimises. An invalid config raises ConfigErrors before
+    anything is loaded. Any other error is written into result.json and then raised.
     """
     quiet_libraries()
     checked = config if isinstance(config, Checked) else None
@@ -86,7 +86,7 @@ def _run_in(folder: Path, config: DictConfig, checked: Checked | None, point: Re
             screen.show(finished_message(folder, done))
             return done
         if config.trainer.get("resume_from_checkpoint") is not None:
-            # Before anything in the folder changes.
+            # Called before any file in the folder is changed.
             checked = checked or check(config)
             point = find_resume_point(checked, folder, found_before=point)
         with _recorded(config, folder, point) as job, explain_resource_errors(config, folder):
@@ -106,7 +106,7 @@ def _run(job: Run, checked: Checked | None) -> None:
     _begin(job)
     prepared = prepare(job.config)  # steps 2 to 4
     job.result.inputs = dict(prepared.inputs)
-    if job.point is not None:  # again: only now are all weights on this machine
+    if job.point is not None:  # compared again, because all weights are on this machine only now
         refuse_changed(job.point.expected, prepared.inputs)
     trainer = make_trainer(prepared, job.folder, job.point, job.tracking.log)
     _show_and_write_plan(job.folder, prepared, trainer.loraplus_plan)
@@ -123,14 +123,15 @@ def _run(job: Run, checked: Checked | None) -> None:
 def _default_folder() -> Path:
     if HydraConfig.initialized():
         runtime = HydraConfig.get().runtime
-        if not OmegaConf.is_missing(runtime, "output_dir"):  # it is where a config was composed but no job began
+        # It is missing if a config was composed but no job has begun
+        if not OmegaConf.is_missing(runtime, "output_dir"):
             return Path(runtime.output_dir)
-    return Path(f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S}")  # as conf/app.yaml names it
+    return Path(f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S}")  # the same name as in conf/app.yaml
 
 
 @contextmanager
 def _recorded(config: DictConfig, folder: Path, point: ResumePoint | None) -> Iterator[Run]:
-    """Write the job's result into `folder`, and report it to the tracker, however the job ends."""
+    """Write the run's result into `folder` and pass it to the tracker, also after an error."""
     started = time.perf_counter() - (0.0 if point is None else point.seconds)
     result = Result(status=FAILED, metric=str(OmegaConf.select(config, "task.metric")), versions=versions())
     job = Run(config, folder, result, point, Tracking())
@@ -142,7 +143,7 @@ def _recorded(config: DictConfig, folder: Path, point: ResumePoint | None) -> It
         _print_resume_hint(folder)
         raise
     except (Exception, SystemExit) as error:
-        if interrupts.requested() and "DataLoader worker" in str(error):  # the signal reached the workers, too
+        if interrupts.requested() and "DataLoader worker" in str(error):  # the signal also ended the workers
             result.status = INTERRUPTED
             raise Interrupted(interrupts.requested()) from error
         result.error = {"type": type(error).__name__, "text": str(error)}
@@ -156,7 +157,7 @@ def _recorded(config: DictConfig, folder: Path, point: ResumePoint | None) -> It
 
 
 def _write_result(job: Run) -> None:
-    """Write result.json; after an earlier error, only print why that fails."""
+    """Write result.json. If this fails after an earlier error, only print the reason."""
     try:
         with explain_resource_errors(job.config, job.folder):
             job.result.write(job.folder)
@@ -170,11 +171,11 @@ def _print_resume_hint(folder: Path) -> None:
     checkpoints = sealed(folder / run_folder.CHECKPOINTS)
     if checkpoints and processes.is_main():
         command = f"python -m loraplus_hydra resume {shlex.quote(str(folder))}"
-        screen.show(f"The last checkpoint is {checkpoints[-1].name}; to resume: {command}")
+        screen.show(f"The last checkpoint is {checkpoints[-1].name}. To resume: {command}")
 
 
 def _begin(job: Run) -> None:
-    """Start the tracker, write and show the config, and roll a resumed run's folder back."""
+    """Start the tracker, write and show the config, and roll back a resumed run's folder."""
     job.result.seed = job.config.seed
     job.result.config_hash = run_hash(job.config)
     if processes.is_main():
@@ -193,21 +194,23 @@ def _begin_resumed(job: Run, point: ResumePoint) -> None:
     previous = read_result(job.folder)
     for message in point.messages:
         screen.show(f"    {message}")
-    if point.checkpoint or previous or (job.folder / run_folder.METRICS).is_file():  # else this is its first start
-        at = f"from step {point.step}" if point.checkpoint else "no complete checkpoint, so from step 0"
+    # Otherwise this is the run's first start
+    if point.checkpoint or previous or (job.folder / run_folder.METRICS).is_file():
+        at = f"from step {point.step}" if point.checkpoint else "from step 0, because there is no complete checkpoint"
         screen.show(f"    Resuming: {at}")
         job.result.resumed_at = [*(previous.resumed_at if previous else ()), point.step]
     for change in point.changed:
         screen.show(f"    Changed since: {change}")
     if previous is not None or point.checkpoint:
-        # The previous status no longer holds, and inputs that were accepted now are accepted if this start is killed.
+        # The previous status is no longer true. Inputs that were accepted now must stay accepted if this start is
+        # killed.
         job.result.inputs = dict(point.inputs)
         replace(job.result, status=INTERRUPTED).write(job.folder)
     roll_back(point, job.folder)
 
 
 def _show_and_write_plan(folder: Path, prepared: Prepared, plan: Plan) -> None:
-    """Show the table of rates and write param_groups.json, both from the plan that the Trainer has."""
+    """Show the table of rates and write param_groups.json, both from the Trainer's plan."""
     if not processes.is_main():
         return
     display.show_rates(table_rows(plan))
@@ -218,6 +221,6 @@ def _show_and_write_plan(folder: Path, prepared: Prepared, plan: Plan) -> None:
 
 
 def _save(folder: Path, prepared: Prepared) -> None:
-    """Write adapter/ in PEFT's own layout with the tokenizer, complete or not at all."""
+    """Write adapter/, in PEFT's layout, with the tokenizer. An incomplete folder is never left."""
     with folders.replaced_folder(folder / run_folder.ADAPTER) as draft:
         save_adapter(prepared.model, prepared.tokenizer, draft)

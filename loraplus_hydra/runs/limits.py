@@ -1,4 +1,4 @@
-"""Explain errors of the machine: too little memory, a full disk, a folder that is gone."""
+"""Messages about the machine's limits: too little memory, a full disk, a removed folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loraplus_hydra.loraplus.memory import estimate
 from loraplus_hydra.training.prepare import plan_on_meta
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_cpu")
-# torch.save says no more than that its file is shorter than what it has written ("unexpected pos").
+# On a full disk, torch.save only reports that its file is too short ("unexpected pos").
 _NO_SPACE = ("no space left", "disk quota exceeded", "pytorchstreamwriter failed", "unexpected pos")
 
 
@@ -27,7 +27,7 @@ class MachineLimitError(UserError):
 
 @contextmanager
 def explain_resource_errors(config: DictConfig, folder: Path) -> Iterator[None]:
-    """Turn errors of memory and disk into a MachineLimitError that says what to change."""
+    """Turn errors of memory and disk into a MachineLimitError with advice."""
     try:
         yield
     except UserError:
@@ -44,26 +44,26 @@ def explain_resource_errors(config: DictConfig, folder: Path) -> Iterator[None]:
                 f"resume with {command} (trainer.save_total_limit keeps fewer checkpoints)"
             ) from error
         if not folder.is_dir():
-            what = f"the run's folder {folder} is gone, or its disk is: {first_line(error)}"
+            what = f"the run's folder {folder}, or its disk, has been removed: {first_line(error)}"
             raise MachineLimitError(what) from error
         if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise MachineLimitError(f"{error.filename or folder} can't be written: {error.strerror}") from error
         raise
-    except Exception as error:  # safetensors has an exception of its own, which derives from none of these
+    except Exception as error:  # safetensors' exception is not a subclass of OSError
         if is_disk_full(error):
             raise MachineLimitError(f"the disk is full ({first_line(error)})") from error
         raise
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return True if torch or the operating system refused memory."""
+    """Return True if torch or the operating system could not allocate memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return True if a file could not be written for want of space."""
+    """Return True if a file could not be written because the disk is full."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return any(words in str(error).lower() for words in _NO_SPACE)
@@ -87,8 +87,8 @@ def _memory_advice(config: DictConfig, error: BaseException) -> str:
         changes.append("optimizer=adamw8bit")
     changes.append("shorter rows")
     return (
-        f"out of memory: {first_line(error)}. Without activations the run takes {_estimate(config)}; the rest "
-        f"grows with the batch. Any of these needs less: {'; '.join(changes)}"
+        f"out of memory: {first_line(error)}. Without activations the run takes {_estimate(config)}, and activations "
+        f"grow with the batch. Each of these changes saves memory: {'; '.join(changes)}"
     )
 
 
@@ -96,5 +96,6 @@ def _estimate(config: DictConfig) -> str:
     try:
         memory = estimate(*plan_on_meta(config), plain_of(config.quantization))
     except (MemoryError, RuntimeError, UserError):  # the estimate itself may run out of memory
-        return "what `inspect` says"
-    return f"{memory.total / 2**20:,.0f} MiB, as `inspect` counts it ({memory.weights / 2**20:,.0f} of them the base)"
+        return "the memory that `inspect` shows"
+    total, base = memory.total / 2**20, memory.weights / 2**20
+    return f"{total:,.0f} MiB by the estimate of `inspect` (the base takes {base:,.0f} MiB)"

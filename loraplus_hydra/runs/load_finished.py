@@ -1,4 +1,4 @@
-"""Load the model of a finished run with its adapter, and the tokenizer."""
+"""The model of a finished run with its adapter, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, P
     quiet_loading()
     stored = stored_adapter(str(run.adapter), key=KEY)
     tokenizer = load_run_tokenizer(run)
-    # Rows of new tokens and a new head: all of them are the adapter's, but some are drawn first.
+    # Rows of new tokens and a new head are first drawn at random; then the adapter's values replace all of them.
     set_seed(run.config.seed)
     base = load_base(run.config, tokenizer, run.model_arguments())
     base.config.use_cache = True
-    refuse_changed_run(run)  # by now all files are on this machine
+    refuse_changed_run(run)  # all files are on this machine now
     interrupts.stop_if_asked()
     if changes_base(getattr(stored.config, "init_lora_weights", None)):
         model = _on_changed_base(base, run, tokenizer)
@@ -41,13 +41,13 @@ def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, P
 
 
 def _on_changed_base(base: PreTrainedModel, run: FinishedRun, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
-    """Return the model of a checkpoint whose factors fit the base that their initialisation changed.
+    """Return the model of a checkpoint whose initialisation changed the base.
 
-    The initialisation is repeated, as `resume` does. A final adapter fits the original base.
+    The initialisation is repeated, as in `resume`. A final adapter fits the original base instead.
     """
     if run.step is None:
-        what = "the adapter fits a base that its initialisation changed, which no run stores"
-        raise ConfigErrors([Problem(KEY, what, "name another run")])
+        what = "the adapter fits only a base that its initialisation changed, but runs don't store this base"
+        raise ConfigErrors([Problem(KEY, what, "use another run")])
     new_tokens, config = new_token_ids(tokenizer, run.config.model), run.config
     model = add_adapter(base, config.adapter, config.task.task_type, new_tokens=new_tokens)
     load_tensors(model, run.adapter)
@@ -55,9 +55,9 @@ def _on_changed_base(base: PreTrainedModel, run: FinishedRun, tokenizer: PreTrai
 
 
 def refuse_changed_run(run: FinishedRun) -> None:
-    """Raise ConfigErrors if the base weights, or the run's stored adapter, are not what the run had.
+    """Raise ConfigErrors if the base weights or the run's stored adapter have changed.
 
-    Of a run from before fingerprints were stored, only a note says so.
+    If the run is so old that it stored no fingerprints, only a note is shown.
     """
     then: dict[str, str] = run.result.get("inputs") or {}
     if run.allow_changed_inputs:
@@ -77,7 +77,7 @@ def load_run_tokenizer(run: FinishedRun) -> PreTrainedTokenizerBase:
 
 
 def base_of(run: FinishedRun) -> Base:
-    """Return the properties of the run's weights that other rows must fit."""
+    """Return the properties of the run's weights, which other rows must fit."""
     places = positions(run.config.model, run.config.task.auto_class)
     labels = label_names(run.model_arguments().get("id2label", {})) if is_classifier(run.config) else ()
     return Base(labels=labels, head="the run", positions=places)

@@ -1,4 +1,4 @@
-"""Model card of an exported model or adapter."""
+"""The model card of an exported model or adapter."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 
 
 def write_card(run: FinishedRun, folder: Path, *, merged: bool, check: str = "") -> None:
-    """Write README.md into `folder`; `check` says how the export was compared with the run.
+    """Write README.md into `folder`. `check` is the text about the export's comparison with the run.
 
-    Its numbers are those of result.json and param_groups.json, to the digit.
+    The card's numbers are copied from result.json and param_groups.json without rounding.
     """
     files.write_text(folder / "README.md", card(run, merged=merged, check=check))
 
@@ -76,15 +76,15 @@ def _introduction(run: FinishedRun, *, merged: bool) -> Iterator[str]:
         f", revision {code(run.config.model.revision)}" if run.config.model.revision else ""
     )
     yield (
-        f"This {what} was trained on {base}{' (quantised)' if quantised else ''} with LoRA+ "
-        f"([arXiv 2402.12354](https://arxiv.org/abs/2402.12354)): lora_B learns faster than lora_A, by a ratio."
+        f"This {what} was trained on {base}{' (quantised)' if quantised else ''} with LoRA+ ([arXiv "
+        "2402.12354](https://arxiv.org/abs/2402.12354)): lora_B had a larger learning rate than lora_A."
     )
     if merged and quantised:
-        yield "Its weights are the dequantised ones, on which the adapter was trained, with the adapter's update added."
+        yield "Its weights are the dequantised weights on which the adapter was trained, plus the adapter's update."
 
 
 def _loading(run: FinishedRun, *, merged: bool) -> str:
-    """Return the Python that loads and runs the export."""
+    """Return Python code that loads and runs the export."""
     auto = str(run.config.task.auto_class).rpartition(".")[2]
     lines = [f"from transformers import {auto}, AutoTokenizer", "", 'folder = "<this folder>"']
     lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
@@ -113,7 +113,7 @@ def _loading_adapter(run: FinishedRun, auto: str) -> Iterator[str]:
     else:
         yield f"model = {auto}.from_pretrained({base})"
     if run.config.model.add_tokens:
-        # Many models have more rows than tokens, and must not shrink.
+        # Many models have more rows than tokens, and the rows must not be removed.
         yield "rows = max(len(tokenizer), model.get_input_embeddings().num_embeddings)"
         yield "model.resize_token_embeddings(rows)  # for the new tokens"
     yield "model = PeftModel.from_pretrained(model, folder)"
@@ -134,10 +134,10 @@ def _metric_rows(result: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
 
 
 def _effort(run: FinishedRun) -> Iterator[str]:
-    """Yield sentences on steps, time and parameters, as far as the run has recorded them."""
+    """Yield sentences about steps, time and parameters. Values that the run has not recorded are omitted."""
     result = run.result
     if run.step is not None:
-        yield f"This is the checkpoint of step {run.step}; the run may have been planned for more."
+        yield f"This is the checkpoint of step {run.step}; the run may have been planned for more steps."
     where = f" on {result['device']}" if result["device"] else ""
     yield f"{result['steps']} steps, seed {result['seed']}, {result['seconds']} s{where}."
     if result["total_parameters"]:
@@ -174,7 +174,7 @@ def _shown(value: Any) -> str:
 
 
 def _published(value: Any) -> Any:
-    """Return a config's value for publication, with a local path cut to its last part."""
+    """Return a config's value for publication. A local path is shortened to its last part."""
     if isinstance(value, dict):
         return {_published(key): _published(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -26,7 +26,7 @@ from loraplus_hydra.tasks.rows import text_in
 from loraplus_hydra.tasks.tokens import render
 from loraplus_hydra.training.sampling import answer
 
-Asked = str | Text | Conversation  # a prompt, a text to continue, or turns up to the one to answer
+Asked = str | Text | Conversation  # a prompt, a text to continue, or the turns before the answer
 
 
 def predict(
@@ -39,8 +39,9 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """Yield an answer for each text, in order.
 
-    For a causal model {"prompt", "answer"}, greedy; for a classifier {"text", "label", "scores"}: a label (for several
-    labels a list, for a regression the number) and a score from 0 to 1 for each name. Raises UserError.
+    For a causal model, an answer is {"prompt", "answer"}, decoded greedily. For a classifier, it is {"text", "label",
+    "scores"}. The label is a list for several labels, and a number for a regression. Each name has a score from 0 to 1.
+    Raises UserError.
     """
     model, tokenizer = load_run(run)
     model = _on_device(model, run)
@@ -56,20 +57,20 @@ def predict(
 
 
 def _render(text: Asked, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> str:
-    """Return the prompt as the model has seen prompts in training."""
+    """Return the prompt in the form of the training prompts."""
     if isinstance(text, Text):
         return text.completion
     if isinstance(text, str) and not chat:
         return text
     if not tokenizer.chat_template:
-        raise UserError("file: it holds conversations, but the run's tokenizer has no chat template")
+        raise UserError("file: it has conversations, but the run's tokenizer has no chat template")
     conversation = Conversation([{"role": "user", "content": text}]) if isinstance(text, str) else text
     return render(conversation.turns, conversation.template_arguments, tokenizer)
 
 
 def _uses_chat(run: FinishedRun, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return True if a plain prompt became a turn in training."""
-    chat = run.config.task.get("chat", False)  # a task without this key knows no turns
+    """Return True if training turned plain prompts into turns."""
+    chat = run.config.task.get("chat", False)  # a task without this key has no turns
     return bool(tokenizer.chat_template) if chat is None else bool(chat)
 
 
@@ -86,10 +87,10 @@ def _classify(
         interrupts.stop_if_asked()
         part, second = list(texts[start : start + batch_size]), list(pairs[start : start + batch_size])
         if not all(isinstance(text, str) for text in part):
-            raise UserError("file: a classifier takes texts, not conversations")
+            raise UserError("file: a classifier needs texts, not conversations")
         both = [text is not None for text in second]
         if any(both) and not all(both):
-            raise UserError("file: some rows have a second text and others have none")
+            raise UserError("file: only some rows have a second text")
         arguments = (part, second) if any(both) else (part,)
         limit = least(run.config.task.get("max_length"), longest_input(tokenizer, base_of(run)))
         inputs = tokenizer(*arguments, padding=True, truncation=True, max_length=limit, return_tensors="pt")
@@ -111,7 +112,7 @@ def _judged(logits: Any, names: dict[int, str], kind: str | None) -> dict[str, A
 
 
 def read_texts(file: str, column: str | None, run: FinishedRun) -> tuple[list[Asked], list[str | None]]:
-    """Return what the rows of a file ask, and a classifier's second texts. Raises ConfigErrors."""
+    """Return the prompts in a file's rows, and a classifier's second texts. Raises ConfigErrors."""
     try:
         return _read(file, column, run)
     except ConfigErrors as error:
@@ -137,7 +138,7 @@ def _read(file: str, column: str | None, run: FinishedRun) -> tuple[list[Asked],
 
 
 def _bare(asked: Asked) -> Asked:
-    """Return a conversation of one text as this text, as `text=` gives it."""
+    """Return a conversation of one text as plain text, like the value of `text=`."""
     if isinstance(asked, Conversation) and not asked.template_arguments and len(asked.turns) == 1:
         (turn,) = asked.turns
         if turn == {"role": "user", "content": turn.get("content")}:
@@ -155,7 +156,7 @@ def _texts(file: str, rows: Dataset, column: str, run: FinishedRun) -> tuple[lis
 
 
 def _shape(file: str, rows: Dataset, column: str | None, run: FinishedRun) -> Shape:
-    """Return the columns that the model is asked by: `column`, or those that training would read."""
+    """Return the columns with the prompt: `column`, or the columns that training would read."""
     if column is None:
         try:
             return find_shape(DatasetDict(train=rows, eval=rows), run.config.data, prompts_only=True)
@@ -170,11 +171,14 @@ def _shape(file: str, rows: Dataset, column: str | None, run: FinishedRun) -> Sh
 
 def _no_column(file: str, rows: Dataset, name: str) -> ConfigErrors:
     what = f"{file} has no column {name}"
-    return ConfigErrors([Problem("column", what, f"the columns are: {', '.join(columns(rows))}")])
+    return ConfigErrors([Problem("column", what, f"the columns are {', '.join(columns(rows))}")])
 
 
 def _on_device(model: PeftModel, run: FinishedRun) -> Any:
-    """Return the model on the accelerator, unless the run avoids it or the quantised base is there."""
+    """Return the model on the accelerator.
+
+    It is not moved if the run uses the CPU, or if a quantised base is already on a device.
+    """
     if run.config.trainer.get("use_cpu") or is_quantized(run.config.quantization) or not torch.cuda.is_available():
         return model
     return model.to("cuda")

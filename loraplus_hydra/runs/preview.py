@@ -1,7 +1,7 @@
 """Training rows as the model will see them, token by token.
 
-They come from the data loader of the task's own Trainer, which is built around the model without weights. So this is
-quick for a large model, too.
+The rows come from the data loader of the task's Trainer. The Trainer gets the model without weights, so a preview is
+fast for large models, too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _STYLE = "bold green"
 
 @dataclass(frozen=True)
 class Token:
-    """A token as text, and True if it carries loss."""
+    """A token's text, and whether it has loss."""
 
     text: str
     carries_loss: bool
@@ -46,17 +46,17 @@ class PreviewedRow:
 
     tokens: tuple[Token, ...]
     label: str | None = None
-    side: str = ""  # of a preference: chosen or rejected
+    side: str = ""  # for a preference: chosen or rejected
 
     def summary(self) -> str:
-        """Return the number of tokens, and the label or the number of tokens that carry loss."""
+        """Return the number of tokens, and the label or the number of tokens with loss."""
         learnt = sum(token.carries_loss for token in self.tokens)
-        what = f"label {one_line(self.label)}" if self.label is not None else f"{learnt} carry loss"
+        what = f"label {one_line(self.label)}" if self.label is not None else f"{learnt} have loss"
         return f"{len(self.tokens)} tokens, {what}"
 
 
 def preview(checked: Checked, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> list[PreviewedRow]:
-    """Return the first rows that the Trainer will train on, at most ROWS, from its collated batches.
+    """Return the first rows of training, at most ROWS, from the Trainer's collated batches.
 
     A preference becomes two rows: the prompt with the chosen answer, and the prompt with the rejected answer.
     """
@@ -74,7 +74,7 @@ def preview(checked: Checked, tokenizer: PreTrainedTokenizerBase, examples: Exam
 def _trainer_without_weights(
     checked: Checked, tokenizer: PreTrainedTokenizerBase, examples: Examples, folder: Path
 ) -> Any:
-    """Return the task's Trainer around the model on the meta device, on the CPU."""
+    """Return the task's Trainer with the model on the meta device."""
     quiet_loading()
     config = checked.config.copy()
     with open_dict(config):
@@ -84,11 +84,11 @@ def _trainer_without_weights(
         for name in ("fsdp", "fsdp_config", "deepspeed"):
             config.trainer.pop(name, None)
     trainer_class = locate(config.task._target_)
-    # A tensor without data can't be moved to a device, and nothing here needs it there.
+    # A tensor without data can't be moved to a device, and a preview doesn't need that.
     stay: Callable[..., Any] = lambda trainer, model, device: model  # noqa: E731, ARG005
     unmoved = type(trainer_class.__name__, (trainer_class,), {"_move_model_to_device": stay})
-    set_seed(config.seed)  # as ahead of training: the same order of rows
-    # What it adds to the model, such as a reference, has no weights either; streamed rows make tensors of their own.
+    set_seed(config.seed)  # the same seed as before training, for the same order of rows
+    # A model that the Trainer adds, such as a reference, gets no weights either. Streamed rows need real tensors.
     with nullcontext() if is_streamed(examples.train) else torch.device("meta"):
         return unmoved(
             model=checked.model,
@@ -105,10 +105,10 @@ def _rows_of(batch: Any, tokenizer: PreTrainedTokenizerBase, trainer: Any) -> It
     ids = batch["input_ids"]
     if "labels" not in batch:
         if "completion_mask" not in batch:
-            raise UserError(f"preview: the batches of {type(trainer).__name__} say of no token whether it carries loss")
+            raise UserError(f"preview: the batches of {type(trainer).__name__} don't show which tokens have loss")
         # TRL's preferences: the chosen answers, then the rejected ones, with the same prompts.
         labels = ids.masked_fill(batch["completion_mask"] == 0, _NO_LOSS)
-        if "label" in batch:  # answers judged one by one
+        if "label" in batch:  # single answers with a label
             for position in range(len(ids)):
                 yield from (_row(*part, tokenizer) for part in _documents(batch, labels, position))
             return
@@ -127,7 +127,7 @@ def _rows_of(batch: Any, tokenizer: PreTrainedTokenizerBase, trainer: Any) -> It
 
 
 def _row(ids: torch.Tensor, labels: torch.Tensor, tokenizer: PreTrainedTokenizerBase, side: str = "") -> PreviewedRow:
-    # The first token's label counts for nothing: no token stands before it to predict it from.
+    # The first token's label has no effect, because no token before it could predict it.
     learnt = [False, *(labels[1:] != _NO_LOSS).tolist()]
     tokens = (Token(_shown(tokenizer, token), loss) for token, loss in zip(ids.tolist(), learnt, strict=True))
     return PreviewedRow(tuple(tokens), side=side)
@@ -157,19 +157,19 @@ def _label(label: torch.Tensor, names: dict[int, str], problem_type: str | None)
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """Return a token as text on one line; part of a character as the vocabulary spells it."""
+    """Return a token's text on one line. A part of a character is shown as in the vocabulary."""
     text = str(tokenizer.decode([token]))
     spelt = str(tokenizer.convert_ids_to_tokens(token))
     if "\N{REPLACEMENT CHARACTER}" in text or not text:
         text = spelt
-    # A word's first token may keep its space in the vocabulary alone.
+    # Only the vocabulary shows the space before a word's first token.
     if spelt.startswith("\N{LOWER ONE EIGHTH BLOCK}") and not text.startswith(" "):
         text = " " + text
     return text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
 
 
 def render(row: PreviewedRow, *, coloured: bool) -> Text:
-    """Return a row as text; tokens that carry loss are coloured, or in brackets."""
+    """Return a row as text. Tokens with loss are coloured, or in brackets."""
     shown = Text()
     for index, token in enumerate(row.tokens):
         if index:

@@ -1,4 +1,4 @@
-"""Find the checkpoint from which to resume, and roll the run's folder back to it."""
+"""The checkpoint from which a run resumes, and the roll-back of the run's folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ _LENGTHENING = ("trainer.max_steps", "trainer.num_train_epochs")
 
 
 def finished_result(config: DictConfig, folder: Path) -> Result | None:
-    """Return the result of the run in `folder` if it is to resume but has finished with this very config."""
+    """Return the stored result if the run in `folder` should resume but has already finished.
+
+    It must have finished with this config. Otherwise return None.
+    """
     if config.trainer.get("resume_from_checkpoint") is None:
         return None
     result = read_result(folder)
@@ -42,9 +45,9 @@ def finished_message(folder: Path, result: Result) -> str:
 
 
 def resume_point_or_exit(checked: Checked, folder: Path, *, found_before: ResumePoint | None = None) -> ResumePoint:
-    """Return where a checked config resumes in `folder`; end the program if that run has finished.
+    """Return the resume point of a checked config. End the program if the run has finished.
 
-    For the command line, before Hydra writes its files into that folder. Raises UserError when it can't resume.
+    The command line calls this before Hydra writes into the folder. Raises UserError if the run can't resume.
     """
     if processes.is_main():
         folders.refuse_links(folder, key="hydra.run.dir")
@@ -58,10 +61,10 @@ def resume_point_or_exit(checked: Checked, folder: Path, *, found_before: Resume
 
 
 def find_resume_point(checked: Checked, folder: Path, *, found_before: ResumePoint | None = None) -> ResumePoint:
-    """Return where a checked config resumes in `folder`. Nothing is changed there.
+    """Return the point from which a checked config resumes in `folder`. No file is changed.
 
-    `found_before` saves hashing the files of its checkpoint again, if that is still the right one. Raises UserError
-    when the run can't resume: other groups, or fewer steps.
+    If `found_before` is still valid, the checkpoint's files are not hashed again. Raises UserError if the run can't
+    resume: other groups, or fewer steps.
     """
     changed = tuple(changes(folder / run_folder.CONFIG, checked.config))
     checkpoint, messages = _find_checkpoint(checked, folder, found_before)
@@ -79,7 +82,7 @@ def find_resume_point(checked: Checked, folder: Path, *, found_before: ResumePoi
 def _find_checkpoint(
     checked: Checked, folder: Path, found_before: ResumePoint | None
 ) -> tuple[Checkpoint | None, tuple[str, ...]]:
-    """Return the checkpoint to resume from, and a message for each newer one that is incomplete."""
+    """Return the checkpoint to resume from, and a message for each newer, incomplete one."""
     if found_before is not None and _still_holds(found_before, checked.config, folder):
         return found_before.checkpoint, found_before.messages
     if (named := checked.checkpoint) is not None:
@@ -88,7 +91,7 @@ def _find_checkpoint(
 
 
 def _still_holds(point: ResumePoint, config: DictConfig, folder: Path) -> bool:
-    """Return True if no other process changed the run since `point` was found, when its lock was released."""
+    """Return True if no other process has changed the run since `point` was found."""
     if point.checkpoint is None or not point.checkpoint.is_unchanged():
         return False
     if config.trainer.resume_from_checkpoint != AUTO:
@@ -98,10 +101,10 @@ def _still_holds(point: ResumePoint, config: DictConfig, folder: Path) -> bool:
 
 
 def roll_back(point: ResumePoint, folder: Path) -> None:
-    """Bring `folder` back to the checkpoint: cut metrics.jsonl, move newer checkpoints out of the way."""
+    """Roll `folder` back to the checkpoint: shorten metrics.jsonl, rename newer checkpoints."""
     metrics = folder / run_folder.METRICS
     step = -1 if point.checkpoint is None else point.checkpoint.step
-    # Checkpoints first: killed in between, the run resumes from the same checkpoint again.
+    # Checkpoints first. If the process is killed after this, the run resumes from the same checkpoint again.
     for place in checkpoints.in_order(folder / run_folder.CHECKPOINTS):
         if checkpoints.step_of(place) > step:
             _set_aside(place)
@@ -110,7 +113,7 @@ def roll_back(point: ResumePoint, folder: Path) -> None:
         return
     own, lines = _lines_until(point.checkpoint)
     if len(lines) < point.checkpoint.state.metrics_bytes:
-        screen.show(f"    Note: {own} is shorter than it was at step {step}; lines are missing")
+        screen.show(f"    Note: {own} has fewer lines than at step {step}; some are missing")
     if own.resolve() == metrics.resolve() and metrics.is_file():
         files.truncate(metrics, len(lines))
     else:
@@ -120,7 +123,7 @@ def roll_back(point: ResumePoint, folder: Path) -> None:
 def _lines_until(checkpoint: Checkpoint) -> tuple[Path, bytes]:
     """Return the metrics.jsonl of the checkpoint's run, and its content at the checkpoint.
 
-    Raises UserError for a file that was written anew since.
+    Raises UserError if the file has been replaced since.
     """
     own = checkpoint.folder.parent.parent / run_folder.METRICS
     try:
@@ -129,19 +132,19 @@ def _lines_until(checkpoint: Checkpoint) -> tuple[Path, bytes]:
         lines = b""
     is_complete = len(lines) == checkpoint.state.metrics_bytes
     if is_complete and lines and not lines.endswith(b"\n"):
-        raise UserError(f"{own} isn't the one that {checkpoint.folder.name} was written with; name another checkpoint")
+        raise UserError(f"{own} does not belong to {checkpoint.folder.name}; use another checkpoint")
     return own, lines
 
 
 def _set_aside(place: Path) -> None:
-    """Remove an incomplete checkpoint and rename a complete one, to free the name."""
+    """Free a checkpoint's name: remove it if it is incomplete, otherwise rename it."""
     if not (place / checkpoints.MANIFEST).is_file():
         checkpoints.unseal(place)
         return
     aside = place.with_name(f"set-aside-{place.name}")
     checkpoints.unseal(aside)
     folders.move(place, aside)
-    screen.show(f"    Note: {place.name} is newer than the one resumed from; it is now {aside.name}")
+    screen.show(f"    Note: {place.name} is newer than the checkpoint to resume from; it was renamed to {aside.name}")
 
 
 def _refuse_other_training(checked: Checked, checkpoint: Checkpoint) -> None:
@@ -149,31 +152,31 @@ def _refuse_other_training(checked: Checked, checkpoint: Checkpoint) -> None:
     steps = config.trainer.get("max_steps", -1)
     if 0 < steps < checkpoint.step:
         what = f"the checkpoint is of step {checkpoint.step}, beyond trainer.max_steps={steps}"
-        raise ConfigErrors([Problem("trainer.max_steps", what, "give more steps, or an earlier checkpoint")])
+        raise ConfigErrors([Problem("trainer.max_steps", what, "set more steps, or use an earlier checkpoint")])
     epochs, reached = config.trainer.get("num_train_epochs", 3.0), trainer_state(checkpoint.folder).epoch
     if steps <= 0 and reached > epochs:
         what = f"the checkpoint is of epoch {reached:.3g}, beyond {epochs:g}"
-        raise ConfigErrors([Problem("trainer.num_train_epochs", what, "give more epochs, or an earlier checkpoint")])
+        raise ConfigErrors([Problem("trainer.num_train_epochs", what, "set more epochs, or use an earlier checkpoint")])
     groups = {group.name: [record.name for record in group.records] for group in checked.plan.groups}
     refuse_other_groups(checkpoint.state, full_name(loraplus_settings(config).optimizer_class), groups)
     refuse_other_tensors(checkpoint.folder, checked.model)
 
 
 def _refuse_to_replace(folder: Path) -> None:
-    """Raise ConfigErrors where beginning anew would replace the results of a finished or damaged run."""
+    """Raise ConfigErrors if a new start would overwrite the results of a finished or damaged run."""
     result = read_result(folder)
     damaged = checkpoints.sealed(folder / run_folder.CHECKPOINTS)
     if damaged or (result is not None and result.status == OK):
-        what = f"no checkpoint of {folder} is complete" if damaged else f"the run in {folder} kept no checkpoint"
-        fix = "it can't resume, and to begin anew would replace its files: start a new run in another folder"
+        what = f"{folder} has no complete checkpoint" if damaged else f"the run in {folder} has no checkpoint"
+        fix = "it can't resume, and a new start would overwrite its files: start a new run in another folder"
         raise ConfigErrors([Problem(KEY, what, fix)])
 
 
 def _refuse_changes_at_the_end(checkpoint: Checkpoint, changed: tuple[str, ...]) -> None:
-    """Raise ConfigErrors for changes of training after the last step, where they do nothing."""
+    """Raise ConfigErrors for changes that have no effect, because all steps are done."""
     planned = trainer_state(checkpoint.folder).max_steps
     if checkpoint.step != planned or any(change.split(":")[0] in _LENGTHENING for change in changed):
         return
     if idle := [change for change in changed if change.split(".")[0] in _TRAINED_WITH]:
-        what = f"all {planned} steps are taken, so this would change nothing: {'; '.join(idle)}"
-        raise ConfigErrors([Problem("run", what, "give more steps (trainer.max_steps), or leave it as it was")])
+        what = f"all {planned} steps are done, so these changes would have no effect: {'; '.join(idle)}"
+        raise ConfigErrors([Problem("run", what, "set more steps (trainer.max_steps), or remove these changes")])

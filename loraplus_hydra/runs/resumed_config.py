@@ -1,4 +1,4 @@
-"""The config with which `resume` continues a run: the stored one with the changes asked for."""
+"""The config for a resumed run: the stored config with the command's changes."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from loraplus_hydra.runs.stored_config import KEY, read_plain, read_stored
 
 
 def resumed_config(folder: Path, config: DictConfig) -> tuple[DictConfig, ResumePoint]:
-    """Return the config of the run in `folder` with the changes that `resume` was given.
+    """Return the config of the run in `folder`, with the changes in the command's `config`.
 
-    Also return what is known of the point to resume from.
+    Also return the resume point, as far as it is known.
     """
     file = _stored_file(folder)
     run = read_stored(file, _changes(folder, file, config))
     if run.model.trust_remote_code and not config.trust_remote_code:
-        what = "the run's model brings Python of its own (model.trust_remote_code)"
-        raise ConfigErrors([Problem("trust_remote_code", what, "read it, then set trust_remote_code=true")])
+        what = "the run's model contains Python code (model.trust_remote_code)"
+        raise ConfigErrors([Problem("trust_remote_code", what, "read the code, then set trust_remote_code=true")])
     start, point = run.trainer.get("resume_from_checkpoint"), ResumePoint(None, names_new_rows=bool(config.data))
-    # A run that began from another run's checkpoint resumes from its own, once it has one.
+    # A run that began from another run's checkpoint resumes from its own checkpoint if it has one.
     if start not in (None, AUTO) and config.trainer.get("resume_from_checkpoint") is None:
         checkpoint, messages = newest_complete(folder / run_folder.CHECKPOINTS)
         if checkpoint is not None:
@@ -50,31 +50,30 @@ def resumed_config(folder: Path, config: DictConfig) -> tuple[DictConfig, Resume
 
 
 def _stored_file(folder: Path) -> Path:
-    """Return the file of the run's config.
+    """Return the file of the run's config: Hydra's copy or config.yaml.
 
-    Hydra's copy, whose rules still refer to loraplus.ratio, or config.yaml.
-
-    Hydra's copy is missing for a run made in Python, and of another form under a program that composes ours.
+    In Hydra's copy the rules still refer to loraplus.ratio. A run started from Python has no such copy. If another
+    program composes this config into its own, the copy has another form.
     """
     if not folder.is_dir():
-        raise ConfigErrors([Problem(KEY, f"there is no folder {folder}", "name the folder of an interrupted run")])
+        raise ConfigErrors([Problem(KEY, f"there is no folder {folder}", "give the folder of an interrupted run")])
     if "${" in str(folder.absolute()):
-        what = f"Hydra would take the '${{' in {folder} for an interpolation"
-        raise ConfigErrors([Problem(KEY, what, "give the folder another name")])
+        what = f"Hydra would read the '${{' in {folder} as an interpolation"
+        raise ConfigErrors([Problem(KEY, what, "rename the folder")])
     refuse_links(folder, KEY)
     composed = _composed_file(folder)
     file = composed if _is_of_a_run(composed) else folder / run_folder.CONFIG
     if not file.is_file():
-        what = f"{folder} is no run's folder: there is no {run_folder.CONFIG} in it"
-        raise ConfigErrors([Problem(KEY, what, "name the folder of an interrupted run")])
+        what = f"{folder} is not a run's folder, because it has no {run_folder.CONFIG}"
+        raise ConfigErrors([Problem(KEY, what, "give the folder of an interrupted run")])
     if not read_bytes(file).strip():
-        fix = f"give its own command again, with hydra.run.dir={folder} trainer.resume_from_checkpoint=auto"
+        fix = f"run its own command again, with hydra.run.dir={folder} trainer.resume_from_checkpoint=auto"
         raise ConfigErrors([Problem(KEY, f"the run in {folder} ended before it began: {file} is empty", fix)])
     return file
 
 
 def _changes(folder: Path, file: Path, config: DictConfig) -> dict[str, Any]:
-    """Return the changes by group: those of earlier resumes, and those of `config` on top."""
+    """Return the changes for each config group: earlier resumes' changes, overridden by `config`."""
     changes = {group: config[group] for group in RUN_GROUPS if config[group]}
     if file == _composed_file(folder):
         earlier = _earlier_changes(folder)
@@ -84,8 +83,8 @@ def _changes(folder: Path, file: Path, config: DictConfig) -> dict[str, Any]:
             if group in earlier or group in changes
         }
     if "loraplus" in changes:
-        what = f"in {file} the rules hold numbers, which do not follow loraplus.ratio"
-        raise ConfigErrors([Problem("loraplus", what, "leave the loraplus keys as they are")])
+        what = f"in {file} the rules have numbers instead of references to loraplus.ratio"
+        raise ConfigErrors([Problem("loraplus", what, "don't change loraplus keys")])
     return changes
 
 
@@ -94,9 +93,10 @@ def _composed_file(folder: Path) -> Path:
 
 
 def _earlier_changes(folder: Path) -> dict[str, Any]:
-    """Return the overrides of earlier resumes that are still in effect, by group: config.yaml has them.
+    """Return the overrides of earlier resumes that are still in effect, by config group.
 
-    So a run that was given more steps, and is interrupted again, resumes to those.
+    So a run that got more steps, and is interrupted again, keeps these steps. The overrides are in effect if
+    config.yaml has them.
     """
     in_effect = read_plain(folder / run_folder.CONFIG)
     found = OmegaConf.create()
@@ -107,7 +107,7 @@ def _earlier_changes(folder: Path) -> dict[str, Any]:
 
 
 def _common(given: Mapping[Any, Any], in_effect: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return the leaves of `given` with the same value in `in_effect`, without interpolations."""
+    """Return the values of `given` that are equal in `in_effect`, without interpolations."""
     common: dict[Any, Any] = {}
     for key, value in given.items():
         effective = in_effect.get(key)
@@ -120,9 +120,9 @@ def _common(given: Mapping[Any, Any], in_effect: Mapping[Any, Any]) -> dict[Any,
 
 
 def _is_of_a_run(file: Path) -> bool:
-    """Return True if Hydra's copy of a config is a run's, or empty.
+    """Return True if Hydra's copy of a config is a run's config, or empty.
 
-    False if it is that of a program around a run.
+    False if it is the config of another program that composes a run's config.
     """
     if not file.is_file():
         return False

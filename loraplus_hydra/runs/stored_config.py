@@ -1,4 +1,4 @@
-"""Read the stored config of a run without following anything in it."""
+"""Reading of a run's stored config. Its references are never followed."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ _RULES = "loraplus.rules."
 
 
 def unnamed_run(config: DictConfig) -> list[Problem]:
-    """Return a Problem when a command is given no run's folder."""
+    """Return a Problem if the command line has no run's folder."""
     missing = OmegaConf.is_missing(config, "run")
-    return [Problem(KEY, "no run is named", "write its folder behind the command")] if missing else []
+    return [Problem(KEY, "no run's folder is given", "write the folder after the command")] if missing else []
 
 
 def named_run(config: DictConfig) -> str:
-    """Return the run's folder that a command is given. Raises ConfigErrors when there is none."""
+    """Return the run's folder from the command line. Raises ConfigErrors if there is none."""
     refuse(unnamed_run(config))
     return str(config.run)
 
 
 def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
-    """Return the stored config in `file`, typed by the schema, with `overrides` (group -> keys).
+    """Return the stored config in `file` with `overrides` (group -> keys), typed by the schema.
 
-    Raises ConfigErrors, also when it names code in the run's own folder.
+    Raises ConfigErrors, also if the config names code in the run's own folder.
     """
-    hydras = file.parent.name == run_folder.HYDRA  # Hydra's copy of the config, one folder deeper
+    hydras = file.parent.name == run_folder.HYDRA  # True for Hydra's copy of the config, which is one folder deeper
     try:
         stored = OmegaConf.create(read_yaml(file))
     except (Unreadable, OmegaConfBaseException) as error:
         what = str(error) if isinstance(error, Unreadable) else f"{file} can't be read: {first_line(error)}"
-        raise ConfigErrors([Problem(KEY, what, "name another run")]) from None
+        raise ConfigErrors([Problem(KEY, what, "use another run")]) from None
     if not hydras and (key := _interpolated(stored)):
-        what = f"{file}: {key} is an interpolation, which no run writes: it could read your environment"
-        raise ConfigErrors([Problem(KEY, what, "write the value in its place")])
-    stored.pop("sweep", None)  # of the program, not of the run
+        what = f"{file}: {key} is an interpolation, which could read your environment; runs never write one"
+        raise ConfigErrors([Problem(KEY, what, "replace it with the value")])
+    stored.pop("sweep", None)  # belongs to the program, not to the run
     if hydras:
         resolved = flat(read_plain(file.parent.parent / run_folder.CONFIG))
         _put_values_for_resolvers(stored, resolved)
@@ -59,7 +59,7 @@ def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
     schema = OmegaConf.structured(RunConfig)
     changes = {group: dict(keys) for group, keys in overrides.items() if keys}
     try:
-        # Untyped first: so all unknown keys are reported at once, and not only the first.
+        # Merged without types first, because then all unknown keys are reported, not only the first.
         config = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(schema)), stored, changes)
         assert isinstance(config, DictConfig)
         refuse(_moved(config, folder) or unknown_keys(plain_of(config, resolve=False), OmegaConf.create()))
@@ -73,23 +73,25 @@ def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
 
 
 def _put_values_for_resolvers(stored: DictConfig, values: Mapping[str, Any]) -> None:
-    """Replace each `${resolver:...}` by its value in the run: following it could read the environment.
+    """Replace each `${resolver:...}` with its value in the run.
 
-    `values` are those of the run's own config.yaml. Raises ConfigErrors where it lacks one.
+    Resolving it could read the environment.
+
+    `values` are from the run's config.yaml. Raises ConfigErrors if a value is missing.
     """
     for key, value in flat(plain_of(stored, resolve=False)).items():
         if not RESOLVER.search(str(value)):
             continue
         if key not in values or RESOLVER.search(str(values[key])):
-            what = f"{key} is {value}, which is not followed, and {run_folder.CONFIG} doesn't say what it was"
-            raise ConfigErrors([Problem(KEY, what, "write the value in its place")])
+            what = f"{key} is {value}, which is not resolved, and {run_folder.CONFIG} doesn't have its value"
+            raise ConfigErrors([Problem(KEY, what, "replace it with the value")])
         OmegaConf.update(stored, key, values[key])
 
 
 def _put_absolute_paths(stored: DictConfig, values: Mapping[str, Any]) -> None:
-    """Replace relative paths that don't exist here by the run's absolute ones.
+    """Replace relative paths that don't exist here with the run's absolute paths.
 
-    It may have been started elsewhere.
+    The run may have been started in another folder.
     """
     for key in PATH_KEYS:
         relative, absolute = OmegaConf.select(stored, key), values.get(key)
@@ -100,29 +102,29 @@ def _put_absolute_paths(stored: DictConfig, values: Mapping[str, Any]) -> None:
 
 
 def read_plain(file: Path) -> dict[str, Any]:
-    """Return the YAML in `file` with its interpolations as text; empty where it is missing or broken.
+    """Return the YAML in `file` with interpolations as text; empty if it is missing or broken.
 
     Raises ConfigErrors for YAML aliases.
     """
     try:
         return {str(key): value for key, value in read_yaml(file).items()}
     except Hostile as error:
-        raise ConfigErrors([Problem(KEY, str(error), "name another run")]) from None
+        raise ConfigErrors([Problem(KEY, str(error), "use another run")]) from None
     except Unreadable:
         return {}
 
 
 def changes(stored: Path, config: DictConfig) -> list[str]:
-    """Return the keys whose value differs between the stored config and this one, a text each."""
+    """Return a text for each key whose value differs between the stored config and `config`."""
     if not stored.is_file():
         return []
-    then = flat(read_plain(stored))  # its interpolations are not followed: it may be untrusted
+    then = flat(read_plain(stored))  # interpolations are not resolved, because the file may be untrusted
     now = flat(plain_of(config))
     now |= absolute_paths(now)
     keys = [key for key in [*now, *(key for key in then if key not in now)] if key not in _NOT_OF_TRAINING]
     pairs = {key: (then.get(key, "not set"), now.get(key, "not set")) for key in keys}
     changed = {key: values for key, values in pairs.items() if values[0] != values[1]}
-    # A rule's ratio follows loraplus.ratio, which is reported already.
+    # A rule's ratio is a reference to loraplus.ratio, which is already reported.
     others = [values for key, values in changed.items() if key.startswith("loraplus.") and not key.startswith(_RULES)]
     return [
         f"{key}: {old} -> {new}"
@@ -132,7 +134,7 @@ def changes(stored: Path, config: DictConfig) -> list[str]:
 
 
 def _interpolated(node: Any, path: str = "") -> str:
-    """Return the key of the first interpolation in a config, empty if there is none."""
+    """Return the key of the first interpolation in a config; empty if there is none."""
     keys: Iterable[Any] = node if isinstance(node, DictConfig) else range(len(node))
     for key in keys:
         inside = f"{path}.{key}" if path else str(key)
@@ -145,10 +147,10 @@ def _interpolated(node: Any, path: str = "") -> str:
 
 
 def _moved(config: DictConfig, folder: Path) -> list[Problem]:
-    """Return one Problem for all dotted paths of this package that exist no longer."""
+    """Return one Problem for all dotted paths of this package that no longer exist."""
     if not (names := moved_paths(OmegaConf.to_container(config))):
         return []
-    what = f"its config names {', '.join(names)}, which this version lacks: paths moved before the first release"
+    what = f"its config names {', '.join(names)}, but this version has renamed these paths"
     adapter = folder / run_folder.ADAPTER
-    fix = f"its adapter still works: train on it (adapter=existing adapter.path={adapter}), or load it with PEFT"
+    fix = f"train its adapter further (adapter=existing adapter.path={adapter}), or load it with PEFT"
     return [Problem(KEY, what, fix)]

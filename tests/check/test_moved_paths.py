@@ -57,7 +57,7 @@ def test_stored_run_with_a_moved_path_gets_one_error(
     ended = cli(command, str(folder), *(["text=one"] if command == "predict" else []))
     assert ended.status == 1
     assert "1 thing to put right" in ended.err
-    assert f"run: its config names {name or path}, which this version lacks" in ended.err
+    assert f"run: its config names {name or path}, but this version has renamed" in ended.err
     assert f"(adapter=existing adapter.path={folder / 'adapter'}), or load it with PEFT" in ended.err
     assert sorted(folder.rglob("*")) == before
 
@@ -75,7 +75,7 @@ def test_all_moved_paths_are_in_the_one_error(stored: Callable[..., Path], cli: 
 def test_resume_may_name_the_new_path(stored: Callable[..., Path], cli: Callable[..., Finished]) -> None:
     folder = stored(**{"logger._target_": "loraplus_hydra.trackers.tensorboard.TensorBoard"})
     ended = cli("resume", str(folder), "logger._target_=loraplus_hydra.training.trackers.tensorboard.TensorBoard")
-    assert "this version lacks" not in ended.err
+    assert "this version has renamed" not in ended.err
 
 
 def test_every_path_that_the_options_name_exists(config_paths: list[Path]) -> None:

@@ -98,7 +98,7 @@ def test_check_says_that_a_good_config_is_right(
 ) -> None:
     finished = cli("check", *tiny_run)
     assert finished.status == 0
-    assert "The config is right" in finished.out
+    assert "The config has no errors" in finished.out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -133,7 +133,7 @@ def test_traceback_is_shown_on_request(
         (["-x", "--json", "seed=1"], "-x: there is no such flag"),
         (["--config-dir", "nowhere"], "--config-dir: there is no folder 'nowhere'"),
         (["--experimental-rerun", "config.pickle"], "reads a pickle"),
-        (["-sc", "install=csh"], "--shell-completion: does nothing without install"),
+        (["-sc", "install=csh"], "--shell-completion: has no effect without install"),
         (["--package", "a..b", "--cfg", "job", "seeed=1"], "seeed: there is no such key"),
     ],
 )

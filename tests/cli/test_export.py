@@ -292,8 +292,8 @@ def broken_run(copied: Path, kind: str) -> Path:
     ("kind", "told"),
     [
         ("no such folder", "run: there is no folder"),
-        ("no config", "is no run's folder"),
-        ("a sweep", "it holds the runs adapter; name one"),
+        ("no config", "is not a run's folder"),
+        ("a sweep", "it contains the runs adapter; give one of them"),
         ("unfinished", "hasn't finished: there is no result.json"),
         ("broken result", "result.json can't be read"),
         ("failed", "ended as 'failed' (OutOfMemoryError: out of memory)"),
@@ -322,7 +322,7 @@ def test_folder_that_is_no_finished_run_is_refused(
     [
         ("auto_class: transformers.AutoModelForCausalLM", "auto_class: os.system", "task.auto_class"),
         ("_target_: peft.LoraConfig", "_target_: torch.load", "adapter._target_"),
-        ("trust_remote_code: false", "trust_remote_code: true", "trust_remote_code: the run's model brings Python"),
+        ("trust_remote_code: false", "trust_remote_code: true", "trust_remote_code: the run's model contains Python"),
         ("dtype: float32", "dtype: {_target_: os.system}", "model.dtype"),
     ],
 )
@@ -351,9 +351,9 @@ def test_folder_that_cannot_be_made_is_told_before_the_work(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "run: no run is named"),
-        (["dtype=int8"], "run: no run is named"),
-        (["RUN", "dtype=int8"], "dtype: 'int8' is no dtype; one of: float32, bfloat16, float16"),
+        ([], "run: no run's folder is given"),
+        (["dtype=int8"], "run: no run's folder is given"),
+        (["RUN", "dtype=int8"], "dtype: 'int8' is not a dtype; use one of float32, bfloat16, float16"),
         (["RUN", "dtype=bfloat16", "merge=false"], "dtype: an adapter keeps the dtype"),
         (["RUN", "mrge=false"], "mrge: there is no such key (did you mean 'merge'?)"),
         (["RUN", "merge=perhaps"], "merge: Value 'perhaps' is not a valid bool"),

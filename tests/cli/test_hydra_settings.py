@@ -19,7 +19,7 @@ from tests.conftest import Finished
         ("hydra.job_logging.root.handlers=[nope]", "there is no handler 'nope'"),
         ("hydra.job_logging.root.level=LOUD", "there is no level 'LOUD'"),
         ("hydra.verbose={a: 1}", "hydra.verbose"),
-        ("--resolve", "belongs to --cfg"),
+        ("--resolve", "needs --cfg"),
         ("hydra.callbacks.before_run.command=nope", "there is no command 'nope'"),
         ("hydra.output_subdir=config.yaml", "hydra.output_subdir"),
     ],

@@ -128,7 +128,11 @@ def test_out_that_cannot_be_written_is_told_before_the_work(
 def test_everything_that_is_not_given_is_told_at_once(cli: Callable[..., Finished]) -> None:
     ended = cli("predict", "batch_size=0")
     assert ended.status == 1
-    for told in ("run: no run is named", "text: neither a text nor a file is given", "batch_size: 0 is out of range"):
+    for told in (
+        "run: no run's folder is given",
+        "text: neither a text nor a file is given",
+        "batch_size: 0 is out of range",
+    ):
         assert told in ended.err
 
 
@@ -136,10 +140,10 @@ def test_everything_that_is_not_given_is_told_at_once(cli: Callable[..., Finishe
     ("arguments", "told"),
     [
         ([], "text: neither a text nor a file is given"),
-        (["text=a", "file=b"], "text: both a text and a file are given"),
+        (["text=a", "file=b"], "text: both text and file are set"),
         (["text=a", "max_new_tokens=0"], "max_new_tokens: 0 is out of range"),
         (["file=nothing.jsonl"], "file: nothing.jsonl: No such file"),
-        (["file=columns.jsonl"], "column: columns.jsonl has no column prompt, messages, text; the columns are: other"),
+        (["file=columns.jsonl"], "column: columns.jsonl has no column prompt, messages, text; the columns are other"),
         (["file=columns.jsonl", "column=othr"], "column: columns.jsonl has no column othr"),
         (["file=nulls.jsonl"], "file: nulls.jsonl, line 2: 'prompt' is null, not text"),
         (["file=broken.jsonl"], "broken.jsonl"),

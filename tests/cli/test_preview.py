@@ -135,7 +135,7 @@ def test_command_prints_three_rows_and_leaves_nothing(
     lines = finished.out.splitlines()
     assert "4 examples to train on, 1 to evaluate on" in lines
     assert lines.count(HEAD + ANSWER) == 3
-    assert "Row 3: 9 tokens, 4 carry loss" in lines
+    assert "Row 3: 9 tokens, 4 have loss" in lines
     assert list(tmp_path.iterdir()) == []
 
 

@@ -49,7 +49,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "loss that TRL looks up late": (
         ["+task.args.loss_type=no"],
-        ["task.args.loss_type: there is no 'no'; one of: nll, dft"],
+        ["task.args.loss_type: there is no 'no'; use one of nll, dft"],
     ),
     "token of TRL's that the tokenizer lacks": (
         ["+task.args.pad_token=steps"],
@@ -95,7 +95,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "adapter key behind a plus": (["+adapter.lora_aplha=3"], ["adapter.lora_aplha", "did you mean 'lora_alpha'"]),
     "data key behind a plus": (["+data.trian=x"], ["data.trian", "did you mean 'train'"]),
     "scheduler key behind a plus": (["+scheduler.num_cycle=3"], ["scheduler", "num_cycle"]),
-    "plus where none belongs": (["+seed=3"], ["+seed=3", "is in the config already", "seed=3"]),
+    "plus where none belongs": (["+seed=3"], ["+seed=3", "is already in the config", "seed=3"]),
     "type": (["seed=one"], ["seed", "'one' is not a whole number"]),
     "type in an open group": (["trainer.max_steps=many"], ["trainer.max_steps", "'many'", "a whole number"]),
     "text for a rate": (["optimizer.lr=fast"], ["optimizer.lr: 'fast' is not a number; it must be a finite number"]),
@@ -168,13 +168,16 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no batch": (["trainer.per_device_train_batch_size=0"], ["trainer.per_device_train_batch_size", "from 1 on"]),
     "ratio of a preset without one": (
         ["loraplus=none", "loraplus.ratio=16"],
-        ["loraplus.ratio: there is no such key", "an option that has it: loraplus=default"],
+        ["loraplus.ratio: there is no such key", "an option that has this key: loraplus=default"],
     ),
     "setting that other optimizers have": (
         ["optimizer=sgd", "optimizer.betas=[0.9,0.99]"],
-        ["optimizer.betas", "an option that has it: optimizer=adam", "the class behind it, write +optimizer.betas"],
+        ["optimizer.betas", "an option that has this key: optimizer=adam", "the group's class, write +optimizer.betas"],
     ),
-    "argument that another task has": (["task.args.beta=1"], ["task.args.beta", "an option that has it: task=dpo"]),
+    "argument that another task has": (
+        ["task.args.beta=1"],
+        ["task.args.beta", "an option that has this key: task=dpo"],
+    ),
     "rule without a plus": (
         ["loraplus.extra_rules.head={pattern: score, lr: 1}"],
         ["loraplus.extra_rules.head", "To add it, write +loraplus.extra_rules.head="],
@@ -230,11 +233,12 @@ def test_mistake_is_told_and_leaves_nothing_behind(
 ONCE: dict[str, tuple[list[str], str]] = {
     "key that another option has": (
         ["data.train=nowhere.jsonl"],
-        "data.train: there is no such key; choose an option that has it: data=csv, data=jsonl, data=parquet, data=text",
+        "data.train: there is no such key; choose an option that has this key: data=csv, data=jsonl, data=parquet, "
+        "data=text",
     ),
     "key that no preset has": (
         ["loraplus.scale=3"],
-        "loraplus.scale: there is no such key; loraplus has: extra_rules, lr_embedding, ratio, rules",
+        "loraplus.scale: there is no such key; loraplus has the keys extra_rules, lr_embedding, ratio, rules",
     ),
     "value that isn't set": (["data=jsonl"], "data.train: is not set; give it a value: data.train=..."),
     "folder not there": (

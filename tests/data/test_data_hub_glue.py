@@ -50,10 +50,13 @@ def test_streamed(published: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"config": None}, r"data\.config: is not set; one of: (main, extra|extra, main)"),
+        ({"config": None}, r"data\.config: is not set; use one of (main, extra|extra, main)"),
         ({"config": "mian"}, r"data\.config: .* has no 'mian' \(did you mean 'main'\?\)"),
         ({"config": "main", "train_split": "trian"}, r"data\.train_split: .* no split 'trian' \(did you mean 'train'"),
-        ({"config": "extra", "eval_split": "validation"}, r"data\.eval_split: .* no split 'validation'; one of: train"),
+        (
+            {"config": "extra", "eval_split": "validation"},
+            r"data\.eval_split: .* no split 'validation'; use one of train",
+        ),
         ({"config": "main", "streaming": True}, r"data\.eval_split: streamed rows can't be held out"),
     ],
 )

@@ -315,7 +315,7 @@ def test_what_passes_the_check_ends_as_a_run_or_a_listed_error(
 FOUND: dict[str, tuple[list[str], str]] = {
     "interval where one value is needed": (["seed=interval(0,1)"], "seed=interval(0,1): is an interval or a pattern"),
     "pattern of options": (["optimizer=glob(*)"], "optimizer=glob(*): is an interval or a pattern"),
-    "values of a sweep beside another mistake": (["++task.args.x.y=1,2", "+x=1"], "gives several values"),
+    "values of a sweep beside another mistake": (["++task.args.x.y=1,2", "+x=1"], "has several values"),
     "number for a group's option": (["optimizer=1e5"], "optimizer"),
     "number for a group's option, added": (["+optimizer=1_000"], "optimizer"),
     "package that isn't there": (

@@ -107,7 +107,7 @@ def test_too_little_memory_says_what_to_change(
         "trainer.activation_checkpointing=true",
         "quantization=nf4",
         "optimizer=adamw8bit",
-        "MiB, as `inspect` counts it",
+        "MiB by the estimate of `inspect`",
     ):
         assert told in finished.err, finished.err
     assert "Traceback" not in finished.err
@@ -207,7 +207,7 @@ def test_folder_that_is_removed_on_the_way_is_told(
     finished = cli(*tiny_run, "hydra.run.dir=run", "trainer.save_steps=1")
     patch.undo()
     assert finished.status == 1
-    assert "is gone" in finished.err, finished.err
+    assert "has been removed" in finished.err, finished.err
     assert "Traceback" not in finished.err
 
 

@@ -90,11 +90,11 @@ def test_a_stopped_run_is_tried_from_the_command_line(pair: Callable[..., Pair],
 
 
 MISSING = {
-    "7": "has no complete checkpoint '7'; newest, or one of the steps 3",
-    "best": "has no complete checkpoint 'best'; newest, or one of the steps 3",
+    "7": "has no complete checkpoint '7'; use newest, or one of the steps 3",
+    "best": "has no complete checkpoint 'best'; use newest, or one of the steps 3",
     "../x": "has no complete checkpoint '../x'",
     "3": "3 is incomplete: adapter_model.safetensors",
-    "newest": "has no complete checkpoint; newest, or one of the steps 3",
+    "newest": "has no complete checkpoint; use newest, or one of the steps 3",
 }
 
 

@@ -162,12 +162,12 @@ def files(folder: Path) -> dict[Path, bytes]:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (["loraplus=none"], "names another option"),
+        (["loraplus=none"], "chooses another option"),
         (["adapter.target_modules=[q_proj]"], "group groupA has other tensors"),
         (["optimizer._target_=torch.optim.SGD", "optimizer.fused=null"], "optimizer"),
         (["trainer.max_steps=3"], "beyond trainer.max_steps=3"),
         (["seed=3"], "seed"),
-        (["optimizer=sgd"], "names another option"),
+        (["optimizer=sgd"], "chooses another option"),
         (["optimizer.lr=-1"], "out of range"),
     ],
 )
@@ -253,7 +253,7 @@ def test_run_of_the_library_is_resumed_on_the_command_line(
         (tmp_path / "run" / ".hydra").mkdir()
         (tmp_path / "run" / ".hydra" / "config.yaml").write_text(around)
     refused = cli("resume", "run", "loraplus.ratio=2")
-    assert (refused.status, "the rules hold numbers" in refused.err) == (1, True), refused.err
+    assert (refused.status, "the rules have numbers" in refused.err) == (1, True), refused.err
     finished = cli("resume", "run")
     assert finished.status == 0, finished.err
     assert differences(tmp_path / "run", tmp_path / "unbroken") == []
@@ -273,7 +273,7 @@ def test_run_is_resumed_whatever_its_folder_is_called(
 def test_folder_that_hydra_would_read_as_an_interpolation_is_refused(cli: Callable[..., Finished]) -> None:
     Path("${x}").mkdir()
     finished = cli("resume", "${x}")
-    assert (finished.status, "give the folder another name" in finished.err) == (1, True), finished.err
+    assert (finished.status, "rename the folder" in finished.err) == (1, True), finished.err
 
 
 def test_used_folder_is_gone_on_in_only_when_asked(
@@ -290,7 +290,7 @@ def test_used_folder_is_gone_on_in_only_when_asked(
 
 @pytest.mark.parametrize(
     ("named", "told"),
-    [("missing", "there is no folder missing"), (".", "is no run's folder"), (None, "no run is named")],
+    [("missing", "there is no folder missing"), (".", "is not a run's folder"), (None, "no run's folder is given")],
 )
 def test_resume_says_what_is_no_run(named: str | None, told: str, cli: Callable[..., Finished]) -> None:
     finished = cli("resume", *([named] if named else []))

@@ -1,4 +1,7 @@
-"""The commands, one light module each: its `COMMAND`, and a `main` that imports the rest when it runs."""
+"""The commands, one module each, with a `COMMAND` and a `main`.
+
+Every module with a `COMMAND` is found. `main` imports what it needs when it runs, so that `--help` stays fast.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ COMMANDS: dict[str, Command] = {
 
 
 def commands_help() -> str:
-    """Return a line for each command: its name, the words after it, and its summary."""
+    """Return a line for each command: name, usage and summary."""
     words = {f"{command.name} {command.usage}": command.summary for command in COMMANDS.values()}
     width = max(map(len, words))
     return "\n".join(f"  {left:<{width}}  {summary}" for left, summary in words.items())

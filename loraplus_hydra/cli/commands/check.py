@@ -1,4 +1,4 @@
-"""`check`: list every error of a config; nothing is trained."""
+"""`check`: list all errors of a config, without training."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from loraplus_hydra.io.text import visible
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
-    """Raise ConfigErrors for a config with errors; print a confirmation otherwise."""
+    """Raise ConfigErrors for a config with errors; otherwise print a confirmation."""
     for note in check(run_of(config)).notes:
         print(visible(f"Note: {note}"))
-    print("The config is right: everything that can be known before weights load has been checked.")
+    print("The config has no errors. Everything that can be checked before the weights are loaded has been checked.")
 
 
-COMMAND = Command("check", "list every error of the config; trains nothing", main)
+COMMAND = Command("check", "list all errors of the config; trains nothing", main)

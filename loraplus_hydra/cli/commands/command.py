@@ -1,4 +1,4 @@
-"""The type of a command, and of the job that a command leaves for the run after it."""
+"""The types of a command and of the job that a command prepares."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loraplus_hydra.io.checkpoints import ResumePoint
 
 @dataclass(frozen=True)
 class Job:
-    """A checked run, and the checkpoint from which it resumes."""
+    """A run for Hydra to start: its checked config, and the checkpoint to resume from."""
 
     checked: Checked
     point: ResumePoint | None = None
@@ -21,17 +21,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Command:
-    """A first word of the command line. `main` takes the composed config and the command's own flags.
+    """A command, the first word of the command line.
 
-    `main` runs before Hydra makes a folder. It returns a Job that Hydra is to run, or None when all is done.
+    `main` gets the composed config and the command's own flags, and runs before Hydra makes a folder. It returns a Job
+    for Hydra to start, or None if nothing is left to do.
     """
 
     name: str
     summary: str  # for --help
     main: Callable[[DictConfig, frozenset[str]], Job | None]
     usage: str = ""  # the words after the name, for --help
-    config: str = "config"  # the YAML that it composes: `config` is a run
-    positional: str | None = None  # the key that a bare word after the name sets
-    flags: tuple[str, ...] = ()  # `--name` words of its own
-    verbatim: tuple[str, ...] = ()  # keys whose value is any text, taken as it is typed
-    changes: tuple[str, ...] = ()  # groups of the stored run's config that its overrides change: data.eval=...
+    config: str = "config"  # the YAML file that is composed; `config` is for a run
+    positional: str | None = None  # the key that is set by a word without `=` after the name
+    flags: tuple[str, ...] = ()  # the command's own `--name` words
+    verbatim: tuple[str, ...] = ()  # keys whose value is any text, used exactly as typed
+    # Groups of the stored run's config that the command's overrides change: data.eval=...
+    changes: tuple[str, ...] = ()

@@ -1,4 +1,7 @@
-"""`evaluate`: print the metrics of a finished run's adapter, on its own held-out rows or on others."""
+"""`evaluate`: print the metrics of a finished run's adapter.
+
+The rows are the run's held-out rows or other rows.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from loraplus_hydra.runs.stored_config import named_run
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
-    """Print the metrics, and write them into the file `out`. Raises UserError."""
+    """Print the metrics, and write them to the file `out` if it is set. Raises UserError."""
     if not config.out:
         _print_metrics(config)
         return
@@ -23,7 +26,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
 
 
 def _print_metrics(config: DictConfig) -> dict[str, float]:
-    """Evaluate the run, print its metrics beside those at the end of training, and return them all."""
+    """Evaluate the run, print its metrics and those at the end of training, and return the new ones."""
     data = {} if config.data is None else OmegaConf.to_container(config.data, resolve=False)
     assert isinstance(data, dict)
     changes = {"model": config.model, "trainer": config.trainer}
@@ -48,7 +51,7 @@ def _print_metrics(config: DictConfig) -> dict[str, float]:
 
 COMMAND = Command(
     "evaluate",
-    "evaluate a finished run, on its own held-out rows or on others",
+    "evaluate a finished run on its held-out rows or on other rows",
     main,
     usage="RUN [data=jsonl data.eval=...]",
     config="evaluate",

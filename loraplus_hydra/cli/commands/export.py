@@ -1,4 +1,4 @@
-"""`export`: write a finished run's merged model, or its adapter, with a card into a new folder."""
+"""`export`: write a finished run's merged model or adapter, with a card, into a new folder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     """Write the run's merged model, or its adapter. Raises UserError."""
     problems = unnamed_run(config)
     if config.dtype is not None and not config.merge:
-        problems.append(Problem("dtype", "an adapter keeps the dtype that it was trained in", "leave it null"))
+        problems.append(Problem("dtype", "an adapter keeps the dtype in which it was trained", "leave it null"))
     elif config.dtype not in (None, *_DTYPES):
-        problems.append(Problem("dtype", f"'{config.dtype}' is no dtype", f"one of: {', '.join(_DTYPES)}"))
+        problems.append(Problem("dtype", f"'{config.dtype}' is not a dtype", f"use one of {', '.join(_DTYPES)}"))
     if problems:
         raise ConfigErrors(problems)
     run = open_run(
@@ -38,9 +38,9 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     files.refuse_unwritable(target.parent, key="to")
     from loraplus_hydra.runs.export import export
 
-    with interrupts.notice("the export ends after its current part, and leaves nothing"):
+    with interrupts.notice("the export stops after the current step, and its folder is removed"):
         written = export(run, target, merge=config.merge, dtype=config.dtype, report=print)
-    print(f"{'The merged model' if config.merge else 'The adapter'} is in {written}, with its card in README.md.")
+    print(f"{'The merged model' if config.merge else 'The adapter'} is in {written}, with a card in README.md.")
 
 
 COMMAND = Command(

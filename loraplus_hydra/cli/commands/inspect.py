@@ -16,7 +16,7 @@ from loraplus_hydra.runs import display
 def main(config: DictConfig, flags: frozenset[str]) -> None:
     """Print a config's table of rates.
 
-    `--tensors` lists each tensor with the reason, `--json` prints JSON.
+    `--tensors` lists each tensor with the reason for its rate, and `--json` prints JSON.
     """
     checked = check(run_of(config), with_data=False)
     from loraplus_hydra.runs.inspection import inspect
@@ -35,7 +35,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
 
 COMMAND = Command(
     "inspect",
-    "show which trained tensor gets which rate, and the memory; loads no weights",
+    "show each trained tensor's rate, and the memory of training; loads no weights",
     main,
     usage="[--tensors] [--json]",
     flags=("tensors", "json"),

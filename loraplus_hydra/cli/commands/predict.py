@@ -1,4 +1,4 @@
-"""`predict`: print or write the answers of a finished run's adapter to a text or a file of texts."""
+"""`predict`: print or write the answers of a finished run's adapter to texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loraplus_hydra.runs.stored_config import named_run, unnamed_run
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
-    """Print the answers, or write them into the file `out`. Raises UserError."""
+    """Print the answers, or write them to the file `out`. Raises UserError."""
     if problems := unnamed_run(config) + _problems(config):
         raise ConfigErrors(problems)
     if not config.out:
@@ -44,7 +44,7 @@ def _answers(config: DictConfig) -> list[str]:
     else:
         texts, pairs = [config.text], [config.text_pair]
     answers = predict(run, texts, pairs, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
-    with interrupts.notice("the current answer is finished, and no answer is written"):
+    with interrupts.notice("the current answer is finished, but no answers are written"):
         return [json.dumps(line, ensure_ascii=False) for line in answers]
 
 
@@ -54,8 +54,8 @@ def _problems(config: DictConfig) -> list[Problem]:
         if limits and (why := mismatch(config[key], annotation, limits)):
             problems.append(Problem(key, f"{config[key]} {why}", f"it must be {describe(annotation, limits)}"))
     if (config.text is None) == (config.file is None):
-        what = "neither a text nor a file is given" if config.text is None else "both a text and a file are given"
-        problems.append(Problem("text", what, "give one of them: text=... or file=..."))
+        what = "neither text nor file is set" if config.text is None else "both text and file are set"
+        problems.append(Problem("text", what, "set one of them: text=... or file=..."))
     return problems
 
 

@@ -27,11 +27,11 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     console = screen.console()
     marked = "green" if console.is_terminal else "[in brackets]"
     if any(row.label is None for row in rows):
-        print(f"Tokens that carry loss are {marked}; | stands between tokens.")
+        print(f"Tokens with loss are {marked}. | separates tokens.")
     for index, row in enumerate(rows):
         title = f"{index // 2 + 1}, {row.side}" if row.side else f"{index + 1}"
         print(f"\nRow {title}: {row.summary()}")
         console.print(render(row, coloured=console.is_terminal), soft_wrap=not console.is_terminal)
 
 
-COMMAND = Command("preview", "show three training rows as the model will see them, and which tokens carry loss", main)
+COMMAND = Command("preview", "show three training rows as the model will see them, and which tokens have loss", main)

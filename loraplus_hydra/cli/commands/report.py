@@ -1,4 +1,4 @@
-"""`report`: make a sweep's table, page and figures again from its folder."""
+"""`report`: write a sweep's table, page and figures again."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from loraplus_hydra.io import interrupts
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
-    """Write the report into the sweep's folder and show it. Raises UserError."""
+    """Write the report into the sweep's folder, and show its tables. Raises UserError."""
     if OmegaConf.is_missing(config, "folder"):
-        raise ConfigErrors([Problem("folder", "no sweep is named", "write its folder behind the command")])
+        raise ConfigErrors([Problem("folder", "no sweep's folder is given", "write the folder after the command")])
     from loraplus_hydra.report.terminal import show
     from loraplus_hydra.report.write import write_report
 
-    with interrupts.notice("the report is left unfinished after the current figure"):
+    with interrupts.notice("the report stops after the current figure and is incomplete"):
         show(write_report(Path(config.folder).expanduser()))
 
 
 COMMAND = Command(
     "report",
-    "make a sweep's table, page and figures again from its folder",
+    "write a sweep's table, page and figures again",
     main,
     usage="DIR",
     config="report",

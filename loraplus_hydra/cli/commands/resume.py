@@ -1,4 +1,4 @@
-"""`resume`: continue an interrupted run from its newest complete checkpoint, in its own folder."""
+"""`resume`: resume an interrupted run from its newest complete checkpoint, in its own folder."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from loraplus_hydra.runs.stored_config import named_run
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> Job:
-    """Find where the run resumes, before its folder is changed; end the program if it has finished.
+    """Find the run's resume point. End the program if the run has finished.
 
-    Raises UserError when it can't resume.
+    No file is changed. Raises UserError if the run can't resume.
     """
     folder = Path(named_run(config)).expanduser()
     run, point = resumed_config(folder, config)

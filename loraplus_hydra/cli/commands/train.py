@@ -1,4 +1,4 @@
-"""`train`: check a config and its folder, then train one run. The word can be left out."""
+"""`train`: check a config and its folder, then train one run. `train` is the default command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loraplus_hydra.io.run_folder import HYDRA
 def main(config: DictConfig, flags: frozenset[str]) -> Job:
     """Check the config and the run's folder. Raises UserError."""
     folder = Path(config.hydra.run.dir)
-    # `auto` in a new folder starts a run, so that one command can be given again and again.
+    # `auto` in a new folder starts a run, because the same command must work for the first and for later starts.
     resumes = OmegaConf.select(config, "trainer.resume_from_checkpoint") == AUTO and (folder / HYDRA).is_dir()
     if processes.is_main():
         if not resumes:
@@ -35,6 +35,6 @@ def main(config: DictConfig, flags: frozenset[str]) -> Job:
 
 COMMAND = Command(
     "train",
-    "train one run; the word can be left out, and -m trains one run for each combination of values",
+    "train one run (the default command); with -m, one run for each combination of values",
     main,
 )
