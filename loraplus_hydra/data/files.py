@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets, interleave_datasets
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, concatenate_datasets, interleave_datasets
 
 from loraplus_hydra.data import mixing
 from loraplus_hydra.data.readers import FORMATS, TABLES, UNITS, Layout, load_file, read
@@ -229,19 +229,32 @@ def _stream(source: Source, seed: int) -> IterableDataset:
         fix = "set it to false; data=hub data.name=parquet streams them"
         what = "Parquet and Arrow files are always read when they are needed"
         raise ConfigErrors([Problem("data.streaming", what, fix)])
-    parts = [_streamed_file(source.key, *file) for file in zip(source.paths, source.layouts, strict=True)]
+    several = len(source.paths) > 1
+    files = zip(source.paths, source.layouts, strict=True)
+    parts = [_streamed_file(source.key, path, layout, whole=several) for path, layout in files]
     if source.weights is not None:
         shares = [weight / sum(source.weights) for weight in source.weights]
         rows = interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="first_exhausted")
     else:
-        rows = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+        rows = concatenate_datasets(parts) if several else parts[0]
+    if several:
+        rows = rows.map(lambda value: value["row"], remove_columns=["row"])
     # The pieces of a document must keep their order.
     return rows if documents else rows.shuffle(seed=seed, buffer_size=_BUFFER)
 
 
-def _streamed_file(key: str, path: str, layout: Layout) -> IterableDataset:
-    rows = IterableDataset.from_generator(read, gen_kwargs={"path": path, "layout": layout})
+def _streamed_file(key: str, path: str, layout: Layout, *, whole: bool) -> IterableDataset:
+    """Return a file's rows as a stream; if `whole`, each is the one value `row`."""
+    arguments = {"path": path, "layout": layout}
+    # To join streams, `datasets` would infer one type for each of their columns, but rows may differ.
+    features = Features({"row": Json()}) if whole else None
+    rows = IterableDataset.from_generator(_whole_rows if whole else read, features, gen_kwargs=arguments)
     with errors_at(key):
         if next(iter(rows), None) is None:
             raise UserError(f"{path} has no rows")
     return rows
+
+
+def _whole_rows(path: str, layout: Layout) -> Iterator[dict[str, Any]]:
+    for row in read(path, layout):
+        yield {"row": row}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
+from typing import Any
 
-from datasets import Dataset, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, Json, Value, concatenate_datasets
 
-from loraplus_hydra.data.rows import CONTINUES, Rows, is_streamed
+from loraplus_hydra.data.cache import digest
+from loraplus_hydra.data.rows import CONTINUES, Rows, is_streamed, without_nulls
 
 
 def hold_out(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -43,12 +46,46 @@ def mix(parts: Sequence[Dataset], weights: Sequence[float] | None, seed: int) ->
     """Return the parts as one data set.
 
     With `weights`, rows are drawn in these shares. No row is repeated, so rows are drawn until one part is used up. A
-    column that only some parts have is null in the rows of the other parts.
+    column that only some parts have is null in the rows of the other parts. A column of several types keeps each
+    row's own value.
     """
     if weights is not None:
         counts = shares([len(part) for part in parts], weights)
         parts = [draw(part, count, seed) for part, count in zip(parts, counts, strict=True)]
-    return parts[0] if len(parts) == 1 else concatenate_datasets(list(parts))
+    return parts[0] if len(parts) == 1 else concatenate_datasets(_aligned(parts))
+
+
+def _aligned(parts: Sequence[Dataset]) -> list[Dataset]:
+    """Return the parts with JSON in place of each column whose type differs between them."""
+    types: dict[str, set[str]] = {}
+    for part in parts:
+        for name, feature in part.features.items():
+            types.setdefault(name, set()).add(repr(feature))
+    mixed = [name for name, found in types.items() if len(found - {repr(Value("null"))}) > 1]
+    return [_with_json(part, [name for name in mixed if name in part.features]) for part in parts]
+
+
+def _with_json(rows: Dataset, names: list[str]) -> Dataset:
+    if not names:
+        return rows
+    types = {name: rows.features[name] for name in names}
+    features = Features({**rows.features, **{name: Json() for name in names}})
+    return rows.map(
+        lambda batch: {name: [_json_text(value, types[name]) for value in batch[name]] for name in names},
+        batched=True,
+        features=features,
+        new_fingerprint=digest(rows._fingerprint, "json", names),
+    )
+
+
+def _json_text(value: Any, feature: Any) -> str | None:
+    """Return a column's value as JSON text: a label by its name, and only the row's own keys."""
+    if isinstance(feature, ClassLabel):
+        value = None if value is None or value < 0 else feature.names[value]
+    # Only JSON has nulls of its own. Elsewhere they stand for keys of other rows.
+    value = value if isinstance(feature, Json) else without_nulls(value)
+    # Not the value itself: `datasets` takes a text such as "1" for JSON.
+    return None if value is None else json.dumps(value)
 
 
 def shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:

@@ -79,3 +79,10 @@ def check_names(place: str, names: Iterable[str]) -> None:
             raise UserError(f"{place}: the column name '{name}' is reserved for this program; rename the column")
         if "\0" in name:
             raise UserError(f"{place}: a column's name contains a NUL character ({name!r}); is the file UTF-16 text?")
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without keys that have the value null, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value

@@ -20,8 +20,15 @@ from loraplus_hydra.models.quantization import is_quantized
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.load_finished import base_of, load_run, load_run_tokenizer
 from loraplus_hydra.tasks.base import least, longest_input
-from loraplus_hydra.tasks.conversation import Conversation, Shape, Text, find_shape, has_schema_nulls
-from loraplus_hydra.tasks.preference import PreferenceShape, find_preference_shape, has_preferences
+from loraplus_hydra.tasks.conversation import (
+    CONVERSATION_COLUMNS,
+    Conversation,
+    Shape,
+    Text,
+    find_shape,
+    has_schema_nulls,
+)
+from loraplus_hydra.tasks.preference import find_preference_shape, has_preferences
 from loraplus_hydra.tasks.rows import text_in
 from loraplus_hydra.tasks.tokens import render
 from loraplus_hydra.training.sampling import answer
@@ -128,13 +135,15 @@ def _read(file: str, column: str | None, run: FinishedRun) -> tuple[list[Asked],
         return _texts(file, rows, column or run.config.data.get("text_column", "text"), run)
     both, places = DatasetDict(train=rows, eval=rows), rows[ORIGIN]
     chat = _uses_chat(run, load_run_tokenizer(run))
-    shape: PreferenceShape | Shape
     if column is None and has_preferences(both, run.config.data):
-        shape = find_preference_shape(both, run.config.data)
-    else:
-        shape = _shape(file, rows, column, run)
-    asked = [_bare(shape.ask(row, place, chat=chat)) for row, place in zip(rows, places, strict=True)]
-    return asked, [None] * len(rows)
+        pairs = find_preference_shape(both, run.config.data)
+        return [_bare(pairs.ask(row, place, chat=chat)) for row, place in zip(rows, places, strict=True)], [None] * len(
+            rows
+        )
+    shape = _shape(file, rows, column, run)
+    # A prompt stays a text here unless other columns belong to its conversation.
+    chat = chat and bool(CONVERSATION_COLUMNS & {*columns(rows)})
+    return [shape.ask(row, place, chat=chat) for row, place in zip(rows, places, strict=True)], [None] * len(rows)
 
 
 def _bare(asked: Asked) -> Asked:

@@ -12,7 +12,7 @@ from typing import Any
 from datasets import DatasetDict, Json
 from omegaconf import DictConfig
 
-from loraplus_hydra.data.rows import Rows, columns
+from loraplus_hydra.data.rows import Rows, columns, without_nulls
 from loraplus_hydra.errors import ConfigErrors, Problem, nearest
 from loraplus_hydra.tasks.messages import (
     Message,
@@ -22,7 +22,6 @@ from loraplus_hydra.tasks.messages import (
     question,
     read_messages,
     with_system,
-    without_nulls,
 )
 from loraplus_hydra.tasks.rows import describe, require_columns, row_error, text_in
 
@@ -40,6 +39,7 @@ _LIKE_COMPLETIONS = (
 )
 _LIKE_MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat")
 SYSTEM = "system"  # a column with the conversation's system message
+CONVERSATION_COLUMNS = {SYSTEM, TOOLS, FUNCTIONS, TEMPLATE_ARGUMENTS}  # read beside a prompt or messages
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Shape:
     def used(self, *, chat: bool) -> set[str]:
         """Return the names of the columns that this shape reads."""
         own = {name for key, name in asdict(self).items() if isinstance(name, str)}
-        return own | {SYSTEM, TOOLS, FUNCTIONS, TEMPLATE_ARGUMENTS} if self.messages is not None or chat else own
+        return own | CONVERSATION_COLUMNS if self.messages is not None or chat else own
 
     def conversation(
         self, prompt: Messages | None, completion: Messages, row: Mapping[str, Any], place: str

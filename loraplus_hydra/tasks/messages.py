@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loraplus_hydra.data.rows import without_nulls
 from loraplus_hydra.errors import nearest
 from loraplus_hydra.tasks.rows import describe, row_error
 
@@ -88,13 +89,6 @@ def with_system(messages: Messages, system: Any, column: str, place: str) -> Mes
         raise row_error(place, column, "is a system message, but the messages begin with a different system message")
     turns = [{"role": "system", "content": system}, *messages.turns]
     return Messages(turns, frozenset(number + 1 for number in messages.silent))
-
-
-def without_nulls(value: Any) -> Any:
-    """Return a value without keys that have the value null, at any depth."""
-    if isinstance(value, dict):
-        return {key: without_nulls(each) for key, each in value.items() if each is not None}
-    return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def question(turns: list[Message]) -> list[Message]:

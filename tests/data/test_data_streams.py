@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, List, Value
 
 from loraplus_hydra.data.files import load
 from loraplus_hydra.data.readers import Layout, read
@@ -133,3 +133,34 @@ def test_arrow_files_of_datasets_and_of_others_are_read(tmp_path: Path) -> None:
     file.write_bytes(b"text")
     with pytest.raises(UserError, match=r"other\.arrow: can't be read as a file in one of Arrow's"):
         load(str(file))
+
+
+def test_files_whose_columns_differ_in_type_are_mixed_by_value(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "c"}]
+    lines, table, text = tmp_path / "a.jsonl", tmp_path / "b.parquet", tmp_path / "c.csv"
+    lines.write_text(json.dumps({"messages": turns, "label": 1, "only": 1}) + "\n", encoding="utf-8")
+    features = Features({"messages": List({key: Value("string") for key in ("role", "content", "name")})})
+    features["label"] = ClassLabel(names=["no", "yes"])
+    Dataset.from_list([{"messages": turns, "label": 0}], features=features).to_parquet(table)
+    text.write_text('messages,label\n"[]",x\n', encoding="utf-8")
+    rows = load([str(lines), str(table), str(text)], str(lines))["train"]
+    # Parquet's null for a key that only another message has is no value.
+    assert list(rows["messages"]) == [turns, turns, "[]"]
+    assert list(rows["label"]) == [1, "no", "x"]
+    assert list(rows["only"]) == [1, None, None]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_streamed_files_whose_columns_differ_in_type_keep_their_values(tmp_path: Path, weighted: bool) -> None:
+    values = {"a.jsonl": [1, "b", None], "b.jsonl": [["c"], {"d": 1.5}, True]}
+    paths = []
+    for name, each in values.items():
+        paths.append(str(tmp_path / name))
+        rows = [{"value": value, name: 1} for value in each]
+        Path(paths[-1]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    files = dict.fromkeys(paths, 1.0) if weighted else paths
+    streamed = load(files, paths[0], streaming=True)["train"]  # type: ignore[arg-type]
+    found = [row["value"] for row in streamed]
+    every = [value for each in values.values() for value in each]
+    assert all(value in every for value in found)
+    assert weighted or len(found) == len(every)

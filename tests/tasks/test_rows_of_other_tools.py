@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset, DatasetDict
+from omegaconf import OmegaConf
 
+from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import ConfigErrors
 from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.tasks.examples import Examples, load_examples
@@ -197,3 +200,35 @@ def test_rows_beyond_what_a_rotary_model_was_made_for_are_noted(
     config = compose("model=hub", f"model.path={words_folder}", *files, "task.args.max_length=128")
     notes = prepare_examples(config, load_tokenizer(config.model)).notes
     assert any(note.startswith("1 of 2 train rows are longer than 128 tokens: their ends") for note in notes)
+
+
+OWN: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "prompts": ("sft", [{"prompt": "say one", "completion": "one"}]),
+    "messages": ("sft", [{"messages": [SAY, ONE]}]),
+    "text": ("sft", [{"text": "one"}]),
+    "blocks": ("text", [{"text": "one two"}]),
+    "labels": ("classification", [{"text": "one", "label": "a"}, {"text": "two", "label": "b"}]),
+    "preferences": ("dpo", [{"prompt": "say one", "chosen": "one", "rejected": "two"}]),
+    "judged": ("kto", [{"messages": [SAY, ONE], "label": label} for label in (True, False)]),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_function_of_ones_own_with_the_usual_columns_needs_no_mapping(
+    name: str, compose: Callable[..., Any], words_folder: Path
+) -> None:
+    task, rows = OWN[name]
+    group = ("experiment=kto", "data.train=unread") if task == "kto" else (f"task={task}",)
+    config = compose(*group, "model=hub", f"model.path={words_folder}", "task.samples=0")
+    made = Dataset.from_list(rows)
+    function = locate(config.task.examples)
+    arguments = {"block_size": 16} if task == "text" else {}
+    examples = function(
+        DatasetDict(train=made, eval=made),
+        load_tokenizer(config.model),
+        config.task,
+        OmegaConf.create({"_target_": "mine"}),
+        **arguments,
+    )
+    assert len(examples.train) == len(rows)
+    assert not any("not used" in note for note in examples.notes)
