@@ -13,8 +13,7 @@ from loraplus_hydra.errors import first_of
 from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.read import Missing, Unreadable, inside, read_json, read_lines, read_yaml
 from loraplus_hydra.io.result import FAILED, INTERRUPTED, OK, PRUNED
-from loraplus_hydra.report.overrides import override_values, rerun_overrides
-from loraplus_hydra.report.values import flatten, number, resolved, whole_number
+from loraplus_hydra.report.values import flatten, number, override_values, rerun_overrides, resolved, whole_number
 
 UNFINISHED, BROKEN = "unfinished", "broken"  # without a result.json; with one that can't be read
 _DEFAULT_REASONS = {INTERRUPTED: "stopped from outside", PRUNED: "ended early by a search", FAILED: "no error stored"}

@@ -9,9 +9,8 @@ from typing import Any
 
 from loraplus_hydra.io import checkpoints
 from loraplus_hydra.io.result import FAILED
-from loraplus_hydra.report.overrides import override_values
 from loraplus_hydra.report.read_sweep import Job, Rates, Sweep
-from loraplus_hydra.report.values import number
+from loraplus_hydra.report.values import number, override_values
 
 SEED = "seed"
 # Of keys that vary together, the first of these is shown.

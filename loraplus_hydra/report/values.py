@@ -1,16 +1,18 @@
-"""Tolerant access to values of a stored config or result."""
+"""Values of a stored config, result or override, and the overrides that run a job again."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from loraplus_hydra.config.plain import flat
-from loraplus_hydra.io.read import RESOLVER
+from loraplus_hydra.config.schema import RUN_GROUPS
+from loraplus_hydra.io import checkpoints
+from loraplus_hydra.io.read import RESOLVER, Unreadable, parse_yaml
 
 _HUGE = 1e100
 
@@ -49,3 +51,44 @@ def whole_number(value: Any) -> int | None:
     """Return `value` as an int, or None if it is no whole number."""
     as_float = number(value)
     return int(as_float) if as_float is not None and as_float == int(as_float) else None
+
+
+def override_values(overrides: Iterable[str]) -> dict[str, Any]:
+    """Return key -> value of the overrides that set a value: `+key=1e-4` gives key: 0.0001."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.lstrip("+").partition("=")
+        if not equals or key.startswith("~"):
+            continue
+        try:
+            value = parse_yaml(text)
+        except Unreadable:
+            value = text
+        values[key] = text if isinstance(value, (dict, list)) else value
+    return values
+
+
+def rerun_overrides(
+    first: Iterable[str], resumes: Sequence[str], first_config: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[str, ...] | None:
+    """Return the overrides that give a new run the job's config, or None if unknown.
+
+    `first` are the overrides of the job's first start, and `resumes` those of all its resumes in order. `first_config`
+    is the config of the first start and `config` the present one, both as dotted key -> leaf.
+    """
+    changes: dict[str, str] = {}
+    for key in dict.fromkeys(map(_key, resumes)):
+        if key.split(".")[0] not in RUN_GROUPS or key == checkpoints.KEY:  # a setting of the resume, not of the run
+            continue
+        # The configs decide: a resume may have been refused, and each one starts from the first config again.
+        if key in config and config[key] == first_config.get(key):
+            continue
+        setting = [text for text in resumes if _key(text) == key and override_values([text])[key] == config.get(key)]
+        if not setting:
+            return None
+        changes[key] = f"++{setting[-1].lstrip('+')}"  # ++ since the composed config may not have the key
+    return (*(text for text in first if _key(text) not in changes), *changes.values())
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+").partition("=")[0]

@@ -32,27 +32,27 @@ def explain_resource_errors(config: DictConfig, folder: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except MemoryError as error:
-        raise MachineLimitError(_memory_advice(config, error)) from error
-    except (OSError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise MachineLimitError(_memory_advice(config, error)) from error
-        if is_disk_full(error):
-            command = f"python -m loraplus_hydra resume {shlex.quote(str(folder))}"
-            raise MachineLimitError(
-                f"the disk is full ({first_line(error)}). Earlier checkpoints are complete; free some space, then "
-                f"resume with {command} (trainer.save_total_limit keeps fewer checkpoints)"
-            ) from error
-        if not folder.is_dir():
-            what = f"the run's folder {folder}, or its disk, has been removed: {first_line(error)}"
-            raise MachineLimitError(what) from error
-        if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise MachineLimitError(f"{error.filename or folder} can't be written: {error.strerror}") from error
-        raise
     except Exception as error:  # safetensors' exception is not a subclass of OSError
-        if is_disk_full(error):
-            raise MachineLimitError(f"the disk is full ({first_line(error)})") from error
+        if message := _explanation(error, config, folder):
+            raise MachineLimitError(message) from error
         raise
+
+
+def _explanation(error: Exception, config: DictConfig, folder: Path) -> str:
+    """Return the message for an error of the machine; empty for any other error."""
+    if is_out_of_memory(error):
+        return _memory_advice(config, error)
+    if is_disk_full(error):
+        command = f"python -m loraplus_hydra resume {shlex.quote(str(folder))}"
+        return (
+            f"the disk is full ({first_line(error)}). Earlier checkpoints are complete; free some space, then "
+            f"resume with {command} (trainer.save_total_limit keeps fewer checkpoints)"
+        )
+    if isinstance(error, (OSError, RuntimeError)) and not folder.is_dir():
+        return f"the run's folder {folder}, or its disk, has been removed: {first_line(error)}"
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{error.filename or folder} can't be written: {error.strerror}"
+    return ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

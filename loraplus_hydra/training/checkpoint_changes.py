@@ -49,16 +49,13 @@ def refuse_other_groups(then: RunState, optimizer: str, groups: Mapping[str, lis
 
     `groups` maps a group's name to its tensors' names.
     """
-    changes = [*_optimizer_change(then.optimizer, optimizer), *_group_changes(then.groups, groups)]
+    changes = [] if then.optimizer == optimizer else [f"the optimizer was {then.optimizer} and is now {optimizer}"]
+    changes += _group_changes(then.groups, groups)
     if changes:
         raise UserError(
             f"can't resume from the checkpoint: {'; '.join(changes)}. Rates, weight decay and steps may change; the "
             "optimizer's class and the groups may not (adapter.path trains on an adapter with a new optimizer)"
         )
-
-
-def _optimizer_change(then: str, now: str) -> list[str]:
-    return [] if then == now else [f"the optimizer was {then} and is now {now}"]
 
 
 def _group_changes(then: Mapping[str, GroupState], groups: Mapping[str, list[str]]) -> list[str]:

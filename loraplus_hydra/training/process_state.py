@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch.backends import cuda, cudnn
-
-from loraplus_hydra.training.random_states import random_states, set_random_states
 
 Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # returns a value, sets it
 
@@ -34,6 +34,22 @@ def process_state() -> Iterator[None]:
         set_random_states(generators)
         if torch.cuda.is_initialized() and not used_gpus:  # the job has begun to
             torch.cuda.manual_seed_all(seed)
+
+
+def random_states() -> tuple[Any, ...]:
+    """Return the states of Python's, numpy's and torch's generators."""
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return random.getstate(), numpy.random.get_state(), torch.get_rng_state(), on_gpus
+
+
+def set_random_states(states: tuple[Any, ...]) -> None:
+    """Restore what `random_states` returned."""
+    python, of_numpy, cpu, on_gpus = states
+    random.setstate(python)
+    numpy.random.set_state(of_numpy)
+    torch.set_rng_state(cpu)
+    if on_gpus is not None:
+        torch.cuda.set_rng_state_all(on_gpus)
 
 
 def _set_environment(before: dict[str, str]) -> None:

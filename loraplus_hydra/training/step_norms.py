@@ -75,14 +75,6 @@ class StepNorms:
         return math.sqrt(square)
 
 
-def can_be_seen(args: Any) -> bool:
-    """Return True if the optimizer steps where the Trainer says.
-
-    DeepSpeed's engine steps elsewhere, on copies.
-    """
-    return args.deepspeed_plugin is None
-
-
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
 

@@ -119,14 +119,10 @@ def _report_dropped_rows(trainer: Any, job: Prepared) -> None:
     """
     if getattr(trainer.args, "packing", False):  # several rows are joined into one
         return
-    left_out = (
-        f"left out by {job.config.task._target_.rpartition('.')[2]} (nothing to learn within task.args.max_length)"
-    )
-    splits = {
-        "train": (job.examples.train, trainer.train_dataset),
-        "eval": (job.examples.eval, trainer.eval_dataset),
-    }
-    for split, (given, kept) in splits.items():
+    trainer_class = job.config.task._target_.rpartition(".")[2]
+    left_out = f"left out by {trainer_class} (nothing to learn within task.args.max_length)"
+    train, held_out = (job.examples.train, trainer.train_dataset), (job.examples.eval, trainer.eval_dataset)
+    for split, (given, kept) in (("train", train), ("eval", held_out)):
         if not (has_length(given) and has_length(kept)) or len(kept) >= len(given):
             continue
         if len(kept) == 0:

@@ -8,7 +8,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from loraplus_hydra.io.metrics_log import MetricsLog
 from loraplus_hydra.training.progress import ProgressDisplay
-from loraplus_hydra.training.step_norms import Norms, StepNorms, can_be_seen, may_be_logged
+from loraplus_hydra.training.step_norms import Norms, StepNorms, may_be_logged
 
 _LOSSES = ("loss", "eval_loss")
 
@@ -29,7 +29,8 @@ class MetricsCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.rates = {group["name"]: float(group["lr"]) for group in kwargs["optimizer"].param_groups}
         self.norms = None
-        if can_be_seen(args) and may_be_logged(args, state, kwargs.get("train_dataloader")):
+        # DeepSpeed's engine takes its step elsewhere, on copies.
+        if args.deepspeed_plugin is None and may_be_logged(args, state, kwargs.get("train_dataloader")):
             self.before = StepNorms(kwargs["optimizer"], kwargs["model"])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

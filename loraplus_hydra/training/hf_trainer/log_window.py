@@ -17,7 +17,7 @@ _TRL_WINDOW = ("_metrics", "_stored_metrics", "_total_train_tokens")
 def collect_window(trainer: Any) -> LogWindow:
     """Return a Trainer's window. Every process must call it: each has losses of its own."""
     return LogWindow(
-        losses=_of_all_processes(trainer, trainer._tr_loss),
+        losses=trainer.accelerator.gather(trainer._tr_loss.reshape(1)).tolist(),
         since_step=trainer._globalstep_last_logged,
         total=trainer._total_loss_scalar,
         trl=_trl_window(trainer),
@@ -53,10 +53,3 @@ def _restore_trl_window(trainer: Any, window: Mapping[str, Any]) -> None:
             getattr(trainer, name)["train"].update(held)
         else:
             setattr(trainer, name, held)
-
-
-def _of_all_processes(trainer: Any, value: Any) -> list[float]:
-    if trainer.args.world_size == 1:
-        return [float(value)]
-    gathered: list[float] = trainer.accelerator.gather(value.reshape(1)).tolist()
-    return gathered

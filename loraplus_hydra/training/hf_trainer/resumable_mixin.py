@@ -38,7 +38,7 @@ from loraplus_hydra.training.hf_trainer.checkpoint_callback import (
     stored_trainer_state,
 )
 from loraplus_hydra.training.hf_trainer.stop_at_step import stop_requested
-from loraplus_hydra.training.random_states import random_states, set_random_states
+from loraplus_hydra.training.process_state import random_states, set_random_states
 
 
 class _EvaluationStopped(Interrupted):
