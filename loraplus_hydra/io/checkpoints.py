@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from loraplus_hydra.io.checkpoint_state import STATE, TRAINER_STATE, RunState, StreamState, run_state, trainer_state
 from loraplus_hydra.io.files import open_regular, remove, write_text
 from loraplus_hydra.io.folders import remove_folder
-from loraplus_hydra.io.read import Unreadable, read_bytes, read_json
+from loraplus_hydra.io.read import Unreadable, read_bytes, read_json, read_or
 
 MANIFEST = "manifest.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -47,10 +47,7 @@ class Checkpoint:
 
     def is_unchanged(self) -> bool:
         """Return True if the manifest has not changed since the files were compared with it."""
-        try:
-            return read_bytes(self.folder / MANIFEST) == self.manifest
-        except Unreadable:
-            return False
+        return read_or(None, read_bytes, self.folder / MANIFEST) == self.manifest
 
 
 @dataclass(frozen=True)
@@ -105,10 +102,7 @@ def defect(folder: Path) -> str:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open the checkpoint in `folder`. Raises ValueError with the reason if the checkpoint is incomplete."""
-    try:
-        manifest = read_bytes(folder / MANIFEST)
-    except Unreadable:
-        manifest = b""
+    manifest = read_or(b"", read_bytes, folder / MANIFEST)
     if why := defect(folder):
         raise ValueError(why)
     state = run_state(folder)
@@ -179,7 +173,7 @@ def _defect(folder: Path) -> str:
         return f"its {MANIFEST} is too large to be a manifest"
     try:
         files = read_json(manifest)["files"]
-        listed = {str(name): (int(told["size"]), str(told["sha256"])) for name, told in files.items()}
+        listed = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
     except Unreadable as error:
         return str(error)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ def read_bytes(path: Path, largest: int = _LARGEST) -> bytes:
         raise Missing(f"{path} can't be read: there is no such file") from error
     except OSError as error:
         raise Unreadable(f"{path} can't be read: {_reason(path, error)}") from error
+
+
+def read_or(default: Any, read: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what `read` returns for its `arguments`, or `default` if it raises Unreadable."""
+    try:
+        return read(*arguments)
+    except Unreadable:
+        return default
 
 
 def read_text(path: Path, largest: int = _LARGEST) -> str:

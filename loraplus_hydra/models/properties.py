@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import nn
 from transformers import PretrainedConfig
 
-from loraplus_hydra.io.read import Unreadable, read_json
+from loraplus_hydra.io.read import read_json, read_or
 from loraplus_hydra.models.adapter_files import stored_adapter
 from loraplus_hydra.models.base_model import architecture, meta_model
 
@@ -40,10 +40,8 @@ def adapter_labels(path: str) -> tuple[str, ...]:
 
     The names are in the config.json in the adapter's folder. Raises ConfigErrors if the adapter can't be read.
     """
-    try:
-        names = read_json(stored_adapter(path).folder / "config.json").get("id2label")
-    except Unreadable:  # PEFT itself stores no config.json
-        return ()
+    # PEFT itself stores no config.json.
+    names = read_or({}, read_json, stored_adapter(path).folder / "config.json").get("id2label")
     return label_names(names) if isinstance(names, dict) else ()
 
 

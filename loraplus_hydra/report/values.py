@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from loraplus_hydra.config.plain import flat
 from loraplus_hydra.config.schema import RUN_GROUPS
 from loraplus_hydra.io import checkpoints
-from loraplus_hydra.io.read import RESOLVER, Unreadable, parse_yaml
+from loraplus_hydra.io.read import RESOLVER, parse_yaml, read_or
 
 _HUGE = 1e100
 
@@ -60,10 +60,7 @@ def override_values(overrides: Iterable[str]) -> dict[str, Any]:
         key, equals, text = override.lstrip("+").partition("=")
         if not equals or key.startswith("~"):
             continue
-        try:
-            value = parse_yaml(text)
-        except Unreadable:
-            value = text
+        value = read_or(text, parse_yaml, text)
         values[key] = text if isinstance(value, (dict, list)) else value
     return values
 

@@ -24,7 +24,7 @@ from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.files import refuse_unwritable, write_text
 from loraplus_hydra.io.folders import make_folder, refuse_links
-from loraplus_hydra.io.read import Unreadable, read_json
+from loraplus_hydra.io.read import read_json, read_or
 from loraplus_hydra.io.run_folder import SWEEP
 from loraplus_hydra.sweep import job_status
 from loraplus_hydra.sweep.names import sweep_name
@@ -155,8 +155,5 @@ def _write_sweep_file(folder: Path, keys: tuple[str, ...], words: list[str]) -> 
 
 
 def _swept_before(folder: Path) -> list[str]:
-    try:
-        swept = read_json(folder / SWEEP).get("swept")
-    except Unreadable:
-        return []
+    swept = read_or({}, read_json, folder / SWEEP).get("swept")
     return swept if isinstance(swept, list) else []

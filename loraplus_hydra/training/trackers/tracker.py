@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from loraplus_hydra.io.read import Unreadable, read_text
+from loraplus_hydra.io.read import read_or, read_text
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,4 @@ class Tracker(ABC):
 
 def read_id(file: Path) -> str | None:
     """Return the run's ID at its tracker, stored in `file`; None when there is none."""
-    try:
-        return read_text(file).strip() or None
-    except Unreadable:
-        return None
+    return read_or("", read_text, file).strip() or None
