@@ -22,6 +22,7 @@ from loraplus_hydra.check.values import value_problems
 from loraplus_hydra.check.weights import location_problems, open_named_checkpoint, weights_problems
 from loraplus_hydra.config.schema import value_ranges
 from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.io import interrupts
 
 T = TypeVar("T")
 # Keys that the presets' rules use. A wrong value would be reported again for each rule.
@@ -70,6 +71,7 @@ def problems_of_values(config: DictConfig, source: DictConfig) -> list[Problem]:
     plain, problems = read_config(config)
     problems += unknown_keys(plain, source)
     for check in (value_problems, class_problems, machine_problems):
+        interrupts.stop_if_asked()
         problems += check(plain)
     return problems + location_problems(plain.get("model", {}))
 
@@ -89,6 +91,7 @@ def deduplicate(problems: list[Problem]) -> list[Problem]:
 
 def _collect(problems: list[Problem], check: Callable[..., T], *arguments: Any) -> T | None:
     """Return the check's result, or None after adding its errors to `problems`."""
+    interrupts.stop_if_asked()
     try:
         return check(*arguments)
     except ConfigErrors as errors:

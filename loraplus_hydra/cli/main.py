@@ -88,6 +88,7 @@ def _run(name: str, arguments: list[str]) -> int:
     """Run a command and return its exit status."""
     overrides = arguments
     try:
+        interrupts.stop_if_asked()  # while this module was imported
         refuse_wrong_flags(arguments, COMMANDS[name].flags)
         overrides = hydra_arguments(name, arguments)
         if name == "resume" and not any(override.startswith("run=") for override in overrides):

@@ -98,6 +98,8 @@ def defect(folder: Path) -> str:
         return _defect(folder)
     except OSError as error:
         return f"it can't be read: {error}"
+    except RecursionError:
+        return "its folders are nested too deep"
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -23,20 +23,25 @@ from loraplus_hydra.io.run_folder import HYDRA
 # Folders that other programs write, with links (`wandb/latest-run`). This program neither reads nor empties these
 # folders.
 _OTHERS = ("wandb", ".submitit")
+_DEEPEST = 50  # levels of folders; on some hundred Python's own walks end in a RecursionError
 
 
 def refuse_links(folder: Path, key: str, *, reading: bool = False) -> None:
-    """Raise ConfigErrors at `key` if `folder` contains a link, device or pipe at any depth.
+    """Raise ConfigErrors at `key` if `folder` contains a link, device or pipe, or more than 50 levels of folders.
 
     The path to `folder` may have links. With `reading`, a hub cache's links to its own blobs are allowed.
     """
-    waiting = [folder] if folder.is_dir() else []
+    waiting = [(folder, 1)] if folder.is_dir() else []
     while waiting:
-        with os.scandir(waiting.pop()) as entries:
+        place, depth = waiting.pop()
+        if depth > _DEEPEST:
+            what = f"{folder} has folders more than {_DEEPEST} levels deep, which no run writes"
+            raise ConfigErrors([Problem(key, what, "remove them")])
+        with os.scandir(place) as entries:
             for entry in entries:
                 path = Path(entry.path)
                 if entry.is_dir(follow_symlinks=False):
-                    waiting += [path] if entry.name not in _OTHERS else []
+                    waiting += [(path, depth + 1)] if entry.name not in _OTHERS else []
                 elif not entry.is_file(follow_symlinks=False) and not (reading and is_hub_blob(path)):
                     kind = "is a link" if entry.is_symlink() else "is neither a file nor a folder"
                     raise ConfigErrors([Problem(key, f"{path} {kind}, which no run writes", REMOVE)])

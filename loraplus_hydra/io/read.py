@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ _DEEPEST = 100  # levels; at about ten thousand the C loader crashes with a segm
 _LARGEST = 2**26  # bytes of a JSON file
 _LARGEST_YAML = 2**21  # a config has some thousand bytes, and YAML is slow
 _LARGEST_LINES = 2**28  # a line for each logged step, of some hundred bytes
+_MOST_ITEMS = 2**24  # values of a JSON text; `[],` takes 24 times its length in memory
 _TOO_DEEP = f"it has more than {_DEEPEST} nested levels"
 _NAMES: dict[type, str] = {dict: "mapping", list: "list"}
 
@@ -55,6 +56,15 @@ def read_bytes(path: Path, largest: int = _LARGEST) -> bytes:
         raise Missing(f"{path} can't be read: there is no such file") from error
     except OSError as error:
         raise Unreadable(f"{path} can't be read: {_reason(path, error)}") from error
+
+
+def refuse_large(files: Iterable[Path]) -> None:
+    """Raise Unreadable if one of `files`, which libraries read whole, could fill the memory."""
+    for path in files:
+        if path.suffix == ".json" and path.is_file():
+            _refuse_many_items(read_text(path), str(path))
+        elif path.is_file() and path.suffix != ".safetensors" and path.stat().st_size > _LARGEST:
+            raise Unreadable(f"{path} can't be read: it is larger than {_LARGEST} bytes")
 
 
 def read_or(default: Any, read: Callable[..., Any], *arguments: Any) -> Any:
@@ -96,9 +106,11 @@ def read_yaml(path: Path, kind: type = dict) -> Any:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects in a file of JSON lines. Raises Missing or Unreadable."""
     found = []
-    for line in read_text(path, _LARGEST_LINES).splitlines():
+    for line in read_bytes(path, _LARGEST_LINES).split(b"\n"):
         try:
-            value = parse_json(line)
+            value = parse_json(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise Unreadable(f"{path} can't be read: it isn't UTF-8 text") from error
         except ValueError:
             continue  # a killed run's last line may be incomplete
         if isinstance(value, dict):
@@ -107,13 +119,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_json(text: str) -> Any:
-    """Parse `text` as JSON. Raises ValueError, also for more than 100 nested levels."""
+    """Parse `text` as JSON. Raises ValueError, also for more than 100 nested levels or 16 million values."""
+    brackets = _refuse_many_items(text)
     try:
         value = json.loads(text)
     except RecursionError:
         raise Unreadable(_TOO_DEEP) from None
-    # Counting brackets is fast, and only few texts have enough brackets for that depth.
-    if len(text) > 2 * _DEEPEST and text.count("[") + text.count("{") > _DEEPEST and _is_too_deep(value):
+    if brackets > _DEEPEST and _is_too_deep(value):
         raise Unreadable(_TOO_DEEP)
     return value
 
@@ -130,6 +142,14 @@ def parse_yaml(text: str) -> Any:
         raise
     except Exception as error:  # many types: KeyError for `!!bool x`, OverflowError for a date, ...
         raise Unreadable(first_line(error)) from error
+
+
+def _refuse_many_items(text: str, path: str = "the text") -> int:
+    """Return the number of brackets in `text`. Raises Unreadable if it holds far more values than any run writes."""
+    brackets = text.count("[") + text.count("{")  # counting is quick, unlike parsing
+    if 2 * brackets + text.count(",") > _MOST_ITEMS:
+        raise Unreadable(f"{path} holds more than {_MOST_ITEMS:,} values")
+    return brackets
 
 
 def _refuse_traps(text: str) -> None:

@@ -58,4 +58,5 @@ def _lasting(stream: IO[str] | None) -> IO[str]:
     with suppress(OSError):
         stream.flush()
     buffer = io.BufferedWriter(_LastingFile(stream.fileno()))
-    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering)
+    by_line = stream.line_buffering or stream.write_through  # the latter under PYTHONUNBUFFERED, as containers set it
+    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=by_line)

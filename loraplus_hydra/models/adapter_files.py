@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
 from loraplus_hydra.io.files import remove, write_text
 from loraplus_hydra.io.folders import refuse_links
 from loraplus_hydra.io.quiet_libraries import quiet_peft
-from loraplus_hydra.io.read import read_json
+from loraplus_hydra.io.read import Unreadable, read_json, refuse_large
 from loraplus_hydra.io.run_folder import ADAPTER
 from loraplus_hydra.loraplus.peft_layers import ADAPTER_NAME
 from loraplus_hydra.models.initialisation import convert_to_original_base
@@ -29,7 +30,9 @@ CONFIG = "adapter_config.json"
 KEY = "adapter.path"
 # Fields that make PEFT read other files, or import a package, while it builds the adapter.
 _LEADING_ELSEWHERE = ("megatron_config", "prompt_tuning_init_state_dict_path", "adapters", "shadow_model")
+_PART = 2**22  # numbers compared at a time
 _ANY_RANK = 65_536  # far larger than any rank in use
+_ANY_SIZE = 2**26  # numbers of an adapter that fits any model
 _SAFETENSORS_ONLY = "only safetensors are read, because a pickle can run code"
 
 
@@ -45,11 +48,19 @@ class StoredAdapter:
         with safe_open(self.folder / WEIGHTS, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
+    def numbers(self) -> int:
+        """Return the count of numbers in all tensors."""
+        return sum(math.prod(shape) for shape in self.shapes().values())
+
     def not_finite(self) -> str | None:
         """Return the name of the first tensor with a number that isn't finite, or None."""
         with safe_open(self.folder / WEIGHTS, framework="pt") as file:
-            names = (name for name in file.keys() if not file.get_tensor(name).isfinite().all())  # noqa: SIM118
-            return next(names, None)
+            for name in file.keys():  # noqa: SIM118
+                # In parts: the tensor is mapped from the file, and the comparison takes as much memory again.
+                parts = file.get_tensor(name).flatten().split(_PART)
+                if not all(part.isfinite().all() for part in parts):
+                    return str(name)
+        return None
 
 
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -113,6 +124,10 @@ def stored_adapter(path: str, key: str = KEY) -> StoredAdapter:
     """
     folder = adapter_folder(path, key)
     refuse_links(folder, key, reading=True)  # checked before other libraries open the files
+    try:
+        refuse_large((folder / CONFIG, folder / "config.json"))
+    except Unreadable as error:
+        raise ConfigErrors([Problem(key, str(error), "name another adapter")]) from None
     stored = StoredAdapter(folder, _read_config(folder / CONFIG, key))
     try:
         shapes, broken = stored.shapes(), stored.not_finite()
@@ -130,6 +145,9 @@ def stored_adapter(path: str, key: str = KEY) -> StoredAdapter:
 def attach(model: PreTrainedModel, stored: StoredAdapter, *, trainable: bool = False) -> PeftModel:
     """Add a stored adapter to `model` and load its tensors. Raises UserError if they don't fit."""
     refuse_slow_patterns(stored.config, model)
+    numbers, most = stored.numbers(), 2 * model.num_parameters() + _ANY_SIZE
+    if numbers > most:  # PEFT would load all of it before it compares names and shapes
+        raise UserError(f"the adapter in {stored.folder} doesn't fit the model: it holds {numbers:,} numbers")
     stored.config.inference_mode = not trainable
     # PEFT would load the tokenizer that the config names
     if getattr(stored.config, "prompt_tuning_init", None) == "TEXT":

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from loraplus_hydra.check import stored_problems
 from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.fingerprints import refuse_changed
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.load_finished import base_of, load_run, load_run_tokenizer
@@ -45,6 +46,7 @@ def evaluate(run: FinishedRun, *, names_new_rows: bool = False) -> dict[str, flo
     if not (names_new_rows or run.allow_changed_inputs):
         refuse_changed(run.result.get("inputs") or {}, examples.fingerprints, names=["data.eval"])
     _same_labels(run, examples)
+    interrupts.stop_if_asked()
     model, tokenizer = load_run(run, trainable=True)  # the Trainer makes parameter groups from the trained tensors
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(bundle(run.config, tokenizer, examples, model), Path(folder))

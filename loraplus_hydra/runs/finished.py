@@ -20,7 +20,7 @@ from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.checkpoint_state import trainer_state
 from loraplus_hydra.io.checkpoints import Checkpoint, newest_complete, open_checkpoint, sealed, step_of
 from loraplus_hydra.io.folders import refuse_links
-from loraplus_hydra.io.read import Missing, Unreadable, read_json
+from loraplus_hydra.io.read import Missing, Unreadable, read_json, refuse_large
 from loraplus_hydra.io.result import INTERRUPTED, OK, Result, read_result, stored_result
 from loraplus_hydra.runs.stored_config import KEY, read_stored
 
@@ -132,6 +132,10 @@ def _finished_result(folder: Path) -> dict[str, Any]:
             f"there is no {run_folder.ADAPTER} in {folder}" + (", but a link" if adapter.is_symlink() else "")
         )
     refuse_links(adapter, KEY, reading=True)  # checked before other libraries open the files
+    try:
+        refuse_large(sorted(adapter.iterdir()))
+    except Unreadable as error:
+        raise _no_run(str(error)) from None
     return result
 
 

@@ -60,6 +60,8 @@ def predict(
         prompt = _render(text, tokenizer, chat=chat)
         plain = isinstance(text, Text) or (isinstance(text, str) and not chat)
         found = answer(model, tokenizer, prompt, max_new_tokens, special_tokens=plain)
+        if found is None:
+            raise UserError(f"the prompt {_shown(text)!r} gives the model no tokens, so there is nothing to answer")
         yield {"prompt": text.turns if isinstance(text, Conversation) else prompt if plain else text, "answer": found}
 
 
@@ -73,6 +75,11 @@ def _render(text: Asked, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> s
         raise UserError("file: it has conversations, but the run's tokenizer has no chat template")
     conversation = Conversation([{"role": "user", "content": text}]) if isinstance(text, str) else text
     return render(conversation.turns, conversation.template_arguments, tokenizer)
+
+
+def _shown(asked: Asked) -> str:
+    text = asked.turns if isinstance(asked, Conversation) else asked.completion if isinstance(asked, Text) else asked
+    return str(text)[:100]
 
 
 def _uses_chat(run: FinishedRun, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -21,7 +21,9 @@ def answers(
     model.eval()
     # A template writes its own special tokens; a plain prompt gets the tokenizer's.
     special = not tokenizer.chat_template if examples.special_tokens is None else examples.special_tokens
-    texts = [answer(model, tokenizer, prompt, max_new_tokens, special_tokens=special) for prompt in examples.rendered]
+    texts = [
+        answer(model, tokenizer, prompt, max_new_tokens, special_tokens=special) or "" for prompt in examples.rendered
+    ]
     model.train(was_training)
     return [" ".join(text.split()) for text in texts]
 
@@ -33,14 +35,16 @@ def answer(
     max_new_tokens: int,
     *,
     special_tokens: bool,
-) -> str:
-    """Return the model's greedy answer to one prompt.
+) -> str | None:
+    """Return the model's greedy answer to one prompt, or None if the prompt has no tokens.
 
     With `special_tokens` the tokenizer adds its own tokens to the prompt. A prompt that leaves the model too few
     positions for the answer loses its beginning.
     """
     interrupts.stop_if_asked()
     ids = encode_prompt(prompt, tokenizer, special_tokens=special_tokens)
+    if not ids:
+        return None
     limit = table_size(model)
     if limit is not None:
         max_new_tokens = min(max_new_tokens, limit - 1)

@@ -178,6 +178,10 @@ def wrong_with(finished: Finished, folder: Path) -> str:
 
 @pytest.fixture(scope="session")
 def known_keys() -> list[str]:
+    return composed_keys()
+
+
+def composed_keys() -> list[str]:
     """The keys of some composed configs."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra

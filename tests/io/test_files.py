@@ -211,6 +211,14 @@ def test_link_or_fifo_at_any_depth_is_refused(tmp_path: Path, outside: Path) -> 
         folders.refuse_links(run, key="run")
 
 
+def test_folders_nested_too_deep_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "/".join("d" * 30)).mkdir(parents=True)
+    folders.refuse_links(tmp_path, key="run")
+    (tmp_path / "/".join("d" * 300)).mkdir(parents=True)
+    with pytest.raises(ConfigErrors, match="more than 50 levels deep"):
+        folders.refuse_links(tmp_path, key="run")
+
+
 def test_link_that_leads_to_the_folder_and_a_trackers_own_are_accepted(tmp_path: Path) -> None:
     run = tmp_path / "disk" / "run"
     (run / "wandb" / "offline-run-1").mkdir(parents=True)

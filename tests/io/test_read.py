@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from loraplus_hydra.io import read
 from loraplus_hydra.io.read import (
     Missing,
     Unreadable,
@@ -18,6 +19,7 @@ from loraplus_hydra.io.read import (
     read_lines,
     read_text,
     read_yaml,
+    refuse_large,
 )
 
 _TYPES = """
@@ -133,3 +135,25 @@ def test_hub_caches_link_is_read(tmp_path: Path) -> None:
     (tmp_path / "models--a--b" / "blobs" / "abc").write_text('{"a": 1}')
     (snapshot / "config.json").symlink_to("../../blobs/abc")
     assert read_json(snapshot / "config.json") == {"a": 1}
+
+
+def test_memory_that_json_takes_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read, "_MOST_ITEMS", 100)
+    (tmp_path / "few.json").write_text(f"[{'[],' * 30}[]]")
+    (tmp_path / "many.json").write_text(f"[{'[],' * 40}[]]")
+    assert len(read_json(tmp_path / "few.json", list)) == 31
+    refuse_large([tmp_path / "few.json", tmp_path / "missing.json"])
+    with pytest.raises(Unreadable, match=r"many\.json can't be read: the text holds more than 100 values"):
+        read_json(tmp_path / "many.json", list)
+    with pytest.raises(Unreadable, match=r"many\.json holds more than 100 values"):  # a library would read it
+        refuse_large([tmp_path / "many.json"])
+
+
+def test_size_of_what_a_library_reads_is_bounded(tmp_path: Path) -> None:
+    for name in ("config.json", "vocab.txt", "model.safetensors"):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 2**40)  # takes no room on the disk
+    refuse_large([tmp_path / "model.safetensors"])
+    for name in ("config.json", "vocab.txt"):
+        with pytest.raises(Unreadable, match=f"{name} can't be read: it is larger than"):
+            refuse_large([tmp_path / name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -26,3 +27,13 @@ def test_output_that_nobody_takes_is_dropped(redirection: str, lost: str) -> Non
     finished = subprocess.run(["bash", "-c", command, PROGRAM], capture_output=True, text=True, check=False)
     assert finished.returncode == 0
     assert finished.stderr == f"lost: {lost}\n"
+
+
+def test_unbuffered_output_comes_at_once() -> None:
+    """Containers set PYTHONUNBUFFERED, so that a log shows each line when it is printed."""
+    program = (
+        "import os; from loraplus_hydra.io.streams import make_streams_last as last; last(); print(1); os._exit(0)"
+    )
+    command = [sys.executable, "-c", program]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    assert subprocess.run(command, capture_output=True, env=environment, check=True).stdout == b"1\n"

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,11 @@ NOT_COMPARED = (
 )
 
 
-def start(arguments: list[str], log: Path) -> int:
-    """The process id of a forked child that runs the command line with `arguments`; its output goes to `log`."""
+def start(arguments: list[str], log: Path, *, prepare: Callable[[], None] = lambda: None) -> int:
+    """The process id of a forked child that runs the command line with `arguments`; its output goes to `log`.
+
+    The child calls `prepare` first.
+    """
     child = os.fork()
     if child:
         return child
@@ -36,6 +40,7 @@ def start(arguments: list[str], log: Path) -> int:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        prepare()
         from loraplus_hydra.cli.main import main
 
         sys.argv = ["loraplus-hydra", *arguments]
@@ -44,7 +49,12 @@ def start(arguments: list[str], log: Path) -> int:
             status = 0
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except KeyboardInterrupt:  # before the program has its own handler
+            status = 128 + signal.SIGINT
     finally:
+        with suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
 
 

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +22,10 @@ from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.interrupts import Interrupted
 from loraplus_hydra.training.hf_trainer.resumable_mixin import ResumableMixin
 from tests.conftest import Finished
+from tests.support.finished_runs import finished
 from tests.support.forking import differences, lines
+
+__all__ = ["finished"]
 
 Cli = Callable[..., Finished]
 
@@ -122,6 +127,39 @@ def test_signal_behind_a_job_ends_the_sweep(
     left = "The sweep was stopped with 2 jobs left: seed=2, seed=3"
     assert left in finished.out.replace("\n", " ")
     assert left in (tmp_path / "sweep" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("number", interrupts.SIGNALS)
+def test_signal_while_the_program_starts_is_kept(number: signal.Signals) -> None:
+    program = (
+        "import os, runpy, sys\n"
+        "def seen(event, arguments):\n"
+        "    if event == 'import' and arguments[0] == 'hydra':\n"
+        f"        os.kill(os.getpid(), {number:d})\n"
+        "sys.addaudithook(seen)\n"
+        "sys.argv = ['loraplus-hydra', '--help']\n"
+        "runpy.run_module('loraplus_hydra', run_name='__main__')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (128 + number, False), ended.stderr
+
+
+def test_export_that_a_signal_stops_leaves_nothing(
+    cli: Cli, finished: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraplus_hydra.runs import export
+
+    merged = export._merged
+
+    def signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return merged(*arguments)
+
+    monkeypatch.setattr(export, "_merged", signalled)
+    ended = cli("export", str(finished("sft")), "to=new/model")
+    assert ended.status == 143, ended.err
+    assert "Stopping: nothing of the export is kept" in ended.err
+    assert list(tmp_path.iterdir()) == []
 
 
 EVALUATED = (
