@@ -108,8 +108,8 @@ class Trials:
         return self._continued(self._signalled(words, dice, in_save, dice.uniform(0, 0.02)), place, words)
 
     def _broken_evaluation(self, name: str, dice: random.Random) -> dict[str, Any]:
-        place, step = self.work / "run", dice.choice((0, 4, 8, 9))
-        words = [*self.run, KEPT, "trainer.logging_steps=1", f"hydra.run.dir={place}"]
+        place, step = self.work / "run", dice.choice((0, 4, 8))
+        words = [*self.run, KEPT, f"hydra.run.dir={place}"]
 
         def evaluating(pid: int) -> bool:
             if step == 0:
@@ -117,9 +117,7 @@ class Trials:
             logged = lines(place) if (place / "metrics.jsonl").exists() else []
             return bool(logged) and logged[-1].get("step") == step and "loss" in logged[-1]
 
-        return self._continued(
-            self._signalled(words, dice, evaluating, dice.uniform(0, 0.05)), place, words, but=("metrics.jsonl",)
-        )
+        return self._continued(self._signalled(words, dice, evaluating, dice.uniform(0, 0.05)), place, words)
 
     def _broken_sweep(self, name: str, dice: random.Random, *further: str) -> dict[str, Any]:
         place = self.work / "sweep"
@@ -275,7 +273,7 @@ class Trials:
             found += [f"left: {path}" for path in place.rglob("*.unfinished")]
         return found
 
-    def _continued(self, broken: Signalled, place: Path, words: list[str], but: tuple[str, ...] = ()) -> dict[str, Any]:
+    def _continued(self, broken: Signalled, place: Path, words: list[str]) -> dict[str, Any]:
         """Resume a run and compare it with the unbroken one."""
         faults = self._faults(broken, place)
         if place.exists():
@@ -287,7 +285,7 @@ class Trials:
             )
             if ended.status:
                 return self._seen(broken, [*faults, f"given again: {ended.status}: {ended.output[-800:]}"])
-        found = [what for what in differences(place, self.unbroken) if what not in ("config_hash", *but)]
+        found = [what for what in differences(place, self.unbroken) if what != "config_hash"]
         return self._seen(broken, faults + found)
 
     def _seen(self, broken: Signalled, faults: list[str]) -> dict[str, Any]:
