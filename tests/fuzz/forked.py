@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.forking import IMPORTED, start
+from tests.support.forking import start
+from tests.support.processes import IMPORTED
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = int(os.environ.get("LORAPLUS_FUZZ_FROM", "0"))  # number of the first trial, which seeds its generator
