@@ -1,1 +1,1 @@
-"""Prepare a job and train it."""
+"""Preparation and training of a run."""

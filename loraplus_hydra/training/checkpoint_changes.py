@@ -1,4 +1,4 @@
-"""Compare optimizer, groups and schedule of a run with a checkpoint's."""
+"""Comparison of optimizer, groups and schedule between a run and a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.checkpoint_state import GroupState, RunState, ScheduleState
 from loraplus_hydra.loraplus.settings import LoraPlus
 
-# Entries of a torch parameter group that are no settings.
+# Entries of a torch parameter group that are not settings.
 _NOT_SETTINGS = ("params", "param_names", "name", "lr", "initial_lr")
 
 
 def describe_training(settings: LoraPlus, groups: Mapping[str, Mapping[str, Any]], max_steps: int) -> dict[str, Any]:
-    """Return optimizer, groups (a torch parameter group for each name) and schedule as fields of RunState."""
+    """Return the fields of RunState about optimizer, groups and schedule."""
     return {
         "optimizer": full_name(settings.optimizer_class),
         "groups": {
@@ -28,7 +28,7 @@ def describe_training(settings: LoraPlus, groups: Mapping[str, Mapping[str, Any]
 
 
 def differences(then: RunState, now: RunState) -> list[str]:
-    """Return the changes of the groups' settings and of the schedule, a text each."""
+    """Return a text for each change of the groups' settings or the schedule."""
     changes = []
     for name, group in now.groups.items():
         old, new = then.groups[name].settings, group.settings
@@ -45,7 +45,7 @@ def differences(then: RunState, now: RunState) -> list[str]:
 
 
 def refuse_other_groups(then: RunState, optimizer: str, groups: Mapping[str, list[str]]) -> None:
-    """Raise UserError when the optimizer's class or a group's members differ from the checkpoint's.
+    """Raise UserError if the optimizer's class or a group's tensors differ from the checkpoint's.
 
     `groups` maps a group's name to its tensors' names.
     """
@@ -53,8 +53,9 @@ def refuse_other_groups(then: RunState, optimizer: str, groups: Mapping[str, lis
     changes += _group_changes(then.groups, groups)
     if changes:
         raise UserError(
-            f"can't resume from the checkpoint: {'; '.join(changes)}. Rates, weight decay and steps may change; the "
-            "optimizer's class and the groups may not (adapter.path trains on an adapter with a new optimizer)"
+            f"can't resume from the checkpoint: {'; '.join(changes)}. Rates, weight decay and steps may change, but "
+            "the optimizer's class and the groups must not (adapter.path trains an adapter further with a new "
+            "optimizer)"
         )
 
 
@@ -69,9 +70,9 @@ def _group_changes(then: Mapping[str, GroupState], groups: Mapping[str, list[str
         elif old[name] != groups[name]:
             other = sorted(set(old[name]) ^ set(groups[name]))
             changes.append(f"group {name} has other tensors" + (f", such as {other[0]}" if other else " (their order)"))
-    # A tensor's optimizer state is found by its position, so the order counts, too.
+    # A tensor's optimizer state is found by its position, so the order must be the same, too.
     if not changes and list(old) != list(groups):
-        changes.append(f"the groups were in the order {', '.join(old)} and are in {', '.join(groups)}")
+        changes.append(f"the groups' order was {', '.join(old)} and is now {', '.join(groups)}")
     return changes
 
 
@@ -81,7 +82,7 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _through_json(value: Mapping[str, Any]) -> Any:
-    """Return a value as reading it from a checkpoint would, so that both can be compared."""
+    """Return a value converted to JSON and back, for comparison with a checkpoint's value."""
     return json.loads(json.dumps(value, default=str))
 
 

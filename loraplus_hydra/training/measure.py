@@ -1,4 +1,4 @@
-"""Measure a run's parameters and memory."""
+"""Measurements of a run's parameters and memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import nn
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return the trained and all parameters; a 4-bit weight counts as the numbers that it packs."""
+    """Return the numbers of trained and of all parameters. A packed 4-bit weight counts unpacked."""
     trained = total = 0
     for parameter in model.parameters():
-        # bitsandbytes packs two 4-bit numbers a byte and keeps the shape that they stand for.
+        # bitsandbytes packs two 4-bit numbers into a byte and stores the original shape.
         state = getattr(parameter, "quant_state", None)
         count = state.shape.numel() if state is not None else parameter.numel()
         total += count
@@ -26,19 +26,19 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory since the last `reset_peak_memory`.
 
-    On a GPU the memory that torch had allocated, on a CPU the process's resident memory.
+    On a GPU this is the memory that torch allocated, on a CPU the process's resident memory.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError, StopIteration, ValueError):  # on Linux, where it can be reset
+    with suppress(OSError, StopIteration, ValueError):  # Linux has a peak that can be reset
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    return peak if sys.platform == "darwin" else peak * 1024  # on Linux the unit is KiB
 
 
 def reset_peak_memory() -> None:
-    """Start counting the peak anew, as far as the system allows, for the next job of a process."""
+    """Reset the peak memory for the next job of the process, if the system allows it."""
     if torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(device)

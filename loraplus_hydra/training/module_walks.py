@@ -1,4 +1,4 @@
-"""The Trainer's walks over all modules and parameters, made once in place of at every step."""
+"""The Trainer's walks over all modules and parameters, made once instead of at every step."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 
 def walk_once(trainer: Any) -> None:
-    """Keep what a Trainer looks for in its model at every step. What it computes from it is the same.
+    """Cache the modules and parameters for which a Trainer searches at every step.
 
-    For a Trainer in one process, whose model nothing wraps or shards.
+    The Trainer's results stay the same. This is only valid for a Trainer in one process whose model is not wrapped or
+    sharded.
     """
     model, accelerator = trainer.model, trainer.accelerator
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -26,5 +27,5 @@ def walk_once(trainer: Any) -> None:
         return clip(trained, *args, **kwargs)
 
     model.train, model.zero_grad = train, zero_grad
-    model.num_parameters = functools.cache(model.num_parameters)  # for its count of floating-point operations
+    model.num_parameters = functools.cache(model.num_parameters)  # used for the number of floating-point operations
     accelerator.clip_grad_norm_ = clip_grad_norm

@@ -1,6 +1,6 @@
-"""Prepare a job: tokenizer, examples, model with adapter, and the plan of its groups.
+"""Preparation of a run: tokenizer, examples, model with adapter, and plan of the groups.
 
-`plan_on_meta` prepares the same without weights, on the meta device, for `check`, `inspect` and `preview`.
+`plan_on_meta` prepares model and plan without weights, on the meta device, for `check`, `inspect` and `preview`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PLANNING_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that a job trains with."""
+    """Everything that a run needs for training."""
 
     config: DictConfig
     tokenizer: PreTrainedTokenizerBase
@@ -43,11 +43,11 @@ class Prepared:
     model: PeftModel
     settings: LoraPlus
     plan: Plan
-    inputs: Mapping[str, str] = field(default_factory=dict)  # fingerprints, see io/fingerprints.py
+    inputs: Mapping[str, str] = field(default_factory=dict)  # fingerprints of the inputs, see io/fingerprints.py
 
 
 def prepare(config: DictConfig) -> Prepared:
-    """Load tokenizer, examples and model, add the adapter and plan its groups. Raises UserError."""
+    """Load tokenizer, examples and model, add the adapter, and plan the groups. Raises UserError."""
     screen.show("2/6 Loading the data and the tokenizer")
     interrupts.stop_if_asked()
     tokenizer = load_tokenizer(config.model)
@@ -65,9 +65,9 @@ def prepare(config: DictConfig) -> Prepared:
 
 
 def inputs_of(config: DictConfig, tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, str]) -> dict[str, str]:
-    """Return the fingerprints of a config's inputs, with those of its rows.
+    """Return the fingerprints of a config's inputs. `rows` has the rows' fingerprints.
 
-    Weights that are not on this machine yet have none.
+    Weights that are not on this machine yet have no fingerprint.
     """
     found = {
         **rows,
@@ -80,15 +80,15 @@ def inputs_of(config: DictConfig, tokenizer: PreTrainedTokenizerBase, rows: Mapp
 
 
 def prepare_examples(config: DictConfig, tokenizer: PreTrainedTokenizerBase, *, keep: bool = False) -> Examples:
-    """Return the examples of the config's rows, as they fit the weights that training begins from.
+    """Return the examples of the config's rows for the weights that training begins from.
 
-    With `keep`, the next call with the same config returns the same examples. Raises ConfigErrors.
+    With `keep`, the examples are cached for the next call with the same config. Raises ConfigErrors.
     """
     return load_examples(config, tokenizer, base_of(config), keep=keep)
 
 
 def base_of(config: DictConfig) -> Base:
-    """Return the properties of the weights that a config's training begins from. Raises ConfigErrors."""
+    """Return the properties of the weights that training begins from. Raises ConfigErrors."""
     limits = Base(
         positions=positions(config.model, config.task.auto_class), trained_positions=trained_positions(config.model)
     )
@@ -98,19 +98,19 @@ def base_of(config: DictConfig) -> Base:
     if config.adapter.get("path") and (stored := adapter_labels(config.adapter.path)):
         if config.task.get("new_head"):
             what = f"the adapter in {config.adapter.path} has a trained head, which would be loaded"
-            raise ConfigErrors([Problem("task.new_head", what, "set it to false, or begin a new adapter")])
+            raise ConfigErrors([Problem("task.new_head", what, "set it to false, or use a new adapter")])
         return replace(limits, labels=stored, head="the head of adapter.path")
     return replace(limits, labels=labels, replaceable=True, unnamed_outputs=0 if labels else outputs)
 
 
 def bundle(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples, model: PeftModel) -> Prepared:
-    """Return the loaded parts with the plan of the model's groups. Raises UserError."""
+    """Return a Prepared with the loaded parts and the plan of the model's groups. Raises UserError."""
     return Prepared(config, tokenizer, examples, model, *plan_groups(config, model))
 
 
 def load_adapted_model(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> PeftModel:
     """Load the base model with its weights and add the adapter."""
-    set_seed(config.seed)  # the adapter's initialisation
+    set_seed(config.seed)  # for the adapter's initialisation
     return add_adapter(
         load_base(config, tokenizer, examples.model_arguments),
         config.adapter,
@@ -127,10 +127,10 @@ def plan_on_meta(config: DictConfig) -> tuple[PeftModel, Plan]:
 
 
 def plan_groups(config: DictConfig, model: PeftModel) -> tuple[LoraPlus, Plan]:
-    """Return a config's settings of LoRA+ and the plan of the model's groups. Raises UserError."""
+    """Return a config's LoRA+ settings and the plan of the model's groups. Raises UserError."""
     settings = loraplus_settings(config)
     try:
-        with time_limit(_PLANNING_SECONDS):  # patterns of an untrusted config may never end
+        with time_limit(_PLANNING_SECONDS):  # matching an untrusted config's patterns may never end
             plan = settings.plan(model)
     except TooSlowError as error:
         raise UserError(f"loraplus.rules: the patterns can't be matched with the tensors' names: {error}") from None
@@ -152,7 +152,8 @@ def loraplus_settings(config: DictConfig) -> LoraPlus:
     optimizer, scheduler, loraplus = (plain_of(config[name]) for name in ("optimizer", "scheduler", "loraplus"))
     return LoraPlus(
         optimizer_class=locate(optimizer.pop("_target_")),
-        lr=optimizer["lr"],  # stays among the arguments too: schedules with a floor measure it against this default
+        # Also stays in the arguments, because schedules with a smallest rate are relative to this default
+        lr=optimizer["lr"],
         weight_decay=optimizer.pop("weight_decay", 0.0),
         optimizer_arguments=optimizer,
         rules=parse_rules(loraplus["rules"], where="loraplus.rules"),

@@ -1,4 +1,4 @@
-"""The state of the process that a job may change, restored after it."""
+"""The process state that a job may change, and that is restored after the job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy
 import torch
 from torch.backends import cuda, cudnn
 
-Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # returns a value, sets it
+Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # (getter, setter)
 
 
 @contextmanager
@@ -28,11 +28,11 @@ def process_state() -> Iterator[None]:
         yield
     finally:
         for (get, put), value in reversed(list(zip(_SETTINGS, before, strict=True))):
-            if get() != value:  # some setters do more than set, such as import a compiler
+            if get() != value:  # some setters have other effects, such as importing a compiler
                 put(value)
         os.chdir(folder)
         set_random_states(generators)
-        if torch.cuda.is_initialized() and not used_gpus:  # the job has begun to
+        if torch.cuda.is_initialized() and not used_gpus:  # the job was the first to use a GPU
             torch.cuda.manual_seed_all(seed)
 
 
@@ -69,14 +69,14 @@ def _loggers() -> tuple[list[tuple[logging.Logger, int, bool, bool]], int]:
 def _set_loggers(before: tuple[list[tuple[logging.Logger, int, bool, bool]], int]) -> None:
     states, threshold = before
     for logger, level, propagate, disabled in states:
-        if logger.level != level:  # setting it clears a cache of all loggers
+        if logger.level != level:  # setting a level clears a cache of all loggers
             logger.setLevel(level)
         logger.propagate, logger.disabled = propagate, disabled
     logging.disable(threshold)
 
 
 def _set_default_device(device: torch.device) -> None:
-    # None is the state before the first call. Set to the CPU, torch sends every call through Python.
+    # None is the state before the first call. After a set to the CPU, torch would pass every call through Python.
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
@@ -93,8 +93,8 @@ def _attribute(holder: Any, name: str) -> Setting:
 
 
 def _float32_precision() -> list[Setting]:
-    """Return the settings that let float32 products use fewer bits."""
-    if hasattr(torch.backends, "fp32_precision"):  # since torch 2.9, which refuses a mixture with the old names
+    """Return the settings that allow fewer bits in float32 products."""
+    if hasattr(torch.backends, "fp32_precision"):  # new in torch 2.9, which refuses a mixture with the old names
         return [_attribute(holder, "fp32_precision") for holder in (torch.backends, cuda.matmul, cudnn)]
     return [_attribute(holder, "allow_tf32") for holder in (cuda.matmul, cudnn)]
 

@@ -1,4 +1,4 @@
-"""Progress of training: a bar on a terminal, a line per logged step elsewhere."""
+"""Progress of training: a bar on a terminal, otherwise a line per logged step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ log = logging.getLogger("loraplus_hydra")
 
 
 class ProgressDisplay:
-    """Shows how far training is, with the newest losses."""
+    """Shows the number of steps done, with the newest losses."""
 
     def __init__(self, *, bar: bool) -> None:
         self.bar = Progress(
@@ -45,7 +45,7 @@ class ProgressDisplay:
             log.info("    step %d of %d: %s", step, total, _as_text(losses))
 
     def close(self) -> None:
-        """Release the terminal; a second call changes nothing."""
+        """Release the terminal. A second call changes nothing."""
         self.bar.stop()
 
 

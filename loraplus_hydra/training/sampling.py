@@ -19,7 +19,7 @@ def answers(
     """Return the model's greedy answer to each of the examples' prompts, without special tokens."""
     was_training = model.training
     model.eval()
-    # A template writes its own special tokens; a plain prompt gets the tokenizer's.
+    # A template adds its own special tokens. For a plain prompt the tokenizer adds them.
     special = not tokenizer.chat_template if examples.special_tokens is None else examples.special_tokens
     texts = [
         answer(model, tokenizer, prompt, max_new_tokens, special_tokens=special) or "" for prompt in examples.rendered
@@ -38,8 +38,8 @@ def answer(
 ) -> str | None:
     """Return the model's greedy answer to one prompt, or None if the prompt has no tokens.
 
-    With `special_tokens` the tokenizer adds its own tokens to the prompt. A prompt that leaves the model too few
-    positions for the answer loses its beginning.
+    With `special_tokens`, the tokenizer adds its special tokens to the prompt. If prompt and answer have more tokens
+    than the model has positions, the prompt's beginning is cut.
     """
     interrupts.stop_if_asked()
     ids = encode_prompt(prompt, tokenizer, special_tokens=special_tokens)

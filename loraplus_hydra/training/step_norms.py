@@ -1,7 +1,7 @@
-"""Norms of each group's weights after a step and of the step's change to them.
+"""For each group, the norm of its weights after a step and the norm of its update.
 
-Efficient learning in the sense of LoRA+ (arXiv 2402.12354, section 3) means that the updates of A and of B both move
-the model's features; plain LoRA at one rate moves B too little. The norms of both groups' updates show it.
+Learning is efficient in the sense of LoRA+ (arXiv 2402.12354, section 3) if the updates of both A and B change the
+model's features. Plain LoRA with one rate changes B too little. The norms of the groups' updates show this.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Norms = dict[str, dict[str, float]]
 def may_be_logged(args: Any, state: Any, train_dataloader: Any) -> bool:
     """Return True if the Trainer may log the next step.
 
-    With `logging_strategy=epoch` an epoch may also end early, after an evaluation that stops training.
+    With `logging_strategy=epoch`, an epoch may also end early, because an evaluation can stop training.
     """
     step = state.global_step + 1
     if step == 1 and args.logging_first_step:
@@ -31,7 +31,7 @@ def may_be_logged(args: Any, state: Any, train_dataloader: Any) -> bool:
         return False
     try:
         batches = len(train_dataloader)
-    except TypeError:  # streamed rows: nobody knows which step is the last
+    except TypeError:  # streamed rows, whose last step is unknown
         return True
     steps_of_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
     evaluated = args.eval_strategy == IntervalStrategy.STEPS and step % state.eval_steps == 0
@@ -39,9 +39,9 @@ def may_be_logged(args: Any, state: Any, train_dataloader: Any) -> bool:
 
 
 class StepNorms:
-    """Norms around one optimizer step: make it before the step, call `norms()` after it.
+    """Norms for one optimizer step. Make the object before the step, and call `norms()` after it.
 
-    It copies the trained tensors (in 32 bits at least), changes nothing, and draws no random numbers.
+    The object copies the trained tensors (in at least 32 bits). It changes nothing and draws no random numbers.
     """
 
     def __init__(self, optimizer: Any, model: Any) -> None:
@@ -52,8 +52,8 @@ class StepNorms:
     def norms(self) -> Norms:
         """Return for each group the L2 norm of its tensors ("weight") and of their change ("update").
 
-        For sharded tensors it is the norm over all shards, and every process must call it. Call it once: the copies
-        become the differences.
+        For sharded tensors, the norm is over all shards, and every process must call this method. Call it only once,
+        because it overwrites the copies with differences.
         """
         norms: Norms = {}
         with torch.no_grad():
@@ -63,7 +63,8 @@ class StepNorms:
         return norms
 
     def _norm(self, tensors: list[torch.Tensor]) -> float:
-        by_mesh: dict[Any, list[torch.Tensor]] = {}  # DTensors of several meshes, or beside plain ones, don't mix
+        # DTensors of different meshes, or DTensors and plain tensors, can't be combined
+        by_mesh: dict[Any, list[torch.Tensor]] = {}
         for tensor in tensors:
             wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
             by_mesh.setdefault(getattr(tensor, "device_mesh", None), []).append(wide)
@@ -87,7 +88,7 @@ def _whole(norm: torch.Tensor) -> torch.Tensor:
 
 
 def _process_group(model: Any) -> Any:
-    """Return the processes that share FSDP1's flat parameters, None without them."""
+    """Return the processes that share FSDP1's flat parameters; None without FSDP1."""
     if not distributed.is_available() or not distributed.is_initialized():
         return None
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy

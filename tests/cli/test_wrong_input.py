@@ -165,7 +165,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "rate 0": (["optimizer.lr=0"], ["optimizer.lr", "0 is out of range"]),
     "negative weight decay": (["optimizer.weight_decay=-0.1"], ["optimizer.weight_decay", "from 0 on"]),
     "no step": (["trainer.max_steps=0"], ["trainer.max_steps", "from 1 on"]),
-    "no batch": (["trainer.per_device_train_batch_size=0"], ["trainer.per_device_train_batch_size", "from 1 on"]),
+    "no batch": (
+        ["trainer.per_device_train_batch_size=0"],
+        ["trainer.per_device_train_batch_size", "from 1 on"],
+    ),
     "ratio of a preset without one": (
         ["loraplus=none", "loraplus.ratio=16"],
         ["loraplus.ratio: there is no such key", "an option that has this key: loraplus=default"],

@@ -139,7 +139,7 @@ def test_best_checkpoint_of_another_place_is_never_opened(named: str, trial: Tri
         trial.resume(*BEST)
         assert (folder / "adapter" / WEIGHTS).read_bytes() == own.read_bytes()
     else:
-        with pytest.raises(UserError, match="that isn't the name of a checkpoint"):
+        with pytest.raises(UserError, match="its name is not a checkpoint's name"):
             trial.resume(*BEST)
         assert not (folder / "adapter").exists()
 

@@ -196,7 +196,9 @@ def test_rows_beyond_what_a_rotary_model_was_made_for_are_noted(
     files = ("data=jsonl", f"data.train={path}", f"data.eval={path}")
     config = compose("model=hub", f"model.path={words_folder}", *files)  # its max_position_embeddings is 128
     notes = prepare_examples(config, load_tokenizer(config.model)).notes
-    assert any(note.startswith("1 of 2 train rows are longer than the 128 tokens that the model was") for note in notes)
+    assert any(
+        note.startswith("1 of 2 train rows are longer than the 128 tokens for which the model was") for note in notes
+    )
     config = compose("model=hub", f"model.path={words_folder}", *files, "task.args.max_length=128")
     notes = prepare_examples(config, load_tokenizer(config.model)).notes
     assert any(note.startswith("1 of 2 train rows are longer than 128 tokens: their ends") for note in notes)

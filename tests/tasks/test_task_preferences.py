@@ -102,7 +102,7 @@ def test_each_shape_is_the_same_preference(made: Made, llama_folder: Path, name:
 
 def test_columns_that_no_answer_needs_are_named(made: Made, llama_folder: Path) -> None:
     notes = made(llama_folder, [SHAPES["UltraFeedback"][0]]).notes
-    assert notes == ("Columns that are not used: prompt_id, messages, score_chosen, score_rejected",)
+    assert notes == ("Unused columns: prompt_id, messages, score_chosen, score_rejected",)
 
 
 def test_what_the_answers_share_is_the_prompt_as_trl_finds_it(made: Made, plain_llama_folder: Path) -> None:
@@ -159,7 +159,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "equal": ({"prompt": "say", "chosen": "no", "rejected": "no"}, "no preference"),
     "null": ({"prompt": "say", "chosen": "no", "rejected": None}, "'rejected' is null"),
     "two kinds": ({"prompt": "say", "chosen": "no", "rejected": [BAD]}, "one is text, the other is messages"),
-    "a question last": ({"chosen": [ASK, GOOD], "rejected": [ASK]}, "ends with a message of the role 'user'"),
+    "a question last": ({"chosen": [ASK, GOOD], "rejected": [ASK]}, "ends with a message with the role 'user'"),
     "other prompts": (
         {"chosen": [ASK, GOOD], "rejected": [{**ASK, "content": "x"}, BAD]},
         "begin with no common prompt",

@@ -157,4 +157,4 @@ def test_rows_that_a_trainer_leaves_out_are_counted(
     overrides = ["task=dpo", "task.args.max_length=24"]
     finished = cli(*overrides_of(plain_llama_folder, path, path, overrides), "hydra.run.dir=run")
     assert finished.status == 0, finished.err
-    assert "3 of 9 train rows are left out by DPOTrainer (nothing to learn within task.args.max_length)" in finished.out
+    assert "3 of 9 train rows are dropped by DPOTrainer (nothing to learn within task.args.max_length)" in finished.out

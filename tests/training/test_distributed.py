@@ -82,4 +82,4 @@ def test_requested_fsdp_that_is_not_active_is_an_error(tiny_run: list[str], tmp_
     overrides = [*tiny_run, "trainer=fsdp2", "trainer.use_cpu=true", "trainer.bf16=false", "hydra.run.dir=run"]
     ended = run_in_two_ranks(command_line, *overrides, folder=tmp_path)
     assert ended.status == 1
-    assert "FSDP isn't active" in ended.out
+    assert "FSDP is not active" in ended.out

@@ -74,7 +74,7 @@ def test_extras_install_what_the_trackers_need() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("logger.mode=online", "set WANDB_API_KEY or run `wandb login`"),
+        ("logger.mode=online", "set WANDB_API_KEY, run `wandb login`"),
         ("logger.mode=onlien", "it must be one of offline, online"),
         ("+logger.projekt=x", "WandB takes no argument 'projekt' (did you mean 'project'?)"),
         ("logger.tags=5", "'5' is not a list"),

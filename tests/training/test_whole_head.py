@@ -72,4 +72,4 @@ def test_an_adapters_layer_on_the_output_layer_is_refused_before_trl_does(
 ) -> None:
     ended = cli("check", *tiny_run, "adapter.target_modules=[q_proj,lm_head]")
     assert ended.status == 1
-    assert "adapter.target_modules: TRL's SFTTrainer trains no adapter on the output layer" in ended.err
+    assert "adapter.target_modules: TRL's SFTTrainer can't train an adapter on the output layer" in ended.err

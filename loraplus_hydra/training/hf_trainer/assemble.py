@@ -1,4 +1,4 @@
-"""Assemble the HF Trainer of a prepared job, with LoRA+, checkpoints and metrics."""
+"""The Hugging Face Trainer of a prepared run, with LoRA+, checkpoints and metrics."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def make_trainer(
     point: ResumePoint | None = None,
     report: Callable[[dict[str, Any]], None] | None = None,
 ) -> Any:
-    """Make the Trainer of `task._target_` with the LoRA+ mixin, writing into `folder`.
+    """Make the Trainer of `task._target_` with the LoRA+ mixin. It writes into `folder`.
 
-    With `point` its next `train()` resumes from that checkpoint. `report` gets each line of metrics.jsonl.
+    With `point`, the next `train()` resumes from its checkpoint. `report` is called with each line of metrics.jsonl.
     """
     config, seconds = job.config, 0.0 if point is None else point.seconds
     schedule = schedule_of(type(job.model.active_peft_config))
@@ -63,7 +63,7 @@ def make_trainer(
         **job.examples.trainer_arguments,
     )
     trainer.add_callback(CheckpointCallback(trainer, folder / METRICS, seconds=seconds, inputs=job.inputs))
-    if not trainer.args.dataloader_num_workers:  # what a worker process reads is not known here
+    if not trainer.args.dataloader_num_workers:  # the rows that worker processes read are unknown here
         trainer.rows_read = job.examples.rows_read
         trainer.expected_stream = StreamState() if point is None else point.stream
     score_with_whole_head(job.model)
@@ -77,7 +77,7 @@ def make_trainer(
 def training_arguments(
     config: DictConfig, folder: Path, examples: Examples, *, resume_from: str | None = None
 ) -> TrainingArguments:
-    """Return the arguments of the task's Trainer from `trainer`, `task.args` and our other groups.
+    """Return the arguments of the task's Trainer from `trainer`, `task.args` and other groups.
 
     `resume_from` is the checkpoint that `trainer.resume_from_checkpoint` names.
     """
@@ -89,17 +89,17 @@ def training_arguments(
     if examples.max_length is not None:
         arguments["max_length"] = examples.max_length
     if processes.world_size() > 1 and not torch.accelerator.is_available():
-        arguments["use_cpu"] = True  # otherwise the Trainer looks for GPUs only, and each process trains alone
+        arguments["use_cpu"] = True  # otherwise the Trainer searches only for GPUs, and each process trains alone
     made: TrainingArguments = locate(config.task.args_class)(
         output_dir=str(folder / CHECKPOINTS),
         seed=config.seed,
         metric_for_best_model=config.task.metric,
         greater_is_better=config.task.greater_is_better,
         report_to="none",
-        # Not `evaluate()` ahead of `train()`: that marks the model as prepared, so train() would not wrap it in DDP,
+        # Not `evaluate()` before `train()`: this would mark the model as prepared, so train() would not wrap it in DDP,
         # and each process would train alone.
         eval_on_start=resume_from is None,
-        disable_tqdm=True,  # the screen has our progress bar
+        disable_tqdm=True,  # this program shows its own progress bar
         **arguments,
     )
     return made
@@ -113,34 +113,34 @@ def _early_stopping(config: DictConfig) -> list[EarlyStoppingCallback]:
 
 
 def _report_dropped_rows(trainer: Any, job: Prepared) -> None:
-    """Report rows that the Trainer left out; TRL, for example, drops preferences that are too long.
+    """Report rows that the Trainer dropped. TRL, for example, drops preferences that are too long.
 
     Raises UserError if no row is left.
     """
-    if getattr(trainer.args, "packing", False):  # several rows are joined into one
+    if getattr(trainer.args, "packing", False):  # packing joins several rows into one
         return
     trainer_class = job.config.task._target_.rpartition(".")[2]
-    left_out = f"left out by {trainer_class} (nothing to learn within task.args.max_length)"
+    left_out = f"dropped by {trainer_class} (nothing to learn within task.args.max_length)"
     train, held_out = (job.examples.train, trainer.train_dataset), (job.examples.eval, trainer.eval_dataset)
     for split, (given, kept) in (("train", train), ("eval", held_out)):
         if not (has_length(given) and has_length(kept)) or len(kept) >= len(given):
             continue
         if len(kept) == 0:
-            raise UserError(f"data.{split}: all {len(given):,} rows are {left_out}; allow for more")
+            raise UserError(f"data.{split}: all {len(given):,} rows are {left_out}; increase it")
         screen.show(f"    Note: {len(given) - len(kept):,} of {len(given):,} {split} rows are {left_out}")
 
 
 def _refuse_other_processes(trainer: Any) -> None:
-    """Raise UserError where the Trainer does not use the processes, or FSDP, that were asked for."""
+    """Raise UserError if the Trainer doesn't use all processes, or not FSDP although it is set."""
     active = trainer.accelerator.distributed_type
-    if trainer.args.fsdp and active is not DistributedType.FSDP:  # the Trainer falls back to DDP silently
+    if trainer.args.fsdp and active is not DistributedType.FSDP:  # the Trainer silently uses DDP instead
         raise UserError(
-            f"trainer.fsdp is set, but FSDP isn't active (what runs is {active.value}): it needs GPUs and several "
+            f"trainer.fsdp is set, but FSDP is not active ({active.value} is used): FSDP needs GPUs and several "
             "processes (torchrun --nproc_per_node N -m loraplus_hydra trainer=fsdp2). Use trainer=ddp or default"
         )
     started, used = processes.world_size(), trainer.args.world_size
     if started != used:
         raise UserError(
-            f"{started} processes were started, but the Trainer uses {used}, so each would train alone in one folder. "
-            "Start one process, or see that each has a device of its own (on CPUs: trainer.use_cpu=true)"
+            f"{started} processes were started, but the Trainer uses {used}, so each process would train alone in the "
+            "same folder. Start one process, or give each process its own device (on CPUs: trainer.use_cpu=true)"
         )

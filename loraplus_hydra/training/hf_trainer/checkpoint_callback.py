@@ -1,4 +1,4 @@
-"""Complete the HF Trainer's checkpoints, and bring the Trainer back to the state of one."""
+"""A callback that completes the Trainer's checkpoints, and restores the Trainer from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loraplus_hydra.training.hf_trainer.log_window import collect_window, restor
 class CheckpointCallback(TrainerCallback):
     """Adds run_state.json and the manifest to each checkpoint, and restores the Trainer from them.
 
-    Add it after all callbacks that write into a checkpoint: the manifest lists every file.
+    Add this callback after all callbacks that write into a checkpoint, because the manifest lists every file.
     """
 
     def __init__(self, trainer: Any, metrics: Path, *, seconds: float = 0.0, inputs: Mapping[str, str]) -> None:
@@ -58,9 +58,9 @@ class CheckpointCallback(TrainerCallback):
         if not isinstance(args.resume_from_checkpoint, str):
             return
         for change in self.trainer.resumed_with:
-            screen.show(f"    Changed from here on: {change}")
+            screen.show(f"    Changed from this step on: {change}")
         state.best_model_checkpoint = own_best(args.resume_from_checkpoint, args)
-        # Intervals given as a share of all steps are a share of this run's steps, not of the checkpoint's.
+        # An interval given as a share of all steps is a share of this run's steps, not of the checkpoint's.
         state.compute_steps(args, state.max_steps)
         stored = run_state(Path(args.resume_from_checkpoint))
         restore_window(self.trainer, stored.window)
@@ -71,15 +71,15 @@ class CheckpointCallback(TrainerCallback):
 
 
 def own_best(checkpoint: str, args: Any) -> str | None:
-    """Return the best checkpoint that `checkpoint` names, in this run's own folder; None if it has none.
+    """Return the path, in this run's folder, of the best checkpoint that `checkpoint` names, or None.
 
-    The best one of another run is copied, since that run may remove it. Raises UserError when it is to be loaded at the
-    end and is incomplete.
+    Another run's best checkpoint is copied, because that run may remove it. Raises UserError if it must be loaded at
+    the end but is incomplete.
     """
     stored = stored_trainer_state(checkpoint).best_model_checkpoint
     if stored is None:
         return None
-    # It is beside `checkpoint`, whatever path is stored: the run may have been moved.
+    # It is in the same folder as `checkpoint`. The stored path may be wrong, because the run may have been moved.
     best = Path(checkpoint).parent / Path(str(stored)).name
     own = Path(args.output_dir) / best.name
     if not args.load_best_model_at_end:
@@ -93,24 +93,24 @@ def own_best(checkpoint: str, args: Any) -> str | None:
 
 
 def refuse_unfit_best(folder: Path) -> None:
-    """Raise UserError unless `folder` is a complete checkpoint with safetensors only."""
+    """Raise UserError unless `folder` is a complete checkpoint whose weights are safetensors."""
     try:
         if step_of(folder) < 0:
-            raise ValueError("that isn't the name of a checkpoint")
+            raise ValueError("its name is not a checkpoint's name")
         open_checkpoint(folder)
     except ValueError as why:
         raise UserError(
             f"the best checkpoint, {folder}, can't be loaded at the end: {why}. With "
-            "trainer.load_best_model_at_end=false the run resumes and ends with the adapter of its last step"
+            "trainer.load_best_model_at_end=false the run can resume, and ends with the adapter of its last step"
         ) from None
 
 
 def stored_trainer_state(checkpoint: str) -> TrainerState:
-    """Return the Trainer's state as a checkpoint has it."""
+    """Return the Trainer's state in a checkpoint."""
     return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
 
 
 def evaluations_without_gain(state: TrainerState) -> int:
-    """Return how many evaluations in a row early stopping had counted as no better."""
+    """Return the number of successive evaluations without a gain that early stopping has counted."""
     kept = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
     return int(kept.get("early_stopping_patience_counter", 0))

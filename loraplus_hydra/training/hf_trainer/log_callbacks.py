@@ -1,4 +1,4 @@
-"""Callbacks that pass the HF Trainer's log on, to metrics.jsonl and to the screen."""
+"""Callbacks that pass the Trainer's log to metrics.jsonl and to the screen."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _LOSSES = ("loss", "eval_loss")
 class MetricsCallback(TrainerCallback):
     """Passes each logged step and evaluation to a MetricsLog.
 
-    The Trainer's own log has the first group's rate only, and the one of the next step. So the rates of all groups are
-    noted before each step.
+    The Trainer's own log has only the first group's rate, and it is the rate of the next step. So the rates of all
+    groups are stored before each step.
     """
 
     def __init__(self, log: MetricsLog) -> None:
@@ -39,7 +39,7 @@ class MetricsCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         values = dict(logs or {})
-        if not state.is_world_process_zero or "train_runtime" in values:  # the final summary belongs to result.json
+        if not state.is_world_process_zero or "train_runtime" in values:  # the final summary is in result.json
             return
         of_training = values.pop("learning_rate", None) is not None
         self.log.write(
@@ -73,6 +73,6 @@ class ShowProgress(TrainerCallback):
 
 
 def remove_own_printing(trainer: Any) -> None:
-    """Remove the Trainer's own printing, which would write dicts between our lines."""
+    """Remove the Trainer's own printing of dicts."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

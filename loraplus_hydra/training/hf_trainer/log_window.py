@@ -1,6 +1,7 @@
-"""The part of the HF Trainer's log that is gathered but not logged yet.
+"""Values that the Trainer has collected since the last line of its log.
 
-The Trainer's checkpoints leave it out, so without it a resumed run would log other losses than an unbroken one.
+The Trainer's checkpoints don't have these values. Without them, a resumed run would log other losses than an
+uninterrupted run.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from typing import Any
 
 from loraplus_hydra.io.checkpoint_state import LogWindow
 
-# Attributes of TRL's trainers: metrics for the next log line (ORPO's under a name of its own), and the tokens seen.
+# Attributes of TRL's trainers: metrics for the next line of the log (ORPO's has another name), and the number of tokens
+# seen.
 _TRL_WINDOW = ("_metrics", "_stored_metrics", "_total_train_tokens")
 
 
 def collect_window(trainer: Any) -> LogWindow:
-    """Return a Trainer's window. Every process must call it: each has losses of its own."""
+    """Return a Trainer's window. Every process must call this function, because each has its own losses."""
     return LogWindow(
         losses=trainer.accelerator.gather(trainer._tr_loss.reshape(1)).tolist(),
         since_step=trainer._globalstep_last_logged,
@@ -25,14 +27,14 @@ def collect_window(trainer: Any) -> LogWindow:
 
 
 def restore_window(trainer: Any, window: LogWindow) -> None:
-    """Give a Trainer the window that `collect_window` returned."""
+    """Restore the window that `collect_window` returned."""
     losses = window.losses
     of_this_process = len(losses) == trainer.args.world_size
     trainer._tr_loss += losses[trainer.args.process_index] if of_this_process else sum(losses) / len(losses)
     trainer._globalstep_last_logged = window.since_step
     trainer._total_loss_scalar = window.total
     _restore_trl_window(trainer, window.trl)
-    trainer._initial_global_step = 0  # the mean loss of the run covers all its steps
+    trainer._initial_global_step = 0  # the run's mean loss includes all steps
 
 
 def _trl_window(trainer: Any) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def _trl_window(trainer: Any) -> dict[str, Any]:
 
 def _restore_trl_window(trainer: Any, window: Mapping[str, Any]) -> None:
     for name, held in window.items():
-        if name not in _TRL_WINDOW or not hasattr(trainer, name):  # written by another Trainer class
+        if name not in _TRL_WINDOW or not hasattr(trainer, name):  # the checkpoint is from another Trainer class
             continue
         if isinstance(held, dict):
             getattr(trainer, name)["train"].update(held)

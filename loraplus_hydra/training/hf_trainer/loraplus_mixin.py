@@ -18,8 +18,8 @@ from loraplus_hydra.loraplus.schedule import build_schedule, named_schedule
 from loraplus_hydra.loraplus.settings import LoraPlus
 
 _AT_FAULT = (
-    "The rate is too high, or the data or the precision is at fault: try a lower optimizer.lr (at the same "
-    "loraplus.ratio), trainer.max_grad_norm, or bf16 in place of fp16"
+    "The rate may be too high, or the data or the precision may cause this: try a lower optimizer.lr (with the same "
+    "loraplus.ratio), a lower trainer.max_grad_norm, or bf16 instead of fp16"
 )
 # Parts of parameter names that torch.compile, DDP and FSDP add.
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")
@@ -30,13 +30,14 @@ class NotFiniteError(UserError):
 
 
 class LoraPlusMixin:
-    """Put ahead of a Trainer class, trains with LoRA+: `class MyTrainer(LoraPlusMixin, SFTTrainer): ...`.
+    """A mixin for LoRA+ training: `class MyTrainer(LoraPlusMixin, SFTTrainer): ...`.
 
-    Takes `loraplus`, the settings, and optionally `plan`, the groups if they are planned already. Also makes a language
-    model's evaluation loss the mean over tokens, and stops training at a loss or gradient that isn't finite.
+    The constructor also has the arguments `loraplus` (the settings) and `plan` (optional, an existing plan of the
+    groups). The mixin also computes a language model's evaluation loss as the mean over tokens, and stops training at a
+    loss or gradient that isn't finite.
     """
 
-    optimizer: Any  # the Trainer's own
+    optimizer: Any  # set by the Trainer
     lr_scheduler: Any
 
     def __init__(self, *args: Any, loraplus: LoraPlus, plan: Plan | None = None, **kwargs: Any) -> None:
@@ -45,20 +46,20 @@ class LoraPlusMixin:
         super().__init__(*args, **kwargs)
         _restore(model, weights)
         self.loraplus = loraplus
-        # Planned before anything wraps or shards the model: a shard has lost its owner and its shape. A Trainer may
-        # have changed what trains when it was made; then a plan made before is out of date.
+        # Planned before the model is wrapped or sharded, because shards have neither owner nor shape. If the Trainer's
+        # constructor has changed the trained tensors, an earlier plan is outdated.
         if plan is None or not _plans_for(plan, self.model):  # type: ignore[attr-defined]
             plan = loraplus.plan(self.model)  # type: ignore[attr-defined]
         self.loraplus_plan = plan
         self._eval_loss_sum = 0.0
         self._eval_tokens = 0
-        self._batches: tuple[int, int] = (-1, 0)  # a step, and how many of its batches have been seen
+        self._batches: tuple[int, int] = (-1, 0)  # a step, and the number of its batches so far
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the optimizer over the plan's groups."""
         if self.optimizer is None:
             trained = self.model if model is None else model  # type: ignore[attr-defined]
-            # Wrappers' parts are removed on both sides: a model's own layer may be called `module`.
+            # Wrappers' prefixes are removed from both names, because a model's own layer may be called `module`.
             own = {_without_wrappers(record.name): record.name for record in self.loraplus_plan.records}
             bare = ((_without_wrappers(name), parameter) for name, parameter in trained.named_parameters())
             self.optimizer = build_optimizer(
@@ -70,7 +71,7 @@ class LoraPlusMixin:
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Build the schedule, which keeps the ratio between the groups' rates at every step."""
+        """Build the schedule. It keeps the ratio between the groups' rates at every step."""
         if self.lr_scheduler is None:
             schedule, arguments = self._schedule(num_training_steps)
             self.lr_scheduler = build_schedule(
@@ -83,7 +84,7 @@ class LoraPlusMixin:
         return self.lr_scheduler
 
     def _schedule(self, num_training_steps: int) -> tuple[Callable[..., Any], dict[str, Any]]:
-        """Return the schedule and its arguments, by the settings or else by the Trainer's own arguments."""
+        """Return the schedule and its arguments, from the settings or else from the Trainer's arguments."""
         chosen = self.loraplus.schedule
         if chosen is not None:
             return named_schedule(chosen) if isinstance(chosen, str) else chosen, dict(self.loraplus.schedule_arguments)
@@ -92,14 +93,14 @@ class LoraPlusMixin:
         return named_schedule(own.lr_scheduler_type.value), {**arguments, **self.loraplus.schedule_arguments}
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the Trainer's sampler; its order of length-grouped rows depends on seed and epoch only."""
+        """Return the Trainer's sampler. The order of rows grouped by length depends only on seed and epoch."""
         sampler = super()._get_train_sampler(*args, **kwargs)  # type: ignore[misc]
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         return _OrderOfEpoch(sampler, self.args.seed, lambda: self.state.epoch)  # type: ignore[attr-defined]
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run forward and backward. Raises NotFiniteError for a loss that isn't finite, before its step."""
+        """Run forward and backward. Raises NotFiniteError, before the step, for a loss that isn't finite."""
         step = self.state.global_step  # type: ignore[attr-defined]
         self._batches = (step, self._batches[1] + 1 if self._batches[0] == step else 1)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
@@ -108,9 +109,9 @@ class LoraPlusMixin:
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Return the gradient's norm; raise NotFiniteError when it isn't finite."""
+        """Return the gradient's norm. Raise NotFiniteError if it isn't finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
-        # Under float16 the scaler skips such a step.
+        # With float16, the scaler skips such a step instead.
         if self.accelerator.scaler is None and not math.isfinite(norm):  # type: ignore[attr-defined]
             raise NotFiniteError(f"the gradient's norm is {float(norm)} at {self._place()}. {_AT_FAULT}")
         return norm
@@ -121,20 +122,20 @@ class LoraPlusMixin:
         return f"step {step + 1}" + (f", batch {batch} of its {of}" if of > 1 else "")
 
     def _beginning(self, inputs: Any) -> str:
-        """Return the beginning of a batch as text, by which a person finds the row."""
+        """Return the beginning of a batch as text, which helps to find the row."""
         tokens, tokenizer = inputs.get("input_ids"), self.processing_class  # type: ignore[attr-defined]
         if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or not hasattr(tokenizer, "decode"):
             return ""
         return f", in the batch that begins {tokenizer.decode(tokens[0, :24], skip_special_tokens=True)!r}"
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        """Predict as the Trainer does, and add up the loss over the batch's tokens."""
+        """Predict like the Trainer, and add the loss of the batch's tokens to the sum."""
         step = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
         if step[0] is None or not getattr(self, "_loss_shifts_labels", False):
             return step
         loss, counted, weight = step[0], inputs, 1
         examples = self._examples_not_repeated(inputs)
-        if examples is not None:  # once more, without the repeated rows that fill the batch
+        if examples is not None:  # predicted again, without the repeated rows that fill the batch
             weight = min(examples, 1)
             counted = {name: _first(value, max(examples, 1)) for name, value in inputs.items()}
             loss = super().prediction_step(model, counted, True, ignore_keys)[0]  # type: ignore[misc]
@@ -144,8 +145,11 @@ class LoraPlusMixin:
         return step
 
     def _examples_not_repeated(self, inputs: Any) -> int | None:
-        """Return how many rows of this process's last batch are not repeated; None for any other batch."""
-        # Several processes get last batches of one size: accelerate fills them from the beginning of the rows.
+        """Return the number of rows in this process's last batch that are not repeated.
+
+        None for any other batch.
+        """
+        # All processes get last batches of the same size, because accelerate fills them with rows from the beginning.
         state = self.accelerator.gradient_state  # type: ignore[attr-defined]
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:  # type: ignore[attr-defined]
             return None
@@ -153,9 +157,9 @@ class LoraPlusMixin:
         return min(max(state.remainder - self.args.process_index * size, 0), size)  # type: ignore[attr-defined]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as the Trainer does, but with a language model's loss as the mean over all tokens."""
-        # The Trainer's own loss is a mean of the batches' means. It changes with the batch size, and counts the rows
-        # twice that fill the last batch of several processes.
+        """Evaluate like the Trainer, but compute a language model's loss as the mean over all tokens."""
+        # The Trainer's own loss is a mean of the batches' means. It depends on the batch size, and counts twice the
+        # rows that fill the last batches of several processes.
         self._eval_loss_sum, self._eval_tokens = 0.0, 0
         arguments = self.args  # type: ignore[attr-defined]
         across, arguments.average_tokens_across_devices = arguments.average_tokens_across_devices, False
@@ -173,14 +177,15 @@ class LoraPlusMixin:
 
 
 class _OrderOfEpoch(Sampler[int]):
-    """Rows grouped by length, in an order that a resumed run has again."""
+    """Rows grouped by length, in an order that a resumed run repeats."""
 
-    # The Trainer draws the order from the global generator, which the evaluation before the first step advances.
+    # The Trainer draws the order with the global generator, whose state depends on the evaluation before the first
+    # step.
 
     def __init__(self, grouped: LengthGroupedSampler, seed: int, epoch: Callable[[], float]) -> None:
         self.grouped = grouped
         self.seed = seed
-        self.epoch = epoch  # epochs done, with a fraction for the current one
+        self.epoch = epoch  # number of epochs done, with a fraction for the current epoch
 
     def __len__(self) -> int:
         return len(self.grouped)
@@ -191,9 +196,10 @@ class _OrderOfEpoch(Sampler[int]):
 
 
 def with_loraplus(trainer_class: type[Trainer]) -> type[Any]:
-    """Return `trainer_class` with LoraPlusMixin in front, unless it has it already.
+    """Return `trainer_class` with LoraPlusMixin as the first base class, if it doesn't have the mixin.
 
-    Its constructor also takes `loraplus`: `with_loraplus(SFTTrainer)(model=model, loraplus=LoraPlus(lr=5e-5), ...)`.
+    The class's constructor also has the argument `loraplus`: `with_loraplus(SFTTrainer)(model=model,
+    loraplus=LoraPlus(lr=5e-5), ...)`.
     """
     if issubclass(trainer_class, LoraPlusMixin):
         return trainer_class
@@ -207,14 +213,17 @@ def _plans_for(plan: Plan, model: torch.nn.Module) -> bool:
 
 
 def _trained_weights(model: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors of a model's trained parameters by name, uncopied."""
+    """Return the tensors, not copies, of a model's trained parameters by name."""
     if not isinstance(model, torch.nn.Module):
         return {}
     return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _restore(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
-    """Undo TRL's cast of a quantised model's adapter to bfloat16, which would round most updates away."""
+    """Undo TRL's cast of a quantised model's adapter to bfloat16.
+
+    In bfloat16, rounding would lose most updates.
+    """
     for name, parameter in model.named_parameters() if weights else ():
         if name in weights and parameter.dtype != weights[name].dtype:
             parameter.data = weights[name].to(parameter.device)
@@ -232,7 +241,7 @@ def _first(value: Any, examples: int) -> Any:
 
 
 def _loss_tokens(inputs: Mapping[str, Any]) -> int:
-    """Count the tokens that carry loss in a batch of a causal model; nothing predicts the first token."""
+    """Count the tokens with loss in a causal model's batch, without each row's first token."""
     labels = inputs.get("labels")
     if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
         return 0

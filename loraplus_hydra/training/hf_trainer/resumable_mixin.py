@@ -1,8 +1,7 @@
-"""Bit-exact resume for HF Trainers.
+"""Bit-exact resume for Hugging Face Trainers.
 
-The Trainer's checkpoints leave state out. Beside its files a checkpoint holds run_state.json: the part of the logging
-window that is not logged yet, the length of metrics.jsonl, the parameter groups by name and the schedule. The manifest
-is written after everything else.
+The Trainer's checkpoints don't have all state. So a checkpoint also has run_state.json: the values since the last line
+of the log, the length of metrics.jsonl, the parameter groups by name, and the schedule. The manifest is written last.
 """
 
 from __future__ import annotations
@@ -46,13 +45,13 @@ class _EvaluationStopped(Interrupted):
 
 
 class _TrainingEnded(Exception):
-    """A made-up evaluation was the end of training."""
+    """Training ended with an evaluation that was repeated after a resume."""
 
 
 class ResumableMixin:
-    """Put ahead of a Trainer class, makes it save the adapter only and restore rates by group name.
+    """A mixin that saves only the adapter, and restores rates by group name.
 
-    After a resume, `resumed_with` lists what changed in groups and schedule since the checkpoint.
+    After a resume, `resumed_with` lists the changes in groups and schedule since the checkpoint.
     """
 
     args: Any
@@ -66,55 +65,57 @@ class ResumableMixin:
     loraplus: LoraPlus
     train_dataset: Any
     resumed_with: tuple[str, ...] = ()
-    rows_read: RowsRead | None = None  # of streamed training rows
-    expected_stream = StreamState()  # what a resumed run must read again of them
-    evaluation_due = False  # True from an evaluation that a signal stopped until it is made up
+    rows_read: RowsRead | None = None  # the streamed training rows that were read
+    expected_stream = StreamState()  # the streamed rows that a resumed run must read again
+    evaluation_due = False  # True after a signal stopped an evaluation, until the evaluation is repeated
 
     def train_or_restore(self, checkpoint: str | None) -> Any:
-        """Train from `checkpoint` on, if there is one, or only restore it when it is of the last step.
+        """Train from `checkpoint` on. If it is of the last step, only restore it.
 
-        Raises UserError when the checkpoint is beyond the run's steps.
+        Without a checkpoint, training begins at step 0. Raises UserError if the checkpoint is beyond the run's steps.
         """
-        # The Trainer would take one step too many from a checkpoint of its last step: it checks for the end after a
-        # step.
+        # From a checkpoint of the last step, the Trainer would take one step too many, because it checks for the end
+        # only after a step.
         if checkpoint is None or not self._is_last(checkpoint) or run_state(Path(checkpoint)).evaluation_due:
             with quiet_step_mismatch(), suppress(_TrainingEnded):
                 return self.train(resume_from_checkpoint=checkpoint)  # type: ignore[attr-defined]
-        assert checkpoint is not None, "only a resumed run makes up an evaluation"
+        assert checkpoint is not None, "only a resumed run repeats an evaluation"
         return self._restore_last(checkpoint)
 
     def _is_last(self, checkpoint: str) -> bool:
         """Return True if training ended at a checkpoint: at the last step, or by early stopping."""
         step, planned = run_state(Path(checkpoint)).step, self._planned()[1]
-        if step > planned:  # trainer.max_steps was checked before; the steps of the epochs need the data
+        # Trainer.max_steps was checked before, but the steps of the epochs are known only with the data
+        if step > planned:
             raise UserError(
                 f"the checkpoint is of step {step}, beyond the {planned} steps of trainer.num_train_epochs="
-                f"{self.args.num_train_epochs:g}; give more epochs, or an earlier checkpoint"
+                f"{self.args.num_train_epochs:g}; set more epochs, or use an earlier checkpoint"
             )
         no_better = evaluations_without_gain(stored_trainer_state(checkpoint))
         return step == planned or any(no_better >= each.early_stopping_patience for each in self.early_stopping())
 
     def _restore_last(self, checkpoint: str) -> Any:
-        """Restore model, state and callbacks to where `train()` left them at this last checkpoint."""
+        """Restore model, state and callbacks as they were after `train()` wrote this last checkpoint."""
         self._load_from_checkpoint(checkpoint)  # type: ignore[attr-defined]
         self.state = stored_trainer_state(checkpoint)
         epochs, steps = self._planned()
         self.state.init_training_references(self, steps, epochs, None)
-        self.neftune_noise_alpha = None  # no layer has NEFTune's noise here, which the end would remove
+        # Otherwise the end of training would remove NEFTune's noise, which no layer has
+        self.neftune_noise_alpha = None
         self._tr_loss = torch.tensor(0.0, device=self.args.device)
         self.callback_handler.on_train_begin(self.args, self.state, self.control)  # restores the log's window
         return self._finalize_training(None, 0, time.time())
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Predict as the Trainer does. Raises Interrupted before it if a signal asked to stop."""
+        """Predict like the Trainer. First raise Interrupted if a stop was requested."""
         if stop_requested(self.args):
             screen.show("    Stopping the evaluation, which is not recorded")
             raise _EvaluationStopped(interrupts.requested())
         return super().prediction_step(*args, **kwargs)  # type: ignore[misc]
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as the Trainer does; if a signal stops it, save a checkpoint from which it can be made up."""
-        before = random_states()  # an evaluation draws numbers, too
+        """Evaluate like the Trainer. If a signal stops it, save a checkpoint, so that it can be repeated."""
+        before = random_states()  # an evaluation also draws random numbers
         try:
             kept = ", and a checkpoint is written" if self.state.global_step else ""
             with interrupts.notice(f"the evaluation ends after this batch{kept}"):
@@ -127,11 +128,11 @@ class ResumableMixin:
             raise
 
     def make_up_evaluation(self, checkpoint: str) -> None:
-        """Evaluate at the step of `checkpoint`, where a signal stopped it, and save the checkpoint again.
+        """Repeat the evaluation that a signal stopped at the step of `checkpoint`.
 
-        Raises _TrainingEnded if that was the end of training.
+        The checkpoint is saved again. Raises _TrainingEnded if this is the end of training.
         """
-        screen.show(f"    Making up the evaluation of step {self.state.global_step}")
+        screen.show(f"    Repeating the evaluation of step {self.state.global_step}")
         self.evaluation_due = True
         self._load_rng_state(checkpoint)  # type: ignore[attr-defined]
         self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)  # type: ignore[attr-defined]
@@ -141,15 +142,15 @@ class ResumableMixin:
             raise _TrainingEnded
 
     def save_checkpoint_now(self) -> None:
-        """Save a complete checkpoint of the present step."""
+        """Save a complete checkpoint of the current step."""
         self._save_checkpoint(self.model, None)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     @contextmanager
     def checkpoint_if_stopped(self) -> Iterator[None]:
-        """Inside, after training, save a checkpoint of the last step before Interrupted is raised."""
+        """Save a checkpoint of the last step if a signal stops the block, which comes after training."""
         try:
-            with interrupts.notice("the present batch is finished, and the last step's checkpoint written"):
+            with interrupts.notice("the current batch is finished, and the last step's checkpoint is written"):
                 yield
         except Interrupted:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -160,8 +161,8 @@ class ResumableMixin:
 
     @property
     def step_of_model(self) -> int:
-        """Step of the model: the last one, or that of the best checkpoint where that is loaded at the end."""
-        # Not `best_global_step`: at the step of the best evaluation there may be no checkpoint.
+        """The step of the model: the last step, or the best checkpoint's step if that is loaded at the end."""
+        # Not `best_global_step`, because there may be no checkpoint at the step of the best evaluation.
         best: str | None = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         return step_of(Path(best)) if best is not None else int(self.state.global_step)
 
@@ -176,12 +177,12 @@ class ResumableMixin:
         return [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Return the epochs done and the batches done in the current epoch, also for streamed rows."""
+        """Return the finished epochs, and the finished batches of the current epoch, also for streamed rows."""
         epochs, batches = super()._init_training_state(*args, **kwargs)  # type: ignore[misc]
         if self.state.global_step == 0 or has_length(self.train_dataset):
             return epochs, batches
-        # Nobody knows how many steps an epoch of a stream has, so the Trainer takes all steps for the first epoch. The
-        # fraction of the stored epoch counts batches, as if an epoch had all steps of the run.
+        # The number of steps in a stream's epoch is unknown, so the Trainer assumes that the first epoch has all steps.
+        # The fraction in the stored epoch is computed with this assumption.
         epochs = int(self.state.epoch)
         planned = int(stored_trainer_state(self.args.resume_from_checkpoint).max_steps)
         batches = round((self.state.epoch - epochs) * planned * self.args.gradient_accumulation_steps)
@@ -196,16 +197,16 @@ class ResumableMixin:
         elif self.args.should_save:
             folder = output_dir or self.args.output_dir
             save_factors(self.model, Path(folder), state_dict=state_dict)
-            save_base_config(self.model, Path(folder))  # for `predict` and its like, which open a checkpoint
+            save_base_config(self.model, Path(folder))  # for `predict`, `evaluate` and `export` from a checkpoint
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write no card, as TRL does with each checkpoint: `export` writes one about what was trained."""
+        """Do nothing, because `export` writes the model card. TRL would write a card with each checkpoint."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save as the Trainer does, but into an empty folder, and remove no older checkpoint."""
-        # CheckpointCallback removes older ones, after this one is complete.
+        """Save like the Trainer, but into an empty folder, and without removing older checkpoints."""
+        # CheckpointCallback removes older checkpoints after this checkpoint is complete.
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists():
             unseal(folder)
@@ -214,31 +215,36 @@ class ResumableMixin:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Finish as the Trainer does, but remove no checkpoint, and report a best step that has none."""
+        """Finish like the Trainer, but remove no checkpoint.
+
+        Report a best evaluation whose step has no checkpoint.
+        """
         with _nothing_removed(self.args):
             output = super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         if best is not None and best != self.step_of_model:
             screen.show(
                 f"    Note: the best evaluation is of step {best}, which has no checkpoint, so the model is that of "
-                f"step {self.step_of_model}. With trainer.save_steps equal to trainer.eval_steps, each has one"
+                f"step {self.step_of_model}. Set trainer.save_steps equal to trainer.eval_steps, so that every "
+                "evaluated step has a checkpoint"
             )
         return output
 
     def _load_best_model(self) -> None:
-        """Load as the Trainer does, but only from a complete checkpoint in this run's own folder."""
+        """Load like the Trainer, but only from a complete checkpoint in this run's own folder."""
         best = Path(self.args.output_dir) / Path(str(self.state.best_model_checkpoint)).name
         refuse_unfit_best(best)
         self.state.best_model_checkpoint = str(best)
         super()._load_best_model()  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load as the Trainer does, then give every group the settings of this run's config."""
+        """Load like the Trainer, then apply the settings of this run's config to every group."""
         if checkpoint is None:
             return
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # type: ignore[attr-defined]
-        if not sharded and not (Path(checkpoint) / OPTIMIZER).is_file():  # the Trainer would silently keep the new one
-            raise UserError(f"{checkpoint} was written under DeepSpeed or FSDP; resume with the same trainer keys")
+        # The Trainer would silently keep the new optimizer
+        if not sharded and not (Path(checkpoint) / OPTIMIZER).is_file():
+            raise UserError(f"{checkpoint} was written with DeepSpeed or FSDP; resume with the same trainer keys")
         stored = run_state(Path(checkpoint))
         groups = {group["name"]: _copied(group) for group in self.optimizer.param_groups}
         schedule = copy.deepcopy(self.lr_scheduler.state_dict())
@@ -251,7 +257,7 @@ class ResumableMixin:
             group.update(groups[group["name"]])
         self.lr_scheduler.load_state_dict(schedule)
         with warnings.catch_warnings():
-            # torch warns about the order of steps: the optimizer took its steps earlier.
+            # torch warns about the order of steps, because the optimizer took its steps in the earlier process.
             warnings.simplefilter("ignore")
             for _ in range(stored.step):
                 self.lr_scheduler.step()
@@ -264,7 +270,10 @@ def resumable(trainer_class: type[Trainer]) -> type[Trainer]:
 
 @contextmanager
 def _nothing_removed(args: Any) -> Iterator[None]:
-    """Inside, keep the Trainer from removing checkpoints: only `rotate` does, and never the newest."""
+    """Stop the Trainer from removing checkpoints inside the block.
+
+    Only `rotate` removes checkpoints, and never the newest.
+    """
     limit, args.save_total_limit = args.save_total_limit, None
     try:
         yield

@@ -1,4 +1,4 @@
-"""End an HF Trainer's training with a checkpoint when a stop is requested."""
+"""A callback that ends training with a checkpoint when a stop is requested."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from loraplus_hydra.io import interrupts, screen
 
 
 class StopAtStep(TrainerCallback):
-    """Ends training with a checkpoint at the end of the step in which a stop was requested. Add it last.
+    """Ends training with a checkpoint after the step in which a stop was requested.
 
-    A checkpoint between a step and the end of its epoch would be wrong: a run resumed from it would begin the next
-    epoch, or find training finished, and never log and evaluate that epoch. So at an epoch's last step, logging,
-    evaluation and saving are deferred to the epoch's end. Several processes agree at each step, so all of them stop at
-    the same one.
+    Add this callback last. A checkpoint between an epoch's last step and its end would be wrong: a run resumed from it
+    would begin the next epoch, or find training finished, and never log and evaluate the epoch. So at an epoch's last
+    step, logging, evaluation and saving are deferred to the epoch's end. Several processes agree at each step, so all
+    processes stop at the same step.
     """
 
     def __init__(self) -> None:
-        self.stopping = False  # True at the step at which all processes stop
+        self.stopping = False  # True at the step where all processes stop
         self.in_epoch = False  # True until the end of the current epoch
         self.deferred: set[str] = set()  # names of control flags that are set again at the end of the epoch
 
@@ -32,11 +32,12 @@ class StopAtStep(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if stop_requested(args):
             if not self.stopping:
-                screen.show(f"    Stopping at step {state.global_step}: its checkpoint is written")
+                screen.show(f"    Stopping at step {state.global_step}; a checkpoint is written")
             self.stopping = control.should_save = True
-            # Ending the epoch, not training: early stopping may still end training in this step's evaluation.
+            # Only the epoch is ended, because early stopping may still end training after this step's evaluation.
             control.should_epoch_stop = True
-            if args.save_strategy == SaveStrategy.BEST:  # the Trainer would save only after a better evaluation
+            # Otherwise otherwise the Trainer would save only after a better evaluation
+            if args.save_strategy == SaveStrategy.BEST:
                 args.save_strategy = SaveStrategy.STEPS
         if control.should_training_stop or float(state.epoch).is_integer():
             self._defer(control, "should_log", "should_evaluate", "should_save")
@@ -44,14 +45,14 @@ class StopAtStep(TrainerCallback):
             self._defer(control, "should_save")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if control.should_training_stop and self.in_epoch:  # stopped early
+        if control.should_training_stop and self.in_epoch:  # training has stopped early
             self._defer(control, "should_save")
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.in_epoch = False
         if self.stopping:
             if not (control.should_training_stop or float(state.epoch).is_integer()):
-                # The epoch is not over. The resumed run logs and evaluates at its real end.
+                # The epoch is not finished. The resumed run logs and evaluates at the epoch's real end.
                 control.should_log = control.should_evaluate = False
             control.should_training_stop = True
         for name in self.deferred:
@@ -59,7 +60,7 @@ class StopAtStep(TrainerCallback):
         self.deferred.clear()
 
     def _defer(self, control: Any, *names: str) -> None:
-        """Defer to the end of the epoch the flags in `names` that `control` has set."""
+        """Defer the flags in `names` that `control` has set to the end of the epoch."""
         for name in names:
             if getattr(control, name):
                 self.deferred.add(name)
@@ -67,7 +68,7 @@ class StopAtStep(TrainerCallback):
 
 
 def stop_requested(args: Any) -> bool:
-    """Return True if a signal asked any of the run's processes to stop. Every process must call it."""
+    """Return True if a stop was requested in any process of the run. Every process must call this function."""
     if args.world_size > 1:
         largest = torch.tensor(interrupts.requested(), device=args.device)
         distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)

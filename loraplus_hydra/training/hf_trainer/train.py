@@ -1,4 +1,4 @@
-"""Train a prepared job with the HF Trainer."""
+"""Training of a prepared run with the Hugging Face Trainer."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from loraplus_hydra.training.sampling import answers
 
 
 def train(trainer: Any, job: Prepared, result: Result, point: ResumePoint | None = None) -> None:
-    """Evaluate, train and evaluate; write all measurements into `result`.
+    """Evaluate, train and evaluate again. All measurements are written into `result`.
 
-    With `point`, training resumes from its checkpoint. Raises Interrupted after a signal.
+    With `point`, training resumes from the point's checkpoint. Raises Interrupted after a signal.
     """
     task, examples = job.config.task, job.examples
     result.device = str(trainer.args.device)
     result.trained_parameters, result.total_parameters = count_parameters(trainer.model)
     before = answers(trainer.model, trainer.processing_class, examples, task.sample_tokens)
-    set_seed(job.config.seed)  # data order and dropout do not depend on the evaluation before
+    set_seed(job.config.seed)  # otherwise data order and dropout would depend on the evaluation before
     trainer.add_callback(StopAtStep())
     try:
-        with interrupts.notice("this step is finished and a checkpoint written"):
+        with interrupts.notice("this step is finished, and a checkpoint is written"):
             trained = trainer.train_or_restore(None if point is None else point.folder)
     finally:
         result.steps = trainer.state.global_step
         result.metrics_before = evaluation_at(trainer.state, 0)
     if result.steps == 0:
         raise UserError(
-            "no step was taken: the training rows give no batch. Each may be too long for task.args.max_length, or the "
-            "stream may be empty"
+            "no step was taken, because there are no training rows. All rows may be too long for task.args.max_length, "
+            "or the stream may be empty"
         )
     result.train_loss = trained.training_loss
     result.train_seconds = trained.metrics["train_runtime"] + (0.0 if point is None else point.seconds)
@@ -53,13 +53,13 @@ def train(trainer: Any, job: Prepared, result: Result, point: ResumePoint | None
 
 
 def evaluation_at(state: Any, step: int) -> dict[str, float]:
-    """Return the metrics of the last evaluation at exactly `step`, empty if there was none."""
+    """Return the metrics of the last evaluation at `step`; empty if there was no evaluation at this step."""
     entries = [entry for entry in state.log_history if entry["step"] == step and "eval_loss" in entry]
     return {key: value for key, value in entries[-1].items() if key != "step"} if entries else {}
 
 
 def best_evaluation(history: list[dict[str, Any]], metric: str, greater_is_better: bool) -> dict[str, Any]:
-    """Return step and value of the best evaluation in a Trainer's log, the earliest of equals."""
+    """Return step and value of the best evaluation in a Trainer's log; of equal ones, the earliest."""
     evaluations = [entry for entry in history if metric in entry]
     if not evaluations:
         return {}

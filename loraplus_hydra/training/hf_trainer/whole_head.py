@@ -1,7 +1,7 @@
-"""Score tokens with an adapted output layer under TRL's trainers.
+"""Support for an adapted output layer in TRL's trainers.
 
-To save the memory of the logits TRL multiplies by the output layer's weight itself (`add_fused_lm_head`, TRL 1.16). It
-refuses an adapter's layer there, and rows of new tokens raise an AttributeError.
+To save the memory of the logits, TRL multiplies by the output layer's weight itself (`add_fused_lm_head`, TRL 1.16).
+This fails if the layer has an adapter, or rows of new tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from loraplus_hydra.errors import Problem
 
 
 def score_with_whole_head(model: Any) -> None:
-    """Make an adapted output layer, if there is one, compute its own logits.
+    """Make the output layer compute its own logits if it has an adapter.
 
-    `model` is a PeftModel that TRL has patched. Costs the memory of the logits: batch x tokens x vocabulary numbers.
+    `model` is a PeftModel that TRL has patched. The logits need memory for batch x tokens x vocabulary numbers.
     """
     base = model.get_base_model()
     if not isinstance(base.get_output_embeddings(), (BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -41,16 +41,16 @@ def score_with_whole_head(model: Any) -> None:
 
 
 def head_problem(model: Any, trainer: str) -> Problem | None:
-    """Return a Problem if TRL's trainer `trainer` would refuse an adapter on the output layer."""
+    """Return a Problem if TRL's trainer can't train an adapter on the output layer."""
     if not isinstance(model.get_base_model().get_output_embeddings(), BaseTunerLayer) or not trainer.startswith("trl."):
         return None
     name = trainer.rpartition(".")[2]
-    fix = "leave it out, or train it whole: +adapter.modules_to_save=[lm_head]"
-    return Problem("adapter.target_modules", f"TRL's {name} trains no adapter on the output layer", fix)
+    fix = "remove it, or train the whole layer: +adapter.modules_to_save=[lm_head]"
+    return Problem("adapter.target_modules", f"TRL's {name} can't train an adapter on the output layer", fix)
 
 
 def _scored(logits: torch.Tensor, labels: torch.Tensor, items: Any, output: Any) -> Any:
-    """Return the output that TRL's trainers expect of a fused forward pass."""
+    """Return the output that TRL's trainers expect from a fused forward pass."""
     from trl.trainer.utils import FusedCausalLMOutput
 
     labels = labels.to(logits.device)

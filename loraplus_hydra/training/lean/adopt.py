@@ -1,4 +1,4 @@
-"""Give a Trainer the lean forward, where its config asks for it and its model can have it."""
+"""Speed-ups of a Trainer's steps on a CPU, among them the lean forward pass."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def adopt(trainer: Any, forward: str) -> None:
 
     Memory, walks over modules, and the forward that `trainer.forward` names.
 
-    The lean forward runs the model's batches from the next one on. A run that can't have it trains as it would without,
-    and the reason is on the screen.
+    The lean forward is used from the next batch on. If a run can't use it, the run trains without it, and the reason is
+    shown on the screen.
     """
     if trainer.args.device.type == "cpu":
         keep_freed_memory()
@@ -58,7 +58,7 @@ def _causal(lean: LeanForward, batch: Mapping[str, Any]) -> Any:
 
 
 def _install(model: Any, lean: Entry) -> None:
-    """Replace a model's forward. A call that the lean forward does not know goes to the one from before."""
+    """Replace a model's forward. Calls that the lean forward can't handle use the original forward."""
     plain = model.forward
     state = _State()
 
@@ -81,7 +81,7 @@ def _install(model: Any, lean: Entry) -> None:
 
 
 class _State:
-    """The choice of a model's forward, which the first batch of each kind decides."""
+    """The choice between both forwards, decided by the first batch of each kind."""
 
     def __init__(self) -> None:
         self.is_lean = True
@@ -89,11 +89,14 @@ class _State:
         self._reported: set[str] = set()
 
     def is_new(self, batch: Mapping[str, Any]) -> bool:
-        """Return True for a batch of a kind that has not been compared: by its arguments, and where it is padded."""
+        """Return True if no batch of this kind has been compared.
+
+        A batch's kind is its arguments and the side of its padding.
+        """
         return self._kind(batch) not in self._checked
 
     def check(self, model: Any, plain: Entry, lean: Entry, batch: Mapping[str, Any]) -> None:
-        """Compare both forwards on a batch, and stay plain if they differ."""
+        """Compare both forwards on a batch. If they differ, use the plain forward."""
         reason = disagreement(model, plain, lean, batch)
         if reason is not None:
             self.stay_plain(reason)
@@ -110,11 +113,11 @@ class _State:
         return is_padded_ahead(batch), frozenset(name for name, value in batch.items() if isinstance(value, Tensor))
 
     def report_batch(self, reason: str) -> None:
-        """Report why a training batch runs plain, each reason once. Generation is no batch of training."""
+        """Report why a training batch runs plain, each reason only once. Generation is ignored."""
         if torch.is_grad_enabled() and reason not in self._reported:
             self._reported.add(reason)
-            screen.show(f"    Forward pass: plain for some batches, since {reason}")
+            screen.show(f"    Forward pass: plain for some batches, because {reason}")
 
 
 def _report_plain(reason: str) -> None:
-    screen.show(f"    Forward pass: plain, since {reason}")
+    screen.show(f"    Forward pass: plain, because {reason}")

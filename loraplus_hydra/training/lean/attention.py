@@ -1,4 +1,4 @@
-"""Attention over joined rows, each row by itself, as transformers' attention interface calls it."""
+"""Attention over joined rows, each row by itself, for transformers' attention interface."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from loraplus_hydra.training.lean.rows import Rows
 
 NAME = "loraplus_hydra_rows"  # as `attn_implementation`
-_underway: ContextVar[Rows | None] = ContextVar("rows of the lean forward under way", default=None)
-# Keyword arguments of transformers' attention functions that do not change the scores. With any other that isn't None
-# or False (a soft cap, sinks, a bias, chosen keys) the model is not computed here.
+_underway: ContextVar[Rows | None] = ContextVar("rows of the current lean forward", default=None)
+# Keyword arguments of transformers' attention functions that do not change the scores. With any other argument that
+# isn't None or False (a soft cap, sinks, a bias, chosen keys), the model runs plain.
 _HARMLESS = frozenset(
     (
         *("is_causal", "sliding_window", "position_ids", "position_embeddings", "cache_position", "use_cache"),
@@ -26,11 +26,11 @@ _HARMLESS = frozenset(
 
 
 class UnknownModelError(Exception):
-    """The lean forward does not know something that this model does: it is for no batch of it."""
+    """The lean forward can't compute this model, for any batch."""
 
 
 class UnknownBatchError(Exception):
-    """The lean forward does not know something that this batch needs; others it may do."""
+    """The lean forward can't compute this batch, but possibly other batches of the model."""
 
 
 def attend(
@@ -45,16 +45,16 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Return the attention of each row over itself.
 
-    Inputs are [1, heads, tokens, size], the output is [1, tokens, heads, size]. Raises UnknownModelError where the
-    tokens are not the joined rows or the layer changes its scores in a way not known here. Raises UnknownBatchError
-    where a row is longer than the layer's window.
+    Inputs are [1, heads, tokens, size], and the output is [1, tokens, heads, size]. Raises UnknownModelError if the
+    tokens are not the joined rows, or if the layer changes its scores in an unknown way. Raises UnknownBatchError if a
+    row is longer than the layer's window.
     """
     rows = _underway.get()
     if rows is None or attention_mask is not None or query.shape[2] != rows.tokens or key.shape[2] != rows.tokens:
-        raise UnknownModelError("its attention does not get the tokens of a batch")
+        raise UnknownModelError("its attention gets other tokens than those of a batch")
     for name, given in kwargs.items():
         if name not in _HARMLESS and given is not None and given is not False:
-            raise UnknownModelError(f"its attention takes {name}")
+            raise UnknownModelError(f"its attention has the argument {name}")
     _refuse_longer_rows(rows, kwargs.get("sliding_window"))
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -62,7 +62,7 @@ def attend(
     if groups > 1:
         key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
     sizes = [count * length for count, length in rows.blocks]
-    # Rows of one length stand side by side, so that a block is a view and no token is copied or padded.
+    # Rows of equal length are adjacent, so a block is a view, and no token is copied or padded.
     parts = zip(rows.blocks, *(each[0].transpose(0, 1).split(sizes) for each in (query, key, value)), strict=True)
     made = []
     for (count, length), *block in parts:
@@ -73,17 +73,19 @@ def attend(
 
 
 def rows_underway() -> Rows | None:
-    """Return the rows of the lean forward that is being computed, None outside of one."""
+    """Return the rows of the current lean forward; None outside of a lean forward."""
     return _underway.get()
 
 
 def _no_mask(*, local_size: int | None = None, use_vmap: bool = False, **_: Any) -> None:
-    """Return the mask of an attention by rows: none. Raises where a model's mask does more than separate rows.
+    """Return None, because attention by rows needs no mask.
 
-    Some layers hand their window to the mask alone, not to attention.
+    Raises an error if a model's mask does more than separate rows.
+
+    Some layers pass their window only to the mask, not to attention.
     """
     if use_vmap:
-        raise UnknownModelError("its attention has a mask of its own")
+        raise UnknownModelError("its attention has its own mask")
     rows = _underway.get()
     if rows is not None:
         _refuse_longer_rows(rows, local_size)
@@ -100,7 +102,7 @@ AttentionMaskInterface.register(NAME, _no_mask)
 
 @contextmanager
 def attention_by_rows(config: Any, rows: Rows) -> Iterator[None]:
-    """Inside, the models of `config` (a PreTrainedConfig) attend by `attend` on `rows`; outside as before."""
+    """Make models with `config` (a PreTrainedConfig) use `attend` on `rows` inside the block."""
     before = config._attn_implementation
     token = _underway.set(rows)
     config._attn_implementation = NAME

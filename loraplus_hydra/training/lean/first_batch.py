@@ -1,4 +1,4 @@
-"""The check on a run's first batch: the lean forward and the model's own give the same numbers."""
+"""The check, on a run's first batch, that both forwards give the same numbers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from loraplus_hydra.training.lean.forward import IGNORED
 
 Entry = Callable[[Mapping[str, Any]], Any]
 
-_ROWS = 4  # of the batch: enough for one row to disturb another
+_ROWS = 4  # number of the batch's rows in the check; errors between rows need several rows
 
 
 def disagreement(model: nn.Module, plain: Entry, lean: Entry, batch: Mapping[str, Any]) -> str | None:
-    """Return how two forwards differ on a batch's first rows, in outputs or gradients; None if they agree.
+    """Return the difference of two forwards on a batch's first rows; None if they agree.
 
-    Dropout is off. Neither gradients nor random generators are changed. Raises UnknownBatchError if these rows show
-    nothing.
+    Outputs and gradients are compared, without dropout. The model's gradients and the random generators stay unchanged.
+    Raises UnknownBatchError if these rows have no label.
     """
     some = _some_rows(batch)
     labels = some.get("labels")
@@ -32,26 +32,27 @@ def disagreement(model: nn.Module, plain: Entry, lean: Entry, batch: Mapping[str
     with _without_dropout(model), torch.enable_grad():
         try:
             output = lean(some)
-            # What a run goes by: log-probabilities, a classifier's logits, or else the loss.
+            # The values that a run uses: log-probabilities, a classifier's logits, or else the loss.
             name = next((name for name in ("log_probs", "logits") if output.get(name) is not None), "loss")
             made = _numbers(output[name], trained)
         except UnknownModelError as error:
             return str(error)
         except UnknownBatchError:
             raise
-        except Exception as error:  # whatever a model makes of rows that it doesn't expect; a wrong batch fails again
+        # A model may raise any error for unexpected rows; an invalid batch fails again later
+        except Exception as error:
             return f"it fails with joined rows: {type(error).__name__}: {first_line(error)}"
         expected = _numbers(plain(some)[name], trained)
         tolerance = _tolerance(model)
     for what, one, other in zip(("outputs", "gradients"), expected, made, strict=True):
         difference = _relative(one, other)
         if not difference <= tolerance:
-            return f"its {what} differ by {difference:.1g} on the first batch"
+            return f"the {what} differ by {difference:.1g} on the first batch"
     return None
 
 
 def _tolerance(model: nn.Module) -> float:
-    """Return the relative difference that the coarsest dtype in use explains."""
+    """Return the relative difference that rounding to the coarsest used dtype can cause."""
     parameters = list(model.parameters())
     dtypes = {each.dtype for each in parameters if each.is_floating_point()}
     device = parameters[0].device.type
@@ -61,9 +62,9 @@ def _tolerance(model: nn.Module) -> float:
 
 
 def _numbers(output: torch.Tensor, trained: list[nn.Parameter]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return outputs and the gradients of a mixture of them, each as one vector."""
+    """Return the outputs, and the gradients of a weighted sum of the outputs, as vectors."""
     values = output.flatten()
-    # Weights, since a plain sum may be a constant.
+    # A weighted sum, because a plain sum may be constant.
     mixture = (values * torch.arange(values.numel(), device=values.device).cos()).sum()
     gradients: Any = ()
     if mixture.requires_grad:
@@ -77,7 +78,7 @@ def _vector(tensors: Any) -> torch.Tensor:
 
 
 def _relative(expected: torch.Tensor, made: torch.Tensor) -> float:
-    """Return the size of a difference beside what is expected; places that are not finite have to agree."""
+    """Return the relative size of a difference. Places that are not finite must agree."""
     finite = expected.isfinite()
     if not torch.equal(finite, made.isfinite()):
         return float("inf")
@@ -87,9 +88,10 @@ def _relative(expected: torch.Tensor, made: torch.Tensor) -> float:
 
 
 def _some_rows(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch's first rows, and its longest once more with a third of its tokens masked and loss on the others.
+    """Return a batch's first rows, and a shortened copy of the longest row.
 
-    So there are always two rows of different lengths, and a model that mixes rows or counts padding shows it.
+    In the copy, a third of the tokens are masked, and the others have loss. So there are always two rows of different
+    lengths, and errors from mixed rows or counted padding are found.
     """
     ids = batch["input_ids"]
     mask = batch.get("attention_mask")
@@ -100,7 +102,7 @@ def _some_rows(batch: Mapping[str, Any]) -> dict[str, Any]:
     some = {name: value[chosen] if _is_by_row(value, len(ids)) else value for name, value in batch.items()}
     last, count = some["attention_mask"][-1], mask[longest].cumsum(0)
     kept = (2 * count[-1] // 3).clamp(min=1)
-    # On the side where the batch is padded.
+    # The mask is on the side of the batch's padding.
     last *= (count > count[-1] - kept) if is_padded_ahead(batch) else (count <= kept)
     if (labels := some.get("labels")) is not None and labels.shape == some["input_ids"].shape:
         after_token = torch.nn.functional.pad(last[:-1], (1, 0))
@@ -109,7 +111,7 @@ def _some_rows(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_padded_ahead(batch: Mapping[str, Any]) -> bool:
-    """Return True if a masked place of a batch comes before a token of its row."""
+    """Return True if padding comes before a row's tokens."""
     mask = batch.get("attention_mask")
     return mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any())
 

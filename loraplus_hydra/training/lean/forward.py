@@ -1,4 +1,4 @@
-"""The lean forward of one model: its backbone on joined rows, and the scores of its supervised tokens."""
+"""The lean forward of one model: the backbone on joined rows, and scores of supervised tokens."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from loraplus_hydra.training.lean.layers import lend_lean_layers
 from loraplus_hydra.training.lean.rows import Rows, positions
 
 IGNORED = -100  # transformers' label of a token without loss
-FUSED = "fused_lm_head"  # with this argument TRL's trainers ask for scores in place of logits
-# What a batch may hold. With any other argument that isn't None or False a model runs as it is.
+FUSED = "fused_lm_head"  # argument with which TRL's trainers request scores instead of logits
+# The arguments that a batch may have. With any other argument that isn't None or False, the model runs plain.
 _KNOWN = frozenset(
     ("input_ids", "attention_mask", "token_type_ids", "labels", "num_items_in_batch", "use_cache", "return_dict", FUSED)
 )
 
 
 class LeanForward:
-    """Runs a model's backbone on joined rows. The model stays as it is outside of these calls.
+    """Runs a model's backbone on joined rows. Outside of these calls the model is unchanged.
 
     `model` is a transformers model with an adapter's layers in it, for causal language modelling or classification.
     """
@@ -48,7 +48,7 @@ class LeanForward:
         self._frozen_head: Frozen | None = None
 
     def classified(self, classify: Callable[..., Any], batch: Mapping[str, Any]) -> Any:
-        """Return what `classify`, the model's own forward, makes of a batch with the backbone on joined rows."""
+        """Return the output of `classify`, the model's own forward, with the backbone on joined rows."""
         self.backbone.forward = self._padded_output
         try:
             return classify(**batch)
@@ -56,15 +56,15 @@ class LeanForward:
             self.backbone.forward = self._run_backbone
 
     def _padded_output(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the backbone's output for a padded batch, its last hidden state padded again."""
+        """Return the backbone's output for a padded batch. Its last hidden state is padded again."""
         output, rows = self._joined_output(batch_of(args, kwargs))
         output.last_hidden_state = rows.pad(output.last_hidden_state)
         return output
 
     def fused_output(self, batch: Mapping[str, Any]) -> FusedCausalLMOutput:
-        """Return what TRL's fused head returns.
+        """Return the output of TRL's fused head.
 
-        Scores of each label, [rows, columns - 1], zero where there is none.
+        The output has a score for each label, [rows, columns - 1], and zero if there is no label.
         """
         tokens, scored = self._supervised(batch)
         scores = score(*tokens)
@@ -79,7 +79,7 @@ class LeanForward:
         )
 
     def causal_output(self, batch: Mapping[str, Any]) -> CausalLMOutputWithPast:
-        """Return the loss as transformers' causal models do, without logits."""
+        """Return the output of transformers' causal models, with the loss but without logits."""
         tokens, scored = self._supervised(batch)
         items = batch.get("num_items_in_batch")
         return CausalLMOutputWithPast(
@@ -87,7 +87,7 @@ class LeanForward:
         )
 
     def _supervised(self, batch: Mapping[str, Any]) -> tuple[Any, torch.Tensor]:
-        """Return the arguments of `score` for a batch, and the mask of its labels, [rows, columns - 1]."""
+        """Return the arguments of `score` for a batch, and the mask of labels, [rows, columns - 1]."""
         output, rows = self._joined_output(batch)
         labels = batch["labels"][:, 1:]
         scored = labels != IGNORED
@@ -115,25 +115,25 @@ class LeanForward:
             return self._run_backbone(**joined, use_cache=False, return_dict=True), rows
 
     def _positions(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return position ids, [rows, columns], as the model makes them when it is given none."""
+        """Return the position ids, [rows, columns], that the model itself would make."""
         embeddings: Any = getattr(self.backbone, "embeddings", None)
-        own = getattr(embeddings, "create_position_ids_from_input_ids", None)  # RoBERTa and its kin
+        own = getattr(embeddings, "create_position_ids_from_input_ids", None)  # RoBERTa and similar models
         return positions(mask) if own is None else own(ids, embeddings.padding_idx)
 
     def _padded_for_pooler(self, pooler: nn.Module, inputs: tuple[Any, ...]) -> Any:
-        """Give the pooler padded rows: it takes each row's first token."""
+        """Pass padded rows to the pooler, because it uses each row's first token."""
         rows = rows_underway()
         if rows is None:
             return None
         if inputs[0].shape[:2] != (1, rows.tokens):
-            raise UnknownModelError("its pooler does not choose the tokens that it pools")
+            raise UnknownModelError("its pooler doesn't choose tokens")
         return (rows.pad(inputs[0]), *inputs[1:])
 
 
 def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a model's call as a batch.
 
-    Raises UnknownBatchError if one of them is not known here.
+    Raises UnknownBatchError for an unknown argument.
     """
     batch = {**kwargs, **({"input_ids": args[0]} if args else {})}
     strange = [name for name, value in batch.items() if name not in _KNOWN and value is not None and value is not False]
@@ -146,5 +146,5 @@ def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]
 
 
 def takes_positions(backbone: nn.Module) -> bool:
-    """Return True if a backbone can be given the positions of its tokens."""
+    """Return True if a backbone has an argument for positions."""
     return "position_ids" in inspect.signature(backbone.forward).parameters

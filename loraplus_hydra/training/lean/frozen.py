@@ -1,4 +1,4 @@
-"""Products with a frozen weight matrix, by whichever float32 library is faster on this processor."""
+"""Products with a frozen weight matrix, by the faster float32 library on this processor."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-_LARGEST = 2**28  # frozen numbers in all that are packed: their copies take 2 GB
+_LARGEST = 2**28  # maximum number of packed elements; their copies take 2 GB
 
 
 class Frozen:
     """A frozen weight, [out, in], and its products in both directions.
 
-    With `packed` oneDNN multiplies, in float32 like BLAS, from copies of the weight that take twice its memory. The
-    weight may be cast or moved later: then BLAS takes over.
+    With `packed`, oneDNN multiplies, in float32 like BLAS. It uses copies of the weight, which take twice the weight's
+    memory. If the weight is cast or moved later, BLAS is used instead.
     """
 
     def __init__(self, weight: torch.Tensor, *, packed: bool = False) -> None:
@@ -49,7 +49,10 @@ def _can_pack(weight: torch.Tensor) -> bool:
 
 
 def _pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the weight and its transpose in oneDNN's own layout (no public function of torch keeps it)."""
+    """Return the weight and its transpose in oneDNN's own layout.
+
+    torch has no public function for this layout.
+    """
     weight = weight.detach()
     both = (weight.contiguous(), weight.t().contiguous())
     return tuple(torch.ops.mkldnn._reorder_linear_weight(each, None) for each in both)  # type: ignore[return-value]
@@ -60,19 +63,19 @@ def _product(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
 
 
 def should_pack(weights: Iterable[torch.Tensor]) -> bool:
-    """Return True if oneDNN is to multiply by a model's frozen `weights`.
+    """Return True if oneDNN should multiply by a model's frozen `weights`.
 
-    It is where oneDNN is faster and the weights are small. A rule, so that a resumed run computes the same bits as an
-    unbroken one on the same machine.
+    It should if oneDNN is faster and the weights are small. The decision doesn't depend on measurements, because a
+    resumed run must compute the same bits as an uninterrupted run on the same machine.
     """
     return onednn_is_faster() and sum(each.numel() for each in weights) <= _LARGEST
 
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Return True where torch multiplies by MKL on a processor that MKL runs its slow code on.
+    """Return True if torch uses MKL on a processor for which MKL uses slow code.
 
-    That is any x86 processor but Intel's: oneDNN does twice as much there.
+    These are all x86 processors except Intel's. On these, oneDNN is twice as fast.
     """
     if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkl.is_available():
         return False

@@ -1,4 +1,4 @@
-"""Log-probabilities of the supervised tokens, without logits for the others and without keeping any."""
+"""Log-probabilities of supervised tokens. No other logits are computed, and none are stored."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 
 from loraplus_hydra.training.lean.frozen import Frozen
 
-_PIECE = 2**20  # logits at a time, 4 MB in float32: more of them leave the processor's cache
-_LEAST = 128  # rows of logits at a time: products of fewer are slow
+_PIECE = 2**20  # number of logits at a time, 4 MB in float32; more don't fit into the processor's cache
+_LEAST = 128  # minimum number of rows of logits at a time; products of fewer rows are slow
 
 
 class Scores(NamedTuple):
@@ -25,9 +25,9 @@ def score(
 ) -> Scores:
     """Return the scores of `targets`, predicted from `hidden` at `places`.
 
-    Shapes: targets and places [supervised], hidden [tokens, size]. Only the log-probabilities have a gradient. It is
-    made piece by piece in this forward pass, so that the backward pass only scales it: a piece's logits are never
-    needed again. Scores are float32, or float64 with such a model.
+    Shapes: targets and places [supervised], hidden [tokens, size]. Only the log-probabilities have a gradient. The
+    gradient is computed piece by piece in this forward pass, and the backward pass only scales it, so a piece's logits
+    are never needed again. Scores are float32, or float64 for a float64 model.
     """
     return Scores(*_Score.apply(hidden, places, targets, head, bias, torch.is_grad_enabled(), True))
 
@@ -35,7 +35,7 @@ def score(
 def log_probabilities(
     hidden: torch.Tensor, places: torch.Tensor, targets: torch.Tensor, head: Frozen, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the log-probabilities alone, as `score` makes them."""
+    """Return only the log-probabilities of `score`."""
     log_probs: torch.Tensor = _Score.apply(hidden, places, targets, head, bias, torch.is_grad_enabled(), False)[0]
     return log_probs
 
@@ -86,9 +86,8 @@ def _piece(
 ) -> tuple[torch.Tensor, ...]:
     """Return one piece's log-probabilities, entropies and hits.
 
-    Write the log-probabilities' gradient to `gradient`.
-
-    Each pass over the logits counts here: it costs a fifth of their product.
+    The gradient of the log-probabilities is written to `gradient`. Passes over the logits are avoided, because each
+    takes a fifth of the time of the logits' product.
     """
     logits = head.forward(hidden)
     if bias is not None:
@@ -108,7 +107,7 @@ def _piece(
 
 
 def _hits(own: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return 1 where the target is the first of the largest logits, which are 0, and 0 elsewhere."""
+    """Return 1 if the target is the first of the largest logits (which are 0), otherwise 0."""
     hits = (own == 0).to(own.dtype)
     largest = hits.nonzero()[:, 0]
     hits[largest] = (logits[largest].max(1).indices == targets[largest]).to(own.dtype)

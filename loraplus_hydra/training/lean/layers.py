@@ -1,4 +1,4 @@
-"""LoRA's linear layers on joined rows: one product with the frozen weight, the factors added in place."""
+"""LoRA's linear layers on joined rows, with fewer products and copies."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def lend_lean_layers(model: nn.Module, underway: Callable[[], bool], *, packed: bool) -> int:
-    """Give the model's linear layers a lean forward, in use while `underway()`; return how many got one.
+    """Give the model's linear layers a lean forward. Return the number of these layers.
 
-    Layers that are not plain LoRA on a plain linear layer stay as they are, and so does every layer outside of a
-    lean forward: generation, and whatever else calls the model. With `packed` oneDNN multiplies by frozen weights, and
-    frozen layers without an adapter get a lean forward, too.
+    The lean forward is used while `underway()` is True. Layers that are not plain LoRA on a plain linear layer stay
+    unchanged. Outside of a lean forward, for example in generation, all layers stay unchanged. With `packed`, oneDNN
+    multiplies by frozen weights, and frozen layers without an adapter get a lean forward, too.
     """
     adapted = [module for module in model.modules() if _is_plain_lora(module)]
     for layer in adapted:
@@ -126,9 +126,9 @@ def _lora_forward(layer: Any, packed: bool) -> Callable[[torch.Tensor], torch.Te
 
 
 def _merging_pays(x: torch.Tensor, frozen: Frozen, lora_A: torch.Tensor) -> bool:
-    """Return True if one product with the merged weight, made for this call alone, is cheaper than three.
+    """Return True if one product with a temporarily merged weight is faster than three products.
 
-    A weight in bfloat16 would lose small updates, and oneDNN has packed the weight alone.
+    A merged weight in bfloat16 would lose small updates, and oneDNN has packed only the frozen weight.
     """
     outputs, inputs = frozen.weight.shape
     is_exact = frozen.weight.dtype == lora_A.dtype == x.dtype and x.dtype in (torch.float32, torch.float64)
@@ -141,14 +141,14 @@ def _frozen_forward(linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]
 
 
 def _is_plain_lora(module: Any) -> bool:
-    """Return True for PEFT's LoRA on an `nn.Linear`, with one adapter and nothing besides its two factors."""
+    """Return True for PEFT's LoRA on an `nn.Linear`, with one adapter that has only its two factors."""
     if type(module) is not LoraLinear or type(module.base_layer) is not nn.Linear or module.fan_in_fan_out:
         return False
     names = module.active_adapters
     return (
         len(names) == 1
         and names[0] in module.lora_A
-        and not module.lora_variant  # DoRA and its like
+        and not module.lora_variant  # DoRA and other variants
         and module.lora_B[names[0]].bias is None
         and _is_frozen(module.base_layer)
     )

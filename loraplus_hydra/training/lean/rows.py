@@ -10,14 +10,15 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Places of a padded batch's tokens in the joined row.
+    """The places of a padded batch's tokens in the joined row.
 
-    Rows are joined in the order of their lengths, so that rows of one length form one block in attention. `kept` has
-    the tokens' places in the flattened batch; None where nothing is padded and the batch is its own joined row.
+    Rows are joined in the order of their lengths, because rows of equal length form one block in attention. `kept` has
+    the tokens' places in the flattened batch. It is None if the batch has no padding; the batch is then its own joined
+    row.
     """
 
-    shape: tuple[int, int]  # rows and columns of the batch
-    lengths: tuple[int, ...]  # tokens of each row, in joined order
+    shape: tuple[int, int]  # number of rows and columns of the batch
+    lengths: tuple[int, ...]  # number of tokens of each row, in joined order
     kept: torch.Tensor | None
 
     @classmethod
@@ -30,7 +31,7 @@ class Rows:
         if min(lengths) == 0:
             return None
         order = sorted(range(rows), key=lengths.__getitem__)
-        # Where the padding is does not matter: at the end, at the beginning, or between tokens.
+        # Padding may be at the end, at the beginning, or between tokens.
         places = torch.arange(rows * columns, device=mask.device).view(rows, columns)
         index = torch.tensor(order, device=mask.device)
         kept = places[index][mask[index].bool()]
@@ -38,7 +39,7 @@ class Rows:
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
-        """The number of rows and their length, for each run of rows of one length."""
+        """(number of rows, length) for each block of rows of equal length."""
         return [(len(list(run)), length) for length, run in groupby(self.lengths)]
 
     @property
@@ -52,7 +53,7 @@ class Rows:
         return (flat if self.kept is None else flat[self.kept])[None]
 
     def pad(self, joined: torch.Tensor) -> torch.Tensor:
-        """Return the batch's [rows, columns, ...] from [1, tokens, ...]; zeros stand where there is no token."""
+        """Return the batch's [rows, columns, ...] from [1, tokens, ...], with zeros for padding."""
         flat = joined[0]
         if self.kept is not None:
             empty = flat.new_zeros(self.shape[0] * self.shape[1], *flat.shape[1:])
@@ -60,9 +61,9 @@ class Rows:
         return flat.view(*self.shape, *flat.shape[1:])
 
     def places(self, chosen: torch.Tensor) -> torch.Tensor | None:
-        """Return where the chosen places of the batch stand in the joined row, in the batch's own order.
+        """Return the places in the joined row of the chosen places of the batch, in the batch's order.
 
-        `chosen` is a mask, [rows, columns]. Returns None if a chosen place holds no token.
+        `chosen` is a mask, [rows, columns]. Returns None if a chosen place is padding.
         """
         flat = chosen.reshape(-1).nonzero()[:, 0]
         if self.kept is None:
@@ -74,5 +75,5 @@ class Rows:
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
-    """Return the position of each place of a batch as transformers counts it by default: its column."""
+    """Return the position of each place of a batch, by transformers' default: its column."""
     return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)

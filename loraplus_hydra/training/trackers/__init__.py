@@ -1,1 +1,1 @@
-"""Trackers, which show a run's numbers elsewhere: one a module, chosen by `logger._target_`."""
+"""Trackers, which pass a run's numbers to other tools. `logger._target_` chooses one."""

@@ -1,4 +1,4 @@
-"""MLflow, by default in a sqlite file next to the runs, which needs no server."""
+"""The MLflow tracker. By default it writes a sqlite file next to the runs and needs no server."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from loraplus_hydra.training.trackers.tracker import TrackedRun, Tracker, read_i
 ID = "mlflow_run_id"  # a file in the run's folder; a resumed run keeps its ID
 _SQLITE = "sqlite:///"
 _STATUSES = {FAILED: "FAILED", INTERRUPTED: "KILLED"}
-_BATCH = 100  # parameters that MLflow takes at once
-_LONGEST = 6000  # characters of a parameter
+_BATCH = 100  # number of parameters that MLflow accepts in one call
+_LONGEST = 6000  # maximum number of characters of a parameter
 _NOT_IN_NAMES = re.compile(r"[^\w.\-/ ]")
-# Durations differ each time that a step is taken; the first value stays.
+# A repeated step has another duration, so the first value is kept.
 _DURATIONS = ("seconds", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
 
 class MLflow(Tracker):
     """A tracker that logs to an MLflow run.
 
-    The config becomes the run's parameters, the sweep's name its tag `sweep`. The tracker has a client of its own and
-    leaves MLflow's process-wide active run alone.
+    The config becomes the run's parameters, and the sweep's name becomes its tag `sweep`. The tracker has its own
+    client and doesn't change MLflow's process-wide active run.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("mlflow", "sqlalchemy", "alembic")
@@ -44,7 +44,7 @@ class MLflow(Tracker):
         self.experiment = experiment
         self._client: Any = None
         self._run_id = ""
-        self._stored: dict[tuple[str, int], float] = {}  # by name and step, logged before a resume
+        self._stored: dict[tuple[str, int], float] = {}  # values logged before a resume, by name and step
         self._step = 0
 
     def start(self, run: TrackedRun) -> None:
@@ -52,11 +52,11 @@ class MLflow(Tracker):
         from mlflow import MlflowClient
 
         for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # below it each new table is a message
+            logging.getLogger(name).setLevel(logging.WARNING)  # at lower levels each new table causes a message
         uri, store = resolve_uri(self.tracking_uri, run.started_in)
         if store is not None and not uri.startswith(_SQLITE):
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # later versions refuse a folder without it
-        with _store_lock(store):  # two jobs that make the tables at the same time break each other's
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # later versions need this variable for a folder
+        with _store_lock(store):  # two jobs that make the tables at the same time would cause errors
             self._client = MlflowClient(tracking_uri=uri)
             experiment = self._client.get_experiment_by_name(self.experiment)
             experiment_id = experiment.experiment_id if experiment else self._create_experiment(store)
@@ -86,21 +86,22 @@ class MLflow(Tracker):
         self._log_parameters(_parameters(run.config))
 
     def _reopen_run(self, run_id: str, parameters: Mapping[str, str]) -> bool:
-        """Resume the run `run_id` with its present `parameters`.
+        """Resume the run `run_id` with its current `parameters`.
 
-        Returns False if the store lacks the run.
+        Returns False if the store doesn't have the run.
         """
         from mlflow.exceptions import MlflowException
 
         try:
             stored = self._client.get_run(run_id)
-        except MlflowException:  # the store is another one
+        except MlflowException:  # it is another store
             return False
         self._run_id = run_id
         self._client.update_run(run_id, status="RUNNING")
         self._log_parameters({key: value for key, value in parameters.items() if key not in stored.data.params})
         for key, value in parameters.items():
-            if stored.data.params.get(key, value) != value:  # a tag: MLflow's parameters can't be changed
+            # Stored as a tag, because MLflow's parameters can't be changed
+            if stored.data.params.get(key, value) != value:
                 self._client.set_tag(run_id, f"changed.{key}", value)
         for name in stored.data.metrics:
             if not name.startswith("final/"):
@@ -112,7 +113,7 @@ class MLflow(Tracker):
         stored = self._stored.get((_name(name), step))
         if stored is None:
             return True
-        same = stored == value or (stored != stored and value != value)  # NaN equals nothing, itself included
+        same = stored == value or (stored != stored and value != value)  # NaN is not equal to itself
         return not same and name not in _DURATIONS
 
     def _log_parameters(self, parameters: Mapping[str, str]) -> None:

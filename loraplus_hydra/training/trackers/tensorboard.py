@@ -1,4 +1,7 @@
-"""TensorBoard event files in the run's folder; `tensorboard --logdir outputs` shows all runs."""
+"""The TensorBoard tracker. Event files are in the run's folder.
+
+`tensorboard --logdir outputs` shows all runs.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from loraplus_hydra.training.trackers.tracker import TrackedRun, Tracker
 class TensorBoard(Tracker):
     """A tracker that writes TensorBoard's event files.
 
-    Numbers become scalars and the config hyperparameters. The end of the run has `final/...` and `status`.
+    Numbers become scalars, and the config becomes hyperparameters. At the end, `final/...` and `status` are written.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("tensorboard",)
@@ -29,12 +32,13 @@ class TensorBoard(Tracker):
         from torch.utils.tensorboard.summary import hparams
 
         self._step = run.resumed_at or 0
-        # Readers drop what an earlier start wrote of this step and later ones.
+        # Readers then ignore values that an earlier start wrote for this and later steps.
         first = run.resumed_at + 1 if run.resumed_at else 0
         self._writer = SummaryWriter(str(run.folder / self.folder), purge_step=first)
         settings = {key: _hyperparameter(value) for key, value in flat(run.config).items()}
         metric = run.config.get("task", {}).get("metric", "eval_loss")
-        for summary in hparams(settings, {f"final/{metric}": 0.0})[:2]:  # the third reports an end that is yet to come
+        # The third summary would report the end of the session
+        for summary in hparams(settings, {f"final/{metric}": 0.0})[:2]:
             self._add(summary)
         self._writer.add_text("run", run.name, self._step)
         if run.group is not None:
@@ -45,7 +49,7 @@ class TensorBoard(Tracker):
         self._step = step
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # so that a kill loses nothing
+        self._writer.flush()  # otherwise a killed run would lose lines
 
     def finish(self, status: str, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -59,7 +63,7 @@ class TensorBoard(Tracker):
 
 
 def _session_end(status: str) -> Any:
-    """Return the summary from which TensorBoard's hyperparameters plugin reads a session's end."""
+    """Return the summary about a session's end for TensorBoard's hyperparameters plugin."""
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 

@@ -1,4 +1,4 @@
-"""The base class of trackers, and the description of a run that they get."""
+"""The base class of trackers, and the description of a run for trackers."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from loraplus_hydra.io.read import read_or, read_text
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run as its tracker sees it at the start."""
+    """The description of a run that its tracker gets at the start."""
 
-    folder: Path  # the run's own; a tracker may store there what it needs for a resume
+    folder: Path  # the run's folder; a tracker may store files for a resume in it
     name: str
     group: str | None  # name of the sweep, if the run is one of its jobs
     config: Mapping[str, Any]  # the whole config, nested
     started_in: Path  # the folder in which the command was given; relative paths start there
-    resumed_at: int | None  # step that the run resumes from (0: it starts over); None for a new run
+    resumed_at: int | None  # step from which the run resumes (0: from the beginning); None for a new run
 
 
 class Tracker(ABC):
     """A tracker of one run. The keys of the config's `logger` group are its arguments.
 
-    Only the run's first process makes one. When it raises an error, the run warns once and continues without it.
+    Only the run's first process has a tracker. If the tracker raises an error, the run warns once and continues without
+    it.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ()  # modules that have to be installed
+    needs: ClassVar[tuple[str, ...]] = ()  # modules that must be installed
     extra: ClassVar[str] = ""  # this package's extra that installs them
 
     @classmethod
@@ -42,7 +43,7 @@ class Tracker(ABC):
         missing = [name for name in cls.needs if importlib.util.find_spec(name) is None]
         if not missing:
             return []
-        fix = f": pip install 'loraplus_hydra[{cls.extra}]', or leave it out with logger=none" if cls.extra else ""
+        fix = f": pip install 'loraplus_hydra[{cls.extra}]', or use logger=none" if cls.extra else ""
         return [f"{cls.__name__} needs {', '.join(missing)}, which isn't installed{fix}"]
 
     @abstractmethod
@@ -53,18 +54,18 @@ class Tracker(ABC):
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Log the numbers of one line of metrics.jsonl.
 
-        Their names are such as `loss`, `lr/groupA` and `norms/groupB/update`.
+        Names are, for example, `loss`, `lr/groupA` and `norms/groupB/update`.
         """
 
     @abstractmethod
     def finish(self, status: str, metrics: Mapping[str, float]) -> None:
-        """Close the run, also after it failed, or after `start` or `log` raised an error.
+        """Close the run, also if it failed, or if `start` or `log` raised an error.
 
-        `status` is the one in result.json (ok, failed, interrupted, pruned). `metrics` are the final ones; a run that
-        failed has those it reached.
+        `status` is that of result.json (ok, failed, interrupted, pruned). `metrics` are the final metrics. A failed run
+        has only some of them.
         """
 
 
 def read_id(file: Path) -> str | None:
-    """Return the run's ID at its tracker, stored in `file`; None when there is none."""
+    """Return the tracker's ID of the run, stored in `file`, or None."""
     return read_or("", read_text, file).strip() or None

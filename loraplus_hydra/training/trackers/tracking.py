@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 
 class Tracking:
-    """The tracker that the config names, or none.
+    """The tracker in the config, if there is one.
 
-    If it fails, the run warns once and continues without it.
+    If the tracker fails, the run warns once and continues without it.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Tracking:
     def start(self, config: DictConfig, folder: Path, resumed_at: int | None) -> None:
         """Start the tracker of the run in `folder` with its checked `config`.
 
-        `resumed_at` is as in TrackedRun.
+        `resumed_at` has the meaning of TrackedRun's field.
         """
         logger = config.get("logger")
         if not logger or logger.get("_target_") is None or not processes.is_main():
@@ -55,7 +55,7 @@ class Tracking:
     def finish(self, result: Result) -> None:
         """Close the tracker with the run's final `result`."""
         tracker, self._tracker = self._tracker, None
-        if tracker is not None:  # one that has failed, too, so that it leaves no session open
+        if tracker is not None:  # also a tracker that has failed, because its session must be closed
             self._attempt(lambda: tracker.finish(result.status, final_metrics(result)))
 
     def _start(self, logger: DictConfig, run: TrackedRun) -> None:
@@ -65,7 +65,7 @@ class Tracking:
     def _attempt(self, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # any: the run's own files hold everything, so training continues
+        except Exception as error:  # any error, because the run's own files have all numbers
             if self._works:
                 log.warning(
                     "Warning: the run continues without its logger, which failed: %s: %s. metrics.jsonl has everything",
@@ -79,7 +79,7 @@ class Tracking:
 def final_metrics(result: Result) -> dict[str, float]:
     """Return the numbers at the end of a run, by name.
 
-    A run that failed has only those it reached.
+    A failed run has only some of these numbers.
     """
     values: dict[str, Any] = {
         **result.metrics,

@@ -1,4 +1,4 @@
-"""Weights & Biases, by default offline.
+"""The Weights & Biases tracker, by default offline.
 
 `wandb sync RUN/wandb/offline-run-*` uploads such a run later.
 """
@@ -22,15 +22,15 @@ from loraplus_hydra.training.trackers.tracker import TrackedRun, Tracker, read_i
 MODES = ("offline", "online")
 ID = "wandb_id"  # a file in the run's folder; a resumed run keeps its ID
 _NO_KEY = (
-    "mode=online needs an account, and there is no key for {host} here: set WANDB_API_KEY or run `wandb login`, or use "
-    "mode=offline, which can be uploaded later (wandb sync)"
+    "mode=online needs an account, but there is no key for {host}: set WANDB_API_KEY, run `wandb login`, or use "
+    "mode=offline and upload the run later (wandb sync)"
 )
 
 
 class WandB(Tracker):
     """A tracker that logs to a wandb run, in the sweep's group.
 
-    It never prompts: a missing key is an error.
+    The tracker never prompts. A missing key is an error.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("wandb",)
@@ -64,7 +64,7 @@ class WandB(Tracker):
         import wandb
 
         if self.mode == "online" and (host := _host_without_key()):
-            # The key is gone since the check. On a terminal wandb would prompt for one.
+            # The key has been removed since the check. On a terminal wandb would prompt for a key.
             raise UserError(_NO_KEY.format(host=host))
         known = read_id(run.folder / ID) if run.resumed_at else None
         run_id = known or uuid.uuid4().hex[:12]
@@ -80,12 +80,12 @@ class WandB(Tracker):
             config=dict(run.config),
             dir=str(run.folder),
             resume="allow" if self.mode == "online" else None,
-            reinit="create_new",  # leaves alone any session that the process has already
+            reinit="create_new",  # doesn't change another session of the process
             settings=wandb.Settings(silent=True, console="off"),
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)  # for a step that it has already wandb keeps the old values
+        self._run.log(dict(values), step=step)  # if wandb already has values for the step, it keeps the old values
 
     def finish(self, status: str, metrics: Mapping[str, float]) -> None:
         try:
@@ -95,9 +95,9 @@ class WandB(Tracker):
 
 
 def _host_without_key() -> str:
-    """Return the server's host name if it has no key, else an empty string.
+    """Return the server's host name if there is no key for it, otherwise an empty string.
 
-    Keys come from the environment, netrc and wandb's settings.
+    Keys are searched in the environment, netrc and wandb's settings.
     """
     import wandb
 

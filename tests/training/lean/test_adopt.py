@@ -176,7 +176,7 @@ def test_what_is_not_eligible_trains_as_before_and_reports_why(
     run(compose(*shared, "trainer.forward=plain"), tmp_path / "plain")
 
     assert len(reports) == 1
-    assert reports[0].startswith("    Forward pass: plain, since ")
+    assert reports[0].startswith("    Forward pass: plain, because ")
     assert reason in reports[0]
     assert lines(tmp_path / "one") == lines(tmp_path / "plain")
 
@@ -195,7 +195,7 @@ def test_preference_tasks_stay_plain(compose: Compose, llama_folder: Path, tmp_p
         tmp_path / "run",
     )
 
-    assert reports == ["    Forward pass: plain, since DPOTrainer computes its own loss"]
+    assert reports == ["    Forward pass: plain, because DPOTrainer computes its own loss"]
 
 
 def test_the_default_is_lean_on_a_cpu(
@@ -222,7 +222,7 @@ def test_a_model_that_is_different_runs_plain_after_its_first_batch(
     lean, plain = both(compose, tmp_path, *tiny_run, "trainer.use_cpu=true")
 
     assert len(reports) == 1
-    assert "Forward pass: plain, since its" in reports[0]
+    assert "Forward pass: plain, because its" in reports[0]
     assert "differ by" in reports[0]
     assert lean == plain
 

@@ -117,7 +117,7 @@ def test_a_mask_that_does_more_than_separate_rows_is_refused() -> None:
         assert mask(batch_size=1, local_size=3) is None
         with pytest.raises(UnknownBatchError, match="window of 2 tokens"):
             mask(batch_size=1, local_size=2)
-        with pytest.raises(UnknownModelError, match="mask of its own"):
+        with pytest.raises(UnknownModelError, match="its own mask"):
             mask(batch_size=1, use_vmap=True)
 
 
