@@ -7,8 +7,6 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit
-
 from loraplus_hydra.report.read_sweep import Job, Point
 from loraplus_hydra.report.settings import Setting
 
@@ -140,6 +138,8 @@ def welch(first: Sequence[float], second: Sequence[float]) -> tuple[float, float
     freedom = sum(parts) ** 2 / sum(
         part**2 / (len(sample) - 1) for part, sample in zip(parts, (first, second), strict=True)
     )
+    from scipy.special import stdtrit  # a tenth of a report's time, and only settings with seeds need it
+
     half = float(stdtrit(freedom, 0.975)) * math.sqrt(sum(parts))
     return gap - half, gap + half
 

@@ -21,6 +21,7 @@ from loraplus_hydra.runs.stored_config import changes, read_plain
 from loraplus_hydra.training.prepare import inputs_of, prepare_examples
 
 _kept: dict[str, dict[str, str]] = {}  # by start of a sweep and hash of the keys that set the inputs; at most one entry
+_noted: set[str | None] = set()  # starts of a sweep that have reported a job without fingerprints
 
 
 def with_inputs(point: ResumePoint, config: DictConfig, accepted: Result | None) -> ResumePoint:
@@ -31,7 +32,7 @@ def with_inputs(point: ResumePoint, config: DictConfig, accepted: Result | None)
     """
     checkpoint = point.checkpoint
     assert checkpoint is not None
-    now = current_inputs(config)
+    now = point.inputs or current_inputs(config)
     if not checkpoint.state.inputs:
         return replace(point, inputs=now, messages=(*point.messages, f"Note: {NOT_STORED}"))
     names_new_rows = point.names_new_rows or not _names_the_same_rows(checkpoint, config)
@@ -62,7 +63,9 @@ def refuse_other_inputs(config: DictConfig, result: Result, *, start: str | None
     if config[ALLOW]:
         return
     if not result.inputs:
-        screen.show(f"    Note: {NOT_STORED}")
+        if start is None or start not in _noted:
+            screen.show(f"    Note: {NOT_STORED}")
+        _noted.add(start)
         return
     try:
         now = _inputs_to_compare(config, start)
@@ -74,7 +77,8 @@ def refuse_other_inputs(config: DictConfig, result: Result, *, start: str | None
 
 def _inputs_to_compare(config: DictConfig, start: str | None) -> dict[str, str]:
     """Return the fingerprints of a config's inputs, cached for the next job of the sweep's start."""
-    named = {name: OmegaConf.to_container(config[name], resolve=True) for name in ("model", "data", "adapter")}
+    named = {name: OmegaConf.to_container(config[name], resolve=True) for name in ("model", "data")}
+    named |= {"adapter": config.adapter.get("path"), "template": config.task.args.get("chat_template_path")}
     key = f"{start} {config_hash(named)}"
     if start is None or key not in _kept:
         _kept.clear()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.io import interrupts, screen
+from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.fingerprints import NOT_STORED, refuse_changed
 from loraplus_hydra.io.quiet_libraries import quiet_loading
 from loraplus_hydra.models.adapter import add_adapter
@@ -19,6 +21,8 @@ from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.stored_config import KEY
 from loraplus_hydra.tasks.base import Base
+
+log = logging.getLogger(__name__)
 
 
 def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -63,7 +67,7 @@ def refuse_changed_run(run: FinishedRun) -> None:
     if run.allow_changed_inputs:
         return
     if not then:
-        screen.show(f"Note: {NOT_STORED}")
+        log.warning("Note: %s", NOT_STORED)  # not on stdout, where answers are
         return
     now = base_fingerprints(run.config.model)
     refuse_changed(then, now if "adapter" not in then else now | {"adapter": folder_fingerprint(run.adapter)})

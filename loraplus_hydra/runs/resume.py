@@ -74,8 +74,8 @@ def find_resume_point(checked: Checked, folder: Path, *, found_before: ResumePoi
     _refuse_other_training(checked, checkpoint)
     _refuse_changes_at_the_end(checkpoint, changed)
     _lines_until(checkpoint)
-    names_new_rows = found_before is not None and found_before.names_new_rows
-    point = ResumePoint(checkpoint, changed, messages, names_new_rows)
+    before = found_before or ResumePoint(None)
+    point = ResumePoint(checkpoint, changed, messages, before.names_new_rows, before.inputs)
     return with_inputs(point, checked.config, accepted=read_result(folder))
 
 

@@ -85,7 +85,7 @@ def _skip(config: DictConfig, job: _Job) -> float | None:
     """
     result = read_result(job.folder)
     assert result is not None, "a job that is done has a result"
-    if result.inputs and not config[ALLOW]:
+    if not config[ALLOW]:
         quiet_libraries()
         from loraplus_hydra.runs.changed_inputs import refuse_other_inputs  # heavy, and no job may be left to run
 

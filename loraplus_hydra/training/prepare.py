@@ -29,6 +29,7 @@ from loraplus_hydra.models.properties import adapter_labels, is_classifier, posi
 from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
 from loraplus_hydra.tasks.base import Base
 from loraplus_hydra.tasks.examples import Examples, load_examples
+from loraplus_hydra.tasks.template import set_template
 
 _PLANNING_SECONDS = 60.0
 
@@ -69,6 +70,7 @@ def inputs_of(config: DictConfig, tokenizer: PreTrainedTokenizerBase, rows: Mapp
 
     Weights that are not on this machine yet have no fingerprint.
     """
+    set_template(tokenizer, config.task)  # a template's file is an input, too
     found = {
         **rows,
         **base_fingerprints(config.model),

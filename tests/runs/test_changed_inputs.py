@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 
 from loraplus_hydra import run
+from loraplus_hydra.errors import ConfigErrors
+from loraplus_hydra.models.inputs import base_fingerprints
+from loraplus_hydra.runs.changed_inputs import current_inputs
+from loraplus_hydra.tasks import examples
 from tests.conftest import Finished
 
 Cli = Callable[..., Finished]
@@ -141,6 +146,90 @@ def test_changed_content_is_named_and_refused_unless_it_is_allowed(
         assert sorted(path for path in (copy / command[1]).rglob("*")) == before
         allowed = cli(*command, ALLOW)
         assert allowed.status == 0, (name, allowed.err)
+
+
+OFFERED = {"train": "say one", "eval": "say two"}  # what `rows_of_a_function` returns
+
+
+def rows_of_a_function() -> DatasetDict:
+    splits = {name: Dataset.from_list([{"prompt": text, "completion": " x"}] * 4) for name, text in OFFERED.items()}
+    return DatasetDict(splits)
+
+
+def test_each_input_has_a_fingerprint_of_its_own(
+    copy: Path, compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = copy / "turns.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    overrides = [
+        *("model=hub", f"model.path={copy / 'model'}", "adapter=existing", f"adapter.path={copy / 'done'}"),
+        *("~data", "+data._target_=tests.runs.test_changed_inputs.rows_of_a_function"),
+        f"+task.args.chat_template_path={template}",
+    ]
+    config = compose(*overrides)
+    before = current_inputs(config)
+
+    def changed() -> set[str]:
+        examples._kept.clear()
+        now = current_inputs(config)
+        assert now.keys() == before.keys()
+        return {name for name in now if now[name] != before[name]}
+
+    assert changed() == set()
+    monkeypatch.setitem(OFFERED, "train", "say three")
+    assert changed() == {"data.train"}
+    monkeypatch.setitem(OFFERED, "eval", "say three")
+    assert changed() == {"data.train", "data.eval"}
+    template.write_text("{% for message in messages %}[{{ message.content }}]{% endfor %}")
+    assert changed() == {"data.train", "data.eval", "tokenizer"}
+    edit_weights(copy)
+    edit_config(copy)
+    assert changed() == {"data.train", "data.eval", "tokenizer", "weights", "config.json"}
+    file = copy / "done" / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    assert changed() == before.keys()
+
+
+def test_weights_in_shards_or_in_the_hubs_cache_are_the_same(
+    tiny_model: Path, tmp_path: Path, compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    expected = base_fingerprints(compose("model=hub", f"model.path={tiny_model}").model)
+    assert expected.keys() == {"weights", "config.json"}
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert base_fingerprints(compose("model=hub", f"model.path={tmp_path / 'sharded'}").model) == expected
+    repository = tmp_path / "models--a--b"
+    for file in (tmp_path / "sharded").iterdir():  # a link for each file, as the hub's client makes them
+        blob = repository / "blobs" / file.name.replace(".", "")
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blob)
+        link = repository / "snapshots" / "0123" / file.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert base_fingerprints(compose("model=hub", "model.path=a/b").model) == expected
+    assert base_fingerprints(compose("model=hub", "model.path=a/c").model) == {}
+
+
+def test_run_of_another_folder_is_continued_with_its_content(
+    copy: Path, compose: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [
+        *("model=hub", f"model.path={copy / 'model'}", "data=jsonl", f"data.train={copy / 'rows.jsonl'}"),
+        *(f"data.eval={copy / 'held_out.jsonl'}", "trainer.max_steps=3", "task.samples=0", "trainer.eval_strategy=no"),
+        f"trainer.resume_from_checkpoint={copy / 'stopped' / 'checkpoints' / 'checkpoint-2'}",
+    ]
+    edit_rows(copy)
+    with pytest.raises(ConfigErrors, match=r"data\.train: the content of the training rows changed"):
+        run(compose(*overrides, "trainer.per_device_train_batch_size=4"), copy / "new")
+    assert not (copy / "new" / "config.yaml").exists()
+    (copy / "rows.jsonl").rename(copy / "others.jsonl")
+    overrides[3] = f"data.train={copy / 'others.jsonl'}"  # rows of its own
+    run(compose(*overrides, "trainer.per_device_train_batch_size=4"), copy / "new")
 
 
 def test_rows_named_on_the_command_line_are_new_rows(copy: Path, cli: Cli) -> None:
