@@ -133,7 +133,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def _send_again(hook: Callable[[sys.UnraisableHookArgs], Any], dropped: sys.UnraisableHookArgs) -> None:
-    """Repeat a signal whose exception was raised inside a collection or a `__del__`, where Python drops it."""
+    """Repeat a signal whose exception Python dropped, inside a garbage collection or a `__del__`."""
     if not isinstance(dropped.exc_value, Interrupted):
         hook(dropped)
         return
