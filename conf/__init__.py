@@ -1,7 +1,7 @@
 """The config groups, packaged as `loraplus_hydra.conf`.
 
-Hydra imports this package when it opens `pkg://loraplus_hydra.conf`, so the schema is known to every app that composes
-these configs, whether or not it imports anything else of ours.
+Hydra imports this package when it opens `pkg://loraplus_hydra.conf`. So the schema is registered in every app that
+composes these configs, even if the app imports nothing else from loraplus_hydra.
 """
 
 from loraplus_hydra.config.schema import register

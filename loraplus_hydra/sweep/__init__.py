@@ -1,1 +1,1 @@
-"""Sweeps: many jobs with names, folders and statuses, isolated from each other."""
+"""Sweeps: the names, folders, statuses and isolation of many jobs."""

@@ -24,14 +24,14 @@ _WORDS = {
     SKIPPED: "done before",
     FAILED: "failed",
     INTERRUPTED: "interrupted",
-    RUNNING: "killed",  # its process ended before it could write another status
+    RUNNING: "killed",  # its process ended before it wrote another status
 }
 
 
 def finish(sweep: Sweep) -> bool:
-    """Make and show the report, and print how the jobs of this start ended.
+    """Write and show the report, and print a summary of the jobs of this start.
 
-    Returns True if all of them are done. A sweep that ran no job leaves nothing behind.
+    Returns True if all jobs are done. If no job ran, a folder that this start made is removed.
     """
     jobs = job_status.read_all(sweep.start)
     job_status.end(sweep.start)
@@ -40,7 +40,7 @@ def finish(sweep: Sweep) -> bool:
         return True
     left = _not_begun(sweep, jobs)
     if left:
-        with suppress(OSError, Unreadable):  # the report says what is wrong with the file
+        with suppress(OSError, Unreadable):  # the report has the error in the file
             write_left(sweep, left)
     reported = _report(sweep.folder)
     _print_summary(sweep, jobs, reported or (), len(left))
@@ -48,22 +48,23 @@ def finish(sweep: Sweep) -> bool:
 
 
 def _report(folder: Path) -> Collection[str] | None:
-    """Make and show the report.
+    """Write and show the report.
 
-    Returns the jobs that it lists without a result; None if it failed.
+    Returns the jobs that the report lists without a result; None if the report failed.
     """
     try:
         results = write.write_report(folder)
         print()
         terminal.show(results)
-    except Exception as error:  # any: the summary of the jobs must follow, and their own files are safe
-        print(f"The report could not be made: {type(error).__name__}: {visible(str(error))}", file=sys.stderr)
+    # Any error, because the summary of the jobs must follow, and the jobs' own files are complete
+    except Exception as error:
+        print(f"The report could not be written: {type(error).__name__}: {visible(str(error))}", file=sys.stderr)
         return None
     return {job.folder for job in results.sweep.unsuccessful}
 
 
 def _not_begun(sweep: Sweep, jobs: list[JobStatus]) -> list[tuple[str, ...]]:
-    """Return the overrides of the jobs that this start did not come to."""
+    """Return the overrides of the jobs that this start has not begun."""
     return [overrides for overrides in sweep.jobs if not any(set(overrides) <= set(job.overrides) for job in jobs)]
 
 
@@ -77,7 +78,7 @@ def _print_summary(sweep: Sweep, jobs: list[JobStatus], reported: Collection[str
             reason = job.text.strip().splitlines() or ["its process was killed"]
             print(visible(f"  {job.folder}: {reason[0]}"))
     if numbers[FAILED] + numbers[RUNNING] + numbers[INTERRUPTED] + left:
-        print("The same command runs what is missing or failed, and nothing else.")
+        print("The same command runs only the jobs that are missing or failed.")
 
 
 def _remove_empty(sweep: Sweep) -> None:

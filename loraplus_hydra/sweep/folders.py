@@ -1,7 +1,8 @@
-"""The name of a job's folder, and the state of the run in it.
+"""The name of a job's folder, and the state of the run in the folder.
 
-Hydra writes into a job's folder before it calls us. So two values of Hydra's own config decide about it: the folder's
-name, and whether Hydra may write there. `conf/app.yaml` takes them from the interpolations that are registered here.
+Hydra writes into a job's folder before it calls this program. So two values of Hydra's config must be computed earlier:
+the folder's name, and whether Hydra may write there. `conf/app.yaml` gets these values from the interpolations that
+this module registers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from loraplus_hydra.io.read import Unreadable, read_yaml
 from loraplus_hydra.io.result import OK, read_result
 from loraplus_hydra.sweep.names import HASH_DIGITS, job_name
 
-LOG = "sweep.log"  # in the sweep's folder: log of the jobs whose own folders stay as they are
+LOG = "sweep.log"  # in the sweep's folder: the log of jobs whose own folders must not change
 _MISSING = object()
 
 
@@ -35,14 +36,14 @@ class State(Enum):
 
 
 def register() -> None:
-    """Register the interpolations of `conf/app.yaml`; `cli` calls it when it is imported, also in workers."""
+    """Register the interpolations of `conf/app.yaml`. `cli` calls this on import, also in workers."""
     OmegaConf.register_new_resolver("loraplus.job_folder", _job_folder, replace=True)
     OmegaConf.register_new_resolver("loraplus.hydra_folder", _hydra_folder, replace=True)
     OmegaConf.register_new_resolver("loraplus.log_file", _log_file, replace=True)
 
 
 def folder_state(folder: Path, job_hash: str) -> State:
-    """Return the state of `folder` for the job whose config has the hash `job_hash`."""
+    """Return the state of `folder` for the job with the config hash `job_hash`."""
     result = read_result(folder)
     stored = (result.config_hash if result is not None else "") or _hash_of_file(folder / run_folder.CONFIG)
     if stored is None:
@@ -53,7 +54,7 @@ def folder_state(folder: Path, job_hash: str) -> State:
 
 
 def hash_of(config: DictConfig) -> str:
-    """Return the hash of a run's config, unresolved if it has interpolations that fail."""
+    """Return the hash of a run's config. If an interpolation fails, the unresolved config is hashed."""
     try:
         return run_hash(config)
     except OmegaConfBaseException:
@@ -63,7 +64,7 @@ def hash_of(config: DictConfig) -> str:
 def clear(folder: Path) -> None:
     """Remove the files of an incomplete run from `folder`.
 
-    Its log stays, and so do files that no run writes.
+    The log is kept, and so are files that a run doesn't write.
     """
     for name in run_folder.WRITTEN:
         folders.remove(folder / name)
@@ -81,13 +82,13 @@ def _job_folder(*, _root_: DictConfig) -> str:
     """Return the value of hydra.sweep.subdir."""
     digits = hash_of(run_of(_root_))
     name = job_name({key: _swept_value(_root_, key) for key in _root_.sweep.swept}, digits)
-    # A sweep over other keys may have run the same job, in a folder that is named after those keys.
+    # A sweep over other keys may have run the same job, in a folder with the names of these keys.
     existing = sorted(Path(_root_.hydra.sweep.dir).glob(f"*_{digits[:HASH_DIGITS]}"))
     return existing[0].name if existing else name
 
 
 def _hydra_folder(*, _root_: DictConfig) -> str | None:
-    """Return the value of hydra.output_subdir; None keeps Hydra from writing."""
+    """Return the value of hydra.output_subdir. With None, Hydra writes no files."""
     return None if _is_kept(_root_) else run_folder.HYDRA
 
 
@@ -100,7 +101,7 @@ def _log_file(*, _root_: DictConfig) -> str:
 
 
 def _is_kept(root: DictConfig) -> bool:
-    """Return True if the job's folder must stay as it is."""
+    """Return True if the job's folder must not change."""
     if not is_sweep(root.hydra):
         return False
     return folder_state(Path(root.hydra.runtime.output_dir), hash_of(run_of(root))) in (State.DONE, State.TAKEN)
@@ -108,7 +109,7 @@ def _is_kept(root: DictConfig) -> bool:
 
 def _swept_value(root: DictConfig, key: str) -> Any:
     choices = root.hydra.runtime.choices
-    if key in choices:  # a group: its option
+    if key in choices:  # the key is a group, so its value is the option
         return choices[key]
     try:
         value = OmegaConf.select(root, key, default=_MISSING)
@@ -116,7 +117,7 @@ def _swept_value(root: DictConfig, key: str) -> Any:
         value = _MISSING
     if value is not _MISSING:
         return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    # The config has no readable value: take the override's own text.
+    # If the config has no readable value, the override's text is used.
     texts: Any = OmegaConf.to_container(root.hydra.overrides.task, resolve=False)
     parts = (str(text).lstrip("+").partition("=") for text in texts)
     return next((text for name, _, text in parts if name == key), None)

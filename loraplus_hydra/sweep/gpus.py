@@ -1,7 +1,7 @@
 """One GPU for each worker of launchers that start several jobs on one machine.
 
-SLURM and Ray assign GPUs themselves. Under other launchers each process sees all GPUs, and the Trainer would use all of
-them for each job.
+SLURM and Ray assign GPUs themselves. With other launchers each process sees all GPUs, and the Trainer would use all
+GPUs for each job.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from loraplus_hydra.io.folders import private_folder
 
 _LAUNCHERS = ("hydra_joblib_launcher.joblib_launcher.JoblibLauncher", "submitit_launcher.LocalLauncher")
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-_MOST_ON_ONE = 64  # processes
+_MOST_ON_ONE = 64  # maximum number of processes per GPU
 _held: list[FileLock] = []  # the lock on this process's GPU, kept until the process ends
 
 
 def claim_gpu(hydra: Any) -> str | None:
     """Make this process see only the GPU with the fewest workers, and return its name.
 
-    `hydra` is Hydra's node of a job's config. Returns None, and changes nothing, if the launcher assigns GPUs itself or
-    if there are fewer than two. A process keeps its GPU until it ends.
+    `hydra` is the `hydra` node of a job's config. Returns None, and changes nothing, if the launcher assigns GPUs
+    itself, or if there are fewer than two GPUs. A process keeps its GPU until it ends.
     """
     if _held or not str(hydra.launcher.get("_target_")).endswith(_LAUNCHERS):
         return None
     names = visible_gpus()
     if len(names) < 2:
         return None
-    folder = private_folder(f"loraplus_hydra_gpus_{os.getuid()}")  # shared by all sweeps of the user
-    for turn in range(_MOST_ON_ONE):  # a GPU gets a second process only when each has one
+    folder = private_folder(f"loraplus_hydra_gpus_{os.getuid()}")  # all sweeps of the user share this folder
+    for turn in range(_MOST_ON_ONE):  # a GPU gets a second process only if every GPU has one
         for name in names:
             lock = FileLock(folder / f"{name.replace(os.sep, '-')}.{turn}", timeout=0)
-            with suppress(OSError, NotImplementedError):  # another worker has it, or the file system has no locks
+            with suppress(OSError, NotImplementedError):  # another worker has the lock, or the file system has no locks
                 lock.acquire()
                 _held.append(lock)
                 os.environ[_VISIBLE] = name
@@ -44,10 +44,10 @@ def claim_gpu(hydra: Any) -> str | None:
 
 
 def visible_gpus() -> list[str]:
-    """Return the names of the GPUs that this process sees, as in CUDA_VISIBLE_DEVICES."""
-    import torch  # most launchers need no answer
+    """Return the visible GPUs, with the names of CUDA_VISIBLE_DEVICES."""
+    import torch  # takes seconds, and most launchers don't need the answer
 
-    if torch.cuda.is_initialized():  # too late: torch has read the variable
+    if torch.cuda.is_initialized():  # torch has already read the variable
         return []
     count = torch.cuda.device_count()
     if os.environ.get(_VISIBLE):

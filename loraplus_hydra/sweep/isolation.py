@@ -1,4 +1,4 @@
-"""Isolation of the jobs in one process: each one starts as in a fresh process."""
+"""Isolation of the jobs in one process: each job starts as in a fresh process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loraplus_hydra.training.process_state import process_state
 
 @contextmanager
 def isolated(config: DictConfig) -> Iterator[None]:
-    """Undo, after a job with `config`, its changes to the process, and free its memory."""
+    """Undo a job's changes to the process when the block ends, and free the job's memory."""
     quiet_libraries()
     _import_early(config)
     reset_peak_memory()
@@ -34,7 +34,7 @@ def isolated(config: DictConfig) -> Iterator[None]:
 
 
 def release_frames(error: BaseException) -> None:
-    """Free what the frames of `error` hold: the failed job's model, optimizer and data."""
+    """Free the objects in the frames of `error`: the failed job's model, optimizer and data."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
@@ -45,7 +45,7 @@ def release_frames(error: BaseException) -> None:
 
 
 def free_memory() -> None:
-    """Collect garbage in cycles, and return torch's cached GPU memory."""
+    """Collect garbage, and release torch's cached GPU memory."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
@@ -53,18 +53,18 @@ def free_memory() -> None:
 
 
 def _reset_libraries() -> None:
-    """Reset the state that libraries keep for the whole process, of those that have been imported."""
+    """Reset the process-wide state of all imported libraries."""
     loaded: Any = sys.modules.get
     if accelerate := loaded("accelerate.state"):
-        # It keeps the first job's device and precision, and accumulates gradients where that one stopped.
+        # It stores the first job's device and precision, and the position in gradient accumulation.
         accelerate.AcceleratorState._reset_state(reset_partial_state=True)
         accelerate.GradientState._reset_state()
     if bitsandbytes := loaded("bitsandbytes.optim.optimizer"):
-        # It keeps overrides by a parameter's id(), which a tensor of the next job may get again.
+        # It stores overrides by a parameter's id(), and a tensor of the next job may get the same id().
         bitsandbytes.GlobalOptimManager._instance = None
     if dynamo := loaded("torch._dynamo"):
-        dynamo.reset()  # compiled code keeps the job's model alive
-    # The next job would log into the runs that a failed one left open.
+        dynamo.reset()  # compiled code has references to the job's model
+    # Otherwise the next job would log into runs that a failed job left open.
     if (wandb := loaded("wandb")) and getattr(wandb, "run", None) is not None:
         wandb.finish()
     if (mlflow := loaded("mlflow")) and mlflow.active_run() is not None:
@@ -73,15 +73,15 @@ def _reset_libraries() -> None:
 
 def _import_early(config: DictConfig) -> None:
     """Import the libraries that the job needs, before the state of the process is saved."""
-    # What an import sets once for the process must stay.
+    # Settings that an import makes once for the process must not be undone.
     import datasets  # noqa: F401
     import peft  # noqa: F401
 
-    # Otherwise the first rows and the first model import these two, which set environment variables.
+    # Otherwise the first rows and the first model would import these modules, which set environment variables.
     import scipy.io  # noqa: F401
     import transformers.generation.utils
     import transformers.trainer  # noqa: F401
 
     for group in ("task", "optimizer", "scheduler", "adapter", "data"):
-        with suppress(UserError, AttributeError, TypeError):  # the check reports wrong names
+        with suppress(UserError, AttributeError, TypeError):  # the check reports invalid names
             locate(config[group]._target_)

@@ -1,8 +1,8 @@
 """Status files of a sweep's jobs, written by the processes that run them.
 
-They work under any launcher, and belong to one start of the sweep. A job that was done before writes no new
-result.json, and a worker that was killed writes nothing at its end. So each job keeps a small file in the sweep's
-folder. The start reads these files at its end, and removes them.
+The files work with any launcher, and belong to one start of the sweep. A job that was done before writes no new
+result.json, and a killed worker writes nothing. So each job writes a small status file in the sweep's folder. At its
+end, the start reads and removes these files.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Start:
 class JobStatus:
     """The status of one job."""
 
-    folder: str  # its name inside the sweep's folder
+    folder: str  # the folder's name inside the sweep's folder
     status: str
     text: str = ""  # the error of a failed job
     value: float | None = None  # the metric that the sweep compares
@@ -49,10 +49,10 @@ class JobStatus:
 
 
 def begin(sweep: Path) -> Start:
-    """Make and lock a folder for this start of the sweep; remove the folders of killed starts."""
+    """Make and lock a folder for this start of the sweep. Remove the folders of killed starts."""
     for old in (sweep / FOLDER).glob("*"):
-        with suppress(UserError, OSError), folder_lock(old) as locked:  # UserError: that start is active
-            if locked:  # else the file system has no locks, and nobody knows
+        with suppress(UserError, OSError), folder_lock(old) as locked:  # UserError if that start is active
+            if locked:  # otherwise the file system has no locks, so it is unknown
                 remove_folder(old)
     folder = sweep / FOLDER / uuid.uuid4().hex[:12]
     make_folder(folder)
@@ -62,14 +62,14 @@ def begin(sweep: Path) -> Start:
 
 
 def write(sweep: Path, start: str, status: JobStatus) -> None:
-    """Write a job's status in place of its earlier one."""
+    """Write a job's status. It replaces the job's earlier status."""
     folder = sweep / FOLDER / start
     make_folder(folder)
     write_text(folder / f"{status.folder.replace(os.sep, '%')}.json", json.dumps(asdict(status)))
 
 
 def read_all(start: Start) -> list[JobStatus]:
-    """Return the status of each job of `start`, in the order of their names."""
+    """Return the status of each job of `start`, sorted by the jobs' names."""
     statuses = []
     for path in sorted(start.folder.glob("*.json")):
         with suppress(Unreadable, TypeError):
@@ -78,8 +78,8 @@ def read_all(start: Start) -> list[JobStatus]:
 
 
 def end(start: Start) -> None:
-    """Remove the status files and give up the lock."""
+    """Remove the status files and release the lock."""
     remove_folder(start.folder)
-    with suppress(OSError):  # not empty: another start is active
+    with suppress(OSError):  # it is not empty if another start is active
         start.folder.parent.rmdir()
     start.lock.close()

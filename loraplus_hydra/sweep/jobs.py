@@ -1,6 +1,6 @@
 """One job of a sweep.
 
-It is skipped if it is done, and resumed if it has stopped. Its failure does not end the sweep.
+A job is skipped if it is done, and resumed if it was stopped. A failed job does not end the sweep.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class _Job:
 
 
 def run_job(root: DictConfig) -> float | None:
-    """Run the job whose folder Hydra has made, unless it is done; `root` is the program's config.
+    """Run the job whose folder Hydra has made, unless it is done.
 
-    Returns the metric that the sweep compares, and None for a failed job. A failed job raises no error, because Hydra
-    would end the sweep. Its status file reports the error.
+    `root` is the program's config. Returns the metric that the sweep compares; None for a failed job. A failed job
+    raises no error, because Hydra would end the sweep. The job's status file has the error.
     """
     interrupts.stop_if_asked()
     hydra: Any = HydraConfig.get()
@@ -74,20 +74,21 @@ def run_job(root: DictConfig) -> float | None:
         _report_failure(job, error)
         return None
     job.set_status(job_status.DONE, value=value)
-    interrupts.stop_if_asked()  # a signal that came behind the job: no further one begins
+    interrupts.stop_if_asked()  # after a signal, no further job begins
     return value
 
 
 def _skip(config: DictConfig, job: _Job) -> float | None:
-    """Return the metric of a job that is done.
+    """Return the stored metric of a job that is done.
 
-    Raises ConfigErrors if its rows or weights have changed since.
+    Raises ConfigErrors if the job's rows or weights have changed since.
     """
     result = read_result(job.folder)
     assert result is not None, "a job that is done has a result"
     if not config[ALLOW]:
         quiet_libraries()
-        from loraplus_hydra.runs.changed_inputs import refuse_other_inputs  # heavy, and no job may be left to run
+        # Takes seconds, and possibly no job must run
+        from loraplus_hydra.runs.changed_inputs import refuse_other_inputs
 
         refuse_other_inputs(config, result, start=job.start)
     screen.show(f"    Done before: {job.name}: {result.metric} {result.value}")
@@ -105,15 +106,16 @@ def _report_failure(job: _Job, error: BaseException) -> None:
 
 def _train(config: DictConfig, job: _Job, state: State) -> float | None:
     if state is State.TAKEN:
-        raise UserError(f"{job.folder} holds another config's run, which is left as it is")
+        raise UserError(f"{job.folder} has the run of another config, and it is not changed")
     with isolated(config):
-        from loraplus_hydra.runs.job import run  # only now: `isolated` sets the environment that libraries read
+        # Imported here, because `isolated` first sets the environment that libraries read
+        from loraplus_hydra.runs.job import run
 
         return run(config, job.folder, point=_resume_or_clear(config, job.folder)).value
 
 
 def _resume_or_clear(config: DictConfig, folder: Path) -> ResumePoint | None:
-    """Let `config` resume from the folder's newest complete checkpoint; without one clear the folder."""
+    """Set `config` to resume from the newest complete checkpoint. Without one, clear the folder."""
     checkpoint, messages = checkpoints.newest_complete(folder / run_folder.CHECKPOINTS)
     if checkpoint is None:
         with folder_lock(folder):

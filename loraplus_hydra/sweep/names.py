@@ -12,13 +12,14 @@ from loraplus_hydra.report.formatting import names as short_names
 from loraplus_hydra.report.formatting import short
 
 HASH_DIGITS = 8
-_LONGEST = 120  # bytes of the readable part; file systems allow 255 for a name
-# Characters that mean something to a shell, a file system or Hydra's grammar: `resume FOLDER` needs no quotes.
+_LONGEST = 120  # bytes of the readable part; file systems allow 255 bytes for a name
+# Characters with a special meaning in a shell, a file system or Hydra's grammar. Without them, `resume FOLDER` needs no
+# quotes.
 _UNSAFE = re.compile(r"[^A-Za-z0-9.+_-]+")
 
 
 def job_name(varied: Mapping[str, Any], config_hash: str) -> str:
-    """Return a job's folder name: its varied values, and a hash that makes it unique.
+    """Return a job's folder name: the job's varied values, and a hash.
 
     {"loraplus.ratio": 4.0, "seed": 1} -> ratio-4_seed-1_3fa9c1d2
     """
@@ -27,7 +28,7 @@ def job_name(varied: Mapping[str, Any], config_hash: str) -> str:
 
 
 def sweep_name(swept: Iterable[str], config_hash: str) -> str:
-    """Return a sweep's folder name: its keys, and a hash of everything else.
+    """Return a sweep's folder name: the swept keys, and a hash of all other settings.
 
     ["loraplus.ratio"] -> ratio_5b1e09aa
     """

@@ -39,16 +39,17 @@ class Sweep:
     """A sweep that has begun."""
 
     folder: Path
-    swept: tuple[str, ...]  # the keys that it varies
+    swept: tuple[str, ...]  # the keys that the sweep varies
     start: job_status.Start
-    is_new: bool  # whether this start made the folder
-    jobs: tuple[tuple[str, ...], ...] = ()  # the swept overrides of each job; none if a search chooses them
+    is_new: bool  # True if this start made the folder
+    jobs: tuple[tuple[str, ...], ...] = ()  # the swept overrides of each job; empty if a search chooses them
 
 
 def begin(config: DictConfig, words: list[str]) -> Sweep:
     """Make the sweep's folder, write sweep.json, and pass the jobs their overrides.
 
-    `config` is the whole config that Hydra composed for the sweep, `words` the command line after the program's name.
+    `config` is the whole config that Hydra composed for the sweep. `words` is the command line after the program's
+    name.
     """
     swept = swept_overrides(config)
     keys = _sorted_keys(swept)
@@ -57,16 +58,16 @@ def begin(config: DictConfig, words: list[str]) -> Sweep:
         folder = Path(config.hydra.sweep.dir).expanduser().absolute()
         config.hydra.sweep.dir = str(folder)
     refuse_unwritable(folder, key="hydra.sweep.dir")
-    refuse_links(folder, key="hydra.sweep.dir")  # the jobs' own folders included, before Hydra writes into them
+    refuse_links(folder, key="hydra.sweep.dir")  # also in the jobs' folders, before Hydra writes into them
     is_new = not folder.exists()
     make_folder(folder)
     start = job_status.begin(folder)
-    # Every launcher composes each job's config from these.
+    # Every launcher composes each job's config from these overrides.
     config.hydra.overrides.hydra.extend(
         [
-            f"hydra.sweep.dir={quoted(str(folder))}",  # absolute: workers may start in another folder
+            f"hydra.sweep.dir={quoted(str(folder))}",  # absolute, because workers may start in another folder
             f"sweep.swept=[{','.join(map(quoted, keys))}]",
-            f"sweep.start={quoted(start.name)}",  # quoted: 12e456789012 would be a number
+            f"sweep.start={quoted(start.name)}",  # quoted, because 12e456789012 would be a number
         ]
     )
     _write_sweep_file(folder, keys, words)
@@ -75,14 +76,14 @@ def begin(config: DictConfig, words: list[str]) -> Sweep:
 
 
 def write_left(sweep: Sweep, left: Iterable[Sequence[str]]) -> None:
-    """Write into sweep.json which jobs this start of the sweep did not begin."""
+    """Write the jobs that this start of the sweep has not begun into sweep.json."""
     stored = read_json(sweep.folder / SWEEP)
     stored["left"] = [shlex.join(overrides) for overrides in left]
     write_text(sweep.folder / SWEEP, json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
 
 
 def _grid(config: DictConfig, swept: list[Override]) -> tuple[tuple[str, ...], ...]:
-    """Return the swept overrides of each job, as Hydra's own sweeper combines them."""
+    """Return the swept overrides of each job, combined like in Hydra's own sweeper."""
     if config.hydra.sweeper.get("_target_") != _GRID:
         return ()
     values = ([f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()] for one in swept)
@@ -90,26 +91,26 @@ def _grid(config: DictConfig, swept: list[Override]) -> tuple[tuple[str, ...], .
 
 
 def swept_overrides(config: DictConfig) -> list[Override]:
-    """Return the overrides with several values, of the command line and of `hydra.sweeper.params`."""
+    """Return the overrides with several values, from the command line and `hydra.sweeper.params`."""
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     texts = [*(f"{key}={value}" for key, value in params.items()), *_task_overrides(config)]
-    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())  # for glob(*)
-    # The later one of the same key wins, as in Hydra's own sweepers: the command line overrides the params.
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())  # glob(*) needs the loader
+    # For the same key, the later override is used, like in Hydra's own sweepers: the command line overrides the params.
     by_key = {override.get_key_element(): override for override in parser.parse_overrides(texts)}
     return [override for override in by_key.values() if override.is_sweep_override()]
 
 
 def default_name(config: DictConfig, swept: list[Override]) -> str:
-    """Return a name of the swept keys and a hash of everything else.
+    """Return a name from the swept keys and a hash of all other settings.
 
-    The same sweep has the same folder again, and so has one with more values.
+    So the same sweep, also with more values, gets the same folder again.
     """
     keys = _sorted_keys(swept)
-    whole = plain_of(config, resolve=False)  # as if no swept group were chosen
+    whole = plain_of(config, resolve=False)  # without the options of swept groups
     rest = {key: value for key, value in whole.items() if key not in (*NOT_OF_A_RUN, ALLOW)}
     for key in keys:
         _remove(rest, key.replace("/", "."))
-    # A swept group is missing in `rest`, and so are the overrides inside it, which hold for all jobs.
+    # `rest` doesn't have the swept groups, nor the overrides inside these groups, which are the same for all jobs.
     prefixes = tuple(f"{key}." for key in keys)
     inside = [text for text in _task_overrides(config) if text.lstrip("+~").startswith(prefixes)]
     return sweep_name(keys, config_hash({"swept": keys, "config": rest, "inside": sorted(inside)}))
@@ -122,7 +123,7 @@ def _sorted_keys(swept: list[Override]) -> tuple[str, ...]:
 
 
 def _task_overrides(config: DictConfig) -> list[str]:
-    # Unresolved: an interpolation in an override is for the jobs.
+    # Unresolved, because an interpolation in an override is resolved in each job.
     texts = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
     assert isinstance(texts, list)
     return [str(text) for text in texts]
@@ -145,7 +146,8 @@ def _checked_name(name: str | None) -> str | None:
 
 
 def _write_sweep_file(folder: Path, keys: tuple[str, ...], words: list[str]) -> None:
-    earlier = [key for key in _swept_before(folder) if key not in keys]  # other commands may have filled the folder
+    # Other commands may have run jobs in the folder
+    earlier = [key for key in _swept_before(folder) if key not in keys]
     content = {
         "name": folder.name,
         "command": shlex.join(["python", "-m", "loraplus_hydra", *words]),

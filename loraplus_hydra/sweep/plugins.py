@@ -6,8 +6,8 @@ from hydra.errors import MissingConfigException
 
 from loraplus_hydra.errors import Problem
 
-# The plugins' own requirements don't fit: optuna 2, or an old cloudpickle and an AWS client. An extra can't ask for
-# --no-deps, so it installs what the plugin needs, without the plugin.
+# The plugins' own requirements can't be met: optuna 2, or an old cloudpickle and an AWS client. An extra can't use
+# --no-deps, so it installs the plugin's dependencies without the plugin.
 _WITHOUT_REQUIREMENTS = "pip install 'loraplus_hydra[{extra}]' && pip install --no-deps '{plugin}'"
 OPTUNA = _WITHOUT_REQUIREMENTS.format(extra="optuna", plugin="hydra-optuna-sweeper==1.3.0")
 _INSTALL = {
@@ -22,7 +22,7 @@ _INSTALL = {
 def missing_plugin(error: BaseException, key: str) -> Problem | None:
     """Return the Problem if `error` is about an option of a plugin that isn't installed.
 
-    `key` is the override that asked for the option. Hydra's own message doesn't name the plugin.
+    `key` is the override with the option. Hydra's own message doesn't name the plugin.
     """
     if not isinstance(error, MissingConfigException):
         return None

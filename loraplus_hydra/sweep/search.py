@@ -1,7 +1,7 @@
 """Optuna searches that continue where they stopped.
 
-Hydra's plugin runs `n_trials` trials at each start. Before it opens the study, this module repairs what an earlier
-start left: trials that failed or never ended are queued again, and only the missing trials are run.
+Hydra's plugin runs `n_trials` trials at each start. This module repairs the study before the plugin opens it. Trials
+that failed or never ended are queued again, and only the missing trials are run.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from loraplus_hydra.sweep.plan import Sweep
 from loraplus_hydra.sweep.plugins import OPTUNA
 
 _SWEEPER = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
-_OLDEST = 4  # optuna's major version; older ones fail to write sqlite files with a recent SQLAlchemy
+_OLDEST = 4  # optuna's major version; older versions can't write sqlite files with a recent SQLAlchemy
 
 
 def continue_study(config: DictConfig, sweep: Sweep) -> None:
     """Set the sweeper's `n_trials`, `direction` and seed so that the search continues its study.
 
-    `config` is the whole config and `sweep` what it has begun. Sweepers other than Optuna's are left alone. Raises
+    `config` is the whole config, and `sweep` the sweep that has begun. For other sweepers, nothing is changed. Raises
     UserError.
     """
     sweeper = config.hydra.sweeper
@@ -35,12 +35,12 @@ def continue_study(config: DictConfig, sweep: Sweep) -> None:
             sweeper.direction = "maximize" if config.task.greater_is_better else "minimize"
         storage, name = sweeper.get("storage"), sweeper.get("study_name")
         if name is None or not str(storage).startswith("sqlite:///"):
-            return  # in memory, or in a database where other processes' trials may be active
+            return  # the study is in memory, or in a database in which other processes may run trials
         _refuse_second_start(sweep)
         study = _open_study(optuna, storage, name, sweeper.direction)
         wanted, done = int(sweeper.n_trials), _requeue_trials(study, optuna.trial.TrialState)
         sweeper.n_trials = max(0, wanted - done)
-        # With the same seed the sampler would propose the first start's values again.
+        # With the same seed, the sampler would propose the values of the first start again.
         if sweeper.sampler.get("seed") is not None:
             sweeper.sampler.seed += len(study.trials)
     if done:
@@ -49,13 +49,13 @@ def continue_study(config: DictConfig, sweep: Sweep) -> None:
 
 
 def _requeue_trials(study: Any, states: Any) -> int:
-    """Queue each trial without a value once. Returns the number of trials that have one."""
+    """Queue each trial without a value once. Return the number of trials with a value."""
     trials = study.get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state == states.COMPLETE]
     known = [trial.params for trial in complete]
     known += [trial.system_attrs.get("fixed_params", {}) for trial in trials if trial.state == states.WAITING]
     for trial in trials:
-        if trial.state == states.RUNNING:  # its process was killed
+        if trial.state == states.RUNNING:  # the trial's process was killed
             study.tell(trial.number, state=states.FAIL)
         if trial.state in (states.RUNNING, states.FAIL) and trial.params and trial.params not in known:
             study.enqueue_trial(trial.params)
@@ -67,28 +67,30 @@ def _import_optuna() -> Any:
     import optuna  # an extra
 
     if int(optuna.__version__.partition(".")[0]) < _OLDEST:
-        what = f"optuna {optuna.__version__} can't keep a study in a file here"
+        what = f"optuna {optuna.__version__} can't store a study in a file"
         raise ConfigErrors([Problem("hydra.sweeper", what, OPTUNA)])
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # the plugin uses names that optuna 6.0 will drop
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the plugin uses names that optuna 6.0 will remove
     return optuna
 
 
 def _open_study(optuna: Any, storage: str, name: str, direction: Any) -> Any:
-    wanted = getattr(direction, "name", direction)  # the plugin's enum, or a string
+    wanted = getattr(direction, "name", direction)  # either the plugin's enum, or a string
     if not isinstance(wanted, str):
-        raise ConfigErrors([Problem("hydra.sweeper.direction", "a run has one metric", "minimize, maximize or null")])
+        raise ConfigErrors(
+            [Problem("hydra.sweeper.direction", "a run has one metric", "use minimize, maximize or null")]
+        )
     study = optuna.create_study(storage=storage, study_name=name, direction=wanted, load_if_exists=True)
     stored = study.direction.name.lower()
     if stored != wanted:
         what = f"is {wanted}, but the existing study {stored}s"
-        raise ConfigErrors([Problem("hydra.sweeper.direction", what, "name another study: hydra.sweeper.study_name")])
+        raise ConfigErrors([Problem("hydra.sweeper.direction", what, "use another study: hydra.sweeper.study_name")])
     return study
 
 
 def _refuse_second_start(sweep: Sweep) -> None:
-    # Its active trials would look like those of a killed start.
+    # The other process's active trials would look like trials of a killed start.
     others = [path for path in sweep.start.folder.parent.iterdir() if path != sweep.start.folder]
     if others:
-        fix = f"if there is none (on a file system without locks a killed one stays listed), remove {others[0]}"
+        fix = f"if no such process exists (without file locks, a killed one stays listed), remove {others[0]}"
         raise UserError(f"another process runs this search; {fix}")

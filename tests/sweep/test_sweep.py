@@ -191,7 +191,7 @@ def test_folder_of_another_config_is_left_as_it_is(
     before = files(tmp_path / "mine" / "job0")
     finished = cli(*tiny_sweep, *place, "loraplus.ratio=3")
     assert finished.status == 1
-    assert "holds another config's run" in finished.out
+    assert "has the run of another config" in finished.out
     assert files(tmp_path / "mine" / "job0") == before
     assert reported == [tmp_path / "mine"] * 2
 
@@ -291,7 +291,7 @@ def test_report_that_can_not_be_made_is_told_and_hides_no_job(
     monkeypatch.setattr(report, "write_report", broken)
     finished = cli(*tiny_sweep, "loraplus.ratio=-1,2")
     assert finished.status == 1
-    assert "The report could not be made: OSError: no room for it" in finished.err
+    assert "The report could not be written: OSError: no room for it" in finished.err
     assert "2 jobs: 1 done, 1 failed" in finished.out
     assert "ratio--1_" in finished.out.partition("2 jobs")[2]
 
