@@ -10,6 +10,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -49,7 +50,7 @@ class Ended:
             return f"it took {self.seconds:.0f} s"
         if any(text in self.output for text in UNEXPECTED):
             return f"an unexpected error: {self.output[-1500:]}"
-        if self.status and not ("to put right" in self.output or "Error: " in self.output):
+        if self.status and not re.search(r"^(\d+ errors?:|Error: )", self.output, re.MULTILINE):
             return f"an error without a message: {self.output[-1500:]}"
         return ""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -169,7 +170,7 @@ def wrong_with(finished: Finished, folder: Path) -> str:
     """What an outcome has that it may not have; empty for a right config or a listed error."""
     if wrong := unexpected(finished):
         return wrong
-    if finished.status == 1 and not ("to put right" in finished.err or "Error: " in finished.err):
+    if finished.status == 1 and not re.search(r"^(\d+ errors?:|Error: )", finished.err, re.MULTILINE):
         return f"an error that isn't told: {finished.err[-800:]}"
     if left := sorted(path.name for path in folder.iterdir()):
         return f"left behind: {left}"

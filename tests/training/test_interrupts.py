@@ -22,10 +22,7 @@ from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.interrupts import Interrupted
 from loraplus_hydra.training.hf_trainer.resumable_mixin import ResumableMixin
 from tests.conftest import Finished
-from tests.support.finished_runs import finished
 from tests.support.forking import differences, lines
-
-__all__ = ["finished"]
 
 Cli = Callable[..., Finished]
 
@@ -142,24 +139,6 @@ def test_signal_while_the_program_starts_is_kept(number: signal.Signals) -> None
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (ended.returncode, "Traceback" in ended.stderr) == (128 + number, False), ended.stderr
-
-
-def test_export_that_a_signal_stops_leaves_nothing(
-    cli: Cli, finished: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from loraplus_hydra.runs import export
-
-    merged = export._merged
-
-    def signalled(*arguments: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return merged(*arguments)
-
-    monkeypatch.setattr(export, "_merged", signalled)
-    ended = cli("export", str(finished("sft")), "to=new/model")
-    assert ended.status == 143, ended.err
-    assert "Stopping: nothing of the export is kept" in ended.err
-    assert list(tmp_path.iterdir()) == []
 
 
 EVALUATED = (
