@@ -67,10 +67,9 @@ def first_match(records: Sequence[TensorRecord], rules: Sequence[Rule]) -> list[
         # Even a large model has few kinds of tensors. So rules are filtered once per kind, and names are matched once
         # per tensor.
         kind = (record.role, record.owner, len(record.shape), record.owner_classes)
-        rules_for_kind = candidates.get(kind)
-        if rules_for_kind is None:
-            rules_for_kind = candidates[kind] = [rule for rule in rules if rule.matches_kind(record)]
-        winner = next((rule for rule in rules_for_kind if rule.matches_name(record.name)), None)
+        if kind not in candidates:
+            candidates[kind] = [rule for rule in rules if rule.matches_kind(record)]
+        winner = next((rule for rule in candidates[kind] if rule.matches_name(record.name)), None)
         if winner is not None:
             winners.append(winner)
         else:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplus_hydra.config.locations import is_local, model_location
-from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line, refuse
 from loraplus_hydra.io.files import remove, write_text
 from loraplus_hydra.io.folders import refuse_links
 from loraplus_hydra.io.quiet_libraries import quiet_peft
@@ -137,8 +137,7 @@ def stored_adapter(path: str, key: str = KEY) -> StoredAdapter:
     unsafe = [f"{folder / CONFIG}: {what}" for what in _unsafe_fields(stored.config, shapes)]
     if broken is not None:
         unsafe.append(f"{folder / WEIGHTS}: {broken} has numbers that aren't finite")
-    if unsafe:
-        raise ConfigErrors([Problem(key, what, "use another adapter") for what in unsafe])
+    refuse(Problem(key, what, "use another adapter") for what in unsafe)
     return stored
 
 

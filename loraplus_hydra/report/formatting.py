@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from loraplus_hydra.io.text import visible
@@ -56,11 +56,6 @@ def names(keys: Sequence[str]) -> dict[str, str]:
             or size == len(parts)
         )
     return found
-
-
-def setting_text(values: Mapping[str, Any], short_names: Mapping[str, str]) -> str:
-    """Return a setting's values as text: `ratio 16, lr 5e-5`."""
-    return ", ".join(f"{short_names[key]} {short(value)}" for key, value in values.items()) or "the one setting"
 
 
 def clipped(text: str, most: int = 24) -> str:

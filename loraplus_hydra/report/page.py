@@ -20,7 +20,6 @@ from loraplus_hydra.report.formatting import ABSENT, count, measured, short, wit
 from loraplus_hydra.report.read_sweep import Job
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import value_of
-from loraplus_hydra.report.table import in_order
 from loraplus_hydra.report.values import number
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -61,7 +60,7 @@ def page(results: SweepResults, figures: Sequence[Picture]) -> str:
         figures=figures,
         reached=[_reach_row(results, reach) for reach in results.outcome.reached],
         columns=_columns(results),
-        rows=[_row(results, job) for job in in_order(results)],
+        rows=[_row(results, job) for job in results.jobs_best_first],
         statuses=sorted({job.status for job in results.sweep.jobs}),
         unsuccessful=results.sweep.unsuccessful,
         count=count,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loraplus_hydra.report import formatting
 from loraplus_hydra.report.compare import Outcome, compare
-from loraplus_hydra.report.read_sweep import Sweep, read_sweep
+from loraplus_hydra.report.read_sweep import Job, Sweep, read_sweep
 from loraplus_hydra.report.settings import SEED, Setting, settings_of, varied_keys
 
 
@@ -46,9 +46,17 @@ class SweepResults:
         """Return True if a setting has more than one seed, thus a spread."""
         return any(len(one.measured) > 1 for one in self.settings)
 
+    @property
+    def jobs_best_first(self) -> list[Job]:
+        """The jobs, the best first and those without a result last."""
+        successful = [job for job in self.sweep.jobs if job.has_result]
+        successful.sort(key=lambda job: job.value or 0.0, reverse=self.sweep.greater_is_better)
+        return [*successful, *self.sweep.unsuccessful]
+
     def label(self, setting: Setting) -> str:
         """Return a setting's values as text: `ratio 16, lr 5e-5`."""
-        return formatting.setting_text(setting.values, self.names)
+        texts = (f"{self.names[key]} {formatting.short(value)}" for key, value in setting.values.items())
+        return ", ".join(texts) or "the one setting"
 
     def folded_label(self, setting: Setting, width: int, *, prefix: str = "") -> str:
         """Return `prefix` and the label in lines of `width` characters, long values clipped."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -11,11 +15,12 @@ from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.files import remove, write_bytes, write_text
 from loraplus_hydra.io.locks import folder_lock
+from loraplus_hydra.io.text import csv_cell
 from loraplus_hydra.report import figures
 from loraplus_hydra.report.figures import style
 from loraplus_hydra.report.page import page
 from loraplus_hydra.report.results import SweepResults, results_of
-from loraplus_hydra.report.table import csv_text
+from loraplus_hydra.report.settings import value_of
 
 CSV, PAGE = "results.csv", "report.html"
 _PATIENCE = 60.0  # seconds to wait for another process that writes the same report
@@ -51,3 +56,23 @@ def _write_figures(folder: Path, results: SweepResults) -> list[style.Picture]:
     for name in set(figures.NAMES) - {figure.name for figure in drawn}:
         remove(folder / f"{name}.png")
     return drawn
+
+
+def csv_text(results: SweepResults) -> str:
+    """Return results.csv.
+
+    Its columns: folder, status, each varied key in full, the metric under its name, best, steps, seconds, error.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    header = ["folder", "status", *results.keys, results.sweep.metric, "best", "steps", "seconds", "error"]
+    writer.writerow(map(_cell, header))
+    for job in results.jobs_best_first:
+        values = [value_of(job, key) for key in results.keys]
+        row: Sequence[Any] = [job.folder, job.status, *values, job.value, job.best, job.steps, job.seconds, job.reason]
+        writer.writerow(map(_cell, row))
+    return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    return csv_cell(value) if isinstance(value, str) else value

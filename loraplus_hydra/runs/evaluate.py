@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from loraplus_hydra.check import stored_problems
-from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.errors import ConfigErrors, Problem, refuse
 from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.fingerprints import refuse_changed
 from loraplus_hydra.runs.finished import FinishedRun
@@ -29,8 +29,7 @@ def evaluate_on(run: FinishedRun, data: dict[Any, Any]) -> dict[str, float]:
     """
     run.config.data = _data(run.config, data)
     try:
-        if problems := stored_problems(run.config):
-            raise ConfigErrors(problems)
+        refuse(stored_problems(run.config))
         return evaluate(run, names_new_rows=bool(data))
     except ConfigErrors as error:
         raise ConfigErrors(dict.fromkeys(_as_given(each, data, run.config) for each in error.problems)) from error

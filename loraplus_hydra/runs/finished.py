@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from loraplus_hydra.check import stored_problems
 from loraplus_hydra.config.identity import run_hash
 from loraplus_hydra.config.types import fits
-from loraplus_hydra.errors import ConfigErrors, Problem, first_line
+from loraplus_hydra.errors import ConfigErrors, Problem, first_line, refuse
 from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.checkpoint_state import trainer_state
 from loraplus_hydra.io.checkpoints import Checkpoint, newest_complete, open_checkpoint, sealed, step_of
@@ -91,8 +91,7 @@ def open_run(
     if config.model.trust_remote_code and not trust_remote_code:
         what = "the run's model contains Python code (model.trust_remote_code)"
         problems.append(Problem("trust_remote_code", what, "read the code, then set trust_remote_code=true"))
-    if problems:
-        raise ConfigErrors(problems)
+    refuse(problems)
     if found is None:
         return FinishedRun(place, config, result, place / run_folder.ADAPTER, allow_changed_inputs=allow_changed_inputs)
     result = _result_at(found, place, config)

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from loraplus_hydra.report.read_sweep import read_sweep
 from loraplus_hydra.report.results import results_of
-from loraplus_hydra.report.table import csv_text
-from loraplus_hydra.report.write import write_report
+from loraplus_hydra.report.write import csv_text, write_report
 from tests.support.finished_sweeps import ratio_sweep, write_job, write_sweep
 
 

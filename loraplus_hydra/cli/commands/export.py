@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from loraplus_hydra.cli.commands.command import Command
-from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.errors import Problem, refuse
 from loraplus_hydra.io import files, folders, interrupts
 from loraplus_hydra.runs.finished import open_run
 from loraplus_hydra.runs.stored_config import named_run, unnamed_run
@@ -22,8 +22,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
         problems.append(Problem("dtype", "an adapter keeps the dtype in which it was trained", "leave it null"))
     elif config.dtype not in (None, *_DTYPES):
         problems.append(Problem("dtype", f"'{config.dtype}' is not a dtype", f"use one of {', '.join(_DTYPES)}"))
-    if problems:
-        raise ConfigErrors(problems)
+    refuse(problems)
     run = open_run(
         named_run(config),
         {"model": config.model},

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from loraplus_hydra.cli.commands.command import Command
 from loraplus_hydra.config.schema import PredictConfig
 from loraplus_hydra.config.types import describe, field_types, mismatch
-from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.errors import Problem, refuse
 from loraplus_hydra.io import files, interrupts
 from loraplus_hydra.runs.finished import open_run
 from loraplus_hydra.runs.stored_config import named_run, unnamed_run
@@ -17,8 +17,7 @@ from loraplus_hydra.runs.stored_config import named_run, unnamed_run
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
     """Print the answers, or write them to the file `out`. Raises UserError."""
-    if problems := unnamed_run(config) + _problems(config):
-        raise ConfigErrors(problems)
+    refuse([*unnamed_run(config), *_problems(config)])
     if not config.out:
         print("\n".join(_answers(config)))
         return

@@ -10,6 +10,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -27,6 +28,7 @@ _NO_KEY = (
 )
 
 
+@dataclass
 class WandB(Tracker):
     """A tracker that logs to a wandb run, in the sweep's group.
 
@@ -36,18 +38,11 @@ class WandB(Tracker):
     needs: ClassVar[tuple[str, ...]] = ("wandb",)
     extra: ClassVar[str] = "wandb"
 
-    def __init__(
-        self,
-        project: str = "loraplus_hydra",
-        entity: str | None = None,
-        mode: str = "offline",
-        tags: list[str] | None = None,
-    ) -> None:
-        self.project = project
-        self.entity = entity
-        self.mode: Any = mode
-        self.tags = tags or []
-        self._run: Any = None
+    project: str = "loraplus_hydra"
+    entity: str | None = None
+    mode: str = "offline"
+    tags: list[str] | None = None
+    _run: Any = field(default=None, init=False)
 
     @classmethod
     def problems(cls, **arguments: Any) -> list[str]:
@@ -76,7 +71,7 @@ class WandB(Tracker):
             id=run_id,
             name=run.name,
             group=run.group,
-            tags=self.tags,
+            tags=self.tags or [],
             config=dict(run.config),
             dir=str(run.folder),
             resume="allow" if self.mode == "online" else None,
