@@ -189,7 +189,7 @@ def stopped(compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Cal
     import signal
 
     from loraplus_hydra import run
-    from loraplus_hydra.training.hf_trainer.stop_at_step import StopAtStep
+    from loraplus_hydra.training.hf_trainer.callbacks import StopAtStep
 
     def train(folder: Path, *overrides: str, at: int) -> None:
         def begin(self: StopAtStep, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

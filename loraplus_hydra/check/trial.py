@@ -26,7 +26,7 @@ from loraplus_hydra.models.properties import is_classifier
 from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.training.hf_trainer.assemble import training_arguments
-from loraplus_hydra.training.hf_trainer.log_callbacks import remove_own_printing
+from loraplus_hydra.training.hf_trainer.callbacks import remove_own_printing
 from loraplus_hydra.training.process_state import process_state
 
 if TYPE_CHECKING:

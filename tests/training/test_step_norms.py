@@ -19,7 +19,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from loraplus_hydra import run
-from loraplus_hydra.training.hf_trainer import log_callbacks
+from loraplus_hydra.training.hf_trainer import callbacks
 from loraplus_hydra.training.step_norms import StepNorms, may_be_logged
 from tests.support.processes import run_in_two_ranks
 from tests.support.step_norms_worker import write_norms
@@ -78,7 +78,7 @@ def test_training_is_the_same_to_the_bit_without_them(
 ) -> None:
     config = compose(*tiny_run, f"optimizer={optimizer}", "adapter.r=160", "adapter.lora_dropout=0.1", "task.samples=0")
     run(config, tmp_path / "with")
-    monkeypatch.setattr(log_callbacks, "may_be_logged", lambda *_: False)
+    monkeypatch.setattr(callbacks, "may_be_logged", lambda *_: False)
     run(config, tmp_path / "without")
     losses = []
     for name in ("with", "without"):
@@ -115,13 +115,13 @@ def test_only_steps_that_are_logged_are_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[int] = []
-    original = log_callbacks.StepNorms
+    original = callbacks.StepNorms
 
     def counted(*arguments: Any) -> StepNorms:
         made.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(log_callbacks, "StepNorms", counted)
+    monkeypatch.setattr(callbacks, "StepNorms", counted)
     run(compose(*tiny_run, "task.samples=0", "data.eval_fraction=0.1", *overrides), tmp_path / "run")
     lines = training_lines(tmp_path / "run")
     assert [line["step"] for line in lines] == logged

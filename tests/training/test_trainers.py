@@ -43,10 +43,10 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
     """Filled, at each optimizer step of a run, with the rates of lora_A and lora_B as the optimizer has them."""
-    from loraplus_hydra.training.hf_trainer import log_callbacks
+    from loraplus_hydra.training.hf_trainer import callbacks
 
     found: dict[str, list[float]] = {"lora_A": [], "lora_B": []}
-    original = log_callbacks.MetricsCallback.on_pre_optimizer_step
+    original = callbacks.MetricsCallback.on_pre_optimizer_step
 
     def watched(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for group in kwargs["optimizer"].param_groups:
@@ -55,7 +55,7 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
                     values.append(group["lr"])
         original(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(log_callbacks.MetricsCallback, "on_pre_optimizer_step", watched)
+    monkeypatch.setattr(callbacks.MetricsCallback, "on_pre_optimizer_step", watched)
     return found
 
 

@@ -24,8 +24,8 @@ from loraplus_hydra.io.metrics_log import MetricsLog
 from loraplus_hydra.io.run_folder import CHECKPOINTS, METRICS
 from loraplus_hydra.models.adapter import schedule_of
 from loraplus_hydra.tasks.examples import Examples
+from loraplus_hydra.training.hf_trainer.callbacks import MetricsCallback, ShowProgress, remove_own_printing
 from loraplus_hydra.training.hf_trainer.checkpoint_callback import CheckpointCallback
-from loraplus_hydra.training.hf_trainer.log_callbacks import MetricsCallback, ShowProgress, remove_own_printing
 from loraplus_hydra.training.hf_trainer.loraplus_mixin import with_loraplus
 from loraplus_hydra.training.hf_trainer.resumable_mixin import resumable
 from loraplus_hydra.training.hf_trainer.whole_head import score_with_whole_head

@@ -31,12 +31,12 @@ from loraplus_hydra.io.quiet_libraries import quiet_step_mismatch
 from loraplus_hydra.loraplus.settings import LoraPlus
 from loraplus_hydra.models.adapter_files import save_base_config, save_factors
 from loraplus_hydra.training.checkpoint_changes import describe_training, differences
+from loraplus_hydra.training.hf_trainer.callbacks import stop_requested
 from loraplus_hydra.training.hf_trainer.checkpoint_callback import (
     evaluations_without_gain,
     refuse_unfit_best,
     stored_trainer_state,
 )
-from loraplus_hydra.training.hf_trainer.stop_at_step import stop_requested
 from loraplus_hydra.training.process_state import random_states, set_random_states
 
 

@@ -10,7 +10,7 @@ from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.checkpoints import ResumePoint
 from loraplus_hydra.io.result import Result
-from loraplus_hydra.training.hf_trainer.stop_at_step import StopAtStep
+from loraplus_hydra.training.hf_trainer.callbacks import StopAtStep
 from loraplus_hydra.training.measure import count_parameters, peak_memory_bytes
 from loraplus_hydra.training.prepare import Prepared
 from loraplus_hydra.training.sampling import answers
