@@ -94,8 +94,9 @@ def is_near(value: float, best: float) -> bool:
 
 
 def difference(better: Setting, worse: Setting, sign: int) -> Difference:
-    """Compare two settings' means with the spread over seeds; `sign` is -1 where a greater metric is better, else 1.
+    """Compare two settings' means with the spread over seeds.
 
+    `sign` is -1 for a metric of which more is better, else 1.
     The verdict is `one seed` if either has fewer than two, `noise` if the difference is no larger than the larger
     spread, `unclear` if its 95% interval (Welch's, for unequal variances) contains zero, and `clear` otherwise.
     """
