@@ -1,1 +1,1 @@
-"""The report of a sweep, made from the files in its folder."""
+"""The report of a sweep, made from the files in the sweep's folder."""

@@ -12,61 +12,63 @@ from loraplus_hydra.report.settings import Setting
 
 ONE_SEED, NOISE, UNCLEAR, CLEAR = "one seed", "noise", "unclear", "clear"
 NEAR = 0.01  # within 1% of the best
-_MOST_REACHED = 8  # settings whose speed is compared with the baseline's
+_MOST_REACHED = 8  # maximum number of settings whose speed is compared with the baseline
 _DECIDES_RATIO = ("loraplus.ratio", "loraplus.lr_B", "loraplus")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Gain of `better` over `worse`, beside the spread over seeds."""
+    """Gain of `better` over `worse`, compared with the spread over seeds."""
 
     better: Setting
     worse: Setting
-    gain: float  # of the means, positive when `better` is better
-    relative: float | None  # as a share of the worse mean; None unless both means are above zero
+    gain: float  # difference of the means; positive if `better` is better
+    relative: float | None  # gain relative to the worse mean; None unless both means are above zero
     spread: float | None  # the larger of the two standard deviations over seeds
     interval: tuple[float, float] | None  # 95% confidence interval of the gain (Welch)
-    wins: int  # shared seeds at which `better` is better
-    shared: int  # seeds that both have
+    wins: int  # number of shared seeds for which `better` is better
+    shared: int  # number of seeds that both settings have
     verdict: str  # one seed | noise | unclear | clear
 
 
 @dataclass(frozen=True)
 class Reach:
-    """First evaluation at which a setting is as good as ratio 1 at its end."""
+    """First evaluation at which a setting is as good as ratio 1 at the end."""
 
     setting: Setting
-    step: int | None = None  # None if it never is
+    step: int | None = None  # None if there is no such evaluation
     seconds: float | None = None
-    times_fewer_steps: float | None = None  # ratio 1's steps divided by these
-    times_faster: float | None = None  # the same for seconds
+    times_fewer_steps: float | None = None  # the steps of ratio 1 divided by `step`
+    times_faster: float | None = None  # the same quotient for seconds
 
 
 @dataclass(frozen=True)
 class Outcome:
     """Comparison of a sweep's settings."""
 
-    ranked: tuple[Setting, ...]  # settings with a mean, the best first
+    ranked: tuple[Setting, ...]  # settings with a mean; the best comes first
     best: Setting | None
     best_job: Job | None  # the best setting's best seed
     baseline: Setting | None  # the best setting at ratio 1
     contender: Setting | None  # the best setting at another ratio
-    against_baseline: Difference | None  # the better of baseline and contender against the other
-    against_twin: Difference | None  # contender against itself at ratio 1, if that isn't the baseline
-    passed_over: Setting | None  # has a better mean than `best`, but failed jobs
-    near: tuple[Setting, ...]  # within 1% of the best, without it
-    target: float | None  # last value of the baseline's mean curve
-    reached: tuple[Reach, ...]  # the baseline's own first, then the best settings
+    against_baseline: Difference | None  # the better of baseline and contender, compared with the other
+    # The contender compared with its own settings at ratio 1, unless these are the baseline
+    against_twin: Difference | None
+    passed_over: Setting | None  # a setting with a better mean than `best`, but with failed jobs
+    near: tuple[Setting, ...]  # other settings within 1% of the best
+    target: float | None  # the last value of the baseline's mean curve
+    reached: tuple[Reach, ...]  # first for the baseline, then for the best settings
 
 
 def compare(settings: Sequence[Setting], *, greater_is_better: bool) -> Outcome:
-    """Rank the settings, and compare the best with the best at ratio 1.
+    """Rank the settings. Compare the best at ratio 1 with the best at other ratios.
 
-    They are ranked by their mean over seeds. A setting with a failed job is the best only if every setting has one.
+    Settings are ranked by their mean over seeds. A setting with a failed job can only be the best if every setting has
+    a failed job.
     """
     sign = -1 if greater_is_better else 1
     ranked = sorted((one for one in settings if one.mean is not None), key=lambda one: sign * _mean(one))
-    sound = [one for one in ranked if not one.failed] or ranked  # the seeds beside a failed one may be the lucky ones
+    sound = [one for one in ranked if not one.failed] or ranked  # the seeds without failure may be the lucky ones
     best = sound[0] if sound else None
     baseline = next((one for one in sound if one.ratio == 1), None)
     contender = next((one for one in sound if one.ratio not in (1, None)), None)
@@ -96,9 +98,10 @@ def is_near(value: float, best: float) -> bool:
 def difference(better: Setting, worse: Setting, sign: int) -> Difference:
     """Compare two settings' means with the spread over seeds.
 
-    `sign` is -1 for a metric of which more is better, else 1.
-    The verdict is `one seed` if either has fewer than two, `noise` if the difference is no larger than the larger
-    spread, `unclear` if its 95% interval (Welch's, for unequal variances) contains zero, and `clear` otherwise.
+    `sign` is -1 for a metric of which more is better, else 1. `sign` is -1 if a greater metric is better, otherwise 1.
+    The verdict is `one seed` if a setting has fewer than two seeds. It is `noise` if the difference is at most the
+    larger spread, `unclear` if the 95% interval of the difference (Welch's, for unequal variances) contains zero, and
+    `clear` otherwise.
     """
     high, low = (better, worse) if sign == -1 else (worse, better)
     gain = _mean(high) - _mean(low)
@@ -110,7 +113,8 @@ def difference(better: Setting, worse: Setting, sign: int) -> Difference:
         better=better,
         worse=worse,
         gain=gain,
-        relative=gain / _mean(worse) if min(_mean(better), _mean(worse)) > 0 else None,  # a logarithm has no share
+        # For a logarithm, a relative gain has no meaning
+        relative=gain / _mean(worse) if min(_mean(better), _mean(worse)) > 0 else None,
         spread=spread,
         interval=interval,
         wins=sum(highs[seed] > lows[seed] for seed in shared),
@@ -130,7 +134,7 @@ def _verdict(gain: float, spread: float | None, interval: tuple[float, float] | 
 def welch(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
     """Return the 95% confidence interval of mean(first) - mean(second) by Welch's method.
 
-    The samples have two values or more each, and may have unequal variances.
+    Each sample has at least two values. The variances may be unequal.
     """
     parts = [statistics.variance(sample) / len(sample) for sample in (first, second)]
     gap = statistics.fmean(first) - statistics.fmean(second)
@@ -165,17 +169,16 @@ def first_reaching(curve: Iterable[Point], target: float, sign: int) -> Point | 
 
 
 def speed(baseline: Setting, settings: Iterable[Setting], sign: int) -> tuple[float | None, tuple[Reach, ...]]:
-    """Return the baseline's final metric, and when the best settings first reach it.
+    """Return the baseline's final metric, and the evaluations at which settings first reach it.
 
-    The metric is that of the mean curve over seeds. The baseline is measured like the others, by the first evaluation
-    that is as good as its last.
+    Curves are means over seeds. For the baseline, too, the first evaluation that is as good as the last is used.
     """
     curve = _evaluations(baseline)
     if len(curve) < 2:
         return None, ()
     target = curve[-1].value
     own = first_reaching(curve, target, sign)
-    assert own is not None, "a curve reaches its own end"
+    assert own is not None, "a curve always reaches its own last value"
     others = [one for one in settings if one is not baseline][:_MOST_REACHED]
     reached = ((one, first_reaching(_evaluations(one), target, sign)) for one in (baseline, *others))
     return target, tuple(_reach(one, point, own) for one, point in reached)

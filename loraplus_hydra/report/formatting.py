@@ -45,7 +45,7 @@ def count(number: int, noun: str) -> str:
 
 
 def names(keys: Sequence[str]) -> dict[str, str]:
-    """Return each dotted key's short name, the fewest last parts that are unique."""
+    """Return a short name for each dotted key: its shortest unique end."""
     found = {}
     for key in keys:
         parts = key.split(".")
@@ -59,13 +59,13 @@ def names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def clipped(text: str, most: int = 24) -> str:
-    """Return `text` with its middle cut out if it has more than `most` characters."""
-    start = most // 3  # paths differ at their ends
+    """Return `text`, without its middle if it has more than `most` characters."""
+    start = most // 3  # the end is longer, because paths differ there
     return text if len(text) <= most else f"{text[:start]}…{text[start + 1 - most :]}"
 
 
 def folded(parts: Iterable[str], width: int, most: int = 4) -> str:
-    """Join the parts in at most `most` lines of `width` characters, broken between parts."""
+    """Join the parts into at most `most` lines of `width` characters. Lines break between parts."""
     lines = [""]
     for part in parts:
         if lines[-1] and len((lines[-1] + part).rstrip()) > width:

@@ -1,4 +1,4 @@
-"""report.html: one page that needs no network, from a template that escapes every value."""
+"""report.html: one page without external files, from a template that escapes every value."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _ENVIRONMENT = Environment(
     loader=FileSystemLoader(_TEMPLATES),
     autoescape=True,
     undefined=StrictUndefined,
-    finalize=lambda value: visible(value) if type(value) is str else value,  # a Markup is our own
+    finalize=lambda value: visible(value) if type(value) is str else value,  # a Markup is this program's own HTML
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_LONGEST_LINE = 120  # characters of a reason that are shown before it is folded
+_LONGEST_LINE = 120  # maximum number of characters of a reason before it is folded
 _LONGEST_REASON = 4000
 _FACTS = (
     ("model", "model.path"),
@@ -40,13 +40,13 @@ _FACTS = (
     ("schedule", "scheduler._target_"),
     ("task", "task._target_"),
 )
-_DATA = ("data.name", "data.path", "data.train", "data._target_")  # the first that is set is shown
+_DATA = ("data.name", "data.path", "data.train", "data._target_")  # the first of these keys that is set is shown
 
 
 def page(results: SweepResults, figures: Sequence[Picture]) -> str:
     """Return the page as HTML.
 
-    Its Content-Security-Policy allows no request and no script but its own, whatever the jobs' texts contain.
+    The page's Content-Security-Policy allows no requests and only its own script, so texts of jobs can't run scripts.
     """
     script = (_TEMPLATES / "table.js.jinja").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -84,7 +84,7 @@ def _texts(results: SweepResults) -> dict[str, Any]:
 
 
 def _config_facts(jobs: Sequence[Job]) -> Iterator[tuple[str, str]]:
-    """Yield a label and the jobs' common value, or the number of their values."""
+    """Yield (label, text): the jobs' common value, or the number of different values."""
     for label, *keys in _FACTS:
         if text := ", ".join(_fact(key, value) for key in keys if (value := _common(jobs, key))):
             yield label, text
@@ -93,12 +93,12 @@ def _config_facts(jobs: Sequence[Job]) -> Iterator[tuple[str, str]]:
 
 
 def _run_facts(results: SweepResults) -> Iterator[tuple[str, str]]:
-    """Yield a label and a value of what the jobs' results have in common."""
+    """Yield (label, text) about all jobs' results."""
     jobs = results.sweep.jobs
     if steps := sorted({job.steps for job in jobs if job.status == OK and job.steps is not None}):
         yield "steps", f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
     if seconds := [job.seconds for job in jobs if job.seconds is not None]:
-        yield "time", f"{_duration(sum(seconds))} for all jobs, {_duration(sum(seconds) / len(seconds))} each"
+        yield "time", f"{_duration(sum(seconds))} for all jobs, {_duration(sum(seconds) / len(seconds))} per job"
     yield "compared by", f"{results.sweep.metric} at the end, {results.better} is better"
     if device := _joined(job.device for job in jobs if job.device):
         yield "device", device
@@ -130,9 +130,10 @@ def _duration(seconds: float) -> str:
 
 
 def _reach_row(results: SweepResults, reach: Reach) -> dict[str, str]:
-    """Return a row of the table of steps and seconds to ratio 1's final metric."""
+    """Return a row of the table about reaching ratio 1's final metric."""
     outcome = results.outcome
-    faster = None if reach.times_fewer_steps == 1 else reach.times_faster  # at equal steps only noise of the start
+    # For equal steps, the times differ only by noise
+    faster = None if reach.times_fewer_steps == 1 else reach.times_faster
     return {
         "setting": results.label(reach.setting),
         "role": "ratio 1" if reach is outcome.reached[0] else "best" if reach.setting is outcome.best else "",
@@ -145,16 +146,16 @@ def _reach_row(results: SweepResults, reach: Reach) -> dict[str, str]:
 
 
 def _columns(results: SweepResults) -> list[dict[str, Any]]:
-    """Return each column's heading, its tooltip and whether it holds numbers."""
+    """Return each column's heading, tooltip, and True if it has numbers."""
     columns = (
-        ("job", "its folder", False),
-        ("status", "how it ended", False),
+        ("job", "the job's folder", False),
+        ("status", "the job's status", False),
         *((results.names[key], key, _numeric(results, key)) for key in results.keys),
         (results.sweep.metric, "at the end", True),
-        ("best", "at the job's best evaluation", True),
-        ("steps", "optimizer steps taken", True),
-        ("seconds", "of the whole job", True),
-        ("reason", "why it has no result, and which files can't be read", False),
+        ("best", "value at the job's best evaluation", True),
+        ("steps", "number of optimizer steps", True),
+        ("seconds", "seconds of the whole job", True),
+        ("reason", "reason for a missing result, and files that can't be read", False),
     )
     return [{"name": name, "title": title, "number": is_number} for name, title, is_number in columns]
 
@@ -165,7 +166,7 @@ def _numeric(results: SweepResults, key: str) -> bool:
 
 
 def _row(results: SweepResults, job: Job) -> dict[str, Any]:
-    """Return a job's row: each cell's text, and the value by which it is sorted."""
+    """Return a job's row: each cell's text and its value for sorting."""
     cells: list[tuple[str, Any]] = [
         (job.folder, job.folder),
         (job.status, job.status),

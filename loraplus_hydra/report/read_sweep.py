@@ -1,4 +1,4 @@
-"""Reader of a sweep's folder and its jobs, however broken their files are."""
+"""Reader of a sweep's folder and its jobs. Broken files are reported, not errors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from loraplus_hydra.io.read import Missing, Unreadable, inside, read_json, read_
 from loraplus_hydra.io.result import FAILED, INTERRUPTED, OK, PRUNED
 from loraplus_hydra.report.values import flatten, number, override_values, rerun_overrides, resolved, whole_number
 
-UNFINISHED, BROKEN = "unfinished", "broken"  # without a result.json; with one that can't be read
-_DEFAULT_REASONS = {INTERRUPTED: "stopped from outside", PRUNED: "ended early by a search", FAILED: "no error stored"}
+UNFINISHED, BROKEN = "unfinished", "broken"  # the job has no result.json; its result.json can't be read
+_DEFAULT_REASONS = {INTERRUPTED: "stopped by a signal", PRUNED: "ended early by a search", FAILED: "no error stored"}
 _JOB_FILES = (run_folder.RESULT, run_folder.CONFIG, run_folder.METRICS, run_folder.HYDRA)
 
 
@@ -26,7 +26,7 @@ class Point:
 
     step: int
     value: float
-    seconds: float | None = None  # since the job's training began
+    seconds: float | None = None  # seconds since the job's training began
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Norms:
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates of lora_A and lora_B before the schedule: eta_A and eta_B."""
+    """Learning rates of lora_A (eta_A) and lora_B (eta_B), before the schedule."""
 
     lr_A: float  # noqa: N815
     lr_B: float  # noqa: N815
@@ -52,31 +52,31 @@ class Rates:
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a sweep, as its folder describes it."""
+    """One job of a sweep, read from its folder."""
 
-    folder: str  # its name inside the sweep's folder
+    folder: str  # the folder's name inside the sweep's folder
     status: str  # ok | failed | interrupted | pruned | unfinished | broken
-    reason: str = ""  # why it has no result, and which of its files can't be read
+    reason: str = ""  # why the job has no result, and which of its files can't be read
     metric: str = ""  # name of the metric that the sweep compares
-    value: float | None = None  # that metric at the end
-    best: float | None = None  # and at its best evaluation
+    value: float | None = None  # the metric at the end
+    best: float | None = None  # the metric at the best evaluation
     steps: int | None = None
-    seconds: float | None = None  # of the whole job
+    seconds: float | None = None  # seconds of the whole job
     seed: int | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)  # resolved; dotted key -> leaf
-    whole_config: bool = False  # `config` is config.yaml, not only what Hydra composed
+    config: Mapping[str, Any] = field(default_factory=dict)  # resolved; dotted key -> value
+    whole_config: bool = False  # True if `config` is config.yaml, False if it is Hydra's copy
     overrides: tuple[str, ...] = ()
-    rerun: tuple[str, ...] | None = None  # the overrides that run it again, if known
+    rerun: tuple[str, ...] | None = None  # the overrides that run the job again, if known
     rates: Rates | None = None
-    evaluations: tuple[Point, ...] = ()  # of `metric`
-    losses: tuple[Point, ...] = ()  # of training
-    norms: Mapping[str, tuple[Norms, ...]] = field(default_factory=dict)  # group -> its norms
+    evaluations: tuple[Point, ...] = ()  # values of `metric`
+    losses: tuple[Point, ...] = ()  # training losses
+    norms: Mapping[str, tuple[Norms, ...]] = field(default_factory=dict)  # group -> norms
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def has_result(self) -> bool:
-        """Return True if the job ended well and has the metric."""
+        """Return True if the job was successful and has the metric."""
         return self.status == OK and self.value is not None
 
 
@@ -87,7 +87,7 @@ class Sweep:
     folder: Path
     name: str
     command: str  # "" if unknown
-    swept: tuple[str, ...]  # keys that sweep.json names
+    swept: tuple[str, ...]  # the swept keys in sweep.json
     jobs: tuple[Job, ...]
     metric: str
     greater_is_better: bool
@@ -96,12 +96,12 @@ class Sweep:
 
     @property
     def unsuccessful(self) -> tuple[Job, ...]:
-        """Jobs without a result, for whatever reason."""
+        """All jobs without a result."""
         return tuple(job for job in self.jobs if not job.has_result)
 
 
 def read_sweep(folder: Path) -> Sweep:
-    """Read each direct sub-folder that has a job's files, in natural order of names."""
+    """Read all direct sub-folders with a job's files, in natural order of names."""
     folders = sorted((one for one in folder.iterdir() if one.is_dir() and one.name[0] != "."), key=_natural_order)
     job_folders = [one for one in folders if any((one / name).exists() for name in _JOB_FILES)]
     files = _Files(folder)
@@ -111,7 +111,7 @@ def read_sweep(folder: Path) -> Sweep:
     named = [job.metric for job in jobs if job.has_result] or [job.metric for job in jobs if job.metric]
     metric = Counter(named).most_common(1)[0][0] if named else "eval_loss"
     if others := [job.folder for job in jobs if job.metric not in ("", metric)]:
-        notes.append(f"Jobs are compared by {metric}. Those with another metric are left out: {first_of(others, 5)}")
+        notes.append(f"Jobs are compared by {metric}. Jobs with another metric are ignored: {first_of(others, 5)}")
         jobs = tuple(_without_value(job, metric) if job.folder in others else job for job in jobs)
     notes += _stopped(stored.get("left"))
     swept = stored.get("swept")
@@ -129,7 +129,7 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 def read_job(folder: Path) -> Job:
-    """Read one job's folder. Never raises: files that can't be read are named in `reason`."""
+    """Read one job's folder. Files that can't be read are listed in `reason`, without an error."""
     files = _Files(folder)
     result = files.read(read_json, run_folder.RESULT)
     status, reason = _status(result, broken=bool(files.errors))
@@ -166,7 +166,7 @@ def read_job(folder: Path) -> Job:
 
 
 class _Files:
-    """Reader of a folder's files that collects the errors of those that can't be read."""
+    """Reader of a folder's files that collects the errors of unreadable files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -199,7 +199,7 @@ def _status(result: Any, *, broken: bool) -> tuple[str, str]:
 
 def _config(files: _Files) -> tuple[dict[str, Any], bool]:
     """Return the job's config, and False if it is only Hydra's copy."""
-    config = files.read(read_yaml, run_folder.CONFIG)  # missing in a job that failed early
+    config = files.read(read_yaml, run_folder.CONFIG)  # a job that failed early has no config.yaml
     return (_hydra_config(files), False) if config is None else (flatten(config), True)
 
 
@@ -208,13 +208,14 @@ def _hydra_config(files: _Files) -> dict[str, Any]:
 
 
 def _overrides(files: _Files, config: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-    """Return the overrides of the job's first start, and those that run it again."""
+    """Return the overrides of the job's first start, and the overrides that run the job again."""
     first = files.read(read_yaml, run_folder.HYDRA, "overrides.yaml", kind=list)
     if first is None:
         return (), None
     texts = tuple(map(str, first))
     rerun: tuple[str, ...] | None = texts
-    resumes = sorted(path.name for path in (files.folder / run_folder.HYDRA).glob("resumed-*"))  # named after the time
+    # The names are times, so this is their order
+    resumes = sorted(path.name for path in (files.folder / run_folder.HYDRA).glob("resumed-*"))
     if resumes:
         changes = [files.read(read_yaml, run_folder.HYDRA, one, "overrides.yaml", kind=list) or () for one in resumes]
         rerun = rerun_overrides(texts, [str(text) for one in changes for text in one], _hydra_config(files), config)
@@ -222,7 +223,7 @@ def _overrides(files: _Files, config: Mapping[str, Any]) -> tuple[tuple[str, ...
 
 
 def _rates(tensors: Iterable[Any], config: Mapping[str, Any]) -> Rates | None:
-    """Return eta_A and eta_B from the job's tensors, or else from its config."""
+    """Return eta_A and eta_B from param_groups.json, or else from the config."""
     used: dict[str, float | None] = {}
     known = [one for one in tensors if isinstance(one, dict) and number(one.get("lr")) is not None]
     for key, sides in (("group", {"groupA": "A", "groupB": "B"}), ("role", {"lora_A": "A", "lora_B": "B"})):
@@ -262,17 +263,17 @@ def _norms(lines: Iterable[Mapping[str, Any]]) -> dict[str, tuple[Norms, ...]]:
 
 
 def _greater_is_better(jobs: Iterable[Job], metric: str) -> bool:
-    """Return the direction that most jobs' configs have; False if none has one."""
+    """Return the value of greater_is_better in most jobs' configs; False without any."""
     values = [job.config.get("task.greater_is_better") for job in jobs if job.metric == metric]
     known = Counter(value for value in values if isinstance(value, bool))
     return known.most_common(1)[0][0] if known else False
 
 
 def _stopped(left: Any) -> list[str]:
-    """Return a note on the jobs that the last start of a stopped sweep did not come to."""
+    """Return a note on the jobs that a stopped sweep has not begun."""
     if not isinstance(left, list) or not left:
         return []
-    return [f"The sweep was stopped with {len(left)} jobs left: {first_of(list(map(str, left)), 5)}"]
+    return [f"The sweep was stopped before {len(left)} jobs: {first_of(list(map(str, left)), 5)}"]
 
 
 def _without_value(job: Job, metric: str) -> Job:

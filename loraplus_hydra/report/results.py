@@ -1,4 +1,4 @@
-"""A sweep with its varied keys, settings and comparison."""
+"""A sweep with its varied keys, its settings and their comparison."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from loraplus_hydra.report.settings import SEED, Setting, settings_of, varied_ke
 
 @dataclass(frozen=True)
 class SweepResults:
-    """A sweep and its comparison."""
+    """A sweep, its settings and their comparison."""
 
     sweep: Sweep
-    keys: tuple[str, ...]  # those that vary, the seed last
+    keys: tuple[str, ...]  # the varied keys; the seed is last
     settings: tuple[Setting, ...]
     outcome: Outcome
 
     @property
     def compared(self) -> tuple[str, ...]:
-        """The varied keys without the seed."""
+        """The varied keys, without the seed."""
         return tuple(key for key in self.keys if key != SEED)
 
     @property
@@ -38,12 +38,12 @@ class SweepResults:
 
     @property
     def axis_label(self) -> str:
-        """The metric and its direction, as axes and tables are labelled."""
+        """The label for axes and tables: the metric and its direction."""
         return f"{self.sweep.metric}, {self.better} is better"
 
     @property
     def seeds(self) -> bool:
-        """Return True if a setting has more than one seed, thus a spread."""
+        """Return True if a setting has more than one seed."""
         return any(len(one.measured) > 1 for one in self.settings)
 
     @property
@@ -59,7 +59,7 @@ class SweepResults:
         return ", ".join(texts) or "the one setting"
 
     def folded_label(self, setting: Setting, width: int, *, prefix: str = "") -> str:
-        """Return `prefix` and the label in lines of `width` characters, long values clipped."""
+        """Return `prefix` and the label in lines of `width` characters. Long values are clipped."""
         values = [
             f"{self.names[key]} {formatting.clipped(formatting.short(one))}" for key, one in setting.values.items()
         ]

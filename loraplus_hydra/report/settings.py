@@ -1,4 +1,4 @@
-"""Keys that a sweep varies, and its jobs grouped by their values."""
+"""The keys that a sweep varies, and the jobs grouped by the values of these keys."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from loraplus_hydra.report.read_sweep import Job, Rates, Sweep
 from loraplus_hydra.report.values import number, override_values
 
 SEED = "seed"
-# Of keys that vary together, the first of these is shown.
+# If several keys vary together, the first of these keys is shown.
 _PREFERRED = (SEED, "loraplus.ratio", "loraplus.lr_A", "loraplus.lr_B", "optimizer.lr")
-# Beginnings of keys without influence on the trained weights.
+# Beginnings of keys that don't influence the trained weights.
 _NOT_TRAINED = (
     checkpoints.KEY,
     "trainer.logging_",
@@ -29,7 +29,7 @@ _NOT_TRAINED = (
 
 @dataclass(frozen=True)
 class Setting:
-    """Jobs with the same values of all varied keys but the seed."""
+    """Jobs with the same values of all varied keys except the seed."""
 
     values: Mapping[str, Any]
     jobs: tuple[Job, ...]
@@ -41,7 +41,7 @@ class Setting:
 
     @property
     def measured(self) -> tuple[float, ...]:
-        """The metric of each job with a result."""
+        """The metrics of the jobs with a result."""
         return tuple(job.value for job in self.done if job.value is not None)
 
     @property
@@ -50,7 +50,7 @@ class Setting:
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation over the seeds (with n - 1); None for fewer than two."""
+        """Standard deviation over the seeds (with n - 1); None for fewer than two seeds."""
         return statistics.stdev(self.measured) if len(self.measured) > 1 else None
 
     @property
@@ -63,16 +63,16 @@ class Setting:
 
     @property
     def ratio(self) -> float | None:
-        """eta_B / eta_A, rounded so that equal ratios are equal."""
+        """eta_B / eta_A, rounded because ratios can differ by rounding errors."""
         return None if self.rates is None else float(f"{self.rates.ratio:.4g}")
 
 
 def varied_keys(sweep: Sweep) -> tuple[str, ...]:
-    """Return the keys in which the jobs differ, the seed last.
+    """Return the keys in which the jobs differ. The seed is last.
 
-    Keys named by overrides or sweep.json come first. A key whose values follow from those is left out, such as an
-    interpolation or a value from a group's option. Of other keys that vary together, one is returned. A key without
-    influence on the trained weights is returned only if sweep.json names it.
+    Keys in overrides or sweep.json come first. A key is omitted if these keys decide its value, for example an
+    interpolation or a value from a group's option. If other keys vary together, one of them is returned. A key that
+    doesn't influence the trained weights is returned only if it is in sweep.json.
     """
     overridden = [key for job in sweep.jobs for key in override_values(job.overrides)]
     candidates = dict.fromkeys([*sweep.swept, *(key for key in overridden if not key.startswith(_NOT_TRAINED))])
@@ -82,7 +82,7 @@ def varied_keys(sweep: Sweep) -> tuple[str, ...]:
 
 
 def _unexplained_keys(jobs: Sequence[Job], named: Sequence[str]) -> list[str]:
-    """Return keys whose differences between jobs the `named` keys don't explain."""
+    """Return keys whose differences between jobs are not explained by the `named` keys."""
     found = dict.fromkeys(key for job in jobs for key in job.config)
     leaves = [key for key in found if not key.startswith(_NOT_TRAINED)]
     leaves.sort(key=lambda key: (_PREFERRED.index(key) if key in _PREFERRED else len(_PREFERRED), key.count(".")))
@@ -96,24 +96,24 @@ def _unexplained_keys(jobs: Sequence[Job], named: Sequence[str]) -> list[str]:
 
 
 def value_of(job: Job, key: str) -> Any:
-    """Return the job's value of `key`, from its config or else from its override."""
+    """Return the job's value of `key`, from the config or else from an override."""
     if key == SEED:
         return job.seed
     return job.config[key] if key in job.config else override_values(job.overrides).get(key)
 
 
 def settings_of(sweep: Sweep, keys: Sequence[str]) -> tuple[Setting, ...]:
-    """Group the jobs by all of `keys` but the seed."""
+    """Group the jobs by the values of all `keys` except the seed."""
     groups: dict[tuple[str, ...], list[Job]] = {}
     compared = [key for key in keys if key != SEED]
     for job in sweep.jobs:
-        if job.config or job.overrides:  # else none of its values is known
+        if job.config or job.overrides:  # otherwise the job's values are unknown
             groups.setdefault(tuple(repr(value_of(job, key)) for key in compared), []).append(job)
     return tuple(Setting({key: value_of(jobs[0], key) for key in compared}, tuple(jobs)) for jobs in groups.values())
 
 
 def order(values: Iterable[Any]) -> list[Any]:
-    """Return the distinct values in an axis's order: numbers by size, then texts."""
+    """Return the distinct values in the order of an axis: numbers by size, then texts."""
     distinct = {repr(value): value for value in values}.values()
     return sorted(distinct, key=lambda value: (1, 0, str(value)) if number(value) is None else (0, value, ""))
 
@@ -129,6 +129,6 @@ def _follows(column: Sequence[str], explained: Sequence[tuple[str, ...]]) -> boo
 
 
 def _pattern(column: Sequence[str]) -> tuple[int, ...]:
-    """Return the equality pattern of a column; two keys with the same pattern vary together."""
+    """Return the equality pattern of a column. Two keys with the same pattern vary together."""
     first: dict[str, int] = {}
     return tuple(first.setdefault(value, place) for place, value in enumerate(column))

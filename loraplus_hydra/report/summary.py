@@ -1,4 +1,4 @@
-"""Conclusions of a sweep in sentences, for the page and the terminal."""
+"""A sweep's conclusions as sentences, for the page and the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loraplus_hydra.report.formatting import count, measured, with_spread
 from loraplus_hydra.report.results import SweepResults
 
 _PROGRAM = "python -m loraplus_hydra"
-_MANY = 6  # settings, of which the best owes part of its lead to luck with the seeds
+_MANY = 6  # from this number of settings on, the lead of the best is partly due to lucky seeds
 
 
 def headline(results: SweepResults) -> str:
@@ -19,13 +19,13 @@ def headline(results: SweepResults) -> str:
     if best is None:
         return "No job has a result, so there is nothing to compare."
     if len(results.settings) == 1:
-        return f"The one setting has {metric} {with_spread(best.mean, best.spread)}."
+        return f"The only setting has {metric} {with_spread(best.mean, best.spread)}."
     seeds = f" over {count(len(best.measured), 'seed')}" if len(best.measured) > 1 else ""
     return f"Best: {results.label(best)}, with {metric} {with_spread(best.mean, best.spread)}{seeds}."
 
 
 def details(results: SweepResults) -> list[str]:
-    """Return sentences on the comparison with ratio 1, on noise, and on other good settings."""
+    """Return sentences about the comparison with ratio 1, noise, and other good settings."""
     outcome = results.outcome
     if outcome.best is None:
         return []
@@ -40,30 +40,30 @@ def details(results: SweepResults) -> list[str]:
         sentences.append(f"{settings} {'is' if len(outcome.near) == 1 else 'are'} within 1% of the best.")
     if len(outcome.ranked) >= _MANY and len(outcome.best.measured) > 1:
         sentences.append(
-            f"The best of {len(outcome.ranked)} settings was chosen by the same seeds that measure it, so its lead is "
-            "overstated. To be sure, run it and the runner-up again with new seeds."
+            f"The best of {len(outcome.ranked)} settings was chosen and measured with the same seeds, so its lead is "
+            "overestimated. To be sure, run the two best settings again with new seeds."
         )
     return sentences
 
 
 def verdict(gap: Difference) -> str:
-    """Return a sentence on whether the seeds' noise explains a difference."""
+    """Return a sentence about a difference and the noise between seeds."""
     if gap.verdict == ONE_SEED:
-        return "With one seed the noise is unknown. Sweep seed=1,2,3 as well to measure it."
+        return "With one seed the noise is unknown. To measure it, also sweep seed=1,2,3."
     assert gap.interval is not None
     seeds = f"{count(len(gap.better.measured), 'seed')} against {len(gap.worse.measured)}"
     interval = f"95% interval of the difference: {_signed(gap.interval[0])} to {_signed(gap.interval[1])}, {seeds}"
     won = f"; better at {gap.wins} of {count(gap.shared, 'shared seed')}" if gap.shared else ""
     return {
-        NOISE: f"Noise explains it: the difference is no larger than the spread over seeds ({measured(gap.spread)}).",
-        UNCLEAR: "It may be noise: the difference is larger than the spread over seeds, but so few seeds can't settle "
-        f"it ({interval}{won}).",
-        CLEAR: f"More than the seeds' noise ({interval}{won}).",
+        NOISE: f"This can be noise, because the difference is at most the spread over seeds ({measured(gap.spread)}).",
+        UNCLEAR: "This may be noise: the difference is larger than the spread over seeds, but there are too few seeds "
+        f"({interval}{won}).",
+        CLEAR: f"This is more than the noise between seeds ({interval}{won}).",
     }[gap.verdict]
 
 
 def speed_sentence(results: SweepResults) -> str:
-    """Return how much sooner the best setting reaches ratio 1's final metric, if known."""
+    """Return a sentence about the steps to ratio 1's final metric; empty if unknown."""
     outcome = results.outcome
     if outcome.target is None or outcome.best is None or outcome.best is outcome.baseline:
         return ""
@@ -73,16 +73,16 @@ def speed_sentence(results: SweepResults) -> str:
         return f"The best setting's mean curve never reaches ratio 1's final {metric} ({measured(outcome.target)})."
     return (
         f"The best setting reaches ratio 1's final {metric} ({measured(outcome.target)}) {_times(reach)}: by step "
-        f"{reach.step:,} instead of {outcome.reached[0].step:,}. Only steps with an evaluation count."
+        f"{reach.step:,} instead of {outcome.reached[0].step:,}. Only steps with an evaluation are compared."
     )
 
 
 def command(results: SweepResults) -> str:
-    """Return the shell command that runs the best job again, empty if unknown."""
+    """Return the shell command that runs the best job again; empty if unknown."""
     job = results.outcome.best_job
     if job is None or job.rerun is None:
         return ""
-    # The config of a ready sweep sets hydra.mode to MULTIRUN.
+    # The config of a ready-made sweep sets hydra.mode to MULTIRUN.
     single = ("hydra.mode=RUN",) if any(text.startswith("hparams_search=") for text in job.rerun) else ()
     return f"{_PROGRAM} {shlex.join((*job.rerun, *single))}"
 
@@ -102,18 +102,18 @@ def _against_ratio_1(results: SweepResults) -> Iterator[str]:
 
 
 def _gain(results: SweepResults, gap: Difference) -> str:
-    """Return a sentence on the better of LoRA+ and plain LoRA."""
+    """Return a sentence about the better one of LoRA+ and plain LoRA."""
     worse, label = with_spread(gap.worse.mean, gap.worse.spread), results.label(gap.worse)
     gain = measured(gap.gain) + (f" ({abs(gap.relative):.2%})" if gap.relative is not None else "")
     if gap.better is results.outcome.baseline:
         best = results.label(gap.better)
-        return f"Plain LoRA does best here: {best} beats the best other ratio, {label} ({worse}), by {gain}."
+        return f"Plain LoRA is the best here: {best} is better than the best other ratio, {label} ({worse}), by {gain}."
     which = "" if label == "ratio 1" else f", {label}"
-    return f"That beats the best at ratio 1 (plain LoRA){which} ({worse}), by {gain}."
+    return f"This is better than the best at ratio 1 (plain LoRA){which} ({worse}), by {gain}."
 
 
 def _twin(results: SweepResults, gap: Difference) -> str:
-    """Return a sentence on the best LoRA+ setting and the same setting at ratio 1."""
+    """Return a sentence about the best LoRA+ setting and the same setting at ratio 1."""
     twin = with_spread(gap.worse.mean, gap.worse.spread)
     change = f"{measured(abs(gap.gain))} {'worse' if gap.gain > 0 else 'better'}"
     noise = "" if gap.verdict == ONE_SEED else f" {verdict(gap)}"
@@ -121,13 +121,13 @@ def _twin(results: SweepResults, gap: Difference) -> str:
 
 
 def _times(reach: Reach) -> str:
-    """Return the speed-up in steps and by the clock."""
+    """Return the speed-up in steps and in time."""
     if reach.times_fewer_steps in (None, 1):
-        return "in as many steps"  # without the clock, which at equal steps shows only noise of the start
+        return "in as many steps"  # without the time, because for equal steps the times differ only by noise
     steps = f"in {_factor(reach.times_fewer_steps, 'fewer steps', 'more steps', 'about as many steps')}"
     if not reach.times_faster:
         return steps
-    return f"{steps} ({_factor(reach.times_faster, 'faster', 'slower', 'as fast')} by the clock)"
+    return f"{steps} ({_factor(reach.times_faster, 'faster', 'slower', 'as fast')} in time)"
 
 
 def _factor(times: float, above: str, below: str, equal: str) -> str:

@@ -14,9 +14,9 @@ from loraplus_hydra.report.read_sweep import Job
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.write import PAGE
 
-_MOST_KEYS = 6  # the columns that fit; the page has them all
+_MOST_KEYS = 6  # maximum number of columns; the page has all columns
 _MOST_SETTINGS = 25
-_MOST_CHARACTERS = 160  # of a reason
+_MOST_CHARACTERS = 160  # maximum number of characters of a reason
 
 
 def show(results: SweepResults) -> None:
@@ -36,7 +36,7 @@ def show(results: SweepResults) -> None:
         console.print(visible(sentence), markup=False)
     if command := summary.command(results):
         console.print("Run the best job again:", markup=False)
-        print(visible(f"  {command}"))  # not wrapped, so that it can be copied
+        print(visible(f"  {command}"))  # not wrapped, because users copy the command
     print(visible(f"Report: {results.sweep.folder / PAGE}"))
 
 

@@ -1,4 +1,4 @@
-"""Values of a stored config, result or override, and the overrides that run a job again."""
+"""Values in stored configs, results and overrides; overrides that run a job again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HUGE = 1e100
 
 
 def resolved(config: dict[str, Any]) -> dict[str, Any]:
-    """Resolve a config's interpolations; return it unchanged if one fails or calls a resolver."""
+    """Resolve a config's interpolations. Return it unchanged if one fails or calls a resolver."""
     if RESOLVER.search(json.dumps(config, default=str)):
         return config
     try:
@@ -29,9 +29,9 @@ def resolved(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(config: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return a mapping as dotted key -> leaf, without unresolved interpolations.
+    """Return a mapping as dotted key -> value, without unresolved interpolations.
 
-    A list is one leaf, as JSON.
+    A list is one value, as JSON.
     """
     return {
         key: json.dumps(value, default=str) if isinstance(value, (list, dict)) else value
@@ -41,20 +41,20 @@ def flatten(config: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def number(value: Any) -> float | None:
-    """Return `value` as a float, or None if it is no usable number."""
+    """Return `value` as a float, or None if it is not a usable number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if abs(value) < _HUGE else None  # also None for NaN, which is never smaller
+    return float(value) if abs(value) < _HUGE else None  # also None for NaN, because a comparison with NaN is False
 
 
 def whole_number(value: Any) -> int | None:
-    """Return `value` as an int, or None if it is no whole number."""
+    """Return `value` as an int, or None if it is not a whole number."""
     as_float = number(value)
     return int(as_float) if as_float is not None and as_float == int(as_float) else None
 
 
 def override_values(overrides: Iterable[str]) -> dict[str, Any]:
-    """Return key -> value of the overrides that set a value: `+key=1e-4` gives key: 0.0001."""
+    """Return key -> value for overrides that set a value: `+key=1e-4` gives key: 0.0001."""
     values: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.lstrip("+").partition("=")
@@ -70,20 +70,21 @@ def rerun_overrides(
 ) -> tuple[str, ...] | None:
     """Return the overrides that give a new run the job's config, or None if unknown.
 
-    `first` are the overrides of the job's first start, and `resumes` those of all its resumes in order. `first_config`
-    is the config of the first start and `config` the present one, both as dotted key -> leaf.
+    `first` has the overrides of the job's first start, and `resumes` the overrides of all resumes in order.
+    `first_config` is the config of the first start, and `config` the current config, both as dotted key -> value.
     """
     changes: dict[str, str] = {}
     for key in dict.fromkeys(map(_key, resumes)):
-        if key.split(".")[0] not in RUN_GROUPS or key == checkpoints.KEY:  # a setting of the resume, not of the run
+        # This key belongs to the resume, not to the run
+        if key.split(".")[0] not in RUN_GROUPS or key == checkpoints.KEY:
             continue
-        # The configs decide: a resume may have been refused, and each one starts from the first config again.
+        # The configs decide, because a resume may have been refused, and each resume starts from the first config.
         if key in config and config[key] == first_config.get(key):
             continue
         setting = [text for text in resumes if _key(text) == key and override_values([text])[key] == config.get(key)]
         if not setting:
             return None
-        changes[key] = f"++{setting[-1].lstrip('+')}"  # ++ since the composed config may not have the key
+        changes[key] = f"++{setting[-1].lstrip('+')}"  # ++ because the composed config may not have the key
     return (*(text for text in first if _key(text) not in changes), *changes.values())
 
 

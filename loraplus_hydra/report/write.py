@@ -1,4 +1,4 @@
-"""The report of a sweep: results.csv, report.html and figures, from whatever files its jobs left."""
+"""The files of a sweep's report: results.csv, report.html and figures."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ _PATIENCE = 60.0  # seconds to wait for another process that writes the same rep
 
 
 def write_report(folder: Path) -> SweepResults:
-    """Read the jobs in `folder` and write results.csv, figures and report.html there, each atomically.
+    """Read the jobs in `folder`, and write results.csv, figures and report.html into it.
 
-    A figure of an earlier report that no longer suits the sweep is removed. Returns what the report shows. Raises
-    UserError if there is no job.
+    Each file is written atomically. Figures of an earlier report that no longer suit the sweep are removed. Returns the
+    results in the report. Raises UserError if there is no job.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; name a sweep's folder, as in report outputs/sweeps/NAME")
+        raise UserError(f"there is no folder {folder}; give a sweep's folder, for example: report outputs/sweeps/NAME")
     results = results_of(folder)
     if not results.sweep.jobs:
         raise UserError(
-            f"{folder} holds no job: none of its sub-folders has a result.json, config.yaml, metrics.jsonl or .hydra; "
-            "name a sweep's folder, not a run's"
+            f"{folder} has no job: none of its sub-folders has a result.json, config.yaml, metrics.jsonl or .hydra; "
+            "give a sweep's folder, not a run's"
         )
     with folder_lock(folder, use="another report is being written", key="folder", patience=_PATIENCE):
-        write_text(folder / CSV, csv_text(results))  # first, so that an error in a figure leaves the numbers
+        # Written first, because an error in a figure must not lose the numbers
+        write_text(folder / CSV, csv_text(results))
         write_text(folder / PAGE, page(results, _write_figures(folder, results)))
     return results
 

@@ -21,7 +21,7 @@ _RESUMED = "optimizer=adam ++loraplus.ratio=4"
 
 
 def test_folder_without_jobs_is_told(tmp_path: Path, cli: Callable[..., Finished]) -> None:
-    with pytest.raises(UserError, match="holds no job"):
+    with pytest.raises(UserError, match="has no job"):
         write_report(tmp_path)
     with pytest.raises(UserError, match="there is no folder"):
         write_report(tmp_path / "gone")

@@ -38,9 +38,9 @@ def test_mean_and_spread_over_seeds_are_those_of_the_statistics_module(tmp_path:
     ("plain", "loraplus", "verdict", "sentence"),
     [
         ((3.70,), (3.60,), ONE_SEED, "the noise is unknown"),
-        ((3.70, 3.60, 3.80), (3.69, 3.61, 3.77), NOISE, "Noise explains it"),
-        ((3.70, 3.73), (3.66, 3.69), UNCLEAR, "It may be noise"),
-        ((3.70, 3.71, 3.72), (3.60, 3.61, 3.62), CLEAR, "More than the seeds' noise"),
+        ((3.70, 3.60, 3.80), (3.69, 3.61, 3.77), NOISE, "This can be noise"),
+        ((3.70, 3.73), (3.66, 3.69), UNCLEAR, "This may be noise"),
+        ((3.70, 3.71, 3.72), (3.60, 3.61, 3.62), CLEAR, "This is more than the noise"),
     ],
 )
 def test_noise_is_called_noise(
@@ -82,7 +82,7 @@ def test_plain_lora_is_named_when_it_is_best(tmp_path: Path) -> None:
     results = ratio_sweep(tmp_path, {(1, 0): 3.60, (4, 0): 3.65, (16, 0): 3.70})
     assert results.outcome.best is results.outcome.baseline
     details = " ".join(summary.details(results))
-    assert "Plain LoRA does best here" in details
+    assert "Plain LoRA is the best here" in details
     assert "by 0.0500" in details
     assert summary.speed_sentence(results) == ""
 
@@ -120,9 +120,9 @@ def test_speed_counts_evaluations_that_reach_the_target(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("heights", "pace", "sentence"),
     [
-        ((5.0, 4.2, 4.0, 3.9, 3.7), 0.1, "in 2x fewer steps (1.8x faster by the clock): by step 20 instead of 40."),
-        ((5.0, 4.2, 4.0, 3.9, 3.7), 0.5, "in 2x fewer steps (2.3x slower by the clock): by step 20 instead of 40."),
-        ((5.0, 4.2, 4.0, 3.9, 3.7), 0.2, "in 2x fewer steps (as fast by the clock): by step 20 instead of 40."),
+        ((5.0, 4.2, 4.0, 3.9, 3.7), 0.1, "in 2x fewer steps (1.8x faster in time): by step 20 instead of 40."),
+        ((5.0, 4.2, 4.0, 3.9, 3.7), 0.5, "in 2x fewer steps (2.3x slower in time): by step 20 instead of 40."),
+        ((5.0, 4.2, 4.0, 3.9, 3.7), 0.2, "in 2x fewer steps (as fast in time): by step 20 instead of 40."),
         ((5.0, 4.5, 4.2, 4.1, 3.9), 0.2, "in as many steps: by step 40 instead of 40."),
         ((5.0, 4.5, 4.2, 4.1, 3.9), 0.01, "in as many steps: by step 40 instead of 40."),
     ],
@@ -140,7 +140,7 @@ def test_later_than_ratio_1_is_more_steps(tmp_path: Path) -> None:
     for ratio, curve in ((1, (5.0, 4.0, 4.1, 4.0)), (4, (5.0, 4.4, 3.9, 3.8))):
         points = list(zip((0, 10, 20, 30), curve, strict=True))
         write_job(tmp_path / str(ratio), {"loraplus.ratio": ratio}, curve[-1], curve=points)
-    assert "in 2x more steps (1.7x slower by the clock)" in summary.speed_sentence(results_of(tmp_path))
+    assert "in 2x more steps (1.7x slower in time)" in summary.speed_sentence(results_of(tmp_path))
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=12), st.floats(0, 10), st.booleans())

@@ -140,7 +140,7 @@ def test_two_hundred_jobs_some_of_them_broken(tmp_path: Path) -> None:
 def test_one_job_and_no_success_make_a_page_too(tmp_path: Path) -> None:
     write_job(tmp_path / "one" / "0", {"loraplus.ratio": 4}, 3.7)
     write_report(tmp_path / "one")
-    assert "The one setting has eval_loss 3.7000" in (tmp_path / "one" / "report.html").read_text()
+    assert "The only setting has eval_loss 3.7000" in (tmp_path / "one" / "report.html").read_text()
     error = {"type": "ValueError", "text": "bad"}
     for place in range(3):
         job = {"loraplus.ratio": place + 1}

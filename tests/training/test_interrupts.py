@@ -121,7 +121,7 @@ def test_signal_behind_a_job_ends_the_sweep(
     assert finished.status == 128 + number, finished.err
     assert [path.parent.name[:6] for path in (tmp_path / "sweep").glob("*/result.json")] == ["seed-1"]
     assert "1 of 3 jobs run: 1 done" in finished.out
-    left = "The sweep was stopped with 2 jobs left: seed=2, seed=3"
+    left = "The sweep was stopped before 2 jobs: seed=2, seed=3"
     assert left in finished.out.replace("\n", " ")
     assert left in (tmp_path / "sweep" / "report.html").read_text()
 

@@ -13,7 +13,7 @@ NAMES = ("ratio", "heatmap", "curves", "settings", "keys", "signals")
 
 def draw_all(results: SweepResults) -> Iterator[Picture]:
     """Yield the figures that suit the sweep, in the order of the page."""
-    # A sweep over both rates asks for the grid first, any other for the ratio.
+    # For a sweep over both rates the grid comes first, for other sweeps the ratio.
     first = (rates.draw, ratio.draw) if "loraplus.lr_B" in results.keys else (ratio.draw, rates.draw)
     for draw in (*first, curves.draw, ranking.draw, parallel.draw, signals.draw):
         picture = draw(results)

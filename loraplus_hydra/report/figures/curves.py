@@ -12,7 +12,7 @@ from loraplus_hydra.report.read_sweep import Job, Point
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import Setting
 
-_MOST_POINTS = 400  # of one line; more are not visible and only make the page larger
+_MOST_POINTS = 400  # maximum number of points of a line; more are not visible and make the page larger
 _WIDTH = 52  # characters per line of the legend
 
 Curves = Sequence[tuple[Job, Sequence[Point]]]
@@ -44,12 +44,12 @@ def draw(results: SweepResults) -> style.Picture | None:
 
 
 def _caption(results: SweepResults, target: float | None, beyond: int) -> str:
-    caption = "Every job is a line. The compared settings are in colour"
-    caption += ": thick the mean over seeds, thin each seed." if results.seeds else "."
+    caption = "Each line is a job. The two compared settings have colours"
+    caption += ": thick lines are means over seeds, thin lines are single seeds." if results.seeds else "."
     if target is not None:
-        caption += " Dotted: where ratio 1 ends."
+        caption += " Dotted: the final value of ratio 1."
     if results.sweep.unsuccessful:
-        caption += " A cross ends the curve of a job without a result."
+        caption += " A cross is at the end of a curve of a job without a result."
     return caption + (f" {beyond} points lie beyond the axis." if beyond else "")
 
 
@@ -75,7 +75,7 @@ def _panel(axes: Any, name: str, compared: Compared, curves: Curves) -> int:
 
 def _job_lines(axes: Any, compared: Compared, curves: Curves, strength: float) -> None:
     highlighted: Mapping[str, str] = {job.folder: colour for setting, colour, _ in compared for job in setting.done}
-    label = "other jobs"  # of the first of them; a label that begins with _ stays out of the legend
+    label = "other jobs"  # only the first has this label; labels that begin with _ are not in the legend
     for job, curve in curves:
         thin = _thinned(curve)
         if colour := highlighted.get(job.folder):
@@ -90,7 +90,7 @@ def _line(axes: Any, curve: Sequence[Point], **look: Any) -> None:
 
 
 def _compared(results: SweepResults) -> Compared:
-    """Return the settings in colour: the best, and the one that it is compared with."""
+    """Return the settings that are drawn in colour: the best one, and the one compared with it."""
     outcome = results.outcome
     if outcome.best is None:
         return []

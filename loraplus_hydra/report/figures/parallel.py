@@ -17,9 +17,10 @@ from loraplus_hydra.report.settings import order
 from loraplus_hydra.report.values import number
 
 _MOST_KEYS = 8
-_CHARACTERS = 110  # of all axes' labels in a row
-_MOST_EVEN = 8  # values at even distances; those of a search, which are more, stand at their true places
-_LINE_POINTS = 24  # of the curve between two axes
+_CHARACTERS = 110  # maximum number of characters of all axes' labels together
+# Maximum number of values at equal distances; more values, as in a search, are drawn at their true places
+_MOST_EVEN = 8
+_LINE_POINTS = 24  # number of points of the curve between two axes
 
 
 def draw(results: SweepResults) -> Picture | None:
@@ -39,7 +40,7 @@ def draw(results: SweepResults) -> Picture | None:
     ]
     _metric_axis(axes, len(keys), results, low, high, width)
     for rank, one in reversed(list(enumerate(ranked))):
-        # Lines that share a value are shifted a little, so that each can be followed.
+        # Lines with the same value are shifted a little, so that each line can be followed.
         offset = 0.05 * (rank / max(len(ranked) - 1, 1) - 0.5)
         path = [height(one.values.get(key)) + offset for height, key in zip(heights, keys, strict=True)]
         share = min(max(((one.mean or 0.0) - low) / (high - low), 0.0), 1.0)
@@ -64,15 +65,15 @@ def _line(axes: Any, heights: Sequence[float], goodness: float, *, best: bool) -
 
 
 def _caption(results: SweepResults, keys: int, *, worst_beyond: bool) -> str:
-    caption = "Each line is a setting; the darker, the better. Thick and blue: the best setting."
-    caption += " Where dark lines meet on an axis, that value does well whatever the others are."
+    caption = "Each line is a setting; darker is better. Thick and blue: the best setting."
+    caption += " If dark lines meet at a value, this value is good for all values of the other keys."
     if len(results.compared) > keys:
         caption += f" The first {keys} of {len(results.compared)} varied keys."
-    return caption + (" Values beyond the metric's axis end at its worst end." if worst_beyond else "")
+    return caption + (" Values beyond the metric's axis are drawn at the axis's worst end." if worst_beyond else "")
 
 
 def _axis(axes: Any, column: int, name: str, values: Sequence[Any], width: int) -> Callable[[Any], float]:
-    """Draw one key's axis; return a function from value to height (0 to 1)."""
+    """Draw one key's axis. Return a function from value to height (0 to 1)."""
     distinct = order(values)
     last = len(distinct) - 1
     if last >= _MOST_EVEN and all(number(one) is not None for one in distinct):
@@ -112,7 +113,7 @@ def _smooth(heights: Sequence[float]) -> tuple[Any, Any]:
     x = numpy.linspace(0, len(heights) - 1, (len(heights) - 1) * _LINE_POINTS + 1)
     before = numpy.floor(x)
     share = x - before
-    ease = share * share * (3 - 2 * share)  # smoothstep: the eye can follow it through a crossing
+    ease = share * share * (3 - 2 * share)  # smoothstep, because the eye can follow such a curve through a crossing
     return x, numpy.interp(before + ease, range(len(heights)), heights)
 
 

@@ -9,12 +9,12 @@ from loraplus_hydra.report.figures.style import BASELINE, BEST, MUTED, Picture, 
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import Setting
 
-_MOST = 30  # settings that are legible in one figure
+_MOST = 30  # maximum number of settings that are legible in one figure
 _WIDTH = 56  # characters per line of a setting's label
 
 
 def draw(results: SweepResults) -> Picture | None:
-    """Draw one row per setting, the best on top."""
+    """Draw one row per setting, with the best at the top."""
     ranked, baseline = results.outcome.ranked, results.outcome.baseline
     if len(ranked) < 2:
         return None
@@ -33,7 +33,7 @@ def draw(results: SweepResults) -> Picture | None:
     axes.set_xlabel(results.axis_label)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    return Picture("settings", "Every setting, the best on top", _caption(results, len(shown), beyond), figure)
+    return Picture("settings", "All settings, with the best at the top", _caption(results, len(shown), beyond), figure)
 
 
 def _rows(axes: Any, shown: Sequence[Setting], labels: Sequence[str], colours: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""heatmap.png: the metric over both rates, eta_A x eta_B, with the diagonal of plain LoRA."""
+"""heatmap.png: the metric for each pair of rates, eta_A and eta_B."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from loraplus_hydra.report.formatting import measured, short
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import Setting
 
-_FULL = 0.6  # share of a grid's cells that exist; with fewer, single points on log axes are drawn
-_MOST_NUMBERS = 81  # cells that have room for their number
+_FULL = 0.6  # minimum share of existing cells for a grid; with fewer, points on log axes are drawn
+_MOST_NUMBERS = 81  # maximum number of cells that have room for their value
 _DASHED: Mapping[str, Any] = {"color": BASELINE, "linestyle": (0, (5, 3)), "linewidth": 1.4}  # equal rates
 
 Pair = tuple[float, float]  # eta_B, eta_A
@@ -29,12 +29,12 @@ Values = Mapping[Pair, float]
 
 
 def draw(results: SweepResults) -> style.Picture | None:
-    """Draw a grid if most pairs of rates were run, else points."""
+    """Draw a grid if most pairs of rates were run, otherwise points."""
     cells = _cells(results.settings)
     across, up = _axes_of(cells)
     best_of = {pair: _best_of(results, members) for pair, members in cells.items()}
     values = {pair: one.mean for pair, one in best_of.items() if one and one.mean is not None}
-    one_ratio = len({one.ratio for one in results.settings}) == 1  # then other keys decide the rates
+    one_ratio = len({one.ratio for one in results.settings}) == 1  # if True, other keys decide the rates
     if len(across) < 2 or len(up) < 2 or one_ratio or not values:
         return None
     low, high, beyond = style.robust_limits(values.values())
@@ -56,7 +56,7 @@ def draw(results: SweepResults) -> style.Picture | None:
 
 
 class _Scale:
-    """Colours of a metric between robust limits, the brightest for the best."""
+    """Colours of a metric between robust limits. The best value has the brightest colour."""
 
     def __init__(self, low: float, high: float, greater_is_better: bool) -> None:
         colours = matplotlib.colormaps["viridis" if greater_is_better else "viridis_r"]
@@ -66,13 +66,13 @@ class _Scale:
         return self.mappable.to_rgba(value)
 
     def ink_on(self, value: float) -> str:
-        """Return black or white, whichever is legible on the value's colour."""
+        """Return black or white: the one that is legible on the value's colour."""
         red, green, blue, _ = self.colour(value)
         return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
 
 
 def _grid(axes: Any, results: SweepResults, cells: Cells, values: Values, scale: _Scale) -> None:
-    """Draw cells of one size, whatever the distances between the rates."""
+    """Draw cells of equal size, also for rates at unequal distances."""
     across, up = _axes_of(cells)
     places = {pair: (across.index(pair[0]), up.index(pair[1])) for pair in cells}
     numbers = len(across) * len(up) <= _MOST_NUMBERS
@@ -114,7 +114,7 @@ def _mark_cell(axes: Any, place: tuple[int, int], mark: str, ink: str) -> None:
         axes.plot([place[0] + 0.38], [place[1] + 0.34], "o", markersize=4.5, color=ink, zorder=6)
         return
     dashed = mark == "diagonal"
-    # A dark ring and a light one inside it: one of them is visible on every colour.
+    # A dark ring with a light ring inside, because one of them is visible on every colour.
     outer, line = (BASELINE if dashed else "#000000"), ((0, (3, 1.4)) if dashed else "solid")
     for inset, colour, width in ((0.035, outer, 3.4), (0.075, "#ffffff", 1.4)):
         _square(axes, place, inset, facecolor="none", edgecolor=colour, linewidth=width, linestyle=line, zorder=5)
@@ -202,7 +202,7 @@ def _marks(results: SweepResults, values: Values) -> dict[Pair, str]:
 
 
 def _handles(results: SweepResults, values: Values, cells: Cells, full: bool) -> list[Any]:
-    """Return the legend's entries, as far as the figure has the marks that they explain."""
+    """Return the legend's entries for the marks that the figure has."""
     marks = set(_marks(results, values).values())
     ring: dict[str, Any] = {"edgecolor": BASELINE, "linewidth": 2.4, "linestyle": (0, (2, 1))}
     dot: dict[str, Any] = {"color": INK, "marker": "o", "markersize": 4.5, "linestyle": ""}
@@ -220,13 +220,13 @@ def _handles(results: SweepResults, values: Values, cells: Cells, full: bool) ->
 
 
 def _caption(cells: Cells, beyond: int, full: bool) -> str:
-    caption = "Below the dashed line lora_B learns faster than lora_A (LoRA+), above it slower."
+    caption = "Below the dashed line lora_B has a larger rate than lora_A (LoRA+), above it a smaller rate."
     if any(len(members) > 1 for members in cells.values()):
-        caption += " Several settings share a pair of rates: the best of them is shown."
+        caption += " If several settings have the same pair of rates, the best is shown."
     if not full:
-        caption += " Grey lines: pairs of one ratio."
+        caption += " Grey lines: pairs with the same ratio."
     if beyond:
-        caption += f" {beyond} value{'s' if beyond > 1 else ''} beyond the scale have the colour of its end."
+        caption += f" {beyond} value{'s' if beyond > 1 else ''} beyond the scale have the colour of the scale's end."
     return caption
 
 

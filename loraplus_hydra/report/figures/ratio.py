@@ -14,18 +14,18 @@ from loraplus_hydra.report.formatting import short
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import Setting, order
 
-# Keys shown by the axis and the lines; other varied keys give panels.
+# Keys that the axis and the lines show. Other varied keys get panels.
 _SHOWN = ("loraplus.ratio", "loraplus.lr_A", "loraplus.lr_B", "optimizer.lr", "model.lr")
 _MOST_PANELS, _MOST_LINES = 6, 12
-_COLUMNS = 3  # of panels
-_CHARACTERS = 100  # of all titles in a row
+_COLUMNS = 3  # maximum number of panels in a row
+_CHARACTERS = 100  # maximum number of characters of all titles in a row
 _MARKERS = "osD^v"  # in addition to colours, for readers with any colour vision
 
 
 def draw(results: SweepResults) -> style.Picture | None:
-    """Draw a panel of metric over ratio for each value of the other keys.
+    """Draw the metric over the ratio, with a panel for each value of the other keys.
 
-    If there are many such values, one panel shows the best over them.
+    If there are too many values, a single panel shows the best over all values.
     """
     settings = [one for one in results.settings if one.ratio is not None]
     ratios = sorted({one.ratio for one in settings if one.ratio is not None})
@@ -82,11 +82,11 @@ def _caption(
     if any(one.ratio == 1 for one in settings):
         caption += " Dashed: ratio 1, plain LoRA."
     if len(rates) == 1:
-        caption += f" The rate of lora_A is {short(rates[0])} everywhere."
+        caption += f" The rate of lora_A is always {short(rates[0])}."
     if len(panels) == 1 and (others := [key for key in results.compared if key not in _SHOWN]):
         caption += f" Each point is the best over {', '.join(results.names[key] for key in others)}."
     if beyond or any(one.failed for one in settings):
-        caption += " A cross at the edge: a job failed, or the value lies beyond the axis."
+        caption += " A cross at the edge: a job failed, or the value is beyond the axis."
     return caption
 
 
@@ -156,6 +156,6 @@ def _legend(figure: Any, looks: Mapping[float, Mapping[str, Any]]) -> None:
 
 
 def _rate(setting: Setting) -> float:
-    """Return eta_A, rounded so that equal rates are equal."""
+    """Return eta_A, rounded because rates can differ by rounding errors."""
     assert setting.rates is not None
     return float(f"{setting.rates.lr_A:.6g}")

@@ -1,4 +1,4 @@
-"""signals.png: norms of each group's tensors, and their change per step."""
+"""signals.png: norms of each group's tensors, and norms of the updates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def draw(results: SweepResults) -> Picture | None:
         if other is not None:
             _lines(left, right, other.norms, group, {"color": colour, "linestyle": (0, (4, 2)), "alpha": 0.75})
     left.set_title("norm of the group's tensors")
-    right.set_title("change in one step, as a share of the norm")
+    right.set_title("change in one step, relative to the norm")
     right.set_yscale("log")
     _plain_log_ticks(right.yaxis)
     for axes in (left, right):
@@ -55,6 +55,6 @@ def _caption(best: Job, other: Job | None) -> str:
     if other is not None:
         caption += f" Dashed: a job of the best setting at ratio 1 ({other.folder})."
     return caption + (
-        " LoRA learns efficiently when both factors move (arXiv 2402.12354). On the right, a group far below the other "
-        "hardly learns."
+        " LoRA learns efficiently if both factors change (arXiv 2402.12354). In the right panel, a group far below the "
+        "other hardly learns."
     )

@@ -1,4 +1,4 @@
-"""Style of the figures, and their export as PNG and SVG."""
+"""The figures' style, and their export as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from loraplus_hydra.report.formatting import short
 
-# On the page each becomes the CSS variable of its name, so no other colour may equal one of them.
+# On the page each colour becomes the CSS variable with its name, so all other colours must be different.
 INK, MUTED, GRID, PAPER, OTHERS = "#1b1f24", "#5b6470", "#dfe3e8", "#fefefe", "#b4bbc4"
-# Okabe and Ito's palette, for every kind of colour vision.
+# Okabe and Ito's palette, which suits every kind of colour vision.
 BEST, BASELINE = "#0072b2", "#d55e00"
 _VARIABLES = {
     INK: "ink",
@@ -31,10 +31,10 @@ _VARIABLES = {
     BEST: "best",
     BASELINE: "baseline",
 }
-# For lines without an order.
+# Colours for lines without an order.
 PALETTE = (BEST, BASELINE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DOTS_PER_INCH = 140
-# matplotlib's, while the figures are drawn and written.
+# matplotlib's settings while the figures are drawn and written.
 SETTINGS = {
     "text.parse_math": False,  # texts are untrusted
     "font.size": 9.5,
@@ -62,7 +62,7 @@ SETTINGS = {
     "figure.facecolor": PAPER,
     "savefig.facecolor": "auto",
     "svg.fonttype": "none",
-    "svg.hashsalt": "loraplus_hydra",  # the same sweep gives the same file
+    "svg.hashsalt": "loraplus_hydra",  # fixed, so that the same sweep gives the same file
     "hatch.linewidth": 0.9,
     "path.simplify": True,
 }
@@ -72,17 +72,17 @@ SETTINGS = {
 class Picture:
     """A figure with its title and caption."""
 
-    name: str  # of its file, without .png
+    name: str  # name of the file, without .png
     title: str
     caption: str
     figure: Any  # a matplotlib Figure
-    svg: str = ""  # the figure as an <svg> element, once it is written
+    svg: str = ""  # the figure as an <svg> element; empty before it is written
 
 
 def new_figure(width: float, height: float) -> Any:
     """Return an empty figure, sizes in inches."""
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)  # without pyplot, which would look for a display
+    FigureCanvasAgg(figure)  # not pyplot, because pyplot would search for a display
     return figure
 
 
@@ -121,15 +121,15 @@ def _without_size(attributes: str) -> str:
 def robust_limits(values: Iterable[float]) -> tuple[float, float, int]:
     """Return the ends of a scale, and the number of values beyond it.
 
-    A value is beyond the scale if its distance from the middle 80% of the values is more than 1.5 times their width.
-    So a diverged job does not flatten the curves of the others.
+    A value is beyond the scale if its distance from the middle 80% of the values is more than 1.5 times the width of
+    that range. So a diverged job does not flatten the other jobs' curves.
     """
     known = numpy.asarray(list(values), dtype=float)
     if not len(known):
         return 0.0, 1.0, 0
     inner, outer = numpy.quantile(known, [0.1, 0.9])
     room = 1.5 * (outer - inner)
-    if not room:  # most values are equal; the others stay on the scale
+    if not room:  # if most values are equal, all values stay on the scale
         room = 1.5 * float(numpy.ptp(known))
     inside = known[(known >= inner - room) & (known <= outer + room)]
     return float(inside.min()), float(inside.max()), len(known) - len(inside)
@@ -142,7 +142,7 @@ def padded(low: float, high: float, share: float = 0.06) -> tuple[float, float]:
 
 
 def log_ticks(axis: Any, values: Sequence[float]) -> None:
-    """Set a log axis's ticks to the given values, without those whose labels would overlap."""
+    """Set a log axis's ticks to `values`, except values whose labels would overlap."""
     ordered = sorted(set(values))
     span = math.log(ordered[-1] / ordered[0]) or 1.0
     kept: list[float] = []
@@ -156,5 +156,5 @@ def log_ticks(axis: Any, values: Sequence[float]) -> None:
 
 def ordered_colours(number: int) -> list[Any]:
     """Return viridis colours for ordered values."""
-    scale = matplotlib.colormaps["viridis"]  # without its ends, which are hard to see on light or dark pages
+    scale = matplotlib.colormaps["viridis"]  # without both ends, which are hard to see on light or dark pages
     return [scale(0.3 if number == 1 else 0.22 + 0.56 * place / (number - 1)) for place in range(number)]
