@@ -309,7 +309,7 @@ def test_folder_that_is_no_finished_run_is_refused(
 ) -> None:
     folder = broken_run(copied, kind)
     before = sorted(copied.rglob("*")) if copied.exists() else []
-    ended = cli(command[0], str(folder), *command[1:])
+    ended = cli(command[0], str(folder), *command[1:], "allow_changed_inputs=true")
     assert ended.status == 1
     assert told in ended.err
     assert "Traceback" not in ended.err

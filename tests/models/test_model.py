@@ -209,7 +209,7 @@ def test_a_token_that_no_text_has_pads_where_the_tokenizer_has_none(
     config_of("llama").save_pretrained(tmp_path)
     assert load_tokenizer(model_group(tmp_path)).pad_token == pad
     assert load_tokenizer(model_group(tmp_path, pad_token="<eos>")).pad_token == "<eos>"
-    with pytest.raises(ConfigErrors, match=r"model\.pad_token: '<nothing>' is no token"):
+    with pytest.raises(ConfigErrors, match=r"model\.pad_token: '<nothing>' is not a token"):
         load_tokenizer(model_group(tmp_path, pad_token="<nothing>"))
 
 
