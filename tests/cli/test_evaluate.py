@@ -97,7 +97,7 @@ def test_other_rows_for_a_run_of_the_embedded_ones_need_another_option(
     ended = cli("evaluate", str(copied), "data.eval=other.jsonl")
     assert ended.status == 1
     assert [line for line in ended.err.splitlines() if line.startswith("  - ")] == [
-        "  - data.eval: load takes no argument 'eval'; name another option: data=jsonl data.eval=..."
+        "  - data.eval: load takes no argument 'eval'; choose another option: data=jsonl data.eval=..."
     ]
     ended = cli("evaluate", str(copied), "data=jsonl", "data.eval=other.jsonl")
     assert ended.status == 0, ended.err
