@@ -56,7 +56,7 @@ def test_stored_run_with_a_moved_path_gets_one_error(
     before = sorted(folder.rglob("*"))
     ended = cli(command, str(folder), *(["text=one"] if command == "predict" else []))
     assert ended.status == 1
-    assert "1 thing to put right" in ended.err
+    assert "1 error:" in ended.err
     assert f"run: its config names {name or path}, but this version has renamed" in ended.err
     assert f"(adapter=existing adapter.path={folder / 'adapter'}), or load it with PEFT" in ended.err
     assert sorted(folder.rglob("*")) == before
@@ -68,7 +68,7 @@ def test_all_moved_paths_are_in_the_one_error(stored: Callable[..., Path], cli: 
     with (folder / "config.yaml").open("a") as file:
         file.write("no_such_key: 1\n")
     ended = cli("resume", str(folder))
-    assert "1 thing to put right" in ended.err
+    assert "1 error:" in ended.err
     assert f"its config names {', '.join(paths)}, which" in ended.err
 
 

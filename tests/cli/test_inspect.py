@@ -39,7 +39,7 @@ def test_needs_no_rows(cli: Callable[..., Finished], tiny_model: Path) -> None:
 def test_wrong_config_is_told(cli: Callable[..., Finished], tiny_model: Path) -> None:
     finished = cli("inspect", "model=hub", f"model.path={tiny_model}", "loraplus.ratio=0", "adapter.r=0")
     assert finished.status == 1
-    assert "2 things to put right" in finished.err
+    assert "2 errors:" in finished.err
 
 
 def test_json_agrees_with_what_a_run_writes(

@@ -262,7 +262,7 @@ def test_one_mistake_is_one_thing_to_put_right(mistake: str, cli: Callable[..., 
     overrides, told = ONCE[mistake]
     finished = cli("check", *(override.format(folder=tmp_path) for override in overrides))
     assert finished.status == 1
-    assert finished.err == f"1 thing to put right:\n  - {told.format(folder=tmp_path)}\n"
+    assert finished.err == f"1 error:\n  - {told.format(folder=tmp_path)}\n"
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_every_mistake_is_told_at_once(tiny_run: list[str], cli: Callable[..., F
     )
     for key in ("adapter.r", "loraplus.ratio", "trainer.seed", "optimizer._target_"):
         assert f"- {key}: " in finished.err
-    assert "4 things to put right" in finished.err
+    assert "4 errors:" in finished.err
 
 
 def test_every_override_that_does_not_compose_is_told_at_once(cli: Callable[..., Finished]) -> None:

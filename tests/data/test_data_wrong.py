@@ -282,7 +282,7 @@ def test_error_has_its_place(
         *(override.format(folder=folder, path=path) for override in mistake.overrides),
     )
     assert finished.status == 1
-    assert "1 thing to put right" in finished.err
+    assert "1 error:" in finished.err
     for words in mistake.expected:
         assert words in finished.err
     assert "Traceback" not in finished.out + finished.err

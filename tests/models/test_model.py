@@ -103,7 +103,7 @@ def test_a_missing_model_is_one_clear_problem(cli: Callable[..., Finished], tiny
     for command in ((), ("check",)):
         ended = cli(*command, "model=hub", "model.path=nobody/nothing", *data, "hydra.run.dir=run")
         assert ended.status == 1
-        assert ended.err.startswith("1 thing to put right:\n  - model.path: ")
+        assert ended.err.startswith("1 error:\n  - model.path: ")
         assert ended.err.count("\n") == 2
         assert "nobody/nothing" in ended.err
         assert "Traceback" not in ended.err

@@ -81,7 +81,7 @@ def test_keys_that_the_function_does_not_take_are_listed(
     overrides, message = MISTAKES[name]
     checked = cli("check", *own, *overrides)
     assert checked.status == 1
-    assert "1 thing to put right" in checked.err
+    assert "1 error:" in checked.err
     assert message in checked.err
 
 
