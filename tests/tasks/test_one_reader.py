@@ -1,6 +1,6 @@
 """Training, `preview`, `evaluate` and `predict` read generated rows of every shape alike.
 
-What each must read is written by hand from the dialogue that a row tells, without any code of ours.
+The expected text is written by hand from the dialogue that a row holds, without code of the package.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TEXTS = st.lists(st.sampled_from(WORDS.split()), min_size=1, max_size=4).map(" "
 
 @dataclass(frozen=True)
 class Dialogue:
-    """What a row tells: rounds of question and answer, and another last answer."""
+    """A row's content: rounds of question and answer, and another last answer."""
 
     system: str
     rounds: tuple[tuple[str, str], ...]
@@ -207,9 +207,9 @@ def compare(
     path = rows_of(form, made, folder / "rows.jsonl")
     config = configured(compose, model, form, path)
     examples = load_examples(config, load_tokenizer(config.model))
-    told = made + made[:1] if form.task == "experiment=kto" else made
-    assert sorted(trained(examples)) == sorted(expected_of(form, told))
-    assert asked_by_predict(path, run, config) == [one.seen(marked=False).partition(" [")[0] for one in told]
+    written = made + made[:1] if form.task == "experiment=kto" else made
+    assert sorted(trained(examples)) == sorted(expected_of(form, written))
+    assert asked_by_predict(path, run, config) == [one.seen(marked=False).partition(" [")[0] for one in written]
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -260,8 +260,8 @@ def test_preview_shows_what_is_trained(
     config = configured(compose, words_folder, form, rows_of(form, SAMPLE, tmp_path / "rows.jsonl"))
     tokenizer = load_tokenizer(config.model)
     shown = preview(check(config), tokenizer, load_examples(config, tokenizer))
-    told = SAMPLE + SAMPLE[:1] if form.task == "experiment=kto" else SAMPLE
-    assert sorted(previewed(row) for row in shown) == sorted(expected_of(form, told))
+    written = SAMPLE + SAMPLE[:1] if form.task == "experiment=kto" else SAMPLE
+    assert sorted(previewed(row) for row in shown) == sorted(expected_of(form, written))
 
 
 @pytest.mark.parametrize("name", some("Alpaca", "messages")[:7])
