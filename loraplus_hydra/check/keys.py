@@ -10,6 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from loraplus_hydra.config.schema import CLOSED_GROUPS, GROUPS, RunConfig
+from loraplus_hydra.config.synonyms import meant_overrides
 from loraplus_hydra.errors import Problem, first_line, nearest
 
 CLOSED: dict[str, type] = {"": RunConfig, **{group: GROUPS[group] for group in CLOSED_GROUPS}}
@@ -78,6 +79,9 @@ def unknown_keys(plain: dict[str, Any], config: DictConfig) -> list[Problem]:
         for key in holder if isinstance(holder, dict) else ():
             if key not in names:
                 key_path = f"{path}.{key}" if path else key
+                if meant := meant_overrides(key, str(holder[key]), plain):
+                    problems.append(Problem(key_path, "there is no such key", f"write {meant}"))
+                    continue
                 fix = f"{path or 'the config'} has the keys {', '.join(names)}"
                 problems.append(Problem(key_path, f"there is no such key{nearest(key, names)}", fix))
     return problems + _unread_loraplus_keys(config)

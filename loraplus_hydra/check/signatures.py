@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
+from loraplus_hydra.config.synonyms import own_name
 from loraplus_hydra.config.types import describe, fits
 from loraplus_hydra.errors import Problem, nearest
 
@@ -44,7 +45,7 @@ def argument_problems(
             problems.append(Problem(key, "is passed by the run itself", "remove it"))
         elif name not in named and not takes_any:
             fix = f"it takes {', '.join(offered) or 'none'}" if len(offered) <= 30 else ""
-            hint = nearest(name, [*offered, *also_valid])
+            hint = nearest(own_name(name, where), [*offered, *also_valid])
             problems.append(Problem(key, f"{title} takes no argument '{name}'{hint}", fix))
         elif name in hints and not fits(value, hints[name]):
             problems.append(Problem(key, f"'{value}' is not {describe(hints[name])}", "give it a value of this type"))

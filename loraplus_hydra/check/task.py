@@ -16,6 +16,7 @@ from loraplus_hydra.check.kinds import TARGET, derives, is_auto_class, resolve, 
 from loraplus_hydra.check.signatures import argument_problems, documented_value_problems
 from loraplus_hydra.check.values import MASTERS
 from loraplus_hydra.config.schema import NOT_TRAINING_ARGUMENTS, TaskConfig
+from loraplus_hydra.config.synonyms import own_name
 from loraplus_hydra.errors import Problem, first_line, nearest
 from loraplus_hydra.io.processes import world_size
 from loraplus_hydra.tasks.examples import BASE, own_arguments
@@ -105,7 +106,7 @@ def _misplaced(arguments: type, trainer: dict[str, Any], own: dict[str, Any]) ->
             if name in elsewhere:
                 problems.append(Problem(f"{place}.{name}", "belongs to another group", f"write {other}.{name}"))
             elif name not in valid and name not in MASTERS:
-                hint = nearest(name, valid | elsewhere)
+                hint = nearest(own_name(name, place), valid | elsewhere)
                 problems.append(Problem(f"{place}.{name}", f"{arguments.__name__} has no such field{hint}"))
         # `fsdp` is annotated as text, but accepts true.
         known = {name: value for name, value in group.items() if name in valid and name != "fsdp"}

@@ -10,6 +10,7 @@ from loraplus_hydra.config.schema import value_ranges
 from loraplus_hydra.config.types import describe, mismatch
 from loraplus_hydra.errors import Problem
 
+_NO_KEY = "no key: "
 # Settings of transformers.TrainingArguments that have another key in this config -> that key.
 MASTERS: dict[str, str] = {
     "learning_rate": "optimizer.lr",
@@ -64,7 +65,10 @@ def set_elsewhere(key: str) -> Problem | None:
     found = re.match(r"((?:trainer|task\.args)\.(\w+))(\.|$)", key)
     if found is None or found[2] not in MASTERS:
         return None
-    return Problem(found[1], "can't be set here", f"it is set by {MASTERS[found[2]]}")
+    master = MASTERS[found[2]]
+    if master.startswith(_NO_KEY):
+        return Problem(found[1], "can't be set here", master.removeprefix(_NO_KEY))
+    return Problem(found[1], "can't be set here", f"it is set by {master}")
 
 
 def _contradictions(plain: dict[str, Any]) -> Iterator[Problem]:

@@ -22,6 +22,7 @@ _WITH_VALUE = frozenset(
     )
 )
 _COMPLETION = re.compile("(install|uninstall|query)=(bash|zsh|fish)")
+_NUMBER = re.compile(r"-[\d.][\de.+-]*")
 _FIX = "--help and --hydra-help list the flags"
 
 
@@ -42,10 +43,10 @@ def flags_and_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
-def refuse_wrong_flags(words: list[str], own: Iterable[str]) -> None:
-    """Raise ConfigErrors for unknown flags and invalid values. `own` are the command's own flags.
+def refuse_wrong_flags(words: list[str], own: Iterable[str]) -> list[Problem]:
+    """Raise ConfigErrors for invalid values of flags, and return a Problem for each unknown flag.
 
-    Hydra's own parser would print its usage and end the program with status 2.
+    `own` are the command's flags. Hydra's own parser would print its usage and end the program with status 2.
     """
     flags, overrides = flags_and_overrides([word for word in words if word.removeprefix("--") not in own])
     parser = get_args_parser()
@@ -53,7 +54,28 @@ def refuse_wrong_flags(words: list[str], own: Iterable[str]) -> None:
     given, unknown = parser.parse_known_args([*overrides, *flags])
     known = [*parser._option_string_actions, *(f"--{name}" for name in own)]
     problems = [Problem(word, f"there is no such flag{nearest(word, known)}", _FIX) for word in unknown]
-    refuse([*problems, *_value_problems(given)])
+    if wrong := list(_value_problems(given)):
+        raise ConfigErrors([*problems, *wrong])
+    return problems
+
+
+def with_values(problems: list[Problem], words: list[str]) -> tuple[list[tuple[Problem, str, str]], list[str]]:
+    """Return the Problem of each flag with its name and value, and all words that are neither.
+
+    The value may be the next word, as in `--lr 1e-4`; without one it is true.
+    """
+    found = []
+    others = list(words)
+    for problem in problems:
+        if problem.key not in others:  # a negative number, which was the value of the flag before
+            continue
+        place = others.index(problem.key)
+        name, is_given, value = others.pop(place).lstrip("-").partition("=")
+        following = others[place] if place < len(others) else "-"
+        if not is_given and (_NUMBER.fullmatch(following) or not (following.startswith("-") or "=" in following)):
+            value = others.pop(place)
+        found.append((problem, name, value or "true"))
+    return found, others
 
 
 def _refuse(message: str) -> NoReturn:

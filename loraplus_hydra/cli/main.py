@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from loraplus_hydra.cli.arguments import hydra_arguments, refuse_wrong_flags, split_command
+from loraplus_hydra.cli.arguments import hydra_arguments, refuse_wrong_flags, split_command, with_values
 from loraplus_hydra.cli.before_run import BeforeRun
 from loraplus_hydra.cli.commands import COMMANDS, commands_help
 from loraplus_hydra.cli.errors import (
@@ -89,7 +89,9 @@ def _run(name: str, arguments: list[str]) -> int:
     overrides = arguments
     try:
         interrupts.stop_if_asked()  # while this module was imported
-        refuse_wrong_flags(arguments, COMMANDS[name].flags)
+        if unknown := refuse_wrong_flags(arguments, COMMANDS[name].flags):
+            flags, others = with_values(unknown, arguments)
+            raise ConfigErrors(override_problems(hydra_arguments(name, others), COMMANDS[name].config, flags=flags))
         overrides = hydra_arguments(name, arguments)
         if name == "resume" and not any(override.startswith("run=") for override in overrides):
             raise ConfigErrors([Problem("run", "no run's folder is given", "write the folder after the command")])

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import traceback
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -24,11 +25,13 @@ from loraplus_hydra.cli.arguments import flags_and_overrides
 from loraplus_hydra.cli.commands import COMMANDS
 from loraplus_hydra.config.locations import config_folder
 from loraplus_hydra.config.schema import CLOSED_GROUPS, GROUPS, RunConfig, run_of
-from loraplus_hydra.config.synonyms import meant_keys, meant_option
+from loraplus_hydra.config.synonyms import meant_option, meant_overrides
 from loraplus_hydra.errors import Problem, first_line, nearest
 from loraplus_hydra.sweep.plugins import missing_plugin
 
 ROOT_KEYS = (*(field.name for field in fields(RunConfig)), "sweep", "experiment", "hparams_search", "launcher", "debug")
+# `key = value`, `key= value`, `key =value`, `key: value` or `key:value`, of one to three words.
+_SPACED = re.compile(r"([\w./@]+)(?: = ?|= | =|: ?)([^\s=]+)(?= |$)")
 # Kinds of sweep overrides whose values can be listed without a sweeper.
 _LISTED = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP)
 
@@ -53,9 +56,15 @@ def is_composing_error(error: BaseException) -> bool:
     return bool(places) and places[-1].split(".")[0] in ("hydra", "omegaconf", "antlr4", "yaml")
 
 
-def override_problems(arguments: list[str], config: str, first_error: Exception | None = None) -> list[Problem]:
+def override_problems(
+    arguments: list[str],
+    config: str,
+    first_error: Exception | None = None,
+    flags: Sequence[tuple[Problem, str, str]] = (),
+) -> list[Problem]:
     """Return one Problem for each override in `arguments` that doesn't compose with the YAML `config`.
 
+    `flags` are the Problems of unknown flags, each with its name and value, which may be meant as an override.
     `first_error` is Hydra's own error, if known. With a single override, it is used instead of a second composition.
     """
     overrides = get_args_parser().parse_known_args(arguments)[0].overrides
@@ -63,8 +72,10 @@ def override_problems(arguments: list[str], config: str, first_error: Exception 
     with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
         composition = _Composition(config, is_sweep=bool({"--multirun", "-m"} & set(arguments)))
         known_error = first_error if len(overrides) == 1 else None
+        spaced, overrides = _without_spaces(overrides)
         tried = [composition.accept(text, known_error) for text in overrides]
-    problems = [problem for problem in tried if problem is not None]
+        problems = [_pair_problem(*each, composition) for each in (*flags, *spaced)]
+    problems += [problem for problem in tried if problem is not None]
     if not problems and first_error is not None:
         return _swept_group_problems(overrides, first_error)
     return problems
@@ -77,6 +88,7 @@ class _Composition:
     config: str
     is_sweep: bool
     accepted: list[str] = field(default_factory=list)
+    _composed: dict[int, DictConfig] = field(default_factory=dict)  # by the number of accepted overrides
 
     @property
     def is_run(self) -> bool:
@@ -84,7 +96,12 @@ class _Composition:
         return self.config == "config"
 
     def compose(self, *overrides: str) -> DictConfig:
-        return compose(self.config, overrides=[*self.accepted, *overrides], return_hydra_config=True)
+        if overrides or len(self.accepted) not in self._composed:
+            composed = compose(self.config, overrides=[*self.accepted, *overrides], return_hydra_config=True)
+            if overrides:
+                return composed
+            self._composed = {len(self.accepted): composed}
+        return self._composed[len(self.accepted)]
 
     def accept(self, text: str, known_error: Exception | None) -> Problem | None:
         """Add an override, or return a Problem if it doesn't compose.
@@ -94,7 +111,7 @@ class _Composition:
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException as error:
-            return _grammar_problem(text, error)
+            return _grammar_problem(text, error, self)
         key = override.key_or_group
         if self.is_run and has_unknown_key([text]):
             return _unknown_key(key, text, self)
@@ -110,6 +127,33 @@ class _Composition:
                 return _explain(key, single, error, self)
         self.accepted.append(singles[0])
         return None
+
+
+def _without_spaces(words: list[str]) -> tuple[list[tuple[Problem, str, str]], list[str]]:
+    """Return a Problem, key and value of overrides such as `seed = 3`, and all other words."""
+    spaced: list[tuple[Problem, str, str]] = []
+    others: list[str] = []
+    left = list(words)
+    while left:
+        typed = " ".join(left[:3])
+        if found := _SPACED.match(typed):
+            count = len(found[0].split())
+            problem = Problem(found[0], "is no override", "write key=value, without spaces")
+            spaced.append((problem, found[1], found[2]))
+            del left[:count]
+        else:
+            others.append(left.pop(0))
+    return spaced, others
+
+
+def _pair_problem(problem: Problem, key: str, value: str, composition: _Composition) -> Problem:
+    """Add to a Problem the override that is meant by the key and its value, if there is one."""
+    config = composition.compose()
+    if select(OmegaConf.to_container(config, resolve=False), key)[0]:
+        fix = f"write {key}={value}"
+    else:
+        fix = _meant_overrides(key, f"{key}={value}", config) if composition.is_run else ""
+    return replace(problem, what=problem.what.partition(" (")[0], fix=fix) if fix else problem
 
 
 def _swept_group_problems(overrides: list[str], error: Exception) -> list[Problem]:
@@ -142,14 +186,20 @@ def _single_values(text: str, override: Override) -> list[str]:
     return [f"{prefix}={value}" for value in override.sweep_string_iterator()]
 
 
-def _grammar_problem(text: str, error: HydraException) -> Problem:
-    if "=" not in text and not text.startswith("~"):
-        if text in COMMANDS:
-            return Problem(
-                text, "is a command, but a command must be the first word", f"write {text} ... before all other words"
-            )
-        return Problem(text, f"is neither a command nor key=value{nearest(text, COMMANDS)}", "write key=value")
-    return Problem(text, f"can't be read: {first_line(error)}", "quote the value: key='\"...\"'")
+def _grammar_problem(text: str, error: HydraException, composition: _Composition) -> Problem:
+    if "=" in text or text.startswith("~"):
+        return Problem(text, f"can't be read: {first_line(error)}", "quote the value: key='\"...\"'")
+    if text in COMMANDS:
+        fix = f"write {text} ... before all other words"
+        return Problem(text, "is a command, but a command must be the first word", fix)
+    fix = "write key=value"
+    if not composition.is_run:
+        fix = f"write it as in: {composition.config} {COMMANDS[composition.config].usage}"
+    elif text.endswith((".yaml", ".yml")):
+        fix = "a YAML of your own is an option of a group: --config-dir DIR experiment=x for DIR/experiment/x.yaml"
+    elif meant := meant_option("data", text):
+        fix = f"write {meant}"
+    return Problem(text, f"is neither a command nor key=value{nearest(text, (*COMMANDS, '--help'))}", fix)
 
 
 def _explain(key: str, text: str, error: Exception, composition: _Composition) -> Problem:
@@ -161,6 +211,9 @@ def _explain(key: str, text: str, error: Exception, composition: _Composition) -
         return plugin
     if isinstance(error, MissingConfigException) and error.options is not None:
         return _unknown_option(key, text.split("=", 1)[1], list(error.options), composition)
+    if "Config group override must be a string" in str(error):  # a number
+        options = sorted(file.stem for file in (config_folder() / key).glob("*.yaml"))
+        return _unknown_option(key, text.split("=", 1)[1], options, composition)
     if isinstance(cause, ValidationError):
         return Problem(key, _type_message(cause), "use a value of that type")
     if "is already at" in str(error) or "Could not append" in str(error):
@@ -175,6 +228,8 @@ def _explain(key: str, text: str, error: Exception, composition: _Composition) -
 def _unknown_option(key: str, value: str, options: list[str], composition: _Composition) -> Problem:
     if composition.is_run and (meant := meant_option(key, value)):
         return Problem(key, f"there is no option '{value}'", f"write {meant}")
+    if value.lower() in options:
+        return Problem(key, f"there is no option '{value}'", f"write {key}={value.lower()}")
     return Problem(key, f"there is no option '{value}'{nearest(value, options)}", f"use one of {', '.join(options)}")
 
 
@@ -192,8 +247,10 @@ def _unknown_key(key: str, text: str, composition: _Composition) -> Problem:
     is_run, config = composition.is_run, composition.compose()
     if is_run and has_unknown_key([text]):
         hint = nearest(key.replace("/", ".").split(".")[0], ROOT_KEYS)
-        if fix := _meant_overrides(key, text, config):
+        if fix := _meant_overrides(key.rpartition(".")[2], text, config):
             return Problem(key, "there is no such key", fix)
+        if problem := set_elsewhere(f"trainer.{key}"):
+            return replace(problem, key=key, what="there is no such key")
         return Problem(key, f"there is no such key{hint}", f"the config has the keys {', '.join(ROOT_KEYS)}")
     if is_run and (problem := set_elsewhere(key)):
         return problem
@@ -203,6 +260,8 @@ def _unknown_key(key: str, text: str, composition: _Composition) -> Problem:
         fix = f"change single keys: {key}.key=value"
         return Problem(key, f"'{text}' chooses another option, but a stored run's option can't be changed", fix)
     options = _options_with(key) if is_run and parent in (*GROUPS, "task.args") else []
+    if composition.config == "resume":  # its groups are empty until the run's config is read
+        is_run, config = True, compose("config", return_hydra_config=True)
     if is_run and not options and (fix := _meant_overrides(last, text, config)):
         return Problem(key, "there is no such key", fix)
     hint = "" if options else nearest(last, names)
@@ -226,9 +285,8 @@ def _deepest_part(key: str, config: DictConfig) -> tuple[str, list[str]]:
 def _meant_overrides(name: str, text: str, config: DictConfig) -> str:
     """Return advice for a key of another group or another tool; empty if none is known."""
     plain: Any = OmegaConf.to_container(run_of(config), resolve=False)
-    value = text.partition("=")[2]
-    overrides = [f"{key}={value}" for key in meant_keys(name, plain)]
-    return f"write {' or '.join(overrides)}" if overrides else ""
+    meant = meant_overrides(name, text.partition("=")[2], plain)
+    return f"write {meant}" if meant else ""
 
 
 def _may_be_added(parent: str, *, of_an_option: bool) -> str:

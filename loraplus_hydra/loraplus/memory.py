@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
+from loraplus_hydra.errors import UserError, first_line
 from loraplus_hydra.loraplus.optimizer import build_optimizer
 from loraplus_hydra.loraplus.plan import Plan, PlannedTensor, StateSize
 from loraplus_hydra.loraplus.rules import TensorRecord
@@ -22,6 +24,8 @@ from loraplus_hydra.loraplus.settings import LoraPlus
 BLOCK_4BIT = 64  # numbers that share one scale in bitsandbytes' 4-bit weights
 BLOCK_OF_SCALES = 256  # scales that share one scale again, with double quantisation
 LARGEST_STAND_IN = 2**21  # numbers; a larger tensor's stand-in has only its first rows
+
+Kind = tuple[str, tuple[int, ...], bool]  # group, shape, and whether it is a trained embedding
 
 
 @dataclass(frozen=True)
@@ -59,30 +63,46 @@ def estimate(model: nn.Module, plan: Plan, quantization: Mapping[str, Any] | Non
 def measure_state(plan: Plan, settings: LoraPlus) -> Plan:
     """Return `plan` with the measured size of each tensor's optimizer state.
 
-    The sizes stay None for an optimizer class that can only step on a GPU.
+    The sizes stay None for an optimizer class that can only step on a GPU. Raises UserError for arguments with which it
+    can't step, though it can without them.
     """
     # One stand-in for each kind of tensor of a group: equal shapes have equal states.
     records = {_kind(tensor): tensor.record for tensor in plan.tensors}
-    stand_ins = {kind: _stand_in(record) for kind, record in records.items()}
-    optimizer = build_optimizer(
-        settings.optimizer_class,
-        [
-            replace(group, records=tuple(record for kind, record in records.items() if kind[0] == group.name))
-            for group in plan.groups
-        ],
-        ((records[kind].name, stand_in) for kind, stand_in in stand_ins.items()),
-        dict(settings.optimizer_arguments),
-    )
-    try:
-        optimizer.step()
-    except (RuntimeError, ValueError, NotImplementedError):
-        return plan
+    optimizer, stand_ins = _stand_in_optimizer(plan, records, settings, settings.optimizer_arguments)
+    if error := _step_error(optimizer):
+        default, _ = _stand_in_optimizer(plan, records, settings, {"lr": settings.lr})
+        if _step_error(default):
+            return plan
+        raise UserError(f"{settings.optimizer_class.__name__} can't take a step with these arguments: {error}")
     sizes = {kind: _state_size(optimizer.state[one], one, records[kind].numel) for kind, one in stand_ins.items()}
     return replace(plan, tensors=tuple(tensor._replace(state=sizes[_kind(tensor)]) for tensor in plan.tensors))
 
 
-def _kind(tensor: PlannedTensor) -> tuple[Any, ...]:
+def _stand_in_optimizer(
+    plan: Plan, records: Mapping[Kind, TensorRecord], settings: LoraPlus, arguments: Mapping[str, Any]
+) -> tuple[Optimizer, dict[Kind, nn.Parameter]]:
+    """Return the optimizer of stand-ins, and the stand-in of each kind of tensor."""
+    stand_ins = {kind: _stand_in(record) for kind, record in records.items()}
+    groups = [_with_one_record_per_kind(group, records) for group in plan.groups]
+    named = ((records[kind].name, stand_in) for kind, stand_in in stand_ins.items())
+    return build_optimizer(settings.optimizer_class, groups, named, arguments), stand_ins
+
+
+def _step_error(optimizer: Optimizer) -> str:
+    """Return why the optimizer can't take a step; empty if it can."""
+    try:
+        optimizer.step()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return first_line(error)
+    return ""
+
+
+def _kind(tensor: PlannedTensor) -> Kind:
     return tensor.group.name, tensor.record.shape, tensor.record.trained_embedding
+
+
+def _with_one_record_per_kind(group: Group, records: Mapping[Kind, TensorRecord]) -> Group:
+    return replace(group, records=tuple(record for kind, record in records.items() if kind[0] == group.name))
 
 
 def _stand_in(record: TensorRecord) -> nn.Parameter:

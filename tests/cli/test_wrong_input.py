@@ -55,6 +55,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["+task.args.pad_token=steps"],
         ["task.args.pad_token: the tokenizer has no token 'steps'"],
     ),
+    "argument that an optimizer refuses in its first step": (
+        ["optimizer=muon", "+optimizer.ns_steps=200"],
+        ["optimizer: Muon can't take a step with these arguments: Number of steps must be less than 100"],
+    ),
     "level of the log": (["+trainer.log_level=no"], ["trainer.log_level: there is no level 'no'; one of:"]),
     "settings of a class as text": (
         ["+trainer.parallelism_config=x", "+adapter.monteclora_config=auto"],
@@ -90,6 +94,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "option": (["optimizer=adamw8bits"], ["optimizer", "no option 'adamw8bits'", "did you mean 'adamw8bit'"]),
     "key": (["trainer.max_stepz=3"], ["trainer.max_stepz", "did you mean 'max_steps'"]),
     "key behind a plus": (["+trainer.max_stepz=3"], ["trainer.max_stepz", "no such field", "did you mean 'max_steps'"]),
+    "names of other tools behind a plus": (
+        ["+epochs=3", "+adapter.lora_r=8", "+trainer.batch_size=4"],
+        ["epochs: there is no such key; write trainer.num_train_epochs=3", "mean 'r'", "'per_device_train_batch_size'"],
+    ),
     "root key behind a plus": (["+seeed=3"], ["seeed", "did you mean 'seed'"]),
     "model key behind a plus": (["+model.revison=main"], ["model.revison", "did you mean 'revision'"]),
     "adapter key behind a plus": (["+adapter.lora_aplha=3"], ["adapter.lora_aplha", "did you mean 'lora_alpha'"]),
