@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from loraplus_hydra.check.signatures import argument_problems
 from loraplus_hydra.errors import Problem, first_line, nearest
@@ -13,11 +14,17 @@ from loraplus_hydra.models.adapter import peft_arguments, schedule_of
 from loraplus_hydra.models.initialisation import UNSUPPORTED, changes_base
 from loraplus_hydra.models.quantization import quantization_config
 
+_KINDS_4BIT = ("nf4", "fp4")
+# PEFT methods whose model needs more than a batch's tokens, which no Trainer here passes.
+_NEEDS_MORE = {"PolyConfig": "needs a task_id with each row", "XLoraConfig": "needs several adapters that are trained"}
+
 
 def adapter_problems(config_class: type, adapter: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
     """Return the errors of an `adapter` group whose class is a PEFT config."""
     arguments = {key: value for key, value in peft_arguments(adapter).items() if key != "_target_"}
     problems = argument_problems(config_class, arguments, "adapter")
+    if why := _NEEDS_MORE.get(config_class.__name__):
+        problems.append(Problem("adapter._target_", f"{config_class.__name__} {why}", "use adapter=lora"))
     problems += _start_problems(adapter.get("init_lora_weights"))
     if schedule := schedule_of(config_class):
         problems += schedule.problems(adapter, trainer)
@@ -38,9 +45,15 @@ def quantization_problems(
     ]
     if not problems:
         try:
-            quantization_config(quantization)
-        except (ValueError, TypeError, ImportError, AttributeError) as error:
+            quantizer = AutoHfQuantizer.from_config(quantization_config(quantization), pre_quantized=False)
+            # As loading does: packages that are missing, and devices.
+            quantizer.validate_environment(device_map={"": "cpu"} if trainer.get("use_cpu") else None)
+        except (ValueError, TypeError, ImportError, AttributeError, RuntimeError) as error:
             problems.append(Problem("quantization", first_line(error), "see the class's documentation"))
+    kind = arguments.get("bnb_4bit_quant_type", "fp4")
+    if kind not in _KINDS_4BIT:  # bitsandbytes looks it up while it quantises
+        key = "quantization.bnb_4bit_quant_type"
+        problems.append(Problem(key, f"there is no '{kind}'{nearest(kind, _KINDS_4BIT)}", "one of: nf4, fp4"))
     if changes_base(adapter.get("init_lora_weights")):
         what = f"'{adapter['init_lora_weights']}' is computed from the base's weights, but these are quantised"
         problems.append(Problem("adapter.init_lora_weights", what, "use quantization=none, or adapter=lora"))

@@ -50,6 +50,7 @@ _AT_MOST = {
     "gradient_accumulation_steps": 2,
     "dataloader_num_workers": 1,
 }
+_CHANGEABLE = ("_target_", "auto_class", "metric")
 _PLACES = ("trainer", "task.args")
 
 
@@ -78,14 +79,29 @@ def trial_problems(config: DictConfig, examples: Examples) -> list[Problem]:
 
 
 def _unlisted_keys(config: DictConfig) -> Iterator[str]:
+<<<<<<< HEAD
     """Yield the Trainer's arguments in the config that this program's YAML files don't have."""
+=======
+    """Yield the arguments of the Trainer, and keys of the task, whose value stands in no YAML of ours."""
+>>>>>>> b86ccfd (Exports of PEFT's tied and of int8 adapters are right; more of the libraries' late errors are the check's)
     listed = {str(key) for key in _yaml("trainer/default.yaml")}
-    for task in (config_folder() / "task").glob("*.yaml"):
-        listed |= _yaml(f"task/{task.name}").get("args", {}).keys()
+    for each in _tasks():
+        listed |= each.get("args", {}).keys()
+    if (task := _task_of(config)) and not is_classifier(config):  # a classifier's metrics are known
+        yield from (f"task.{key}" for key in _CHANGEABLE if config.task[key] != task[key])
     for place in _PLACES:
         for key, value in OmegaConf.select(config, place).items():
             if key not in listed and value is not None:
                 yield f"{place}.{key}"
+
+
+def _task_of(config: DictConfig) -> dict[str, Any]:
+    """Return the YAML of the task whose rows the config reads; empty for one of the user's own."""
+    return next((task for task in _tasks() if task["examples"] == config.task.examples), {})
+
+
+def _tasks() -> list[dict[str, Any]]:
+    return [_yaml(f"task/{file.name}") for file in sorted((config_folder() / "task").glob("*.yaml"))]
 
 
 def _yaml(name: str) -> dict[str, Any]:
@@ -97,7 +113,10 @@ def _without(config: DictConfig, keys: list[str]) -> DictConfig:
     shorter = config.copy()
     for key in keys:
         place, _, name = key.rpartition(".")
-        del OmegaConf.select(shorter, place)[name]
+        if place == "task":
+            shorter.task[name] = _task_of(config)[name]
+        else:
+            del OmegaConf.select(shorter, place)[name]
     return shorter
 
 
@@ -117,8 +136,13 @@ def _failure(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: E
             )
             remove_own_printing(trainer)
             trainer.train()
+<<<<<<< HEAD
         except Exception as error:  # these libraries raise many types
             return first_line(error)
+=======
+        except Exception as error:  # these libraries raise anything
+            return str(error.args[0]) if isinstance(error, KeyError) else first_line(error)
+>>>>>>> b86ccfd (Exports of PEFT's tied and of int8 adapters are right; more of the libraries' late errors are the check's)
         finally:
             if is_first:  # otherwise the run would keep the trial's precision
                 AcceleratorState._reset_state()

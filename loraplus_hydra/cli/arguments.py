@@ -12,7 +12,7 @@ from hydra._internal.utils import get_args_parser
 
 from loraplus_hydra.cli.commands import COMMANDS
 from loraplus_hydra.config.hydra_job import quoted
-from loraplus_hydra.errors import ConfigErrors, Problem, nearest, refuse
+from loraplus_hydra.errors import ConfigErrors, Problem, nearest
 
 # Flags of Hydra whose value is the next word.
 _WITH_VALUE = frozenset(

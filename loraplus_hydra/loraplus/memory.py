@@ -83,7 +83,10 @@ def _stand_in_optimizer(
 ) -> tuple[Optimizer, dict[Kind, nn.Parameter]]:
     """Return the optimizer of stand-ins, and the stand-in of each kind of tensor."""
     stand_ins = {kind: _stand_in(record) for kind, record in records.items()}
-    groups = [_with_one_record_per_kind(group, records) for group in plan.groups]
+    groups = [
+        replace(group, records=tuple(record for kind, record in records.items() if kind[0] == group.name))
+        for group in plan.groups
+    ]
     named = ((records[kind].name, stand_in) for kind, stand_in in stand_ins.items())
     return build_optimizer(settings.optimizer_class, groups, named, arguments), stand_ins
 
@@ -99,10 +102,6 @@ def _step_error(optimizer: Optimizer) -> str:
 
 def _kind(tensor: PlannedTensor) -> Kind:
     return tensor.group.name, tensor.record.shape, tensor.record.trained_embedding
-
-
-def _with_one_record_per_kind(group: Group, records: Mapping[Kind, TensorRecord]) -> Group:
-    return replace(group, records=tuple(record for kind, record in records.items() if kind[0] == group.name))
 
 
 def _stand_in(record: TensorRecord) -> nn.Parameter:

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 
 from loraplus_hydra.config.targets import locate
-from loraplus_hydra.errors import ConfigErrors, Problem, UserError
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
 from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.files import copy_file
 from loraplus_hydra.io.folders import new_folder
@@ -99,22 +99,31 @@ def _write_merged(run: FinishedRun, folder: Path, dtype: str | None) -> float:
     """
     model, tokenizer = load_run(run)
     rows = _random_rows(model)
-    expected = _logits(model, rows)
+    of_run = _logits(model, rows)
     interrupts.stop_if_asked()
-    merged = _merged(model, run)
+    full = _dequantized(model, run)
+    unmerged = of_run if full is model else _logits(full, rows)
+    merged = _merged(full)
     if dtype is not None:
         merged = merged.to(getattr(torch, dtype))
     interrupts.stop_if_asked()
-    merged.save_pretrained(str(folder), safe_serialization=True)
+    _save(merged, folder)
     tokenizer.save_pretrained(str(folder))
-    del model, merged  # before the export is loaded, because two models may not fit into the memory
+    del model, full, merged  # before the export is loaded, because two models may not fit into the memory
     gc.collect()
     interrupts.stop_if_asked()
     exported = locate(run.config.task.auto_class).from_pretrained(
         str(folder), dtype="auto", trust_remote_code=run.config.model.trust_remote_code
     )
-    difference = float((_logits(exported, rows) - expected).abs().max())
-    bound = _bound(exported.dtype, run) * max(1.0, float(expected.abs().max()))
+    logits = _logits(exported, rows)
+    _refuse_difference(logits, unmerged, _rounding(exported.dtype, run))
+    return _refuse_difference(logits, of_run, max(_rounding(exported.dtype, run), _quantization_error(run)))
+
+
+def _refuse_difference(logits: torch.Tensor, expected: torch.Tensor, share: float) -> float:
+    """Return the largest difference. Raises UserError where it is above this share of the largest logit."""
+    difference = float((logits - expected).abs().max())
+    bound = share * max(1.0, float(expected.abs().max()))
     if not difference <= bound:  # written this way because a comparison with NaN is False
         raise UserError(
             f"merge: the merged model's logits differ from the run's by {difference:.2g}, but rounding can cause only "
@@ -123,9 +132,20 @@ def _write_merged(run: FinishedRun, folder: Path, dtype: str | None) -> float:
     return difference
 
 
-def _merged(model: PeftModel, run: FinishedRun) -> Any:
-    """Return the model with the adapter's update merged into its weights. Raises UserError."""
-    full = _dequantized(model, run)
+def _save(model: Any, folder: Path) -> None:
+    """Write a merged model. Raises UserError where its file format can't hold it."""
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = model.config.get_text_config().tie_word_embeddings
+    if not is_tied and getattr(output, "weight", None) is embedding.weight:  # two trained layers with one weight
+        output.weight = torch.nn.Parameter(output.weight.detach().clone(), requires_grad=False)
+    try:
+        model.save_pretrained(str(folder), safe_serialization=True)
+    except RuntimeError as error:  # layers that share a weight, as replicated ones do
+        raise UserError(f"merge: the merged model can't be stored: {first_line(error)}; use merge=false") from error
+
+
+def _merged(full: PeftModel) -> Any:
+    """Return the model with the adapter's update added to its weights. Raises UserError."""
     _untie(full)
     try:
         with quiet_peft():
@@ -176,7 +196,13 @@ def _logits(model: Any, rows: torch.Tensor) -> torch.Tensor:
     return logits.float().cpu()
 
 
-def _bound(dtype: torch.dtype, run: FinishedRun) -> float:
+def _rounding(dtype: torch.dtype, run: FinishedRun) -> float:
     """Return the difference that rounding to `dtype` can cause, relative to the largest logit."""
-    own = 1e-2 if is_quantized(run.config.quantization) else 0.0
-    return max(own, ROUNDING.get(str(dtype).removeprefix("torch."), 5e-2), ROUNDING.get(run.config.model.dtype, 5e-2))
+    return max(ROUNDING.get(str(dtype).removeprefix("torch."), 5e-2), ROUNDING.get(run.config.model.dtype, 5e-2))
+
+
+def _quantization_error(run: FinishedRun) -> float:
+    """Return the difference that a quantised base's own way to compute can cause."""
+    if not is_quantized(run.config.quantization):
+        return 0.0
+    return 1e-1 if run.config.quantization.get("load_in_8bit") else 1e-2  # int8 rounds what goes into a layer as well

@@ -17,6 +17,7 @@ from loraplus_hydra.io import files, run_folder
 from loraplus_hydra.io.read import read_json
 from loraplus_hydra.io.text import code, code_block, markdown
 from loraplus_hydra.models.adapter_files import stored_adapter
+from loraplus_hydra.models.quantization import is_quantized
 from loraplus_hydra.runs.finished import FinishedRun, model_metrics
 
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
@@ -103,20 +104,32 @@ def _loading(run: FinishedRun, *, merged: bool) -> str:
 
 def _loading_adapter(run: FinishedRun, auto: str) -> Iterator[str]:
     base = json.dumps(_base_name(run))
+    options = "" if run.config.model.dtype == "auto" else f", dtype={json.dumps(run.config.model.dtype)}"
     if run.config.model.path.startswith("pkg://"):
         yield "from loraplus_hydra.config.locations import model_location"
         base = f"model_location({base})"
+    if is_quantized(run.config.quantization):
+        yield "from transformers import BitsAndBytesConfig"
+        yield f"quantization = BitsAndBytesConfig(**{_quantization_arguments(run)})"
+        options += ", quantization_config=quantization"
     if run.config.task.task_type == "SEQ_CLS":  # the adapter's config.json has the names of the labels
         yield "from transformers import AutoConfig"
         yield "config = AutoConfig.from_pretrained(folder)"
-        yield f"model = {auto}.from_pretrained({base}, config=config, ignore_mismatched_sizes=True)"
+        yield f"model = {auto}.from_pretrained({base}, config=config, ignore_mismatched_sizes=True{options})"
     else:
-        yield f"model = {auto}.from_pretrained({base})"
+        yield f"model = {auto}.from_pretrained({base}{options})"
     if run.config.model.add_tokens:
         # Many models have more rows than tokens, and the rows must not be removed.
         yield "rows = max(len(tokenizer), model.get_input_embeddings().num_embeddings)"
         yield "model.resize_token_embeddings(rows)  # for the new tokens"
     yield "model = PeftModel.from_pretrained(model, folder)"
+
+
+def _quantization_arguments(run: FinishedRun) -> dict[str, Any]:
+    given = OmegaConf.to_container(run.config.quantization, resolve=True)
+    assert isinstance(given, dict)
+    dtype = "float32" if run.config.model.dtype == "auto" else run.config.model.dtype
+    return {str(key): dtype if value == "auto" else value for key, value in given.items() if key != "_target_"}
 
 
 def _group_rows(groups: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:

@@ -165,7 +165,7 @@ def test_card_tells_the_runs_own_numbers(merged: bool, runs: Callable[[str], Pat
 
 
 @pytest.mark.parametrize("merged", [True, False])
-@pytest.mark.parametrize("name", ["lora", "new tokens, tied", "new tokens, untied", "classifier"])
+@pytest.mark.parametrize("name", ["lora", "new tokens, tied", "new tokens, untied", "nf4", "classifier"])
 def test_card_loads_and_runs_the_export(
     name: str,
     merged: bool,
@@ -182,7 +182,8 @@ def test_card_loads_and_runs_the_export(
     names: dict[str, Any] = {}
     capsys.readouterr()  # of the run, which may have been trained just now
     exec(code.replace("<this folder>", str(folder)), names)
-    torch.testing.assert_close(logits(names["model"]), expected, atol=2e-5, rtol=1e-4)
+    rounding = 1e-2 if name == "nf4" and not merged else 2e-5  # bitsandbytes alone packs weights anew on some CPUs
+    torch.testing.assert_close(logits(names["model"]), expected, atol=rounding, rtol=1e-4)
     assert len(names["tokenizer"]) == len(AutoTokenizer.from_pretrained(folder))
     if name == "classifier":
         assert set(eval(capsys.readouterr().out)) == {"one", "two", "three"}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from loraplus_hydra.config.plain import flat
 from loraplus_hydra.config.locations import config_folder
+from loraplus_hydra.config.plain import flat
 from loraplus_hydra.config.schema import RunConfig
 from loraplus_hydra.config.synonyms import CHOICES, KEYS, NUMBERS, OPTIONS, PATHS, SUFFIXES, SWITCHES
 from tests.conftest import Finished

@@ -59,6 +59,22 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["optimizer=muon", "+optimizer.ns_steps=200"],
         ["optimizer: Muon can't take a step with these arguments: Number of steps must be less than 100"],
     ),
+    "metric that no evaluation has": (
+        ["task.metric=eval_accuracy"],
+        ["task.metric: SFTTrainer can't train with it", "'eval_accuracy', which is not found"],
+    ),
+    "kind of 4-bit weights": (
+        ["quantization=nf4", "quantization.bnb_4bit_quant_type=nf5"],
+        ["quantization.bnb_4bit_quant_type: there is no 'nf5' (did you mean 'nf4'?); one of: nf4, fp4"],
+    ),
+    "package of a quantisation": (
+        ["quantization._target_=transformers.QuantoConfig"],
+        ["quantization: Loading an optimum-quanto quantized model requires"],
+    ),
+    "method that needs more than rows": (
+        ["adapter._target_=peft.PolyConfig", "~adapter.lora_alpha", "~adapter.lora_dropout", "~adapter.bias"],
+        ["adapter._target_: PolyConfig needs a task_id with each row; use adapter=lora"],
+    ),
     "level of the log": (["+trainer.log_level=no"], ["trainer.log_level: there is no level 'no'; one of:"]),
     "settings of a class as text": (
         ["+trainer.parallelism_config=x", "+adapter.monteclora_config=auto"],
