@@ -221,7 +221,7 @@ def meant_option(group: str, option: str) -> str:
 
 
 def _meant_rows(name: str) -> str:
-    """Return the overrides that read the rows of a file, or of a data set on the hub; empty for any other name."""
+    """Return the overrides that read a file of rows, or a data set on the hub; empty for other names."""
     path = PurePath(name)
     suffix = PurePath(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
     if suffix in SUFFIXES:
