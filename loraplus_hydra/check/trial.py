@@ -79,11 +79,7 @@ def trial_problems(config: DictConfig, examples: Examples) -> list[Problem]:
 
 
 def _unlisted_keys(config: DictConfig) -> Iterator[str]:
-<<<<<<< HEAD
-    """Yield the Trainer's arguments in the config that this program's YAML files don't have."""
-=======
-    """Yield the arguments of the Trainer, and keys of the task, whose value stands in no YAML of ours."""
->>>>>>> b86ccfd (Exports of PEFT's tied and of int8 adapters are right; more of the libraries' late errors are the check's)
+    """Yield the Trainer's arguments and the task's keys that differ from this program's YAML files."""
     listed = {str(key) for key in _yaml("trainer/default.yaml")}
     for each in _tasks():
         listed |= each.get("args", {}).keys()
@@ -136,13 +132,8 @@ def _failure(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: E
             )
             remove_own_printing(trainer)
             trainer.train()
-<<<<<<< HEAD
         except Exception as error:  # these libraries raise many types
-            return first_line(error)
-=======
-        except Exception as error:  # these libraries raise anything
             return str(error.args[0]) if isinstance(error, KeyError) else first_line(error)
->>>>>>> b86ccfd (Exports of PEFT's tied and of int8 adapters are right; more of the libraries' late errors are the check's)
         finally:
             if is_first:  # otherwise the run would keep the trial's precision
                 AcceleratorState._reset_state()

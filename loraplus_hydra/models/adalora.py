@@ -41,15 +41,10 @@ def problems(adapter: Mapping[str, Any], trainer: Mapping[str, Any]) -> list[Pro
             found.append(Problem(f"adapter.{name}", f"{value} is out of range", f"it must be {fix}"))
     start, target = adapter.get("init_r", 12), adapter.get("target_r", 8)
     if isinstance(start, int) and isinstance(target, int) and not 1 <= target < start:
-<<<<<<< HEAD
         fix = "init_r is the rank at the start, and target_r is the mean rank at the end"
         found.append(Problem("adapter.target_r", f"{target} is not below adapter.init_r = {start}", fix))
-=======
-        fix = "init_r is the rank at the start, target_r the mean rank at the end"
-        found.append(Problem("adapter.target_r", f"{target} isn't below adapter.init_r = {start}", fix))
     if (interval := adapter.get("deltaT", 1)) is not None and interval == 0:
         found.append(Problem("adapter.deltaT", "0 is out of range", "it must be a whole number of steps from 1 on"))
->>>>>>> b86ccfd (Exports of PEFT's tied and of int8 adapters are right; more of the libraries' late errors are the check's)
     steps = trainer.get("max_steps")
     if not found and isinstance(steps, int) and steps > 0:
         try:

@@ -25,16 +25,10 @@ from loraplus_hydra.models.initialisation import changes_base, copy_factors, ini
 from loraplus_hydra.models.patterns import refuse_slow_patterns
 
 ALL_LINEAR = "all-linear"
-<<<<<<< HEAD
 WITH_EMBEDDINGS = "all-linear+embeddings"  # this program's own value: PEFT's all-linear, and the input embedding
 OWN_KEYS = ("path",)  # keys of `adapter` that are not fields of a PEFT config
-# Fields of a PEFT config about an adapter's start or storage. They make no difference to a trained adapter.
-=======
-WITH_EMBEDDINGS = "all-linear+embeddings"  # not PEFT's: its all-linear and the input embedding
-OWN_KEYS = ("path",)  # keys of `adapter` that are no fields of a PEFT config
 _WHOLE_LAYERS = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "word_embeddings.weight")
-# Fields of a PEFT config that say how an adapter started or was stored, not what it is.
->>>>>>> b86ccfd (Exports of PEFT's tied and of int8 adapters are right; more of the libraries' late errors are the check's)
+# Fields of a PEFT config about an adapter's start or storage. They make no difference to a trained adapter.
 _NOT_COMPARED = frozenset(
     {
         *("init_lora_weights", "target_modules", "task_type", "inference_mode", "revision", "auto_mapping"),
@@ -145,15 +139,11 @@ def continue_adapter(
     stored.config.inference_mode = False
     adapted = _new_adapter(model, configured or stored.config, on_meta=True)
     if misfit := first_misfit(adapted, stored):
-<<<<<<< HEAD
-        raise ConfigErrors([Problem(KEY, misfit, "adapter=existing uses the stored adapter's own settings")])
-=======
-        fix = "adapter=existing takes the adapter's own settings"
+        fix = "adapter=existing uses the stored adapter's own settings"
         if any(name.endswith(_WHOLE_LAYERS) for name in stored.shapes()):
             # PEFT stores the whole embedding where `resize_token_embeddings` was called before.
             fix = "it brings an embedding with new tokens: merge it with PEFT, and start from the merged model"
         raise ConfigErrors([Problem(KEY, misfit, fix)])
->>>>>>> b86ccfd (Exports of PEFT's tied and of int8 adapters are right; more of the libraries' late errors are the check's)
     return adapted
 
 

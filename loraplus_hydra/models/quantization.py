@@ -39,16 +39,10 @@ def skip_heads(quantized: Any, model: Any) -> None:
 
     `model` may be on the meta device. The layers that transformers excludes by default stay excluded.
     """
-<<<<<<< HEAD
-    if isinstance(quantized, BitsAndBytesConfig):  # otherwise transformers 5.23 would quantise a classifier's head
-        skipped = quantized.llm_int8_skip_modules or get_keys_to_not_convert(model)
-        quantized.llm_int8_skip_modules = sorted({*skipped, *(name for name in _HEADS if hasattr(model, name))})
-=======
     if isinstance(quantized, BitsAndBytesConfig):  # transformers 5.23 quantises a classifier's head
         heads = (name for name in _HEADS if hasattr(model, name))
         skipped = quantized.llm_int8_skip_modules or ()  # transformers would quantise the output layer beside these
         quantized.llm_int8_skip_modules = sorted({*skipped, *get_keys_to_not_convert(model), *heads})
->>>>>>> b86ccfd (Exports of PEFT's tied and of int8 adapters are right; more of the libraries' late errors are the check's)
 
 
 def disable_cpu_repacking(model: nn.Module) -> None:
