@@ -133,15 +133,11 @@ def _state_size(state: Mapping[str, Any], stand_in: nn.Parameter, numel: int) ->
 
 def _frozen_bytes(model: nn.Module, quantization: Mapping[str, Any]) -> int:
     quantized = _quantized_weights(model, quantization)
-    total = 0
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            continue
-        if id(parameter) in quantized:
-            total += _quantized_bytes(parameter, quantization)
-        else:
-            total += parameter.numel() * parameter.element_size()
-    return total
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return sum(
+        _quantized_bytes(each, quantization) if id(each) in quantized else each.numel() * each.element_size()
+        for each in frozen
+    )
 
 
 def _quantized_weights(model: nn.Module, quantization: Mapping[str, Any]) -> set[int]:

@@ -9,7 +9,6 @@ from loraplus_hydra.report.compare import CLEAR, NOISE, ONE_SEED, UNCLEAR, Diffe
 from loraplus_hydra.report.formatting import count, measured, with_spread
 from loraplus_hydra.report.results import SweepResults
 
-_PROGRAM = "python -m loraplus_hydra"
 _MANY = 6  # from this number of settings on, the lead of the best is partly due to lucky seeds
 
 
@@ -84,7 +83,7 @@ def command(results: SweepResults) -> str:
         return ""
     # The config of a ready-made sweep sets hydra.mode to MULTIRUN.
     single = ("hydra.mode=RUN",) if any(text.startswith("hparams_search=") for text in job.rerun) else ()
-    return f"{_PROGRAM} {shlex.join((*job.rerun, *single))}"
+    return f"python -m loraplus_hydra {shlex.join((*job.rerun, *single))}"
 
 
 def _against_ratio_1(results: SweepResults) -> Iterator[str]:

@@ -67,7 +67,7 @@ def encode(
 
 def encode_texts(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, rule: LossRule, end: str) -> list[Encoded]:
     """Encode plain texts. The token `end` is added to each text that doesn't end with it."""
-    full = [(text.prompt or "") + text.completion + _missing_end(text.completion, end) for text in texts]
+    full = [(text.prompt or "") + text.completion.removesuffix(end) + end for text in texts]
     full_ids = encode_plain(full, tokenizer)
     prompt_ids = encode_plain([text.prompt or "" for text in texts], tokenizer)
     return [
@@ -109,10 +109,6 @@ def _tokens_put_last(tokenizer: PreTrainedTokenizerBase) -> int:
 def render(messages: list[Message], arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a conversation as text that ends where the model's answer begins. Raises UserError."""
     return str(apply_template(tokenizer, messages, add_generation_prompt=True, tokenize=False, **arguments))
-
-
-def _missing_end(completion: str, end: str) -> str:
-    return "" if completion.endswith(end) else end
 
 
 def encode_conversation(
