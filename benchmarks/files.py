@@ -112,7 +112,10 @@ def measure_run(overrides: list[str], folder: Path) -> dict[str, Any]:
 
 
 def report_seconds(checkout: str, folder: Path) -> float:
-    """Return the CPU seconds of a process that reports the sweep in `folder`. Raises SystemExit if it fails."""
+    """Return the CPU seconds of a process that reports the sweep in `folder`.
+
+    Raises SystemExit if the process fails.
+    """
     environment = {**os.environ, "PYTHONPATH": str(Path(checkout).resolve()), "OMP_NUM_THREADS": "1"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "loraplus_hydra", "report", str(folder)]

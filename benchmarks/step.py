@@ -31,7 +31,10 @@ MEGABYTE = 2**20
 
 
 def measured(way: str, config: DictConfig, case: DictConfig) -> dict[str, float] | None:
-    """Run one way in a process of its own; return None and print the end of its output if it fails or hangs."""
+    """Measure one way in a new process.
+
+    If the process fails or hangs, print the end of its output and return None.
+    """
     numbers = [case.get(name, config[name]) for name in ("steps", "eval_rows")]
     words = [way, config.device, *map(str, numbers), *map(str, case.overrides)]
     command = [sys.executable, "-m", "benchmarks.step_worker", *words]
@@ -54,7 +57,10 @@ def measured(way: str, config: DictConfig, case: DictConfig) -> dict[str, float]
 
 
 def measure(config: DictConfig, name: str, deadline: float) -> dict[str, Any]:
-    """Measure a case in rounds, in each of which the ways take turns; no process is started after `deadline`."""
+    """Measure a case in rounds. In each round, all ways are measured in turn.
+
+    No process is started after `deadline`.
+    """
     rounds: list[dict[str, dict[str, float]]] = []
     failed: set[str] = set()
     for _ in range(config.rounds):
@@ -75,7 +81,10 @@ def measure(config: DictConfig, name: str, deadline: float) -> dict[str, Any]:
 
 
 def compared(rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Return medians over the rounds: each way's numbers, and their ratios to the lean ones of the same round."""
+    """Return medians over the rounds: each way's numbers, and their ratios to lean's numbers.
+
+    A ratio compares numbers of the same round.
+    """
     median: dict[str, dict[str, float]] = {}
     ratio: dict[str, dict[str, float]] = {}
     for way in {way: None for each in rounds for way in each}:

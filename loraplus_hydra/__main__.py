@@ -6,9 +6,10 @@ from loraplus_hydra.io.interrupts import kept_signals
 
 
 def main() -> None:
-    """Run the command line; a signal is kept from here on."""
+    """Run the command line. From here on, signals are stored as a flag."""
     with kept_signals(deliver=False):
-        from loraplus_hydra.cli.main import main as run  # imports Hydra: a signal in it would end in a traceback
+        # Importing Hydra takes time, and a signal during the import would cause a traceback
+        from loraplus_hydra.cli.main import main as run
 
         run()
 

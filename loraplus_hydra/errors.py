@@ -51,13 +51,13 @@ def errors_at(key: str) -> Iterator[None]:
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """Return a hint such as ` (did you mean 'adamw'?)`, or an empty string if no candidate is close to `name`."""
+    """Return ` (did you mean 'adamw'?)`, or an empty string if no candidate is similar to `name`."""
     matches = difflib.get_close_matches(str(name), [str(candidate) for candidate in candidates], n=1, cutoff=0.6)
     return f" (did you mean '{matches[0]}'?)" if matches else ""
 
 
 def first_of(names: Sequence[str], most: int) -> str:
-    """Return the first names in a row, and the number of all others: `a, b, c and 2 more`."""
+    """Return the first `most` names and the number of others: `a, b, c and 2 more`."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

@@ -16,7 +16,7 @@ from loraplus_hydra.io.checkpoints import Checkpoint
 from loraplus_hydra.loraplus.plan import Plan
 
 if TYPE_CHECKING:
-    from peft import PeftModel  # loads torch
+    from peft import PeftModel  # importing it loads torch
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Checked:
 def check(config: DictConfig, *, with_data: bool = True) -> Checked:
     """Check a composed `run` config. Raises ConfigErrors with every error in it.
 
-    Without data the errors of `data` are left out, for commands that need no rows.
+    Commands that need no rows use `with_data=False`; errors of `data` are then ignored.
     """
     from loraplus_hydra.check.problems import check_config
 

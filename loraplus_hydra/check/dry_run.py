@@ -93,7 +93,7 @@ def plan_without_weights(config: DictConfig, examples: Examples | None) -> tuple
 
 @contextmanager
 def _any_error_as(problem: Callable[[str], Problem]) -> Iterator[None]:
-    """Turn an error of a library, whatever its type, into ConfigErrors; a UserError passes."""
+    """Turn any error of a library inside the block into ConfigErrors. UserErrors stay unchanged."""
     try:
         yield
     except UserError:

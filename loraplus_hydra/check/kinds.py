@@ -53,7 +53,7 @@ is_auto_class = derives(_BaseAutoModelClass)
 
 
 def returns(name: str) -> Callable[[Any], bool]:
-    """Return a predicate that is True for functions whose return annotation names `name`."""
+    """Return a predicate for functions whose return annotation contains `name`."""
     return lambda found: _is_annotated(found, name)
 
 

@@ -72,7 +72,7 @@ def set_elsewhere(key: str) -> Problem | None:
 
 
 def _contradictions(plain: dict[str, Any]) -> Iterator[Problem]:
-    """Yield a Problem for each setting that another one, or the run itself, makes impossible."""
+    """Yield a Problem for each setting that contradicts another setting or the run."""
 
     def value(key: str) -> Any:
         return select(plain, key)[1]

@@ -88,7 +88,7 @@ def _run(name: str, arguments: list[str]) -> int:
     """Run a command and return its exit status."""
     overrides = arguments
     try:
-        interrupts.stop_if_asked()  # while this module was imported
+        interrupts.stop_if_asked()  # a signal may have come while this module was imported
         if unknown := refuse_wrong_flags(arguments, COMMANDS[name].flags):
             flags, others = with_values(unknown, arguments)
             raise ConfigErrors(override_problems(hydra_arguments(name, others), COMMANDS[name].config, flags=flags))

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from loraplus_hydra.config.plain import plain_of
 
-ALLOW = "allow_changed_inputs"  # a key that changes nothing in what is trained
+ALLOW = "allow_changed_inputs"  # a key that doesn't change the training
 
 
 def run_hash(config: DictConfig) -> str:

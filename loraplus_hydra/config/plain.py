@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 def plain_of(config: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
-    """Return a config as plain containers, its interpolations resolved or else as text."""
+    """Return a config as plain containers. Interpolations are resolved, or kept as text."""
     plain = OmegaConf.to_container(config, resolve=resolve)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}

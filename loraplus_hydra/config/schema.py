@@ -146,7 +146,7 @@ class RunConfig:
     """One run. Registered as `run_schema`; `conf/run.yaml` extends it."""
 
     seed: int = field(default=0, metadata=range_(SEED))  # of initialisation, data order and dropout
-    # true = resume, and accept a finished job, although its rows, base weights or tokenizer are others by now
+    # true = resume, or accept a finished job, even if the rows, base weights or tokenizer have changed since
     allow_changed_inputs: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     quantization: Dict[str, Any] = field(default_factory=dict)  # QuantizationConfig + the class's arguments
@@ -177,7 +177,7 @@ class FinishedRunConfig:
 
     run: str = MISSING  # the run's folder
     trust_remote_code: bool = False  # true runs Python that came with the run's model
-    allow_changed_inputs: bool = False  # true = the run's base weights, adapter or rows may be others by now
+    allow_changed_inputs: bool = False  # true = the run's base weights, adapter or rows may have changed since
     model: Dict[str, Any] = field(default_factory=dict)  # overrides of the run's `model` keys: model.path=...
 
 

@@ -40,7 +40,7 @@ def locate(path: str) -> Any:
 
 
 def _import_longest(parts: list[str]) -> tuple[Any, list[str]]:
-    """Import the longest part of a dotted path that is a module. Return the module and the remaining parts."""
+    """Return the longest part of a dotted path that is a module, and the remaining parts."""
     path = ".".join(parts)
     for depth in range(len(parts), 0, -1):
         module = ".".join(parts[:depth])

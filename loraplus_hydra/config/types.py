@@ -39,7 +39,10 @@ class Range:
 
 
 def is_finite(value: float) -> bool:
-    """Return True for a number that a float can represent; False for NaN, infinities and too large integers."""
+    """Return True for a number that a float can represent.
+
+    False for NaN, infinities and too large integers.
+    """
     return -sys.float_info.max <= value <= sys.float_info.max
 
 

@@ -47,7 +47,7 @@ def digest(*parts: Any) -> str:
 @cache
 def _code_digest() -> str:
     """Return a text that identifies the code that reads and tokenises rows."""
-    # Part of every key: another version of the code may give other tokens, so it must not find older files.
+    # Part of every key, because another version of the code may give other tokens and must not use older files.
     modules = sorted(path for room in ("data", "tasks") for path in (_PACKAGE / room).rglob("*.py"))
     code = hashlib.blake2b(b"".join(path.read_bytes() for path in modules), digest_size=8).hexdigest()
     return f"{code} {version('datasets')} {version('trl')}"

@@ -172,9 +172,7 @@ def _matches(key: str, pattern: str) -> list[str]:
     if what := _special(path):
         raise ConfigErrors([Problem(key, f"{pattern} {what}", "give the path of a regular file")])
     if "://" in pattern:
-        raise ConfigErrors(
-            [Problem(key, f"{pattern} is an address", "download the file, or name its data set: data=hub")]
-        )
+        raise ConfigErrors([Problem(key, f"{pattern} is a URL", "download the file, or use its data set: data=hub")])
     siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     what, fix = f"{pattern}: No such file{nearest(path.name, siblings)}", _looked_for_in(path)
     if re.fullmatch(r"[\w.-]+/[\w-]+", pattern):
@@ -244,9 +242,9 @@ def _stream(source: Source, seed: int) -> IterableDataset:
 
 
 def _streamed_file(key: str, path: str, layout: Layout, *, whole: bool) -> IterableDataset:
-    """Return a file's rows as a stream; if `whole`, each is the one value `row`."""
+    """Return a file's rows as a stream. If `whole`, each row is one JSON value in the column `row`."""
     arguments = {"path": path, "layout": layout}
-    # To join streams, `datasets` would infer one type for each of their columns, but rows may differ.
+    # Rows may differ in type, but `datasets` would infer one type for each column when streams are joined.
     features = Features({"row": Json()}) if whole else None
     rows = IterableDataset.from_generator(_whole_rows if whole else read, features, gen_kwargs=arguments)
     with errors_at(key):

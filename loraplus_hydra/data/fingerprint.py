@@ -1,6 +1,6 @@
 """Fingerprints of rows.
 
-They follow from the values alone, whatever file and folder the rows come from and however they are stored.
+A fingerprint depends only on the rows' values, not on their file, folder or storage format.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from loraplus_hydra.data.rows import ORIGIN, SPLITS, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem
 
-LARGEST = 2**31  # bytes of rows that are hashed completely; of more rows, every second, third, ... batch
+LARGEST = 2**31  # bytes; larger data is not hashed completely, but only every second, third, ... batch
 _BATCH = 1000  # rows
 _STREAM = "data.train"
 _TEXTS = (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary)
@@ -26,9 +26,9 @@ _TEXTS = (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.t
 
 @dataclass
 class RowsRead:
-    """The rows of a stream that its latest pass has read so far. `digest` identifies them and their order."""
+    """The rows of a stream that the current epoch has read. `digest` identifies the rows and their order."""
 
-    expected: tuple[int, str] | None = None  # after so many rows the digest must be this one
+    expected: tuple[int, str] | None = None  # (number of rows, digest that must be reached after this number)
     count: int = 0
     _hash: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
 
@@ -38,27 +38,27 @@ class RowsRead:
 
     def see(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         """Count a row of the stream and return it. Raises ConfigErrors if the rows aren't the expected ones."""
-        if index == 0:  # a new pass
+        if index == 0:  # a new epoch begins
             self.count, self._hash = 0, hashlib.blake2b(digest_size=16)
         values = {name: value for name, value in row.items() if name != ORIGIN}
         self._hash.update(json.dumps(values, sort_keys=True, default=repr).encode())
         self.count += 1
         if self.expected is not None and self.count == self.expected[0]:
             if self.digest != self.expected[1]:
-                what = f"the first {self.count:,} rows of the stream are not those that the run has read"
-                fix = "read the run's own rows, name others by data.train=..., or set allow_changed_inputs=true"
+                what = f"the first {self.count:,} rows of the stream differ from the rows that the run has read"
+                fix = "restore the run's own rows, choose others with data.train=..., or set allow_changed_inputs=true"
                 raise ConfigErrors([Problem(_STREAM, what, fix)])
             self.expected = None
         return row
 
 
 def fingerprints(rows: DatasetDict) -> dict[str, str]:
-    """Return the fingerprint of each split that isn't streamed, by the key that names it."""
+    """Return the fingerprint of each split that isn't streamed, by the split's key."""
     return {f"data.{split}": fingerprint(rows[split]) for split in SPLITS if not is_streamed(rows[split])}
 
 
 def watched(rows: DatasetDict) -> tuple[DatasetDict, RowsRead | None]:
-    """Return the rows with a record of what is read of a training stream; None without a stream."""
+    """Return the rows, and a record of the rows read from a training stream (None without a stream)."""
     if not is_streamed(rows["train"]):
         return rows, None
     read = RowsRead()
@@ -68,10 +68,10 @@ def watched(rows: DatasetDict) -> tuple[DatasetDict, RowsRead | None]:
 
 
 def fingerprint(rows: Dataset, *, largest: int = LARGEST) -> str:
-    """Return the number of rows and 32 hex digits that identify their values in their order.
+    """Return the number of rows, and 32 hex digits that identify the values in order.
 
-    Columns are taken by name, and without the places that the rows come from. Beyond `largest` bytes only some batches
-    of rows are hashed, always the same.
+    The order of columns and the rows' places are ignored. If the rows have more than `largest` bytes, only a fixed part
+    of the batches is hashed.
     """
     batches, values = rows.with_format("arrow"), hashlib.blake2b(digest_size=16)
     stride = 1 + rows.data.nbytes * len(rows) // max(1, len(rows.data)) // largest
@@ -85,7 +85,7 @@ def fingerprint(rows: Dataset, *, largest: int = LARGEST) -> str:
 
 def _add(digest: Any, array: pa.Array) -> None:
     """Add the values of an Arrow array to a hash."""
-    # Not the array's buffers: equal values may stand in different ones, after a slice or beneath nulls.
+    # Not the array's buffers, because equal values can have different buffers, for example after a slice or for nulls.
     digest.update(len(array).to_bytes(8, "little"))
     if isinstance(array, pa.ExtensionArray):
         array = array.storage

@@ -56,7 +56,7 @@ def mix(parts: Sequence[Dataset], weights: Sequence[float] | None, seed: int) ->
 
 
 def _aligned(parts: Sequence[Dataset]) -> list[Dataset]:
-    """Return the parts with JSON in place of each column whose type differs between them."""
+    """Return the parts. Columns whose types differ between parts are converted to JSON text."""
     types: dict[str, set[str]] = {}
     for part in parts:
         for name, feature in part.features.items():
@@ -79,12 +79,12 @@ def _with_json(rows: Dataset, names: list[str]) -> Dataset:
 
 
 def _json_text(value: Any, feature: Any) -> str | None:
-    """Return a column's value as JSON text: a label by its name, and only the row's own keys."""
+    """Return a value as JSON text, with labels as names, and without keys of other rows."""
     if isinstance(feature, ClassLabel):
         value = None if value is None or value < 0 else feature.names[value]
-    # Only JSON has nulls of its own. Elsewhere they stand for keys of other rows.
+    # Only JSON values have their own nulls. In other values, a null is a key of another row.
     value = value if isinstance(feature, Json) else without_nulls(value)
-    # Not the value itself: `datasets` takes a text such as "1" for JSON.
+    # Not the value itself, because `datasets` would read a text such as "1" as JSON.
     return None if value is None else json.dumps(value)
 
 

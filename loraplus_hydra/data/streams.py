@@ -106,7 +106,7 @@ def _read_start(path: str) -> bytes:
     if start.startswith(b"PK\x03\x04") or start[257:262] == b"ustar":
         raise UserError(f"{path}: it is an archive (zip or tar); unpack it, and give the paths of its files")
     if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: it is a pointer of Git LFS, not the file; run git lfs pull")
+        raise UserError(f"{path}: this is a Git LFS pointer, not the file; run git lfs pull")
     return start
 
 

@@ -99,7 +99,7 @@ def defect(folder: Path) -> str:
     except OSError as error:
         return f"it can't be read: {error}"
     except RecursionError:
-        return "its folders are nested too deep"
+        return "its folders are nested too deeply"
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -151,7 +151,10 @@ def step_of(folder: Path) -> int:
 
 
 def rotate(folder: Path, keep: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints until `keep` are left; None keeps all. The newest and `best` are never removed."""
+    """Remove the oldest checkpoints until `keep` remain.
+
+    None keeps all. The newest checkpoint and `best` are never removed.
+    """
     present = in_order(folder)
     if keep is None or keep <= 0:
         return

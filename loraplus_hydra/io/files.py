@@ -102,7 +102,7 @@ def open_regular(path: Path, flags: int) -> int:
 
 def is_hub_blob(path: Path) -> bool:
     """Return True if `path` is a link in a hub cache to a blob of the same repository."""
-    if not path.is_symlink():  # the quick answer for nearly every file
+    if not path.is_symlink():  # nearly all files are not links, and this check is fast
         return False
     snapshots = next((folder for folder in path.absolute().parents if folder.name == "snapshots"), None)
     if snapshots is None or not path.is_file():

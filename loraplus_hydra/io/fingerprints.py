@@ -29,7 +29,7 @@ _LARGEST_HEADER = 10**8  # bytes, safetensors' own limit
 # Name of a fingerprint in JSON -> the config's key that sets the input, and a description of the input.
 INPUTS = {
     "data.train": ("data.train", "content of the training rows"),
-    "data.eval": ("data.eval", "content of the rows to evaluate on"),
+    "data.eval": ("data.eval", "content of the evaluation rows"),
     "weights": ("model.path", "content of the base weights"),
     "config.json": ("model.path", "config.json of the base model"),
     "tokenizer": ("model.tokenizer", "tokenizer"),
@@ -58,7 +58,7 @@ def of_content(content: Any) -> str:
 
 
 def of_files(files: Iterable[Path]) -> str:
-    """Return the number of files and 32 hex digits that identify their names and bytes."""
+    """Return the number of files, and 32 hex digits that identify their names and bytes."""
     listed, digest = sorted(files), hashlib.blake2b(digest_size=16)
     for file in listed:
         size = file.stat().st_size
@@ -90,7 +90,7 @@ def refuse_changed(then: Mapping[str, str], now: Mapping[str, str], *, names: It
     problems = []
     for name in _changed(then, now, names):
         key, label = INPUTS[name]
-        what = f"the {label} changed since the run stored it: {_short(then[name])} then, {_short(now[name])} now"
+        what = f"the {label} has changed since the run: it was {_short(then[name])}, and is now {_short(now[name])}"
         others = f"choose another with {key}=..., " if name in OF_ROWS else ""
         problems.append(Problem(key, what, f"restore the run's own, {others}or set {ALLOW}=true to use this one"))
     if problems:

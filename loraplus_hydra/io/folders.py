@@ -23,11 +23,13 @@ from loraplus_hydra.io.run_folder import HYDRA
 # Folders that other programs write, with links (`wandb/latest-run`). This program neither reads nor empties these
 # folders.
 _OTHERS = ("wandb", ".submitit")
-_DEEPEST = 50  # levels of folders; on some hundred Python's own walks end in a RecursionError
+_DEEPEST = 50  # levels of folders; at some hundred levels Python's own walks raise a RecursionError
 
 
 def refuse_links(folder: Path, key: str, *, reading: bool = False) -> None:
-    """Raise ConfigErrors at `key` if `folder` contains a link, device or pipe, or more than 50 levels of folders.
+    """Raise ConfigErrors at `key` if `folder` contains a link, device or pipe.
+
+    More than 50 levels of folders are an error, too.
 
     The path to `folder` may have links. With `reading`, a hub cache's links to its own blobs are allowed.
     """
@@ -35,7 +37,7 @@ def refuse_links(folder: Path, key: str, *, reading: bool = False) -> None:
     while waiting:
         place, depth = waiting.pop()
         if depth > _DEEPEST:
-            what = f"{folder} has folders more than {_DEEPEST} levels deep, which no run writes"
+            what = f"{folder} has more than {_DEEPEST} levels of folders; runs never write so many"
             raise ConfigErrors([Problem(key, what, "remove them")])
         with os.scandir(place) as entries:
             for entry in entries:

@@ -20,7 +20,7 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: a scheduler's warning ahead of the time limit
 _FIRST_NOTICE = "the current part is finished first"
-_AGAIN_AFTER = 0.05  # seconds from an exception that Python dropped to the next
+_AGAIN_AFTER = 0.05  # seconds before a signal is repeated, after Python dropped its exception
 
 
 class Interrupted(KeyboardInterrupt):
@@ -73,7 +73,7 @@ def raise_at_once(now: bool) -> None:
 
 @contextmanager
 def answered() -> Iterator[None]:
-    """Inside, where the program ends in answer to a signal, only another signal stops."""
+    """Let the block finish although a signal was received. Another signal stops it at once."""
     came, _state.number, _state.at_once = _state.number, 0, False
     try:
         yield
@@ -100,7 +100,8 @@ def kept_signals(*, deliver: bool = True) -> Iterator[None]:
 
     When the block ends, a stored signal is passed to the previous handlers, unless `deliver` is False.
     """
-    if _state.kept or threading.current_thread() is not threading.main_thread():  # Python's rule
+    # Python handles signals only in the main thread.
+    if _state.kept or threading.current_thread() is not threading.main_thread():
         yield
         return
     handlers = ((number, signal.getsignal(number)) for number in SIGNALS)
@@ -133,16 +134,16 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def _send_again(hook: Callable[[sys.UnraisableHookArgs], Any], dropped: sys.UnraisableHookArgs) -> None:
-    """Repeat a signal whose exception Python dropped, inside a garbage collection or a `__del__`."""
+    """Repeat a signal whose exception Python dropped in a garbage collection or a `__del__`."""
     if not isinstance(dropped.exc_value, Interrupted):
         hook(dropped)
         return
 
     def send(number: int = dropped.exc_value.number) -> None:
-        if _state.kept and _state.at_once:  # otherwise the flag is enough
+        if _state.kept and _state.at_once:  # without at_once, the flag is enough
             os.kill(os.getpid(), number)
 
-    # Not from here: the handler would raise inside this hook, and be dropped again.
+    # Not called directly, because an exception inside this hook would be dropped again.
     timer = threading.Timer(_AGAIN_AFTER, send)
     timer.daemon = True
     timer.start()

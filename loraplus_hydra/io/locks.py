@@ -47,9 +47,9 @@ def folder_lock(
 
 
 def lock(handle: int, deadline: float = 0.0) -> bool:
-    """Lock an open file until it is closed; return False on a file system without locks.
+    """Lock an open file until it is closed. Return False on a file system without locks.
 
-    Raises BlockingIOError if another process still has the lock at the `deadline` (of `time.monotonic`).
+    Raises BlockingIOError if another process still has the lock at the `deadline` (in the time of `time.monotonic`).
     """
     while True:
         try:

@@ -24,7 +24,7 @@ _DEEPEST = 100  # levels; at about ten thousand the C loader crashes with a segm
 _LARGEST = 2**26  # bytes of a JSON file
 _LARGEST_YAML = 2**21  # a config has some thousand bytes, and YAML is slow
 _LARGEST_LINES = 2**28  # a line for each logged step, of some hundred bytes
-_MOST_ITEMS = 2**24  # values of a JSON text; `[],` takes 24 times its length in memory
+_MOST_ITEMS = 2**24  # maximum number of values in a JSON text; `[],` needs 24 times its length in memory
 _TOO_DEEP = f"it has more than {_DEEPEST} nested levels"
 _NAMES: dict[type, str] = {dict: "mapping", list: "list"}
 
@@ -59,7 +59,7 @@ def read_bytes(path: Path, largest: int = _LARGEST) -> bytes:
 
 
 def refuse_large(files: Iterable[Path]) -> None:
-    """Raise Unreadable if one of `files`, which libraries read whole, could fill the memory."""
+    """Raise Unreadable if one of `files` is so large that reading it could fill the memory."""
     for path in files:
         if path.suffix == ".json" and path.is_file():
             _refuse_many_items(read_text(path), str(path))
@@ -68,7 +68,7 @@ def refuse_large(files: Iterable[Path]) -> None:
 
 
 def read_or(default: Any, read: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what `read` returns for its `arguments`, or `default` if it raises Unreadable."""
+    """Return `read(*arguments)`, or `default` if it raises Unreadable."""
     try:
         return read(*arguments)
     except Unreadable:
@@ -140,15 +140,15 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except Hostile:
         raise
-    except Exception as error:  # many types: KeyError for `!!bool x`, OverflowError for a date, ...
+    except Exception as error:  # the loader raises many types: KeyError for `!!bool x`, ...
         raise Unreadable(first_line(error)) from error
 
 
 def _refuse_many_items(text: str, path: str = "the text") -> int:
-    """Return the number of brackets in `text`. Raises Unreadable if it holds far more values than any run writes."""
-    brackets = text.count("[") + text.count("{")  # counting is quick, unlike parsing
+    """Return the number of brackets in `text`. Raises Unreadable for more values than any run writes."""
+    brackets = text.count("[") + text.count("{")  # counting is much faster than parsing
     if 2 * brackets + text.count(",") > _MOST_ITEMS:
-        raise Unreadable(f"{path} holds more than {_MOST_ITEMS:,} values")
+        raise Unreadable(f"{path} has more than {_MOST_ITEMS:,} values")
     return brackets
 
 
@@ -156,7 +156,7 @@ def _refuse_traps(text: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=_Base):
         if isinstance(event, yaml.AliasEvent):  # a few lines of aliases can expand until they fill the memory
-            raise Hostile("it holds YAML aliases, which no run writes")
+            raise Hostile("it has YAML aliases, which runs never write")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
             raise Hostile(_TOO_DEEP)

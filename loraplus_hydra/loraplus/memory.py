@@ -141,7 +141,10 @@ def _frozen_bytes(model: nn.Module, quantization: Mapping[str, Any]) -> int:
 
 
 def _quantized_weights(model: nn.Module, quantization: Mapping[str, Any]) -> set[int]:
-    """Return the ids of the weights that bitsandbytes quantises: all linear layers except the output layer."""
+    """Return the ids of the weights that bitsandbytes quantises.
+
+    These are all linear layers except the output layer.
+    """
     if not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         return set()
     output = getattr(model, "get_output_embeddings", lambda: None)()

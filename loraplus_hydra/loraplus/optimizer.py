@@ -187,7 +187,7 @@ def _keep_32bit_state(optimizer: Any, groups: Sequence[Group]) -> None:
 
     Call this before the first step. After this call the optimizer ignores overrides in bitsandbytes' global manager.
     """
-    if "bitsandbytes" not in sys.modules:  # then no class can be derived from its own
+    if "bitsandbytes" not in sys.modules:  # without bitsandbytes imported, no class can derive from its base class
         return
     from bitsandbytes.optim.optimizer import GlobalOptimManager, Optimizer8bit
 

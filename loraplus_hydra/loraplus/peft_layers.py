@@ -80,7 +80,7 @@ def zero_start(role: str, initialisation: object) -> bool | None:
         return False
     if initialisation is False or role not in ADAPTER_ROLES:
         return None
-    if role not in FACTORS:  # then the kind of initialisation doesn't matter
+    if role not in FACTORS:  # for these roles the kind of initialisation has no effect
         return role in ("lora_B_bias", "vera_b", "adalora_E")
     name = initialisation.lower() if isinstance(initialisation, str) else initialisation
     if name in ("mica", A_ZERO):
@@ -100,5 +100,5 @@ def note_initialisation(model: nn.Module, initialisation: str) -> None:
 
 
 def noted_initialisations(model: nn.Module) -> dict[str, str]:
-    """Return each adapter's initialisation that `note_initialisation` stored. All others are in PEFT's config."""
+    """Return the initialisations that `note_initialisation` stored, by adapter."""
     return getattr(model, "adapter_initialisations", None) or {}

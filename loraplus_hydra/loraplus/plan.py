@@ -95,7 +95,7 @@ class Row:
 
 
 def table_rows(plan: Plan) -> list[Row]:
-    """Return one row for each combination of role, rule, group and state, in the order of first appearance."""
+    """Return one row for each combination of role, rule, group and state, in order of appearance."""
     collected: dict[tuple[str, str, str, int | None], list[PlannedTensor]] = {}
     for tensor in plan.tensors:
         bits = None if tensor.state is None else tensor.state.bits

@@ -177,7 +177,10 @@ def _call(factory: Callable[..., Any], optimizer: Optimizer, arguments: Mapping[
 
 
 class _StandIn(Optimizer):
-    """An optimizer with another optimizer's groups, rates and defaults, but without its parameters, for a dry run."""
+    """An optimizer for a dry run, with another optimizer's groups, rates and defaults.
+
+    It has no parameters.
+    """
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         return None

@@ -30,9 +30,9 @@ CONFIG = "adapter_config.json"
 KEY = "adapter.path"
 # Fields that make PEFT read other files, or import a package, while it builds the adapter.
 _LEADING_ELSEWHERE = ("megatron_config", "prompt_tuning_init_state_dict_path", "adapters", "shadow_model")
-_PART = 2**22  # numbers compared at a time
+_PART = 2**22  # number of elements that are compared at a time
 _ANY_RANK = 65_536  # far larger than any rank in use
-_ANY_SIZE = 2**26  # numbers of an adapter that fits any model
+_ANY_SIZE = 2**26  # maximum number of elements; adapters of this size fit any model
 _SAFETENSORS_ONLY = "only safetensors are read, because a pickle can run code"
 
 
@@ -49,14 +49,14 @@ class StoredAdapter:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def numbers(self) -> int:
-        """Return the count of numbers in all tensors."""
+        """Return the number of elements in all tensors."""
         return sum(math.prod(shape) for shape in self.shapes().values())
 
     def not_finite(self) -> str | None:
         """Return the name of the first tensor with a number that isn't finite, or None."""
         with safe_open(self.folder / WEIGHTS, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                # In parts: the tensor is mapped from the file, and the comparison takes as much memory again.
+                # In parts, because the comparison would need as much memory as the tensor.
                 parts = file.get_tensor(name).flatten().split(_PART)
                 if not all(part.isfinite().all() for part in parts):
                     return str(name)
@@ -145,8 +145,8 @@ def attach(model: PreTrainedModel, stored: StoredAdapter, *, trainable: bool = F
     """Add a stored adapter to `model` and load its tensors. Raises UserError if they don't fit."""
     refuse_slow_patterns(stored.config, model)
     numbers, most = stored.numbers(), 2 * model.num_parameters() + _ANY_SIZE
-    if numbers > most:  # PEFT would load all of it before it compares names and shapes
-        raise UserError(f"the adapter in {stored.folder} doesn't fit the model: it holds {numbers:,} numbers")
+    if numbers > most:  # PEFT would load all tensors before it compares names and shapes
+        raise UserError(f"the adapter in {stored.folder} doesn't fit the model: it has {numbers:,} numbers")
     stored.config.inference_mode = not trainable
     # PEFT would load the tokenizer that the config names
     if getattr(stored.config, "prompt_tuning_init", None) == "TEXT":

@@ -36,7 +36,7 @@ def base_fingerprints(model: DictConfig) -> dict[str, str]:
         if files := _weight_files(model):
             found["weights"] = fingerprints.of_weights(files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # loading the model reports a broken file
+        pass  # the error is reported when the model is loaded
     return found
 
 

@@ -55,7 +55,10 @@ def disable_cpu_repacking(model: nn.Module) -> None:
 
 
 def dequantize(model: Any, dtype: str) -> Any:
-    """Return a quantised model with dequantised weights in `dtype`; `auto` is the dtype of its computations."""
+    """Return a quantised model with dequantised weights in `dtype`.
+
+    `auto` is the dtype of the model's computations.
+    """
     full = model.dequantize() if dtype == "auto" else model.dequantize(dtype=getattr(torch, dtype))
     if hasattr(full.config, "quantization_config"):
         del full.config.quantization_config  # otherwise loading would quantise the weights again

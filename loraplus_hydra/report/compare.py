@@ -72,7 +72,7 @@ def compare(settings: Sequence[Setting], *, greater_is_better: bool) -> Outcome:
     best = sound[0] if sound else None
     baseline = next((one for one in sound if one.ratio == 1), None)
     contender = next((one for one in sound if one.ratio not in (1, None)), None)
-    pair = [one for one in sound if one is baseline or one is contender]  # the better one first
+    pair = [one for one in sound if one is baseline or one is contender]  # the better setting comes first
     twin = next((one for one in sound if one.ratio == 1 and contender and _alike(one, contender)), None)
     target, reached = speed(baseline, sound, sign) if baseline else (None, ())
     return Outcome(
@@ -98,7 +98,7 @@ def is_near(value: float, best: float) -> bool:
 def difference(better: Setting, worse: Setting, sign: int) -> Difference:
     """Compare two settings' means with the spread over seeds.
 
-    `sign` is -1 for a metric of which more is better, else 1. `sign` is -1 if a greater metric is better, otherwise 1.
+    `sign` is -1 if a greater metric is better, otherwise 1.
     The verdict is `one seed` if a setting has fewer than two seeds. It is `noise` if the difference is at most the
     larger spread, `unclear` if the 95% interval of the difference (Welch's, for unequal variances) contains zero, and
     `clear` otherwise.
@@ -143,7 +143,7 @@ def welch(first: Sequence[float], second: Sequence[float]) -> tuple[float, float
     freedom = sum(parts) ** 2 / sum(
         part**2 / (len(sample) - 1) for part, sample in zip(parts, (first, second), strict=True)
     )
-    from scipy.special import stdtrit  # a tenth of a report's time, and only settings with seeds need it
+    from scipy.special import stdtrit  # takes a tenth of a report's time, and only settings with several seeds need it
 
     half = float(stdtrit(freedom, 0.975)) * math.sqrt(sum(parts))
     return gap - half, gap + half

@@ -48,7 +48,7 @@ class SweepResults:
 
     @property
     def jobs_best_first(self) -> list[Job]:
-        """The jobs, the best first and those without a result last."""
+        """The jobs. The best comes first, and jobs without a result come last."""
         successful = [job for job in self.sweep.jobs if job.has_result]
         successful.sort(key=lambda job: job.value or 0.0, reverse=self.sweep.greater_is_better)
         return [*successful, *self.sweep.unsuccessful]

@@ -21,7 +21,7 @@ from loraplus_hydra.runs.stored_config import changes, read_plain
 from loraplus_hydra.training.prepare import inputs_of, prepare_examples
 
 _kept: dict[str, dict[str, str]] = {}  # by start of a sweep and hash of the keys that set the inputs; at most one entry
-_noted: set[str | None] = set()  # starts of a sweep that have reported a job without fingerprints
+_noted: set[str | None] = set()  # starts of a sweep for which the note about missing fingerprints was shown
 
 
 def with_inputs(point: ResumePoint, config: DictConfig, accepted: Result | None) -> ResumePoint:

@@ -51,7 +51,7 @@ def export(
     gets the outcome as text. Raises UserError, and then no folder is left.
     """
     check = ""
-    with interrupts.notice("nothing of the export is kept"), new_folder(target, key="to") as draft:
+    with interrupts.notice("the export's folder is removed"), new_folder(target, key="to") as draft:
         if merge:
             check = _comparison(_write_merged(run, draft, dtype))
         elif run.step is None:

@@ -39,7 +39,7 @@ def explain_resource_errors(config: DictConfig, folder: Path) -> Iterator[None]:
 
 
 def _explanation(error: Exception, config: DictConfig, folder: Path) -> str:
-    """Return the message for an error of the machine; empty for any other error."""
+    """Return the message about an error of memory or disk; empty for any other error."""
     if is_out_of_memory(error):
         return _memory_advice(config, error)
     if is_disk_full(error):

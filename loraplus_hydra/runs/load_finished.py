@@ -67,7 +67,7 @@ def refuse_changed_run(run: FinishedRun) -> None:
     if run.allow_changed_inputs:
         return
     if not then:
-        log.warning("Note: %s", NOT_STORED)  # not on stdout, where answers are
+        log.warning("Note: %s", NOT_STORED)  # not on stdout, which has the answers
         return
     now = base_fingerprints(run.config.model)
     refuse_changed(then, now if "adapter" not in then else now | {"adapter": folder_fingerprint(run.adapter)})

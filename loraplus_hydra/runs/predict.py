@@ -61,7 +61,7 @@ def predict(
         plain = isinstance(text, Text) or (isinstance(text, str) and not chat)
         found = answer(model, tokenizer, prompt, max_new_tokens, special_tokens=plain)
         if found is None:
-            raise UserError(f"the prompt {_shown(text)!r} gives the model no tokens, so there is nothing to answer")
+            raise UserError(f"the prompt {_shown(text)!r} has no tokens, so there is nothing to answer")
         yield {"prompt": text.turns if isinstance(text, Conversation) else prompt if plain else text, "answer": found}
 
 
@@ -148,7 +148,7 @@ def _read(file: str, column: str | None, run: FinishedRun) -> tuple[list[Asked],
             rows
         )
     shape = _shape(file, rows, column, run)
-    # A prompt stays a text here unless other columns belong to its conversation.
+    # A prompt stays a text, unless other columns are parts of the same conversation.
     chat = chat and bool(CONVERSATION_COLUMNS & {*columns(rows)})
     return [shape.ask(row, place, chat=chat) for row, place in zip(rows, places, strict=True)], [None] * len(rows)
 

@@ -40,7 +40,7 @@ def resumed_config(folder: Path, config: DictConfig) -> tuple[DictConfig, Resume
             start, point = AUTO, replace(point, checkpoint=checkpoint, messages=messages)
     with open_dict(run):
         run.trainer.resume_from_checkpoint = start or AUTO
-        run[ALLOW] = config[ALLOW]  # for this command only
+        run[ALLOW] = config[ALLOW]  # applies only to this command
     try:
         OmegaConf.to_container(run, resolve=True)
     except OmegaConfBaseException as error:

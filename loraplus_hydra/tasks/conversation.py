@@ -31,15 +31,15 @@ _OTHER_COLUMN = "conversations"  # another usual name for messages
 # Alpaca's columns: the prompt, its optional second part, and the answer
 _INSTRUCTION, _INPUT, _OUTPUT = "instruction", "input", "output"
 TOOLS, TEMPLATE_ARGUMENTS = "tools", "chat_template_kwargs"  # columns that TRL passes to the template
-FUNCTIONS = "functions"  # OpenAI's column before tools
-# Names that a message suggests, in lower case.
+FUNCTIONS = "functions"  # OpenAI's old column, before `tools`
+# Usual names of columns in lower case, for suggestions in messages.
 _LIKE_PROMPTS = ("prompt", "question", "query", "instruction", "input", "problem", "user", "human", "article", "source")
 _LIKE_COMPLETIONS = (
     *("completion", "answer", "response", "output", "solution", "assistant", "gpt", "summary", "target", "chosen"),
 )
 _LIKE_MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat")
 SYSTEM = "system"  # a column with the conversation's system message
-CONVERSATION_COLUMNS = {SYSTEM, TOOLS, FUNCTIONS, TEMPLATE_ARGUMENTS}  # read beside a prompt or messages
+CONVERSATION_COLUMNS = {SYSTEM, TOOLS, FUNCTIONS, TEMPLATE_ARGUMENTS}  # read in addition to a prompt or messages
 
 
 @dataclass(frozen=True)
@@ -229,14 +229,16 @@ def _no_shape(names: dict[str, Any], available: list[str]) -> Problem:
         name = names[missing[0]]
         return Problem(f"data.{missing[0]}", f"the rows have no column '{name}'{nearest(str(name), available)}", fix)
     if len(available) == 1 and (mark := next((each for each in ";|\t" if each in available[0]), "")):
-        fix += f"; if {mark!r} stands between columns: data.delimiter=" + ("tab" if mark == "\t" else f"'\"{mark}\"'")
+        fix += f"; if {mark!r} separates the columns, set data.delimiter=" + (
+            "tab" if mark == "\t" else f"'\"{mark}\"'"
+        )
     wanted = ", ".join(f"{key}={name}" for key, name in names.items() if name is not None) or "no column is set"
     fix += f"; set your columns: {_suggested(available)}"
     return Problem("data", f"the rows have none of the expected columns ({wanted})", fix)
 
 
 def _suggested(available: Sequence[str]) -> str:
-    """Return the overrides that name a prompt and a completion, or messages, among the columns."""
+    """Return overrides that suggest columns with prompt and completion, or with messages."""
     lower = {name.casefold(): name for name in reversed(available)}
     prompt, completion, messages = (
         next((lower[name] for name in names if name in lower), "...")

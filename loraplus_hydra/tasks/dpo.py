@@ -61,12 +61,12 @@ def examples(
 
 
 def _repeated_prompt_note(encoded: Rows, rows: Rows) -> list[str]:
-    """Return a note on training rows both of whose answers begin with the prompt."""
+    """Return a note on training rows if both answers begin with the prompt."""
     if is_streamed(encoded):
         return []
     lines = encoded.select_columns(["prompt", "chosen", "rejected"])
     numbers = [number for number, row in enumerate(lines) if _repeats_prompt(row)]
-    text = "both answers begin with the prompt, which is learnt as part of them: take it out of them."
+    text = "both answers begin with the prompt, so the prompt is also learnt: remove it from the answers."
     return [note] if (note := rows_note(numbers, rows, "train", text)) else []
 
 
@@ -78,4 +78,4 @@ def _repeats_prompt(row: Mapping[str, Any]) -> bool:
 def _tools_note(encoded: Rows, task: DictConfig) -> list[str]:
     if TOOLS not in all_columns(encoded) or issubclass(locate(task._target_), DPOTrainer):
         return []
-    return [f"{task._target_} may not pass tools to the chat template as TRL's DPOTrainer does: see `preview`."]
+    return [f"{task._target_} may not pass tools to the chat template, unlike TRL's DPOTrainer: see `preview`."]

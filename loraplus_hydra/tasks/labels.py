@@ -42,7 +42,7 @@ class Labels:
             return self._number_of(value, place)
         given = [self._number_of(label, place) for label in _listed_labels(value, self.column, place)]
         if len(set(given)) < len(given):
-            raise row_error(place, self.column, "names a label twice", "a list holds the labels that the row has")
+            raise row_error(place, self.column, "names a label twice", "list each label of the row once")
         return [float(number in given) for number in range(len(self.names))]
 
     @cached_property
@@ -108,7 +108,7 @@ def find_labels(
 
 
 def similar_note(names: Sequence[str]) -> tuple[str, ...]:
-    """Return a note on labels that differ only in case or in spaces around them, if there are any."""
+    """Return a note on labels that differ only in case or in surrounding spaces, if there are any."""
     folded = [name.strip().casefold() for name in names]
     similar = [repr(name) for name, fold in zip(names, folded, strict=True) if folded.count(fold) > 1]
     return (f"Labels that differ only in case or spaces: {_listed(similar)}",) if similar else ()
@@ -172,7 +172,10 @@ def _kind(rows: Dataset, column: str) -> str:
 
 
 def _from_text(value: Any) -> Any:
-    """Return the list or number that a text is, since a CSV has nothing but text; any other value as it is."""
+    """Return the list or number in a text. Other values are returned unchanged.
+
+    A CSV has only text.
+    """
     if not isinstance(value, str):
         return value
     try:
@@ -190,12 +193,15 @@ def _listed_labels(value: Any, column: str, place: str) -> list[Any]:
 
 
 def _refuse_one_hot(values: list[Any], column: str) -> None:
-    """Raise ConfigErrors for lists with a 0 or 1 for each label: they name the labels 0 and 1."""
+    """Raise ConfigErrors for lists with a 0 or 1 for each label.
+
+    They would be read as lists of the labels 0 and 1.
+    """
     lists = [value for value in values if isinstance(value, list)]
     size = len(lists[0]) if lists else 0
     if size > 1 and all(len(each) == size and all(label in (0, 1) for label in each) for each in lists):
-        what = f"'{column}' holds lists of {size} zeros and ones, one for each label"
-        raise ConfigErrors([Problem("data.label_column", what, "give each row the list of its labels: [a, b]")])
+        what = f"'{column}' has lists of {size} zeros and ones, one for each label"
+        raise ConfigErrors([Problem("data.label_column", what, "replace them with lists of the rows' labels: [a, b]")])
 
 
 def _declared_names(rows: Dataset, column: str) -> tuple[str, ...]:

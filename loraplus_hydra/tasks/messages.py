@@ -126,13 +126,13 @@ def _message(message: Any, column: str, place: str) -> Message:
         raise row_error(place, column, f"has a message with the role '{role}'{hint}", f"use one of {', '.join(ROLES)}")
     if isinstance(message.get("content"), list):
         message["content"] = _joined(message["content"], column, place)
-    if _CALL in message:  # OpenAI's key before tool calls
+    if _CALL in message:  # OpenAI's old key, before `tool_calls`
         message["tool_calls"] = [message.pop(_CALL)]
     if "tool_calls" in message and not message["tool_calls"]:
         del message["tool_calls"]
     if message.get("tool_calls"):
         if not isinstance(message["tool_calls"], list):
-            raise row_error(place, column, f"holds {describe(message['tool_calls'])}, where a list of tool calls is")
+            raise row_error(place, column, f"has {describe(message['tool_calls'])}, but needs a list of tool calls")
         message["tool_calls"] = [_tool_call(call, column, place) for call in message["tool_calls"]]
     _check_content(message, column, place)
     return message

@@ -44,8 +44,8 @@ class Encoded:
     unasked: bool = False  # the text that the template adds to ask for an answer is not in the row
     changed: bool = False  # the template omits or changes a text that should have loss
     endless: bool = False  # no token that ends the last answer has loss
-    unanswered: bool = False  # the conversation ends with a turn that is not the assistant's
-    unread: tuple[str, ...] = ()  # keys of messages, arguments and roles that the template doesn't write
+    unanswered: bool = False  # the last turn is not the assistant's
+    unread: tuple[str, ...] = ()  # keys of messages, arguments and roles that the template doesn't use
 
     @property
     def length(self) -> int:
@@ -153,7 +153,7 @@ def _is_written(content: Any, text: str) -> bool:
 
 
 def _dropped_roles(turns: list[Message], text: str) -> tuple[str, ...]:
-    """Return the roles, without the assistant, of messages whose text the template doesn't write."""
+    """Return the roles, except the assistant, of messages whose text the template omits."""
     roles = {
         turn["role"] for turn in turns if turn["role"] != "assistant" and not _is_written(turn.get("content"), text)
     }

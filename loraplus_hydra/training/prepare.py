@@ -70,7 +70,7 @@ def inputs_of(config: DictConfig, tokenizer: PreTrainedTokenizerBase, rows: Mapp
 
     Weights that are not on this machine yet have no fingerprint.
     """
-    set_template(tokenizer, config.task)  # a template's file is an input, too
+    set_template(tokenizer, config.task)  # the template in a file is also an input
     found = {
         **rows,
         **base_fingerprints(config.model),

@@ -147,7 +147,7 @@ def test_everything_that_is_not_given_is_told_at_once(cli: Callable[..., Finishe
         (["file=columns.jsonl", "column=othr"], "column: columns.jsonl has no column othr"),
         (["file=nulls.jsonl"], "file: nulls.jsonl, line 2: 'prompt' is null, not text"),
         (["file=broken.jsonl"], "broken.jsonl"),
-        (["text=''"], "the prompt '' gives the model no tokens"),
+        (["text=''"], "the prompt '' has no tokens"),
         (["text=a", "out=nowhere/out.jsonl"], "out: there is no folder nowhere"),
         (["txt=a"], "txt: there is no such key (did you mean 'text'?)"),
     ],

@@ -133,7 +133,7 @@ def test_command_prints_three_rows_and_leaves_nothing(
     finished = cli("preview", "model=hub", f"model.path={llama_folder}", "data=jsonl", f"data.train={path}")
     assert finished.status == 0
     lines = finished.out.splitlines()
-    assert "4 examples to train on, 1 to evaluate on" in lines
+    assert "4 examples for training, 1 for evaluation" in lines
     assert lines.count(HEAD + ANSWER) == 3
     assert "Row 3: 9 tokens, 4 have loss" in lines
     assert list(tmp_path.iterdir()) == []

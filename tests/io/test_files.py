@@ -215,7 +215,7 @@ def test_folders_nested_too_deep_are_refused(tmp_path: Path) -> None:
     (tmp_path / "/".join("d" * 30)).mkdir(parents=True)
     folders.refuse_links(tmp_path, key="run")
     (tmp_path / "/".join("d" * 300)).mkdir(parents=True)
-    with pytest.raises(ConfigErrors, match="more than 50 levels deep"):
+    with pytest.raises(ConfigErrors, match="more than 50 levels of folders"):
         folders.refuse_links(tmp_path, key="run")
 
 

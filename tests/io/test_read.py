@@ -143,9 +143,9 @@ def test_memory_that_json_takes_is_bounded(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "many.json").write_text(f"[{'[],' * 40}[]]")
     assert len(read_json(tmp_path / "few.json", list)) == 31
     refuse_large([tmp_path / "few.json", tmp_path / "missing.json"])
-    with pytest.raises(Unreadable, match=r"many\.json can't be read: the text holds more than 100 values"):
+    with pytest.raises(Unreadable, match=r"many\.json can't be read: the text has more than 100 values"):
         read_json(tmp_path / "many.json", list)
-    with pytest.raises(Unreadable, match=r"many\.json holds more than 100 values"):  # a library would read it
+    with pytest.raises(Unreadable, match=r"many\.json has more than 100 values"):  # a library would read it
         refuse_large([tmp_path / "many.json"])
 
 

@@ -62,7 +62,10 @@ def library_modules(folder: Path | None = None) -> dict[str, Path]:
 
 @contextmanager
 def no_collections() -> Iterator[None]:
-    """Pause garbage collections, which take longer than parsing and find nothing in syntax trees."""
+    """Pause garbage collection inside the block.
+
+    Collections take longer than parsing, and syntax trees have no garbage.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Callbacks that pass the HF Trainer's log on, and end its training when a stop is requested."""
+"""Callbacks that pass on the Trainer's log, and end training when a stop is requested."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MetricsCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.rates = {group["name"]: float(group["lr"]) for group in kwargs["optimizer"].param_groups}
         self.norms = None
-        # DeepSpeed's engine takes its step elsewhere, on copies.
+        # DeepSpeed's engine takes the step itself, on copies.
         if args.deepspeed_plugin is None and may_be_logged(args, state, kwargs.get("train_dataloader")):
             self.before = StepNorms(kwargs["optimizer"], kwargs["model"])
 
@@ -138,7 +138,10 @@ class StopAtStep(TrainerCallback):
 
 
 def stop_requested(args: Any) -> bool:
-    """Return True if a stop was requested in any process of the run. Every process must call this function."""
+    """Return True if a stop was requested in any process of the run.
+
+    Every process must call this function.
+    """
     if args.world_size > 1:
         largest = torch.tensor(interrupts.requested(), device=args.device)
         distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)

@@ -154,7 +154,7 @@ class ResumableMixin:
                 yield
         except Interrupted:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            # With load_best_model_at_end the model is the best one, not that of the last step.
+            # With load_best_model_at_end, the model is the best checkpoint's, not the last step's.
             if not self.args.load_best_model_at_end and folder not in sealed(folder.parent):
                 self.save_checkpoint_now()
             raise

@@ -1,4 +1,4 @@
-"""Which runs can use the lean forward, and for which of them `trainer.forward=auto` uses it."""
+"""The conditions for the lean forward, and for `trainer.forward=auto`."""
 
 from __future__ import annotations
 
