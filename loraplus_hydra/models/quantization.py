@@ -12,7 +12,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from loraplus_hydra.config.targets import instantiate
 
-_HEADS = ("score", "classifier", "qa_outputs")  # transformers' names
+HEADS = ("score", "classifier", "qa_outputs")  # transformers' names
 _COMPUTE_DTYPE = "bnb_4bit_compute_dtype"
 
 
@@ -40,7 +40,7 @@ def skip_heads(quantized: Any, model: Any) -> None:
     `model` may be on the meta device. The layers that transformers excludes by default stay excluded.
     """
     if isinstance(quantized, BitsAndBytesConfig):  # transformers 5.23 quantises a classifier's head
-        heads = (name for name in _HEADS if hasattr(model, name))
+        heads = (name for name in HEADS if hasattr(model, name))
         skipped = quantized.llm_int8_skip_modules or ()  # transformers would quantise the output layer beside these
         quantized.llm_int8_skip_modules = sorted({*skipped, *get_keys_to_not_convert(model), *heads})
 

@@ -17,7 +17,7 @@ from loraplus_hydra.io import files, run_folder
 from loraplus_hydra.io.read import read_json
 from loraplus_hydra.io.text import code, code_block, markdown
 from loraplus_hydra.models.adapter_files import stored_adapter
-from loraplus_hydra.models.quantization import is_quantized
+from loraplus_hydra.models.quantization import HEADS, is_quantized
 from loraplus_hydra.runs.finished import FinishedRun, model_metrics
 
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
@@ -115,6 +115,10 @@ def _loading_adapter(run: FinishedRun, auto: str) -> Iterator[str]:
     if run.config.task.task_type == "SEQ_CLS":  # the adapter's config.json has the names of the labels
         yield "from transformers import AutoConfig"
         yield "config = AutoConfig.from_pretrained(folder)"
+        if run.config.model.add_tokens:  # with the rows of the new tokens, the base's embedding would be drawn anew
+            yield f"config.vocab_size = AutoConfig.from_pretrained({base}).vocab_size"
+        if is_quantized(run.config.quantization):  # with it, the base's weights would be read as quantised ones
+            yield "del config.quantization_config"
         yield f"model = {auto}.from_pretrained({base}, config=config, ignore_mismatched_sizes=True{options})"
     else:
         yield f"model = {auto}.from_pretrained({base}{options})"
@@ -129,7 +133,10 @@ def _quantization_arguments(run: FinishedRun) -> dict[str, Any]:
     given = OmegaConf.to_container(run.config.quantization, resolve=True)
     assert isinstance(given, dict)
     dtype = "float32" if run.config.model.dtype == "auto" else run.config.model.dtype
-    return {str(key): dtype if value == "auto" else value for key, value in given.items() if key != "_target_"}
+    arguments = {str(key): dtype if value == "auto" else value for key, value in given.items() if key != "_target_"}
+    if run.config.task.task_type == "SEQ_CLS":  # the head was trained
+        arguments.setdefault("llm_int8_skip_modules", list(HEADS))
+    return arguments
 
 
 def _group_rows(groups: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:

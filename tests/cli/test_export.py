@@ -48,6 +48,12 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "nf4": ("llama", ["quantization=nf4"]),
 }
 
+CLASSIFIERS: dict[str, tuple[str, list[str]]] = {
+    "classifier": ("bert", []),
+    "classifier, new tokens": ("bert", ["model.add_tokens=['<call>']"]),
+    "classifier, nf4": ("llama", ["quantization=nf4"]),
+}
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Callable[[str], Path]:
@@ -64,9 +70,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Callable[[str]
         folder = place / name.replace(", ", "_") / "run"
         if folder.exists():
             return folder
-        if name == "classifier":
+        if name in CLASSIFIERS:
             (place / "labels.csv").write_text(CSV)
-            architecture, overrides = "bert", ["task=classification", "data=csv", f"data.train={place / 'labels.csv'}"]
+            architecture, more = CLASSIFIERS[name]
+            overrides = ["task=classification", "data=csv", f"data.train={place / 'labels.csv'}", *more]
         else:
             architecture, overrides = RUNS[name]
             overrides = ["data=jsonl", f"data.train={rows}", "task.samples=1", "task.sample_tokens=4", *overrides]
@@ -165,7 +172,7 @@ def test_card_tells_the_runs_own_numbers(merged: bool, runs: Callable[[str], Pat
 
 
 @pytest.mark.parametrize("merged", [True, False])
-@pytest.mark.parametrize("name", ["lora", "new tokens, tied", "new tokens, untied", "nf4", "classifier"])
+@pytest.mark.parametrize("name", ["lora", "new tokens, tied", "new tokens, untied", "nf4", *CLASSIFIERS])
 def test_card_loads_and_runs_the_export(
     name: str,
     merged: bool,
@@ -182,10 +189,10 @@ def test_card_loads_and_runs_the_export(
     names: dict[str, Any] = {}
     capsys.readouterr()  # of the run, which may have been trained just now
     exec(code.replace("<this folder>", str(folder)), names)
-    rounding = 1e-2 if name == "nf4" and not merged else 2e-5  # bitsandbytes alone packs weights anew on some CPUs
+    rounding = 1e-2 if "nf4" in name and not merged else 2e-5  # bitsandbytes alone packs weights anew on some CPUs
     torch.testing.assert_close(logits(names["model"]), expected, atol=rounding, rtol=1e-4)
     assert len(names["tokenizer"]) == len(AutoTokenizer.from_pretrained(folder))
-    if name == "classifier":
+    if name in CLASSIFIERS:
         assert set(eval(capsys.readouterr().out)) == {"one", "two", "three"}
 
 
