@@ -103,6 +103,8 @@ def _run(name: str, arguments: list[str]) -> int:
     except KeyboardInterrupt as error:
         print("\nInterrupted.", file=sys.stderr)
         return interrupts.status_of(error)
+    except SystemExit as end:  # most commands end so, in a callback; a signal may still wait to be answered
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:
         if wants_traceback():
             raise

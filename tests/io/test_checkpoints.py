@@ -158,6 +158,7 @@ def test_state_that_would_run_code_is_not_unpickled(
     seal(place)  # as somebody would who wants it to be opened
     finished = cli("resume", "run", "trainer.max_steps=8")
     assert finished.status == 1
+    assert "can't be restored (UnpicklingError: Weights only load failed); name an earlier" in finished.err
     assert "Traceback" not in finished.err
     assert not (tmp_path / "executed").exists()
 

@@ -22,7 +22,7 @@ from transformers.trainer_callback import EarlyStoppingCallback
 from transformers.trainer_utils import has_length
 
 from loraplus_hydra.data.fingerprint import RowsRead
-from loraplus_hydra.errors import UserError
+from loraplus_hydra.errors import UserError, first_line
 from loraplus_hydra.io import interrupts, screen
 from loraplus_hydra.io.checkpoint_state import StreamState, run_state
 from loraplus_hydra.io.checkpoints import OPTIMIZER, sealed, step_of, unseal
@@ -237,6 +237,16 @@ class ResumableMixin:
         self.state.best_model_checkpoint = str(best)
         super()._load_best_model()  # type: ignore[misc]
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        """Load the weights like the Trainer. Raises UserError if they can't be read."""
+        with _restoring(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load the random states like the Trainer. Raises UserError if they can't be read."""
+        with _restoring(checkpoint):
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load like the Trainer, then apply the settings of this run's config to every group."""
         if checkpoint is None:
@@ -248,7 +258,8 @@ class ResumableMixin:
         stored = run_state(Path(checkpoint))
         groups = {group["name"]: _copied(group) for group in self.optimizer.param_groups}
         schedule = copy.deepcopy(self.lr_scheduler.state_dict())
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        with _restoring(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         now = describe_training(self.loraplus, groups, self.state.max_steps)
         self.resumed_with = tuple(differences(stored, replace(stored, **now)))
         if not self.resumed_with:
@@ -266,6 +277,19 @@ class ResumableMixin:
 def resumable(trainer_class: type[Trainer]) -> type[Trainer]:
     """Return `trainer_class` with checkpoints from which a run resumes bit for bit."""
     return type(f"Resumable{trainer_class.__name__}", (ResumableMixin, trainer_class), {})
+
+
+@contextmanager
+def _restoring(checkpoint: str | None) -> Iterator[None]:
+    """Turn an error inside, where `checkpoint` is read, into a UserError."""
+    try:
+        yield
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # torch raises almost any class for a file that it can't read
+        # The first sentence: behind it torch advises to unpickle the file, whoever it is from.
+        what = f"{type(error).__name__}: {first_line(error).split('. ')[0][:200]}"
+        raise UserError(f"{checkpoint} can't be restored ({what}); name an earlier checkpoint, or run anew") from error
 
 
 @contextmanager
