@@ -212,7 +212,8 @@ def _overrides(files: _Files, config: Mapping[str, Any]) -> tuple[tuple[str, ...
     first = files.read(read_yaml, run_folder.HYDRA, "overrides.yaml", kind=list)
     if first is None:
         return (), None
-    texts = tuple(map(str, first))
+    # The program gives each job its sweep's own keys
+    texts = tuple(text for text in map(str, first) if not text.startswith("sweep."))
     rerun: tuple[str, ...] | None = texts
     # The names are times, so this is their order
     resumes = sorted(path.name for path in (files.folder / run_folder.HYDRA).glob("resumed-*"))

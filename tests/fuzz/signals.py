@@ -165,7 +165,8 @@ class Trials:
         broken = self._signalled(words, dice, self._at(dice, self.seconds[name]))
         faults = self._faults(broken, self.work)
         target = {"export": "exported", "report": "sweep/results.csv"}.get(name, f"{name}.json")
-        written = (self.work / target).exists()
+        place = self.work / target
+        written = place.is_dir() or (place.is_file() and place.stat().st_size > 0)  # an empty file reserves the name
         if written and name != "report":
             faults += self._other(target)
         if not (written and name == "export"):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplus_hydra.report.read_sweep import read_sweep
+from loraplus_hydra.report.read_sweep import read_job, read_sweep
 from loraplus_hydra.report.results import results_of
 from loraplus_hydra.report.write import csv_text, write_report
 from tests.support.finished_sweeps import ratio_sweep, write_job, write_sweep
@@ -108,6 +108,11 @@ def test_whatever_the_files_hold_the_sweep_is_read_and_compared(
     assert [job.folder for job in results.sweep.jobs] == ["0", "1"]
     assert results.outcome.best is not None
     assert csv_text(results).count("\n") >= 3
+
+
+def test_job_is_run_again_without_the_sweeps_own_keys(tmp_path: Path) -> None:
+    write_job(tmp_path / "0", {"sweep.swept": "[seed]", "sweep.start": "83da61ce9560", "seed": 1}, 3.6)
+    assert read_job(tmp_path / "0").rerun == ("seed=1",)
 
 
 def test_two_hundred_jobs_some_of_them_broken(tmp_path: Path) -> None:

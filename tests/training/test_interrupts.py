@@ -141,6 +141,14 @@ def test_signal_while_the_program_starts_is_kept(number: signal.Signals) -> None
     assert (ended.returncode, "Traceback" in ended.stderr) == (128 + number, False), ended.stderr
 
 
+def test_signal_at_the_end_of_a_command_decides_its_status(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loraplus_hydra.report import terminal, write
+
+    monkeypatch.setattr(write, "write_report", lambda folder: folder)
+    monkeypatch.setattr(terminal, "show", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert cli("report", "sweep").status == 143
+
+
 EVALUATED = (
     *("trainer.max_steps=4", "trainer.eval_steps=2", "trainer.save_steps=4", "trainer.per_device_eval_batch_size=1"),
     *("adapter.lora_dropout=0.1", "+trainer.load_best_model_at_end=false"),
