@@ -59,7 +59,7 @@ def silent():
 
 @pytest.fixture(scope="module")
 def splits() -> dict[str, list[Pair]]:
-    return library_pairs()
+    return {name: [Pair(**row) for row in rows] for name, rows in load().items()}
 
 
 @pytest.fixture
