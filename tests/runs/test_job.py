@@ -44,7 +44,7 @@ def finished_run(tiny_model: Path, rows: Path, tiny_run: list[str], tmp_path_fac
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert f"Everything is in {folder}" in done.stdout
+    assert f"All files are in {folder}" in done.stdout
     return folder
 
 

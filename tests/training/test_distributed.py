@@ -59,7 +59,7 @@ def test_two_processes_share_one_run_folder_and_train_as_one(
     assert (tmp_path / "two" / "adapter" / "adapter_model.safetensors").is_file()
     assert together["metrics_before"]["eval_loss"] == pytest.approx(alone.metrics_before["eval_loss"], rel=1e-5)
     assert together["metrics"]["eval_loss"] == pytest.approx(alone.metrics["eval_loss"], rel=1e-4)
-    assert done.stdout.count("Everything is in") == 1
+    assert done.stdout.count("All files are in") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
