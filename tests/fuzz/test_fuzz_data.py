@@ -22,7 +22,7 @@ from loraplus_hydra.errors import ConfigErrors, UserError
 from tests.fuzz.test_fuzz_config import within
 
 FIRST = int(os.environ.get("LORAPLUS_FUZZ_FROM", "0"))
-FEW, MANY = 300, int(os.environ.get("LORAPLUS_FUZZ_COUNT", "2000"))
+FEW, MANY = 100, int(os.environ.get("LORAPLUS_FUZZ_COUNT", "2000"))
 PART = 500  # the many are examined in parts, which the workers of a test run share
 SECONDS = 600
 
