@@ -153,6 +153,8 @@ def _refuse_many_items(text: str, path: str = "the text") -> int:
 
 
 def _refuse_traps(text: str) -> None:
+    if len(text) <= _DEEPEST and "*" not in text:  # too short to be that deep, and an alias begins with *
+        return
     depth = 0
     for event in yaml.parse(text, Loader=_Base):
         if isinstance(event, yaml.AliasEvent):  # a few lines of aliases can expand until they fill the memory
