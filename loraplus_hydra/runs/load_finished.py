@@ -34,12 +34,12 @@ def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, P
     set_seed(run.config.seed)
     base = load_base(run.config, tokenizer, run.model_arguments())
     base.config.use_cache = True
-    refuse_changed_run(run)  # all files are on this machine now
     interrupts.stop_if_asked()
     if changes_base(getattr(stored.config, "init_lora_weights", None)):
         model = _on_changed_base(base, run, tokenizer)
     else:
         model = attach(base, stored, trainable=trainable)
+    refuse_changed_run(run)  # last: all files are on this machine now, and an adapter that doesn't fit is named as such
     model.eval()
     return model, tokenizer
 
