@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,18 +30,16 @@ class RowsRead:
 
     expected: tuple[int, str] | None = None  # (number of rows, digest that must be reached after this number)
     count: int = 0
-    _hash: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
-
-    @property
-    def digest(self) -> str:
-        return self._hash.hexdigest()
+    digest: str = ""
 
     def see(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         """Count a row of the stream and return it. Raises ConfigErrors if the rows aren't the expected ones."""
         if index == 0:  # a new epoch begins
-            self.count, self._hash = 0, hashlib.blake2b(digest_size=16)
+            self.count, self.digest = 0, ""
         values = {name: value for name, value in row.items() if name != ORIGIN}
-        self._hash.update(json.dumps(values, sort_keys=True, default=repr).encode())
+        # A chain of digests, because datasets pickles its functions and a hash object can't be pickled.
+        text = self.digest + json.dumps(values, sort_keys=True, default=repr)
+        self.digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         self.count += 1
         if self.expected is not None and self.count == self.expected[0]:
             if self.digest != self.expected[1]:

@@ -120,7 +120,7 @@ def test_evaluation_loss_is_the_mean_over_all_tokens(
 
 def test_blocks_beyond_the_models_context_are_an_error(made: Made, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("the lazy dog\n" * 300)
-    with pytest.raises(ConfigErrors, match=r"task\.block_size: 256 tokens are more than the 128"):
+    with pytest.raises(ConfigErrors, match=r"task\.block_size: 256 tokens are more than the model's maximum, 128"):
         made("data=text", f"data.train={tmp_path / 'book.txt'}")
 
 
