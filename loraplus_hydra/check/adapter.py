@@ -16,7 +16,7 @@ from loraplus_hydra.models.quantization import quantization_config
 
 _KINDS_4BIT = ("nf4", "fp4")
 # PEFT methods whose model needs more than a batch's tokens, which no Trainer here passes.
-_NEEDS_MORE = {"PolyConfig": "needs a task_id with each row", "XLoraConfig": "needs several adapters that are trained"}
+_NEEDS_MORE = {"PolyConfig": "needs a task_id in each row", "XLoraConfig": "needs several trained adapters"}
 
 
 def adapter_problems(config_class: type, adapter: dict[str, Any], trainer: dict[str, Any]) -> list[Problem]:
@@ -53,7 +53,7 @@ def quantization_problems(
     kind = arguments.get("bnb_4bit_quant_type", "fp4")
     if kind not in _KINDS_4BIT:  # bitsandbytes looks it up while it quantises
         key = "quantization.bnb_4bit_quant_type"
-        problems.append(Problem(key, f"there is no '{kind}'{nearest(kind, _KINDS_4BIT)}", "one of: nf4, fp4"))
+        problems.append(Problem(key, f"there is no '{kind}'{nearest(kind, _KINDS_4BIT)}", "use one of nf4, fp4"))
     if changes_base(adapter.get("init_lora_weights")):
         what = f"'{adapter['init_lora_weights']}' is computed from the base's weights, but these are quantised"
         problems.append(Problem("adapter.init_lora_weights", what, "use quantization=none, or adapter=lora"))

@@ -92,7 +92,7 @@ def _unlisted_keys(config: DictConfig) -> Iterator[str]:
 
 
 def _task_of(config: DictConfig) -> dict[str, Any]:
-    """Return the YAML of the task whose rows the config reads; empty for one of the user's own."""
+    """Return the YAML of the task with the config's `examples` function; empty for a user's own task."""
     return next((task for task in _tasks() if task["examples"] == config.task.examples), {})
 
 

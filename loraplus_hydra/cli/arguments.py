@@ -60,9 +60,9 @@ def refuse_wrong_flags(words: list[str], own: Iterable[str]) -> list[Problem]:
 
 
 def with_values(problems: list[Problem], words: list[str]) -> tuple[list[tuple[Problem, str, str]], list[str]]:
-    """Return the Problem of each flag with its name and value, and all words that are neither.
+    """Return (Problem, name, value) for each unknown flag, and all other words.
 
-    The value may be the next word, as in `--lr 1e-4`; without one it is true.
+    The value may be the next word, as in `--lr 1e-4`. Without a value, it is true.
     """
     found = []
     others = list(words)

@@ -130,7 +130,7 @@ class _Composition:
 
 
 def _without_spaces(words: list[str]) -> tuple[list[tuple[Problem, str, str]], list[str]]:
-    """Return a Problem, key and value of overrides such as `seed = 3`, and all other words."""
+    """Return (Problem, key, value) for overrides such as `seed = 3`, and all other words."""
     spaced: list[tuple[Problem, str, str]] = []
     others: list[str] = []
     left = list(words)
@@ -138,7 +138,7 @@ def _without_spaces(words: list[str]) -> tuple[list[tuple[Problem, str, str]], l
         typed = " ".join(left[:3])
         if found := _SPACED.match(typed):
             count = len(found[0].split())
-            problem = Problem(found[0], "is no override", "write key=value, without spaces")
+            problem = Problem(found[0], "is not an override", "write key=value, without spaces")
             spaced.append((problem, found[1], found[2]))
             del left[:count]
         else:
@@ -147,7 +147,7 @@ def _without_spaces(words: list[str]) -> tuple[list[tuple[Problem, str, str]], l
 
 
 def _pair_problem(problem: Problem, key: str, value: str, composition: _Composition) -> Problem:
-    """Add to a Problem the override that is meant by the key and its value, if there is one."""
+    """Return the Problem with the override that the key and the value probably mean, if there is one."""
     config = composition.compose()
     if select(OmegaConf.to_container(config, resolve=False), key)[0]:
         fix = f"write {key}={value}"
@@ -194,9 +194,9 @@ def _grammar_problem(text: str, error: HydraException, composition: _Composition
         return Problem(text, "is a command, but a command must be the first word", fix)
     fix = "write key=value"
     if not composition.is_run:
-        fix = f"write it as in: {composition.config} {COMMANDS[composition.config].usage}"
+        fix = f"for example: {composition.config} {COMMANDS[composition.config].usage}"
     elif text.endswith((".yaml", ".yml")):
-        fix = "a YAML of your own is an option of a group: --config-dir DIR experiment=x for DIR/experiment/x.yaml"
+        fix = "use your own YAML as an option of a group: --config-dir DIR experiment=x for DIR/experiment/x.yaml"
     elif meant := meant_option("data", text):
         fix = f"write {meant}"
     return Problem(text, f"is neither a command nor key=value{nearest(text, (*COMMANDS, '--help'))}", fix)

@@ -176,9 +176,9 @@ _OFF = ("false", "no", "none", "null", "0", "off")
 
 
 def meant_keys(name: str, config: Mapping[str, Any]) -> list[str]:
-    """Return the full keys of a plain `config` that `name`, the last part of a key, may stand for.
+    """Return the full keys in `config` (a plain dict) that `name` may mean.
 
-    A key that no YAML lists has a plus.
+    `name` is the last part of a key, or another tool's name of a key. A key that the YAML files don't list gets a plus.
     """
     known = {key for key in flat(config) if key.split(".")[0] in (*GROUPS, "seed")}
     known = {key for key in known if not key.startswith("loraplus.rules.")}
@@ -189,13 +189,13 @@ def meant_keys(name: str, config: Mapping[str, Any]) -> list[str]:
 
 
 def own_name(name: str, group: str) -> str:
-    """Return the name in `group` of what other tools call `name`, or `name` itself."""
+    """Return the option or key of `group` that other tools call `name`, or `name` itself."""
     keys = [key for key in KEYS.get(name, ()) if key.startswith(f"{group}.")]
     return keys[0].rpartition(".")[2] if keys else name
 
 
 def meant_overrides(name: str, value: str, config: Mapping[str, Any]) -> str:
-    """Return the overrides of a plain `config` that `name=value` may stand for; empty where none is known."""
+    """Return the overrides that `name=value` probably means in a plain `config`; empty if unknown."""
     name = name.lower().replace("-", "_")
     if name in SWITCHES:
         return "" if value.lower() in _OFF else SWITCHES[name].replace("{}", value)
@@ -221,7 +221,7 @@ def meant_option(group: str, option: str) -> str:
 
 
 def _meant_rows(name: str) -> str:
-    """Return the overrides that read a file of rows, or a data set on the hub; empty for other names."""
+    """Return the overrides that read `name`, a file of rows or a hub's data set; empty for other names."""
     path = PurePath(name)
     suffix = PurePath(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
     if suffix in SUFFIXES:

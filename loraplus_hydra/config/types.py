@@ -1,6 +1,6 @@
 """Types and ranges of values; dataclasses from JSON.
 
-Standard library only, so every room can use it.
+This module uses only the standard library, so every room can import it.
 """
 
 from __future__ import annotations

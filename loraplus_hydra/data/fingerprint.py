@@ -33,7 +33,7 @@ class RowsRead:
     digest: str = ""
 
     def see(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        """Count a row of the stream and return it. Raises ConfigErrors if the rows aren't the expected ones."""
+        """Add a row of the stream to the record, and return the row. Raises ConfigErrors for unexpected rows."""
         if index == 0:  # a new epoch begins
             self.count, self.digest = 0, ""
         values = {name: value for name, value in row.items() if name != ORIGIN}

@@ -121,7 +121,7 @@ def _write_merged(run: FinishedRun, folder: Path, dtype: str | None) -> float:
 
 
 def _refuse_difference(logits: torch.Tensor, expected: torch.Tensor, share: float) -> float:
-    """Return the largest difference. Raises UserError where it is above this share of the largest logit."""
+    """Return the largest difference. Raises UserError if it is above `share` of the largest logit."""
     difference = float((logits - expected).abs().max())
     bound = share * max(1.0, float(expected.abs().max()))
     if not difference <= bound:  # written this way because a comparison with NaN is False
@@ -133,7 +133,7 @@ def _refuse_difference(logits: torch.Tensor, expected: torch.Tensor, share: floa
 
 
 def _save(model: Any, folder: Path) -> None:
-    """Write a merged model. Raises UserError where its file format can't hold it."""
+    """Write a merged model. Raises UserError if the file format can't store it."""
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     is_tied = model.config.get_text_config().tie_word_embeddings
     if not is_tied and getattr(output, "weight", None) is embedding.weight:  # two trained layers with one weight
@@ -145,7 +145,7 @@ def _save(model: Any, folder: Path) -> None:
 
 
 def _merged(full: PeftModel) -> Any:
-    """Return the model with the adapter's update added to its weights. Raises UserError."""
+    """Return the model with the adapter's update merged into its weights. Raises UserError."""
     _untie(full)
     try:
         with quiet_peft():
@@ -202,7 +202,7 @@ def _rounding(dtype: torch.dtype, run: FinishedRun) -> float:
 
 
 def _quantization_error(run: FinishedRun) -> float:
-    """Return the difference that a quantised base's own way to compute can cause."""
+    """Return the difference that the computations of a quantised base can cause."""
     if not is_quantized(run.config.quantization):
         return 0.0
     return 1e-1 if run.config.quantization.get("load_in_8bit") else 1e-2  # int8 rounds what goes into a layer as well

@@ -65,7 +65,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "kind of 4-bit weights": (
         ["quantization=nf4", "quantization.bnb_4bit_quant_type=nf5"],
-        ["quantization.bnb_4bit_quant_type: there is no 'nf5' (did you mean 'nf4'?); one of: nf4, fp4"],
+        ["quantization.bnb_4bit_quant_type: there is no 'nf5' (did you mean 'nf4'?); use one of nf4, fp4"],
     ),
     "package of a quantisation": (
         ["quantization._target_=transformers.QuantoConfig"],
@@ -73,7 +73,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "method that needs more than rows": (
         ["adapter._target_=peft.PolyConfig", "~adapter.lora_alpha", "~adapter.lora_dropout", "~adapter.bias"],
-        ["adapter._target_: PolyConfig needs a task_id with each row; use adapter=lora"],
+        ["adapter._target_: PolyConfig needs a task_id in each row; use adapter=lora"],
     ),
     "level of the log": (["+trainer.log_level=no"], ["trainer.log_level: there is no level 'no'; one of:"]),
     "settings of a class as text": (
@@ -231,7 +231,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "target modules": (["adapter.target_modules=[query]"], ["adapter.target_modules", "query", "q_proj", "all-linear"]),
     "dtype": (["model.dtype=float17"], ["model.dtype", "float17", "bfloat16"]),
     "unreadable value": (["optimizer.lr=[1"], ["optimizer.lr=[1", "can't be read"]),
-    "no override": (["chek"], ["chek", "neither a command nor key=value"]),
+    "not an override": (["chek"], ["chek", "neither a command nor key=value"]),
     "trainer fields that contradict": (
         ["+trainer.load_best_model_at_end=true", "trainer.eval_strategy=no"],
         ["trainer"],

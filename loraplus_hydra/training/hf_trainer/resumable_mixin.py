@@ -70,7 +70,7 @@ class ResumableMixin:
     evaluation_due = False  # True after a signal stopped an evaluation, until the evaluation is repeated
 
     def train_or_restore(self, checkpoint: str | None) -> Any:
-        """Train from `checkpoint` on. If it is of the last step, only restore it.
+        """Train from `checkpoint`, or only restore it if it is of the last step.
 
         Without a checkpoint, training begins at step 0. Raises UserError if the checkpoint is beyond the run's steps.
         """
