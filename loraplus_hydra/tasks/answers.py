@@ -16,12 +16,13 @@ from loraplus_hydra.data.rows import SPLITS, Rows, all_columns, columns, is_stre
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.base import Base
 from loraplus_hydra.tasks.conversation import FUNCTIONS, TEMPLATE_ARGUMENTS, TOOLS, Conversation, Text
-from loraplus_hydra.tasks.row_notes import REPORTED, cut_note, stretched_note, template_notes
+from loraplus_hydra.tasks.row_notes import REPORTED, cut_note, omitted_note, stretched_note, template_notes
 from loraplus_hydra.tasks.rows import batch_rows
 from loraplus_hydra.tasks.template import end_token
-from loraplus_hydra.tasks.tokens import Encoded, LossRule, encode, render
+from loraplus_hydra.tasks.tokens import IGNORED, Encoded, LossRule, encode, render
 
 Answers = Mapping[str, Text | Conversation]  # TRL's column -> the answer; all answers have the same prompt
+_PROMPT_LENGTH = "prompt_length"  # column with the number of a prompt's tokens, for notes
 _RULE = LossRule(completion_only=True, assistant_only=False)  # TRL's loss is on the tokens of the answers
 
 
@@ -42,7 +43,7 @@ class AnswerReader:
         # JSON keeps a message unchanged. Arrow would give every message the keys of all messages.
         texts = {name: Json() if self.chat else Value("string") for name in ("prompt", *self.answers)}
         arguments = {TOOLS: Value("string"), TEMPLATE_ARGUMENTS: Json()} if templated else {}
-        features = Features({**texts, **arguments, **self.others, **REPORTED})
+        features = Features({**texts, **arguments, **self.others, **REPORTED, _PROMPT_LENGTH: Value("int32")})
         key = {**self.key, "tokenizer": tokenizer_digest(tokenizer), "end": end, "chat": self.chat}
 
         def convert_in(split: str) -> Callable[..., dict[str, list[Any]]]:
@@ -98,12 +99,14 @@ def answer_notes(
         keep_end = task.args.get("truncation_mode") == "keep_end"
         notes += template_notes(part, rows[split], split) + stretched_note(lengths, split, limit, base)
         notes += cut_note(long, len(lengths), split, limit, keep_end=keep_end)
+        if limit is not None and not keep_end:
+            notes += omitted_note(sum(length >= limit for length in part[_PROMPT_LENGTH]), len(lengths), split, limit)
     return notes
 
 
 def without_reports(rows: Rows) -> Any:
     """Return the rows without the columns of REPORTED, which the Trainer doesn't know."""
-    return rows.remove_columns(list(REPORTED))
+    return rows.remove_columns([*REPORTED, _PROMPT_LENGTH])
 
 
 def uses_template(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
@@ -131,4 +134,10 @@ def _reported(answers: list[Encoded]) -> dict[str, Any]:
     """Return a row's properties for notes. A row has a property if any of its answers has it."""
     flags = {name: any(getattr(answer, name) for answer in answers) for name in REPORTED if name != "unread"}
     unread = sorted({key for answer in answers for key in answer.unread})
-    return flags | {"unread": unread, "length": max(answer.length for answer in answers)}
+    # TRL leaves out rows whose prompt alone fills the limit.
+    prompt = min(_first_learnt(answer.labels) for answer in answers)
+    return flags | {"unread": unread, "length": max(answer.length for answer in answers), _PROMPT_LENGTH: prompt}
+
+
+def _first_learnt(labels: list[int]) -> int:
+    return next((number for number, label in enumerate(labels) if label != IGNORED), len(labels))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datasets import Dataset, Features, List, Value
 
 from loraplus_hydra.data.rows import ORIGIN
+from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.base import Base
 
 _OTHER_TEMPLATE = "use another template (+task.args.chat_template_path=template.jinja)"
@@ -55,6 +56,17 @@ def cut_note(cut: int, total: int, split: str, limit: int | None, *, keep_end: b
     return (
         [f"{cut:,} of {total:,} {split} rows are longer than {limit} tokens: their {lost} are cut off."] if cut else []
     )
+
+
+def omitted_note(omitted: int, total: int, split: str, limit: int) -> list[str]:
+    """Return a note if cut rows have no token left to learn.
+
+    Raises ConfigErrors if no row has one.
+    """
+    if omitted == total:
+        what = f"after cutting to {limit} tokens, no {split} row has a token to learn"
+        raise ConfigErrors([Problem("task.args.max_length", what, "allow more tokens")])
+    return [f"{omitted:,} of these have no token left to learn and are omitted."] if omitted else []
 
 
 def stretched_note(lengths: Sequence[int], split: str, limit: int | None, base: Base | None) -> list[str]:

@@ -17,11 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.data.cache import map_cached, tokenizer_digest
 from loraplus_hydra.data.rows import SPLITS, Rows, all_columns, is_streamed
-from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.base import Base, max_length
 from loraplus_hydra.tasks.conversation import Shape, Text, find_shape
 from loraplus_hydra.tasks.examples import Examples
-from loraplus_hydra.tasks.row_notes import REPORTED, cut_note, stretched_note, template_notes
+from loraplus_hydra.tasks.row_notes import REPORTED, cut_note, omitted_note, stretched_note, template_notes
 from loraplus_hydra.tasks.rows import batch_rows, unused_columns_note
 from loraplus_hydra.tasks.template import check_template, end_token, loss_rule, set_template
 from loraplus_hydra.tasks.tokens import IGNORED, LossRule, encode, render
@@ -141,9 +140,4 @@ def _notes(encoded: Rows, rows: Rows, split: str, task: DictConfig, limit: int |
     long = [index for index, length in enumerate(lengths) if length > limit]
     emptied = sum(all(label == IGNORED for label in encoded[index]["labels"][kept]) for index in long)
     notes += cut_note(len(long), len(encoded), split, limit, keep_end=keep_end)
-    if emptied:
-        notes.append(f"{emptied:,} of these have no token left to learn and are omitted.")
-    if emptied == len(encoded):
-        what = f"after cutting to {limit} tokens, no {split} row has a token to learn"
-        raise ConfigErrors([Problem("task.args.max_length", what, "allow more tokens")])
-    return notes
+    return notes + omitted_note(emptied, len(encoded), split, limit)

@@ -221,6 +221,19 @@ def test_rows_longer_than_the_limit_are_counted(made: Made, llama_folder: Path) 
     assert "1 of 2 train rows are longer than 20 tokens: their ends are cut off." in notes
 
 
+@pytest.mark.parametrize("task", ["task=dpo", "experiment=kto"])
+def test_prompts_that_fill_the_limit_are_counted_before_training(made: Made, llama_folder: Path, task: str) -> None:
+    short = SHAPES["texts"][0] if task == "task=dpo" else JUDGED_SHAPES["texts"]
+    long = {**short, "prompt": "dog " * 40}
+    rows = [short, long] if task == "task=dpo" else [short, {**short, "label": False}, long]
+    notes = made(llama_folder, rows, "task.args.max_length=20", task=task).notes
+    assert "1 of these have no token left to learn and are omitted." in notes
+    if task != "task=dpo":
+        rows = [rows[2], {**rows[2], "label": False}]
+    with pytest.raises(ConfigErrors, match=r"task\.args\.max_length: after cutting to 20 tokens, no train row"):
+        made(llama_folder, rows[-2:] if task != "task=dpo" else [long], "task.args.max_length=20", task=task)
+
+
 def test_text_that_the_template_drops_is_reported(made: Made, tmp_path: Path) -> None:
     strip = TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]", 1)
     folder = save_llama(tmp_path / "strip", chat_tokenizer(strip))
