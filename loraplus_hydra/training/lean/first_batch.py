@@ -24,7 +24,7 @@ def disagreement(model: nn.Module, plain: Entry, lean: Entry, batch: Mapping[str
     Outputs and gradients are compared, without dropout. The model's gradients and the random generators stay unchanged.
     Raises UnknownBatchError if these rows have no label.
     """
-    some = _some_rows(batch)
+    some = _some_rows(batch, getattr(model.config, "pad_token_id", None))
     labels = some.get("labels")
     if labels is not None and not bool((labels != IGNORED).any()):
         raise UnknownBatchError("the first rows have no label")
@@ -87,7 +87,7 @@ def _relative(expected: torch.Tensor, made: torch.Tensor) -> float:
     return float((made - expected).norm() / size) if size > 0 else float((made - expected).norm())
 
 
-def _some_rows(batch: Mapping[str, Any]) -> dict[str, Any]:
+def _some_rows(batch: Mapping[str, Any], pad_token_id: int | None) -> dict[str, Any]:
     """Return a batch's first rows, and a shortened copy of the longest row.
 
     In the copy, a third of the tokens are masked, and the others have loss. So there are always two rows of different
@@ -104,6 +104,8 @@ def _some_rows(batch: Mapping[str, Any]) -> dict[str, Any]:
     kept = (2 * count[-1] // 3).clamp(min=1)
     # The mask is on the side of the batch's padding.
     last *= (count > count[-1] - kept) if is_padded_ahead(batch) else (count <= kept)
+    if pad_token_id is not None:  # classifiers that are decoders look for it
+        some["input_ids"][-1].masked_fill_(last == 0, pad_token_id)
     if (labels := some.get("labels")) is not None and labels.shape == some["input_ids"].shape:
         after_token = torch.nn.functional.pad(last[:-1], (1, 0))
         labels[-1] = torch.where((last * after_token).bool(), some["input_ids"][-1], IGNORED)

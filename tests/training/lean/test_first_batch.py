@@ -129,9 +129,10 @@ def test_one_row_alone_shows_a_model_that_mixes_rows() -> None:
 
 @pytest.mark.parametrize("left", [False, True])
 def test_the_row_that_is_added_is_padded_on_the_batch_s_side(left: bool) -> None:
-    some = _some_rows(Batch((5, 9, 7), left=left).tensors())
+    some = _some_rows(Batch((5, 9, 7), left=left).tensors(), 0)
 
-    assert some["input_ids"][-1].tolist() == some["input_ids"][1].tolist()
+    mask = some["attention_mask"][-1]
+    assert torch.equal(some["input_ids"][-1], some["input_ids"][1] * mask)
     assert some["attention_mask"][-1].tolist() == ([0] * 3 + [1] * 6 if left else [1] * 6 + [0] * 3)
     assert (some["labels"][-1] != -100).tolist() == [
         each > (3 if left else 0) and each < (9 if left else 6) for each in range(9)
