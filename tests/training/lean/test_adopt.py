@@ -222,7 +222,7 @@ def test_a_model_that_is_different_runs_plain_after_its_first_batch(
     lean, plain = both(compose, tmp_path, *tiny_run, "trainer.use_cpu=true")
 
     assert len(reports) == 1
-    assert "Forward pass: plain, because its" in reports[0]
+    assert "Forward pass: plain, because the outputs" in reports[0]
     assert "differ by" in reports[0]
     assert lean == plain
 
@@ -239,7 +239,7 @@ def test_a_batch_beyond_the_window_runs_by_the_model_s_own_attention(
 
     assert sorted(reports) == [
         "    Forward pass: lean, without padding (trainer.forward)",
-        "    Forward pass: plain for some batches, since a row is longer than the attention's window of 24 tokens",
+        "    Forward pass: plain for some batches, because a row is longer than the attention's window of 24 tokens",
     ]
     for one, other in zip(lean, plain, strict=True):
         one.pop("norms", None), other.pop("norms", None)

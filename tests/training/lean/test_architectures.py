@@ -21,9 +21,9 @@ from transformers import (
 from loraplus_hydra.training.lean.adopt import adopt
 from tests.support.lean import VOCABULARY, Batch, gradients
 
-LEAN, WINDOW = "lean, without padding", "plain for some batches, since a row is longer"
-INTERFACE, SCALED = "attention is not behind transformers' attention interface", "logits are scaled or capped"
-DIFFERS = "its outputs differ by"
+LEAN, WINDOW = "lean, without padding", "plain for some batches, because a row is longer"
+INTERFACE, SCALED = "doesn't use transformers' attention interface", "logits are scaled or capped"
+DIFFERS = "the outputs differ by"
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -76,12 +76,12 @@ CAUSAL: list[Any] = [
             ("mixtral", {**GROUPED, **EXPERTS}, [LEAN]),
             ("qwen3_moe", {**GROUPED, **EXPERTS}, [LEAN]),
             ("phimoe", {**WINDOWED, **EXPERTS}, [LEAN, WINDOW]),
-            ("gemma2", {**WINDOWED, "final_logit_softcapping": None}, ["takes softcap"]),
+            ("gemma2", {**WINDOWED, "final_logit_softcapping": None}, ["the argument softcap"]),
             ("gemma3_text", {**GROUPED, "final_logit_softcapping": 30.0}, [SCALED]),
-            ("gpt_oss", {**WINDOWED, **EXPERTS}, ["takes s_aux"]),
+            ("gpt_oss", {**WINDOWED, **EXPERTS}, ["the argument s_aux"]),
             ("cohere", GROUPED, [SCALED]),
             ("minimax", {**GROUPED, **EXPERTS}, [DIFFERS]),
-            ("doge", {**GROUPED, "keep_window_size": 4}, ["does not get the tokens"]),
+            ("doge", {**GROUPED, "keep_window_size": 4}, ["gets other tokens"]),
             ("gpt_neo", {**OPT, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}, [INTERFACE]),
         )
     ),
@@ -95,7 +95,7 @@ CLASSIFIERS: list[Any] = [
             ("bert", SIZES, [LEAN, DIFFERS]),
             ("electra", {**SIZES, "embedding_size": 16}, [LEAN, DIFFERS]),
             ("modernbert", {**SIZES, "local_attention": 16, "global_attn_every_n_layers": 2}, [LEAN, WINDOW, DIFFERS]),
-            ("albert", {**SIZES, "embedding_size": 8}, ["its pooler does not choose"]),
+            ("albert", {**SIZES, "embedding_size": 8}, ["its pooler doesn't choose"]),
             ("llama", GROUPED, [LEAN]),
             ("qwen3", GROUPED, [LEAN]),
             ("gemma3_text", WINDOWED, [LEAN, WINDOW]),
