@@ -83,5 +83,7 @@ def load_run_tokenizer(run: FinishedRun) -> PreTrainedTokenizerBase:
 def base_of(run: FinishedRun) -> Base:
     """Return the properties of the run's weights, which other rows must fit."""
     places = positions(run.config.model, run.config.task.auto_class)
-    labels = label_names(run.model_arguments().get("id2label", {})) if is_classifier(run.config) else ()
-    return Base(labels=labels, head="the run", positions=places)
+    id2label = run.model_arguments().get("id2label", {}) if is_classifier(run.config) else {}
+    labels = label_names(id2label)
+    unnamed = 0 if labels else len(id2label)
+    return Base(labels=labels, head="the run", unnamed_outputs=unnamed, positions=places)

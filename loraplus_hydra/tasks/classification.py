@@ -55,16 +55,22 @@ def examples(
         },
         # A causal model classifies by the last token of a text, which it finds with the pad token's id.
         model_arguments=labels.model_arguments() | {"pad_token_id": tokenizer.pad_token_id},
-        notes=_unnamed_note(labels, base)
+        notes=_head_note(labels, None if new_head else base)
         + similar_note(labels.names)
         + tuple(unused_columns_note(rows, [text, label, data.get("text_pair_column") or ""]))
         + tuple(note for split in SPLITS for note in cut_note(cut[split], len(encoded[split]), split, limit)),
     )
 
 
-def _unnamed_note(labels: Labels, base: Base | None) -> tuple[str, ...]:
-    """Return a note if the rows' labels become the names of a trained head's outputs."""
-    if base is None or not base.unnamed_outputs or base.unnamed_outputs != len(labels.names):
+def _head_note(labels: Labels, base: Base | None) -> tuple[str, ...]:
+    """Return a note if the rows' labels name a trained head's outputs, or don't fit the head."""
+    outputs = 0 if base is None else len(base.labels) or base.unnamed_outputs
+    needed = len(labels.names) or 1  # a regression has one output
+    if base is None or not outputs:
+        return ()
+    if outputs != needed:
+        return (f"The model's trained head has {outputs} outputs, and {needed} are needed: a new head replaces it.",)
+    if base.labels or not labels.names or labels.names == tuple(map(str, range(outputs))):
         return ()
     names = ", ".join(labels.names)
     return (

@@ -104,7 +104,17 @@ def find_labels(
         only = f"'{names[0]}'" if names else "none at all"
         what = f"'{column}' has only one label, {only}, but a classification needs two"
         raise ConfigErrors([Problem("data.label_column", what, "use rows with two or more labels")])
-    return Labels(kind, names, column, declared)
+    return Labels(kind, _all_outputs(names, base), column, declared)
+
+
+def _all_outputs(names: tuple[str, ...], base: Base | None) -> tuple[str, ...]:
+    """Return a name for every output of a trained head without names, if `names` are their numbers."""
+    outputs = base.unnamed_outputs if base is not None else 0
+    for prefix in ("", "LABEL_"):  # transformers' own placeholders
+        every = tuple(f"{prefix}{number}" for number in range(outputs))
+        if set(names) <= set(every):
+            return every
+    return names
 
 
 def similar_note(names: Sequence[str]) -> tuple[str, ...]:
