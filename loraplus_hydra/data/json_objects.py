@@ -61,7 +61,7 @@ def _read_whole(path: str, text: str) -> Iterator[tuple[str, Row]]:
     position = _after_space(text, 0)
     line, values = 1 + text.count("\n", 0, position), 0
     while position < len(text):
-        with _errors_of(path, of_file=True):
+        with _errors_of(f"{path}, line {line}", file=path):
             value, end = decoder.raw_decode(text, position)
         end = _after_space(text, end)
         if values == 0 and end == len(text):
@@ -91,15 +91,15 @@ def _refuse_wrapped(path: str, value: Any) -> None:
 
 
 @contextmanager
-def _errors_of(place: str, *, of_file: bool = False) -> Iterator[None]:
+def _errors_of(place: str, *, file: str | None = None) -> Iterator[None]:
     """Turn errors of Python's JSON decoder into UserErrors.
 
-    With `of_file`, `place` is a file, and the decoder's line number is added.
+    If the text is that of a whole `file`, the decoder knows the line of an error.
     """
     try:
         yield
     except json.JSONDecodeError as error:
-        place = f"{place}, line {error.lineno}" if of_file else place
+        place = place if file is None else f"{file}, line {error.lineno}"
         raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
     except ValueError as error:  # Python refuses a number with thousands of digits
         raise UserError(f"{place}: {first_line(error)}") from None

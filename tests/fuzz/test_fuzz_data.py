@@ -342,10 +342,6 @@ FOUND: dict[str, tuple[Spoilt, str]] = {
         ),
         "rows.parquet: the column name '__origin__' is reserved for this program",
     ),
-    "name of a column with a NUL": (
-        Spoilt("prompt,completion\na,b\nc,d\n".encode("utf-16-le"), "rows.csv", "sft", ("data=csv",), ()),
-        "is the file UTF-16 text?",
-    ),
     "number of too many digits": (
         Spoilt(b'{"prompt": ' + b"9" * 10_000 + b"}\n", "rows.jsonl", "sft", ("data=jsonl",), ()),
         "rows.jsonl, line 1: Exceeds the limit",
