@@ -61,7 +61,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "metric that no evaluation has": (
         ["task.metric=eval_accuracy"],
-        ["task.metric: SFTTrainer can't train with it", "'eval_accuracy', which is not found"],
+        ["task.metric: SFTTrainer can't train with this argument", "'eval_accuracy', which is not found"],
     ),
     "kind of 4-bit weights": (
         ["quantization=nf4", "quantization.bnb_4bit_quant_type=nf5"],
@@ -75,7 +75,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["adapter._target_=peft.PolyConfig", "~adapter.lora_alpha", "~adapter.lora_dropout", "~adapter.bias"],
         ["adapter._target_: PolyConfig needs a task_id in each row; use adapter=lora"],
     ),
-    "level of the log": (["+trainer.log_level=no"], ["trainer.log_level: there is no level 'no'; one of:"]),
+    "level of the log": (["+trainer.log_level=no"], ["trainer.log_level: there is no level 'no'; use one of"]),
     "settings of a class as text": (
         ["+trainer.parallelism_config=x", "+adapter.monteclora_config=auto"],
         ["trainer.parallelism_config: 'x' is not a mapping", "adapter.monteclora_config: 'auto' is not a mapping"],
@@ -129,7 +129,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["optimizer.betas=abc"],
         ["optimizer.betas: 'abc' is not a list of numbers; it must be two"],
     ),
-    "text for a switch": (["trainer.bf16=yes"], ["trainer.bf16: 'yes' is not true or false or null; give it such"]),
+    "text for a switch": (
+        ["trainer.bf16=yes"],
+        ["trainer.bf16: 'yes' is not true or false or null; give it a value of this type"],
+    ),
     "missing value": (["optimizer.lr=???"], ["optimizer.lr", "is not set"]),
     "missing environment variable": (
         ["model.revision=${oc.env:NO_SUCH_VARIABLE}"],
@@ -267,7 +270,7 @@ ONCE: dict[str, tuple[list[str], str]] = {
         ["loraplus.scale=3"],
         "loraplus.scale: there is no such key; loraplus has the keys extra_rules, lr_embedding, ratio, rules",
     ),
-    "value that isn't set": (["data=jsonl"], "data.train: is not set; give it a value: data.train=..."),
+    "value that isn't set": (["data=jsonl"], "data.train: is not set; set it: data.train=..."),
     "folder not there": (
         ["model=hub", "model.path=./nowhere"],
         "model.path: there is no folder ./nowhere (searched for in {folder}); "
