@@ -1,4 +1,4 @@
-"""Checks of model and checkpoint folders that don't load weights."""
+"""Checks of model and checkpoint folders, without loading weights."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def notice(text: str) -> Iterator[None]:
 
 @contextmanager
 def kept_signals(*, deliver: bool = True) -> Iterator[None]:
-    """Store signals as a flag inside the block. A second signal raises Interrupted at once.
+    """Let a signal only set a flag inside the block. A second signal raises Interrupted at once.
 
     When the block ends, a stored signal is passed to the previous handlers, unless `deliver` is False.
     """

@@ -22,7 +22,7 @@ def folder_lock(
 ) -> Iterator[bool]:
     """Lock `folder` against other processes. Raise UserError if another process has locked it.
 
-    The error contains `use`, the reason for the lock, and `key`, the config's key that sets `folder`. With `patience`,
+    The error contains `use` (the reason for the lock) and `key` (the config's key that sets `folder`). With `patience`,
     wait that many seconds before the error. Yields False if nothing is locked: on a file system without locks, and in
     all processes of a run except the first.
     """

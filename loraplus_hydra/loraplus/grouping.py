@@ -17,7 +17,7 @@ GROUP_ORDER = ("groupA", "embedding", "groupB", "groupB_no_decay")
 """PEFT's groups in PEFT's order; they come first. Other groups follow in the order of the rules."""
 
 FROM_THE_BASE_MODEL = frozenset({"saved_module", "bias", "norm", "trainable_tokens"})
-"""Roles of trained tensors outside the adapter. A ratio between two of these tensors is not LoRA+."""
+"""Roles of trained tensors outside the adapter. Different rates for two of these tensors are not LoRA+."""
 
 
 def assign(

@@ -21,8 +21,8 @@ def preset_rules(name: str = "default", *, lr: float | None = None, **values: fl
     """Return the rules of a preset: `preset_rules("default", ratio=8)`.
 
     `values` override the preset's own keys, such as `ratio` and `lr_embedding`. `lr` is the optimizer's rate; the
-    preset `absolute` uses it as the default of `lr_A`. Raises UserError for a preset or a key that doesn't exist, or a
-    rate that is not finite and above 0.
+    preset `absolute` uses it as the default of `lr_A`. Raises UserError if the preset or a key doesn't exist, or if a
+    rate is infinite, NaN, 0 or negative.
     """
     folder = config_folder() / "loraplus"
     presets = sorted(file.stem for file in folder.glob("*.yaml"))

@@ -27,9 +27,9 @@ _LENGTHENING = ("trainer.max_steps", "trainer.num_train_epochs")
 
 
 def finished_result(config: DictConfig, folder: Path) -> Result | None:
-    """Return the stored result if the run in `folder` should resume but has already finished.
+    """Return the stored result if a resume was requested and the run in `folder` has already finished.
 
-    It must have finished with this config. Otherwise return None.
+    The run must have finished with this config. Otherwise return None.
     """
     if config.trainer.get("resume_from_checkpoint") is None:
         return None

@@ -29,9 +29,9 @@ _WORDS = {
 
 
 def finish(sweep: Sweep) -> bool:
-    """Write and show the report, and print a summary of the jobs of this start.
+    """Write and show the report, and print a summary of the jobs that ran this time.
 
-    Returns True if all jobs are done. If no job ran, a folder that this start made is removed.
+    Returns True if all jobs are done. If no job ran, a folder that was made for them is removed.
     """
     jobs = job_status.read_all(sweep.start)
     job_status.end(sweep.start)

@@ -67,7 +67,7 @@ class AnswerReader:
         }
 
     def samples(self, rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Return the fields of Examples for samples: the rows' prompts and first answers."""
+        """Return the fields of `Examples` that samples need: each row's prompt and first answer."""
         shown = list(self._shown(rows, tokenizer))
         names = ("prompts", "rendered", "references")
         return dict(zip(names, zip(*shown, strict=True), strict=True)) if shown else {}

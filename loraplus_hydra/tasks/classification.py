@@ -63,7 +63,7 @@ def examples(
 
 
 def _head_note(labels: Labels, base: Base | None) -> tuple[str, ...]:
-    """Return a note if the rows' labels name a trained head's outputs, or don't fit the head."""
+    """Return a note about a trained head: its outputs are named after the rows' labels, or don't fit them."""
     outputs = 0 if base is None else len(base.labels) or base.unnamed_outputs
     needed = len(labels.names) or 1  # a regression has one output
     if base is None or not outputs:

@@ -87,7 +87,7 @@ def loss_rule(
 
 
 def _marked_template(tokenizer: PreTrainedTokenizerBase, key: str) -> tuple[str | None, list[str]]:
-    """Return a template that marks the assistant's turns, and notes.
+    """Return two values: a template that marks the assistant's turns, and a list of notes.
 
     The template is TRL's version, or None if the tokenizer's own template has marks. Raises ConfigErrors.
     """

@@ -35,7 +35,7 @@ def score(
 def log_probabilities(
     hidden: torch.Tensor, places: torch.Tensor, targets: torch.Tensor, head: Frozen, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return only the log-probabilities of `score`."""
+    """Call `score`, and return only the log-probabilities of its result."""
     log_probs: torch.Tensor = _Score.apply(hidden, places, targets, head, bias, torch.is_grad_enabled(), False)[0]
     return log_probs
 
