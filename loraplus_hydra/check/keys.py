@@ -76,14 +76,16 @@ def unknown_keys(plain: dict[str, Any], config: DictConfig) -> list[Problem]:
     for path, schema in CLOSED.items():
         names = [field.name for field in dataclasses.fields(schema)]
         holder = plain.get(path, {}) if path else plain
-        for key in holder if isinstance(holder, dict) else ():
-            if key not in names:
-                key_path = f"{path}.{key}" if path else key
-                if meant := meant_overrides(key, str(holder[key]), plain):
-                    problems.append(Problem(key_path, "there is no such key", f"write {meant}"))
-                    continue
-                fix = f"{path or 'the config'} has the keys {', '.join(names)}"
-                problems.append(Problem(key_path, f"there is no such key{nearest(key, names)}", fix))
+        unknown = [key for key in holder if key not in names] if isinstance(holder, dict) else []
+        # Without the unknown keys, or each would be its own suggestion.
+        known = {name: value for name, value in holder.items() if name in names} if unknown else {}
+        for key in unknown:
+            key_path = f"{path}.{key}" if path else key
+            if meant := meant_overrides(key, str(holder[key]), {**plain, path: known} if path else known):
+                problems.append(Problem(key_path, "there is no such key", f"write {meant}"))
+                continue
+            fix = f"{path or 'the config'} has the keys {', '.join(names)}"
+            problems.append(Problem(key_path, f"there is no such key{nearest(key, names)}", fix))
     return problems + _unread_loraplus_keys(config)
 
 

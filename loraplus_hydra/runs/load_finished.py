@@ -39,7 +39,7 @@ def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, P
         model = _on_changed_base(base, run, tokenizer)
     else:
         model = attach(base, stored, trainable=trainable)
-    refuse_changed_run(run)  # last: all files are on this machine now, and an adapter that doesn't fit is named as such
+    refuse_changed_run(run)  # last: all files are on this machine now, and an adapter that doesn't fit is reported first
     model.eval()
     return model, tokenizer
 

@@ -287,7 +287,7 @@ def _restoring(checkpoint: str | None) -> Iterator[None]:
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch raises almost any class for a file that it can't read
-        # The first sentence: behind it torch advises to unpickle the file, whoever it is from.
+        # Only the first sentence, because in the next one torch advises to unpickle the file, whoever wrote it.
         what = f"{type(error).__name__}: {first_line(error).split('. ')[0][:200]}"
         raise UserError(f"{checkpoint} can't be restored ({what}); name an earlier checkpoint, or run anew") from error
 
