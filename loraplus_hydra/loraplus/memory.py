@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from loraplus_hydra.errors import UserError, first_line
+from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.loraplus.optimizer import build_optimizer
 from loraplus_hydra.loraplus.plan import Plan, PlannedTensor, StateSize
 from loraplus_hydra.loraplus.rules import TensorRecord
@@ -63,7 +63,7 @@ def estimate(model: nn.Module, plan: Plan, quantization: Mapping[str, Any] | Non
 def measure_state(plan: Plan, settings: LoraPlus) -> Plan:
     """Return `plan` with the measured size of each tensor's optimizer state.
 
-    The sizes stay None for an optimizer class that can only step on a GPU. Raises UserError for arguments with which it
+    The sizes stay None for an optimizer class that can only step on a GPU. Raises ConfigErrors for arguments with which it
     can't step, though it can without them.
     """
     # One stand-in for each kind of tensor of a group: equal shapes have equal states.
@@ -73,7 +73,8 @@ def measure_state(plan: Plan, settings: LoraPlus) -> Plan:
         default, _ = _stand_in_optimizer(plan, records, settings, {"lr": settings.lr})
         if _step_error(default):
             return plan
-        raise UserError(f"{settings.optimizer_class.__name__} can't take a step with these arguments: {error}")
+        what = f"{settings.optimizer_class.__name__} can't take a step with these arguments: {error}"
+        raise ConfigErrors([Problem("optimizer", what)])
     sizes = {kind: _state_size(optimizer.state[one], one, records[kind].numel) for kind, one in stand_ins.items()}
     return replace(plan, tensors=tuple(tensor._replace(state=sizes[_kind(tensor)]) for tensor in plan.tensors))
 
