@@ -63,8 +63,8 @@ def estimate(model: nn.Module, plan: Plan, quantization: Mapping[str, Any] | Non
 def measure_state(plan: Plan, settings: LoraPlus) -> Plan:
     """Return `plan` with the measured size of each tensor's optimizer state.
 
-    The sizes stay None for an optimizer class that can only step on a GPU. Raises ConfigErrors for arguments with which it
-    can't step, though it can without them.
+    The sizes stay None for an optimizer class that can only step on a GPU. Raises ConfigErrors for arguments with which
+    it can't step, though it can without them.
     """
     # One stand-in for each kind of tensor of a group: equal shapes have equal states.
     records = {_kind(tensor): tensor.record for tensor in plan.tensors}

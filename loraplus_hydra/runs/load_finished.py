@@ -39,7 +39,8 @@ def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, P
         model = _on_changed_base(base, run, tokenizer)
     else:
         model = attach(base, stored, trainable=trainable)
-    refuse_changed_run(run)  # last: all files are on this machine now, and an adapter that doesn't fit is reported first
+    # Last, because all files are on this machine now, and an adapter that doesn't fit the model is reported first.
+    refuse_changed_run(run)
     model.eval()
     return model, tokenizer
 
