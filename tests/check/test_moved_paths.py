@@ -69,7 +69,7 @@ def test_all_moved_paths_are_in_the_one_error(stored: Callable[..., Path], cli: 
         file.write("no_such_key: 1\n")
     ended = cli("resume", str(folder))
     assert "1 error:" in ended.err
-    assert f"its config names {', '.join(paths)}, which" in ended.err
+    assert f"its config names {', '.join(paths)}, but this version" in ended.err
 
 
 def test_resume_may_name_the_new_path(stored: Callable[..., Path], cli: Callable[..., Finished]) -> None:

@@ -130,7 +130,7 @@ def test_everything_that_is_not_given_is_told_at_once(cli: Callable[..., Finishe
     assert ended.status == 1
     for told in (
         "run: no run's folder is given",
-        "text: neither a text nor a file is given",
+        "text: neither text nor file is set",
         "batch_size: 0 is out of range",
     ):
         assert told in ended.err
@@ -139,7 +139,7 @@ def test_everything_that_is_not_given_is_told_at_once(cli: Callable[..., Finishe
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "text: neither a text nor a file is given"),
+        ([], "text: neither text nor file is set"),
         (["text=a", "file=b"], "text: both text and file are set"),
         (["text=a", "max_new_tokens=0"], "max_new_tokens: 0 is out of range"),
         (["file=nothing.jsonl"], "file: nothing.jsonl: No such file"),

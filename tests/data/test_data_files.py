@@ -154,7 +154,7 @@ def test_streamed_rows_are_the_files_rows(tmp_path: Path) -> None:
 
 
 def test_streamed_rows_need_rows_to_evaluate_on(tmp_path: Path) -> None:
-    with pytest.raises(ConfigErrors, match=r"data\.eval: streamed rows can't be held out"):
+    with pytest.raises(ConfigErrors, match=r"data\.eval: rows can't be held out from streamed rows"):
         load(str(numbered(tmp_path / "a.jsonl", 3)), streaming=True)
 
 

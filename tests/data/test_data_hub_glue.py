@@ -57,7 +57,7 @@ def test_streamed(published: str) -> None:
             {"config": "extra", "eval_split": "validation"},
             r"data\.eval_split: .* no split 'validation'; use one of train",
         ),
-        ({"config": "main", "streaming": True}, r"data\.eval_split: streamed rows can't be held out"),
+        ({"config": "main", "streaming": True}, r"data\.eval_split: rows can't be held out from streamed rows"),
     ],
 )
 def test_unknown_names_are_errors_with_the_known_ones(published: str, arguments: dict[str, str], expected: str) -> None:

@@ -104,7 +104,7 @@ MISTAKES: dict[str, Mistake] = {
     "header alone": csv(b"text,label\n", "rows.csv has no rows"),
     "delimiter of two characters": csv(b"text;label\n", "data.delimiter", "not one", overrides=("+data.delimiter=ab",)),
     # The columns
-    "no known column": sft({"q": "a", "a": "b"}, expected=("none of the expected columns", "the columns are: q, a")),
+    "no known column": sft({"q": "a", "a": "b"}, expected=("none of the expected columns", "columns are q, a")),
     "missing column": sft(
         {"prompt": "a", "answer": "b"}, expected=("data.completion_column", "no column 'completion'", "prompt, answer")
     ),
@@ -130,7 +130,11 @@ MISTAKES: dict[str, Mistake] = {
     "number for text": sft(
         GOOD, {"prompt": 7, "completion": "b"}, expected=("line 2: 'prompt' is the number 7, not text",)
     ),
-    "object for text": sft(GOOD, {"prompt": {"a": 1}, "completion": "b"}, expected=("line 2: 'prompt' is an object",)),
+    "object for text": sft(
+        GOOD,
+        {"prompt": {"a": 1}, "completion": "b"},
+        expected=("line 2, message 1: 'prompt' has a message without a role",),
+    ),
     "empty completion": sft(GOOD, {"prompt": "a", "completion": " "}, expected=("line 2: 'completion' is empty",)),
     "text for messages": sft(
         {"messages": TURNS}, {"messages": "hello"}, expected=("line 2: 'messages' is the text 'hello'",)
@@ -198,13 +202,13 @@ MISTAKES: dict[str, Mistake] = {
     "one label alone": classification(
         {"text": "a", "label": "x"},
         {"text": "b", "label": "x"},
-        expected=("one label, 'x' alone", "two or more labels"),
+        expected=("only one label, 'x'", "two or more labels"),
     ),
     "label that is no number": classification(
         {"text": "a", "label": 1.5},
         {"text": "a", "label": "high"},
         overrides=("task.problem_type=regression", "task.metric=eval_pearson"),
-        expected=("line 2: 'label' is the text 'high', not a number",),
+        expected=("line 2: 'label' is the text 'high', but a regression needs a number",),
     ),
     "number that is not finite": csv(
         b"text,label\na,nan\n",

@@ -136,11 +136,11 @@ def test_four_bit_weights_compute_in_the_models_dtype(compose: Callable[..., Any
     [
         (
             ["quantization=nf4", "adapter=pissa"],
-            "adapter.init_lora_weights: 'pissa' computes the start from the base's",
+            "adapter.init_lora_weights: 'pissa' is computed from the base's weights",
         ),
         (
             ["quantization=int8", "adapter=olora"],
-            "adapter.init_lora_weights: 'olora' computes the start from the base's",
+            "adapter.init_lora_weights: 'olora' is computed from the base's weights",
         ),
         (["quantization=nf4", "+quantization.bnb_4bit_quant_tipe=fp4"], "(did you mean 'bnb_4bit_quant_type'?)"),
         (["quantization=nf4", "quantization.bnb_4bit_compute_dtype=floaty"], "quantization"),

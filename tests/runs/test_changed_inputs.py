@@ -224,7 +224,7 @@ def test_run_of_another_folder_is_continued_with_its_content(
         f"trainer.resume_from_checkpoint={copy / 'stopped' / 'checkpoints' / 'checkpoint-2'}",
     ]
     edit_rows(copy)
-    with pytest.raises(ConfigErrors, match=r"data\.train: the content of the training rows changed"):
+    with pytest.raises(ConfigErrors, match=r"data\.train: the content of the training rows has changed"):
         run(compose(*overrides, "trainer.per_device_train_batch_size=4"), copy / "new")
     assert not (copy / "new" / "config.yaml").exists()
     (copy / "rows.jsonl").rename(copy / "others.jsonl")
@@ -307,7 +307,7 @@ def test_job_that_was_done_with_other_content_is_not_done(copy: Path, cli: Cli) 
     before = {path: path.stat().st_mtime_ns for path in (copy / "sweep").glob("seed*/*")}
     refused = cli(*sweep)
     assert refused.status == 1
-    assert refused.out.count("content of the training rows changed since") >= 2, refused.out
+    assert refused.out.count("content of the training rows has changed since") >= 2, refused.out
     assert {path: path.stat().st_mtime_ns for path in (copy / "sweep").glob("seed*/*")} == before
     allowed = cli(*sweep, ALLOW)
     assert allowed.status == 0, allowed.err

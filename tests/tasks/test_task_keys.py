@@ -61,11 +61,11 @@ def test_keys_reach_a_users_function_by_name(own: list[str], cli: Callable[..., 
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
-    "key that is needed": ([], "task.width: examples needs it"),
+    "key that is needed": ([], "task.width: examples needs this argument"),
     "wrong type": (["+task.width=wide"], "task.width: 'wide' is not a whole number"),
     "unknown key": (
         ["+task.width=3", "+task.chat=true"],
-        "task.chat: examples takes no argument 'chat'; it takes: width, mode",
+        "task.chat: examples takes no argument 'chat'; it takes width, mode",
     ),
     "mistyped key": (["+task.width=3", "+task.mod=x"], "task.mod: examples takes no argument 'mod' (did you mean"),
     "mistyped key of every task": (["+task.width=3", "+task.sampels=1"], "(did you mean 'samples'?)"),
