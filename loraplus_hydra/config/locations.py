@@ -16,9 +16,8 @@ PACKAGE_SCHEME = "pkg://"
 
 
 def config_folder() -> Path:
-    """Return the folder of YAML files: in the installed package, or next to the package in a checkout."""
-    installed = PACKAGE / "conf"
-    return installed if installed.is_dir() else PACKAGE.parent / "conf"
+    """Return the folder of YAML files, inside the package. In a checkout it is a link to the folder beside it."""
+    return (PACKAGE / "conf").resolve()
 
 
 def model_location(path: str) -> str:
