@@ -16,7 +16,7 @@ PACKAGE_SCHEME = "pkg://"
 
 
 def config_folder() -> Path:
-    """Return the folder of YAML files, inside the package. In a checkout it is a link to the folder beside it."""
+    """Return the folder of YAML files. In a checkout it is a link out of the package."""
     return (PACKAGE / "conf").resolve()
 
 
