@@ -215,6 +215,7 @@ def _close_log_files() -> None:
 
     for name in ("", "loraplus_hydra"):
         logger = logging.getLogger(name)
+        logger.propagate = True
         for handler in [one for one in logger.handlers if type(one) in (logging.FileHandler, logging.StreamHandler)]:
             logger.removeHandler(handler)
             if isinstance(handler, logging.FileHandler):
