@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["tests.support.tiny", "tests.support.words"]
 
-# A slow example is a loaded machine's, no error of the code.
-# The same examples in each run, so that a change breaks a test and chance doesn't; `--hypothesis-profile=random` draws others.
+# On a loaded machine examples are slow, which is no error of the code. Each run has the same examples, so that a change
+# breaks a test and chance doesn't; `--hypothesis-profile=random` draws others.
 settings.register_profile("random", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("repeatable", settings.get_profile("random"), derandomize=True)
 settings.load_profile("repeatable")
