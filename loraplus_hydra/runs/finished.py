@@ -22,7 +22,7 @@ from loraplus_hydra.io.checkpoints import Checkpoint, newest_complete, open_chec
 from loraplus_hydra.io.folders import refuse_links
 from loraplus_hydra.io.read import Missing, Unreadable, read_json, refuse_large
 from loraplus_hydra.io.result import INTERRUPTED, OK, Result, read_result, stored_result
-from loraplus_hydra.runs.stored_config import KEY, read_stored
+from loraplus_hydra.runs.stored_config import KEY, named_run, read_stored
 
 # The groups of a stored config that are needed to rebuild the model.
 MODEL_GROUPS = ("model", "quantization", "adapter", "task", "seed")
@@ -96,6 +96,18 @@ def open_run(
         return FinishedRun(place, config, result, place / run_folder.ADAPTER, allow_changed_inputs=allow_changed_inputs)
     result = _result_at(found, place, config)
     return FinishedRun(place, config, result, found.folder, found.step, allow_changed_inputs)
+
+
+def open_named_run(config: DictConfig, groups: Iterable[str] | None = MODEL_GROUPS) -> FinishedRun:
+    """Open the run that the config of a command names, as the command's keys say. Raises ConfigErrors."""
+    return open_run(
+        named_run(config),
+        {group: config[group] for group in ("model", "trainer") if group in config},
+        trust_remote_code=config.trust_remote_code,
+        allow_changed_inputs=config.allow_changed_inputs,
+        groups=groups,
+        checkpoint=config.checkpoint,
+    )
 
 
 def _refuse_no_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 IGNORED = -100
 VOCABULARY = 48
-_SIZES = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -23,25 +23,25 @@ _SIZES = {
     "max_position_embeddings": 600,
     "pad_token_id": 0,
 }
-_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 600, "pad_token_id": 0}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 600, "pad_token_id": 0}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CAUSAL: dict[str, dict[str, Any]] = {
-    "llama": {**_SIZES, "num_key_value_heads": 2},
-    "qwen2": {**_SIZES, "num_key_value_heads": 1, "tie_word_embeddings": True},
-    "gpt2": {**_GPT2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    "phi": {**_SIZES, "resid_pdrop": 0.0},
+    "llama": {**SIZES, "num_key_value_heads": 2},
+    "qwen2": {**SIZES, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "gpt2": {**GPT2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "phi": {**SIZES, "resid_pdrop": 0.0},
     "opt": {
-        **{key: value for key, value in _SIZES.items() if key != "intermediate_size"},
+        **{key: value for key, value in SIZES.items() if key != "intermediate_size"},
         "ffn_dim": 24,
         "word_embed_proj_dim": 16,
         "dropout": 0.0,
     },
 }
 CLASSIFIERS: dict[str, dict[str, Any]] = {
-    "bert": {**_SIZES, **_NO_DROPOUT},
-    "roberta": {**_SIZES, **_NO_DROPOUT, "pad_token_id": 1},
-    "electra": {**_SIZES, **_NO_DROPOUT, "embedding_size": 16},
-    "llama": {**_SIZES, "num_key_value_heads": 2},
+    "bert": {**SIZES, **_NO_DROPOUT},
+    "roberta": {**SIZES, **_NO_DROPOUT, "pad_token_id": 1},
+    "electra": {**SIZES, **_NO_DROPOUT, "embedding_size": 16},
+    "llama": {**SIZES, "num_key_value_heads": 2},
     "gpt2": CAUSAL["gpt2"],
 }
 

@@ -212,28 +212,14 @@ def compare(
     assert asked_by_predict(path, run, config) == [one.seen(marked=False).partition(" [")[0] for one in written]
 
 
+@pytest.mark.parametrize("drawn", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
 @pytest.mark.parametrize("name", FORMS)
 def test_training_and_predict_read_rows_alike(
-    name: str, compose: Callable[..., Any], words_folder: Path, run: FinishedRun, tmp_path: Path
+    name: str, drawn: settings, compose: Callable[..., Any], words_folder: Path, run: FinishedRun, tmp_path: Path
 ) -> None:
     form = FORMS[name]
 
-    @FEW
-    @given(st.lists(form.dialogues, min_size=1, max_size=3))
-    def holds(made: list[Dialogue]) -> None:
-        compare(form, made, compose, words_folder, run, tmp_path)
-
-    holds()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FORMS)
-def test_training_and_predict_read_many_rows_alike(
-    name: str, compose: Callable[..., Any], words_folder: Path, run: FinishedRun, tmp_path: Path
-) -> None:
-    form = FORMS[name]
-
-    @MANY
+    @drawn
     @given(st.lists(form.dialogues, min_size=1, max_size=3))
     def holds(made: list[Dialogue]) -> None:
         compare(form, made, compose, words_folder, run, tmp_path)

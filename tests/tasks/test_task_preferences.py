@@ -114,16 +114,21 @@ def test_what_the_answers_share_is_the_prompt_as_trl_finds_it(made: Made, plain_
     assert made(plain_llama_folder, [row]).train[0] == expected
 
 
-def test_the_trainer_compares_the_tokens_after_the_prompt(made: Made, llama_folder: Path, tmp_path: Path) -> None:
-    examples = made(llama_folder, [SHAPES["HH-RLHF"][0]] * 2)
+def trainers_rows(model: Path, examples: Examples, tmp_path: Path) -> Dataset:
+    """Return the rows with tokens that TRL's Trainer makes of `examples`."""
     trainer = DPOTrainer(
-        AutoModelForCausalLM.from_pretrained(llama_folder),
+        AutoModelForCausalLM.from_pretrained(model),
         args=DPOConfig(tmp_path / "out", bf16=False, use_cpu=True, report_to="none"),
         train_dataset=examples.train,
-        processing_class=AutoTokenizer.from_pretrained(llama_folder),
+        processing_class=AutoTokenizer.from_pretrained(model),
     )
+    return trainer.train_dataset
+
+
+def test_the_trainer_compares_the_tokens_after_the_prompt(made: Made, llama_folder: Path, tmp_path: Path) -> None:
+    examples = made(llama_folder, [SHAPES["HH-RLHF"][0]] * 2)
     tokenizer = AutoTokenizer.from_pretrained(llama_folder)
-    row = trainer.train_dataset[0]
+    row = trainers_rows(llama_folder, examples, tmp_path)[0]
     first = ids_of(tokenizer, USER, "say 1", END, ASSISTANT, "the number 1", END, USER, "and after", END, ASSISTANT)
     assert row["prompt_ids"] == first
     assert row["chosen_ids"] == ids_of(tokenizer, "the number 1", END)
@@ -138,15 +143,9 @@ def test_tools_and_calls_reach_the_template_without_keys_of_other_rows(made: Mad
 
     rows = [{"messages": [ASK], "chosen": call(**{key: 1}), "rejected": BAD, "tools": [{key: 1}]} for key in "xy"]
     examples = made(folder, rows)
-    trainer = DPOTrainer(
-        AutoModelForCausalLM.from_pretrained(folder),
-        args=DPOConfig(tmp_path / "out", bf16=False, use_cpu=True, report_to="none"),
-        train_dataset=examples.train,
-        processing_class=AutoTokenizer.from_pretrained(folder),
-    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     written = '[{"type": "function", "function": {"arguments": {"KEY": 1}}}]'
-    for row, key in zip(trainer.train_dataset, "xy", strict=True):
+    for row, key in zip(trainers_rows(folder, examples, tmp_path), "xy", strict=True):
         assert row["prompt_ids"] == ids_of(tokenizer, f'[{{"{key}": 1}}]', USER, "say 1", END, ASSISTANT)
         assert row["chosen_ids"] == ids_of(tokenizer, written.replace("KEY", key), END)
 

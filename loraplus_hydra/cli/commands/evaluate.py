@@ -11,8 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.cli.commands.command import Command
 from loraplus_hydra.io import files, interrupts
-from loraplus_hydra.runs.finished import model_metrics, open_run
-from loraplus_hydra.runs.stored_config import named_run
+from loraplus_hydra.runs.finished import model_metrics, open_named_run
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
@@ -29,15 +28,7 @@ def _print_metrics(config: DictConfig) -> dict[str, float]:
     """Evaluate the run, print its metrics and those at the end of training, and return the new ones."""
     data = {} if config.data is None else OmegaConf.to_container(config.data, resolve=False)
     assert isinstance(data, dict)
-    changes = {"model": config.model, "trainer": config.trainer}
-    run = open_run(
-        named_run(config),
-        changes,
-        trust_remote_code=config.trust_remote_code,
-        allow_changed_inputs=config.allow_changed_inputs,
-        groups=(),
-        checkpoint=config.checkpoint,
-    )
+    run = open_named_run(config, groups=())
     from loraplus_hydra.runs.evaluate import evaluate_on
 
     with interrupts.notice("the current batch is finished, but no metrics are written"):

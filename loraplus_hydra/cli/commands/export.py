@@ -9,8 +9,8 @@ from omegaconf import DictConfig
 from loraplus_hydra.cli.commands.command import Command
 from loraplus_hydra.errors import Problem, refuse
 from loraplus_hydra.io import files, folders, interrupts
-from loraplus_hydra.runs.finished import open_run
-from loraplus_hydra.runs.stored_config import named_run, unnamed_run
+from loraplus_hydra.runs.finished import open_named_run
+from loraplus_hydra.runs.stored_config import unnamed_run
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -23,13 +23,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     elif config.dtype not in (None, *_DTYPES):
         problems.append(Problem("dtype", f"'{config.dtype}' is not a dtype", f"use one of {', '.join(_DTYPES)}"))
     refuse(problems)
-    run = open_run(
-        named_run(config),
-        {"model": config.model},
-        trust_remote_code=config.trust_remote_code,
-        allow_changed_inputs=config.allow_changed_inputs,
-        checkpoint=config.checkpoint,
-    )
+    run = open_named_run(config)
     of_step = "" if run.step is None else f"-of-step-{run.step}"
     default = run.folder / "export" / (("model" if config.merge else "adapter") + of_step)
     target = Path(config.to).expanduser() if config.to else default

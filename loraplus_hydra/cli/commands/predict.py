@@ -11,8 +11,8 @@ from loraplus_hydra.config.schema import PredictConfig
 from loraplus_hydra.config.types import describe, field_types, mismatch
 from loraplus_hydra.errors import Problem, refuse
 from loraplus_hydra.io import files, interrupts
-from loraplus_hydra.runs.finished import open_run
-from loraplus_hydra.runs.stored_config import named_run, unnamed_run
+from loraplus_hydra.runs.finished import open_named_run
+from loraplus_hydra.runs.stored_config import unnamed_run
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
@@ -29,13 +29,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
 
 def _answers(config: DictConfig) -> list[str]:
     """Return a line of JSON for each text."""
-    run = open_run(
-        named_run(config),
-        {"model": config.model},
-        trust_remote_code=config.trust_remote_code,
-        allow_changed_inputs=config.allow_changed_inputs,
-        checkpoint=config.checkpoint,
-    )
+    run = open_named_run(config)
     from loraplus_hydra.runs.predict import predict, read_texts
 
     if config.file is not None:

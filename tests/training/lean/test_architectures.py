@@ -19,24 +19,14 @@ from transformers import (
 )
 
 from loraplus_hydra.training.lean.adopt import adopt
-from tests.support.lean import VOCABULARY, Batch, gradients
+from tests.support.lean import GPT2, SIZES, VOCABULARY, Batch, gradients
 
 LEAN, WINDOW = "lean, without padding", "plain for some batches, because a row is longer"
 INTERFACE, SCALED = "doesn't use transformers' attention interface", "logits are scaled or capped"
 DIFFERS = "the outputs differ by"
 
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 600,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-}
-GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 4}
+MARKED = {**SIZES, "bos_token_id": 1, "eos_token_id": 1}
+GROUPED = {**MARKED, "num_key_value_heads": 2, "head_dim": 4}
 WINDOWED = {**GROUPED, "sliding_window": 8}
 EXPERTS = {
     "num_experts": 4,
@@ -45,9 +35,8 @@ EXPERTS = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 8,
 }
-GPT = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 600, "pad_token_id": 0}
 OPT = {
-    **{key: value for key, value in SIZES.items() if key != "intermediate_size"},
+    **{key: value for key, value in MARKED.items() if key != "intermediate_size"},
     "ffn_dim": 24,
     "word_embed_proj_dim": 16,
 }
@@ -55,7 +44,7 @@ slow = pytest.mark.slow
 
 # Model type, settings, and what is reported, in order.
 CAUSAL: list[Any] = [
-    ("gpt2", GPT, [LEAN]),
+    ("gpt2", GPT2, [LEAN]),
     ("opt", OPT, [LEAN, DIFFERS]),  # it counts positions from the first token, where padding is ahead of it
     ("gemma3_text", WINDOWED, [LEAN, WINDOW]),
     ("qwen2_moe", {**WINDOWED, **EXPERTS, "use_sliding_window": True, "max_window_layers": 0}, [LEAN, WINDOW]),
@@ -67,9 +56,9 @@ CAUSAL: list[Any] = [
         for each in (
             ("qwen3", GROUPED, [LEAN]),
             ("mistral", {**GROUPED, "sliding_window": None, "tie_word_embeddings": True}, [LEAN]),
-            ("phi", SIZES, [LEAN]),
+            ("phi", MARKED, [LEAN]),
             ("phi3", WINDOWED, [LEAN, WINDOW]),
-            ("gpt_neox", SIZES, [LEAN]),
+            ("gpt_neox", MARKED, [LEAN]),
             ("smollm3", GROUPED, [LEAN]),
             ("olmo2", GROUPED, [LEAN]),
             ("exaone4", WINDOWED, [LEAN, WINDOW]),
@@ -87,20 +76,20 @@ CAUSAL: list[Any] = [
     ),
 ]
 CLASSIFIERS: list[Any] = [
-    ("roberta", {**SIZES, "pad_token_id": 1}, [LEAN, DIFFERS]),  # with padding ahead it reads a padded place
-    ("deberta-v2", SIZES, [INTERFACE]),
+    ("roberta", {**MARKED, "pad_token_id": 1}, [LEAN, DIFFERS]),  # with padding ahead it reads a padded place
+    ("deberta-v2", MARKED, [INTERFACE]),
     *(
         pytest.param(*each, marks=slow)
         for each in (
-            ("bert", SIZES, [LEAN, DIFFERS]),
-            ("electra", {**SIZES, "embedding_size": 16}, [LEAN, DIFFERS]),
-            ("modernbert", {**SIZES, "local_attention": 16, "global_attn_every_n_layers": 2}, [LEAN, WINDOW, DIFFERS]),
-            ("albert", {**SIZES, "embedding_size": 8}, ["its pooler doesn't choose"]),
+            ("bert", MARKED, [LEAN, DIFFERS]),
+            ("electra", {**MARKED, "embedding_size": 16}, [LEAN, DIFFERS]),
+            ("modernbert", {**MARKED, "local_attention": 16, "global_attn_every_n_layers": 2}, [LEAN, WINDOW, DIFFERS]),
+            ("albert", {**MARKED, "embedding_size": 8}, ["its pooler doesn't choose"]),
             ("llama", GROUPED, [LEAN]),
             ("qwen3", GROUPED, [LEAN]),
             ("gemma3_text", WINDOWED, [LEAN, WINDOW]),
             ("xlnet", {"vocab_size": VOCABULARY, "d_model": 16, "n_layer": 2, "n_head": 4, "d_inner": 24}, [INTERFACE]),
-            ("mpnet", SIZES, [INTERFACE]),
+            ("mpnet", MARKED, [INTERFACE]),
         )
     ),
 ]
