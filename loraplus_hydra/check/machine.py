@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.utils._triton import has_triton
 from transformers import utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from loraplus_hydra.config.locations import expanded
 from loraplus_hydra.errors import Problem, nearest
 
 # Kernel -> transformers' function that searches for the package it needs, and the package's name.
@@ -118,7 +118,7 @@ def _settings(given: Any, key: str) -> tuple[dict[str, Any], list[Problem]]:
     if not isinstance(given, str):
         return given if isinstance(given, dict) else {}, []
     try:
-        read = json.loads(Path(given).expanduser().read_text(encoding="utf-8"))
+        read = json.loads(expanded(given).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return {}, [Problem(key, f"it can't be read: {error}", "use a JSON file with these settings")]
     if not isinstance(read, dict):

@@ -86,7 +86,7 @@ def _log_levels(trainer: dict[str, Any]) -> list[Problem]:
     return [
         Problem(f"trainer.{key}", f"there is no level '{trainer[key]}'", f"use one of {', '.join(trainer_log_levels)}")
         for key in ("log_level", "log_level_replica")
-        if trainer.get(key) is not None and trainer[key] not in trainer_log_levels
+        if isinstance(trainer.get(key), str) and trainer[key] not in trainer_log_levels  # types are checked elsewhere
     ]
 
 

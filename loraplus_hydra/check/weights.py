@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 from safetensors import SafetensorError, safe_open
 
-from loraplus_hydra.config.locations import model_location
+from loraplus_hydra.config.locations import expanded, model_location
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
 from loraplus_hydra.io.checkpoints import AUTO, KEY, Checkpoint, open_checkpoint
 
@@ -67,7 +67,7 @@ def open_named_checkpoint(config: DictConfig) -> Checkpoint | None:
     if named is None or named == AUTO:
         return None
     try:
-        return open_checkpoint(Path(str(named)).expanduser())
+        return open_checkpoint(expanded(str(named)))
     except ValueError as error:
         fix = f"use a complete checkpoint (RUN/checkpoints/checkpoint-N), or {AUTO} for the newest one of this run"
         raise ConfigErrors([Problem(KEY, f"{named} is not a complete checkpoint: {error}", fix)]) from error

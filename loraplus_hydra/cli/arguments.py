@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
@@ -132,7 +133,7 @@ def _is_bare(word: str) -> bool:
 
     A folder's name may contain a `=`.
     """
-    return not word.startswith("-") and ("=" not in word or Path(word).is_dir())
+    return not word.startswith("-") and ("=" not in word or os.path.isdir(word))  # noqa: PTH112 - False for names that are too long
 
 
 def _verbatim(argument: str, keys: tuple[str, ...]) -> str:

@@ -130,7 +130,7 @@ def _explain(error: Exception, command: str, arguments: list[str]) -> Exception:
         return error
     if problems := override_problems(arguments, COMMANDS[command].config, error):
         return ConfigErrors(problems)
-    # An error an error of the flags, or of the user's YAML
+    # The error is in the flags, or in the user's YAML
     return UserError(str(error)) if isinstance(error, HydraException) else error
 
 

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from loraplus_hydra.check.values import select, set_elsewhere
 from loraplus_hydra.cli.arguments import flags_and_overrides
 from loraplus_hydra.cli.commands import COMMANDS
-from loraplus_hydra.config.locations import config_folder
+from loraplus_hydra.config.locations import config_folder, options_of
 from loraplus_hydra.config.schema import CLOSED_GROUPS, GROUPS, RunConfig, run_of
 from loraplus_hydra.config.synonyms import meant_option, meant_overrides
 from loraplus_hydra.errors import Problem, first_line, nearest
@@ -212,7 +212,7 @@ def _explain(key: str, text: str, error: Exception, composition: _Composition) -
     if isinstance(error, MissingConfigException) and error.options is not None:
         return _unknown_option(key, text.split("=", 1)[1], list(error.options), composition)
     if "Config group override must be a string" in str(error):  # a number
-        options = sorted(file.stem for file in (config_folder() / key).glob("*.yaml"))
+        options = options_of(key)
         return _unknown_option(key, text.split("=", 1)[1], options, composition)
     if isinstance(cause, ValidationError):
         return Problem(key, _type_message(cause), "use a value of that type")

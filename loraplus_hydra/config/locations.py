@@ -20,6 +20,16 @@ def config_folder() -> Path:
     return (PACKAGE / "conf").resolve()
 
 
+def options_of(group: str) -> list[str]:
+    """Return the names of a group's options, sorted."""
+    return sorted(file.stem for file in (config_folder() / group).glob("*.yaml"))
+
+
+def expanded(path: str | Path) -> Path:
+    """Return `path` with `~` expanded. For an unknown user it stays as it is, so it doesn't exist."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises RuntimeError for an unknown user
+
+
 def model_location(path: str) -> str:
     """Return a model's `path` in the form that transformers accepts.
 
@@ -27,8 +37,8 @@ def model_location(path: str) -> str:
     stores the path of its base. A hub name stays unchanged. Raises UserError for a package that doesn't exist.
     """
     if not path.startswith(PACKAGE_SCHEME):
-        expanded = Path(path).expanduser()
-        return str(expanded.absolute()) if path.startswith("~") or expanded.exists() else path
+        local = expanded(path)
+        return str(local.absolute()) if path.startswith("~") or local.exists() else path
     package, _, inside = path.removeprefix(PACKAGE_SCHEME).partition("/")
     try:
         if package.split(".")[0] in sys.stdlib_module_names:  # importing `this` or `antigravity` has effects

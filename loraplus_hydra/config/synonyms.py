@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
-from loraplus_hydra.config.locations import config_folder
+from loraplus_hydra.config.locations import options_of
 from loraplus_hydra.config.plain import flat
 from loraplus_hydra.config.schema import GROUPS
 
@@ -183,7 +184,7 @@ def meant_keys(name: str, config: Mapping[str, Any]) -> list[str]:
     known = {key for key in flat(config) if key.split(".")[0] in (*GROUPS, "seed")}
     known = {key for key in known if not key.startswith("loraplus.rules.")}
     if name in KEYS:
-        # An unknown one is named as well: another option of its group has it.
+        # If the config has none of them, the first is named, because another option of its group has it.
         return [key for key in KEYS[name] if key in known or key.startswith(("hydra.", "+"))] or [KEYS[name][0]]
     return sorted(key for key in known if key.rpartition(".")[2] == name)
 
@@ -200,7 +201,7 @@ def meant_overrides(name: str, value: str, config: Mapping[str, Any]) -> str:
     if name in SWITCHES:
         return "" if value.lower() in _OFF else SWITCHES[name].replace("{}", value)
     if (group := CHOICES.get(name)) is not None:
-        options = sorted(file.stem for file in (config_folder() / group).glob("*.yaml"))
+        options = options_of(group)
         if value.lower() in options:
             return f"{group}={value.lower()}"
         return meant_option(group, value) or f"{group}=OPTION (one of: {', '.join(options)})"
@@ -215,7 +216,7 @@ def meant_option(group: str, option: str) -> str:
         return NUMBERS[group] + option
     if group == "data":
         return _meant_rows(option)
-    if group not in PATHS or not ("/" in option or Path(option).exists()):
+    if group not in PATHS or not ("/" in option or os.path.exists(option)):  # noqa: PTH110 - False for names that are too long
         return ""
     return PATHS[group] + option
 

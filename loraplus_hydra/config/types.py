@@ -1,6 +1,6 @@
 """Types and ranges of values; dataclasses from JSON.
 
-This module uses only the standard library, so every room can import it.
+This module uses only the standard library, so every package can import it.
 """
 
 from __future__ import annotations

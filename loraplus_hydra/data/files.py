@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, concatenate_datasets, interleave_datasets
 
+from loraplus_hydra.config.locations import expanded
 from loraplus_hydra.data import mixing
 from loraplus_hydra.data.readers import FORMATS, TABLES, UNITS, Layout, load_file, read
 from loraplus_hydra.data.streams import SUFFIXES
@@ -157,7 +158,7 @@ def _paths(key: str, pattern: Any) -> list[str]:
 
 
 def _matches(key: str, pattern: str) -> list[str]:
-    path = Path(pattern).expanduser()
+    path = expanded(pattern)
     if path.is_file():
         return [str(path)]
     if path.is_dir():
@@ -224,7 +225,7 @@ def _stream(source: Source, seed: int) -> IterableDataset:
         fix = "use data.unit=paragraph or line"
         raise ConfigErrors([Problem(source.key, "streamed documents can't be mixed with weights", fix)])
     if any(layout.format in TABLES for layout in source.layouts):
-        fix = "set it to false; data=hub data.name=parquet streams them"
+        fix = "set it to false; to stream a folder of such files use data=hub data.name=FOLDER"
         what = "Parquet and Arrow files are always read when they are needed"
         raise ConfigErrors([Problem("data.streaming", what, fix)])
     several = len(source.paths) > 1

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from loraplus_hydra.config.locations import is_local
+from loraplus_hydra.config.locations import expanded, is_local
 from loraplus_hydra.data import mixing
 from loraplus_hydra.data.cache import file_digest, generate_cached
 from loraplus_hydra.data.hub import load_split
@@ -76,7 +76,7 @@ def load(
     task = TASKS[name]
     suffix = ("_matched" if matched else "_mismatched") if name == "mnli" else ""
     if is_local(path):
-        folder = _folder(Path(path).expanduser(), task)
+        folder = _folder(expanded(path), task)
         rows = {"train": _local(folder / "train.tsv", task), "eval": _local(folder / f"dev{suffix}.tsv", task)}
     else:
         splits = {"train": "train", "eval": f"validation{suffix}"}

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from loraplus_hydra.config.locations import expanded
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io.locks import lock
 
@@ -115,7 +116,7 @@ def new_file(path: str, key: str) -> Path:
 
     Raises UserError, with `key`, if the file already exists and has content, or its folder doesn't exist.
     """
-    file = Path(path).expanduser()
+    file = expanded(path)
     try:
         found = file.lstat()
     except FileNotFoundError:

@@ -103,7 +103,7 @@ def changed_inputs(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]
 
 
 def _changed(then: Mapping[str, str], now: Mapping[str, str], names: Iterable[str]) -> list[str]:
-    return [name for name in names if name in then and name in now and then[name] != now[name]]
+    return [name for name in names if then.get(name) and now.get(name) and then[name] != now[name]]
 
 
 def _short(fingerprint: str) -> str:
@@ -120,9 +120,12 @@ def _tensors(file: Path) -> Iterator[_Tensor]:
         if length > _LARGEST_HEADER:
             raise ValueError(f"{file}: its header is too large")
         header = parse_json(opened.read(length).decode("utf-8"))
+        size = os.fstat(opened.fileno()).st_size
     for name, entry in header.items():
         if name != "__metadata__":
             first, last = entry["data_offsets"]
+            if not 0 <= first <= last <= size - 8 - length:
+                raise ValueError(f"{file}: {name} is outside the file")
             yield _Tensor(file, name, f"{entry['dtype']} {entry['shape']}", 8 + length + first, last - first)
 
 

@@ -58,6 +58,6 @@ def _lasting(stream: IO[str] | None) -> IO[str]:
     with suppress(OSError):
         stream.flush()
     buffer = io.BufferedWriter(_LastingFile(stream.fileno()))
-    # Write_through is set by PYTHONUNBUFFERED, which is usual in containers
+    # PYTHONUNBUFFERED, which is usual in containers, sets write_through
     by_line = stream.line_buffering or stream.write_through
     return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=by_line)

@@ -21,7 +21,7 @@ MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Entries of a config that only have its path and the version that wrote it.
 _NOT_CONTENT = ("_name_or_path", "transformers_version", "base_model_name_or_path", "revision", "peft_version")
 # The files of an adapter's folder that commands read. They don't read others, such as a README.
-_READ_OF_ADAPTER = (".json", ".safetensors", ".jinja", ".model", ".txt")
+READ_OF_ADAPTER = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
 
 def base_fingerprints(model: DictConfig) -> dict[str, str]:
@@ -30,9 +30,9 @@ def base_fingerprints(model: DictConfig) -> dict[str, str]:
     A file that is not on this machine has no fingerprint.
     """
     found = {}
-    if (config := _file(model, "config.json")) is not None:
-        found["config.json"] = _of_json(config)
     try:
+        if (config := _file(model, "config.json")) is not None:
+            found["config.json"] = _of_json(config)
         if files := _weight_files(model):
             found["weights"] = fingerprints.of_weights(files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -63,8 +63,9 @@ def adapter_fingerprint(path: str) -> str:
 
 def folder_fingerprint(adapter: Path) -> str:
     """Return the fingerprint of the folder with a run's adapter and tokenizer."""
-    read = (file for file in adapter.iterdir() if file.suffix in _READ_OF_ADAPTER and file.name != CONFIG)
-    return f"{fingerprints.of_files(read)}{_of_json(adapter / CONFIG)}"
+    files = (file for file in adapter.iterdir() if file.suffix in READ_OF_ADAPTER and file.name != CONFIG)
+    count, _, digest = fingerprints.of_files(file for file in files if file.is_file()).rpartition(" ")
+    return f"{count} {fingerprints.of_content([digest, _of_json(adapter / CONFIG)])}"
 
 
 def _weight_files(model: DictConfig) -> list[Path]:
@@ -72,8 +73,9 @@ def _weight_files(model: DictConfig) -> list[Path]:
         return [single]
     if (index := _file(model, INDEX)) is None:
         return []
-    shards = (_file(model, name) for name in sorted(set(read_json(index.resolve())["weight_map"].values())))
-    return [shard for shard in shards if shard is not None]
+    shards = [_file(model, name) for name in sorted(set(read_json(index.resolve())["weight_map"].values()))]
+    # An interrupted download has no fingerprint. It would differ from that of all shards.
+    return [] if None in shards else [shard for shard in shards if shard is not None]
 
 
 def _file(model: DictConfig, name: str) -> Path | None:

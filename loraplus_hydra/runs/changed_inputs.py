@@ -1,4 +1,4 @@
-"""Comparison of a resumed run's inputs with the checkpoint's inputs."""
+"""Comparison of a run's inputs with the inputs that it stored."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def with_inputs(point: ResumePoint, config: DictConfig, accepted: Result | None)
     assert checkpoint is not None
     now = point.inputs or current_inputs(config)
     if not checkpoint.state.inputs:
-        return replace(point, inputs=now, messages=(*point.messages, f"Note: {NOT_STORED}"))
+        return _with_messages(replace(point, inputs=now), f"Note: {NOT_STORED}")
     names_new_rows = point.names_new_rows or not _names_the_same_rows(checkpoint, config)
+    point = replace(point, inputs=now, names_new_rows=names_new_rows)  # Hydra replaces its copy of the config later
     expected = {
         name: then
         for name, then in checkpoint.state.inputs.items()
@@ -43,10 +44,14 @@ def with_inputs(point: ResumePoint, config: DictConfig, accepted: Result | None)
     }
     stream = StreamState() if names_new_rows else checkpoint.state.stream
     if config[ALLOW]:
-        messages = (f"Changed since: {text}" for text in changed_inputs(expected, now))
-        return replace(point, inputs=now, messages=(*point.messages, *messages))
+        return _with_messages(point, *(f"Changed since: {text}" for text in changed_inputs(expected, now)))
     refuse_changed(expected, now)
-    return replace(point, inputs=now, expected=expected, stream=stream)
+    return replace(point, expected=expected, stream=stream)
+
+
+def _with_messages(point: ResumePoint, *messages: str) -> ResumePoint:
+    # A point that was found before has its messages already.
+    return replace(point, messages=tuple(dict.fromkeys((*point.messages, *messages))))
 
 
 def current_inputs(config: DictConfig) -> dict[str, str]:

@@ -22,12 +22,12 @@ from loraplus_hydra.io.files import copy_file
 from loraplus_hydra.io.folders import new_folder
 from loraplus_hydra.io.quiet_libraries import quiet_peft
 from loraplus_hydra.models.adapter_files import attach, save_adapter, stored_adapter
+from loraplus_hydra.models.inputs import READ_OF_ADAPTER
 from loraplus_hydra.models.quantization import dequantize, is_quantized
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.load_finished import load_run, refuse_changed_run
 from loraplus_hydra.runs.model_card import write_card
 
-_COPIED = (".json", ".safetensors", ".jinja", ".model", ".txt")  # suffixes of PEFT's and a tokenizer's files
 ROWS_COMPARED = (4, 16)  # number of rows and tokens for the comparison of the export's and the run's logits
 # Differences of logits that rounding can cause, relative to the largest logit.
 ROUNDING = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
@@ -81,7 +81,7 @@ def _copy_adapter(adapter: Path, folder: Path) -> None:
     """
     stored_adapter(str(adapter), key="run")
     for file in sorted(adapter.iterdir()):
-        if file.suffix not in _COPIED or not file.is_file():
+        if file.suffix not in READ_OF_ADAPTER or not file.is_file():
             continue
         # Through a link, the export could publish any file of this machine.
         if not file.resolve().is_relative_to(adapter.resolve()):

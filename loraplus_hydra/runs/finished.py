@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from loraplus_hydra.check import stored_problems
 from loraplus_hydra.config.identity import run_hash
+from loraplus_hydra.config.locations import expanded
 from loraplus_hydra.config.types import fits
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line, refuse
 from loraplus_hydra.io import run_folder
@@ -82,7 +83,7 @@ def open_run(
     `trust_remote_code`. With `allow_changed_inputs`, the run's base weights, adapter and rows may have changed. Raises
     ConfigErrors.
     """
-    place = Path(folder).expanduser()
+    place = expanded(folder)
     _refuse_no_folder(place)
     found = None if checkpoint is None else _checkpoint(place, checkpoint)
     result = _finished_result(place) if found is None else {}

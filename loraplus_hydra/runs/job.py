@@ -105,9 +105,9 @@ def _run(job: Run, checked: Checked | None) -> None:
     quiet_loading()
     _begin(job)
     prepared = prepare(job.config)  # steps 2 to 4
-    job.result.inputs = dict(prepared.inputs)
     if job.point is not None:  # compared again, because all weights are on this machine only now
         refuse_changed(job.point.expected, prepared.inputs)
+    job.result.inputs = dict(prepared.inputs)  # after the comparison, because a resume accepts stored fingerprints
     trainer = make_trainer(prepared, job.folder, job.point, job.tracking.log)
     _show_and_write_plan(job.folder, prepared, trainer.loraplus_plan)
     interrupts.stop_if_asked()

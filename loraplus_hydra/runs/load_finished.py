@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -21,8 +21,6 @@ from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.stored_config import KEY
 from loraplus_hydra.tasks.base import Base
-
-log = logging.getLogger(__name__)
 
 
 def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -68,7 +66,7 @@ def refuse_changed_run(run: FinishedRun) -> None:
     if run.allow_changed_inputs:
         return
     if not then:
-        log.warning("Note: %s", NOT_STORED)  # not on stdout, which has the answers
+        print(f"Note: {NOT_STORED}", file=sys.stderr)  # not on stdout, which has the answers
         return
     now = base_fingerprints(run.config.model)
     refuse_changed(then, now if "adapter" not in then else now | {"adapter": folder_fingerprint(run.adapter)})

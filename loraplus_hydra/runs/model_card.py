@@ -72,7 +72,7 @@ def _front_matter(run: FinishedRun, *, merged: bool) -> str:
 def _introduction(run: FinishedRun, *, merged: bool) -> Iterator[str]:
     what = "merged model" if merged else "adapter"
     yield f"# {markdown(_base_name(run))} with {markdown(_method(run))}, trained with LoRA+"
-    quantised = run.config.quantization.get("_target_") is not None
+    quantised = is_quantized(run.config.quantization)
     base = code(_base_name(run)) + (
         f", revision {code(run.config.model.revision)}" if run.config.model.revision else ""
     )

@@ -97,6 +97,7 @@ def _classify(
     batch_size: int,
 ) -> Iterator[dict[str, Any]]:
     names, kind = model.config.id2label, model.config.problem_type
+    limit = least(run.config.task.get("max_length"), longest_input(tokenizer, base_of(run)))
     for start in range(0, len(texts), batch_size):
         interrupts.stop_if_asked()
         part, second = list(texts[start : start + batch_size]), list(pairs[start : start + batch_size])
@@ -106,7 +107,6 @@ def _classify(
         if any(both) and not all(both):
             raise UserError("file: only some rows have a second text")
         arguments = (part, second) if any(both) else (part,)
-        limit = least(run.config.task.get("max_length"), longest_input(tokenizer, base_of(run)))
         inputs = tokenizer(*arguments, padding=True, truncation=True, max_length=limit, return_tensors="pt")
         with torch.no_grad():
             logits = model(**inputs.to(model.device)).logits.float().cpu()
@@ -141,16 +141,15 @@ def _read(file: str, column: str | None, run: FinishedRun) -> tuple[list[Asked],
     if str(run.config.task.task_type) == "SEQ_CLS":
         return _texts(file, rows, column or run.config.data.get("text_column", "text"), run)
     both, places = DatasetDict(train=rows, eval=rows), rows[ORIGIN]
+    no_pairs: list[str | None] = [None] * len(rows)
     chat = _uses_chat(run, load_run_tokenizer(run))
     if column is None and has_preferences(both, run.config.data):
         pairs = find_preference_shape(both, run.config.data)
-        return [_bare(pairs.ask(row, place, chat=chat)) for row, place in zip(rows, places, strict=True)], [None] * len(
-            rows
-        )
+        return [_bare(pairs.ask(row, place, chat=chat)) for row, place in zip(rows, places, strict=True)], no_pairs
     shape = _shape(file, rows, column, run)
     # A prompt stays a text, unless other columns are parts of the same conversation.
     chat = chat and bool(CONVERSATION_COLUMNS & {*columns(rows)})
-    return [shape.ask(row, place, chat=chat) for row, place in zip(rows, places, strict=True)], [None] * len(rows)
+    return [shape.ask(row, place, chat=chat) for row, place in zip(rows, places, strict=True)], no_pairs
 
 
 def _bare(asked: Asked) -> Asked:

@@ -97,7 +97,7 @@ def _still_holds(point: ResumePoint, config: DictConfig, folder: Path) -> bool:
     if config.trainer.resume_from_checkpoint != AUTO:
         return True
     complete = checkpoints.sealed(folder / run_folder.CHECKPOINTS)
-    return bool(complete) and complete[-1] == point.checkpoint.folder
+    return bool(complete) and complete[-1].resolve() == point.checkpoint.folder.resolve()
 
 
 def roll_back(point: ResumePoint, folder: Path) -> None:

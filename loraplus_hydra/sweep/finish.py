@@ -44,7 +44,7 @@ def finish(sweep: Sweep) -> bool:
             write_left(sweep, left)
     reported = _report(sweep.folder)
     _print_summary(sweep, jobs, reported or (), len(left))
-    return reported is not None and all(job.status in (DONE, SKIPPED) for job in jobs)
+    return reported is not None and not left and all(job.status in (DONE, SKIPPED) for job in jobs)
 
 
 def _report(folder: Path) -> Collection[str] | None:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from loraplus_hydra.config.hydra_job import quoted
 from loraplus_hydra.config.identity import ALLOW, config_hash
+from loraplus_hydra.config.locations import expanded
 from loraplus_hydra.config.plain import plain_of
 from loraplus_hydra.config.schema import NOT_OF_A_RUN
 from loraplus_hydra.errors import ConfigErrors, Problem
@@ -55,7 +56,7 @@ def begin(config: DictConfig, words: list[str]) -> Sweep:
     keys = _sorted_keys(swept)
     with open_dict(config):
         config.sweep.name = _checked_name(config.sweep.name) or default_name(config, swept)
-        folder = Path(config.hydra.sweep.dir).expanduser().absolute()
+        folder = expanded(config.hydra.sweep.dir).absolute()
         config.hydra.sweep.dir = str(folder)
     refuse_unwritable(folder, key="hydra.sweep.dir")
     refuse_links(folder, key="hydra.sweep.dir")  # also in the jobs' folders, before Hydra writes into them

@@ -64,8 +64,10 @@ def _requeue_trials(study: Any, states: Any) -> int:
 
 
 def _import_optuna() -> Any:
-    import optuna  # an extra
-
+    try:
+        import optuna  # an extra
+    except ImportError as error:
+        raise ConfigErrors([Problem("hydra.sweeper", "optuna isn't installed", OPTUNA)]) from error
     if int(optuna.__version__.partition(".")[0]) < _OLDEST:
         what = f"optuna {optuna.__version__} can't store a study in a file"
         raise ConfigErrors([Problem("hydra.sweeper", what, OPTUNA)])

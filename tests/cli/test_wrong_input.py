@@ -76,6 +76,9 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["adapter._target_: PolyConfig needs a task_id in each row; use adapter=lora"],
     ),
     "level of the log": (["+trainer.log_level=no"], ["trainer.log_level: there is no level 'no'; use one of"]),
+    "level of the log as a list": (["+trainer.log_level=[a]"], ["trainer.log_level"]),
+    "name longer than a file's": ([f"adapter={'x' * 300}"], ["adapter", "no option"]),
+    "home of an unknown user": (["data=jsonl", "data.train=~nobody_known/rows.jsonl"], ["data.train"]),
     "settings of a class as text": (
         ["+trainer.parallelism_config=x", "+adapter.monteclora_config=auto"],
         ["trainer.parallelism_config: 'x' is not a mapping", "adapter.monteclora_config: 'auto' is not a mapping"],

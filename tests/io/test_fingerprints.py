@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,15 @@ def test_shards_names_and_metadata_are_no_content(tmp_path: Path) -> None:
     shards = [stored(tmp_path / f"{name}.safetensors", {name: TENSORS[name]}) for name in "cab"]
     save_file(TENSORS, tmp_path / "other.safetensors", {"format": "pt"})
     assert of_weights(shards) == of_weights([tmp_path / "other.safetensors"]) == whole
+
+
+@pytest.mark.parametrize("offsets", [[0, 2**70], [0, 2**60], [-(2**60), 0], [8, 4]])
+def test_a_tensor_outside_its_file_is_an_error(offsets: list[int], tmp_path: Path) -> None:
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": offsets}}).encode()
+    file = tmp_path / "hostile.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ValueError, match="x is outside the file"):
+        of_weights([file])
 
 
 @pytest.mark.parametrize("largest", [2**29, 0])

@@ -134,7 +134,7 @@ def test_changed_content_is_named_and_refused_unless_it_is_allowed(
 ) -> None:
     edit(copy)
     for name, command in COMMANDS.items():
-        before = sorted(path for path in (copy / command[1]).rglob("*"))
+        before = sorted((copy / command[1]).rglob("*"))
         finished = cli(*command)
         if name not in refused:
             assert finished.status == 0, (name, finished.err)
@@ -143,7 +143,7 @@ def test_changed_content_is_named_and_refused_unless_it_is_allowed(
         assert refused[name] in finished.err, (name, finished.err)
         assert "changed since" in finished.err, (name, finished.err)
         assert ALLOW in finished.err.replace("\n", ""), finished.err
-        assert sorted(path for path in (copy / command[1]).rglob("*")) == before
+        assert sorted((copy / command[1]).rglob("*")) == before
         allowed = cli(*command, ALLOW)
         assert allowed.status == 0, (name, allowed.err)
 
@@ -267,9 +267,26 @@ def test_run_without_fingerprints_is_resumed_with_a_note(copy: Path, cli: Cli) -
     del state["inputs"], state["stream"]
     (checkpoint / "run_state.json").write_text(json.dumps(state))
     seal(checkpoint)
-    finished = cli("resume", "stopped")
+    finished = cli("resume", str(copy / "stopped"))
     assert finished.status == 0, finished.err
     assert finished.out.count("the run stored no fingerprints") == 1
+
+
+def test_automatic_resume_takes_new_rows_from_the_command_line(copy: Path, cli: Cli) -> None:
+    overrides = [
+        *("model=hub", f"model.path={copy / 'model'}", "data=jsonl", f"data.train={copy / 'rows.jsonl'}"),
+        *(f"data.eval={copy / 'held_out.jsonl'}", "trainer.max_steps=4", "trainer.save_steps=2", "task.samples=0"),
+        *("trainer.eval_strategy=no", "hydra.run.dir=mine"),
+    ]
+    assert cli(*overrides).status == 0
+    for name in ("adapter", "checkpoints/checkpoint-4"):
+        shutil.rmtree(f"mine/{name}")
+    Path("mine/result.json").unlink()
+    write_rows(copy / "new.jsonl", "new")
+    overrides[3] = f"data.train={copy / 'new.jsonl'}"
+    finished = cli(*overrides, "trainer.resume_from_checkpoint=auto")
+    assert finished.status == 0, finished.err
+    assert json.loads(Path("mine/result.json").read_text())["resumed_at"] == [2]
 
 
 def test_stream_is_compared_as_far_as_it_was_read(tiny_run: list[str], tmp_path: Path, compose: Any) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from omegaconf import DictConfig
 
 from loraplus_hydra.cli.commands.command import Command
+from loraplus_hydra.config.locations import expanded
 from loraplus_hydra.errors import Problem, refuse
 from loraplus_hydra.io import files, folders, interrupts
 from loraplus_hydra.runs.finished import open_named_run
@@ -26,7 +25,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     run = open_named_run(config)
     of_step = "" if run.step is None else f"-of-step-{run.step}"
     default = run.folder / "export" / (("model" if config.merge else "adapter") + of_step)
-    target = Path(config.to).expanduser() if config.to else default
+    target = expanded(config.to) if config.to else default
     folders.refuse_used_folder(target, key="to")
     files.refuse_unwritable(target.parent, key="to")
     from loraplus_hydra.runs.export import export

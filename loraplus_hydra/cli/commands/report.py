@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.cli.commands.command import Command
+from loraplus_hydra.config.locations import expanded
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.io import interrupts
 
@@ -19,7 +18,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     from loraplus_hydra.report.write import write_report
 
     with interrupts.notice("the report stops after the current figure and is incomplete"):
-        show(write_report(Path(config.folder).expanduser()))
+        show(write_report(expanded(config.folder)))
 
 
 COMMAND = Command(

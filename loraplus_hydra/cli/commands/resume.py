@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from omegaconf import DictConfig
 
 from loraplus_hydra.check import check
 from loraplus_hydra.cli.commands.command import Command, Job
+from loraplus_hydra.config.locations import expanded
 from loraplus_hydra.config.schema import RUN_GROUPS
 from loraplus_hydra.io import processes
 from loraplus_hydra.io.files import refuse_unwritable
@@ -20,7 +19,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> Job:
 
     No file is changed. Raises UserError if the run can't resume.
     """
-    folder = Path(named_run(config)).expanduser()
+    folder = expanded(named_run(config))
     run, point = resumed_config(folder, config)
     checked = check(run)
     from loraplus_hydra.runs.resume import resume_point_or_exit
