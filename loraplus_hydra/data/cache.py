@@ -1,7 +1,7 @@
 """Content-addressed disk cache of loaded and tokenised rows.
 
-Files with equal bytes and equal settings are read only once. The cache is in a folder of the `datasets` cache
-(HF_DATASETS_CACHE, by default ~/.cache/huggingface/datasets) and may be deleted at any time.
+Rows of files with equal bytes and equal settings are converted and tokenised only once. The cache is in a folder of the
+`datasets` cache (HF_DATASETS_CACHE, by default ~/.cache/huggingface/datasets) and may be deleted at any time.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ _START = 512  # bytes at a file's start that identify compression, archive and e
 
 
 def _arrow(codec: str) -> Callable[[str], Any]:
-    return lambda path: pa.CompressedInputStream(pa.OSFile(path), codec)
+    # Buffered, because Arrow's own stream can't be read line by line.
+    return lambda path: io.BufferedReader(pa.CompressedInputStream(pa.OSFile(path), codec))
 
 
 _DECOMPRESS: dict[bytes, Callable[[str], Any]] = {

@@ -35,8 +35,9 @@ def longest_input(tokenizer: PreTrainedTokenizerBase, base: Base | None = None) 
 def max_length(task: DictConfig, tokenizer: PreTrainedTokenizerBase, base: Base | None) -> int | None:
     """Return the maximum number of tokens in a causal model's example.
 
-    This is `task.args.max_length`, or the model's number of positions if that is smaller. A model without learned
-    position embeddings (for example, with RoPE) has no such number. The tokenizer's own limit is ignored.
+    This is the smallest of `task.args.max_length`, the model's number of positions and the tokenizer's limit. A model
+    without learned position embeddings (for example, with RoPE) has no number of positions. Then only
+    `task.args.max_length` counts.
     """
     wanted: int | None = task.args.get("max_length")
     return wanted if base is None or base.positions is None else least(wanted, longest_input(tokenizer, base))

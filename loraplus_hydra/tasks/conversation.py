@@ -32,6 +32,10 @@ _OTHER_COLUMN = "conversations"  # another usual name for messages
 _INSTRUCTION, _INPUT, _OUTPUT = "instruction", "input", "output"
 TOOLS, TEMPLATE_ARGUMENTS = "tools", "chat_template_kwargs"  # columns that TRL passes to the template
 FUNCTIONS = "functions"  # OpenAI's old column, before `tools`
+_OWN_ARGUMENTS = {  # arguments of apply_chat_template that this program sets
+    *("tokenizer", "messages", "conversation", "chat_template", "add_generation_prompt"),
+    *("tokenize", "return_dict", "return_assistant_tokens_mask"),
+}
 # Usual names of columns in lower case, for suggestions in messages.
 _LIKE_PROMPTS = ("prompt", "question", "query", "instruction", "input", "problem", "user", "human", "article", "source")
 _LIKE_COMPLETIONS = (
@@ -252,10 +256,16 @@ def _template_arguments(row: Mapping[str, Any], place: str, *, schema_nulls: boo
     """Return the template's arguments except the messages, from TRL's columns."""
     tools = json_value(row.get(TOOLS) or None, TOOLS, place)
     if not tools and (functions := json_value(row.get(FUNCTIONS) or None, FUNCTIONS, place)):
+        if not isinstance(functions, list):
+            raise row_error(place, FUNCTIONS, f"is {describe(functions)}, not a list of functions")
         tools = [{"type": "function", "function": each} for each in functions]
     others = row.get(TEMPLATE_ARGUMENTS) or {}
     if not isinstance(others, dict):
         raise row_error(place, TEMPLATE_ARGUMENTS, f"is {describe(others)}, not an object")
+    if taken := sorted(_OWN_ARGUMENTS & others.keys()):
+        raise row_error(
+            place, TEMPLATE_ARGUMENTS, f"has the key '{taken[0]}', which this program sets", "remove the key"
+        )
     if schema_nulls:
         tools, others = without_nulls(tools), without_nulls(others)
     return {"tools": tools, **others} if tools else dict(others)

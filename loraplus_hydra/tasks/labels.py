@@ -140,7 +140,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _sorted(names: set[str]) -> tuple[str, ...]:
     """Return names in alphabetical order. If all are whole numbers, the order is numerical."""
-    numbers = all(name.lstrip("-").isdigit() for name in names)
+    numbers = all(name.removeprefix("-").isdecimal() for name in names)
     return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
 
 

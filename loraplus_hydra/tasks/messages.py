@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraplus_hydra.data.rows import without_nulls
-from loraplus_hydra.errors import nearest
+from loraplus_hydra.errors import first_line, nearest
 from loraplus_hydra.tasks.rows import describe, row_error
 
 Message = dict[str, Any]
@@ -105,8 +105,8 @@ def json_value(value: Any, column: str, place: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError as error:
-        raise row_error(place, column, f"is not JSON: {getattr(error, 'msg', error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise row_error(place, column, f"is not JSON: {getattr(error, 'msg', first_line(error))}") from None
 
 
 def _message(message: Any, column: str, place: str) -> Message:

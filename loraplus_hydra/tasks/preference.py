@@ -104,8 +104,11 @@ class PreferenceShape:
             raise row_error(place, self.chosen, _NOTHING_SHARED)
         prompt = str(extract_prompt({"chosen": chosen, "rejected": rejected})["prompt"])
         if read_dialogue(chosen) and read_dialogue(rejected):
-            # The answers may begin with the same words, so the prompt must end before a turn.
-            prompt = prompt[: [match.end() for match in _TURN.finditer(prompt)][-1]]
+            # The answers may begin with the same words, so the prompt must end before an answer.
+            ends = [match.end() for match in _TURN.finditer(prompt) if match[1] == "Assistant"]
+            if not ends:
+                raise row_error(place, self.chosen, _NOTHING_SHARED)
+            prompt = prompt[: ends[-1]]
         return Preference(Text(chosen[len(prompt) :], prompt), Text(rejected[len(prompt) :], prompt))
 
     def _of_turns(

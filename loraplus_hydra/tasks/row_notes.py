@@ -10,7 +10,10 @@ from loraplus_hydra.data.rows import ORIGIN
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.base import Base
 
-_OTHER_TEMPLATE = "use another template (+task.args.chat_template_path=template.jinja)"
+_OTHER_TEMPLATE = (
+    "use another template (chat_template.jinja in the tokenizer's folder; for task=sft also "
+    "+task.args.chat_template_path=template.jinja)"
+)
 # Properties of encoded rows (fields of `Encoded`) that are used only for notes.
 _FLAGS = {
     "merged": "the end of the prompt and the beginning of the completion are in one token, which has loss: end "

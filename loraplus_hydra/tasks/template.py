@@ -12,12 +12,13 @@ from trl.chat_template_utils import (
     is_chat_template_stop_token_trained,
 )
 
-from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.tasks.conversation import Shape
 from loraplus_hydra.tasks.tokens import LossRule
 
 _NO_TEMPLATE_FIX = (
-    "use a model whose tokenizer has a template, or set one: +task.args.chat_template_path=template.jinja"
+    "use a model whose tokenizer has a template, or put chat_template.jinja into its folder; "
+    "for task=sft also +task.args.chat_template_path=template.jinja"
 )
 
 
@@ -47,7 +48,11 @@ def set_template(tokenizer: PreTrainedTokenizerBase, task: DictConfig) -> None:
     if not Path(path).is_file() or Path(path).suffix not in (".jinja", ".j2"):
         fix = "use a file that ends in .jinja (another model's template may need tokens that this model doesn't have)"
         raise ConfigErrors([Problem("task.args.chat_template_path", f"there is no template file {path}", fix)])
-    tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+    try:
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        what = f"{path} can't be read: {first_line(error)}"
+        raise ConfigErrors([Problem("task.args.chat_template_path", what, "save it as UTF-8 text")]) from None
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, shape: Shape, *, chat: bool | None) -> None:

@@ -51,6 +51,14 @@ def test_compressed_files_are_unpacked_whatever_their_name(tmp_path: Path, suffi
         rows_of(path)
 
 
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_text_in_another_encoding_names_its_line_in_compressed_files_too(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows.jsonl{suffix}"
+    path.write_bytes(COMPRESS[suffix](b'{"a": "b"}\n{"a": "\xe9"}\n'))
+    with pytest.raises(UserError, match="line 2: not utf-8 text"):
+        rows_of(path)
+
+
 def test_a_compressed_table_is_loaded_by_the_suffix_inside(tmp_path: Path) -> None:
     path = tmp_path / "rows.tsv.gz"
     path.write_bytes(gzip.compress(b"text\tlabel\na, b\t1\n"))

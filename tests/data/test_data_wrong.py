@@ -130,6 +130,16 @@ MISTAKES: dict[str, Mistake] = {
     "number for text": sft(
         GOOD, {"prompt": 7, "completion": "b"}, expected=("line 2: 'prompt' is the number 7, not text",)
     ),
+    "functions that are no list": sft(
+        {"messages": TURNS, "functions": 5}, expected=("'functions' is the number 5, not a list of functions",)
+    ),
+    "argument of the template that the program sets": sft(
+        {"messages": TURNS, "chat_template_kwargs": {"tokenize": False}},
+        expected=("'chat_template_kwargs' has the key 'tokenize', which this program sets",),
+    ),
+    "messages as a text of deep JSON": sft(
+        {"messages": TURNS, "tools": "[" * 100_000}, expected=("'tools' is not JSON",)
+    ),
     "object for text": sft(
         GOOD,
         {"prompt": {"a": 1}, "completion": "b"},

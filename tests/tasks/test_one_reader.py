@@ -197,8 +197,8 @@ def rows_of(form: Form, made: list[Dialogue], path: Path) -> Path:
     return write_jsonl(path, rows)
 
 
-FEW = settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-MANY = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=2, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=60, suppress_health_check=list(HealthCheck))
 
 
 def compare(

@@ -167,6 +167,14 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": "x", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
         r"'prompt' is different from the prompt .*data\.prompt_column=null to use only",
     ),
+    "dialogues that share white space alone": (
+        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\nHuman: c\n\nAssistant: d"},
+        "'chosen'",
+    ),
+    "dialogues that differ before an answer": (
+        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: b"},
+        "'chosen'",
+    ),
     "an answered question": ({"messages": [ASK, GOOD], "chosen": GOOD, "rejected": BAD}, "ends with an answer"),
     "without loss": ({"prompt": "x", "chosen": [{**GOOD, "weight": 0}], "rejected": [BAD]}, "message without loss"),
 }
