@@ -14,6 +14,7 @@ def walk_once(trainer: Any) -> None:
     """
     model, accelerator = trainer.model, trainer.accelerator
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.train(model.training)  # a loaded base is in eval mode under a new adapter; `train` below needs one mode
     set_mode, clip = model.train, accelerator.clip_grad_norm_
 
     def train(mode: bool = True) -> Any:

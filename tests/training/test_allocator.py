@@ -17,9 +17,9 @@ from loraplus_hydra.training.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory() and keep_freed_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for index in range(100):
+for index in range(20):
     bytearray(b"x") * (48 * 2**20)
-    if index == 50:
+    if index == 10:
         before = faults()
 print(faults() - before)
 """

@@ -90,8 +90,10 @@ def test_gradients_are_dropped_and_modes_switched() -> None:
     model[0].bias.requires_grad_(False)
     clip = torch.nn.utils.clip_grad_norm_
     trainer = SimpleNamespace(model=model, accelerator=SimpleNamespace(clip_grad_norm_=clip))
+    model[1].eval()  # as a loaded base is under a new adapter
     walk_once(trainer)
 
+    assert model.train()[1].training
     assert not model.eval()[1].training
     assert model.train()[1].training
     model(torch.ones(64, 2)).sum().backward()  # of so many numbers dropout keeps some

@@ -106,7 +106,7 @@ class StopAtStep(TrainerCallback):
             self.stopping = control.should_save = True
             # Only the epoch is ended, because early stopping may still end training after this step's evaluation.
             control.should_epoch_stop = True
-            # Otherwise otherwise the Trainer would save only after a better evaluation
+            # Otherwise the Trainer would save only after a better evaluation
             if args.save_strategy == SaveStrategy.BEST:
                 args.save_strategy = SaveStrategy.STEPS
         if control.should_training_stop or float(state.epoch).is_integer():

@@ -1,4 +1,4 @@
-"""Speed-ups of a Trainer's steps on a CPU, among them the lean forward pass."""
+"""Speed-ups of a Trainer's steps, among them the lean forward pass."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ AUTO, LEAN, PLAIN = "auto", "lean", "plain"
 
 
 def adopt(trainer: Any, forward: str) -> None:
-    """Make a Trainer's steps faster on a CPU.
+    """Make a Trainer's steps faster.
 
-    Freed memory is reused, walks over modules are made once, and `trainer.forward` chooses the forward pass.
+    On a CPU, freed memory is reused. In one process, walks over modules are made once. `forward` is `trainer.forward`.
 
     The lean forward is used from the next batch on. If a run can't use it, the run trains without it, and the reason is
     shown on the screen.

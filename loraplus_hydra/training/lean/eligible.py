@@ -30,7 +30,7 @@ def _reasons(trainer: Any) -> Any:
     yield trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled, "DeepSpeed or FSDP runs the model"
     yield (
         type(trainer).compute_loss not in (Trainer.compute_loss, SFTTrainer.compute_loss),
-        (f"{_name(trainer)} computes its own loss"),
+        f"{_name(trainer)} computes its own loss",
     )
     yield trainer.compute_loss_func is not None, "the task has its own loss function"
     yield args.label_smoothing_factor > 0, "label smoothing needs all logits (trainer.label_smoothing_factor)"
@@ -45,6 +45,8 @@ def _reasons(trainer: Any) -> Any:
     for name in ("packing", "eval_packing", "padding_free"):
         yield getattr(args, name, None), f"the rows are already packed (task.args.{name})"
     yield from _reasons_of_model(trainer.model)
+    has_output_layer = trainer.model.get_base_model().get_output_embeddings() is not None
+    yield has_output_layer and trainer.compute_metrics is not None, "the task's metrics need all logits"
 
 
 def _reasons_of_model(model: Any) -> Any:

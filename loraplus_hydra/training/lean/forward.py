@@ -42,7 +42,8 @@ class LeanForward:
         self._run_backbone = self.backbone.forward
         linears = [each for each in model.modules() if isinstance(each, nn.Linear) and not each.weight.requires_grad]
         self._packed = should_pack(each.weight for each in linears)
-        lend_lean_layers(model, lambda: rows_underway() is not None, packed=self._packed)
+        # Only the backbone runs on joined rows. The output layer is packed in `_supervised`.
+        lend_lean_layers(self.backbone, lambda: rows_underway() is not None, packed=self._packed)
         if isinstance(pooler := getattr(self.backbone, "pooler", None), nn.Module):
             pooler.register_forward_pre_hook(self._padded_for_pooler)
         self._frozen_head: Frozen | None = None
@@ -142,6 +143,9 @@ def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]
     ids = batch.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or batch.get("return_dict") is False:
         raise UnknownBatchError("the model is not called with rows of token ids")
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.shape != ids.shape:
+        raise UnknownBatchError("the attention mask is not one number for each token")
     return batch
 
 

@@ -75,7 +75,7 @@ def should_pack(weights: Iterable[torch.Tensor]) -> bool:
 def onednn_is_faster() -> bool:
     """Return True if torch uses MKL on a processor for which MKL uses slow code.
 
-    These are all x86 processors except Intel's. On these, oneDNN is twice as fast.
+    These are all x86 processors except Intel's. On these, oneDNN is faster.
     """
     if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkl.is_available():
         return False

@@ -33,7 +33,9 @@ class _Adapted(torch.autograd.Function):
         mask = None
         given = tokens = tokens.to(lora_A.dtype)
         if dropout > 0.0:
-            mask = torch.empty_like(tokens).bernoulli_(1 - dropout).div_(1 - dropout)
+            mask = torch.empty_like(tokens).bernoulli_(1 - dropout)
+            if dropout < 1.0:
+                mask.div_(1 - dropout)
             given = tokens * mask
         inner = given @ lora_A.t()
         if out.dtype == lora_B.dtype:

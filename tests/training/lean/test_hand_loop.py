@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
@@ -197,14 +197,20 @@ RUNS = st.builds(
 )
 
 
-@settings(max_examples=4, deadline=None)
+def test_one_rank_and_rows_of_two_tokens_are_those_of_a_loop_by_hand() -> None:
+    lora = {"r": 1, "lora_alpha": 10, "target_modules": "all-linear"}
+    for lengths in ((2, 16), (2,)):
+        check(Run(lora=lora, architecture="qwen2", steps=6, batch=1, clip=0.05, lengths=lengths, masks=("all",)))
+
+
+@settings(max_examples=4, phases=(Phase.explicit, Phase.reuse, Phase.generate))  # a failure is not made smaller here
 @given(run=RUNS)
 def test_any_run_is_that_of_a_loop_by_hand(run: Run) -> None:
     check(run)
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
-@given(run=RUNS, steps=st.just(50))
-def test_fifty_steps_of_any_run_are_those_of_a_loop_by_hand(run: Run, steps: int) -> None:
-    check(Run(**{**vars(run), "steps": steps}))
+@settings(max_examples=40)
+@given(run=RUNS)
+def test_fifty_steps_of_any_run_are_those_of_a_loop_by_hand(run: Run) -> None:
+    check(replace(run, steps=50))
