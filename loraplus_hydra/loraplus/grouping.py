@@ -76,7 +76,8 @@ def first_match(records: Sequence[TensorRecord], rules: Sequence[Rule]) -> list[
             unmatched.append(f"{record.name} (role {record.role}, owner {record.owner}, {record.ndim}-D)")
     if unmatched:
         raise UserError(
-            f"no rule matches {len(unmatched)} trained tensor{'s'[: len(unmatched) > 1]}: {first_of(unmatched, 3)}. "
+            f"no rule matches {len(unmatched)} trained tensor{'s' if len(unmatched) > 1 else ''}: "
+            f"{first_of(unmatched, 3)}. "
             "Add a rule that matches, or end loraplus.rules with a rule without conditions: `rest: {}` matches all "
             "other tensors"
         )

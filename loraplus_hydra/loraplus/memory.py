@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from loraplus_hydra.errors import ConfigErrors, Problem, first_line
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
 from loraplus_hydra.loraplus.optimizer import build_optimizer
 from loraplus_hydra.loraplus.plan import Plan, PlannedTensor, StateSize
 from loraplus_hydra.loraplus.rules import TensorRecord
@@ -70,7 +70,10 @@ def measure_state(plan: Plan, settings: LoraPlus) -> Plan:
     records = {_kind(tensor): tensor.record for tensor in plan.tensors}
     optimizer, stand_ins = _stand_in_optimizer(plan, records, settings, settings.optimizer_arguments)
     if error := _step_error(optimizer):
-        default, _ = _stand_in_optimizer(plan, records, settings, {"lr": settings.lr})
+        try:
+            default, _ = _stand_in_optimizer(plan, records, settings, {"lr": settings.lr})
+        except UserError:  # the class can't be built from its defaults, so the cause is unknown
+            return plan
         if _step_error(default):
             return plan
         what = f"{settings.optimizer_class.__name__} can't take a step with these arguments: {error}"

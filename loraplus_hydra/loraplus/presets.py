@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from loraplus_hydra.config.locations import config_folder
+from loraplus_hydra.config.locations import config_folder, options_of
 from loraplus_hydra.errors import UserError, nearest
 from loraplus_hydra.loraplus.grouping import check_rate
 from loraplus_hydra.loraplus.rules import Rule, parse_rules
@@ -24,11 +24,10 @@ def preset_rules(name: str = "default", *, lr: float | None = None, **values: fl
     preset `absolute` uses it as the default of `lr_A`. Raises UserError if the preset or a key doesn't exist, or if a
     rate is infinite, NaN, 0 or negative.
     """
-    folder = config_folder() / "loraplus"
-    presets = sorted(file.stem for file in folder.glob("*.yaml"))
+    presets = options_of("loraplus")
     if name not in presets:
         raise UserError(f"there is no preset '{name}'{nearest(name, presets)}; the presets are {', '.join(presets)}")
-    content = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
+    content = yaml.safe_load((config_folder() / "loraplus" / f"{name}.yaml").read_text(encoding="utf-8"))
     keys = {key: value for key, value in content.items() if key not in ("rules", "extra_rules")}
     for key, value in values.items():
         if key not in keys:

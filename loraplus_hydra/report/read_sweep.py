@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -73,6 +74,11 @@ class Job:
     norms: Mapping[str, tuple[Norms, ...]] = field(default_factory=dict)  # group -> norms
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    @functools.cached_property
+    def given(self) -> Mapping[str, Any]:
+        """Return the values in `overrides`, by key."""
+        return override_values(self.overrides)
 
     @property
     def has_result(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from loraplus_hydra.io import checkpoints
 from loraplus_hydra.io.result import FAILED
 from loraplus_hydra.report.read_sweep import Job, Rates, Sweep
-from loraplus_hydra.report.values import number, override_values
+from loraplus_hydra.report.values import number
 
 SEED = "seed"
 # If several keys vary together, the first of these keys is shown.
@@ -74,7 +74,7 @@ def varied_keys(sweep: Sweep) -> tuple[str, ...]:
     interpolation or a value from a group's option. If other keys vary together, one of them is returned. A key that
     doesn't influence the trained weights is returned only if it is in sweep.json.
     """
-    overridden = [key for job in sweep.jobs for key in override_values(job.overrides)]
+    overridden = [key for job in sweep.jobs for key in job.given]
     candidates = dict.fromkeys([*sweep.swept, *(key for key in overridden if not key.startswith(_NOT_TRAINED))])
     named = [key for key in candidates if _differs(sweep.jobs, key)]
     keys = [*named, *_unexplained_keys([job for job in sweep.jobs if job.whole_config], named)]
@@ -99,7 +99,7 @@ def value_of(job: Job, key: str) -> Any:
     """Return the job's value of `key`, from the config or else from an override."""
     if key == SEED:
         return job.seed
-    return job.config[key] if key in job.config else override_values(job.overrides).get(key)
+    return job.config[key] if key in job.config else job.given.get(key)
 
 
 def settings_of(sweep: Sweep, keys: Sequence[str]) -> tuple[Setting, ...]:

@@ -81,7 +81,8 @@ def rerun_overrides(
         # The configs decide, because a resume may have been refused, and each resume starts from the first config.
         if key in config and config[key] == first_config.get(key):
             continue
-        setting = [text for text in resumes if _key(text) == key and override_values([text])[key] == config.get(key)]
+        given = {text: override_values([text]) for text in resumes if _key(text) == key}
+        setting = [text for text, values in given.items() if key in values and values[key] == config.get(key)]
         if not setting:
             return None
         changes[key] = f"++{setting[-1].lstrip('+')}"  # ++ because the composed config may not have the key
