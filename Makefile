@@ -18,7 +18,7 @@ test: lint ## lint, types and the tests (under ten minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.extras ## the slow tests, and those of launchers, Optuna and trackers (an hour at most)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or extras" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or extras" --hypothesis-profile=random $(PYTEST_ARGS)
 
 bench-gpu: $(VENV)/.installed ## measure a training step on one GPU (eight minutes at most)
 	$(BIN)/python -m benchmarks.gpu

@@ -25,9 +25,9 @@ from loraplus_hydra.io.run_folder import HYDRA, RESULT
 from tests.conftest import Finished
 
 FIRST = int(os.environ.get("LORAPLUS_FUZZ_FROM", "0"))
-FEW, MANY = 60, int(os.environ.get("LORAPLUS_FUZZ_COUNT", "2000"))
+FEW, MANY = 20, int(os.environ.get("LORAPLUS_FUZZ_COUNT", "2000"))
 PART = 200  # the many are examined in parts, which the workers of a test run share
-SECONDS = 600  # for one example; the slowest takes about two
+SECONDS = 60  # of processor time for one example; the slowest takes about two
 UNTOLD = "HYDRA_FULL_ERROR"  # named in the message of an error that nobody expected
 
 # What is put in place of a value, as it is typed.
@@ -209,10 +209,12 @@ def examine(
     wrong = {}
     for number in numbers:
         overrides = overrides_of(number, keys)
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         try:
-            with within(SECONDS):
+            with within(10 * SECONDS):  # on a loaded machine a command waits
                 reason = wrong_with(cli("check", *run, *overrides), folder)
+            if not reason and (took := time.process_time() - used) > SECONDS:
+                reason = f"it took {took:.0f} s of processor time"
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
@@ -306,7 +308,7 @@ def test_what_passes_the_check_ends_as_a_run_or_a_listed_error(
     ran = 0
     for number in range(FIRST, FIRST + min(MANY, 150)):
         overrides = likely_overrides(number)
-        with within(5 * SECONDS):
+        with within(10 * SECONDS):
             ended = cli(*tiny_run, *overrides, *short)
         if reason := wrong_with_run(ended, tmp_path):
             wrong[number] = (overrides, reason)

@@ -100,16 +100,18 @@ def test_only_the_first_process_of_a_run_locks(tmp_path: Path, monkeypatch: pyte
         assert not held(tmp_path)
 
 
-def test_run_with_workers_is_resumed_right_after_its_kill(tiny_run: list[str], tmp_path: Path) -> None:
-    overrides = [*tiny_run, "trainer.max_steps=100000", "trainer.save_steps=5", "trainer.dataloader_num_workers=2"]
+def test_run_with_workers_is_unlocked_right_after_its_kill(tiny_run: list[str], tmp_path: Path) -> None:
+    overrides = [*tiny_run, "trainer.max_steps=100000", "trainer.save_steps=1", "trainer.dataloader_num_workers=2"]
     log = tmp_path / "log"
     process = start(command_line, *overrides, "hydra.run.dir=run", folder=tmp_path, log=log)
-    end = time.monotonic() + 600
-    while not (tmp_path / "run" / "checkpoints" / "checkpoint-5" / MANIFEST).is_file():
-        assert process.is_alive(), log.read_text()[-3000:]
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    assert Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split(), "it has no workers"
-    process.kill()
-    process.join()
+    try:
+        end = time.monotonic() + 600
+        while not (tmp_path / "run" / "checkpoints" / "checkpoint-1" / MANIFEST).is_file():
+            assert process.is_alive(), log.read_text()[-3000:]
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split(), "it has no workers"
+    finally:
+        process.kill()
+        process.join()
     assert not held(tmp_path / "run")

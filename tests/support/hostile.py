@@ -59,7 +59,7 @@ def refused(ended: Finished, *told: str) -> None:
 
 
 def files_of(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*"))
+    return sorted(folder.rglob("*"))
 
 
 def spoil(run: Path, old: str, new: str, **values: str) -> None:
