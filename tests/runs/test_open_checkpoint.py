@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,8 +114,15 @@ def test_a_checkpoint_that_is_missing_or_broken_is_an_error(
 
 
 def test_a_killed_classifier_is_exported_with_its_labels(
-    compose: Callable[..., Any], stopped: Callable[..., None], bert_folder: Path, cli: Any, tmp_path: Path
+    compose: Callable[..., Any],
+    stopped: Callable[..., None],
+    bert_folder: Path,
+    cli: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # As where the variable CI is set: the answer stands alone on stdout all the same.
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     text = "".join(f"the fox {word} {i},{word}\n" for i in range(8) for word in ("dog", "cat", "bird"))
     (tmp_path / "labels.csv").write_text("text,label\n" + text)
     words = ["task=classification", "data=csv", f"data.train={tmp_path / 'labels.csv'}", "model=hub"]
