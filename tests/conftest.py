@@ -6,6 +6,7 @@ import atexit
 import gc
 import json
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -57,6 +58,52 @@ def _no_figures() -> Iterator[None]:
         # The job's module may be imported already, or be imported later by a test.
         for module in (figure, sys.modules.get("loraplus_hydra.runs.job", figure)):
             patch.setattr(module, "draw_training", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _configs_read_once() -> Iterator[None]:
+    """Keep the parsed YAML files of the package and of Hydra, which would take most of a composition's time."""
+    from hydra._internal.sources_registry import SourcesRegistry
+    from hydra.core.plugins import Plugins
+
+    from loraplus_hydra.config.locations import config_folder
+
+    def kept(read: Callable[..., Any]) -> Callable[..., Any]:
+        results: dict[tuple[str, str], bytes] = {}
+
+        def load(source: Any, config_path: str) -> Any:
+            if source.path not in (str(config_folder()), "hydra.conf"):
+                return read(source, config_path)  # a test may change this file
+            key = (source.path, config_path)
+            if key not in results:
+                results[key] = pickle.dumps(read(source, config_path))
+            return pickle.loads(results[key])
+
+        return load
+
+    Plugins.instance()  # registers the sources
+    with pytest.MonkeyPatch.context() as patch:
+        for source in map(SourcesRegistry.instance().resolve, ("file", "pkg")):
+            patch.setattr(source, "load_config", kept(source.load_config))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _composed_once() -> Iterator[None]:
+    """Let Hydra not compose a config only to ask for its mode, if none of the overrides can set one."""
+    from hydra._internal.hydra import Hydra
+
+    asked = Hydra.get_mode
+    setting = ("hydra", "hparams_search", "experiment")
+
+    def get_mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+        if any(word in override for override in overrides for word in setting):
+            return asked(hydra, config_name, overrides)
+        return None  # Hydra's answer for a config without a mode
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hydra, "get_mode", get_mode)
         yield
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,7 @@ def _tasks() -> list[dict[str, Any]]:
     return [_yaml(f"task/{file.name}") for file in sorted((config_folder() / "task").glob("*.yaml"))]
 
 
+@cache
 def _yaml(name: str) -> dict[str, Any]:
     plain: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / name))
     return {str(key): value for key, value in plain.items()}

@@ -94,13 +94,14 @@ def answer_notes(
         part = encoded[split]
         if is_streamed(part):
             continue
-        lengths = list(part["length"])
+        lengths = part["length"][:]
         long = sum(limit is not None and length > limit for length in lengths)
         keep_end = task.args.get("truncation_mode") == "keep_end"
         notes += template_notes(part, rows[split], split) + stretched_note(lengths, split, limit, base)
         notes += cut_note(long, len(lengths), split, limit, keep_end=keep_end)
         if limit is not None and not keep_end:
-            notes += omitted_note(sum(length >= limit for length in part[_PROMPT_LENGTH]), len(lengths), split, limit)
+            emptied = sum(length >= limit for length in part[_PROMPT_LENGTH][:])
+            notes += omitted_note(emptied, len(lengths), split, limit)
     return notes
 
 

@@ -45,7 +45,7 @@ def examples(
     limit = least(max_length, longest_input(tokenizer, base))
     encoder = _Encoder(text, pair, labels, tokenizer, limit)
     encoded = {split: encoder.encode(rows[split], split) for split in SPLITS}
-    cut = {split: sum(split_rows["cut"]) for split, split_rows in encoded.items()}
+    cut = {split: sum(split_rows["cut"][:]) for split, split_rows in encoded.items()}
     return Examples(
         train=encoded["train"].remove_columns("cut"),
         eval=encoded["eval"].remove_columns("cut"),

@@ -78,10 +78,10 @@ def examples(
         key={"task": "kto", "shape": asdict(shape), "label": label},
     )
     encoded, limit = reader.columns(rows, tokenizer, task), max_length(task, tokenizer, base)
-    good = _count_good(encoded["train"]["label"])
+    good = _count_good(encoded["train"]["label"][:])
     # Only good answers are shown as references.
     shown = rows["eval"].select(
-        [index for index, label in enumerate(encoded["eval"]["label"]) if label][: task.samples]
+        [index for index, label in enumerate(encoded["eval"]["label"][:]) if label][: task.samples]
     )
     return Examples(
         # TRL pairs the rows of a batch before training, and uses the same pairs in each epoch.

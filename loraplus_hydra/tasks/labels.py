@@ -92,7 +92,7 @@ def find_labels(
     if kind == REGRESSION:
         return Labels(REGRESSION, (), column)
     if kind == MULTI:
-        _refuse_one_hot([_from_text(value) for value in rows["train"][column]], column)
+        _refuse_one_hot([_from_text(value) for value in rows["train"][column][:]], column)
     declared = _declared_names(rows["train"], column)
     if base is not None and base.labels:
         labels = Labels(kind, base.labels, column, declared, of_head=base.head)
@@ -172,7 +172,7 @@ def _kind(rows: Dataset, column: str) -> str:
     # A list means several labels, a number with a fraction means a regression, and anything else is one label.
     if isinstance(rows.features[column], ClassLabel):
         return SINGLE
-    values = [_from_text(value) for value in rows[column] if value is not None]
+    values = [_from_text(value) for value in rows[column][:] if value is not None]
     if any(isinstance(value, list) for value in values):
         return MULTI
     numbers = all(isinstance(value, (int, float)) for value in values)
@@ -224,8 +224,8 @@ def _declared_names(rows: Dataset, column: str) -> tuple[str, ...]:
 
 def _names(rows: Dataset, column: str, kind: str, split: str) -> Iterator[str]:
     declared = _declared_names(rows, column)
-    places = rows[ORIGIN] if ORIGIN in rows.column_names else _row_numbers(len(rows), split)
-    for value, place in zip(rows[column], places, strict=True):
+    places = rows[ORIGIN][:] if ORIGIN in rows.column_names else _row_numbers(len(rows), split)
+    for value, place in zip(rows[column][:], places, strict=True):
         if kind == SINGLE:
             yield _label_name(value, column, place, declared)
         else:

@@ -35,12 +35,13 @@ def template_notes(encoded: Dataset, rows: Dataset, split: str) -> list[str]:
 
     `encoded` has the columns of REPORTED.
     """
+    # A slice of a column is read at once; to iterate over a column reads row by row, which takes 300 times as long.
     notes = [
         note
         for name, text in _FLAGS.items()
-        if (note := rows_note([number for number, value in enumerate(encoded[name]) if value], rows, split, text))
+        if (note := rows_note([number for number, value in enumerate(encoded[name][:]) if value], rows, split, text))
     ]
-    if unread := sorted({key for keys in encoded["unread"] for key in keys}):
+    if unread := sorted({key for keys in encoded["unread"][:] for key in keys}):
         notes.append(f"Not used by the chat template: {', '.join(unread)} ({split} rows)")
     return notes
 

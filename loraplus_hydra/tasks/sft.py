@@ -131,7 +131,7 @@ def _notes(encoded: Rows, rows: Rows, split: str, task: DictConfig, limit: int |
     """
     if is_streamed(encoded):
         return []
-    notes, lengths = template_notes(encoded, rows, split), list(encoded["length"])
+    notes, lengths = template_notes(encoded, rows, split), encoded["length"][:]
     notes += stretched_note(lengths, split, limit, base)
     if limit is None or (task.args.get("packing") and task.args.get("packing_strategy") in ("bfd_split", "wrapped")):
         return notes  # nothing is cut

@@ -58,7 +58,10 @@ class Side:
     checkout: Path
 
     def plain_forward(self) -> list[str]:
-        """Return the override for the plain forward. Older checkouts have only this forward, and no key for it."""
+        """Return the override for the plain forward.
+
+        Older checkouts have only this forward, and no key for it.
+        """
         trainer = (self.checkout / "conf" / "trainer" / "default.yaml").read_text(encoding="utf-8")
         return ["trainer.forward=plain"] if re.search(r"^forward:", trainer, re.MULTILINE) else []
 
