@@ -84,7 +84,7 @@ def encode_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
     if not texts:
         return []
     # An end-of-text token that the tokenizer appends would end a prompt, and would be repeated at the end of a row.
-    last = _tokens_put_last(tokenizer)
+    last = tokens_put_last(tokenizer)
     return [ids[: len(ids) - last] for ids in tokenizer(list(texts))["input_ids"]]
 
 
@@ -98,7 +98,8 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, *, special_toke
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _tokens_put_last(tokenizer: PreTrainedTokenizerBase) -> int:
+def tokens_put_last(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number of special tokens that the tokenizer adds after a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,10 @@ from loraplus_hydra.check import check
 from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.runs.preview import preview
 from loraplus_hydra.tasks.examples import Examples, load_examples
+from loraplus_hydra.training.hf_trainer.assemble import make_trainer
+from loraplus_hydra.training.prepare import prepare
 from tests.support.tiny import save_llama, write_jsonl
-from tests.support.words import previewed, word_tokenizer, written_rows
+from tests.support.words import previewed, word_tokenizer, written, written_rows
 
 ONLY = "task.args.assistant_only_loss=true"
 SAY = {"role": "user", "content": "say one"}
@@ -129,6 +132,27 @@ def test_tokens_and_loss_are_those_counted_by_hand(made: Callable[..., Examples]
         examples = made(case, *overrides)
         assert written_rows(examples.train) == [case.expected]
         assert written_rows(examples.eval) == [case.expected]
+
+
+@pytest.mark.parametrize("task", ["task=dpo", "experiment=kto"])
+def test_answers_of_preferences_end_once_where_the_tokenizer_adds_an_end(
+    task: str, compose: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = save_llama(tmp_path / "model", word_tokenizer(None, adds=("bos", "eos")))
+    rows: list[dict[str, Any]] = [{"prompt": "say one", "chosen": " one", "rejected": " two two"}] * 4
+    if task == "experiment=kto":
+        rows = [{"prompt": "say one", "completion": " two" * n, "label": n < 2} for n in (1, 2, 1, 2)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    files = ("data=jsonl", f"data.train={path}", f"data.eval={path}")
+    config = compose(task, "model=hub", f"model.path={folder}", *files)
+    trainer = make_trainer(prepare(config), tmp_path / "run")
+    for dataset in (trainer.train_dataset, trainer.eval_dataset):
+        for row in dataset:
+            answers = [name for name in row if name.endswith("_ids") and name != "prompt_ids"]
+            assert answers
+            for name in answers:
+                tokens = written([*row["prompt_ids"], *row[name]], [-100] * len(row["prompt_ids"]) + row[name])
+                assert re.fullmatch(r"<begin> say one \[(one|two|two two) <end>\]", tokens), (name, tokens)
 
 
 LENGTHS = [1, 4, 2]  # words of the answers

@@ -24,6 +24,7 @@ from loraplus_hydra.io.metrics_log import MetricsLog
 from loraplus_hydra.io.run_folder import CHECKPOINTS, METRICS
 from loraplus_hydra.models.adapter import schedule_of
 from loraplus_hydra.tasks.examples import Examples
+from loraplus_hydra.training.hf_trainer.answer_ends import with_one_end
 from loraplus_hydra.training.hf_trainer.callbacks import MetricsCallback, ShowProgress, remove_own_printing
 from loraplus_hydra.training.hf_trainer.checkpoint_callback import CheckpointCallback
 from loraplus_hydra.training.hf_trainer.loraplus_mixin import with_loraplus
@@ -46,7 +47,7 @@ def make_trainer(
     """
     config, seconds = job.config, 0.0 if point is None else point.seconds
     schedule = schedule_of(type(job.model.active_peft_config))
-    trainer: Any = with_loraplus(resumable(locate(config.task._target_)))(
+    trainer: Any = with_loraplus(resumable(with_one_end(locate(config.task._target_))))(
         model=job.model,
         args=training_arguments(config, folder, job.examples, resume_from=None if point is None else point.folder),
         train_dataset=job.examples.train,
