@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,6 +18,10 @@ from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.base import Base, longest_input
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.tasks.rows import batch_rows, require_columns, text_in, unused_columns_note
+
+_LONG = 2**20  # a text with more characters is cut before it is tokenised, because a token takes about 100 bytes then
+# Where a long text is cut, best first: a line that begins with a word, and white space before a word
+_CUTS = (re.compile(r"(?<=\n)(?=\S)"), re.compile(r"(?<=\S)(?=\s\S)"))
 
 
 def examples(
@@ -126,11 +131,31 @@ def _converter(column: str, tokenizer: PreTrainedTokenizerBase, split: str) -> A
                 begun.append(not row.get(CONTINUED, False))
                 finished.append(False)
             finished[-1] = not row.get(CONTINUES, False)
-        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        parts = zip(ids, begun, finished, strict=True)
+        parts = zip(_ids(texts, tokenizer), begun, finished, strict=True)
         return {"input_ids": [beginning * begins + part + end * ends for part, begins, ends in parts]}
 
     return convert
+
+
+def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return each text's tokens. Long texts are tokenised in pieces, which need little memory."""
+    if all(len(text) <= _LONG for text in texts):
+        return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    return [
+        [token for piece in pieces(text, _LONG) for token in tokenizer(piece, add_special_tokens=False)["input_ids"]]
+        for text in texts
+    ]
+
+
+def pieces(text: str, size: int) -> Iterator[str]:
+    """Yield a text in pieces of `size` to twice as many characters; the last can be shorter."""
+    start = 0
+    while len(text) - start > 2 * size:
+        found = (cut.search(text, start + size, start + 2 * size) for cut in _CUTS)
+        end = next((place.start() for place in found if place), start + size)
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:

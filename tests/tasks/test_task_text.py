@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from loraplus_hydra.errors import ConfigErrors
 from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.runs.job import run
 from loraplus_hydra.tasks.examples import Examples, load_examples
-from loraplus_hydra.tasks.text import cut_into_blocks
+from loraplus_hydra.tasks.text import cut_into_blocks, pieces
 from tests.support.tiny import END, ids_of, write_jsonl
 
 Made = Callable[..., Examples]
@@ -130,3 +130,31 @@ def test_streamed_text_gives_the_same_blocks(made: Made, tmp_path: Path) -> None
     whole = made("data=text", *paths).train
     streamed = made("data=text", *paths, "data.streaming=true").train
     assert [block["input_ids"] for block in streamed] == [block["input_ids"] for block in whole]
+
+
+@given(st.text(alphabet="ab \n\t"), st.integers(1, 9))
+def test_pieces_are_the_text_and_none_is_longer_than_twice_the_size(text: str, size: int) -> None:
+    found = list(pieces(text, size))
+    assert "".join(found) == text
+    assert all(size <= len(piece) <= 2 * size for piece in found[:-1])
+    assert len(found[-1]) <= 2 * size
+
+
+def test_a_text_that_is_long_in_one_cell_is_cut_before_it_is_tokenised(
+    made: Made, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "the fox jumps over\none dog, two dogs " * 40
+    path = write_jsonl(tmp_path / "cell.jsonl", [{"text": text}, {"text": "the dog"}])
+    tokenised: list[str] = []
+    call = PreTrainedTokenizerFast.__call__
+
+    def noted(self: Any, text: Any, *args: Any, **kwargs: Any) -> Any:
+        tokenised.extend([text] if isinstance(text, str) else text)
+        return call(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", noted)
+    monkeypatch.setattr("loraplus_hydra.tasks.text._LONG", 64)
+    examples = made("data=jsonl", f"data.train={path}", f"data.eval={path}", "task.block_size=64")
+    assert 64 < max(map(len, tokenised)) <= 128
+    monkeypatch.undo()
+    assert tokens(examples.train) == ids_of(AutoTokenizer.from_pretrained(llama_folder), text, END, "the dog", END)
