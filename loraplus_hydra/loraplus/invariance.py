@@ -1,0 +1,119 @@
+"""The run of plain LoRA that equals a LoRA+ run.
+
+LoRA adds scale x B A to a weight, where scale is proportional to alpha. If an optimizer's steps don't depend on the
+gradient's scale, losses stay the same when, for any p and q,
+
+    alpha -> alpha / (p q)
+    A's start -> p x A's start, eta_A -> p x eta_A
+    B's start -> q x B's start, eta_B -> q x eta_B
+
+(The lemma on parametrization invariances of "LoRA Without Regret", Thinking Machines, 2025.) A start at zero stays at
+zero. So p and q can make both rates equal:
+
+    B = 0 (Init[1]): p = 1, q = 1 / ratio, which is plain LoRA with alpha x ratio at eta_A.
+    A = 0 (Init[2]): p = ratio, q = 1, which is plain LoRA with alpha / ratio at eta_B.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from loraplus_hydra.loraplus.advice import initialisation
+from loraplus_hydra.loraplus.plan import Plan
+
+# Optimizers whose steps don't depend on the gradient's scale, except for eps
+_SCALE_FREE = ("adam", "adamw", "nadam", "radam", "lion", "muon", "ademamix")
+_WITHOUT_EPS = ("lion",)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The rates of a LoRA+ run beside its start and its alpha."""
+
+    alpha: float
+    eta_a: float
+    eta_b: float
+    init: str | None  # Init[1]: B starts at zero; Init[2]: A starts at zero; None: neither
+    width: int  # input width of the adapted layers, as a median
+
+    @property
+    def ratio(self) -> float:
+        return self.eta_b / self.eta_a
+
+    @property
+    def alpha_eta_b(self) -> float:
+        """alpha x eta_B: how fast the added weight grows if B starts at zero."""
+        return self.alpha * self.eta_b
+
+    @property
+    def steps_of_a(self) -> float | None:
+        """init_A / eta_A: the number of Adam's steps in which A moves as far as its start is from zero.
+
+        PEFT starts A with a uniform distribution of standard deviation 1 / sqrt(3 x input width). None if A starts at
+        zero or if the start is another one.
+        """
+        return 1 / math.sqrt(3 * self.width) / self.eta_a if self.init == "Init[1]" and self.eta_a else None
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A run of plain LoRA, and everything that keeps it from being exactly equal."""
+
+    alpha: float
+    lr: float
+    differences: tuple[str, ...]
+
+    def overrides(self) -> str:
+        """Return the overrides of this run."""
+        return f"loraplus=none adapter.lora_alpha={self.alpha:g} optimizer.lr={self.lr:g}"
+
+
+def rates_of(plan: Plan, alpha: float) -> Rates | None:
+    """Return the rates; None if lora_A or lora_B have no tensors, or several rates."""
+    a, b = ({tensor.group.lr for tensor in plan.tensors if tensor.record.role == role} for role in ("lora_A", "lora_B"))
+    if len(a) != 1 or len(b) != 1:
+        return None
+    widths = sorted(record.shape[-1] for record in plan.records if record.role == "lora_A")
+    return Rates(alpha, a.pop(), b.pop(), initialisation(plan.records), widths[len(widths) // 2])
+
+
+def plain_equivalent(plan: Plan, rates: Rates, optimizer: str, max_grad_norm: float) -> Plain | None:
+    """Return the run of plain LoRA that equals this plan; None without such a run.
+
+    `optimizer` is the name of the optimizer's class. `max_grad_norm` is 0 without clipping.
+    """
+    if rates.init is None or rates.eta_a <= 0 or rates.eta_b <= 0:
+        return None
+    if rates.init == "Init[1]":
+        alpha, lr, changed = rates.alpha * rates.ratio, rates.eta_a, "lora_B"
+    else:
+        alpha, lr, changed = rates.alpha / rates.ratio, rates.eta_b, "lora_A"
+    return Plain(alpha, lr, tuple(_differences(plan, rates, optimizer, max_grad_norm, lr, changed)))
+
+
+def decay_per_step(plan: Plan) -> dict[str, float]:
+    """Return rate x weight decay of each group that decays: the part of a weight that a step takes away."""
+    return {group.name: group.lr * group.weight_decay for group in plan.groups if group.lr * group.weight_decay}
+
+
+def _differences(
+    plan: Plan, rates: Rates, optimizer: str, max_grad_norm: float, lr: float, changed: str
+) -> Iterator[str]:
+    """Yield what differs in plain LoRA with one rate `lr`, whose tensors of the role `changed` have another scale."""
+    if rates.ratio == 1:
+        return
+    name = optimizer.lower().removeprefix("paged").removesuffix("8bit").removesuffix("32bit")
+    if name not in _SCALE_FREE:
+        yield f"{optimizer}, whose steps depend on the gradient's scale"
+    elif name not in _WITHOUT_EPS:
+        factor = rates.ratio if changed == "lora_B" else 1 / rates.ratio
+        yield f"eps, which would have to be {factor:g} times as large for {changed}"
+    if max_grad_norm:
+        yield "clipping (trainer.max_grad_norm), because the norm of all gradients is another one"
+    others = [tensor for tensor in plan.tensors if tensor.group.lr != lr]
+    if any(tensor.record.role == changed and tensor.group.weight_decay for tensor in others):
+        yield f"weight decay, which is rate x decay per step, so {changed} would decay less or more"
+    if roles := sorted({tensor.record.role for tensor in others} - {"lora_A", "lora_B"}):
+        yield f"the rates of {', '.join(roles)}"
