@@ -93,6 +93,22 @@ def plain_equivalent(plan: Plan, rates: Rates, optimizer: str, max_grad_norm: fl
     return Plain(alpha, lr, tuple(_differences(plan, rates, optimizer, max_grad_norm, lr, changed)))
 
 
+def explain(plan: Plan, alpha: float, optimizer: str, max_grad_norm: float) -> list[str]:
+    """Return lines about the plan's place on the map of rates, its equal run of plain LoRA, and decay."""
+    lines = []
+    if rates := rates_of(plan, alpha):
+        steps = "" if rates.steps_of_a is None else f"; init_A / eta_A = {rates.steps_of_a:.3g} steps"
+        lines.append(f"alpha x eta_B = {alpha:g} x {rates.eta_b:.3g} = {rates.alpha_eta_b:.3g}{steps}")
+        plain = plain_equivalent(plan, rates, optimizer, max_grad_norm)
+        if plain is not None and rates.ratio != 1:
+            but = f", except for: {'; '.join(plain.differences)}" if plain.differences else ""
+            lines.append(f"Equal to plain LoRA with {plain.overrides()}{but}")
+    if decay := decay_per_step(plan):
+        parts = (f"{name} {part:.3g}" for name, part in decay.items())
+        lines.append(f"Weight decay per step, as a part of the weight: {', '.join(parts)}")
+    return lines
+
+
 def decay_per_step(plan: Plan) -> dict[str, float]:
     """Return rate x weight decay of each group that decays: the part of a weight that a step takes away."""
     return {group.name: group.lr * group.weight_decay for group in plan.groups if group.lr * group.weight_decay}
@@ -101,7 +117,10 @@ def decay_per_step(plan: Plan) -> dict[str, float]:
 def _differences(
     plan: Plan, rates: Rates, optimizer: str, max_grad_norm: float, lr: float, changed: str
 ) -> Iterator[str]:
-    """Yield what differs in plain LoRA with one rate `lr`, whose tensors of the role `changed` have another scale."""
+    """Yield what differs in plain LoRA with one rate, `lr`.
+
+    There, tensors of the role `changed` have another scale.
+    """
     if rates.ratio == 1:
         return
     name = optimizer.lower().removeprefix("paged").removesuffix("8bit").removesuffix("32bit")

@@ -48,6 +48,13 @@ def show_rates(rows: Sequence[Row]) -> None:
     print_rich("What gets which rate", rates, on_screen=number_in_sweep() in (None, 0))
 
 
+def show_explanation(lines: Sequence[str]) -> None:
+    """Show the lines that explain the rates."""
+    for line in lines:
+        if number_in_sweep() in (None, 0):
+            show(f"    {line}")
+
+
 def show_tensors(tensors: Sequence[PlannedTensor]) -> None:
     """Show every trained tensor with its rate and the reason for it."""
     cells = []

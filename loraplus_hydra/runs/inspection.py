@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from omegaconf import DictConfig
+from peft import LoraConfig
+
 from loraplus_hydra.check import Checked
 from loraplus_hydra.config.plain import plain_of
 from loraplus_hydra.loraplus.advice import ratio_advice
+from loraplus_hydra.loraplus.invariance import explain
 from loraplus_hydra.loraplus.memory import Memory, estimate
 from loraplus_hydra.loraplus.plan import Plan, table_rows
 from loraplus_hydra.training.measure import count_parameters
@@ -22,6 +26,7 @@ class Inspection:
     trained: int  # number of trained parameters
     total: int
     advice: tuple[str, ...]
+    explanation: tuple[str, ...]  # lines on rates, decay and the equal run of plain LoRA
 
     def as_dict(self) -> dict[str, Any]:
         """Return the inspection as a dict of JSON values."""
@@ -40,6 +45,7 @@ class Inspection:
             "trained_parameters": self.trained,
             "total_parameters": self.total,
             "advice": list(self.advice),
+            "explanation": list(self.explanation),
         }
 
 
@@ -48,4 +54,14 @@ def inspect(checked: Checked) -> Inspection:
     plan = checked.plan
     trained, total = count_parameters(checked.model)
     memory = estimate(checked.model, plan, plain_of(checked.config.quantization))
-    return Inspection(plan, memory, trained, total, tuple(ratio_advice(plan.records, plan.largest_ratio, total)))
+    advice = tuple(ratio_advice(plan.records, plan.largest_ratio, total))
+    return Inspection(plan, memory, trained, total, advice, explanation_of(checked.config, plan, checked.model))
+
+
+def explanation_of(config: DictConfig, plan: Plan, model: Any) -> tuple[str, ...]:
+    """Return lines on the rates, decay and the equal run of plain LoRA; empty for other methods than LoRA."""
+    adapter = model.active_peft_config
+    if not isinstance(adapter, LoraConfig):
+        return ()
+    optimizer = str(config.optimizer._target_).rpartition(".")[2]
+    return tuple(explain(plan, float(adapter.lora_alpha), optimizer, float(config.trainer.get("max_grad_norm") or 0)))

@@ -35,6 +35,7 @@ from loraplus_hydra.models.inputs import folder_fingerprint
 from loraplus_hydra.runs import display
 from loraplus_hydra.runs.changed_inputs import refuse_other_inputs
 from loraplus_hydra.runs.figure import draw_training
+from loraplus_hydra.runs.inspection import explanation_of
 from loraplus_hydra.runs.limits import explain_resource_errors
 from loraplus_hydra.runs.resume import find_resume_point, finished_message, finished_result, roll_back
 from loraplus_hydra.training.hf_trainer.assemble import make_trainer
@@ -214,6 +215,7 @@ def _show_and_write_plan(folder: Path, prepared: Prepared, plan: Plan) -> None:
     if not processes.is_main():
         return
     display.show_rates(table_rows(plan))
+    display.show_explanation(explanation_of(prepared.config, plan, prepared.model))
     for sentence in ratio_advice(plan.records, plan.largest_ratio, count_parameters(prepared.model)[1]):
         screen.show(f"    Note: {sentence}")
     entries: list[dict[str, Any]] = [tensor.as_dict() for tensor in plan.tensors]

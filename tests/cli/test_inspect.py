@@ -177,6 +177,23 @@ def test_an_adapter_that_goes_on_gets_no_advice_on_its_start(
         assert ratio_advice(records, 16, 10**8) == []
 
 
+def test_inspect_and_a_run_name_the_equal_run_of_plain_lora(
+    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    overrides = [*tiny_run, "loraplus.ratio=4", "optimizer.weight_decay=0.1", "trainer.max_steps=1"]
+    expected = (
+        "alpha x eta_B = 16 x 0.004 = 0.064; init_A / eta_A = 102 steps",
+        "Equal to plain LoRA with loraplus=none adapter.lora_alpha=64 optimizer.lr=0.001, except for: eps,",
+        "Weight decay per step, as a part of the weight: groupA 0.0001, groupB 0.0004",
+    )
+    for words in (["inspect", *overrides], [*overrides, f"hydra.run.dir={tmp_path / 'run'}"]):
+        finished = cli(*words)
+        assert finished.status == 0, finished.err
+        assert all(line in finished.out for line in expected), finished.out
+    explanation = json.loads(cli("inspect", "--json", "adapter=vera", "loraplus=roles").out)["explanation"]
+    assert explanation == []
+
+
 def record(role: str, zero: bool) -> TensorRecord:
     return TensorRecord(name=role, role=role, owner="Linear", shape=(8, 8), adapter="default", starts_at_zero=zero)
 

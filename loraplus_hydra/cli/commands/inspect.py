@@ -29,6 +29,8 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     if "tensors" in flags:
         display.show_tensors(found.plan.tensors)
     display.show_memory(found.memory, found.trained, found.total)
+    for line in found.explanation:
+        print(line)
     for sentence in found.advice:
         print(f"Note: {sentence}")
 
