@@ -40,6 +40,9 @@ SETS = frozenset(("target_modules", "exclude_modules", "modules_to_save", "targe
 PATHS = frozenset(("base_model_name_or_path",))  # a folder inside the checkout
 HASH = re.compile(r"(?<=_)[0-9a-f]{8}$")  # ends the name of a sweep's job: ratio-4_seed-1_3fa9c1d2
 MOMENT = re.compile(r"\d{4}-\d\d-\d\d[_T ]\d\d-\d\d-\d\d|\d{4}-\d\d-\d\d|\d\d-\d\d-\d\d")
+# What later versions write in addition: the base's config.json in a checkpoint, so that `predict` can open it, and the
+# fingerprints of rows and weights in result.json
+ADDED = re.compile(r"(^|/)checkpoints/checkpoint-\d+/config\.json$|(^|: )inputs$")
 SHOWN = 3  # differences in a cell of the table; the others are counted
 
 Items = Mapping[str, Any]  # what a reader finds in a folder: a name for each thing that is compared
@@ -155,6 +158,7 @@ def differences(before: Items, after: Items) -> list[str]:
     """Tell where two readings differ, in words; nothing to compare is a difference too."""
     if not before and not after:
         return ["there is nothing on either side"]
+    after = {name: item for name, item in after.items() if name in before or not ADDED.search(name)}
     found = [f"{name}: only before" for name in before if name not in after]
     found += [f"{name}: only after" for name in after if name not in before]
     for name in (name for name in before if name in after):
