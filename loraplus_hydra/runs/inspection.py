@@ -7,11 +7,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 from peft import LoraConfig
+from transformers import PretrainedConfig
 
 from loraplus_hydra.check import Checked
 from loraplus_hydra.config.plain import plain_of
-from loraplus_hydra.loraplus.advice import ratio_advice
-from loraplus_hydra.loraplus.invariance import explain
+from loraplus_hydra.loraplus.advice import published_product, rate_advice
+from loraplus_hydra.loraplus.invariance import explain, rates_of
 from loraplus_hydra.loraplus.memory import Memory, estimate
 from loraplus_hydra.loraplus.plan import Plan, table_rows
 from loraplus_hydra.training.measure import count_parameters
@@ -54,8 +55,23 @@ def inspect(checked: Checked) -> Inspection:
     plan = checked.plan
     trained, total = count_parameters(checked.model)
     memory = estimate(checked.model, plan, plain_of(checked.config.quantization))
-    advice = tuple(ratio_advice(plan.records, plan.largest_ratio, total))
-    return Inspection(plan, memory, trained, total, advice, explanation_of(checked.config, plan, checked.model))
+    shown = (checked.config, plan, checked.model)
+    return Inspection(plan, memory, trained, total, advice_of(*shown), explanation_of(*shown))
+
+
+def advice_of(config: DictConfig, plan: Plan, model: Any) -> tuple[str, ...]:
+    """Return warnings about rates that do not suit the adapter's initialisation or the model's width."""
+    adapter = model.active_peft_config
+    rates = rates_of(plan, float(adapter.lora_alpha)) if isinstance(adapter, LoraConfig) else None
+    published = None
+    base = getattr(model, "config", None)
+    by_adam = "adam" in str(config.optimizer._target_).lower()
+    # The rule is for causal language models and Adam.
+    if isinstance(base, PretrainedConfig) and config.task.task_type == "CAUSAL_LM" and by_adam:
+        text = base.get_text_config()
+        published = published_product(text.model_type, text.hidden_size)
+    product = None if rates is None else rates.alpha_eta_b
+    return tuple(rate_advice(plan.records, plan.largest_ratio, product, published))
 
 
 def explanation_of(config: DictConfig, plan: Plan, model: Any) -> tuple[str, ...]:

@@ -28,19 +28,17 @@ from loraplus_hydra.io.interrupts import Interrupted
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.quiet_libraries import quiet_libraries, quiet_loading
 from loraplus_hydra.io.result import FAILED, INTERRUPTED, OK, Result, read_result, versions
-from loraplus_hydra.loraplus.advice import ratio_advice
 from loraplus_hydra.loraplus.plan import Plan, table_rows
 from loraplus_hydra.models.adapter_files import save_adapter
 from loraplus_hydra.models.inputs import folder_fingerprint
 from loraplus_hydra.runs import display
 from loraplus_hydra.runs.changed_inputs import refuse_other_inputs
 from loraplus_hydra.runs.figure import draw_training
-from loraplus_hydra.runs.inspection import explanation_of
+from loraplus_hydra.runs.inspection import advice_of, explanation_of
 from loraplus_hydra.runs.limits import explain_resource_errors
 from loraplus_hydra.runs.resume import find_resume_point, finished_message, finished_result, roll_back
 from loraplus_hydra.training.hf_trainer.assemble import make_trainer
 from loraplus_hydra.training.hf_trainer.train import train
-from loraplus_hydra.training.measure import count_parameters
 from loraplus_hydra.training.prepare import Prepared, prepare
 from loraplus_hydra.training.trackers.tracking import Tracking
 
@@ -216,7 +214,7 @@ def _show_and_write_plan(folder: Path, prepared: Prepared, plan: Plan) -> None:
         return
     display.show_rates(table_rows(plan))
     display.show_explanation(explanation_of(prepared.config, plan, prepared.model))
-    for sentence in ratio_advice(plan.records, plan.largest_ratio, count_parameters(prepared.model)[1]):
+    for sentence in advice_of(prepared.config, plan, prepared.model):
         screen.show(f"    Note: {sentence}")
     entries: list[dict[str, Any]] = [tensor.as_dict() for tensor in plan.tensors]
     files.write_text(folder / run_folder.PARAM_GROUPS, json.dumps(entries, indent=2) + "\n")

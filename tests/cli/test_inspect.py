@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraplus_hydra.loraplus.advice import initialisation, ratio_advice
+from loraplus_hydra.loraplus.advice import initialisation, published_product, rate_advice
 from loraplus_hydra.loraplus.memory import estimate
 from loraplus_hydra.loraplus.plan import table_rows
 from loraplus_hydra.loraplus.roles import tensor_records
@@ -147,10 +147,10 @@ def test_start_and_advice_are_those_of_the_run(adapter: str, compose: Callable[.
         name: not values[name].any() for name in values if values[name].requires_grad
     }
     assert initialisation(records) == initialisation(tensor_records(model)) == STARTS[adapter]
-    for ratio in (0.5, 4, 16):
-        assert ratio_advice(records, ratio, 10**8) == ratio_advice(tensor_records(model), ratio, 10**8)
-    assert bool(ratio_advice(records, 4, 10**8)) is (adapter == "lora_a_zero")
-    assert bool(ratio_advice(records, 16, 10**8)) is (STARTS[adapter] == "Init[1]")
+    for given in ((0.5, 0.1, 0.1), (4, 0.1, 0.1), (16, 1.0, 0.1)):
+        assert rate_advice(records, *given) == rate_advice(tensor_records(model), *given)
+    assert bool(rate_advice(records, 4, 0.1, 0.1)) is (adapter == "lora_a_zero")
+    assert bool(rate_advice(records, 16, 1.0, 0.1)) is (STARTS[adapter] == "Init[1]")
 
 
 def test_inspect_tells_the_ratio_of_init_2(cli: Callable[..., Finished], tiny_model: Path) -> None:
@@ -174,7 +174,7 @@ def test_an_adapter_that_goes_on_gets_no_advice_on_its_start(
     on = add_adapter(load_model(config.model, config.task.auto_class), config.adapter, config.task.task_type)
     for records in (plan_on_meta(config)[1].records, tensor_records(on)):
         assert {record.role for record in records} == {"lora_A", "lora_B"}
-        assert ratio_advice(records, 16, 10**8) == []
+        assert rate_advice(records, 16, 1.0, 0.1) == []
 
 
 def test_inspect_and_a_run_name_the_equal_run_of_plain_lora(
@@ -203,23 +203,34 @@ INIT_2 = [record("lora_A", True), record("lora_B", False)]
 
 
 @pytest.mark.parametrize(
-    ("records", "ratio", "parameters", "said"),
+    ("records", "ratio", "product", "said"),
     [
-        (INIT_1, 8, 125_000_000, None),
-        (INIT_1, 4, 8_000_000_000, None),
-        (INIT_1, 16, 125_000_000, "for Init[1] is 4 to 8"),
-        (INIT_1, 8, 8_000_000_000, "for Llama-7b is 2 to 4"),
-        (INIT_2, 16, 125_000_000, None),
-        (INIT_2, 4, 125_000_000, "about 16"),
-        (INIT_1, 1, 125_000_000, None),
-        (INIT_1, 0.5, 125_000_000, "smaller rate"),
+        (INIT_1, 8, 0.1, None),
+        (INIT_1, 64, 0.29, None),  # the ratio alone says nothing
+        (INIT_1, 1, 0.31, "3.1 times the 0.1"),
+        (INIT_1, 8, None, None),
+        (INIT_2, 16, 1.0, None),
+        (INIT_2, 4, 0.1, "about 16"),
+        (INIT_2, 1, 0.1, None),
+        (INIT_1, 0.5, 0.1, "smaller rate"),
     ],
 )
-def test_advice_is_the_papers(records: list[TensorRecord], ratio: float, parameters: int, said: str | None) -> None:
-    advice = ratio_advice(records, ratio, parameters)
+def test_advice_is_that_of_its_sources(
+    records: list[TensorRecord], ratio: float, product: float | None, said: str | None
+) -> None:
+    advice = rate_advice(records, ratio, product, 0.1)
     assert len(advice) == (said is not None)
     assert said is None or said in advice[0]
-    assert all("2402.12354" in sentence for sentence in advice)
+    assert rate_advice(INIT_1, 8, product, None) == []
+
+
+# 5e-4 x (2000 / hidden)^P x 32 by hand
+@pytest.mark.parametrize(
+    ("kind", "hidden", "product"),
+    [("llama", 2000, 0.016), ("llama", 4096, 0.0091429), ("qwen2", 896, 0.0170264), ("mistral", 4096, 0.0091429)],
+)
+def test_the_published_rule_is_that_of_its_source(kind: str, hidden: int, product: float) -> None:
+    assert published_product(kind, hidden) == pytest.approx(product, rel=1e-3)
 
 
 def test_initialisation_is_named_as_in_the_paper() -> None:

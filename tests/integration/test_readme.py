@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 import tomllib
@@ -52,6 +53,26 @@ def test_command_composes(command: str, cli: Callable[..., Finished]) -> None:
     if "an option of a Hydra plugin that isn't installed" in finished.err:
         pytest.skip("it needs an extra")
     assert finished.status == 0, finished.err
+
+
+def heads() -> list[str]:
+    """Return the `python -m loraplus_hydra ...` of the YAML files' comments."""
+    texts = (path.read_text(encoding="utf-8") for path in sorted(config_folder().rglob("*.yaml")))
+    found = (re.findall(rf"^# +({PROGRAM}[^#\n]*?)(?:  .*)?$", text, flags=re.MULTILINE) for text in texts)
+    return [command.strip() for each in found for command in each]
+
+
+@pytest.mark.slow
+def test_no_command_draws_a_warning_on_its_rates(cli: Callable[..., Finished]) -> None:
+    inspected = 0
+    for command in filter(trains_or_checks, dict.fromkeys([*commands(), *heads()])):
+        words = [word for word in shlex.split(command)[3:] if "=" in word]
+        words = [re.sub(r"=([^{\[(]*?),.*", r"=\1", word) for word in words if not word.startswith("hparams_search")]
+        ended = cli("inspect", "--json", *words)
+        if ended.status == 0:  # otherwise it names a model or a plugin that isn't here
+            inspected += 1
+            assert json.loads(ended.out)["advice"] == [], command
+    assert inspected > 40
 
 
 def test_commands_on_finished_runs_and_sweeps_work(
