@@ -256,6 +256,9 @@ def _unknown_key(key: str, text: str, composition: _Composition) -> Problem:
         return problem
     parent, names = _deepest_part(key, config)
     last = key.removeprefix(f"{parent}.").split(".")[0]
+    if last in names and is_run:
+        what = "can't be set inside an interpolation, ${...}, that gives no mapping"
+        return Problem(key, what, f"remove the interpolation, or '{text}'")
     if last in names:  # a stored run's group, whose option can't be changed
         fix = f"change single keys: {key}.key=value"
         return Problem(key, f"'{text}' chooses another option, but a stored run's option can't be changed", fix)
@@ -276,10 +279,18 @@ def _unknown_key(key: str, text: str, composition: _Composition) -> Problem:
 def _deepest_part(key: str, config: DictConfig) -> tuple[str, list[str]]:
     """Return the longest part of a dotted key that is a mapping in the config, and the keys in it."""
     parent = key.rpartition(".")[0]
-    while parent and not isinstance(OmegaConf.select(config, parent), DictConfig):
+    while parent and not isinstance(_selected(config, parent), DictConfig):
         parent = parent.rpartition(".")[0]
-    holder = OmegaConf.select(config, parent) if parent else config
+    holder = _selected(config, parent) if parent else config
     return parent, sorted(str(name) for name in holder if name != "hydra")
+
+
+def _selected(config: DictConfig, key: str) -> Any:
+    """Return the value of a dotted key; None if an interpolation on the way to it fails."""
+    try:
+        return OmegaConf.select(config, key)
+    except OmegaConfBaseException:
+        return None
 
 
 def _meant_overrides(name: str, text: str, config: DictConfig) -> str:

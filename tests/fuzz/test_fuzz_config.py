@@ -356,6 +356,10 @@ FOUND: dict[str, tuple[list[str], str]] = {
         ["++trainer.activation_checkpointing_kwargs=%s"],
         "trainer.activation_checkpointing_kwargs: text is not a mapping",
     ),
+    "key inside a failed interpolation": (
+        ["loraplus.rules=${oc.env:}", "loraplus.rules.groupA.role=${seed}"],
+        "loraplus.rules.groupA.role: can't be set inside an interpolation",
+    ),
     "broken pattern of layers": (["adapter.target_modules='('"], "adapter"),
 }
 

@@ -55,7 +55,7 @@ def test_stopped_sweep_goes_on_where_it_was(tiny_run: list[str], tmp_path: Path)
     first = start(words, tmp_path)
     output = stop_at_a_checkpoint(first, tmp_path, "seed-1", signal.SIGINT)
     assert first.returncode == 130, output
-    assert "1 job: 1 interrupted" in output
+    assert "1 of 3 jobs run: 1 interrupted" in output
     (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
     assert (sweep / "report.html").is_file()
     (one,) = sweep.glob("seed-1_*")
