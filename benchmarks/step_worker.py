@@ -5,6 +5,7 @@ python -m benchmarks.step_worker WAY DEVICE STEPS EVAL_ROWS OVERRIDE ...
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
@@ -64,7 +65,7 @@ def by_hand(trainer: Any, clock: Clock, steps: int) -> list[float]:
     optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=5e-4, loraplus_lr_ratio=8, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
     set_seed(0)
-    batches = iter(trainer.get_train_dataloader())
+    batches = (batch for loader in itertools.repeat(trainer.get_train_dataloader()) for batch in loader)
     model.train()
     ends = []
     for _ in range(steps):
