@@ -17,9 +17,13 @@ containers. It returns a list of `Problem`.
 
 from __future__ import annotations
 
+import glob
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -27,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.config.identity import config_hash
+from loraplus_hydra.config.locations import expanded
 from loraplus_hydra.config.schema import TaskConfig
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.data.fingerprint import RowsRead, fingerprints, watched
@@ -61,6 +66,7 @@ class Examples:
         return f"{train} for training, {len(self.eval):,} for evaluation"
 
 
+_MOST_FILES = 10_000  # of a folder; their times tell whether it has changed
 # Examples that a check has made for the following run, by config; at most one entry.
 _kept: dict[str, Examples] = {}
 
@@ -96,4 +102,19 @@ def own_arguments(task: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _key(config: DictConfig) -> str:
-    return config_hash({name: OmegaConf.to_container(config[name], resolve=True) for name in ("model", "task", "data")})
+    groups = {name: OmegaConf.to_container(config[name], resolve=True) for name in ("model", "task", "data")}
+    # In a notebook, a file can change between the check and the run.
+    return config_hash({**groups, "files": [*_stamps(groups["model"]), *_stamps(groups["data"])]})
+
+
+def _stamps(value: Any) -> Iterator[list[Any]]:
+    """Yield path, size and time of each file that a value names: as its path, its folder or by a pattern."""
+    if isinstance(value, (Mapping, list)):
+        for item in [*value.keys(), *value.values()] if isinstance(value, Mapping) else value:
+            yield from _stamps(item)
+    elif isinstance(value, str) and value:
+        with suppress(OSError, ValueError):  # text that no path can be
+            for path in map(Path, glob.iglob(str(expanded(value)))):
+                for file in islice(path.rglob("*"), _MOST_FILES) if path.is_dir() else [path]:
+                    stat = file.stat()
+                    yield [str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino]

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from loraplus_hydra.check import check
 from loraplus_hydra.models.tokenizer import load_tokenizer
+from loraplus_hydra.runs import evaluate as evaluation
 from loraplus_hydra.runs import predict as prediction
 from loraplus_hydra.runs.evaluate import evaluate_on
 from loraplus_hydra.runs.finished import FinishedRun, open_run
@@ -178,12 +179,31 @@ def asked_by_predict(path: Path, run: FinishedRun, config: Any) -> list[str]:
     return prompts
 
 
-def trained(examples: Any) -> list[str]:
-    """Return the training examples as the model sees them; those of TRL's preferences by the template."""
-    if "input_ids" in examples.train.column_names:
-        return written_rows(examples.train)
+def measured_by_evaluate(path: Path, run: FinishedRun, config: Any) -> list[str]:
+    """Return the examples that `evaluate` measures, as the model sees them."""
+    measured: list[Any] = []
+
+    class Measured:
+        def __init__(self, examples: Any, folder: Path) -> None:
+            measured.append(examples.eval)
+
+        def evaluate(self) -> dict[str, float]:
+            return {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "load_run", lambda *_, **__: (None, load_tokenizer(config.model)))
+        patch.setattr(evaluation, "bundle", lambda _config, _tokenizer, examples, _model: examples)
+        patch.setattr(evaluation, "make_trainer", Measured)
+        evaluate_on(FinishedRun(run.folder, config.copy(), run.result, run.adapter), {"eval": str(path)})
+    return seen(measured[0])
+
+
+def seen(examples: Any) -> list[str]:
+    """Return examples as the model sees them; those of TRL's preferences by the template."""
+    if "input_ids" in examples.column_names:
+        return written_rows(examples)
     tokenizer, found = word_tokenizer(), []
-    for row in examples.train:
+    for row in examples:
         prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
         for name in ("chosen", "rejected", "completion"):
             found += [f"{prompt}[{row[name][0]['content']} <end>]"] if name in row else []
@@ -197,8 +217,8 @@ def rows_of(form: Form, made: list[Dialogue], path: Path) -> Path:
     return write_jsonl(path, rows)
 
 
-FEW = settings(max_examples=2, suppress_health_check=list(HealthCheck))
-MANY = settings(max_examples=60, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=2, phases=(Phase.generate,), suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=40, phases=(Phase.generate,), suppress_health_check=list(HealthCheck))
 
 
 def compare(
@@ -208,13 +228,18 @@ def compare(
     config = configured(compose, model, form, path)
     examples = load_examples(config, load_tokenizer(config.model))
     written = made + made[:1] if form.task == "experiment=kto" else made
-    assert sorted(trained(examples)) == sorted(expected_of(form, written))
+    expected = sorted(expected_of(form, written))
+    assert sorted(seen(examples.train)) == expected
+    assert sorted(measured_by_evaluate(path, run, config)) == expected
+    shown = preview(check(config), load_tokenizer(config.model), examples)
+    assert set(map(previewed, shown)) <= set(expected)
+    assert shown
     assert asked_by_predict(path, run, config) == [one.seen(marked=False).partition(" [")[0] for one in written]
 
 
 @pytest.mark.parametrize("drawn", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
 @pytest.mark.parametrize("name", FORMS)
-def test_training_and_predict_read_rows_alike(
+def test_all_commands_read_rows_alike(
     name: str, drawn: settings, compose: Callable[..., Any], words_folder: Path, run: FinishedRun, tmp_path: Path
 ) -> None:
     form = FORMS[name]
@@ -271,3 +296,14 @@ def test_evaluate_measures_what_is_trained(name: str, run: FinishedRun, tmp_path
             total += model(input_ids=ids, labels=labels).loss.item() * sum(learnt)
         count += sum(learnt)
     assert math.isclose(metrics["eval_loss"], total / count, rel_tol=1e-5)
+
+
+def test_rows_that_change_between_check_and_run_are_read_anew(
+    compose: Callable[..., Any], words_folder: Path, tmp_path: Path
+) -> None:
+    form, path = FORMS["messages"], tmp_path / "rows.jsonl"
+    config = configured(compose, words_folder, form, rows_of(form, SAMPLE[:1], path))
+    check(config)
+    rows_of(form, SAMPLE[1:], path)
+    examples = load_examples(config, load_tokenizer(config.model))
+    assert seen(examples.train) == expected_of(form, SAMPLE[1:])
