@@ -91,7 +91,7 @@ def _configs_read_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _composed_once() -> Iterator[None]:
-    """Let Hydra not compose a config only to ask for its mode, if none of the overrides can set one."""
+    """Skip the composition in which Hydra only reads its mode, if no override can set a mode."""
     from hydra._internal.hydra import Hydra
 
     asked = Hydra.get_mode

@@ -257,8 +257,8 @@ def _unknown_key(key: str, text: str, composition: _Composition) -> Problem:
     parent, names = _deepest_part(key, config)
     last = key.removeprefix(f"{parent}.").split(".")[0]
     if last in names and is_run:
-        what = "can't be set inside an interpolation, ${...}, that gives no mapping"
-        return Problem(key, what, f"remove the interpolation, or '{text}'")
+        holder = f"{parent}.{last}".lstrip(".")
+        return Problem(key, f"{holder} is not a mapping of keys", f"set the whole value: {holder}=...")
     if last in names:  # a stored run's group, whose option can't be changed
         fix = f"change single keys: {key}.key=value"
         return Problem(key, f"'{text}' chooses another option, but a stored run's option can't be changed", fix)

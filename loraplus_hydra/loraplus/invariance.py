@@ -20,6 +20,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from peft import LoraConfig
+
 from loraplus_hydra.loraplus.advice import initialisation
 from loraplus_hydra.loraplus.plan import Plan
 
@@ -36,7 +38,7 @@ class Rates:
     eta_a: float
     eta_b: float
     init: str | None  # Init[1]: B starts at zero; Init[2]: A starts at zero; None: neither
-    width: int  # input width of the adapted layers, as a median
+    width: int | None  # input width of the adapted layers, as a median; None if A's start is not PEFT's usual one
 
     @property
     def ratio(self) -> float:
@@ -51,10 +53,10 @@ class Rates:
     def steps_of_a(self) -> float | None:
         """init_A / eta_A: the number of Adam's steps in which A moves as far as its start is from zero.
 
-        PEFT starts A with a uniform distribution of standard deviation 1 / sqrt(3 x input width). None if A starts at
-        zero or if the start is another one.
+        PEFT usually starts A with a uniform distribution of standard deviation 1 / sqrt(3 x input width). None for
+        another start.
         """
-        return 1 / math.sqrt(3 * self.width) / self.eta_a if self.init == "Init[1]" and self.eta_a else None
+        return 1 / math.sqrt(3 * self.width) / self.eta_a if self.width and self.eta_a else None
 
 
 @dataclass(frozen=True)
@@ -70,36 +72,42 @@ class Plain:
         return f"loraplus=none adapter.lora_alpha={self.alpha:g} optimizer.lr={self.lr:g}"
 
 
-def rates_of(plan: Plan, alpha: float) -> Rates | None:
+def rates_of(plan: Plan, adapter: LoraConfig) -> Rates | None:
     """Return the rates; None if lora_A or lora_B have no tensors, or several rates."""
     a, b = ({tensor.group.lr for tensor in plan.tensors if tensor.record.role == role} for role in ("lora_A", "lora_B"))
     if len(a) != 1 or len(b) != 1:
         return None
     widths = sorted(record.shape[-1] for record in plan.records if record.role == "lora_A")
-    return Rates(alpha, a.pop(), b.pop(), initialisation(plan.records), widths[len(widths) // 2])
+    init = initialisation(plan.records)
+    usual = init == "Init[1]" and adapter.init_lora_weights is True
+    return Rates(float(adapter.lora_alpha), a.pop(), b.pop(), init, widths[len(widths) // 2] if usual else None)
 
 
-def plain_equivalent(plan: Plan, rates: Rates, optimizer: str, max_grad_norm: float) -> Plain | None:
+def plain_equivalent(plan: Plan, adapter: LoraConfig, optimizer: str, max_grad_norm: float) -> Plain | None:
     """Return the run of plain LoRA that equals this plan; None without such a run.
 
     `optimizer` is the name of the optimizer's class. `max_grad_norm` is 0 without clipping.
     """
-    if rates.init is None or rates.eta_a <= 0 or rates.eta_b <= 0:
+    rates = rates_of(plan, adapter)
+    if rates is None or rates.init is None or rates.eta_a <= 0 or rates.eta_b <= 0:
         return None
     if rates.init == "Init[1]":
         alpha, lr, changed = rates.alpha * rates.ratio, rates.eta_a, "lora_B"
     else:
         alpha, lr, changed = rates.alpha / rates.ratio, rates.eta_b, "lora_A"
-    return Plain(alpha, lr, tuple(_differences(plan, rates, optimizer, max_grad_norm, lr, changed)))
+    differences = list(_differences(plan, rates, optimizer, max_grad_norm, lr, changed))
+    if adapter.alpha_pattern and rates.ratio != 1:
+        differences.append("adapter.alpha_pattern, whose values would change like lora_alpha")
+    return Plain(alpha, lr, tuple(differences))
 
 
-def explain(plan: Plan, alpha: float, optimizer: str, max_grad_norm: float) -> list[str]:
+def explain(plan: Plan, adapter: LoraConfig, optimizer: str, max_grad_norm: float) -> list[str]:
     """Return lines about the plan's place on the map of rates, its equal run of plain LoRA, and decay."""
     lines = []
-    if rates := rates_of(plan, alpha):
+    if rates := rates_of(plan, adapter):
         steps = "" if rates.steps_of_a is None else f"; init_A / eta_A = {rates.steps_of_a:.3g} steps"
-        lines.append(f"alpha x eta_B = {alpha:g} x {rates.eta_b:.3g} = {rates.alpha_eta_b:.3g}{steps}")
-        plain = plain_equivalent(plan, rates, optimizer, max_grad_norm)
+        lines.append(f"alpha x eta_B = {rates.alpha:g} x {rates.eta_b:.3g} = {rates.alpha_eta_b:.3g}{steps}")
+        plain = plain_equivalent(plan, adapter, optimizer, max_grad_norm)
         if plain is not None and rates.ratio != 1:
             but = f", except for: {'; '.join(plain.differences)}" if plain.differences else ""
             lines.append(f"Equal to plain LoRA with {plain.overrides()}{but}")
@@ -134,5 +142,8 @@ def _differences(
     others = [tensor for tensor in plan.tensors if tensor.group.lr != lr]
     if any(tensor.record.role == changed and tensor.group.weight_decay for tensor in others):
         yield f"weight decay, which is rate x decay per step, so {changed} would decay less or more"
-    if roles := sorted({tensor.record.role for tensor in others} - {"lora_A", "lora_B"}):
-        yield f"the rates of {', '.join(roles)}"
+    # The scale acts on all of LoRA's tensors. With B, only its bias changes in the same way.
+    known = {"lora_A", "lora_B", *(["lora_B_bias"] if changed == "lora_B" else [])}
+    scaled = {tensor.record.role for tensor in plan.tensors if tensor.record.role.startswith("lora_")}
+    if roles := sorted((scaled | {tensor.record.role for tensor in others}) - known):
+        yield f"the rate or the scale of {', '.join(roles)}"

@@ -62,7 +62,7 @@ def inspect(checked: Checked) -> Inspection:
 def advice_of(config: DictConfig, plan: Plan, model: Any) -> tuple[str, ...]:
     """Return warnings about rates that do not suit the adapter's initialisation or the model's width."""
     adapter = model.active_peft_config
-    rates = rates_of(plan, float(adapter.lora_alpha)) if isinstance(adapter, LoraConfig) else None
+    rates = rates_of(plan, adapter) if isinstance(adapter, LoraConfig) else None
     published = None
     base = getattr(model, "config", None)
     by_adam = "adam" in str(config.optimizer._target_).lower()
@@ -80,4 +80,4 @@ def explanation_of(config: DictConfig, plan: Plan, model: Any) -> tuple[str, ...
     if not isinstance(adapter, LoraConfig):
         return ()
     optimizer = str(config.optimizer._target_).rpartition(".")[2]
-    return tuple(explain(plan, float(adapter.lora_alpha), optimizer, float(config.trainer.get("max_grad_norm") or 0)))
+    return tuple(explain(plan, adapter, optimizer, float(config.trainer.get("max_grad_norm") or 0)))

@@ -113,8 +113,15 @@ def _stamps(value: Any) -> Iterator[list[Any]]:
         for item in [*value.keys(), *value.values()] if isinstance(value, Mapping) else value:
             yield from _stamps(item)
     elif isinstance(value, str) and value:
-        with suppress(OSError, ValueError):  # text that no path can be
-            for path in map(Path, glob.iglob(str(expanded(value)))):
-                for file in islice(path.rglob("*"), _MOST_FILES) if path.is_dir() else [path]:
-                    stat = file.stat()
-                    yield [str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        for file in _files(value):
+            with suppress(OSError):  # a link without a target
+                stat = file.stat()
+                yield [str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def _files(text: str) -> Iterator[Path]:
+    """Yield the files that a text names; none for text that is no path."""
+    with suppress(OSError, ValueError):
+        path = expanded(text)
+        for found in [path] if path.exists() else map(Path, glob.iglob(str(path))):  # a name may have brackets
+            yield from islice(found.rglob("*"), _MOST_FILES) if found.is_dir() else [found]

@@ -358,8 +358,9 @@ FOUND: dict[str, tuple[list[str], str]] = {
     ),
     "key inside a failed interpolation": (
         ["loraplus.rules=${oc.env:}", "loraplus.rules.groupA.role=${seed}"],
-        "loraplus.rules.groupA.role: can't be set inside an interpolation",
+        "is not a mapping of keys",
     ),
+    "key inside a number": (["optimizer.lr.x=2"], "optimizer.lr.x: optimizer.lr is not a mapping of keys"),
     "broken pattern of layers": (["adapter.target_modules='('"], "adapter"),
 }
 

@@ -121,23 +121,36 @@ def test_clipping_sets_them_apart_by_little() -> None:
     assert others == pytest.approx(losses, rel=0.02)
 
 
+def test_the_bias_of_lora_B_changes_like_lora_B() -> None:
+    settings = {"optimizer_class": bitsandbytes.optim.Lion}
+    losses, tensors = trained(adapted(ALPHA, lora_bias=True), LoraPlus(lr=LR, ratio=RATIO, **settings))
+    others, plain_tensors = trained(adapted(ALPHA * RATIO, lora_bias=True), LoraPlus(lr=LR, preset="none", **settings))
+    assert others == losses
+    assert all(torch.equal(plain_tensors[n] * (RATIO if "lora_B" in n else 1), each) for n, each in tensors.items())
+
+
 def test_sgd_is_not_scale_free() -> None:
     settings = {"optimizer_class": torch.optim.SGD}
     losses, _ = trained(adapted(ALPHA), LoraPlus(lr=LR, ratio=RATIO, **settings))
     assert plain(ALPHA * RATIO, settings)[0] != losses
 
 
-def equivalent(settings: LoraPlus, alpha: float, start: str, optimizer: str = "AdamW", clip: float = 0.0) -> Any:
-    plan = settings.plan(adapted(alpha, start))
-    rates = rates_of(plan, alpha)
-    assert rates is not None
-    return plain_equivalent(plan, rates, optimizer, clip)
+def equivalent(
+    settings: LoraPlus, alpha: float, start: str, optimizer: str = "Lion", clip: float = 0.0, **adapter: Any
+) -> Any:
+    model = adapted(alpha, start, **adapter)
+    return plain_equivalent(settings.plan(model), model.active_peft_config, optimizer, clip)
 
 
 def test_the_equivalent_is_told_with_what_keeps_it_from_being_exact() -> None:
     settings = LoraPlus(lr=5e-4, ratio=8)
     assert equivalent(settings, 16, "B = 0", "Lion8bit") == Plain(128, 5e-4, ())
     assert equivalent(settings, 16, "A = 0", "Lion") == Plain(2, 4e-3, ())
+    assert equivalent(settings, 16, "B = 0", lora_bias=True, target_modules=["q_proj"]) == Plain(128, 5e-4, ())
+    (found,) = equivalent(settings, 16, "B = 0", target_modules=["q_proj", "embed_tokens"]).differences
+    assert found == "the rate or the scale of lora_embedding_A, lora_embedding_B"
+    (found,) = equivalent(settings, 16, "B = 0", alpha_pattern={"q_proj": 8}).differences
+    assert found.startswith("adapter.alpha_pattern")
     found = equivalent(settings, 16, "B = 0", "PagedAdamW8bit", 1.0)
     assert found.overrides() == "loraplus=none adapter.lora_alpha=128 optimizer.lr=0.0005"
     assert [text.split()[0].strip(",") for text in found.differences] == ["eps", "clipping"]
@@ -147,13 +160,20 @@ def test_the_equivalent_is_told_with_what_keeps_it_from_being_exact() -> None:
 
 
 def test_rates_start_and_decay_are_those_of_the_plan() -> None:
-    plan = LoraPlus(lr=5e-4, ratio=8, weight_decay=0.1).plan(adapted(16))
-    rates = rates_of(plan, 16)
+    model = adapted(16)
+    plan = LoraPlus(lr=5e-4, ratio=8, weight_decay=0.1).plan(model)
+    rates = rates_of(plan, model.active_peft_config)
     assert rates is not None
     assert (rates.alpha_eta_b, rates.ratio, rates.width) == (pytest.approx(0.064), pytest.approx(8), 32)
     weights = torch.nn.Linear(32, 4096, bias=False).weight  # as PEFT starts lora_A
     assert rates.steps_of_a == pytest.approx(weights.std().item() / 5e-4, rel=0.01)
     assert decay_per_step(plan) == pytest.approx({"groupA": 5e-5, "groupB": 4e-4})
-    assert (
-        rates_of(LoraPlus(lr=5e-4, extra_rules={"q": {"pattern": "q_proj", "lr": 1.0}}).plan(adapted(16)), 16) is None
-    )
+    several = LoraPlus(lr=5e-4, extra_rules={"q": {"pattern": "q_proj", "lr": 1.0}})
+    assert rates_of(several.plan(model), model.active_peft_config) is None
+
+
+def test_another_start_of_lora_A_has_no_number_of_steps() -> None:
+    model = adapted(16, init_lora_weights="gaussian")
+    rates = rates_of(LoraPlus(lr=5e-4).plan(model), model.active_peft_config)
+    assert rates is not None
+    assert (rates.init, rates.steps_of_a) == ("Init[1]", None)
