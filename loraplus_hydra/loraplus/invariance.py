@@ -113,12 +113,12 @@ def explain(plan: Plan, adapter: LoraConfig, optimizer: str, max_grad_norm: floa
             lines.append(f"Equal to plain LoRA with {plain.overrides()}{but}")
     if decay := decay_per_step(plan):
         parts = (f"{name} {part:.3g}" for name, part in decay.items())
-        lines.append(f"Weight decay per step, as a part of the weight: {', '.join(parts)}")
+        lines.append(f"Rate x weight decay, per step: {', '.join(parts)}")
     return lines
 
 
 def decay_per_step(plan: Plan) -> dict[str, float]:
-    """Return rate x weight decay of each group that decays: the part of a weight that a step takes away."""
+    """Return rate x weight decay of each group that decays."""
     return {group.name: group.lr * group.weight_decay for group in plan.groups if group.lr * group.weight_decay}
 
 
@@ -133,7 +133,7 @@ def _differences(
         return
     name = optimizer.lower().removeprefix("paged").removesuffix("8bit").removesuffix("32bit")
     if name not in _SCALE_FREE:
-        yield f"{optimizer}, whose steps depend on the gradient's scale"
+        yield f"{optimizer}, unless its steps don't depend on the gradient's scale"
     elif name not in _WITHOUT_EPS:
         factor = rates.ratio if changed == "lora_B" else 1 / rates.ratio
         yield f"eps, which would have to be {factor:g} times as large for {changed}"

@@ -184,7 +184,7 @@ def test_inspect_and_a_run_name_the_equal_run_of_plain_lora(
     expected = (
         "alpha x eta_B = 16 x 0.004 = 0.064; init_A / eta_A = 102 steps",
         "Equal to plain LoRA with loraplus=none adapter.lora_alpha=64 optimizer.lr=0.001, except for: eps,",
-        "Weight decay per step, as a part of the weight: groupA 0.0001, groupB 0.0004",
+        "Rate x weight decay, per step: groupA 0.0001, groupB 0.0004",
     )
     for words in (["inspect", *overrides], [*overrides, f"hydra.run.dir={tmp_path / 'run'}"]):
         finished = cli(*words)
