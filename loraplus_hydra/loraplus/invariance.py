@@ -19,11 +19,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-from peft import LoraConfig
+from typing import TYPE_CHECKING
 
 from loraplus_hydra.loraplus.advice import initialisation
 from loraplus_hydra.loraplus.plan import Plan
+
+if TYPE_CHECKING:
+    from peft import LoraConfig  # importing it loads transformers
 
 # Optimizers whose steps don't depend on the gradient's scale, except for eps
 _SCALE_FREE = ("adam", "adamw", "nadam", "radam", "lion", "muon", "ademamix")
