@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import gc
 import json
 import os
@@ -62,30 +63,48 @@ def _no_figures() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _configs_read_once() -> Iterator[None]:
-    """Keep the parsed YAML files of the package and of Hydra, which would take most of a composition's time."""
-    from hydra._internal.sources_registry import SourcesRegistry
-    from hydra.core.plugins import Plugins
+def _configs_merged_once() -> Iterator[None]:
+    """Keep what Hydra makes of the package's YAML files, for each choice of options; it takes most of a command's time.
+
+    Overrides of values are applied anew each time. A configuration with files from elsewhere is made anew as well.
+    """
+    from hydra._internal import config_loader_impl, defaults_list
 
     from loraplus_hydra.config.locations import config_folder
 
-    def kept(read: Callable[..., Any]) -> Callable[..., Any]:
-        results: dict[tuple[str, str], bytes] = {}
+    listed: dict[Any, Any] = {}
+    merged: dict[Any, bytes] = {}
+    list_defaults = defaults_list.create_defaults_list
+    merge = config_loader_impl.ConfigLoaderImpl._compose_config_from_defaults_list
 
-        def load(source: Any, config_path: str) -> Any:
-            if source.path not in (str(config_folder()), "hydra.conf"):
-                return read(source, config_path)  # a test may change this file
-            key = (source.path, config_path)
-            if key not in results:
-                results[key] = pickle.dumps(read(source, config_path))
-            return pickle.loads(results[key])
+    def sources(repo: Any) -> tuple[str, ...] | None:
+        """Return where the files are; None if a test may change them."""
+        places = tuple(f"{source.scheme()}://{source.path}" for source in repo.get_sources())
+        ours = (f"file://{config_folder()}", "pkg://hydra.conf", "structured://")
+        return places if all(place.startswith(ours) for place in places) else None
 
-        return load
+    def create_defaults_list(repo: Any, config_name: Any, overrides_list: Any, **settings: Any) -> Any:
+        overrides = defaults_list.Overrides(repo, overrides_list)
+        of_values = {id(override) for override in overrides.config_overrides}
+        choices = tuple(each.input_line for each in overrides_list if id(each) not in of_values)
+        key = (sources(repo), config_name, choices, *sorted(settings.items()))
+        if key[0] is None:
+            return list_defaults(repo, config_name, overrides_list, **settings)
+        if key not in listed:
+            listed[key] = list_defaults(repo, config_name, overrides_list, **settings)
+        return dataclasses.replace(listed[key], config_overrides=overrides.config_overrides)
 
-    Plugins.instance()  # registers the sources
+    def compose(loader: Any, defaults: Any, repo: Any) -> Any:
+        key = (sources(repo), repr(defaults))
+        if key[0] is None:
+            return merge(loader, defaults, repo)
+        if key not in merged:
+            merged[key] = pickle.dumps(merge(loader, defaults, repo))
+        return pickle.loads(merged[key])
+
     with pytest.MonkeyPatch.context() as patch:
-        for source in map(SourcesRegistry.instance().resolve, ("file", "pkg")):
-            patch.setattr(source, "load_config", kept(source.load_config))
+        patch.setattr(config_loader_impl, "create_defaults_list", create_defaults_list)
+        patch.setattr(config_loader_impl.ConfigLoaderImpl, "_compose_config_from_defaults_list", compose)
         yield
 
 

@@ -306,8 +306,10 @@ def value_ranges() -> dict[str, tuple[Any, Range]]:
 
 def register() -> None:
     """Register the schemas with Hydra. A second call changes nothing."""
+    store = ConfigStore.instance()
     for name, node in SCHEMAS.items():
-        ConfigStore.instance().store(name=name, node=node, provider="loraplus_hydra")
+        if f"{name}.yaml" not in store.repo:
+            store.store(name=name, node=node, provider="loraplus_hydra")
 
 
 def run_of(root: DictConfig) -> DictConfig:
