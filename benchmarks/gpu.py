@@ -28,7 +28,9 @@ def save_model(settings: DictConfig, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**OmegaConf.to_container(settings), **ids)).bfloat16().save_pretrained(folder)  # type: ignore[arg-type]
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(LlamaConfig(**OmegaConf.to_container(settings), **ids))  # type: ignore[arg-type]
+    model.bfloat16().save_pretrained(folder)
 
 
 def main() -> None:
@@ -41,7 +43,9 @@ def main() -> None:
         config.ways.remove(way)
     print(f"on {torch.cuda.get_device_name()}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        save_model(config.model, Path(folder))
+        for name, settings in config.models.items():
+            save_model(settings, Path(folder) / name)
+        torch.cuda.empty_cache()
         config.folder = folder
         measure_all(config)
 

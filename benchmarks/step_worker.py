@@ -96,6 +96,8 @@ def measure(way: str, device: str, steps: int, eval_rows: int, overrides: list[s
     forward = "lean" if way == "lean" else "plain"
     if way == "plain_default_memory":
         adopt.keep_freed_memory = lambda: False  # type: ignore[assignment]
+    if way == "plain_cudnn":  # torch's own choice of attention kernels
+        adopt.skip_cudnn_attention = lambda: None
     register()
     shared = [*overrides, *CHANGES.get(way, ()), f"trainer.forward={forward}", f"trainer.max_steps={steps}"]
     quick = ["trainer.eval_strategy=no", "trainer.save_strategy=no", "trainer.logging_steps=10"]

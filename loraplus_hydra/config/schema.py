@@ -247,6 +247,7 @@ ResumeConfig = make_dataclass(
     "ResumeConfig",
     [(group, Dict[str, Any], field(default_factory=dict)) for group in GROUPS if group != "model"],
     bases=(FinishedRunConfig,),
+    namespace={"__module__": __name__},  # so that it can be pickled
 )
 
 SCHEMAS: dict[str, type] = {

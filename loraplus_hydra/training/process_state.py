@@ -111,6 +111,7 @@ _SETTINGS: list[Setting] = [
     (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
     (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
     (cuda.math_sdp_enabled, cuda.enable_math_sdp),
+    (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
     *(_attribute(cudnn, name) for name in ("enabled", "benchmark", "deterministic")),
     *_float32_precision(),
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loraplus_hydra.io import screen
 from loraplus_hydra.training.allocator import keep_freed_memory
+from loraplus_hydra.training.gpu_attention import skip_cudnn_attention
 from loraplus_hydra.training.lean.attention import UnknownBatchError, UnknownModelError
 from loraplus_hydra.training.lean.eligible import reason_against, reason_against_auto
 from loraplus_hydra.training.lean.first_batch import Entry, disagreement, is_padded_ahead
@@ -23,13 +24,16 @@ AUTO, LEAN, PLAIN = "auto", "lean", "plain"
 def adopt(trainer: Any, forward: str) -> None:
     """Make a Trainer's steps faster.
 
-    On a CPU, freed memory is reused. In one process, walks over modules are made once. `forward` is `trainer.forward`.
+    On a CPU, freed memory is reused. On a GPU, attention compiles no kernel for each length. In one process, walks over
+    modules are made once. `forward` is `trainer.forward`.
 
     The lean forward is used from the next batch on. If a run can't use it, the run trains without it, and the reason is
     shown on the screen.
     """
     if trainer.args.device.type == "cpu":
         keep_freed_memory()
+    if trainer.args.device.type == "cuda":
+        skip_cudnn_attention()
     if (
         trainer.args.world_size == 1
         and trainer.args.n_gpu <= 1

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,15 +62,33 @@ def attend(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
-    sizes = [count * length for count, length in rows.blocks]
+    tensors = (each[0].transpose(0, 1) for each in (query, key, value))
+    attention = partial(functional.scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
+    by_rows = _by_blocks if query.device.type == "cpu" else _on_a_grid
+    return by_rows(rows, tensors, attention, causal)[None], None
+
+
+def _by_blocks(rows: Rows, tensors: Iterable[torch.Tensor], attention: Callable[..., Any], causal: bool) -> Any:
+    """Return [tokens, heads, size]: one call for each block of rows of equal length."""
     # Rows of equal length are adjacent, so a block is a view, and no token is copied or padded.
-    parts = zip(rows.blocks, *(each[0].transpose(0, 1).split(sizes) for each in (query, key, value)), strict=True)
+    sizes = [count * length for count, length in rows.blocks]
     made = []
-    for (count, length), *block in parts:
-        q, k, v = (each.unflatten(0, (count, length)).transpose(1, 2) for each in block)
-        out = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, scale=scaling)
+    for (count, length), *block in zip(rows.blocks, *(each.split(sizes) for each in tensors), strict=True):
+        out = attention(*(each.unflatten(0, (count, length)).transpose(1, 2) for each in block), is_causal=causal)
         made.append(out.transpose(1, 2).flatten(0, 1))
-    return (torch.cat(made) if len(made) > 1 else made[0])[None], None
+    return torch.cat(made) if len(made) > 1 else made[0]
+
+
+def _on_a_grid(rows: Rows, tensors: Iterable[torch.Tensor], attention: Callable[..., Any], causal: bool) -> Any:
+    """Return [tokens, heads, size]: one call for all rows, with padding at their ends.
+
+    A GPU computes the padding faster than it starts a kernel for each block.
+    """
+    grid = (each.transpose(1, 2) for each in map(rows.on_grid, tensors))
+    # A causal row never sees the padding behind it, and without a mask the fastest kernels can be used.
+    mask = None if causal else rows.grid_mask[:, None, None, :]
+    out = attention(*grid, is_causal=causal, attn_mask=mask)
+    return rows.off_grid(out.transpose(1, 2))
 
 
 def rows_underway() -> Rows | None:

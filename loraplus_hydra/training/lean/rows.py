@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -20,6 +21,7 @@ class Rows:
     shape: tuple[int, int]  # number of rows and columns of the batch
     lengths: tuple[int, ...]  # number of tokens of each row, in joined order
     kept: torch.Tensor | None
+    device: torch.device
 
     @classmethod
     def of(cls, mask: torch.Tensor) -> Rows | None:
@@ -27,7 +29,7 @@ class Rows:
         rows, columns = mask.shape
         lengths = mask.sum(1).tolist()
         if min(lengths) == columns:
-            return cls((rows, columns), (columns,) * rows, None)
+            return cls((rows, columns), (columns,) * rows, None, mask.device)
         if min(lengths) == 0:
             return None
         order = sorted(range(rows), key=lengths.__getitem__)
@@ -35,7 +37,7 @@ class Rows:
         places = torch.arange(rows * columns, device=mask.device).view(rows, columns)
         index = torch.tensor(order, device=mask.device)
         kept = places[index][mask[index].bool()]
-        return cls((rows, columns), tuple(lengths[row] for row in order), kept)
+        return cls((rows, columns), tuple(lengths[row] for row in order), kept, mask.device)
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
@@ -46,6 +48,25 @@ class Rows:
     def tokens(self) -> int:
         """The number of tokens in the joined row."""
         return sum(self.lengths)
+
+    @cached_property
+    def grid_mask(self) -> torch.Tensor:
+        """Whether a place of the grid has a token, [rows, longest row]."""
+        lengths = torch.tensor(self.lengths, device=self.device)
+        return torch.arange(max(self.lengths), device=self.device) < lengths[:, None]
+
+    @cached_property
+    def _on_grid(self) -> torch.Tensor:
+        return self.grid_mask.flatten().nonzero()[:, 0]
+
+    def on_grid(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return [rows, longest row, ...] from the joined row's [tokens, ...], with zeros behind each row."""
+        grid = tokens.new_zeros(self.grid_mask.numel(), *tokens.shape[1:])
+        return grid.index_copy(0, self._on_grid, tokens).view(*self.grid_mask.shape, *tokens.shape[1:])
+
+    def off_grid(self, grid: torch.Tensor) -> torch.Tensor:
+        """Return the joined row's [tokens, ...] from [rows, longest row, ...]."""
+        return grid.flatten(0, 1)[self._on_grid]
 
     def join(self, padded: torch.Tensor) -> torch.Tensor:
         """Return [1, tokens, ...] from the batch's [rows, columns, ...]."""

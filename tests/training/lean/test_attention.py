@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from loraplus_hydra.training.lean import attention
 from loraplus_hydra.training.lean.attention import (
     NAME,
     UnknownBatchError,
@@ -51,12 +53,16 @@ def by_hand(query: Any, key: Any, value: Any, *, causal: bool, scale: float) -> 
     return scores.softmax(-1) @ value
 
 
+@pytest.mark.parametrize("on_a_grid", [False, True])  # the second is a GPU's way
 @given(lengths=LENGTHS, groups=st.sampled_from((1, 2, 4)), causal=st.booleans(), seed=st.integers(0, 99))
-def test_each_row_attends_to_itself_alone(lengths: tuple[int, ...], groups: int, causal: bool, seed: int) -> None:
+def test_each_row_attends_to_itself_alone(
+    on_a_grid: bool, lengths: tuple[int, ...], groups: int, causal: bool, seed: int
+) -> None:
     rows = rows_of(lengths)
     query, key, value = (heads(rows.tokens, 4 // each, seed + index) for index, each in enumerate((1, groups, groups)))
 
-    out, weights = attended(rows, SimpleNamespace(is_causal=causal), query, key, value, None, scaling=0.3)
+    with mock.patch.object(attention, "_by_blocks", attention._on_a_grid if on_a_grid else attention._by_blocks):
+        out, weights = attended(rows, SimpleNamespace(is_causal=causal), query, key, value, None, scaling=0.3)
 
     assert weights is None
     start = 0
