@@ -38,7 +38,8 @@ def check_killed(seen: list[dict[str, Any]], kills: int) -> None:
         assert trial["status"] == 0, trial
         assert trial["broken"] == [], trial
         assert trial["differences"] == [], trial
-    assert sum(trial["killed"] for trial in seen) >= kills * 3 // 4
+    # The moments are random: on a loaded machine some come after the run's end.
+    assert sum(trial["killed"] for trial in seen) >= kills / 2
     assert sum(trial["in_save"] for trial in seen) >= kills / 3
     assert sum(trial.get("killed_again", False) for trial in seen) >= kills // 10
 

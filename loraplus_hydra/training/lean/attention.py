@@ -85,7 +85,7 @@ def _on_a_grid(rows: Rows, tensors: Iterable[torch.Tensor], attention: Callable[
     A GPU computes the padding faster than it starts a kernel for each block.
     """
     grid = (each.transpose(1, 2) for each in map(rows.on_grid, tensors))
-    # A causal row never sees the padding behind it, and without a mask the fastest kernels can be used.
+    # In causal attention no token sees the padding after it, and without a mask the fastest kernels can be used.
     mask = None if causal else rows.grid_mask[:, None, None, :]
     out = attention(*grid, is_causal=causal, attn_mask=mask)
     return rows.off_grid(out.transpose(1, 2))

@@ -51,7 +51,7 @@ class Rows:
 
     @cached_property
     def grid_mask(self) -> torch.Tensor:
-        """Whether a place of the grid has a token, [rows, longest row]."""
+        """The places of the grid that have a token, as a mask, [rows, longest row]."""
         lengths = torch.tensor(self.lengths, device=self.device)
         return torch.arange(max(self.lengths), device=self.device) < lengths[:, None]
 
@@ -60,7 +60,7 @@ class Rows:
         return self.grid_mask.flatten().nonzero()[:, 0]
 
     def on_grid(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return [rows, longest row, ...] from the joined row's [tokens, ...], with zeros behind each row."""
+        """Return [rows, longest row, ...] from the joined row's [tokens, ...], with zeros after each row."""
         grid = tokens.new_zeros(self.grid_mask.numel(), *tokens.shape[1:])
         return grid.index_copy(0, self._on_grid, tokens).view(*self.grid_mask.shape, *tokens.shape[1:])
 
