@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from loraplus_hydra.config.schema import CLOSED_GROUPS, GROUPS, RunConfig
+from loraplus_hydra.config.schema import AUTO_LR, CLOSED_GROUPS, GROUPS, RunConfig
 from loraplus_hydra.config.synonyms import meant_overrides
 from loraplus_hydra.errors import Problem, first_line, nearest
 
@@ -65,7 +65,7 @@ def _read(node: DictConfig | ListConfig, path: str, problems: list[Problem]) -> 
 
 def _interpolation_message(node: DictConfig | ListConfig, key: Any, error: OmegaConfBaseException) -> str:
     raw: Any = OmegaConf.to_container(node, resolve=False)
-    text = raw[key]
+    text = "auto" if AUTO_LR in str(raw[key]) else raw[key]
     reason = first_line(error).split("resolving interpolation: ")[-1].strip('"')
     return f"'{text}' can't be resolved: {reason}"
 

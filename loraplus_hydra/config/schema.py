@@ -20,6 +20,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from loraplus_hydra.config.types import COUNT, NOT_NEGATIVE, POSITIVE, WHOLE, Range, field_types, range_
 
+AUTO = "auto"  # value of optimizer.lr
+AUTO_LR = "loraplus.auto_lr"  # the resolver that computes the rate for it
 COLUMN_SUFFIX = "_column"  # end of the keys in `data` whose value is a column's name
 SHARE = Range("a number from 0 to 1", lambda x: 0 <= x <= 1)
 PROPER_SHARE = Range("a number above 0 and below 1", lambda x: 0 < x < 1)
@@ -40,6 +42,15 @@ PROBLEM_TYPE = Range(f"one of {', '.join(PROBLEM_TYPES)}", lambda x: x in PROBLE
 
 
 @dataclass
+class PublishedRate:
+    """Keys of `model.published_rate`: a good rate of lora_B, for `optimizer.lr=auto`."""
+
+    eta_B: float = field(default=MISSING, metadata=range_(POSITIVE))  # plain LoRA's rate, or lora_B's of LoRA+
+    lora_alpha: float = field(default=MISSING, metadata=range_(POSITIVE))  # the alpha with which it was found
+    source: str = MISSING  # the paper or page
+
+
+@dataclass
 class ModelConfig:
     """Keys of `model`, the base model and its tokenizer. Any other key is an error."""
 
@@ -52,6 +63,7 @@ class ModelConfig:
     attention: Optional[str] = None  # attn_implementation: eager, sdpa, flash_attention_2; null = transformers decides
     trust_remote_code: bool = False  # true runs Python that comes with the model
     lr: float = field(default=5e-5, metadata=range_(POSITIVE))  # eta_A that suits this model; default of optimizer.lr
+    published_rate: Optional[PublishedRate] = None  # for optimizer.lr=auto; null = the rule for causal models
     config: Dict[str, Any] = field(default_factory=dict)  # a named model's architecture, in the keys of its config.json
 
 
@@ -317,7 +329,17 @@ def run_of(root: DictConfig) -> DictConfig:
     """Return the part of the program's config that describes the run."""
     run = OmegaConf.masked_copy(root, [str(key) for key in root if key not in NOT_OF_A_RUN])
     _columns_as_text(run.get("data"))
+    _published_rate(run.get("optimizer"))
     return run
+
+
+def _published_rate(optimizer: Any) -> None:
+    """Replace `optimizer.lr=auto` with an interpolation, which `models.published_rate` computes."""
+    if not isinstance(optimizer, DictConfig) or "lr" not in optimizer:
+        return
+    is_plain = not (OmegaConf.is_missing(optimizer, "lr") or OmegaConf.is_interpolation(optimizer, "lr"))
+    if is_plain and optimizer.lr == AUTO:
+        optimizer.lr = f"${{{AUTO_LR}:}}"
 
 
 def _columns_as_text(data: Any) -> None:

@@ -15,6 +15,8 @@ from loraplus_hydra.loraplus.rules import TensorRecord
 PAPER = "arXiv 2402.12354, section 5.3"
 RULE = "tinker-cookbook's rule for LoRA's rate"
 HIGH = 3  # above this multiple of the rule's alpha x eta_B, the built-in example gets worse (docs/measured.md)
+# LoRA's best rate with a start, as a multiple of the best one with PEFT's usual start (arXiv 2602.04998)
+_START_FACTORS = {"True": 1.0, "gaussian": 1.0, "a_zero": 1.0, "pissa": 1 / 10, "olora": 1 / 18}
 _POWERS = {"llama": 0.781, "qwen": 0.0775}  # P for each family of models; Llama's is a guess for other families
 
 
@@ -33,6 +35,16 @@ def published_product(model_type: str, hidden_size: int) -> float:
     """Return alpha x eta_B of the published rule for a causal model."""
     power = _POWERS["qwen" if model_type.startswith("qwen") else "llama"]
     return 32 * 5e-4 * float((2000 / hidden_size) ** power)
+
+
+def is_family_of_rule(model_type: str) -> bool:
+    """Return True if the published rule was fitted to this family of models."""
+    return model_type.startswith(tuple(_POWERS))
+
+
+def start_factor(init_lora_weights: str) -> float | None:
+    """Return the factor of the best rate for a start; None if it is unknown."""
+    return _START_FACTORS.get("pissa" if init_lora_weights.startswith("pissa_niter_") else init_lora_weights)
 
 
 def rate_advice(

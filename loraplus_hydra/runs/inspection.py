@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,10 +12,12 @@ from transformers import PretrainedConfig
 
 from loraplus_hydra.check import Checked
 from loraplus_hydra.config.plain import plain_of
+from loraplus_hydra.errors import UserError
 from loraplus_hydra.loraplus.advice import published_product, rate_advice
 from loraplus_hydra.loraplus.invariance import explain, rates_of
 from loraplus_hydra.loraplus.memory import Memory, estimate
 from loraplus_hydra.loraplus.plan import Plan, table_rows
+from loraplus_hydra.models.published_rate import auto_rate
 from loraplus_hydra.training.measure import count_parameters
 
 
@@ -80,4 +83,9 @@ def explanation_of(config: DictConfig, plan: Plan, model: Any) -> tuple[str, ...
     if not isinstance(adapter, LoraConfig):
         return ()
     optimizer = str(config.optimizer._target_).rpartition(".")[2]
-    return tuple(explain(plan, adapter, optimizer, float(config.trainer.get("max_grad_norm") or 0)))
+    lines = explain(plan, adapter, optimizer, float(config.trainer.get("max_grad_norm") or 0))
+    with suppress(UserError):  # nothing is published for this config
+        auto = auto_rate(config)
+        chosen = "" if config.optimizer.lr == auto.lr else f", where this run has {config.optimizer.lr:g}"
+        lines.append(f"optimizer.lr=auto is {auto.lr:g}{chosen} ({auto.source})")
+    return tuple(lines)

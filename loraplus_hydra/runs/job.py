@@ -29,6 +29,7 @@ from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.quiet_libraries import quiet_libraries, quiet_loading
 from loraplus_hydra.io.result import FAILED, INTERRUPTED, OK, Result, read_result, versions
 from loraplus_hydra.loraplus.plan import Plan, table_rows
+from loraplus_hydra.models import published_rate
 from loraplus_hydra.models.adapter_files import save_adapter
 from loraplus_hydra.models.inputs import folder_fingerprint
 from loraplus_hydra.runs import display
@@ -66,6 +67,7 @@ def run(config: DictConfig | Checked, folder: str | Path | None = None, *, point
     """
     quiet_libraries()
     checked = config if isinstance(config, Checked) else None
+    published_rate.register()
     config = run_of(config.config if isinstance(config, Checked) else config)
     folder = processes.shared_folder(Path(folder) if folder is not None else _default_folder())
     folders.make_folder(folder)

@@ -20,6 +20,7 @@ from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.io import folders, run_folder
 from loraplus_hydra.io.read import Unreadable, read_yaml
 from loraplus_hydra.io.result import OK, read_result
+from loraplus_hydra.models import published_rate
 from loraplus_hydra.sweep.names import HASH_DIGITS, job_name
 
 LOG = "sweep.log"  # in the sweep's folder: the log of jobs whose own folders must not change
@@ -40,6 +41,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("loraplus.job_folder", _job_folder, replace=True)
     OmegaConf.register_new_resolver("loraplus.hydra_folder", _hydra_folder, replace=True)
     OmegaConf.register_new_resolver("loraplus.log_file", _log_file, replace=True)
+    published_rate.register()
 
 
 def folder_state(folder: Path, job_hash: str) -> State:

@@ -1,0 +1,115 @@
+"""optimizer.lr=auto: a published rate for the model, or the published rule, rescaled to the run's alpha and ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from loraplus_hydra.config.locations import options_of
+from loraplus_hydra.errors import UserError
+from loraplus_hydra.models.published_rate import auto_rate, register
+
+# By hand: 5e-4 x (2000 / hidden size) ^ P at alpha 32, with P = 0.781 for Llama and 0.0775 for Qwen.
+BY_RULE = {
+    "gemma_2b": 5e-4 * (2000 / 2048) ** 0.781,
+    "gpt2": 5e-4 * (2000 / 768) ** 0.781,
+    "llama2_7b": 5e-4 * (2000 / 4096) ** 0.781,
+    "llama3_2_1b": 5e-4 * (2000 / 2048) ** 0.781,
+    "llama3_70b": 5e-4 * (2000 / 8192) ** 0.781,
+    "llama3_8b": 5e-4 * (2000 / 4096) ** 0.781,
+    "mistral_7b": 5e-4 * (2000 / 4096) ** 0.781,
+    "qwen2_5_0_5b": 5e-4 * (2000 / 896) ** 0.0775,
+    "qwen2_5_1_5b": 5e-4 * (2000 / 1536) ** 0.0775,
+    "smollm2_135m": 5e-4 * (2000 / 576) ** 0.781,
+    "smollm2_360m": 5e-4 * (2000 / 960) ** 0.781,
+}
+GUESSED = {"gemma_2b", "gpt2", "mistral_7b"}
+# (rate of lora_B, alpha) of each source
+PUBLISHED = {"embedded": (8e-3, 16), "gpt2_medium": (2e-4, 32), "minilm": (5e-3, 16), "roberta_base": (5e-4, 8)}
+UNKNOWN = {"bert_base", "hub"}
+CLASSIFIER = ("task=classification", "data=csv", "data.train=rows.csv")
+ENCODERS = ("bert_base", "minilm", "roberta_base")
+
+
+@pytest.mark.parametrize("model", options_of("model"))
+def test_each_named_model_has_a_rate_with_its_source(model: str, compose: Callable[..., Any]) -> None:
+    if model in UNKNOWN - {"bert_base"}:
+        return
+    task = CLASSIFIER if model in ENCODERS else ()
+    config = compose(f"model={model}", *task, "loraplus.ratio=4", "adapter.lora_alpha=64")
+    if model in UNKNOWN:
+        with pytest.raises(UserError, match="give a number"):
+            auto_rate(config)
+        return
+    eta_b, alpha = PUBLISHED.get(model) or (BY_RULE[model], 32)
+
+    rate = auto_rate(config)
+
+    assert rate.lr * 4 == pytest.approx(eta_b * alpha / 64, rel=5e-3)  # rounded to three digits
+    assert ("rule" in rate.source) == (model in BY_RULE)
+    assert ("a guess" in rate.source) == (model in GUESSED)
+
+
+@pytest.mark.parametrize(
+    ("override", "factor"),
+    [
+        ("adapter=rslora", 1 / 8**0.5),  # alpha / sqrt(8) instead of alpha / 8
+        ("adapter=lora_a_zero", 1),
+        ("adapter=dora", 1),
+        ("adapter.r=64", 1),
+        ("adapter=pissa", 1 / 10),
+        ("adapter.init_lora_weights=pissa_niter_4", 1 / 10),
+        ("adapter=olora", 1 / 18),
+        ("loraplus=none", 8),
+        ("optimizer=adamw8bit", 1),
+    ],
+)
+def test_start_scale_and_ratio_change_the_rate(override: str, factor: float, compose: Callable[..., Any]) -> None:
+    model = "model=llama3_8b"
+    usual = auto_rate(compose(model)).lr
+    assert auto_rate(compose(model, override)).lr == pytest.approx(usual * factor, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("optimizer=lion", "published rates are those of Adam, not of Lion"),
+        ("optimizer=sgd", "published rates are those of Adam, not of SGD"),
+        ("adapter=vera", "published rates are those of LoRA, not of VeraConfig"),
+        ("adapter.init_lora_weights=orthogonal", "nothing is published for adapter.init_lora_weights=orthogonal"),
+    ],
+)
+def test_a_rate_that_nobody_published_is_a_listed_error(
+    override: str, what: str, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = cli("check", "optimizer.lr=auto", override)
+    assert done.status == 1
+    assert done.err.startswith("1 error:")
+    assert f"optimizer.lr: 'auto' can't be resolved: {what}" in done.err
+    assert "; give a number" in done.err
+
+
+def test_a_run_stores_the_number_and_says_where_it_comes_from(
+    cli: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    words = [*tiny_run, "optimizer.lr=auto", "trainer.max_steps=1"]
+    done = cli(*words, "hydra.run.dir=run")
+    assert done.status == 0, done.err
+    expected = float(f"{5e-4 * (2000 / 32) ** 0.781 * 32 / 16 / 8:.3g}")  # a Llama of hidden size 32
+    assert f"optimizer.lr=auto is {expected:g} (tinker-cookbook's rule for LoRA's rate, hidden size 32)" in done.out
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
+    assert stored["optimizer"]["lr"] == expected
+    # The same command finds the finished run again.
+    again = cli(*words, "hydra.run.dir=run", "trainer.resume_from_checkpoint=auto")
+    assert again.status == 0, again.err
+
+
+def test_a_config_that_resolves_auto_needs_no_command_line(compose: Callable[..., Any]) -> None:
+    register()
+    config = compose("optimizer.lr=auto", "loraplus.ratio=2")
+    assert config.optimizer.lr == pytest.approx(8e-3 / 2)
+    assert config.scheduler is not None
