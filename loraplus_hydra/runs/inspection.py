@@ -13,12 +13,15 @@ from transformers import PretrainedConfig
 from loraplus_hydra.check import Checked
 from loraplus_hydra.config.plain import plain_of
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.loraplus.advice import published_product, rate_advice
+from loraplus_hydra.io import processes
+from loraplus_hydra.loraplus.advice import published_product, rate_advice, setting_notes
 from loraplus_hydra.loraplus.invariance import explain, rates_of
 from loraplus_hydra.loraplus.memory import Memory, estimate
 from loraplus_hydra.loraplus.plan import Plan, table_rows
 from loraplus_hydra.models.published_rate import auto_rate
 from loraplus_hydra.training.measure import count_parameters
+
+USUAL_RANK = 8  # of conf/adapter/lora.yaml
 
 
 @dataclass(frozen=True)
@@ -88,4 +91,18 @@ def explanation_of(config: DictConfig, plan: Plan, model: Any) -> tuple[str, ...
         auto = auto_rate(config)
         chosen = "" if config.optimizer.lr == auto.lr else f", where this run has {config.optimizer.lr:g}"
         lines.append(f"optimizer.lr=auto is {auto.lr:g}{chosen} ({auto.source})")
-    return tuple(lines)
+    return (*lines, *(f"Note: {note}" for note in _notes(config, plan, adapter)))
+
+
+def _notes(config: DictConfig, plan: Plan, adapter: LoraConfig) -> list[str]:
+    """Return notes on settings that change the best rate."""
+    trainer = config.trainer
+    rows = trainer.get("per_device_train_batch_size", 8) * trainer.get("gradient_accumulation_steps", 1)
+    rank = adapter.r if not adapter.rank_pattern and not adapter.use_rslora else USUAL_RANK
+    return setting_notes(
+        plan.records,
+        rows_per_step=rows * processes.world_size(),
+        steps=max(trainer.get("max_steps", -1), 0),
+        rank=rank,
+        usual_rank=USUAL_RANK,
+    )

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -110,8 +111,12 @@ def test_run_with_workers_is_unlocked_right_after_its_kill(tiny_run: list[str], 
             assert process.is_alive(), log.read_text()[-3000:]
             assert time.monotonic() < end
             time.sleep(0.01)
-        assert Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split(), "it has no workers"
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert workers, "it has no workers"
     finally:
         process.kill()
         process.join()
     assert not held(tmp_path / "run")
+    for worker in workers:
+        with suppress(ProcessLookupError):  # it may have noticed that its parent has ended
+            os.kill(int(worker), signal.SIGKILL)

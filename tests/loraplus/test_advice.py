@@ -1,0 +1,45 @@
+"""Notes on settings that change the best rate."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loraplus_hydra.loraplus.advice import setting_notes
+from loraplus_hydra.loraplus.rules import TensorRecord
+
+USUAL = 8
+
+
+def lora_a(*modules: str) -> list[TensorRecord]:
+    return [TensorRecord(f"layers.0.{name}.lora_A.default.weight", "lora_A", "Linear", (8, 16)) for name in modules]
+
+
+@given(rows=st.integers(1, 4096), steps=st.integers(0, 10_000), rank=st.sampled_from((1, 8, 64)))
+def test_each_setting_that_is_off_has_one_note(rows: int, steps: int, rank: int) -> None:
+    records = lora_a("self_attn.q_proj", "mlp.up_proj")
+    notes = setting_notes(records, rows_per_step=rows, steps=steps, rank=rank, usual_rank=USUAL)
+    expected = [
+        opening
+        for opening, is_off in (
+            (f"{rows} rows a step", rows > 32),
+            (f"{steps} steps", 0 < steps < 100),
+            (f"rank {rank}", rank != USUAL),
+        )
+        if is_off
+    ]
+    assert [note.split(":")[0] for note in notes] == expected
+    assert all(note.count("LoRA Without Regret") == 1 for note in notes)
+
+
+def test_lora_on_attention_alone_has_a_note() -> None:
+    quiet = {"rows_per_step": 16, "steps": 0, "rank": USUAL, "usual_rank": USUAL}
+    for only in (
+        ["self_attn.q_proj", "self_attn.v_proj"],
+        ["attention.self.query"],
+        ["SelfAttention.q"],
+        ["attn.c_attn"],
+    ):
+        assert [note.split(":")[0] for note in setting_notes(lora_a(*only), **quiet)] == ["LoRA is on attention alone"]
+        assert setting_notes(lora_a(*only, "mlp.fc1"), **quiet) == []
+    assert setting_notes([], **quiet) == []
