@@ -77,6 +77,14 @@ def test_unequal_steps_have_a_second_text_instead_of_lines(tmp_path: Path) -> No
     assert "the lora_alpha in it" in picture.caption
 
 
+def test_points_have_alpha_beside_the_ratio(tmp_path: Path) -> None:
+    for place, (lr, ratio) in enumerate(((1e-4, 1), (3e-4, 2), (7e-4, 5), (2e-3, 11))):
+        write_job(tmp_path / str(place), {"optimizer.lr": lr, "loraplus.ratio": ratio}, loss_of(lr, lr * ratio))
+    axes, picture = drawn(results_of(tmp_path))
+    assert "ratio 5\nalpha 80" in texts(axes)
+    assert "Each point is nearly the same training" in picture.caption
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -21,6 +21,7 @@ from loraplus_hydra.report.settings import Setting
 
 _MOST_NUMBERS = 81  # maximum number of cells that have room for their value
 _MOST_LINES = 16  # maximum number of light lines that have room for their label
+_MOST_RATIOS = 12  # the same beside points
 _DASHED: Mapping[str, Any] = {"color": BASELINE, "linestyle": (0, (5, 3)), "linewidth": 1.4}  # equal rates
 _LIGHT: Mapping[str, Any] = {"color": OTHERS, "linewidth": 1.1}  # equal alpha, or equal eta_B
 _EQUAL_RUN = "lora_alpha of the equal run of plain LoRA, with lr = η_A"
@@ -231,7 +232,7 @@ def _points(axes: Any, results: SweepResults, plane: Plane, values: Values, scal
     axes.set_ylim(up[0] / room[1], up[-1] * room[1])
     style.log_ticks(axes.xaxis, across)
     style.log_ticks(axes.yaxis, up)
-    _lines_of_ratio(axes, plane)
+    lines = _lines_of_ratio(axes, plane)
     size = 210 if len(cells) <= 40 else 90 if len(cells) <= 120 else 40
     for pair in cells:
         known = pair in values
@@ -246,13 +247,15 @@ def _points(axes: Any, results: SweepResults, plane: Plane, values: Values, scal
             axes.scatter(*pair, s=size / 10, color=scale.ink_on(values[pair]), zorder=6)
         else:
             axes.scatter(*pair, s=size * 2.1, linewidths=2.4, facecolors="none", zorder=5, **rings[mark])
-    return plane.alpha is not None
+    return lines
 
 
-def _lines_of_ratio(axes: Any, plane: Plane) -> None:
+def _lines_of_ratio(axes: Any, plane: Plane) -> bool:
+    """Draw lines of equal ratio. Return True if all of them have plain LoRA's alpha."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     ratios = sorted({float(f"{pair[0] / pair[1]:.4g}") for pair in plane.cells})
-    for ratio in ratios if len(ratios) <= 12 else [ratio for ratio in ratios if ratio == 1]:
+    room = len(ratios) <= _MOST_RATIOS
+    for ratio in ratios if room else [ratio for ratio in ratios if ratio == 1]:
         line = _DASHED if ratio == 1 else {"color": OTHERS, "linewidth": 0.9}
         axes.plot([left, right], [left / ratio, right / ratio], zorder=2, **line)
         x = min(right, top * ratio)
@@ -270,6 +273,7 @@ def _lines_of_ratio(axes: Any, plane: Plane) -> None:
                 color=BASELINE if ratio == 1 else MUTED,
                 annotation_clip=False,
             )
+    return room and plane.alpha is not None
 
 
 def _marks(results: SweepResults, values: Values, plane: Plane) -> dict[Pair, str]:
@@ -314,7 +318,8 @@ def _caption(plane: Plane, beyond: int, full: bool, lines: bool) -> str:
         caption += " Grey lines: equal η_B, with its value at the end." if lines else ""
     else:
         caption = "Below the dashed line lora_B has a larger rate than lora_A (LoRA+), above it a smaller rate."
-    if plane.alpha is not None:
+    written = len(plane.across.values) * len(plane.up.values) <= _MOST_NUMBERS if full else lines
+    if plane.alpha is not None and (written or lines or plane.by_ratio):
         place = "at the top" if full and plane.by_ratio else "at the end of its line" if lines else "in it"
         caption += (
             f" Each {'cell' if full else 'point'} is nearly the same training as a run of plain LoRA with lr = η_A and "
