@@ -51,6 +51,8 @@ def extending_command(results: SweepResults, found: Sequence[Edge]) -> str:
     words = _words(results.sweep.command)
     if not found or not words:
         return ""
+    for at, value in _missing_values(results, words):
+        words[at] += f",{as_text(value)}"
     for edge in found:
         place = _place(words, edge.key)
         if place is None:  # the values are in the YAML of a ready-made sweep
@@ -58,6 +60,16 @@ def extending_command(results: SweepResults, found: Sequence[Edge]) -> str:
         else:
             words[place] += f",{edge.next_text}"
     return shlex.join([*_PROGRAM, *words])
+
+
+def _missing_values(results: SweepResults, words: Sequence[str]) -> Iterator[tuple[int, float]]:
+    """Yield the best setting's values that the command lacks, because another command ran that job."""
+    best = results.outcome.best.values if results.outcome.best else {}
+    for key in results.compared:
+        place, value = _place(words, key), number(best.get(key))
+        listed = _listed(results.sweep.command, key)
+        if place is not None and value is not None and listed is not None and value not in listed:
+            yield place, value
 
 
 def next_value(values: Iterable[float], *, upper: bool) -> float | None:
@@ -83,8 +95,12 @@ def next_value(values: Iterable[float], *, upper: bool) -> float | None:
 
 
 def as_text(value: float) -> str:
-    """Return a value as Hydra reads it: 3e-5, 0.001, 64."""
-    return f"{value:.{_DIGITS}g}".replace("e-0", "e-").replace("e+0", "e")
+    """Return a value as Hydra reads it: 3e-5, 0.01, 64."""
+    text = f"{value:.{_DIGITS}g}"
+    if abs(value) < 1:
+        mantissa, exponent = f"{value:.{_DIGITS - 1}e}".split("e")
+        text = min(text, f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}", key=len)
+    return text.replace("e+0", "e")
 
 
 def _edge(results: SweepResults, key: str) -> Edge | None:

@@ -153,8 +153,20 @@ def test_corner_of_two_keys_is_one_command(tmp_path: Path) -> None:
         write_job(tmp_path / str(place), job, 4 + 100 * lr_A - lr_B)
     sentences, words = extension(results_of(tmp_path))
     assert [sentence.rpartition(" ")[2] for sentence in sentences] == ["3e-5.", "1."]
-    given = ["loraplus.lr_A=1e-4,3e-4,1e-3,3e-5", "loraplus.lr_B=0.001,0.01,0.1,1"]
+    given = ["loraplus.lr_A=1e-4,3e-4,1e-3,3e-5", "loraplus.lr_B=1e-3,0.01,0.1,1"]
     assert words == ["hparams_search=lr_grid", *given]
+
+
+def test_command_that_did_not_run_the_best_job_gets_its_values(tmp_path: Path) -> None:
+    command = "python -m loraplus_hydra -m sweep.name=two loraplus.ratio=1 optimizer.lr=2e-4,4e-4"
+    write_sweep(tmp_path, name="two", command=command, swept=["optimizer.lr", "loraplus.ratio"])
+    jobs = {(1, 1e-4): 3.9, (4, 1e-4): 3.8, (16, 1e-4): 3.5, (1, 2e-4): 3.7, (1, 4e-4): 3.6}
+    for (ratio, lr), value in jobs.items():
+        write_job(tmp_path / f"{ratio}_{lr}", {"loraplus.ratio": ratio, "optimizer.lr": lr}, value)
+    sentences, words = extension(results_of(tmp_path))
+    # lr 1e-4 is the smallest one, too
+    assert [sentence.rpartition(" ")[2] for sentence in sentences] == ["5e-5.", "64."]
+    assert words == ["-m", "sweep.name=two", "loraplus.ratio=1,16,64", "optimizer.lr=2e-4,4e-4,1e-4,5e-5"]
 
 
 def test_page_and_terminal_show_the_command(tmp_path: Path, cli: Callable[..., Finished]) -> None:
