@@ -23,13 +23,10 @@ from typing import TYPE_CHECKING
 
 from loraplus_hydra.loraplus.advice import initialisation
 from loraplus_hydra.loraplus.plan import Plan
+from loraplus_hydra.loraplus.scale_free import has_eps, is_scale_free
 
 if TYPE_CHECKING:
     from peft import LoraConfig  # importing it loads transformers
-
-# Optimizers whose steps don't depend on the gradient's scale, except for eps
-_SCALE_FREE = ("adam", "adamw", "nadam", "radam", "lion", "muon", "ademamix")
-_WITHOUT_EPS = ("lion",)
 
 
 @dataclass(frozen=True)
@@ -133,10 +130,9 @@ def _differences(
     """
     if rates.ratio == 1:
         return
-    name = optimizer.lower().removeprefix("paged").removesuffix("8bit").removesuffix("32bit")
-    if name not in _SCALE_FREE:
+    if not is_scale_free(optimizer):
         yield f"{optimizer}, unless its steps don't depend on the gradient's scale"
-    elif name not in _WITHOUT_EPS:
+    elif has_eps(optimizer):
         factor = rates.ratio if changed == "lora_B" else 1 / rates.ratio
         yield f"eps, which would have to be {factor:g} times as large for {changed}"
     if max_grad_norm:

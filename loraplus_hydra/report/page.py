@@ -71,6 +71,7 @@ def page(results: SweepResults, figures: Sequence[Picture]) -> str:
 def _texts(results: SweepResults) -> dict[str, Any]:
     jobs = results.sweep.jobs
     varied = ", ".join(results.names[key] for key in results.keys)
+    beyond, extending = summary.extension(results)
     overview = f"{count(len(jobs), 'job')}, {sum(job.has_result for job in jobs)} with a result"
     return {
         "title": results.sweep.name,
@@ -79,6 +80,8 @@ def _texts(results: SweepResults) -> dict[str, Any]:
         "details": summary.details(results),
         "speed": summary.speed_sentence(results),
         "best_command": summary.command(results),
+        "beyond": beyond,
+        "extending_command": extending,
         "facts": [*_config_facts(jobs), *_run_facts(results)],
     }
 

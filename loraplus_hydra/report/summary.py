@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Iterator
 
 from loraplus_hydra.report.compare import CLEAR, NOISE, ONE_SEED, UNCLEAR, Difference, Reach
-from loraplus_hydra.report.formatting import count, measured, with_spread
+from loraplus_hydra.report.edges import edges, extending_command
+from loraplus_hydra.report.formatting import count, measured, short, with_spread
 from loraplus_hydra.report.results import SweepResults
 
 _MANY = 6  # from this number of settings on, the lead of the best is partly due to lucky seeds
@@ -84,6 +85,20 @@ def command(results: SweepResults) -> str:
     # The config of a ready-made sweep sets hydra.mode to MULTIRUN.
     single = ("hydra.mode=RUN",) if any(text.startswith("hparams_search=") for text in job.rerun) else ()
     return f"python -m loraplus_hydra {shlex.join((*job.rerun, *single))}"
+
+
+def extension(results: SweepResults) -> tuple[list[str], str]:
+    """Return a sentence for each key with its best value at the edge, and the extending command.
+
+    The command is empty if there is no such key or the sweep's own command is unknown.
+    """
+    found = edges(results)
+    sentences = [
+        f"At the grid's edge: {edge.key} {short(edge.best)} is the {'largest' if edge.upper else 'smallest'} value. "
+        f"Extend to {edge.next_text}."
+        for edge in found
+    ]
+    return sentences, extending_command(results, found)
 
 
 def _against_ratio_1(results: SweepResults) -> Iterator[str]:

@@ -32,11 +32,15 @@ def show(results: SweepResults) -> None:
         console.print("Without a result")
         console.print(_without_result(results.sweep.unsuccessful))
     sentences = (*results.sweep.notes, summary.headline(results), *summary.details(results))
-    for sentence in filter(None, (*sentences, summary.speed_sentence(results))):
+    beyond, extending = summary.extension(results)
+    for sentence in filter(None, (*sentences, summary.speed_sentence(results), *beyond)):
         console.print(visible(sentence), markup=False)
     if command := summary.command(results):
         console.print("Run the best job again:", markup=False)
         print(visible(f"  {command}"))  # not wrapped, because users copy the command
+    if extending:
+        console.print("Extend the sweep:", markup=False)
+        print(visible(f"  {extending}"))
     print(visible(f"Report: {results.sweep.folder / PAGE}"))
 
 

@@ -39,6 +39,7 @@ PUBLISHED = {
     "qwen2_5_0_5b": 494_032_768,
     "qwen2_5_1_5b": 1_543_714_304,
     "llama3_2_1b": 1_235_814_400,
+    "llama3_2_3b": 3_212_749_824,  # PEFT's benchmark counts 3,221,924,864 with an adapter of 9,175,040
     "llama3_8b": 8_030_261_248,
     "llama3_70b": 70_553_706_496,
     "llama2_7b": 6_738_415_616,

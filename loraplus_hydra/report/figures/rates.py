@@ -1,4 +1,4 @@
-"""heatmap.png: the metric for each pair of rates, eta_A and eta_B."""
+"""heatmap.png: the metric for each pair of rates, eta_A with eta_B or with the ratio."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
-import numpy
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
@@ -14,45 +13,48 @@ from matplotlib.patches import Patch, Rectangle
 
 from loraplus_hydra.report.compare import is_near
 from loraplus_hydra.report.figures import style
+from loraplus_hydra.report.figures.plane import FULL, Pair, Plane, plane_of
 from loraplus_hydra.report.figures.style import BASELINE, INK, MUTED, OTHERS, PAPER
 from loraplus_hydra.report.formatting import measured, short
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import Setting
 
-_FULL = 0.6  # minimum share of existing cells for a grid; with fewer, points on log axes are drawn
 _MOST_NUMBERS = 81  # maximum number of cells that have room for their value
+_MOST_LINES = 16  # maximum number of light lines that have room for their label
+_MOST_RATIOS = 12  # the same beside points
 _DASHED: Mapping[str, Any] = {"color": BASELINE, "linestyle": (0, (5, 3)), "linewidth": 1.4}  # equal rates
+_LIGHT: Mapping[str, Any] = {"color": OTHERS, "linewidth": 1.1}  # equal alpha, or equal eta_B
+_EQUAL_RUN = "lora_alpha of the equal run of plain LoRA, with lr = η_A"
 
-Pair = tuple[float, float]  # eta_B, eta_A
-Cells = dict[Pair, list[Setting]]
 Values = Mapping[Pair, float]
 
 
 def draw(results: SweepResults) -> style.Picture | None:
     """Draw a grid if most pairs of rates were run, otherwise points."""
-    cells = _cells(results.settings)
-    across, up = _axes_of(cells)
-    best_of = {pair: _best_of(results, members) for pair, members in cells.items()}
+    plane = plane_of(results.settings)
+    best_of = {pair: _best_of(results, members) for pair, members in plane.cells.items()}
     values = {pair: one.mean for pair, one in best_of.items() if one and one.mean is not None}
     one_ratio = len({one.ratio for one in results.settings}) == 1  # if True, other keys decide the rates
-    if len(across) < 2 or len(up) < 2 or one_ratio or not values:
+    columns, rows = len(plane.across.values), len(plane.up.values)
+    if columns < 2 or rows < 2 or one_ratio or not values:
         return None
     low, high, beyond = style.robust_limits(values.values())
-    full = len(cells) >= _FULL * len(across) * len(up)
-    width = max(7.0, min(10.4, 2.6 + 0.95 * len(across))) if full else 8.0
-    figure = style.new_figure(width, 5.6 if len(up) > 4 else 4.6)
+    full = plane.share >= FULL  # otherwise points on log axes
+    width = max(7.0, min(10.4, 2.6 + 0.95 * columns)) if full else 8.0
+    figure = style.new_figure(width, 5.6 if rows > 4 else 4.6)
     axes = figure.add_subplot()
     scale = _Scale(low, high if high > low else low + 1e-9, results.sweep.greater_is_better)
-    (_grid if full else _points)(axes, results, cells, values, scale)
-    axes.set_xlabel("η_B, rate of lora_B")
+    lines = (_grid if full else _points)(axes, results, plane, values, scale)
+    axes.set_xlabel("ratio, η_B / η_A" if plane.by_ratio else "η_B, rate of lora_B")
     axes.set_ylabel("η_A, rate of lora_A")
     bar = figure.colorbar(scale.mappable, ax=axes, pad=0.02, aspect=28, extend=_extend(values.values(), low, high))
     bar.set_label(f"{results.axis_label}: brighter")
     bar.outline.set_visible(False)
     if not results.sweep.greater_is_better:
         bar.ax.invert_yaxis()
-    figure.legend(handles=_handles(results, values, cells, full), loc="outside lower center", ncols=3)
-    return style.Picture("heatmap", "Both rates: η_A x η_B", _caption(cells, beyond, full), figure)
+    figure.legend(handles=_handles(results, values, plane, full, lines), loc="outside lower center", ncols=3)
+    title = "Both rates: η_A x ratio" if plane.by_ratio else "Both rates: η_A x η_B"
+    return style.Picture("heatmap", title, _caption(plane, beyond, full, lines), figure)
 
 
 class _Scale:
@@ -71,33 +73,63 @@ class _Scale:
         return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
 
 
-def _grid(axes: Any, results: SweepResults, cells: Cells, values: Values, scale: _Scale) -> None:
-    """Draw cells of equal size, also for rates at unequal distances."""
-    across, up = _axes_of(cells)
-    places = {pair: (across.index(pair[0]), up.index(pair[1])) for pair in cells}
+def _grid(axes: Any, results: SweepResults, plane: Plane, values: Values, scale: _Scale) -> bool:
+    """Draw cells of equal size, also for rates at unequal distances.
+
+    Returns True if light lines were drawn.
+    """
+    across, up = plane.across.values, plane.up.values
+    places = {pair: (across.index(pair[0]), up.index(pair[1])) for pair in plane.cells}
     numbers = len(across) * len(up) <= _MOST_NUMBERS
+    lines = plane.is_even and (_lines_of_eta_b(axes, plane) if plane.by_ratio else _lines_of_alpha(axes, plane))
     for pair, place in places.items():
         if pair not in values:
             _hatch(axes, place, OTHERS, "////", zorder=1)
             continue
         colour, ink = scale.colour(values[pair]), scale.ink_on(values[pair])
         _square(axes, place, facecolor=colour, edgecolor=PAPER, linewidth=1.5, zorder=1)
-        if any(one.failed for one in cells[pair]):
+        if any(one.failed for one in plane.cells[pair]):
             _hatch(axes, place, ink, "//", zorder=2)
         if numbers:
-            ground = {"facecolor": colour, "edgecolor": "none", "pad": 1.6}
-            text = {"color": ink, "fontsize": 8.5, "ha": "center", "va": "center", "bbox": ground}
-            axes.text(*place, measured(values[pair]), **text, zorder=6)
-    _diagonal_between(axes, across, up)
-    for pair, mark in _marks(results, values).items():
-        _mark_cell(axes, places[pair], mark, scale.ink_on(values[pair]))
+            second = "" if lines else _second_text(plane, pair)
+            _write_number(axes, place, measured(values[pair]), second, colour, ink)
     axes.set_xlim(-0.52, len(across) - 0.48)
     axes.set_ylim(-0.52, len(up) - 0.48)
-    axes.set_xticks(range(len(across)), [short(rate) for rate in across])
+    axes.set_xticks(range(len(across)), [_column_label(plane, value) for value in across])
     axes.set_yticks(range(len(up)), [short(rate) for rate in up])
     axes.grid(visible=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+    if plane.by_ratio:
+        _alpha_at_the_top(axes, plane)
+    else:
+        _line_of_equal_rates(axes, plane)
+    for pair, mark in _marks(results, values, plane).items():
+        _mark_cell(axes, places[pair], mark, scale.ink_on(values[pair]), left=not plane.by_ratio)
+    return lines
+
+
+def _write_number(axes: Any, place: tuple[int, int], number: str, second: str, colour: Any, ink: str) -> None:
+    """Write a cell's number, and a second text below it, on a ground that hides the lines behind them."""
+    x, y = place
+    bottom = 0.37 if second else 0.23
+    ground = Rectangle((x - 0.36, y - bottom), 0.72, bottom + 0.23, facecolor=colour, edgecolor="none", zorder=4.5)
+    axes.add_patch(ground)
+    text: dict[str, Any] = {"color": ink, "ha": "center", "va": "center", "zorder": 6}
+    axes.text(x, y, number, fontsize=8.5, **text)
+    if second:
+        axes.text(x, y - 0.25, second, fontsize=7, **text)
+
+
+def _second_text(plane: Plane, pair: Pair) -> str:
+    """Return eta_B or plain LoRA's alpha of a cell, for grids without lines."""
+    if plane.by_ratio:
+        return f"η_B {short(float(f'{pair[0] * pair[1]:.4g}'))}"
+    return "" if plane.alpha is None else f"alpha {short(plane.alpha * pair[0] / pair[1])}"
+
+
+def _column_label(plane: Plane, value: float) -> str:
+    return f"{short(value)}\nplain LoRA" if plane.by_ratio and value == 1 else short(value)
 
 
 def _square(axes: Any, place: tuple[int, int], inset: float = 0.0, **look: Any) -> None:
@@ -109,9 +141,10 @@ def _hatch(axes: Any, place: tuple[int, int], colour: str, hatch: str, *, zorder
     _square(axes, place, facecolor="none", edgecolor=colour, hatch=hatch, linewidth=0, zorder=zorder)
 
 
-def _mark_cell(axes: Any, place: tuple[int, int], mark: str, ink: str) -> None:
+def _mark_cell(axes: Any, place: tuple[int, int], mark: str, ink: str, *, left: bool) -> None:
     if mark == "near":
-        axes.plot([place[0] + 0.38], [place[1] + 0.34], "o", markersize=4.5, color=ink, zorder=6)
+        # In the corner through which no line runs
+        axes.plot([place[0] + (-0.38 if left else 0.38)], [place[1] + 0.34], "o", markersize=4.5, color=ink, zorder=6)
         return
     dashed = mark == "diagonal"
     # A dark ring with a light ring inside, because one of them is visible on every colour.
@@ -120,25 +153,78 @@ def _mark_cell(axes: Any, place: tuple[int, int], mark: str, ink: str) -> None:
         _square(axes, place, inset, facecolor="none", edgecolor=colour, linewidth=width, linestyle=line, zorder=5)
 
 
-def _diagonal_between(axes: Any, across: Sequence[float], up: Sequence[float]) -> None:
-    """Draw the line of equal rates through evenly spaced cells."""
-    low, high = max(across[0], up[0]), min(across[-1], up[-1])
-    if low > high:
+def _line_of_equal_rates(axes: Any, plane: Plane) -> None:
+    line = plane.line_of_ratio(1.0)
+    if line.shape[1] > 1:
+        axes.plot(*line, color=PAPER, linewidth=3.2, alpha=0.9, zorder=3, solid_capstyle="butt")
+        axes.plot(*line, **_DASHED, zorder=4)
+
+
+def _alpha_at_the_top(axes: Any, plane: Plane) -> None:
+    """Draw a second axis with plain LoRA's alpha for each ratio."""
+    if plane.alpha is None:
         return
-    rates = numpy.unique(
-        numpy.concatenate([numpy.geomspace(low, high, 60), [r for r in (*across, *up) if low <= r <= high]])
+    top = axes.secondary_xaxis("top")
+    top.set_xticks(range(len(plane.across.values)), [short(plane.alpha * ratio) for ratio in plane.across.values])
+    top.tick_params(length=0)
+    top.spines[:].set_visible(False)
+    top.set_xlabel(_EQUAL_RUN, fontsize=9)
+
+
+def _lines_of_alpha(axes: Any, plane: Plane) -> bool:
+    """Draw lines of equal alpha of plain LoRA. Return False if there is no room or no such alpha."""
+    across, up = plane.across.values, plane.up.values
+    # The ratios of the last row and of the last column, because their lines end at different places
+    ratios = sorted({float(f"{ratio:.4g}") for ratio in (*(x / up[-1] for x in across), *(across[-1] / y for y in up))})
+    if plane.alpha is None or len(ratios) > _MOST_LINES:
+        return False
+    for ratio in ratios:
+        line = plane.line_of_ratio(ratio)
+        if ratio != 1:
+            axes.plot(*line, **_LIGHT, zorder=2.5)
+        at_top = line[0, -1] < len(across) - 0.6
+        _label_end(
+            axes, line, short(plane.alpha * ratio), (0, 3) if at_top else (4, 0), BASELINE if ratio == 1 else MUTED
+        )
+    heading: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
+    axes.annotate(_EQUAL_RUN, (0.5, 1), xytext=(0, 16), ha="center", va="bottom", fontsize=9, **heading)
+    return True
+
+
+def _lines_of_eta_b(axes: Any, plane: Plane) -> bool:
+    """Draw lines of equal eta_B. Return False if there is no room."""
+    across, up = plane.across.values, plane.up.values
+    # The rates of the first row and of the last column, because their lines end at different places
+    rates = sorted({float(f"{x * y:.4g}") for x, y in (*((x, up[0]) for x in across), *((across[-1], y) for y in up))})
+    if len(rates) > _MOST_LINES:
+        return False
+    for eta_b in rates:
+        line = plane.line_of_eta_b(eta_b)
+        axes.plot(*line, **_LIGHT, zorder=2.5)
+        at_right = line[1, -1] > -0.4
+        _label_end(axes, line, short(eta_b), (4, 0) if at_right else (0, -3), MUTED)
+    axes.tick_params(axis="x", pad=16)  # room for the lines' labels
+    return True
+
+
+def _label_end(axes: Any, line: Any, text: str, away: tuple[int, int], colour: str) -> None:
+    """Write a label at a line's right end, moved by `away` in points."""
+    axes.annotate(
+        text,
+        (line[0, -1], line[1, -1]),
+        xytext=away,
+        textcoords="offset points",
+        ha="left" if away[0] else "center",
+        va="center" if away[0] else "bottom" if away[1] > 0 else "top",
+        fontsize=8,
+        color=colour,
+        annotation_clip=False,
     )
-    x = numpy.interp(numpy.log(rates), numpy.log(across), numpy.arange(len(across)))
-    y = numpy.interp(numpy.log(rates), numpy.log(up), numpy.arange(len(up)))
-    # The cells at both ends extend half a cell beyond their rates.
-    x, y = ([line[0] - 0.5, *line, line[-1] + 0.5] for line in (x, y))
-    axes.plot(x, y, color=PAPER, linewidth=3.2, alpha=0.9, zorder=3, solid_capstyle="butt")
-    axes.plot(x, y, **_DASHED, zorder=4)
 
 
-def _points(axes: Any, results: SweepResults, cells: Cells, values: Values, scale: _Scale) -> None:
-    """Draw points on log axes, with lines of equal ratio."""
-    across, up = _axes_of(cells)
+def _points(axes: Any, results: SweepResults, plane: Plane, values: Values, scale: _Scale) -> bool:
+    """Draw points on log axes, with lines of equal ratio. Return True if they have plain LoRA's alpha."""
+    cells, across, up = plane.cells, plane.across.values, plane.up.values
     axes.set_xscale("log")
     axes.set_yscale("log")
     room = (across[-1] / across[0]) ** 0.07, (up[-1] / up[0]) ** 0.12
@@ -146,7 +232,7 @@ def _points(axes: Any, results: SweepResults, cells: Cells, values: Values, scal
     axes.set_ylim(up[0] / room[1], up[-1] * room[1])
     style.log_ticks(axes.xaxis, across)
     style.log_ticks(axes.yaxis, up)
-    _lines_of_ratio(axes, cells)
+    lines = _lines_of_ratio(axes, plane)
     size = 210 if len(cells) <= 40 else 90 if len(cells) <= 120 else 40
     for pair in cells:
         known = pair in values
@@ -156,24 +242,28 @@ def _points(axes: Any, results: SweepResults, cells: Cells, values: Values, scal
         "best": {"edgecolors": INK},
         "diagonal": {"edgecolors": BASELINE, "linestyles": [(0, (2, 1))]},
     }
-    for pair, mark in _marks(results, values).items():
+    for pair, mark in _marks(results, values, plane).items():
         if mark == "near":
             axes.scatter(*pair, s=size / 10, color=scale.ink_on(values[pair]), zorder=6)
         else:
             axes.scatter(*pair, s=size * 2.1, linewidths=2.4, facecolors="none", zorder=5, **rings[mark])
+    return lines
 
 
-def _lines_of_ratio(axes: Any, cells: Cells) -> None:
+def _lines_of_ratio(axes: Any, plane: Plane) -> bool:
+    """Draw lines of equal ratio. Return True if all of them have plain LoRA's alpha."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    ratios = sorted({float(f"{pair[0] / pair[1]:.4g}") for pair in cells})
-    for ratio in ratios if len(ratios) <= 12 else [ratio for ratio in ratios if ratio == 1]:
+    ratios = sorted({float(f"{pair[0] / pair[1]:.4g}") for pair in plane.cells})
+    room = len(ratios) <= _MOST_RATIOS
+    for ratio in ratios if room else [ratio for ratio in ratios if ratio == 1]:
         line = _DASHED if ratio == 1 else {"color": OTHERS, "linewidth": 0.9}
         axes.plot([left, right], [left / ratio, right / ratio], zorder=2, **line)
         x = min(right, top * ratio)
         if max(left, bottom * ratio) < x:
             at_top = top * ratio < right
+            alpha = "" if plane.alpha is None else f"\nalpha {short(plane.alpha * ratio)}"
             axes.annotate(
-                f"ratio {short(ratio)}",
+                f"ratio {short(ratio)}{alpha}",
                 (x, x / ratio),
                 xytext=(0, 3) if at_top else (3, 0),
                 textcoords="offset points",
@@ -183,9 +273,10 @@ def _lines_of_ratio(axes: Any, cells: Cells) -> None:
                 color=BASELINE if ratio == 1 else MUTED,
                 annotation_clip=False,
             )
+    return room and plane.alpha is not None
 
 
-def _marks(results: SweepResults, values: Values) -> dict[Pair, str]:
+def _marks(results: SweepResults, values: Values, plane: Plane) -> dict[Pair, str]:
     """Return a mark for some pairs of rates.
 
     `best` is the best setting, `diagonal` the best at ratio 1, and `near` is within 1% of the best.
@@ -194,59 +285,53 @@ def _marks(results: SweepResults, values: Values) -> dict[Pair, str]:
     if best is None or best.mean is None or best.rates is None:
         return {}
     marks = {pair: "near" for pair, value in values.items() if is_near(value, best.mean)}
-    if baseline is not None and (pair := _pair(baseline)) is not None:
+    if baseline is not None and (pair := plane.pair(baseline)) is not None:
         marks[pair] = "diagonal"
-    if (pair := _pair(best)) is not None:
+    if (pair := plane.pair(best)) is not None:
         marks[pair] = "best"
     return marks
 
 
-def _handles(results: SweepResults, values: Values, cells: Cells, full: bool) -> list[Any]:
-    """Return the legend's entries for the marks that the figure has."""
-    marks = set(_marks(results, values).values())
+def _handles(results: SweepResults, values: Values, plane: Plane, full: bool, lines: bool) -> list[Any]:
+    """Return the legend's entries for the marks and lines that the figure has."""
+    marks = set(_marks(results, values, plane).values())
     ring: dict[str, Any] = {"edgecolor": BASELINE, "linewidth": 2.4, "linestyle": (0, (2, 1))}
     dot: dict[str, Any] = {"color": INK, "marker": "o", "markersize": 4.5, "linestyle": ""}
     cross: dict[str, Any] = {"color": MUTED, "marker": "X", "markersize": 9, "linestyle": ""}
-    failed = any(one.failed for members in cells.values() for one in members)
+    failed = any(one.failed for members in plane.cells.values() for one in members)
+    equal = "equal η_B" if plane.by_ratio else "equal lora_alpha of plain LoRA"
     entries: tuple[tuple[bool, Any], ...] = (
-        (True, Line2D([], [], label="η_A = η_B: plain LoRA", **_DASHED)),
+        (not plane.by_ratio, Line2D([], [], label="η_A = η_B: plain LoRA", **_DASHED)),
+        (full and lines, Line2D([], [], label=equal, **_LIGHT)),
         ("best" in marks, Patch(facecolor="none", edgecolor=INK, linewidth=2.4, label="best")),
         ("diagonal" in marks, Patch(facecolor="none", label="best of plain LoRA", **ring)),
         ("near" in marks, Line2D([], [], label="within 1% of the best", **dot)),
-        (not full and len(values) < len(cells), Line2D([], [], label="no result", **cross)),
+        (not full and len(values) < len(plane.cells), Line2D([], [], label="no result", **cross)),
         (full and failed, Patch(facecolor="none", edgecolor=MUTED, hatch="////", linewidth=0, label="failed")),
     )
     return [handle for applies, handle in entries if applies]
 
 
-def _caption(cells: Cells, beyond: int, full: bool) -> str:
-    caption = "Below the dashed line lora_B has a larger rate than lora_A (LoRA+), above it a smaller rate."
-    if any(len(members) > 1 for members in cells.values()):
+def _caption(plane: Plane, beyond: int, full: bool, lines: bool) -> str:
+    if plane.by_ratio:
+        caption = "A ratio above 1 gives lora_B a larger rate than lora_A (LoRA+)."
+        caption += " Grey lines: equal η_B, with its value at the end." if lines else ""
+    else:
+        caption = "Below the dashed line lora_B has a larger rate than lora_A (LoRA+), above it a smaller rate."
+    written = len(plane.across.values) * len(plane.up.values) <= _MOST_NUMBERS if full else lines
+    if plane.alpha is not None and (written or lines or plane.by_ratio):
+        place = "at the top" if full and plane.by_ratio else "at the end of its line" if lines else "in it"
+        caption += (
+            f" Each {'cell' if full else 'point'} is nearly the same training as a run of plain LoRA with lr = η_A and "
+            f"the lora_alpha {place}, because B starts at zero."
+        )
+    if any(len(members) > 1 for members in plane.cells.values()):
         caption += " If several settings have the same pair of rates, the best is shown."
     if not full:
         caption += " Grey lines: pairs with the same ratio."
     if beyond:
         caption += f" {beyond} value{'s' if beyond > 1 else ''} beyond the scale have the colour of the scale's end."
     return caption
-
-
-def _axes_of(cells: Cells) -> tuple[list[float], list[float]]:
-    """Return the distinct rates of lora_B and of lora_A."""
-    return sorted({pair[0] for pair in cells}), sorted({pair[1] for pair in cells})
-
-
-def _cells(settings: Sequence[Setting]) -> Cells:
-    """Group the settings by their rates."""
-    cells: Cells = {}
-    for one in settings:
-        if (pair := _pair(one)) is not None:
-            cells.setdefault(pair, []).append(one)
-    return cells
-
-
-def _pair(setting: Setting) -> Pair | None:
-    rates = setting.rates
-    return None if rates is None else (float(f"{rates.lr_B:.4g}"), float(f"{rates.lr_A:.4g}"))
 
 
 def _best_of(results: SweepResults, members: Sequence[Setting]) -> Setting | None:

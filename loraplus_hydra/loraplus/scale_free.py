@@ -1,0 +1,23 @@
+"""Optimizers whose steps don't depend on the gradient's scale.
+
+This module loads no torch, so the report can import it.
+"""
+
+from __future__ import annotations
+
+_SCALE_FREE = ("adam", "adamw", "nadam", "radam", "lion", "muon", "ademamix")
+_WITHOUT_EPS = ("lion",)
+
+
+def is_scale_free(optimizer: str) -> bool:
+    """Return True if this class's steps don't depend on the gradient's scale, except for eps."""
+    return _plain_name(optimizer) in _SCALE_FREE
+
+
+def has_eps(optimizer: str) -> bool:
+    """Return True if this class adds eps to the size of the gradient."""
+    return _plain_name(optimizer) not in _WITHOUT_EPS
+
+
+def _plain_name(optimizer: str) -> str:
+    return optimizer.lower().removeprefix("paged").removesuffix("8bit").removesuffix("32bit")
