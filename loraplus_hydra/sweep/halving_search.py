@@ -7,7 +7,7 @@ comes to the same decisions. halving.json is their record.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,7 @@ class _Search:
 
     def make_plan(self, share: float) -> None:
         """Plan the rungs. The number of steps is known once jobs have been at the first rung, `share`."""
+        self._remove_failed(lambda rung: rung.stop_at == share)
         found = [rung for status in self._statuses().values() for rung in self._rungs(status) if rung.stop_at == share]
         if not found:  # all jobs have failed, or had run to their ends before
             return
@@ -140,7 +141,7 @@ class _Search:
         """Decide which candidates stay at a rung, and record it. All jobs have been there, or have failed."""
         stop = self.stops[number]
         self._spend_until(stop.step)
-        self._remove_failed(stop.step)
+        self._remove_failed(lambda rung: rung.step == stop.step)
         rungs = self._compared(stop.step)
         more = halving.places(len(self.candidates), self.stops, self.steps, number, self.spent)
         standings = halving.decide(rungs, stop.keep, more) if rungs else []
@@ -171,12 +172,12 @@ class _Search:
             raise UserError("the jobs have different held-out rows, so they can't be compared: use halving=false")
         return known
 
-    def _remove_failed(self, step: int) -> None:
-        """Remove the candidates with a job that failed before it was at the rung of `step`."""
+    def _remove_failed(self, is_the_rung: Callable[[Rung], bool]) -> None:
+        """Remove the candidates with a job that failed before it was at the rung."""
         statuses = self._statuses()
 
         def has_failed(job: Overrides) -> bool:
-            return not _is_done(statuses[job]) and self._rung(statuses[job], step) is None
+            return not _is_done(statuses[job]) and not any(map(is_the_rung, self._rungs(statuses[job])))
 
         self._leave([name for name in self.remaining if any(map(has_failed, self.candidates[name]))])
 
