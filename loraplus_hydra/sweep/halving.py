@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from loraplus_hydra.io.rungs import Rung
+from loraplus_hydra.io.rungs import Rung, cool_down_steps
 
 _SHARES = (1 / 16, 1 / 4, 1 / 2)  # rungs, as shares of all steps
 _WITHIN = 2.0  # standard errors within which a candidate is as good as the last one kept
@@ -24,6 +24,7 @@ class Stop:
 
     step: int
     keep: int  # number of candidates that stay
+    cool_down: int = 0  # steps that each candidate takes there before its losses are computed
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def plan(candidates: int, steps: int, earliest: int) -> tuple[Stop, ...]:
     for share, keep in zip(_SHARES, _keeps(candidates), strict=True):
         step = max(round(share * steps), earliest)
         if keep < candidates and step < steps:
-            stops[step] = Stop(step, keep)
+            stops[step] = Stop(step, keep, cool_down_steps(step, steps))
     return tuple(stops.values())
 
 
@@ -59,7 +60,7 @@ def job_steps(candidates: int, stops: Sequence[Stop], steps: int) -> int:
     """Return the planned number of steps of all candidates with one seed."""
     total, remaining, reached = 0, candidates, 0
     for stop in stops:
-        total += remaining * (stop.step - reached)
+        total += remaining * (stop.step - reached + stop.cool_down)
         remaining, reached = min(remaining, stop.keep), stop.step
     return total + remaining * (steps - reached)
 
@@ -70,11 +71,11 @@ def places(candidates: int, stops: Sequence[Stop], steps: int, number: int, spen
     `spent` is the number of steps, with one seed, that all candidates have taken up to this rung.
     """
     stop = stops[number]
-    later = [Stop(one.step - stop.step, one.keep) for one in stops[number + 1 :]]
+    later = [replace(one, step=one.step - stop.step) for one in stops[number + 1 :]]
     planned = job_steps(stop.keep, later, steps - stop.step)
-    until = stops[number + 1].step if number + 1 < len(stops) else steps
+    until = later[0].step + later[0].cool_down if later else steps - stop.step
     left = (1 + _MORE) * job_steps(candidates, stops, steps) - spent - planned
-    return max(0, math.floor(left / (until - stop.step) + 1e-9))
+    return max(0, math.floor(left / until + 1e-9))
 
 
 def decide(rungs: Mapping[str, Sequence[Rung]], keep: int, more: int) -> list[Standing]:

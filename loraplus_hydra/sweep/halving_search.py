@@ -141,6 +141,7 @@ class _Search:
         """Decide which candidates stay at a rung, and record it. All jobs have been there, or have failed."""
         stop = self.stops[number]
         self._spend_until(stop.step)
+        self.spent += len(self.remaining) * stop.cool_down
         self._remove_failed(lambda rung: rung.step == stop.step)
         rungs = self._compared(stop.step)
         more = halving.places(len(self.candidates), self.stops, self.steps, number, self.spent)
@@ -165,7 +166,7 @@ class _Search:
         """Return the rungs of the candidates that are compared at `step`."""
         statuses = self._statuses()
         rungs = {name: [self._rung(statuses[job], step) for job in self.candidates[name]] for name in self.remaining}
-        # A job that was trained beyond the rung before, by the same sweep without halving, goes on without a comparison
+        # A job that the same sweep without halving has trained beyond the rung continues without a comparison
         known = {name: [rung for rung in each if rung is not None and rung.losses] for name, each in rungs.items()}
         known = {name: each for name, each in known.items() if len(each) == len(self.candidates[name])}
         if len({len(rung.losses) for each in known.values() for rung in each}) > 1:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import get_linear_schedule_with_warmup, get_wsd_schedule
 
-from loraplus_hydra.io.rungs import Rung, add_rung, read_rungs
+from loraplus_hydra.io.rungs import Rung, add_rung, cool_down_steps, read_rungs
 from loraplus_hydra.loraplus.schedule import highest_rate_step, named_schedule, one_cycle
 from loraplus_hydra.sweep.halving import Stop, compare, decide, first_share, job_steps, places, plan
 
@@ -26,22 +26,22 @@ def rung(losses: list[float], weights: list[float] | None = None) -> Rung:
 
 
 def test_rungs_are_at_a_sixteenth_a_quarter_and_a_half() -> None:
-    assert plan(25, 100, 6) == (Stop(6, 8), Stop(25, 2), Stop(50, 1))
-    assert plan(9, 433, 6) == (Stop(27, 3), Stop(108, 2), Stop(216, 1))
-    assert plan(3, 433, 6) == (Stop(108, 2), Stop(216, 1))  # three stay at the first rung, so there is none
-    assert plan(2, 433, 6) == (Stop(216, 1),)
+    assert plan(25, 100, 6) == (Stop(6, 8), Stop(25, 2), Stop(50, 1, 5))
+    assert plan(9, 433, 6) == (Stop(27, 3), Stop(108, 2), Stop(216, 1, 21))
+    assert plan(3, 433, 6) == (Stop(108, 2), Stop(216, 1, 21))  # three stay at the first rung, so there is none
+    assert plan(2, 433, 6) == (Stop(216, 1, 21),)
     assert plan(1, 433, 6) == ()
 
 
 def test_no_rung_is_before_the_sixth_step_or_the_end_of_warm_up() -> None:
-    assert plan(9, 40, 6) == (Stop(6, 3), Stop(10, 2), Stop(20, 1))
-    assert plan(9, 40, 15) == (Stop(15, 2), Stop(20, 1))  # two rungs at one step: the later one counts
+    assert plan(9, 40, 6) == (Stop(6, 3), Stop(10, 2), Stop(20, 1, 2))
+    assert plan(9, 40, 15) == (Stop(15, 2), Stop(20, 1, 2))  # two rungs at one step: the later one counts
     assert plan(9, 12, 6) == (Stop(6, 1),)
     assert plan(9, 6, 6) == ()
 
 
 def test_a_quarter_of_the_steps_is_planned() -> None:
-    assert job_steps(25, plan(25, 100, 6), 100) == 25 * 6 + 8 * 19 + 2 * 25 + 1 * 50
+    assert job_steps(25, plan(25, 100, 6), 100) == 25 * 6 + 8 * 19 + 2 * 25 + 2 * 5 + 1 * 50
     assert job_steps(25, plan(25, 100, 6), 100) * 1.2 <= 0.20 * 25 * 100
     assert job_steps(8, plan(8, 433, 6), 433) <= 0.27 * 8 * 433
 
@@ -56,7 +56,10 @@ def test_rungs_leave_fewer_candidates_each_time(candidates: int, steps: int, ear
     # Counted by hand: at each step, one for each candidate that remains
     remaining, counted = candidates, 0
     for step in range(steps):
-        remaining = next((stop.keep for stop in stops if stop.step == step), remaining)
+        for stop in stops:
+            if stop.step == step:
+                counted += remaining * stop.cool_down
+                remaining = stop.keep
         counted += remaining
     assert job_steps(candidates, stops, steps) == counted
 
@@ -68,12 +71,18 @@ def test_candidates_that_are_as_good_cost_a_fifth_more_at_most(
     stops = plan(candidates, steps, earliest)
     remaining, reached, spent = candidates, 0, 0
     for number, stop in enumerate(stops):
-        spent += remaining * (stop.step - reached)
+        spent += remaining * (stop.step - reached + stop.cool_down)
         reached = stop.step
         more = places(candidates, stops, steps, number, spent)
         remaining = min(remaining, stop.keep + min(more, as_good[number]))
     spent += remaining * (steps - reached)
     assert spent <= 1.2 * job_steps(candidates, stops, steps) + 1e-6
+
+
+def test_rates_fall_at_half_time_only() -> None:
+    assert [cool_down_steps(step, 433) for step in (27, 108, 216, 217, 433)] == [0, 0, 21, 21, 0]
+    assert cool_down_steps(50, 100) == 5
+    assert cool_down_steps(6, 12) == 0
 
 
 @given(st.lists(st.tuples(LOSSES, LOSSES), min_size=2, max_size=30))

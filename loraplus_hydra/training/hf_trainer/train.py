@@ -28,7 +28,7 @@ def train(
     task, examples = job.config.task, job.examples
     result.device = str(trainer.args.device)
     result.trained_parameters, result.total_parameters = count_parameters(trainer.model)
-    # A job that stops at a rung may leave there. If it goes on, the resumed job makes these answers.
+    # A job that stops at a rung may leave there. If it continues, the resumed job makes these answers.
     before = [] if stop_at else answers(trainer.model, trainer.processing_class, examples, task.sample_tokens)
     set_seed(job.config.seed)  # otherwise data order and dropout would depend on the evaluation before
     trainer.add_callback(StopAtRung(trainer, stop_at) if stop_at else StopAtStep())
