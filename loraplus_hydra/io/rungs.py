@@ -29,13 +29,6 @@ class Rung:
         return sum(map(float.__mul__, self.losses, self.weights)) / sum(self.weights)
 
 
-def cool_down_steps(step: int, steps: int) -> int:
-    """Return the number of steps at falling rates that a job takes at a rung before its losses are computed."""
-    # At a high rate, a loss has noise that vanishes once the rate falls. At half of the steps near ties are decided for
-    # good, so there the losses are those after a short fall of the rates.
-    return steps // 20 if steps / 2 <= step + 1 and step < steps else 0
-
-
 def read_rungs(folder: Path) -> list[Rung]:
     """Return the rungs stored in a job's folder; none if the file is missing or damaged."""
     rungs = []

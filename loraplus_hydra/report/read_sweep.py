@@ -20,7 +20,7 @@ UNFINISHED, BROKEN = "unfinished", "broken"  # the job has no result.json; its r
 _DEFAULT_REASONS = {
     INTERRUPTED: "stopped by a signal",
     WAITING: "stopped at a rung of a search that has not ended",
-    PRUNED: "left the search at a rung",
+    PRUNED: "ended early by a search",
     FAILED: "no error stored",
 }
 _JOB_FILES = (run_folder.RESULT, run_folder.CONFIG, run_folder.METRICS, run_folder.HYDRA)

@@ -11,9 +11,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from loraplus_hydra.io.rungs import Rung, cool_down_steps
+from loraplus_hydra.io.rungs import Rung
 
-_SHARES = (1 / 16, 1 / 4, 1 / 2)  # rungs, as shares of all steps
+_SHARES = (1 / 16, 1 / 4, 1 / 2, 3 / 4)  # rungs, as shares of all steps
 _WITHIN = 2.0  # standard errors within which a candidate is as good as the last one kept
 _MORE = 0.2  # the job-steps may exceed the plan by this share
 
@@ -24,7 +24,6 @@ class Stop:
 
     step: int
     keep: int  # number of candidates that stay
-    cool_down: int = 0  # steps that each candidate takes there before its losses are computed
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def plan(candidates: int, steps: int, earliest: int) -> tuple[Stop, ...]:
     for share, keep in zip(_SHARES, _keeps(candidates), strict=True):
         step = max(round(share * steps), earliest)
         if keep < candidates and step < steps:
-            stops[step] = Stop(step, keep, cool_down_steps(step, steps))
+            stops[step] = Stop(step, keep)
     return tuple(stops.values())
 
 
@@ -60,7 +59,7 @@ def job_steps(candidates: int, stops: Sequence[Stop], steps: int) -> int:
     """Return the planned number of steps of all candidates with one seed."""
     total, remaining, reached = 0, candidates, 0
     for stop in stops:
-        total += remaining * (stop.step - reached + stop.cool_down)
+        total += remaining * (stop.step - reached)
         remaining, reached = min(remaining, stop.keep), stop.step
     return total + remaining * (steps - reached)
 
@@ -73,7 +72,7 @@ def places(candidates: int, stops: Sequence[Stop], steps: int, number: int, spen
     stop = stops[number]
     later = [replace(one, step=one.step - stop.step) for one in stops[number + 1 :]]
     planned = job_steps(stop.keep, later, steps - stop.step)
-    until = later[0].step + later[0].cool_down if later else steps - stop.step
+    until = later[0].step if later else steps - stop.step
     left = (1 + _MORE) * job_steps(candidates, stops, steps) - spent - planned
     return max(0, math.floor(left / until + 1e-9))
 
@@ -125,6 +124,7 @@ def _parts(rung: Rung) -> list[float]:
     return [weight * (loss - mean) / total for loss, weight in zip(rung.losses, rung.weights, strict=True)]
 
 
-def _keeps(candidates: int) -> tuple[int, int, int]:
+def _keeps(candidates: int) -> tuple[int, int, int, int]:
     """Return how many candidates stay at each rung: a third but at least 3, then 2, then 1."""
-    return max(3, candidates // 3), 2, 1
+    # The last rung is for candidates that were as good as the best at half of the steps
+    return max(3, candidates // 3), 2, 1, 1

@@ -82,6 +82,8 @@ def batches(jobs: Sequence[Sequence[str]], folder: Path, start: str) -> Iterator
         yield from search.batch(search.remaining, share)
         search.make_plan(share)
     for number, stop in enumerate(search.stops):
+        if len(search.remaining) <= stop.keep:
+            continue
         yield from search.batch_until(stop.step)
         search.decide(number)
     yield from search.batch(search.remaining)
@@ -102,7 +104,7 @@ class _Search:
         self.remaining = list(self.candidates)
         self.steps = 0  # of one job; 0 = unknown
         self.stops: tuple[Stop, ...] = ()
-        self.decisions: list[list[Standing]] = []
+        self.decisions: list[tuple[Stop, list[Standing]]] = []
         self.reached = 0  # the step of the last rung
         self.spent = 0  # steps of all candidates, with one seed
 
@@ -141,12 +143,11 @@ class _Search:
         """Decide which candidates stay at a rung, and record it. All jobs have been there, or have failed."""
         stop = self.stops[number]
         self._spend_until(stop.step)
-        self.spent += len(self.remaining) * stop.cool_down
         self._remove_failed(lambda rung: rung.step == stop.step)
         rungs = self._compared(stop.step)
         more = halving.places(len(self.candidates), self.stops, self.steps, number, self.spent)
         standings = halving.decide(rungs, stop.keep, more) if rungs else []
-        self.decisions.append(standings)
+        self.decisions.append((stop, standings))
         self._leave([one.name for one in standings if not one.stays])
         self._write()
         names = first_of([f"{one.name} ({one.loss:.4f})" for one in standings if one.stays], _MOST_SHOWN)
@@ -219,7 +220,7 @@ class _Search:
             "of": len(self.candidates) * self.steps * seeds,
             "rungs": [
                 {"step": stop.step, "keep": stop.keep, "candidates": [asdict(one) for one in standings]}
-                for stop, standings in zip(self.stops, self.decisions, strict=False)
+                for stop, standings in self.decisions
             ],
         }
         write_text(self.folder / HALVING, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

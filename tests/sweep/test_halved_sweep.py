@@ -66,11 +66,11 @@ def test_stopped_search_goes_on_and_its_winner_is_the_unbroken_run(
     row_losses = rung._row_losses
     begun: list[int] = []
 
-    def stopped_in_the_second(trainer: Any) -> Any:
+    def stopped_in_the_second(trainer: Any, share: float) -> Any:
         begun.append(trainer.state.global_step)
         if len(begun) == 2:
             raise Interrupted(signal.SIGINT)  # its checkpoint exists, but its losses don't
-        return row_losses(trainer)
+        return row_losses(trainer, share)
 
     with monkeypatch.context() as patch:
         patch.setattr(rung, "_row_losses", stopped_in_the_second)
@@ -85,7 +85,7 @@ def test_stopped_search_goes_on_and_its_winner_is_the_unbroken_run(
     finished = cli(*words)
     assert finished.status == 0, finished.out[-3000:]
     decided = decisions(sweep)
-    assert [(one["step"], one["keep"]) for one in decided["rungs"]] == [(6, 2), (12, 1)]
+    assert [(one["step"], one["keep"]) for one in decided["rungs"]][:2] == [(6, 2), (12, 1)]
     left = {one["name"]: at["step"] for at in decided["rungs"] for one in at["candidates"] if not one["stays"]}
     (winner,) = {"loraplus.ratio=1", "loraplus.ratio=8", "loraplus.ratio=64"} - left.keys()
     found = results(sweep)
@@ -96,10 +96,8 @@ def test_stopped_search_goes_on_and_its_winner_is_the_unbroken_run(
         assert (folder / "adapter").is_dir() == (step is None)
         assert bool(result["samples"]) == (step is None)
         assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == result["steps"]
-    # At half-time, each job takes one more step at a falling rate
-    at_half = len(decided["rungs"][1]["candidates"])
-    assert decided["job_steps"] == sum(result["steps"] for result in found.values()) + at_half
-    assert decided["job_steps"] <= 1.2 * (3 * 6 + 2 * 6 + 2 + 12)
+    assert decided["job_steps"] == sum(result["steps"] for result in found.values())
+    assert decided["job_steps"] <= 1.2 * (3 * 6 + 2 * 6 + 12)
     assert decided["of"] == 72
     assert "left at step" in finished.out
     assert "left at step" in (sweep / "report.html").read_text()

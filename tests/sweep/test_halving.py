@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import get_linear_schedule_with_warmup, get_wsd_schedule
 
-from loraplus_hydra.io.rungs import Rung, add_rung, cool_down_steps, read_rungs
+from loraplus_hydra.io.rungs import Rung, add_rung, read_rungs
 from loraplus_hydra.loraplus.schedule import highest_rate_step, named_schedule, one_cycle
 from loraplus_hydra.sweep.halving import Stop, compare, decide, first_share, job_steps, places, plan
 
@@ -26,22 +26,26 @@ def rung(losses: list[float], weights: list[float] | None = None) -> Rung:
 
 
 def test_rungs_are_at_a_sixteenth_a_quarter_and_a_half() -> None:
-    assert plan(25, 100, 6) == (Stop(6, 8), Stop(25, 2), Stop(50, 1, 5))
-    assert plan(9, 433, 6) == (Stop(27, 3), Stop(108, 2), Stop(216, 1, 21))
-    assert plan(3, 433, 6) == (Stop(108, 2), Stop(216, 1, 21))  # three stay at the first rung, so there is none
-    assert plan(2, 433, 6) == (Stop(216, 1, 21),)
+    assert plan(25, 100, 6) == (Stop(6, 8), Stop(25, 2), Stop(50, 1), Stop(75, 1))
+    assert plan(9, 433, 6) == (Stop(27, 3), Stop(108, 2), Stop(216, 1), Stop(325, 1))
+    assert plan(3, 433, 6) == (
+        Stop(108, 2),
+        Stop(216, 1),
+        Stop(325, 1),
+    )  # three stay at the first rung, so there is none
+    assert plan(2, 433, 6) == (Stop(216, 1), Stop(325, 1))
     assert plan(1, 433, 6) == ()
 
 
 def test_no_rung_is_before_the_sixth_step_or_the_end_of_warm_up() -> None:
-    assert plan(9, 40, 6) == (Stop(6, 3), Stop(10, 2), Stop(20, 1, 2))
-    assert plan(9, 40, 15) == (Stop(15, 2), Stop(20, 1, 2))  # two rungs at one step: the later one counts
-    assert plan(9, 12, 6) == (Stop(6, 1),)
+    assert plan(9, 40, 6) == (Stop(6, 3), Stop(10, 2), Stop(20, 1), Stop(30, 1))
+    assert plan(9, 40, 15) == (Stop(15, 2), Stop(20, 1), Stop(30, 1))  # two rungs at one step: the later one counts
+    assert plan(9, 12, 6) == (Stop(6, 1), Stop(9, 1))
     assert plan(9, 6, 6) == ()
 
 
 def test_a_quarter_of_the_steps_is_planned() -> None:
-    assert job_steps(25, plan(25, 100, 6), 100) == 25 * 6 + 8 * 19 + 2 * 25 + 2 * 5 + 1 * 50
+    assert job_steps(25, plan(25, 100, 6), 100) == 25 * 6 + 8 * 19 + 2 * 25 + 1 * 50
     assert job_steps(25, plan(25, 100, 6), 100) * 1.2 <= 0.20 * 25 * 100
     assert job_steps(8, plan(8, 433, 6), 433) <= 0.27 * 8 * 433
 
@@ -49,7 +53,7 @@ def test_a_quarter_of_the_steps_is_planned() -> None:
 @given(CANDIDATES, STEPS, EARLIEST)
 def test_rungs_leave_fewer_candidates_each_time(candidates: int, steps: int, earliest: int) -> None:
     stops = plan(candidates, steps, earliest)
-    assert all(earlier.step < later.step and earlier.keep > later.keep for earlier, later in pairwise(stops))
+    assert all(earlier.step < later.step and earlier.keep >= later.keep for earlier, later in pairwise(stops))
     assert all(earliest <= stop.step < steps and 1 <= stop.keep < candidates for stop in stops)
     assert all(stop.keep >= 2 for stop in stops if stop.step < round(steps / 2))
     assert (first_share(candidates) is None) == (candidates == 1)
@@ -58,20 +62,19 @@ def test_rungs_leave_fewer_candidates_each_time(candidates: int, steps: int, ear
     for step in range(steps):
         for stop in stops:
             if stop.step == step:
-                counted += remaining * stop.cool_down
                 remaining = stop.keep
         counted += remaining
     assert job_steps(candidates, stops, steps) == counted
 
 
-@given(CANDIDATES, STEPS, EARLIEST, st.lists(st.integers(0, 60), min_size=3, max_size=3))
+@given(CANDIDATES, STEPS, EARLIEST, st.lists(st.integers(0, 60), min_size=4, max_size=4))
 def test_candidates_that_are_as_good_cost_a_fifth_more_at_most(
     candidates: int, steps: int, earliest: int, as_good: list[int]
 ) -> None:
     stops = plan(candidates, steps, earliest)
     remaining, reached, spent = candidates, 0, 0
     for number, stop in enumerate(stops):
-        spent += remaining * (stop.step - reached + stop.cool_down)
+        spent += remaining * (stop.step - reached)
         reached = stop.step
         more = places(candidates, stops, steps, number, spent)
         remaining = min(remaining, stop.keep + min(more, as_good[number]))
@@ -79,10 +82,10 @@ def test_candidates_that_are_as_good_cost_a_fifth_more_at_most(
     assert spent <= 1.2 * job_steps(candidates, stops, steps) + 1e-6
 
 
-def test_rates_fall_at_half_time_only() -> None:
-    assert [cool_down_steps(step, 433) for step in (27, 108, 216, 217, 433)] == [0, 0, 21, 21, 0]
-    assert cool_down_steps(50, 100) == 5
-    assert cool_down_steps(6, 12) == 0
+def test_one_that_is_as_good_at_half_time_may_stay_to_three_quarters() -> None:
+    for candidates in (8, 9):
+        stops = plan(candidates, 433, 6)
+        assert places(candidates, stops, 433, 2, job_steps(candidates, stops, 433) - 217) == 1
 
 
 @given(st.lists(st.tuples(LOSSES, LOSSES), min_size=2, max_size=30))

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch.utils.data import SequentialSampler
-from transformers import set_seed
-from transformers.trainer_utils import has_length
 
 from loraplus_hydra.io import interrupts
-from loraplus_hydra.io.rungs import Rung, cool_down_steps
+from loraplus_hydra.io.rungs import Rung
 from loraplus_hydra.training.hf_trainer.callbacks import StopAtStep
 from loraplus_hydra.training.hf_trainer.loraplus_mixin import NotFiniteError, loss_tokens
 
-_ROWS = 200  # held-out rows on which jobs are compared
+_FEWEST_ROWS = 200  # held-out rows on which jobs are compared
+_ROWS = 1600  # times the share of the steps: later rungs have fewer jobs and smaller differences
 _FEWEST_STEPS = 6  # before this step, and before the end of warm-up, jobs are not compared
 
 
@@ -33,8 +31,7 @@ class StopAtRung(StopAtStep):
     `stop_at` is a share of all steps. If the run's last checkpoint is of the rung's step or later, no step is taken.
     """
 
-    # The rates fall and the losses are computed behind the checkpoint. So neither changes a bit of the run that resumes
-    # from it.
+    # The losses are computed after the checkpoint is saved. So they change no bit of the run that resumes from it.
 
     def __init__(self, trainer: Any, stop_at: float) -> None:
         super().__init__()
@@ -59,47 +56,18 @@ class StopAtRung(StopAtStep):
             self._reach(state)
 
     def _reach(self, state: Any) -> None:
-        losses: tuple[float, ...] = ()
-        weights: tuple[float, ...] = ()
-        if state.global_step == self.step:
-            _cool_down(self.trainer, cool_down_steps(self.step, state.max_steps))
-            losses, weights = _row_losses(self.trainer)
+        is_there = state.global_step == self.step
+        losses, weights = _row_losses(self.trainer, self.stop_at) if is_there else ((), ())
         raise RungReached(Rung(self.stop_at, self.step, state.max_steps, self.earliest, losses, weights))
 
 
-def _cool_down(trainer: Any, steps: int) -> None:
-    """Take optimizer steps at rates that fall from the current ones to 0. Nothing is logged or saved.
-
-    No step is taken on streamed rows, because a resumed run must read them in order, nor with DeepSpeed.
-    """
-    if not steps or not has_length(trainer.train_dataset) or trainer.is_deepspeed_enabled:
-        return
-    # Otherwise a job that resumes at the rung would draw other numbers than one that has just reached it
-    set_seed(trainer.args.seed)
-    trainer.current_gradient_accumulation_steps = 1
-    size, count = trainer.args.train_batch_size, len(trainer.train_dataset)
-    order = torch.randperm(count).tolist()
-    rows = trainer.train_dataset.select([order[place % count] for place in range(size * steps)])
-    rates = [group["lr"] for group in trainer.optimizer.param_groups]
-    batches = trainer._get_dataloader(rows, "Rung", batch_size=size, sampler_fn=SequentialSampler)
-    for step, inputs in enumerate(batches):
-        interrupts.stop_if_asked()
-        for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (steps - step) / (steps + 1)
-        trainer.training_step(trainer.model, inputs)
-        if trainer.args.max_grad_norm:
-            trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-
-
-def _row_losses(trainer: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _row_losses(trainer: Any, share: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the loss of each of the rung's rows, and its number of tokens with loss.
 
     Raises NotFiniteError if a loss is NaN or infinite.
     """
     rows, count = trainer.eval_dataset, len(trainer.eval_dataset)
-    chosen = min(count, _ROWS)
+    chosen = min(count, max(_FEWEST_ROWS, round(_ROWS * share)))
     rows = rows.select([place * count // chosen for place in range(chosen)])
     trainer.model.eval()
     losses, weights = [], []
