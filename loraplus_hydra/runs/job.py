@@ -131,7 +131,7 @@ def _run(job: Run, checked: Checked | None, stop_at: float | None) -> None:
     _show_and_write_plan(job.folder, prepared, trainer.loraplus_plan)
     interrupts.stop_if_asked()
     screen.show("5/6 Training")
-    train(trainer, prepared, job.result, job.point, stop_at=stop_at)
+    train(trainer, prepared, job.result, job.point, stop_at)
     screen.show("6/6 Saving the adapter")
     if processes.is_main():
         with interrupts.notice("the adapter is saved first"):

@@ -18,7 +18,7 @@ from loraplus_hydra.training.sampling import answers
 
 
 def train(
-    trainer: Any, job: Prepared, result: Result, point: ResumePoint | None = None, *, stop_at: float | None = None
+    trainer: Any, job: Prepared, result: Result, point: ResumePoint | None = None, stop_at: float | None = None
 ) -> None:
     """Evaluate, train and evaluate again. All measurements are written into `result`.
 
