@@ -60,7 +60,7 @@ def decisions(sweep: Path) -> dict[str, Any]:
     return json.loads((sweep / "halving.json").read_text())
 
 
-def test_stopped_search_goes_on_and_its_winner_is_the_unbroken_run(
+def test_stopped_search_resumes_and_its_winner_is_the_unbroken_run(
     cli: Cli, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row_losses = rung._row_losses
