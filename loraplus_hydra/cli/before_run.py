@@ -25,6 +25,7 @@ from loraplus_hydra.cli.hydra_settings import refuse_wrong_settings
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io import processes
 from loraplus_hydra.io.quiet_libraries import quiet_libraries
+from loraplus_hydra.sweep.halving_search import use_halving
 from loraplus_hydra.sweep.plan import Sweep, begin
 from loraplus_hydra.sweep.search import continue_study
 
@@ -63,4 +64,5 @@ class BeforeRun(Callback):
                 raise UserError(f"'{self.command.name}' needs one config, not a sweep; remove --multirun")
             processes.refuse_sweep(["--multirun"])  # also if the config sets hydra.mode
             BeforeRun.sweep = begin(config, sys.argv[1:])
+            use_halving(config, BeforeRun.sweep)
             continue_study(config, BeforeRun.sweep)

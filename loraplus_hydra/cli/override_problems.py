@@ -29,7 +29,10 @@ from loraplus_hydra.config.synonyms import meant_option, meant_overrides
 from loraplus_hydra.errors import Problem, first_line, nearest
 from loraplus_hydra.sweep.plugins import missing_plugin
 
-ROOT_KEYS = (*(field.name for field in fields(RunConfig)), "sweep", "experiment", "hparams_search", "launcher", "debug")
+ROOT_KEYS = (
+    *(field.name for field in fields(RunConfig)),
+    *("sweep", "halving", "experiment", "hparams_search", "launcher", "debug"),
+)
 # `key = value`, `key= value`, `key =value`, `key: value` or `key:value`, of one to three words.
 _SPACED = re.compile(r"([\w./@]+)(?: = ?|= | =|: ?)([^\s=]+)(?= |$)")
 # Kinds of sweep overrides whose values can be listed without a sweeper.

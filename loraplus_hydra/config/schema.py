@@ -181,6 +181,8 @@ class SweepConfig:
     # Set by the program for the jobs of a sweep: see sweep/plan.py.
     swept: List[str] = field(default_factory=list)  # the keys that the sweep varies
     start: Optional[str] = None  # identifies the start of the sweep that runs the job
+    # With halving, the share of its steps after which the job stops
+    stop_at: Optional[float] = None
 
 
 @dataclass
@@ -275,7 +277,7 @@ SCHEMAS: dict[str, type] = {
 # Keys of the trainer group that are not fields of TrainingArguments.
 NOT_TRAINING_ARGUMENTS = ("early_stopping_patience", "early_stopping_threshold", "forward")
 
-NOT_OF_A_RUN = ("hydra", "sweep")  # nodes of the program's config that a run's config doesn't have
+NOT_OF_A_RUN = ("hydra", "sweep", "halving")  # nodes of the program's config that a run's config doesn't have
 
 # Types and ranges of other libraries' parameters, because their signatures give no range.
 LIBRARY_RANGES: dict[str, tuple[Any, Range]] = {

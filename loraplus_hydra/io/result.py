@@ -16,7 +16,8 @@ from loraplus_hydra.io.files import write_text
 from loraplus_hydra.io.read import Unreadable, read_json
 from loraplus_hydra.io.run_folder import RESULT
 
-OK, FAILED, INTERRUPTED, PRUNED = "ok", "failed", "interrupted", "pruned"
+OK, FAILED, INTERRUPTED = "ok", "failed", "interrupted"
+WAITING, PRUNED = "waiting", "pruned"  # stopped at a rung of successive halving: not yet decided; left the search
 _CHECKED = ("status", "metric", "metrics", "metrics_before", "error", "steps", "config_hash", "inputs", "resumed_at")
 _OF_EVERY_RUN = ("metric", "metrics", "metrics_before")  # the keys that a successful run has
 _LIBRARIES = (
@@ -40,7 +41,7 @@ class Result:
     The JSON keys are an interface: a change needs a line in the CHANGELOG.
     """
 
-    status: str  # ok | failed | interrupted | pruned (a search ended the job early; this program's search never does)
+    status: str  # ok | failed | interrupted | waiting | pruned
     metric: str  # name of the metric that a sweep optimises
     metrics: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
     # Metrics of the evaluation before the first step

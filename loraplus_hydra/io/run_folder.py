@@ -8,6 +8,7 @@ RESULT = "result.json"
 FIGURE = "train.png"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
+RUNGS = "rungs.json"  # only of a job of a halved sweep
 HYDRA = ".hydra"
 
 WRITTEN = (
@@ -18,7 +19,10 @@ WRITTEN = (
     FIGURE,
     ADAPTER,
     CHECKPOINTS,
+    RUNGS,
 )  # HYDRA is Hydra's
 
 # The file of a sweep's folder with the sweep's name, its command and its swept keys.
 SWEEP = "sweep.json"
+# In a sweep's folder: the decisions of a halved sweep.
+HALVING = "halving.json"

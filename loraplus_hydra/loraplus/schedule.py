@@ -50,6 +50,25 @@ def build_schedule(
     return _call(factory, optimizer, arguments)
 
 
+def highest_rate_step(
+    factory: Callable[..., Any], optimizer: Optimizer, *, num_training_steps: int, kwargs: Mapping[str, Any]
+) -> int:
+    """Return the first step with the schedule's highest rate, which is the end of a warm-up.
+
+    The arguments are those of `build_schedule`. `optimizer` is unchanged.
+    """
+    stand_in = _stand_in(optimizer)
+    for group, own in zip(stand_in.param_groups, optimizer.param_groups, strict=True):
+        group["lr"] = own.get("initial_lr", own["lr"])
+    schedule = _call(factory, stand_in, _arguments(factory, num_training_steps, kwargs))
+    rates = []
+    for _ in range(num_training_steps):
+        rates.append(float(stand_in.param_groups[0]["lr"]))
+        stand_in.step()
+        schedule.step()
+    return rates.index(max(rates))
+
+
 def named_schedule(name: str) -> Callable[..., Any]:
     """Return the schedule with this name: a `lr_scheduler_type` of transformers, `wsd` or `one_cycle`."""
     from transformers.optimization import (

@@ -73,6 +73,8 @@ def _texts(results: SweepResults) -> dict[str, Any]:
     varied = ", ".join(results.names[key] for key in results.keys)
     beyond, extending = summary.extension(results)
     overview = f"{count(len(jobs), 'job')}, {sum(job.has_result for job in jobs)} with a result"
+    if results.sweep.pruned:
+        overview += f", {len(results.sweep.pruned)} left the search early"
     return {
         "title": results.sweep.name,
         "overview": overview + (f"; varied: {varied}." if varied else "."),
@@ -157,6 +159,7 @@ def _columns(results: SweepResults) -> list[dict[str, Any]]:
         (results.sweep.metric, "at the end", True),
         ("best", "value at the job's best evaluation", True),
         ("steps", "number of optimizer steps", True),
+        *((("left at step", "step at which the job left the search", True),) if results.sweep.pruned else ()),
         ("seconds", "seconds of the whole job", True),
         ("reason", "reason for a missing result, and files that can't be read", False),
     )
@@ -177,6 +180,7 @@ def _row(results: SweepResults, job: Job) -> dict[str, Any]:
         (measured(job.value), job.value),
         (measured(job.best), job.best),
         (ABSENT if job.steps is None else f"{job.steps:,}", job.steps),
+        *(((ABSENT if job.left_at is None else f"{job.left_at:,}", job.left_at),) if results.sweep.pruned else ()),
         (ABSENT if job.seconds is None else f"{job.seconds:,.1f}", job.seconds),
     ]
     reason = job.reason[:_LONGEST_REASON]

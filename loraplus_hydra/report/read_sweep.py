@@ -13,11 +13,16 @@ from typing import Any
 from loraplus_hydra.errors import first_of
 from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.read import Missing, Unreadable, inside, read_json, read_lines, read_yaml
-from loraplus_hydra.io.result import FAILED, INTERRUPTED, OK, PRUNED
+from loraplus_hydra.io.result import FAILED, INTERRUPTED, OK, PRUNED, WAITING
 from loraplus_hydra.report.values import flatten, number, override_values, rerun_overrides, resolved, whole_number
 
 UNFINISHED, BROKEN = "unfinished", "broken"  # the job has no result.json; its result.json can't be read
-_DEFAULT_REASONS = {INTERRUPTED: "stopped by a signal", PRUNED: "ended early by a search", FAILED: "no error stored"}
+_DEFAULT_REASONS = {
+    INTERRUPTED: "stopped by a signal",
+    WAITING: "stopped at a rung of a search that has not ended",
+    PRUNED: "ended early by a search",
+    FAILED: "no error stored",
+}
 _JOB_FILES = (run_folder.RESULT, run_folder.CONFIG, run_folder.METRICS, run_folder.HYDRA)
 
 
@@ -56,7 +61,7 @@ class Job:
     """One job of a sweep, read from its folder."""
 
     folder: str  # the folder's name inside the sweep's folder
-    status: str  # ok | failed | interrupted | pruned | unfinished | broken
+    status: str  # ok | failed | interrupted | waiting | pruned | unfinished | broken
     reason: str = ""  # why the job has no result, and which of its files can't be read
     metric: str = ""  # name of the metric that the sweep compares
     value: float | None = None  # the metric at the end
@@ -85,6 +90,11 @@ class Job:
         """Return True if the job was successful and has the metric."""
         return self.status == OK and self.value is not None
 
+    @property
+    def left_at(self) -> int | None:
+        """The step at which the job left a search; None for any other job."""
+        return self.steps if self.status == PRUNED else None
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -102,8 +112,13 @@ class Sweep:
 
     @property
     def unsuccessful(self) -> tuple[Job, ...]:
-        """All jobs without a result."""
-        return tuple(job for job in self.jobs if not job.has_result)
+        """All jobs without a result, except those that left a search."""
+        return tuple(job for job in self.jobs if not job.has_result and job.status != PRUNED)
+
+    @property
+    def pruned(self) -> tuple[Job, ...]:
+        """The jobs that left a search. The first to leave comes last."""
+        return tuple(sorted((job for job in self.jobs if job.status == PRUNED), key=lambda job: -(job.left_at or 0)))
 
 
 def read_sweep(folder: Path) -> Sweep:
@@ -119,7 +134,7 @@ def read_sweep(folder: Path) -> Sweep:
     if others := [job.folder for job in jobs if job.metric not in ("", metric)]:
         notes.append(f"Jobs are compared by {metric}. Jobs with another metric are ignored: {first_of(others, 5)}")
         jobs = tuple(_without_value(job, metric) if job.folder in others else job for job in jobs)
-    notes += _stopped(stored.get("left"))
+    notes += [*_stopped(stored.get("left")), *_halved(files.read(read_json, run_folder.HALVING) or {})]
     swept = stored.get("swept")
     return Sweep(
         folder=folder,
@@ -196,7 +211,7 @@ def _status(result: Any, *, broken: bool) -> tuple[str, str]:
     if result is None:
         return UNFINISHED, f"no {run_folder.RESULT}: it was killed or is still running"
     status = result.get("status")
-    if status not in (OK, FAILED, INTERRUPTED, PRUNED):
+    if status not in (OK, FAILED, INTERRUPTED, WAITING, PRUNED):
         return BROKEN, f"{run_folder.RESULT} has no known status"
     error = _mapping(result, "error")
     reason = ": ".join(str(error[part]) for part in ("type", "text") if error.get(part))
@@ -281,6 +296,14 @@ def _stopped(left: Any) -> list[str]:
     if not isinstance(left, list) or not left:
         return []
     return [f"The sweep was stopped before {len(left)} jobs: {first_of(list(map(str, left)), 5)}"]
+
+
+def _halved(stored: Mapping[str, Any]) -> list[str]:
+    """Return a note on the cost of a halved sweep."""
+    taken, of = number(stored.get("job_steps")), number(stored.get("of"))
+    if taken is None or not of:
+        return []
+    return [f"Successive halving: {taken:,.0f} of the grid's {of:,.0f} steps were taken ({taken / of:.0%})."]
 
 
 def _without_value(job: Job, metric: str) -> Job:

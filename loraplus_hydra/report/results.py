@@ -48,10 +48,10 @@ class SweepResults:
 
     @property
     def jobs_best_first(self) -> list[Job]:
-        """The jobs. The best comes first, and jobs without a result come last."""
+        """The jobs. The best comes first. Jobs that left a search and jobs without a result come last."""
         successful = [job for job in self.sweep.jobs if job.has_result]
         successful.sort(key=lambda job: job.value or 0.0, reverse=self.sweep.greater_is_better)
-        return [*successful, *self.sweep.unsuccessful]
+        return [*successful, *self.sweep.pruned, *self.sweep.unsuccessful]
 
     def label(self, setting: Setting) -> str:
         """Return a setting's values as text: `ratio 16, lr 5e-5`."""

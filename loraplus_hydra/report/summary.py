@@ -10,6 +10,7 @@ from loraplus_hydra.report.edges import edges, extending_command
 from loraplus_hydra.report.formatting import count, measured, short, with_spread
 from loraplus_hydra.report.results import SweepResults
 
+_OF_A_HALVED_GRID = ("hparams_search=halving", "halving=true")  # overrides that a single run refuses
 _MANY = 6  # from this number of settings on, the lead of the best is partly due to lucky seeds
 
 
@@ -82,9 +83,10 @@ def command(results: SweepResults) -> str:
     job = results.outcome.best_job
     if job is None or job.rerun is None:
         return ""
+    rerun = [text for text in job.rerun if text not in _OF_A_HALVED_GRID]
     # The config of a ready-made sweep sets hydra.mode to MULTIRUN.
-    single = ("hydra.mode=RUN",) if any(text.startswith("hparams_search=") for text in job.rerun) else ()
-    return f"python -m loraplus_hydra {shlex.join((*job.rerun, *single))}"
+    single = ("hydra.mode=RUN",) if any(text.startswith("hparams_search=") for text in rerun) else ()
+    return f"python -m loraplus_hydra {shlex.join((*rerun, *single))}"
 
 
 def extension(results: SweepResults) -> tuple[list[str], str]:

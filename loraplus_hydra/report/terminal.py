@@ -12,6 +12,7 @@ from loraplus_hydra.report import summary
 from loraplus_hydra.report.formatting import ABSENT, count, short, with_spread
 from loraplus_hydra.report.read_sweep import Job
 from loraplus_hydra.report.results import SweepResults
+from loraplus_hydra.report.settings import value_of
 from loraplus_hydra.report.write import PAGE
 
 _MOST_KEYS = 6  # maximum number of columns; the page has all columns
@@ -28,6 +29,9 @@ def show(results: SweepResults) -> None:
         console.print(_settings(results))
         if (left := len(results.outcome.ranked) - _MOST_SETTINGS) > 0:
             console.print(f"... and {count(left, 'setting')} more in {PAGE}", markup=False)
+    if results.sweep.pruned:
+        console.print("Left the search")
+        console.print(_pruned(results))
     if results.sweep.unsuccessful:
         console.print("Without a result")
         console.print(_without_result(results.sweep.unsuccessful))
@@ -55,6 +59,13 @@ def _settings(results: SweepResults) -> Table:
         values = [short(one.values.get(key)) for key in keys]
         cells.append((*values, with_spread(one.mean, one.spread), done, best_first[0].folder, mark))
     return screen.table([*(results.names[key] for key in keys), results.sweep.metric, "jobs", "best job", ""], cells)
+
+
+def _pruned(results: SweepResults) -> Table:
+    keys = results.keys[:_MOST_KEYS]
+    jobs = results.sweep.pruned[:_MOST_SETTINGS]
+    cells = [(*(short(value_of(job, key)) for key in keys), str(job.left_at or ABSENT), job.folder) for job in jobs]
+    return screen.table([*(results.names[key] for key in keys), "left at step", "job"], cells)
 
 
 def _without_result(jobs: Iterable[Job]) -> Table:

@@ -62,7 +62,8 @@ def _write_figures(folder: Path, results: SweepResults) -> list[style.Picture]:
 def csv_text(results: SweepResults) -> str:
     """Return results.csv.
 
-    Its columns: folder, status, each varied key in full, the metric under its name, best, steps, seconds, error.
+    Its columns: folder, status, each varied key in full, the metric under its name, best, steps, seconds, error. In a
+    halved sweep, `steps` of a pruned job is the step at which it left.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

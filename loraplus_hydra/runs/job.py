@@ -27,7 +27,8 @@ from loraplus_hydra.io.fingerprints import refuse_changed
 from loraplus_hydra.io.interrupts import Interrupted
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.quiet_libraries import quiet_libraries, quiet_loading
-from loraplus_hydra.io.result import FAILED, INTERRUPTED, OK, Result, read_result, versions
+from loraplus_hydra.io.result import FAILED, INTERRUPTED, OK, WAITING, Result, read_result, versions
+from loraplus_hydra.io.rungs import add_rung
 from loraplus_hydra.loraplus.plan import Plan, table_rows
 from loraplus_hydra.models import published_rate
 from loraplus_hydra.models.adapter_files import save_adapter
@@ -39,6 +40,7 @@ from loraplus_hydra.runs.inspection import advice_of, explanation_of
 from loraplus_hydra.runs.limits import explain_resource_errors
 from loraplus_hydra.runs.resume import find_resume_point, finished_message, finished_result, roll_back
 from loraplus_hydra.training.hf_trainer.assemble import make_trainer
+from loraplus_hydra.training.hf_trainer.rung import RungReached
 from loraplus_hydra.training.hf_trainer.train import train
 from loraplus_hydra.training.prepare import Prepared, prepare
 from loraplus_hydra.training.trackers.tracking import Tracking
@@ -55,15 +57,22 @@ class Run:
     tracking: Tracking
 
 
-def run(config: DictConfig | Checked, folder: str | Path | None = None, *, point: ResumePoint | None = None) -> Result:
+def run(
+    config: DictConfig | Checked,
+    folder: str | Path | None = None,
+    *,
+    point: ResumePoint | None = None,
+    stop_at: float | None = None,
+) -> Result:
     """Train one adapter with `config` and write all files into `folder`.
 
     `config` is a composed `run` config, checked or not. The default of `folder` is the folder that Hydra made for the
     job. Without Hydra, as in a notebook, it is outputs/DATE/TIME; messages are then printed, unless the logger
     `loraplus_hydra` has a level. With `trainer.resume_from_checkpoint`, the run resumes from a checkpoint; `point` is
-    this checkpoint if the caller has found it before. A run that has finished with this config is not changed. Returns
-    the result; `result.value` is the metric that a sweep optimises. An invalid config raises ConfigErrors before
-    anything is loaded. Any other error is written into result.json and then raised.
+    this checkpoint if the caller has found it before. With `stop_at`, a share of the steps, the run stops there with a
+    checkpoint and the status `waiting`; rungs.json has its losses. A run that has finished with this config is not
+    changed. Returns the result; `result.value` is the metric that a sweep optimises. An invalid config raises
+    ConfigErrors before anything is loaded. Any other error is written into result.json and then raised.
     """
     quiet_libraries()
     checked = config if isinstance(config, Checked) else None
@@ -72,10 +81,12 @@ def run(config: DictConfig | Checked, folder: str | Path | None = None, *, point
     folder = processes.shared_folder(Path(folder) if folder is not None else _default_folder())
     folders.make_folder(folder)
     with screen.messages_on_stdout(), interrupts.kept_signals():
-        return _run_in(folder, config, checked, point)
+        return _run_in(folder, config, checked, point, stop_at)
 
 
-def _run_in(folder: Path, config: DictConfig, checked: Checked | None, point: ResumePoint | None) -> Result:
+def _run_in(
+    folder: Path, config: DictConfig, checked: Checked | None, point: ResumePoint | None, stop_at: float | None
+) -> Result:
     """Train in `folder`, or return the stored result of a run that has finished there with this config."""
     with folder_lock(folder) as is_locked:
         if processes.is_main():
@@ -91,14 +102,23 @@ def _run_in(folder: Path, config: DictConfig, checked: Checked | None, point: Re
             checked = checked or check(config)
             point = find_resume_point(checked, folder, found_before=point)
         with _recorded(config, folder, point) as job, explain_resource_errors(config, folder):
-            _run(job, checked)
+            try:
+                _run(job, checked, stop_at)
+            except RungReached as reached:
+                job.result.status = WAITING
+                rung = reached.rung
+        if job.result.status == WAITING:
+            # Written after result.json, so that a job with a rung has a result, too
+            add_rung(folder, rung)
+            screen.show(f"Waiting at step {rung.step}, with loss {rung.loss:.4f} on {len(rung.losses)} held-out rows")
+            return job.result
     if processes.is_main():
         draw_training(folder / run_folder.METRICS, folder / run_folder.FIGURE)
         display.show_result(folder, job.result)
     return job.result
 
 
-def _run(job: Run, checked: Checked | None) -> None:
+def _run(job: Run, checked: Checked | None, stop_at: float | None) -> None:
     interrupts.stop_if_asked()
     screen.show("1/6 Checking the config")
     if checked is None:
@@ -113,7 +133,7 @@ def _run(job: Run, checked: Checked | None) -> None:
     _show_and_write_plan(job.folder, prepared, trainer.loraplus_plan)
     interrupts.stop_if_asked()
     screen.show("5/6 Training")
-    train(trainer, prepared, job.result, job.point)
+    train(trainer, prepared, job.result, job.point, stop_at)
     screen.show("6/6 Saving the adapter")
     if processes.is_main():
         with interrupts.notice("the adapter is saved first"):
@@ -138,7 +158,7 @@ def _recorded(config: DictConfig, folder: Path, point: ResumePoint | None) -> It
     job = Run(config, folder, result, point, Tracking())
     try:
         yield job
-        result.status = OK
+        result.status = result.status if result.status == WAITING else OK
     except KeyboardInterrupt:
         result.status = INTERRUPTED
         _print_resume_hint(folder)

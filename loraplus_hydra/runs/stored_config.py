@@ -14,7 +14,7 @@ from loraplus_hydra.check.keys import read_config, unknown_keys
 from loraplus_hydra.config.identity import ALLOW
 from loraplus_hydra.config.locations import PATH_KEYS, absolute_paths
 from loraplus_hydra.config.plain import flat, plain_of
-from loraplus_hydra.config.schema import RunConfig
+from loraplus_hydra.config.schema import NOT_OF_A_RUN, RunConfig
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line, refuse
 from loraplus_hydra.io import checkpoints, run_folder
 from loraplus_hydra.io.read import RESOLVER, Hostile, Unreadable, read_yaml
@@ -50,7 +50,8 @@ def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
     if not hydras and (key := _interpolated(stored)):
         what = f"{file}: {key} is an interpolation, which could read your environment; runs never write one"
         raise ConfigErrors([Problem(KEY, what, "replace it with the value")])
-    stored.pop("sweep", None)  # belongs to the program, not to the run
+    for key in NOT_OF_A_RUN:
+        stored.pop(key, None)
     if hydras:
         resolved = flat(read_plain(file.parent.parent / run_folder.CONFIG))
         _put_values_for_resolvers(stored, resolved)

@@ -16,12 +16,14 @@ from loraplus_hydra.io.text import visible
 from loraplus_hydra.report import terminal, write
 from loraplus_hydra.report.formatting import count
 from loraplus_hydra.sweep import job_status
-from loraplus_hydra.sweep.job_status import DONE, FAILED, INTERRUPTED, RUNNING, SKIPPED, JobStatus
+from loraplus_hydra.sweep.job_status import DONE, FAILED, INTERRUPTED, PRUNED, RUNNING, SKIPPED, WAITING, JobStatus
 from loraplus_hydra.sweep.plan import Sweep, write_left
 
 _WORDS = {
     DONE: "done",
     SKIPPED: "done before",
+    PRUNED: "pruned",
+    WAITING: "waiting at a rung",
     FAILED: "failed",
     INTERRUPTED: "interrupted",
     RUNNING: "killed",  # its process ended before it wrote another status
@@ -31,9 +33,9 @@ _WORDS = {
 def finish(sweep: Sweep) -> bool:
     """Write and show the report, and print a summary of the jobs that ran this time.
 
-    Returns True if all jobs are done. If no job ran, a folder that was made for them is removed.
+    Returns True if all jobs are done or pruned. If no job ran, a folder that was made for them is removed.
     """
-    jobs = job_status.read_all(sweep.start)
+    jobs = job_status.read_all(sweep.folder, sweep.start.name)
     job_status.end(sweep.start)
     if not jobs:
         _remove_empty(sweep)
@@ -44,7 +46,7 @@ def finish(sweep: Sweep) -> bool:
             write_left(sweep, left)
     reported = _report(sweep.folder)
     _print_summary(sweep, jobs, reported or (), len(left))
-    return reported is not None and not left and all(job.status in (DONE, SKIPPED) for job in jobs)
+    return reported is not None and not left and all(job.status in (DONE, SKIPPED, PRUNED) for job in jobs)
 
 
 def _report(folder: Path) -> Collection[str] | None:
@@ -77,7 +79,7 @@ def _print_summary(sweep: Sweep, jobs: list[JobStatus], reported: Collection[str
         if job.status in (FAILED, RUNNING) and job.folder not in reported:
             reason = job.text.strip().splitlines() or ["its process was killed"]
             print(visible(f"  {job.folder}: {reason[0]}"))
-    if numbers[FAILED] + numbers[RUNNING] + numbers[INTERRUPTED] + left:
+    if numbers[FAILED] + numbers[RUNNING] + numbers[INTERRUPTED] + numbers[WAITING] + left:
         print("The same command runs only the jobs that are missing or failed.")
 
 

@@ -23,6 +23,7 @@ from loraplus_hydra.io.read import Unreadable, read_json
 
 FOLDER = ".jobs"
 RUNNING, DONE, SKIPPED, FAILED, INTERRUPTED = "running", "done", "skipped", "failed", "interrupted"
+WAITING, PRUNED = "waiting", "pruned"  # as in result.json
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ def write(sweep: Path, start: str, status: JobStatus) -> None:
     write_text(folder / f"{status.folder.replace(os.sep, '%')}.json", json.dumps(asdict(status)))
 
 
-def read_all(start: Start) -> list[JobStatus]:
-    """Return the status of each job of `start`, sorted by the jobs' names."""
+def read_all(sweep: Path, start: str) -> list[JobStatus]:
+    """Return the status of each job of a start, sorted by the jobs' names."""
     statuses = []
-    for path in sorted(start.folder.glob("*.json")):
+    for path in sorted((sweep / FOLDER / start).glob("*.json")):
         with suppress(Unreadable, TypeError):
             statuses.append(JobStatus(**read_json(path)))
     return statuses

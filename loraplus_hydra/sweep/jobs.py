@@ -1,6 +1,7 @@
 """One job of a sweep.
 
-A job is skipped if it is done, and resumed if it was stopped. A failed job does not end the sweep.
+A job is skipped if it is done, and resumed if it was stopped. With halving, it stops at a rung and waits. A failed job
+does not end the sweep.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from loraplus_hydra.io import checkpoints, interrupts, run_folder, screen
 from loraplus_hydra.io.checkpoints import ResumePoint
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.quiet_libraries import quiet_libraries
-from loraplus_hydra.io.result import read_result
+from loraplus_hydra.io.result import WAITING, Result, read_result
+from loraplus_hydra.io.rungs import read_rungs
 from loraplus_hydra.sweep import job_status
 from loraplus_hydra.sweep.folders import State, clear, folder_state, hash_of
 from loraplus_hydra.sweep.gpus import claim_gpu
@@ -60,39 +62,46 @@ def run_job(root: DictConfig) -> float | None:
     job = _Job(folder, Path(hydra.sweep.dir).absolute(), str(root.sweep.start), overrides)
     config = run_of(root)
     state = folder_state(job.folder, hash_of(config))
-    if state is not State.DONE:
+    stop_at = root.sweep.stop_at
+    waits = state is State.LEFT and any(rung.stop_at == stop_at for rung in read_rungs(job.folder))
+    if state is not State.DONE and not waits:
         job.set_status(job_status.RUNNING)
         claim_gpu(hydra)
     try:
         if state is State.DONE:
-            return _skip(config, job)
-        value = _train(config, job, state)
+            return _skip(config, job, job_status.SKIPPED)
+        if waits:
+            return _skip(config, job, job_status.WAITING)
+        result = _train(config, job, state, stop_at)
     except KeyboardInterrupt:
         job.set_status(job_status.INTERRUPTED)
         raise
     except (Exception, SystemExit) as error:
         _report_failure(job, error)
         return None
-    job.set_status(job_status.DONE, value=value)
+    job.set_status(job_status.WAITING if result.status == WAITING else job_status.DONE, value=result.value)
     interrupts.stop_if_asked()  # after a signal, no further job begins
-    return value
+    return result.value
 
 
-def _skip(config: DictConfig, job: _Job) -> float | None:
-    """Return the stored metric of a job that is done.
+def _skip(config: DictConfig, job: _Job, status: str) -> float | None:
+    """Return the stored metric of a job that is done, or that has stopped at this rung before.
 
     Raises ConfigErrors if the job's rows or weights have changed since.
     """
     result = read_result(job.folder)
-    assert result is not None, "a job that is done has a result"
+    if result is None:  # of a job at a rung, whose result.json has been damaged since
+        job.set_status(status)
+        return None
     if not config[ALLOW]:
         quiet_libraries()
         # Takes seconds, and possibly no job must run
         from loraplus_hydra.runs.changed_inputs import refuse_other_inputs
 
         refuse_other_inputs(config, result, start=job.start)
-    screen.show(f"    Done before: {job.name}: {result.metric} {result.value}")
-    job.set_status(job_status.SKIPPED, value=result.value)
+    before = "Stopped at this rung before" if status == job_status.WAITING else "Done before"
+    screen.show(f"    {before}: {job.name}: {result.metric} {result.value}")
+    job.set_status(status, value=result.value)
     return result.value
 
 
@@ -104,14 +113,14 @@ def _report_failure(job: _Job, error: BaseException) -> None:
     release_frames(error)
 
 
-def _train(config: DictConfig, job: _Job, state: State) -> float | None:
+def _train(config: DictConfig, job: _Job, state: State, stop_at: float | None) -> Result:
     if state is State.TAKEN:
         raise UserError(f"{job.folder} has the run of another config, and it is not changed")
     with isolated(config):
         # Imported here, because `isolated` first sets the environment that libraries read
         from loraplus_hydra.runs.job import run
 
-        return run(config, job.folder, point=_resume_or_clear(config, job.folder)).value
+        return run(config, job.folder, point=_resume_or_clear(config, job.folder), stop_at=stop_at)
 
 
 def _resume_or_clear(config: DictConfig, folder: Path) -> ResumePoint | None:

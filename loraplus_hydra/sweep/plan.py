@@ -30,7 +30,7 @@ from loraplus_hydra.io.run_folder import SWEEP
 from loraplus_hydra.sweep import job_status
 from loraplus_hydra.sweep.names import sweep_name
 
-_GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _IN_THIS_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 _GOOD_NAME = re.compile(r"[\w+-][\w.+-]*")
 
@@ -85,7 +85,7 @@ def write_left(sweep: Sweep, left: Iterable[Sequence[str]]) -> None:
 
 def _grid(config: DictConfig, swept: list[Override]) -> tuple[tuple[str, ...], ...]:
     """Return the swept overrides of each job, combined like in Hydra's own sweeper."""
-    if config.hydra.sweeper.get("_target_") != _GRID:
+    if config.hydra.sweeper.get("_target_") != GRID:
         return ()
     values = ([f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()] for one in swept)
     return tuple(itertools.product(*values))

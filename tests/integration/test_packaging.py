@@ -105,7 +105,7 @@ def _copy_checkout(target: Path) -> None:
     import shutil
 
     left_out = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "outputs")
-    for name in ("loraplus_hydra", "conf"):
+    for name in ("loraplus_hydra", "hydra_plugins", "conf"):
         shutil.copytree(ROOT / name, target / name, ignore=left_out)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, target / name)
@@ -128,6 +128,12 @@ def test_wheel_holds_every_file_of_the_package(installed: Path) -> None:
             parts = path.relative_to(folder).parts
             if path.is_file() and not any(part.startswith((".", "__pycache__")) for part in parts):
                 assert f"{prefix}/{path.relative_to(folder).as_posix()}" in packed
+
+
+def test_wheel_has_the_sweeper_that_hydra_looks_for(installed: Path, tmp_path: Path) -> None:
+    code = "from hydra.core.plugins import Plugins; print(*Plugins.instance().class_name_to_class)"
+    assert "hydra_plugins.loraplus_halving.HalvingSweeper" in run_in(tmp_path, installed, "-c", code)
+    assert not (installed / "hydra_plugins" / "__init__.py").exists()  # other distributions have plugins there, too
 
 
 def test_wheel_composes_the_same_config_as_the_checkout(installed: Path, tmp_path: Path) -> None:

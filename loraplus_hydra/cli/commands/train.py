@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from loraplus_hydra.check import check
 from loraplus_hydra.cli.commands.command import Command, Job
 from loraplus_hydra.config.schema import run_of
+from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.io import processes
 from loraplus_hydra.io.checkpoints import AUTO
 from loraplus_hydra.io.files import refuse_unwritable
@@ -25,6 +26,9 @@ def main(config: DictConfig, flags: frozenset[str]) -> Job:
         if not resumes:
             refuse_used_folder(folder, key="hydra.run.dir")
         refuse_unwritable(folder, key="hydra.run.dir")
+    if config.get("halving"):
+        fix = "give a key several values and add -m, or remove it"
+        raise ConfigErrors([Problem("halving", "halves a grid, and this is a single run", fix)])
     checked = check(run_of(config))
     if not resumes:
         return Job(checked)

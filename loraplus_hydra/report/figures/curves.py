@@ -48,8 +48,9 @@ def _caption(results: SweepResults, target: float | None, beyond: int) -> str:
     caption += ": thick lines are means over seeds, thin lines are single seeds." if results.seeds else "."
     if target is not None:
         caption += " Dotted: the final value of ratio 1."
-    if results.sweep.unsuccessful:
-        caption += " A cross is at the end of a curve of a job without a result."
+    if results.sweep.pruned or results.sweep.unsuccessful:
+        left = "that left the search" if results.sweep.pruned else "without a result"
+        caption += f" A cross is at the end of a curve of a job {left}."
     return caption + (f" {beyond} points lie beyond the axis." if beyond else "")
 
 

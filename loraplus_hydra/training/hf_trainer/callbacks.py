@@ -96,11 +96,15 @@ class StopAtStep(TrainerCallback):
         self.in_epoch = False  # True until the end of the current epoch
         self.deferred: set[str] = set()  # names of control flags that are set again at the end of the epoch
 
+    def is_due(self, args: Any, state: Any) -> bool:
+        """Return True if training ends after the current step. Every process must call this method."""
+        return stop_requested(args)
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.in_epoch = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if stop_requested(args):
+        if self.is_due(args, state):
             if not self.stopping:
                 screen.show(f"    Stopping at step {state.global_step}; a checkpoint is written")
             self.stopping = control.should_save = True

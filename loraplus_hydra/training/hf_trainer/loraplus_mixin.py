@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.loraplus.optimizer import build_optimizer
 from loraplus_hydra.loraplus.plan import Plan
-from loraplus_hydra.loraplus.schedule import build_schedule, named_schedule
+from loraplus_hydra.loraplus.schedule import build_schedule, highest_rate_step, named_schedule
 from loraplus_hydra.loraplus.settings import LoraPlus
 
 _AT_FAULT = (
@@ -83,6 +83,11 @@ class LoraPlusMixin:
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def warm_up_steps(self, num_training_steps: int) -> int:
+        """Return the number of steps before the schedule's highest rate."""
+        schedule, arguments = self._schedule(num_training_steps)
+        return highest_rate_step(schedule, self.optimizer, num_training_steps=num_training_steps, kwargs=arguments)
+
     def _schedule(self, num_training_steps: int) -> tuple[Callable[..., Any], dict[str, Any]]:
         """Return the schedule and its arguments, from the settings or else from the Trainer's arguments."""
         chosen = self.loraplus.schedule
@@ -139,7 +144,7 @@ class LoraPlusMixin:
             weight = min(examples, 1)
             counted = {name: _first(value, max(examples, 1)) for name, value in inputs.items()}
             loss = super().prediction_step(model, counted, True, ignore_keys)[0]  # type: ignore[misc]
-        tokens = weight * _loss_tokens(counted)
+        tokens = weight * loss_tokens(counted)
         self._eval_loss_sum += loss.item() * tokens if tokens else 0.0
         self._eval_tokens += tokens
         return step
@@ -240,7 +245,7 @@ def _first(value: Any, examples: int) -> Any:
     return value[:examples] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
 
 
-def _loss_tokens(inputs: Mapping[str, Any]) -> int:
+def loss_tokens(inputs: Mapping[str, Any]) -> int:
     """Count the tokens with loss in a causal model's batch, without each row's first token."""
     labels = inputs.get("labels")
     if not isinstance(labels, torch.Tensor) or labels.ndim != 2:

@@ -11,25 +11,35 @@ from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.checkpoints import ResumePoint
 from loraplus_hydra.io.result import Result
 from loraplus_hydra.training.hf_trainer.callbacks import StopAtStep
+from loraplus_hydra.training.hf_trainer.rung import RungReached, StopAtRung
 from loraplus_hydra.training.measure import count_parameters, peak_memory_bytes
 from loraplus_hydra.training.prepare import Prepared
 from loraplus_hydra.training.sampling import answers
 
 
-def train(trainer: Any, job: Prepared, result: Result, point: ResumePoint | None = None) -> None:
+def train(
+    trainer: Any, job: Prepared, result: Result, point: ResumePoint | None = None, stop_at: float | None = None
+) -> None:
     """Evaluate, train and evaluate again. All measurements are written into `result`.
 
-    With `point`, training resumes from the point's checkpoint. Raises Interrupted after a signal.
+    With `point`, training resumes from the point's checkpoint. With `stop_at`, a share of the steps, it ends at that
+    rung with a checkpoint, and RungReached is raised with the losses there. Raises Interrupted after a signal.
     """
     task, examples = job.config.task, job.examples
     result.device = str(trainer.args.device)
     result.trained_parameters, result.total_parameters = count_parameters(trainer.model)
-    before = answers(trainer.model, trainer.processing_class, examples, task.sample_tokens)
+    # A job that stops at a rung may leave there. If it continues, the resumed job makes these answers.
+    before = [] if stop_at else answers(trainer.model, trainer.processing_class, examples, task.sample_tokens)
     set_seed(job.config.seed)  # otherwise data order and dropout would depend on the evaluation before
-    trainer.add_callback(StopAtStep())
+    trainer.add_callback(StopAtRung(trainer, stop_at) if stop_at else StopAtStep())
     try:
         with interrupts.notice("this step is finished, and a checkpoint is written"):
             trained = trainer.train_or_restore(None if point is None else point.folder)
+    except RungReached as reached:
+        result.metrics = {"eval_loss": reached.rung.loss} if reached.rung.losses else {}
+        result.best = best_evaluation(trainer.state.log_history, task.metric, task.greater_is_better)
+        result.peak_memory_bytes = peak_memory_bytes(trainer.args.device)
+        raise
     finally:
         result.steps = trainer.state.global_step
         result.metrics_before = evaluation_at(trainer.state, 0)

@@ -61,8 +61,8 @@ class Tracker(ABC):
     def finish(self, status: str, metrics: Mapping[str, float]) -> None:
         """Close the run, also if it failed, or if `start` or `log` raised an error.
 
-        `status` is that of result.json (ok, failed, interrupted, pruned). `metrics` are the final metrics. A failed run
-        has only some of them.
+        `status` is that of result.json (ok, failed, interrupted, waiting). `metrics` are the final metrics. A failed
+        run has only some of them.
         """
 
 

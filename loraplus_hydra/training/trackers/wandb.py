@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.files import write_text
-from loraplus_hydra.io.result import OK, PRUNED
+from loraplus_hydra.io.result import OK, PRUNED, WAITING
 from loraplus_hydra.training.trackers.tracker import TrackedRun, Tracker, read_id
 
 MODES = ("offline", "online")
@@ -86,7 +86,7 @@ class WandB(Tracker):
         try:
             self._run.summary.update({"status": status, **{f"final/{name}": value for name, value in metrics.items()}})
         finally:
-            self._run.finish(exit_code=0 if status in (OK, PRUNED) else 1)
+            self._run.finish(exit_code=0 if status in (OK, WAITING, PRUNED) else 1)
 
 
 def _host_without_key() -> str:

@@ -1,0 +1,110 @@
+"""Successive halving against the full grid.
+
+    python -m benchmarks.halving
+
+Each search is run twice, in folders of its own: halved, and with all jobs to their last step. The full grid's jobs also
+write their losses on the rungs' rows there (`sweep.stop_at=1`). So the setting that halving picks is compared with the
+best one in pairs, row by row. CPU seconds include everything, also the report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from loraplus_hydra.io.read import read_json
+from loraplus_hydra.io.rungs import Rung, read_rungs
+from loraplus_hydra.sweep.halving import compare
+
+_WITHIN = 2.0  # standard errors
+
+
+def cpu_seconds(arguments: list[str], threads: int, folder: Path) -> float:
+    """Return the CPU seconds of a sweep in a new process, which writes into `folder`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "loraplus_hydra", *arguments, f"hydra.sweep.dir={folder}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if not list(folder.glob("*/result.json")):
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def measure(overrides: list[str], seed: int, threads: int, folder: Path) -> dict[str, Any]:
+    """Run one search halved and in full, and compare what they pick."""
+    words = [*overrides, f"seed={seed}"]
+    halved = cpu_seconds([*words, "halving=true"], threads, folder / "halved")
+    full = cpu_seconds([*words, "sweep.stop_at=1"], threads, folder / "full")
+    ends = {path.parent.name: _last(path.parent) for path in (folder / "full").glob("*/rungs.json")}
+    picked = [path.parent.name for path in (folder / "halved").glob("*/adapter")]
+    chosen, best = (min(names, key=lambda name: ends[name].loss) for names in (picked, list(ends)))
+    difference, error = compare([ends[chosen]], [ends[best]])
+    steps = read_json(folder / "halved" / "halving.json")
+    return {
+        "seed": seed,
+        "jobs": len(ends),
+        "picked": chosen,
+        "best": best,
+        "difference": difference,
+        "error": error,
+        "is_as_good": difference <= _WITHIN * error,
+        "share": steps["job_steps"] / steps["of"],
+        "cpu_seconds": {"halved": halved, "full": full},
+        "rungs": steps["rungs"],
+    }
+
+
+def _last(job: Path) -> Rung:
+    return max(read_rungs(job), key=lambda rung: rung.step)
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the measurements as a Markdown table."""
+    lines = [
+        "| grid | jobs | searches | best or as good | largest loss of the pick | job-steps | CPU time |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for case, searches in results.items():
+        worst = max(searches, key=lambda one: one["difference"])
+        share = max(one["share"] for one in searches)
+        time = sum(one["cpu_seconds"]["halved"] for one in searches) / sum(
+            one["cpu_seconds"]["full"] for one in searches
+        )
+        lines.append(
+            f"| {case} | {searches[0]['jobs']} | {len(searches)} | {sum(one['is_as_good'] for one in searches)} "
+            f"| {worst['difference']:.4f} ± {worst['error']:.4f} | {share:.1%} | {time:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    config = OmegaConf.load(Path(__file__).with_suffix(".yaml"))
+    config = OmegaConf.merge(config, OmegaConf.from_dotlist(sys.argv[1:]))
+    results: dict[str, list[dict[str, Any]]] = {}
+    names = ("torch", "transformers", "peft", "hydra-core")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for name, case in config.cases.items():
+        for seed in case.seeds:
+            with tempfile.TemporaryDirectory() as folder:
+                one = measure([*case.overrides, *config.shared], seed, config.threads, Path(folder))
+            results.setdefault(str(name), []).append(one)
+            # Written after each search, because all of them take hours
+            out.write_text(json.dumps({"versions": versions, "results": results}, indent=2) + "\n", encoding="utf-8")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
