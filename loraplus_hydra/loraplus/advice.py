@@ -81,9 +81,7 @@ def setting_notes(
     """
     notes = []
     if rows_per_step > LARGE_BATCH:
-        notes.append(
-            f"{rows_per_step} rows a step: large batches hurt LoRA more than full training ({REGRET})."
-        )
+        notes.append(f"{rows_per_step} rows a step: large batches hurt LoRA more than full training ({REGRET}).")
     if 0 < steps < SHORT:
         notes.append(f"{steps} steps: the best rate of a short run is about 1.5 times that of a long one ({REGRET}).")
     if rank != usual_rank:
