@@ -30,6 +30,7 @@ COUNT = int(os.environ.get("LORAPLUS_FUZZ_COUNT", "0"))  # 0: as many as each te
 SECONDS = 30  # of processor time that a command may take
 _PATIENCE = 150  # seconds of a clock: on a busy machine a command waits, and one that hangs takes no processor time
 _ROOM = 3 * 2**30  # bytes beyond which a command is killed, to protect the machine
+_READ = 2**26  # bytes: larger files are compared by size and time
 UNEXPECTED = ("Traceback (most recent call last)", "HYDRA_FULL_ERROR", "Fatal Python error")
 
 
@@ -111,7 +112,9 @@ def _entries(folder: Path) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for path in sorted(folder.rglob("*")):
         found = path.lstat()
         regular = path.is_file() and not path.is_symlink()
-        content = path.read_bytes() if regular else str(path.readlink()) if path.is_symlink() else None
+        # A huge file of zeros takes no room on the disk, but all of the memory
+        small = regular and found.st_size <= _READ
+        content = path.read_bytes() if small else str(path.readlink()) if path.is_symlink() else found.st_size
         yield str(path.relative_to(folder)), (found.st_mode, found.st_mtime_ns if regular else 0, content)
 
 
