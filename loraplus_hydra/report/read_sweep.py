@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from loraplus_hydra.config.schema import NOT_OF_A_RUN
 from loraplus_hydra.errors import first_of
 from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.read import Missing, Unreadable, inside, read_json, read_lines, read_yaml
@@ -82,8 +83,9 @@ class Job:
 
     @functools.cached_property
     def given(self) -> Mapping[str, Any]:
-        """Return the values in `overrides`, by key."""
-        return override_values(self.overrides)
+        """Return the values of the run's keys in `overrides`, by key."""
+        given = override_values(self.overrides)
+        return {key: value for key, value in given.items() if key.split(".")[0] not in NOT_OF_A_RUN}
 
     @property
     def has_result(self) -> bool:

@@ -24,6 +24,8 @@ _NOT_TRAINED = (
     "trainer.per_device_eval_batch_size",
     "task.sample",
     "logger",
+    "launcher",
+    "hparams_search",  # if it sets keys of the run, these are compared
 )
 
 
