@@ -136,7 +136,10 @@ def read_sweep(folder: Path) -> Sweep:
     if others := [job.folder for job in jobs if job.metric not in ("", metric)]:
         notes.append(f"Jobs are compared by {metric}. Jobs with another metric are ignored: {first_of(others, 5)}")
         jobs = tuple(_without_value(job, metric) if job.folder in others else job for job in jobs)
-    notes += [*_stopped(stored.get("left")), *_halved(files.read(read_json, run_folder.HALVING) or {})]
+    notes += _stopped(stored.get("left"))
+    decisions = files.read(read_json, run_folder.HALVING) or {}
+    if any(job.status == PRUNED for job in jobs):  # not if the whole grid was trained later
+        notes += _halved(decisions)
     swept = stored.get("swept")
     return Sweep(
         folder=folder,
