@@ -60,7 +60,7 @@ def mutate(folder: Path, guard: Path, dice: random.Random, areas: tuple[str, ...
     """Change a folder in one or two ways and describe them; `areas` are the parts that a command reads."""
     done: list[str] = []
     for file in _files(folder, dice, areas):
-        if not file.is_file() or file.stat().st_size >= HUGE:  # the first change has moved it, or made it too long to read
+        if not file.is_file() or file.stat().st_size >= HUGE:  # moved, or too long to read
             continue
         kind = dice.choice([name for name, weight in WEIGHTS.items() for _ in range(weight)])
         said = KINDS[kind](file, guard, dice)
