@@ -53,7 +53,9 @@ def test_key_without_influence_on_training_is_varied_only_if_it_was_swept(tmp_pa
 
 
 def test_grid_that_is_run_with_and_without_halving_has_no_key_more(tmp_path: Path) -> None:
-    for place, (ratio, words) in enumerate(((1, []), (4, ["halving=true", "hparams_search=halving", "launcher=joblib", "sweep.name=x"]))):
+    for place, (ratio, words) in enumerate(
+        ((1, []), (4, ["halving=true", "hparams_search=halving", "launcher=joblib", "sweep.name=x"]))
+    ):
         folder = write_job(tmp_path / str(place), {"loraplus.ratio": ratio}, 3.7)
         lines = [f"- {word}" for word in (f"loraplus.ratio={ratio}", *words)]
         (folder / ".hydra" / "overrides.yaml").write_text("\n".join(lines) + "\n")
