@@ -46,7 +46,7 @@ class PublishedRate:
     """Keys of `model.published_rate`: a good rate of lora_B, for `optimizer.lr=auto`."""
 
     eta_B: float = field(default=MISSING, metadata=range_(POSITIVE))  # plain LoRA's rate, or lora_B's of LoRA+
-    lora_alpha: float = field(default=MISSING, metadata=range_(POSITIVE))  # the alpha with which it was found
+    at_alpha: float = field(default=MISSING, metadata=range_(POSITIVE))  # the lora_alpha with which it was found
     source: str = MISSING  # the paper or page
 
 

@@ -54,7 +54,7 @@ def auto_rate(config: DictConfig) -> AutoRate:
 def _published(config: DictConfig) -> tuple[float, str]:
     """Return alpha x eta_B and its source."""
     if known := config.model.get("published_rate"):
-        return known.eta_B * known.lora_alpha, f"{known.source}: {known.eta_B:g} at lora_alpha {known.lora_alpha:g}"
+        return known.eta_B * known.at_alpha, f"{known.source}: {known.eta_B:g} at lora_alpha {known.at_alpha:g}"
     if config.task.task_type != "CAUSAL_LM":
         raise UserError(f"no rate is published for {config.model.path} and this task; give a number")
     from loraplus_hydra.models.base_model import architecture  # imports transformers

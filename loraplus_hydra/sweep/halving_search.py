@@ -1,4 +1,4 @@
-"""A grid with successive halving: the batches of jobs for Hydra's launcher, and the decisions between them.
+"""Successive halving of a grid: batches of jobs for Hydra's launcher, and decisions between them.
 
 Every decision follows from the jobs' own rungs.json. So the same command, given again after the search was killed,
 comes to the same decisions. halving.json is their record.
@@ -71,7 +71,7 @@ def _problems(config: DictConfig, sweep: Sweep) -> Iterator[Problem]:
 
 
 def batches(jobs: Sequence[Sequence[str]], folder: Path, start: str) -> Iterator[list[Overrides]]:
-    """Yield the jobs that are launched together: those of each rung, and at last those that run to the end.
+    """Yield the jobs that are launched together: those of each rung, then those that finish.
 
     `jobs` has the overrides of each job. `folder` and `start` are the sweep's. A batch must have ended before the next
     one is taken. Raises UserError if the jobs can't be compared.
