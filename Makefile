@@ -14,7 +14,7 @@ help: ## list the targets
 run: $(VENV)/.installed ## train the built-in example; ARGS="..." passes overrides
 	$(BIN)/python -m loraplus_hydra $(ARGS)
 
-test: lint ## lint, types and the tests (about twelve minutes on two cores)
+test: lint ## lint, types and the tests (about ten minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.extras ## the slow tests, and those of launchers, Optuna and trackers (an hour at most)
