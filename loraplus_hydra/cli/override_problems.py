@@ -261,6 +261,8 @@ def _unknown_key(key: str, text: str, composition: _Composition) -> Problem:
     last = key.removeprefix(f"{parent}.").split(".")[0]
     if last in names and is_run:
         holder = f"{parent}.{last}".lstrip(".")
+        if holder == key:
+            return Problem(key, "the value has a key that is not there yet", f"add it with a plus: +{text}")
         return Problem(key, f"{holder} is not a mapping of keys", f"set the whole value: {holder}=...")
     if last in names:  # a stored run's group, whose option can't be changed
         fix = f"change single keys: {key}.key=value"

@@ -45,9 +45,9 @@ PROBLEM_TYPE = Range(f"one of {', '.join(PROBLEM_TYPES)}", lambda x: x in PROBLE
 class PublishedRate:
     """Keys of `model.published_rate`: a good rate of lora_B, for `optimizer.lr=auto`."""
 
-    eta_B: float = field(default=MISSING, metadata=range_(POSITIVE))  # plain LoRA's rate, or lora_B's of LoRA+
-    at_alpha: float = field(default=MISSING, metadata=range_(POSITIVE))  # the lora_alpha with which it was found
-    source: str = MISSING  # the paper or page
+    eta_B: float = field(metadata=range_(POSITIVE))  # plain LoRA's rate, or lora_B's of LoRA+
+    at_alpha: float = field(metadata=range_(POSITIVE))  # the lora_alpha with which it was found
+    source: str  # the paper or page
 
 
 @dataclass
@@ -63,7 +63,7 @@ class ModelConfig:
     attention: Optional[str] = None  # attn_implementation: eager, sdpa, flash_attention_2; null = transformers decides
     trust_remote_code: bool = False  # true runs Python that comes with the model
     lr: float = field(default=5e-5, metadata=range_(POSITIVE))  # eta_A that suits this model; default of optimizer.lr
-    published_rate: Optional[PublishedRate] = None  # for optimizer.lr=auto; null = the rule for causal models
+    published_rate: Dict[str, Any] = field(default_factory=dict)  # PublishedRate; empty = the rule for causal models
     config: Dict[str, Any] = field(default_factory=dict)  # a named model's architecture, in the keys of its config.json
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from loraplus_hydra.config.schema import AUTO_LR
+from loraplus_hydra.config.plain import plain_of
+from loraplus_hydra.config.schema import AUTO_LR, PublishedRate
+from loraplus_hydra.config.types import from_plain
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.loraplus.advice import RULE, is_family_of_rule, published_product, start_factor
 
@@ -53,7 +55,13 @@ def auto_rate(config: DictConfig) -> AutoRate:
 
 def _published(config: DictConfig) -> tuple[float, str]:
     """Return alpha x eta_B and its source."""
-    if known := config.model.get("published_rate"):
+    if given := config.model.get("published_rate"):
+        try:
+            known = from_plain(PublishedRate, plain_of(given))
+        except ValueError as error:
+            raise UserError(
+                f"model.published_rate needs eta_B, at_alpha and source; wrong or missing: {error}"
+            ) from None
         return known.eta_B * known.at_alpha, f"{known.source}: {known.eta_B:g} at lora_alpha {known.at_alpha:g}"
     if config.task.task_type != "CAUSAL_LM":
         raise UserError(f"no rate is published for {config.model.path} and this task; give a number")

@@ -360,6 +360,10 @@ FOUND: dict[str, tuple[list[str], str]] = {
         ["loraplus.rules=${oc.env:}", "loraplus.rules.groupA.role=${seed}"],
         "is not a mapping of keys",
     ),
+    "new key inside a value": (
+        ["model.config={hidden_size: 4}"],
+        "model.config: the value has a key that is not there yet; add it with a plus: +model.config={hidden_size: 4}",
+    ),
     "key inside a number": (["optimizer.lr.x=2"], "optimizer.lr.x: optimizer.lr is not a mapping of keys"),
     "broken pattern of layers": (["adapter.target_modules='('"], "adapter"),
 }

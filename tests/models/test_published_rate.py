@@ -94,6 +94,18 @@ def test_a_rate_that_nobody_published_is_a_listed_error(
     assert "; give a number" in done.err
 
 
+def test_a_model_s_own_rate_is_given_with_its_alpha_and_its_source(
+    cli: Callable[..., Any], tiny_run: list[str]
+) -> None:
+    words = ["inspect", "--json", *tiny_run, "optimizer.lr=auto"]
+    done = cli(*words, "+model.published_rate={eta_B: 1e-3, at_alpha: 32, source: a page}")
+    assert done.status == 0, done.err
+    assert "optimizer.lr=auto is 0.00025 (a page: 0.001 at lora_alpha 32)" in done.out  # x 32 / 16 / 8
+    done = cli(*words, "+model.published_rate={eta_B: -1, source: a page}")
+    assert done.status == 1
+    assert "model.published_rate needs eta_B, at_alpha and source; wrong or missing: eta_B, at_alpha" in done.err
+
+
 def test_a_run_stores_the_number_and_says_where_it_comes_from(
     cli: Callable[..., Any], tiny_run: list[str], tmp_path: Path
 ) -> None:
