@@ -63,7 +63,10 @@ def mutate(folder: Path, guard: Path, dice: random.Random, areas: tuple[str, ...
         if not file.is_file() or file.stat().st_size >= HUGE:  # moved, or too long to read
             continue
         kind = dice.choice([name for name, weight in WEIGHTS.items() for _ in range(weight)])
-        said = KINDS[kind](file, guard, dice)
+        try:
+            said = KINDS[kind](file, guard, dice)
+        except RecursionError:  # the first change has nested it too deep to be read
+            continue
         done.append(f"{kind}: {file.relative_to(folder)}{said}")
         checkpoint = next((each for each in file.parents if (each / MANIFEST).is_file()), None)
         # A bad neighbour would write the manifest anew.
