@@ -25,7 +25,7 @@ from loraplus_hydra.cli.hydra_settings import refuse_wrong_settings
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io import processes
 from loraplus_hydra.io.quiet_libraries import quiet_libraries
-from loraplus_hydra.sweep.halving_search import use_halving
+from loraplus_hydra.sweep.halving_search import check_halving, use_halving
 from loraplus_hydra.sweep.plan import Sweep, begin
 from loraplus_hydra.sweep.search import continue_study
 
@@ -63,6 +63,7 @@ class BeforeRun(Callback):
             if self.command.name != "train":
                 raise UserError(f"'{self.command.name}' needs one config, not a sweep; remove --multirun")
             processes.refuse_sweep(["--multirun"])  # also if the config sets hydra.mode
+            check_halving(config)
             BeforeRun.sweep = begin(config, sys.argv[1:])
             use_halving(config, BeforeRun.sweep)
             continue_study(config, BeforeRun.sweep)

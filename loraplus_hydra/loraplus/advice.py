@@ -19,6 +19,7 @@ RULE = "tinker-cookbook's rule for LoRA's rate"
 HIGH = 3  # above this multiple of the rule's alpha x eta_B, the built-in example gets worse (docs/measured.md)
 LARGE_BATCH = 32  # rows a step
 SHORT = 100  # steps
+USUAL_RANK = 8  # of PEFT's LoraConfig, and of conf/adapter/lora.yaml
 _ATTENTION = re.compile(r"att(n|ention)\b", re.IGNORECASE)  # in a layer's name: self_attn, attention, SelfAttention
 # LoRA's best rate with a start, as a multiple of the best one with PEFT's usual start (arXiv 2602.04998)
 _START_FACTORS = {"True": 1.0, "gaussian": 1.0, "a_zero": 1.0, "pissa": 1 / 10, "olora": 1 / 18}
@@ -73,20 +74,20 @@ def rate_advice(
 
 
 def setting_notes(
-    records: Sequence[TensorRecord], *, rows_per_step: int, steps: int, rank: int, usual_rank: int
+    records: Sequence[TensorRecord], *, rows_per_step: int, steps: int | None, rank: int | None
 ) -> list[str]:
     """Return notes, one sentence each, on settings that change the best rate or LoRA's quality.
 
-    `rows_per_step` is the effective batch. `steps` is 0 if it is unknown. `rank` is compared with `usual_rank`.
+    `rows_per_step` is the effective batch. `steps` and `rank` are None if they are unknown, or if layers have several.
     """
     notes = []
     if rows_per_step > LARGE_BATCH:
         notes.append(f"{rows_per_step} rows a step: large batches hurt LoRA more than full training ({REGRET}).")
-    if 0 < steps < SHORT:
+    if steps is not None and steps < SHORT:
         notes.append(f"{steps} steps: the best rate of a short run is about 1.5 times that of a long one ({REGRET}).")
-    if rank != usual_rank:
+    if rank not in (None, USUAL_RANK):
         notes.append(f"rank {rank}: the best rate hardly depends on the rank, if alpha stays the same ({REGRET}).")
     adapted = [record.name for record in records if record.role == "lora_A"]
     if adapted and all(_ATTENTION.search(name) for name in adapted):
-        notes.append(f"LoRA is on attention alone: it learns better on the MLPs, too ({REGRET}): all-linear.")
+        notes.append(f"LoRA is on attention alone: adapter.target_modules=all-linear learns better ({REGRET}).")
     return notes

@@ -28,12 +28,12 @@ def register() -> None:
     OmegaConf.register_new_resolver(AUTO_LR, lambda *, _root_: auto_rate(_root_).lr, replace=True)
 
 
-def auto_rate(config: DictConfig) -> AutoRate:
+def auto_rate(config: DictConfig, base: Any = None) -> AutoRate:
     """Return the rate of a run's config for `optimizer.lr=auto`.
 
     Published rates are those of lora_B with Adam. Rate and alpha matter through their product (see
-    `loraplus.invariance`), so the rate is rescaled to the config's alpha, and divided by the ratio. Raises UserError if
-    nothing is published for the config.
+    `loraplus.invariance`), so the rate is rescaled to the config's alpha, and divided by the ratio. `base` is the
+    model's PretrainedConfig; without it, its config.json is read. Raises UserError if nothing is published.
     """
     optimizer, adapter = str(config.optimizer._target_), config.adapter
     if "adam" not in optimizer.lower():
@@ -45,7 +45,7 @@ def auto_rate(config: DictConfig) -> AutoRate:
     factor = start_factor(start)
     if factor is None:
         raise UserError(f"nothing is published for adapter.init_lora_weights={start}; give a number")
-    product, source = _published(config)
+    product, source = _published(config, base)
     if factor != 1:
         source += f"; times 1/{1 / factor:g} for {start} (arXiv 2602.04998)"
     alpha = float(adapter.lora_alpha) * (math.sqrt(adapter.r) if adapter.get("use_rslora") else 1)
@@ -53,7 +53,7 @@ def auto_rate(config: DictConfig) -> AutoRate:
     return AutoRate(float(f"{factor * product / alpha / ratio:.3g}"), source)
 
 
-def _published(config: DictConfig) -> tuple[float, str]:
+def _published(config: DictConfig, base: Any) -> tuple[float, str]:
     """Return alpha x eta_B and its source."""
     if given := config.model.get("published_rate"):
         try:
@@ -67,6 +67,9 @@ def _published(config: DictConfig) -> tuple[float, str]:
         raise UserError(f"no rate is published for {config.model.path} and this task; give a number")
     from loraplus_hydra.models.base_model import architecture  # imports transformers
 
-    text: Any = architecture(config.model).get_text_config()
+    text: Any = (base or architecture(config.model)).get_text_config()
+    width = getattr(text, "hidden_size", None)
+    if width is None:
+        raise UserError(f"the rule needs a hidden size, which {text.model_type} doesn't have; give a number")
     guess = "" if is_family_of_rule(text.model_type) else f", a guess for {text.model_type}: Llama's power"
-    return published_product(text.model_type, text.hidden_size), f"{RULE}, hidden size {text.hidden_size}{guess}"
+    return published_product(text.model_type, width), f"{RULE}, hidden size {width}{guess}"

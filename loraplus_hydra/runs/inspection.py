@@ -21,8 +21,6 @@ from loraplus_hydra.loraplus.plan import Plan, table_rows
 from loraplus_hydra.models.published_rate import auto_rate
 from loraplus_hydra.training.measure import count_parameters
 
-USUAL_RANK = 8  # of conf/adapter/lora.yaml
-
 
 @dataclass(frozen=True)
 class Inspection:
@@ -88,7 +86,8 @@ def explanation_of(config: DictConfig, plan: Plan, model: Any) -> tuple[str, ...
     optimizer = str(config.optimizer._target_).rpartition(".")[2]
     lines = explain(plan, adapter, optimizer, float(config.trainer.get("max_grad_norm") or 0))
     with suppress(UserError):  # nothing is published for this config
-        auto = auto_rate(config)
+        base = getattr(model, "config", None)
+        auto = auto_rate(config, base if isinstance(base, PretrainedConfig) else None)
         chosen = "" if config.optimizer.lr == auto.lr else f", where this run has {config.optimizer.lr:g}"
         lines.append(f"optimizer.lr=auto is {auto.lr:g}{chosen} ({auto.source})")
     return (*lines, *(f"Note: {note}" for note in _notes(config, plan, adapter)))
@@ -98,11 +97,11 @@ def _notes(config: DictConfig, plan: Plan, adapter: LoraConfig) -> list[str]:
     """Return notes on settings that change the best rate."""
     trainer = config.trainer
     rows = trainer.get("per_device_train_batch_size", 8) * trainer.get("gradient_accumulation_steps", 1)
-    rank = adapter.r if not adapter.rank_pattern and not adapter.use_rslora else USUAL_RANK
+    steps = trainer.get("max_steps", -1)
     return setting_notes(
         plan.records,
         rows_per_step=rows * processes.world_size(),
-        steps=max(trainer.get("max_steps", -1), 0),
-        rank=rank,
-        usual_rank=USUAL_RANK,
+        steps=steps if steps > 0 else None,
+        # rsLoRA's scale depends on the rank
+        rank=None if adapter.rank_pattern or adapter.use_rslora else adapter.r,
     )

@@ -31,6 +31,7 @@ from loraplus_hydra.tasks.conversation import (
 from loraplus_hydra.tasks.preference import find_preference_shape, has_preferences
 from loraplus_hydra.tasks.rows import text_in
 from loraplus_hydra.tasks.tokens import render
+from loraplus_hydra.training.gpu_attention import skip_cudnn_attention
 from loraplus_hydra.training.sampling import answer
 
 Asked = str | Text | Conversation  # a prompt, a text to continue, or the turns before the answer
@@ -196,4 +197,5 @@ def _on_device(model: PeftModel, run: FinishedRun) -> Any:
     """
     if run.config.trainer.get("use_cpu") or is_quantized(run.config.quantization) or not torch.cuda.is_available():
         return model
+    skip_cudnn_attention()  # an answer has a new length with each token
     return model.to("cuda")

@@ -24,7 +24,7 @@ from loraplus_hydra.io.rungs import Rung, read_rungs
 from loraplus_hydra.sweep import halving, job_status
 from loraplus_hydra.sweep.halving import Standing, Stop
 from loraplus_hydra.sweep.job_status import JobStatus
-from loraplus_hydra.sweep.plan import GRID, Sweep
+from loraplus_hydra.sweep.plan import GRID, Sweep, grid_of, swept_overrides
 
 _SWEEPER = "hydra_plugins.loraplus_halving.HalvingSweeper"
 _SEED = "seed="
@@ -34,36 +34,40 @@ _MOST_SHOWN = 4
 Overrides = tuple[str, ...]  # of one job
 
 
-def use_halving(config: DictConfig, sweep: Sweep) -> None:
-    """Give a grid the sweeper that halves it, if `halving` is set.
+def check_halving(config: DictConfig) -> None:
+    """Raise ConfigErrors for a sweep that can't be halved.
 
-    `config` is the whole config, and `sweep` the sweep that has begun. Raises ConfigErrors for a sweep that can't be
-    halved.
+    `config` is the whole config. The sweep has not begun, so nothing has been written.
     """
-    refuse(_problems(config, sweep))
+    refuse(_problems(config))
+
+
+def use_halving(config: DictConfig, sweep: Sweep) -> None:
+    """Give a grid the sweeper that halves it, if `halving` is set. `sweep` has begun."""
     if config.halving:
         with open_dict(config):
             grid: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
             config.hydra.sweeper = {**grid, "_target_": _SWEEPER, "start": sweep.start.name}
 
 
-def _problems(config: DictConfig, sweep: Sweep) -> Iterator[Problem]:
+def _problems(config: DictConfig) -> Iterator[Problem]:
     if not isinstance(config.halving, bool):
         yield Problem("halving", f"'{config.halving}' is not a switch", "use true or false")
         return
     if not config.halving:
         return
+    swept = swept_overrides(config)
     target = str(config.hydra.sweeper.get("_target_"))
     if target != GRID:
         yield Problem(
             "halving", f"needs a grid, but the sweeper is {target.rpartition('.')[2]}", "use only one of them"
         )
-    elif len({_without_seed(job) for job in sweep.jobs}) < 2:
+    elif len({_without_seed(job) for job in grid_of(config, swept)}) < 2:
         yield Problem("halving", "there is nothing to compare", "give a key besides the seed several values: key=a,b")
     if OmegaConf.select(config, "trainer.early_stopping_patience") is not None:
         yield Problem("trainer.early_stopping_patience", "halving compares jobs at the same steps", "set it to null")
     for key in _LENGTHS:
-        if key in sweep.swept:
+        if any(one.key_or_group == key for one in swept):
             yield Problem(key, "halving compares jobs with the same number of steps", "give it one value")
     subdir = str(OmegaConf.to_container(config.hydra.sweep, resolve=False))
     if "hydra.job.num" in subdir or "hydra.job.id" in subdir:

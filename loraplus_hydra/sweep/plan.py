@@ -73,7 +73,7 @@ def begin(config: DictConfig, words: list[str]) -> Sweep:
     )
     _write_sweep_file(folder, keys, words)
     interrupts.raise_at_once(config.hydra.launcher._target_ != _IN_THIS_PROCESS)
-    return Sweep(folder, keys, start, is_new, _grid(config, swept))
+    return Sweep(folder, keys, start, is_new, grid_of(config, swept))
 
 
 def write_left(sweep: Sweep, left: Iterable[Sequence[str]]) -> None:
@@ -83,7 +83,7 @@ def write_left(sweep: Sweep, left: Iterable[Sequence[str]]) -> None:
     write_text(sweep.folder / SWEEP, json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
 
 
-def _grid(config: DictConfig, swept: list[Override]) -> tuple[tuple[str, ...], ...]:
+def grid_of(config: DictConfig, swept: list[Override]) -> tuple[tuple[str, ...], ...]:
     """Return the swept overrides of each job, combined like in Hydra's own sweeper."""
     if config.hydra.sweeper.get("_target_") != GRID:
         return ()

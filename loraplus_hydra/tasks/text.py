@@ -19,9 +19,8 @@ from loraplus_hydra.tasks.base import Base, longest_input
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.tasks.rows import batch_rows, require_columns, text_in, unused_columns_note
 
-_LONG = (
-    2**20
-)  # a text with more characters is cut before it is tokenised, because a tokenizer's result takes much memory
+# A text with more characters is cut before it is tokenised, because a tokenizer's result takes much memory.
+_LONG = 2**20
 # Where a long text is cut, best first: a line that begins with a word, and white space before a word
 _CUTS = (re.compile(r"(?<=\n)(?=\S)"), re.compile(r"(?<=\S)(?=\s\S)"))
 

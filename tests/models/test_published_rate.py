@@ -125,4 +125,3 @@ def test_a_config_that_resolves_auto_needs_no_command_line(compose: Callable[...
     register()
     config = compose("optimizer.lr=auto", "loraplus.ratio=2")
     assert config.optimizer.lr == pytest.approx(8e-3 / 2)
-    assert config.scheduler is not None

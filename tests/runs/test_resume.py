@@ -33,13 +33,11 @@ def trials(folder: Path, how: str, *overrides: str) -> list[dict[str, Any]]:
 
 
 def check_killed(seen: list[dict[str, Any]], kills: int) -> None:
-    assert len(seen) == kills
     for trial in seen:
         assert trial["status"] == 0, trial
         assert trial["broken"] == [], trial
         assert trial["differences"] == [], trial
-    # The moments are random: on a loaded machine some come after the run's end.
-    assert sum(trial["killed"] for trial in seen) >= kills / 2
+    assert sum(trial["killed"] for trial in seen) == kills
     assert sum(trial["in_save"] for trial in seen) >= kills / 3
     assert sum(trial.get("killed_again", False) for trial in seen) >= kills // 10
 

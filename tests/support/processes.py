@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
 
 IMPORTED = (
     *("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "matplotlib.figure"),
@@ -100,3 +103,16 @@ def _ended(processes: list[BaseProcess], log: Path) -> Ended:
     output = log.read_text(encoding="utf-8", errors="replace")
     log.unlink()
     return Ended(next((process.exitcode for process in processes if process.exitcode), 0), output)
+
+
+def in_own_session(words: list[str], place: Path) -> subprocess.Popen[str]:
+    """Start the command line in a process of its own session, so that signals reach it alone."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "loraplus_hydra", *words],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,9 +21,9 @@ from loraplus_hydra.sweep import finish as sweep_end
 from loraplus_hydra.training.hf_trainer import rung
 from tests.conftest import Finished
 from tests.support.forking import differences
+from tests.support.processes import in_own_session
 
 Cli = Callable[..., Finished]
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 600  # no wait is longer
 
 
@@ -172,11 +169,13 @@ def test_too_few_steps_for_a_rung_train_every_job(cli: Cli, words: list[str], tm
         (["hydra.sweep.subdir='job${hydra.job.num}'"], "hydra.sweep.subdir: a job gets a new number"),
     ],
 )
-def test_what_cannot_be_halved_is_an_error(cli: Cli, words: list[str], changes: list[str], error: str) -> None:
+def test_what_cannot_be_halved_is_an_error_and_leaves_nothing(
+    cli: Cli, words: list[str], changes: list[str], error: str, tmp_path: Path
+) -> None:
     finished = cli(*words, *changes)
     assert finished.status != 0
     assert error in finished.out + finished.err
-    assert not list(Path("outputs").rglob("result.json"))
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_single_run_is_not_halved(cli: Cli, words: list[str]) -> None:
@@ -201,22 +200,9 @@ def test_ready_grid_is_halved_by_a_key(cli: Cli, words: list[str], monkeypatch: 
     assert all("sweep.stop_at=0.0625" in job for job in launched)
 
 
-def start(words: list[str], place: Path) -> subprocess.Popen[str]:
-    """Start the command line in a process of its own session."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "loraplus_hydra", *words],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def kill_at(pattern: str, words: list[str], place: Path) -> None:
     """Start the command, and kill it and its workers with -9 once a file of the pattern exists."""
-    process = start(words, place)
+    process = in_own_session(words, place)
     until = time.monotonic() + SECONDS
     while not list(place.glob(f"outputs/sweeps/*/{pattern}")):
         assert process.poll() is None, process.communicate()
@@ -229,8 +215,8 @@ def kill_at(pattern: str, words: list[str], place: Path) -> None:
 
 
 def finish(words: list[str], place: Path) -> None:
-    process = start(words, place)
-    output = process.communicate(timeout=SECONDS)[0]
+    process = in_own_session(words, place)
+    output = "".join(process.communicate(timeout=SECONDS))
     assert process.returncode == 0, output[-3000:]
 
 

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.processes import in_own_session
+
 SECONDS = 600  # no wait is longer
-
-
-def start(words: list[str], place: Path) -> subprocess.Popen[str]:
-    """Start the command line in a process of its own session, so that signals reach it alone."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "loraplus_hydra", *words],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def stop_at_a_checkpoint(process: subprocess.Popen[str], place: Path, job: str, number: signal.Signals) -> str:
@@ -52,7 +38,7 @@ def test_stopped_sweep_goes_on_where_it_was(tiny_run: list[str], tmp_path: Path)
         "trainer.eval_strategy=no",
     ]
 
-    first = start(words, tmp_path)
+    first = in_own_session(words, tmp_path)
     output = stop_at_a_checkpoint(first, tmp_path, "seed-1", signal.SIGINT)
     assert first.returncode == 130, output
     assert "1 of 3 jobs run: 1 interrupted" in output
@@ -63,7 +49,7 @@ def test_stopped_sweep_goes_on_where_it_was(tiny_run: list[str], tmp_path: Path)
     assert stopped["status"] == "interrupted"
     assert 10 <= stopped["steps"] < 200
 
-    second = start(words, tmp_path)
+    second = in_own_session(words, tmp_path)
     output = stop_at_a_checkpoint(second, tmp_path, "seed-2", signal.SIGKILL)
     assert second.returncode == -signal.SIGKILL, output
     done = (one / "result.json").read_bytes()
@@ -73,7 +59,7 @@ def test_stopped_sweep_goes_on_where_it_was(tiny_run: list[str], tmp_path: Path)
     (two,) = sweep.glob("seed-2_*")
     assert not (two / "result.json").exists()
 
-    third = start(words, tmp_path)
+    third = in_own_session(words, tmp_path)
     output = "".join(third.communicate(timeout=SECONDS))
     assert third.returncode == 0, output
     assert "3 jobs: 2 done, 1 done before" in output
