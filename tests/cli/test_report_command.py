@@ -87,6 +87,8 @@ def test_command_of_a_resumed_job_composes_to_that_jobs_config(
         stored = OmegaConf.load(run / "config.yaml")
         assert isinstance(stored, DictConfig)
         assert run_hash(compose(*command[3:])) == run_hash(stored)
+    # Each resume has a folder of its own, however soon it follows another.
+    assert len(list((run / ".hydra").glob("resumed-*"))) == 2
 
 
 @pytest.mark.parametrize(
