@@ -1,4 +1,4 @@
-"""The Hydra sweeper of `halving=true`.
+"""The Hydra sweepers of `halving=true` and `tune`.
 
 Hydra takes sweepers only from the namespace package `hydra_plugins`, whose modules it imports at each start.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
 
-class HalvingSweeper(BasicSweeper):
+class _InBatches(BasicSweeper):
     """Hydra's sweeper of grids, in batches between which jobs leave.
 
     `start` identifies the start of the sweep. The other arguments are those of the basic sweeper.
@@ -37,11 +37,34 @@ class HalvingSweeper(BasicSweeper):
         return self.batch
 
     def _chunks(self) -> Iterator[Any]:
+        assert self.config is not None
+        assert self.overrides is not None
+        jobs = list(itertools.chain.from_iterable(self.overrides))
+        for batch in self._batches(jobs, Path(self.config.hydra.sweep.dir)):
+            yield from self.split_overrides_to_chunks([list(job) for job in batch], self.max_batch_size)
+
+    def _batches(self, jobs: Sequence[Sequence[str]], folder: Path) -> Iterator[Sequence[Sequence[str]]]:
+        raise NotImplementedError
+
+
+class HalvingSweeper(_InBatches):
+    """Sweeper of a grid that is halved."""
+
+    def _batches(self, jobs: Sequence[Sequence[str]], folder: Path) -> Iterator[Sequence[Sequence[str]]]:
         # Takes long, and most starts of Hydra run no halved sweep
         from loraplus_hydra.sweep.halving_search import batches
 
         assert self.config is not None
-        assert self.overrides is not None
-        jobs = list(itertools.chain.from_iterable(self.overrides))
-        for batch in batches(jobs, Path(self.config.hydra.sweep.dir), self.start):
-            yield from self.split_overrides_to_chunks([list(job) for job in batch], self.max_batch_size)
+        greater = bool(self.config.task.greater_is_better)
+        return batches(jobs, folder, self.start, greater_is_better=greater)
+
+
+class TuneSweeper(_InBatches):
+    """Sweeper of the candidates of `tune`."""
+
+    def _batches(self, jobs: Sequence[Sequence[str]], folder: Path) -> Iterator[Sequence[Sequence[str]]]:
+        from loraplus_hydra.sweep.tune_search import batches, check_tuning  # as above
+
+        assert self.config is not None
+        (words,) = jobs  # the command line has no sweep of its own
+        return batches(check_tuning(self.config), words, folder, self.start)

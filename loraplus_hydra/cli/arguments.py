@@ -112,7 +112,9 @@ def hydra_arguments(name: str, arguments: list[str]) -> list[str]:
     command = COMMANDS[name]
     rest = list(arguments)
     extra = []
-    if name != "train":
+    if command.search is not None:
+        extra.append(f"hparams_search={command.search}")
+    elif name != "train":
         extra.append(f"hydra.callbacks.before_run.command={name}")
     if command.positional and rest and _is_bare(rest[0]):
         extra.append(f"{command.positional}={quoted(rest.pop(0))}")

@@ -63,7 +63,20 @@ class BeforeRun(Callback):
             if self.command.name != "train":
                 raise UserError(f"'{self.command.name}' needs one config, not a sweep; remove --multirun")
             processes.refuse_sweep(["--multirun"])  # also if the config sets hydra.mode
+            if config.get("tune") is not None:
+                BeforeRun.sweep = _begin_tuning(config)
+                return
             check_halving(config)
             BeforeRun.sweep = begin(config, sys.argv[1:])
             use_halving(config, BeforeRun.sweep)
             continue_study(config, BeforeRun.sweep)
+
+
+def _begin_tuning(config: DictConfig) -> Sweep:
+    """Begin a search by `tune`. Raises ConfigErrors before anything is written."""
+    from loraplus_hydra.sweep.tune_search import check_tuning, use_tuning  # a tenth of a start, and few need it
+
+    settings = check_tuning(config)
+    sweep = begin(config, sys.argv[1:], keys=settings.swept)
+    use_tuning(config, sweep)
+    return sweep

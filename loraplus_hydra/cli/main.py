@@ -95,6 +95,8 @@ def _run(name: str, arguments: list[str]) -> int:
         overrides = hydra_arguments(name, arguments)
         if name == "resume" and not any(override.startswith("run=") for override in overrides):
             raise ConfigErrors([Problem("run", "no run's folder is given", "write the folder after the command")])
+        if COMMANDS[name].search is not None and sum(text.startswith("hparams_search=") for text in overrides) > 1:
+            raise ConfigErrors([Problem("hparams_search", f"`{name}` is a sweep of its own", "leave it out")])
         processes.refuse_sweep(arguments)
         if COMMANDS[name].config == "config" and has_unknown_key(overrides):
             raise ConfigErrors(override_problems(overrides, "config"))

@@ -31,7 +31,7 @@ from loraplus_hydra.sweep.plugins import missing_plugin
 
 ROOT_KEYS = (
     *(field.name for field in fields(RunConfig)),
-    *("sweep", "halving", "experiment", "hparams_search", "launcher", "debug"),
+    *("sweep", "halving", "tune", "experiment", "hparams_search", "launcher", "debug"),
 )
 # `key = value`, `key= value`, `key =value`, `key: value` or `key:value`, of one to three words.
 _SPACED = re.compile(r"([\w./@]+)(?: = ?|= | =|: ?)([^\s=]+)(?= |$)")
@@ -263,6 +263,8 @@ def _unknown_key(key: str, text: str, composition: _Composition) -> Problem:
         holder = f"{parent}.{last}".lstrip(".")
         if holder == key:
             return Problem(key, "the value has a key that is not there yet", f"add it with a plus: +{text}")
+        if holder == "tune":
+            return Problem(key, "is a key of the command `tune`", f"write the command first: tune {text}")
         return Problem(key, f"{holder} is not a mapping of keys", f"set the whole value: {holder}=...")
     if last in names:  # a stored run's group, whose option can't be changed
         fix = f"change single keys: {key}.key=value"

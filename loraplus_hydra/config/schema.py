@@ -25,6 +25,7 @@ AUTO_LR = "loraplus.auto_lr"  # the resolver that computes the rate for it
 COLUMN_SUFFIX = "_column"  # end of the keys in `data` whose value is a column's name
 SHARE = Range("a number from 0 to 1", lambda x: 0 <= x <= 1)
 PROPER_SHARE = Range("a number above 0 and below 1", lambda x: 0 < x < 1)
+TOP_P = Range("a number above 0 and at most 1", lambda x: 0 < x <= 1)
 DROPOUT = Range("a number from 0 to below 1", lambda x: 0 <= x < 1)
 STEPS = Range(
     "a whole number of steps, or a share of all steps between 0 and 1",
@@ -33,6 +34,10 @@ STEPS = Range(
 BETAS = Range("two or more numbers from 0 to below 1", lambda x: len(x) >= 2 and all(map(DROPOUT.holds, x)))
 MAX_STEPS = Range("a whole number from 1 on, or -1 for num_train_epochs", lambda x: x >= 1 or x == -1)
 BLOCK = Range("a whole number from 2 on", lambda x: x >= 2)
+POSITIVE_LIST = Range(
+    "one or more finite numbers above 0 as a list, [1, 4]", lambda x: bool(x) and all(map(POSITIVE.holds, x))
+)
+SEVERAL = Range("a whole number from 2 on", lambda x: x >= 2)
 SEED = Range("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)  # numpy's
 CHECKPOINT = Range("auto or a checkpoint's folder", lambda x: x != "")
 FORWARD = Range("auto, lean or plain", lambda x: x in ("auto", "lean", "plain"))
@@ -186,6 +191,17 @@ class SweepConfig:
 
 
 @dataclass
+class TuneConfig:
+    """Keys of `tune` in the program's config: a search. conf/hparams_search/tune.yaml has the defaults."""
+
+    budget: float = field(metadata=range_(POSITIVE))  # in units of one run's steps
+    # values of lora_B's rate; null = as many as the budget allows, around optimizer.lr x loraplus.ratio
+    eta_B: Optional[List[float]] = field(metadata=range_(POSITIVE_LIST))
+    ratios: Optional[List[float]] = field(metadata=range_(POSITIVE_LIST))  # values of eta_B / eta_A; null = 1, 4 and 16
+    seeds: int = field(metadata=range_(SEVERAL))  # number of seeds with which the two finalists are compared
+
+
+@dataclass
 class FinishedRunConfig:
     """Keys of every command that reads a stored run."""
 
@@ -212,7 +228,23 @@ class ExportConfig(OpenedRunConfig):
 
 
 @dataclass
-class PredictConfig(OpenedRunConfig):
+class AnsweringConfig(OpenedRunConfig):
+    """Keys of the commands that let a run's model answer."""
+
+    temperature: float = field(default=0.0, metadata=range_(NOT_NEGATIVE))  # of sampling; 0 = the likeliest tokens
+    top_p: float = field(default=1.0, metadata=range_(TOP_P))  # tokens with this share of the probability are sampled
+
+
+@dataclass
+class ChatConfig(AnsweringConfig):
+    """`chat`. Registered as `chat_schema`."""
+
+    system: Optional[str] = None  # the system prompt
+    max_new_tokens: int = field(default=512, metadata=range_(COUNT))  # maximum number of tokens in an answer
+
+
+@dataclass
+class PredictConfig(AnsweringConfig):
     """`predict`. Registered as `predict_schema`."""
 
     text: Optional[str] = None  # one text
@@ -270,6 +302,7 @@ SCHEMAS: dict[str, type] = {
     "report_schema": ReportConfig,
     "export_schema": ExportConfig,
     "predict_schema": PredictConfig,
+    "chat_schema": ChatConfig,
     "evaluate_schema": EvaluateConfig,
     "resume_schema": ResumeConfig,
 }
@@ -277,7 +310,7 @@ SCHEMAS: dict[str, type] = {
 # Keys of the trainer group that are not fields of TrainingArguments.
 NOT_TRAINING_ARGUMENTS = ("early_stopping_patience", "early_stopping_threshold", "forward")
 
-NOT_OF_A_RUN = ("hydra", "sweep", "halving")  # nodes of the program's config that a run's config doesn't have
+NOT_OF_A_RUN = ("hydra", "sweep", "halving", "tune")  # nodes of the program's config that a run's config doesn't have
 
 # Types and ranges of other libraries' parameters, because their signatures give no range.
 LIBRARY_RANGES: dict[str, tuple[Any, Range]] = {

@@ -55,6 +55,11 @@ def request(number: int) -> None:
     _state.number = _state.number or number
 
 
+def forget() -> None:
+    """Withdraw the request, after the program has answered it."""
+    _state.number = 0
+
+
 def stop_if_asked() -> None:
     """Raise Interrupted if a stop was requested."""
     if _state.number:

@@ -26,3 +26,6 @@ WRITTEN = (
 SWEEP = "sweep.json"
 # In a sweep's folder: the decisions of a halved sweep.
 HALVING = "halving.json"
+# In a sweep's folder: the answer of `tune`, and the folder of its winner's rates for --config-dir.
+TUNE = "tune.json"
+TUNED = "experiment"

@@ -22,6 +22,8 @@ class Rung:
     earliest: int  # the first step at which jobs are compared
     losses: tuple[float, ...] = ()  # mean loss of each held-out row
     weights: tuple[float, ...] = ()  # number of tokens with loss in each row; 1 for other losses
+    # task.metric on these rows; None if it is the loss, or if the Trainer alone can compute it
+    metric: float | None = None
 
     @property
     def loss(self) -> float:

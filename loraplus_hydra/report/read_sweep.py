@@ -99,6 +99,14 @@ class Job:
 
 
 @dataclass(frozen=True)
+class RungLosses:
+    """The candidates of a search at a rung: each one's metric, or else its loss, and whether it stays."""
+
+    step: int
+    values: Mapping[str, tuple[float, bool]]
+
+
+@dataclass(frozen=True)
 class Sweep:
     """A sweep's folder."""
 
@@ -111,6 +119,9 @@ class Sweep:
     greater_is_better: bool
     not_jobs: tuple[str, ...]  # sub-folders without any file of a job
     notes: tuple[str, ...]
+    rungs: tuple[RungLosses, ...] = ()  # of a search by halving or `tune`
+    answer: tuple[str, ...] = ()  # of `tune`, in sentences
+    extend: str = ""  # the command of `tune` with candidates beyond the edge
 
     @property
     def unsuccessful(self) -> tuple[Job, ...]:
@@ -138,6 +149,7 @@ def read_sweep(folder: Path) -> Sweep:
         jobs = tuple(_without_value(job, metric) if job.folder in others else job for job in jobs)
     notes += _stopped(stored.get("left"))
     decisions = files.read(read_json, run_folder.HALVING) or {}
+    tuned = files.read(read_json, run_folder.TUNE) or {}
     if any(job.status == PRUNED for job in jobs):  # not if the whole grid was trained later
         notes += _halved(decisions)
     swept = stored.get("swept")
@@ -149,8 +161,11 @@ def read_sweep(folder: Path) -> Sweep:
         jobs=jobs,
         metric=metric,
         greater_is_better=_greater_is_better(jobs, metric),
-        not_jobs=tuple(one.name for one in folders if one not in job_folders),
+        not_jobs=tuple(one.name for one in folders if one not in job_folders and one.name != run_folder.TUNED),
         notes=tuple(notes),
+        rungs=_rungs(tuned or decisions),
+        answer=tuple(map(str, tuned.get("answer") or ())) if isinstance(tuned.get("answer"), list) else (),
+        extend=str(tuned.get("extend") or ""),
     )
 
 
@@ -309,6 +324,26 @@ def _halved(stored: Mapping[str, Any]) -> list[str]:
     if taken is None or not of:
         return []
     return [f"Successive halving: {taken:,.0f} of the grid's {of:,.0f} steps were taken ({taken / of:.0%})."]
+
+
+def _rungs(stored: Mapping[str, Any]) -> tuple[RungLosses, ...]:
+    """Return the rungs of halving.json or tune.json. Entries that can't be read are left out."""
+    rungs = []
+    for entry in _list_of_mappings(stored, "rungs"):
+        values = {}
+        for one in _list_of_mappings(entry, "candidates"):
+            value = number(one.get("loss") if one.get("metric") is None else one.get("metric"))
+            if value is not None:
+                values[str(one.get("name"))] = (value, one.get("stays") is True)
+        step = whole_number(entry.get("step"))
+        if step is not None and values:
+            rungs.append(RungLosses(step, values))
+    return tuple(rungs)
+
+
+def _list_of_mappings(value: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    inner = value.get(key)
+    return [one for one in inner if isinstance(one, dict)] if isinstance(inner, list) else []
 
 
 def _without_value(job: Job, metric: str) -> Job:

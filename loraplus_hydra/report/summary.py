@@ -10,13 +10,15 @@ from loraplus_hydra.report.edges import edges, extending_command
 from loraplus_hydra.report.formatting import count, measured, short, with_spread
 from loraplus_hydra.report.results import SweepResults
 
-_OF_A_HALVED_GRID = ("hparams_search=halving", "halving=true")  # overrides that a single run refuses
+_OF_A_SEARCH = ("hparams_search=halving", "halving=true", "hparams_search=tune", "tune.")  # a single run refuses them
 _MANY = 6  # from this number of settings on, the lead of the best is partly due to lucky seeds
 
 
 def headline(results: SweepResults) -> str:
     """Return the best setting and its metric in one sentence."""
     best, metric = results.outcome.best, results.sweep.metric
+    if results.sweep.answer:
+        return results.sweep.answer[0]
     if best is None:
         return "No job has a result, so there is nothing to compare."
     if len(results.settings) == 1:
@@ -28,6 +30,8 @@ def headline(results: SweepResults) -> str:
 def details(results: SweepResults) -> list[str]:
     """Return sentences about the comparison with ratio 1, noise, and other good settings."""
     outcome = results.outcome
+    if results.sweep.answer:
+        return [*results.sweep.answer[1:]]
     if outcome.best is None:
         return []
     sentences = [*_against_ratio_1(results)]
@@ -66,7 +70,7 @@ def verdict(gap: Difference) -> str:
 def speed_sentence(results: SweepResults) -> str:
     """Return a sentence about the steps to ratio 1's final metric; empty if unknown."""
     outcome = results.outcome
-    if outcome.target is None or outcome.best is None or outcome.best is outcome.baseline:
+    if outcome.target is None or outcome.best is None or outcome.best is outcome.baseline or results.sweep.answer:
         return ""
     reach = next((one for one in outcome.reached if one.setting is outcome.best), None)
     metric = results.sweep.metric
@@ -83,7 +87,7 @@ def command(results: SweepResults) -> str:
     job = results.outcome.best_job
     if job is None or job.rerun is None:
         return ""
-    rerun = [text for text in job.rerun if text not in _OF_A_HALVED_GRID]
+    rerun = [text for text in job.rerun if not text.startswith(_OF_A_SEARCH)]
     # The config of a ready-made sweep sets hydra.mode to MULTIRUN.
     single = ("hydra.mode=RUN",) if any(text.startswith("hparams_search=") for text in rerun) else ()
     return f"python -m loraplus_hydra {shlex.join((*rerun, *single))}"
@@ -94,6 +98,8 @@ def extension(results: SweepResults) -> tuple[list[str], str]:
 
     The command is empty if there is no such key or the sweep's own command is unknown.
     """
+    if results.sweep.answer:
+        return [], results.sweep.extend
     found = edges(results)
     sentences = [
         f"At the grid's edge: {edge.key} {short(edge.best)} is the {'largest' if edge.upper else 'smallest'} value. "

@@ -32,7 +32,7 @@ from loraplus_hydra.tasks.preference import find_preference_shape, has_preferenc
 from loraplus_hydra.tasks.rows import text_in
 from loraplus_hydra.tasks.tokens import render
 from loraplus_hydra.training.gpu_attention import skip_cudnn_attention
-from loraplus_hydra.training.sampling import answer
+from loraplus_hydra.training.sampling import answer, sampling_arguments
 
 Asked = str | Text | Conversation  # a prompt, a text to continue, or the turns before the answer
 
@@ -44,23 +44,26 @@ def predict(
     *,
     max_new_tokens: int = 128,
     batch_size: int = 32,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
 ) -> Iterator[dict[str, Any]]:
     """Yield an answer for each text, in order.
 
-    For a causal model, an answer is {"prompt", "answer"}, decoded greedily. For a classifier, it is {"text", "label",
-    "scores"}. The label is a list for several labels, and a number for a regression. Each name has a score from 0 to 1.
+    For a causal model, an answer is {"prompt", "answer"}: the likeliest tokens, or sampled ones if `temperature` is
+    above 0. For a classifier, it is {"text", "label", "scores"}. The label is a list for several labels, and a number
+    for a regression. Each name has a score from 0 to 1.
     Raises UserError.
     """
     model, tokenizer = load_run(run)
-    model = _on_device(model, run)
+    model = on_device(model, run)
     if str(run.config.task.task_type) == "SEQ_CLS":
         yield from _classify(model, tokenizer, texts, pairs or [None] * len(texts), run, batch_size)
         return
-    chat = _uses_chat(run, tokenizer)
+    chat, sampling = uses_chat(run, tokenizer), sampling_arguments(temperature, top_p)
     for text in texts:
         prompt = _render(text, tokenizer, chat=chat)
         plain = isinstance(text, Text) or (isinstance(text, str) and not chat)
-        found = answer(model, tokenizer, prompt, max_new_tokens, special_tokens=plain)
+        found = answer(model, tokenizer, prompt, max_new_tokens, special_tokens=plain, **sampling)
         if found is None:
             raise UserError(f"the prompt {_shown(text)!r} has no tokens, so there is nothing to answer")
         yield {"prompt": text.turns if isinstance(text, Conversation) else prompt if plain else text, "answer": found}
@@ -83,7 +86,7 @@ def _shown(asked: Asked) -> str:
     return str(text)[:100]
 
 
-def _uses_chat(run: FinishedRun, tokenizer: PreTrainedTokenizerBase) -> bool:
+def uses_chat(run: FinishedRun, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return True if training turned plain prompts into turns."""
     chat = run.config.task.get("chat", False)  # a task without this key has no turns
     return bool(tokenizer.chat_template) if chat is None else bool(chat)
@@ -143,7 +146,7 @@ def _read(file: str, column: str | None, run: FinishedRun) -> tuple[list[Asked],
         return _texts(file, rows, column or run.config.data.get("text_column", "text"), run)
     both, places = DatasetDict(train=rows, eval=rows), rows[ORIGIN]
     no_pairs: list[str | None] = [None] * len(rows)
-    chat = _uses_chat(run, load_run_tokenizer(run))
+    chat = uses_chat(run, load_run_tokenizer(run))
     if column is None and has_preferences(both, run.config.data):
         pairs = find_preference_shape(both, run.config.data)
         return [_bare(pairs.ask(row, place, chat=chat)) for row, place in zip(rows, places, strict=True)], no_pairs
@@ -190,7 +193,7 @@ def _no_column(file: str, rows: Dataset, name: str) -> ConfigErrors:
     return ConfigErrors([Problem("column", what, f"the columns are {', '.join(columns(rows))}")])
 
 
-def _on_device(model: PeftModel, run: FinishedRun) -> Any:
+def on_device(model: PeftModel, run: FinishedRun) -> Any:
     """Return the model on the accelerator.
 
     It is not moved if the run uses the CPU, or if a quantised base is already on a device.

@@ -32,6 +32,7 @@ class Standing:
 
     name: str
     loss: float
+    metric: float | None  # task.metric, if it isn't the loss
     difference: float  # of the losses; above 0 is worse
     error: float  # standard error of the difference
     stays: bool
@@ -77,22 +78,33 @@ def places(candidates: int, stops: Sequence[Stop], steps: int, number: int, spen
     return max(0, math.floor(left / until + 1e-9))
 
 
-def decide(rungs: Mapping[str, Sequence[Rung]], keep: int, more: int) -> list[Standing]:
-    """Return the candidates in the order of their losses, the lowest first.
+def decide(
+    rungs: Mapping[str, Sequence[Rung]], keep: int, more: int, *, greater_is_better: bool = False
+) -> list[Standing]:
+    """Return the candidates in the order of their metrics, the best first.
 
-    `rungs` has each candidate's rung for each seed. The first `keep` stay. Up to `more` others stay if they are within
-    two standard errors of the last of these.
+    Of equal ones, the lower loss comes first. `rungs` has each candidate's rung for each seed. The first `keep` stay.
+    Up to `more` others stay if their losses are within two standard errors of the last of these. `greater_is_better`
+    is the metric's direction; a loss's is False.
     """
     losses = {name: statistics.fmean(rung.loss for rung in each) for name, each in rungs.items()}
-    order = sorted(rungs, key=losses.__getitem__)
+    metrics = {name: mean_metric(each) for name, each in rungs.items()}
+    sign = 0 if None in metrics.values() else -1 if greater_is_better else 1
+    order = sorted(rungs, key=lambda name: (sign * (metrics[name] or 0.0), losses[name]))
     standings = []
     for place, name in enumerate(order):
         difference, error = compare(rungs[name], rungs[order[min(keep, len(order)) - 1]])
         stays = place < keep
         if not stays and more and difference <= _WITHIN * error:
             stays, more = True, more - 1
-        standings.append(Standing(name, losses[name], difference, error, stays))
+        standings.append(Standing(name, losses[name], metrics[name], difference, error, stays))
     return standings
+
+
+def mean_metric(rungs: Sequence[Rung]) -> float | None:
+    """Return the mean of a candidate's metric over its seeds; None if the loss is compared."""
+    known = [rung.metric for rung in rungs if rung.metric is not None]
+    return statistics.fmean(known) if len(known) == len(rungs) else None
 
 
 def compare(one: Sequence[Rung], other: Sequence[Rung]) -> tuple[float, float]:

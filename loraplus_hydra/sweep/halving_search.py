@@ -64,42 +64,69 @@ def _problems(config: DictConfig) -> Iterator[Problem]:
         )
     elif len({_without_seed(job) for job in grid_of(config, swept)}) < 2:
         yield Problem("halving", "there is nothing to compare", "give a key besides the seed several values: key=a,b")
-    if OmegaConf.select(config, "trainer.early_stopping_patience") is not None:
-        yield Problem("trainer.early_stopping_patience", "halving compares jobs at the same steps", "set it to null")
     for key in _LENGTHS:
         if any(one.key_or_group == key for one in swept):
             yield Problem(key, "halving compares jobs with the same number of steps", "give it one value")
+    yield from comparability_problems(config)
+
+
+def comparability_problems(config: DictConfig) -> Iterator[Problem]:
+    """Yield a Problem for each setting that keeps jobs from being compared at rungs."""
+    if OmegaConf.select(config, "trainer.early_stopping_patience") is not None:
+        yield Problem("trainer.early_stopping_patience", "halving compares jobs at the same steps", "set it to null")
     subdir = str(OmegaConf.to_container(config.hydra.sweep, resolve=False))
     if "hydra.job.num" in subdir or "hydra.job.id" in subdir:
         yield Problem("hydra.sweep.subdir", "a job gets a new number at each rung", "name the folder by other values")
 
 
-def batches(jobs: Sequence[Sequence[str]], folder: Path, start: str) -> Iterator[list[Overrides]]:
+def batches(
+    jobs: Sequence[Sequence[str]], folder: Path, start: str, *, greater_is_better: bool
+) -> Iterator[list[Overrides]]:
     """Yield the jobs that are launched together: those of each rung, then those that finish.
 
-    `jobs` has the overrides of each job. `folder` and `start` are the sweep's. A batch must have ended before the next
-    one is taken. Raises UserError if the jobs can't be compared.
+    `jobs` has the overrides of each job. `folder` and `start` are the sweep's. `greater_is_better` is the direction of
+    `task.metric`. A batch must have ended before the next one is taken. Raises UserError if the jobs can't be compared.
     """
-    search = _Search(jobs, folder, start)
-    share = halving.first_share(len(search.candidates))
+    search = Search(jobs, folder, start, greater_is_better=greater_is_better)
+    candidates = len(search.candidates)
+    stops: tuple[Stop, ...] = ()
+    share = halving.first_share(candidates)
     if share is not None:
         yield from search.batch(search.remaining, share)
-        search.make_plan(share)
-    for number, stop in enumerate(search.stops):
+        stops = search.plan(share, lambda steps, earliest: halving.plan(candidates, steps, earliest))
+        if search.steps and not stops:
+            screen.show(f"Halving: {search.steps} steps are too few for a rung, so every job runs to its end")
+    for number, stop in enumerate(stops):
         if len(search.remaining) <= stop.keep:
             continue
         yield from search.batch_until(stop.step)
-        search.decide(number)
+        search.arrive(stop.step)
+        search.decide(stop, halving.places(candidates, stops, search.steps, number, search.spent))
+        _write(search)
     yield from search.batch(search.remaining)
-    search.end()
+    if stops:
+        search.arrive(search.steps)
+        _write(search)
 
 
-class _Search:
+def _write(search: Search) -> None:
+    seeds = max(map(len, search.candidates.values()))
+    content = {
+        "steps": search.steps,
+        "job_steps": search.spent * seeds,
+        "of": len(search.candidates) * search.steps * seeds,
+        "rungs": search.rungs(),
+    }
+    write_text(search.folder / HALVING, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+class Search:
     """A search in progress: the remaining candidates, and the steps that were taken."""
 
-    def __init__(self, jobs: Sequence[Sequence[str]], folder: Path, start: str) -> None:
+    def __init__(self, jobs: Sequence[Sequence[str]], folder: Path, start: str, *, greater_is_better: bool) -> None:
         self.folder = folder
         self.start = start
+        self.greater_is_better = greater_is_better
         self.candidates: dict[str, list[Overrides]] = {}  # name -> a job for each seed
         common = set.intersection(*map(set, jobs))
         for job in dict.fromkeys(map(tuple, jobs)):
@@ -107,10 +134,10 @@ class _Search:
             self.candidates.setdefault(name, []).append(job)
         self.remaining = list(self.candidates)
         self.steps = 0  # of one job; 0 = unknown
-        self.stops: tuple[Stop, ...] = ()
-        self.decisions: list[tuple[Stop, list[Standing]]] = []
-        self.reached = 0  # the step of the last rung
+        self.earliest = 0  # the first step at which jobs are compared
         self.spent = 0  # steps of all candidates, with one seed
+        self.decisions: list[tuple[Stop, list[Standing]]] = []
+        self._reached = 0  # the step of the last rung
 
     def batch(self, names: Iterable[str], share: float | None = None) -> Iterator[list[Overrides]]:
         """Yield the batch of the candidates' jobs. With `share`, they stop at this rung."""
@@ -130,45 +157,53 @@ class _Search:
         if jobs:  # some launchers refuse an empty batch
             yield [(*job, *stop) for job in jobs]
 
-    def make_plan(self, share: float) -> None:
-        """Plan the rungs. The number of steps is known once jobs have been at the first rung, `share`."""
+    def plan(self, share: float, planned: Callable[[int, int], tuple[Stop, ...]]) -> tuple[Stop, ...]:
+        """Return the rungs that `planned` gives for the jobs' steps and the earliest step of a rung.
+
+        Both are known once jobs have been at the first rung, `share`. The result is empty if no job has been there.
+        """
         self._remove_failed(lambda rung: rung.stop_at == share)
         found = [rung for status in self._statuses().values() for rung in self._rungs(status) if rung.stop_at == share]
         if not found:  # all jobs have failed, or had run to their ends before
-            return
+            return ()
         self.steps = found[0].steps
         if other := next((rung.steps for rung in found if rung.steps != self.steps), None):
             raise UserError(f"the jobs have different numbers of steps ({self.steps} and {other}): use halving=false")
-        self.stops = halving.plan(len(self.candidates), self.steps, max(rung.earliest for rung in found))
-        if not self.stops:
-            screen.show(f"Halving: {self.steps} steps are too few for a rung, so every job runs to its end")
+        self.earliest = max(rung.earliest for rung in found)
+        return planned(self.steps, self.earliest)
 
-    def decide(self, number: int) -> None:
-        """Decide which candidates stay at a rung, and record it. All jobs have been there, or have failed."""
-        stop = self.stops[number]
-        self._spend_until(stop.step)
-        self._remove_failed(lambda rung: rung.step == stop.step)
-        rungs = self._compared(stop.step)
-        more = halving.places(len(self.candidates), self.stops, self.steps, number, self.spent)
-        standings = halving.decide(rungs, stop.keep, more) if rungs else []
+    def arrive(self, step: int) -> None:
+        """Count the steps that the remaining candidates have taken until the rung at `step`.
+
+        The candidates that failed before are removed.
+        """
+        self.spent += len(self.remaining) * (step - self._reached)
+        self._reached = step
+        if step < self.steps:
+            self._remove_failed(lambda rung: rung.step == step)
+
+    def decide(self, stop: Stop, more: int) -> None:
+        """Decide which candidates stay at a rung. `more` is the number that may stay besides the planned ones."""
+        known = self.at_rung(stop.step)
+        standings = halving.decide(known, stop.keep, more, greater_is_better=self.greater_is_better) if known else []
         self.decisions.append((stop, standings))
-        self._leave([one.name for one in standings if not one.stays])
-        self._write()
-        names = first_of([f"{one.name} ({one.loss:.4f})" for one in standings if one.stays], _MOST_SHOWN)
-        screen.show(f"Halving: {len(self.remaining)} of {len(self.candidates)} stay at step {stop.step}: {names}")
+        self.leave([one.name for one in standings if not one.stays])
+        shown = [f"{one.name} ({one.loss if one.metric is None else one.metric:.4f})" for one in standings if one.stays]
+        stay = f"{len(self.remaining)} of {len(self.candidates)} stay at step {stop.step}"
+        screen.show(f"Halving: {stay}: {first_of(shown, _MOST_SHOWN)}")
 
-    def end(self) -> None:
-        """Record the steps that the remaining candidates have taken to their end."""
-        if self.stops:
-            self._spend_until(self.steps)
-            self._write()
+    def rungs(self) -> list[dict[str, Any]]:
+        """Return the decisions for JSON."""
+        return [
+            {"step": stop.step, "keep": stop.keep, "candidates": [asdict(one) for one in standings]}
+            for stop, standings in self.decisions
+        ]
 
-    def _spend_until(self, step: int) -> None:
-        self.spent += len(self.remaining) * (step - self.reached)
-        self.reached = step
+    def at_rung(self, step: int) -> dict[str, list[Rung]]:
+        """Return the rungs at `step` of each remaining candidate that has them for all its seeds.
 
-    def _compared(self, step: int) -> dict[str, list[Rung]]:
-        """Return the rungs of the candidates that are compared at `step`."""
+        Raises UserError if the held-out rows differ.
+        """
         statuses = self._statuses()
         rungs = {name: [self._rung(statuses[job], step) for job in self.candidates[name]] for name in self.remaining}
         # A job that the same sweep without halving has trained beyond the rung continues without a comparison
@@ -185,13 +220,23 @@ class _Search:
         def has_failed(job: Overrides) -> bool:
             return not _is_done(statuses[job]) and not any(map(is_the_rung, self._rungs(statuses[job])))
 
-        self._leave([name for name in self.remaining if any(map(has_failed, self.candidates[name]))])
+        self.leave([name for name in self.remaining if any(map(has_failed, self.candidates[name]))])
 
-    def _leave(self, names: Sequence[str]) -> None:
+    def keep(self, name: str) -> None:
+        """Remove all other candidates, and all seeds but the first."""
+        self.leave([other for other in self.remaining if other != name])
+        first, *others = self.candidates[name]
+        self._prune(others)
+        self.candidates[name] = [first]
+
+    def leave(self, names: Sequence[str]) -> None:
         """Remove candidates, and give their jobs the status `pruned`."""
         self.remaining = [name for name in self.remaining if name not in names]
+        self._prune([job for name in names for job in self.candidates[name]])
+
+    def _prune(self, jobs: Sequence[Overrides]) -> None:
         statuses = self._statuses()
-        for status in (statuses[job] for name in names for job in self.candidates[name]):
+        for status in (statuses[job] for job in jobs):
             if status is None or status.status == job_status.FAILED:
                 continue
             folder = self.folder / status.folder
@@ -215,19 +260,6 @@ class _Search:
 
     def _rung(self, status: JobStatus | None, step: int) -> Rung | None:
         return next((rung for rung in self._rungs(status) if rung.step == step), None)
-
-    def _write(self) -> None:
-        seeds = max(map(len, self.candidates.values()))
-        content = {
-            "steps": self.steps,
-            "job_steps": self.spent * seeds,
-            "of": len(self.candidates) * self.steps * seeds,
-            "rungs": [
-                {"step": stop.step, "keep": stop.keep, "candidates": [asdict(one) for one in standings]}
-                for stop, standings in self.decisions
-            ],
-        }
-        write_text(self.folder / HALVING, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _is_done(status: JobStatus | None) -> bool:

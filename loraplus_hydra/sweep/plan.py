@@ -46,16 +46,18 @@ class Sweep:
     jobs: tuple[tuple[str, ...], ...] = ()  # the swept overrides of each job; empty if a search chooses them
 
 
-def begin(config: DictConfig, words: list[str]) -> Sweep:
+def begin(config: DictConfig, words: list[str], keys: tuple[str, ...] | None = None) -> Sweep:
     """Make the sweep's folder, write sweep.json, and pass the jobs their overrides.
 
     `config` is the whole config that Hydra composed for the sweep. `words` is the command line after the program's
-    name.
+    name. `keys` are the swept keys of a search whose grid isn't on the command line.
     """
     swept = swept_overrides(config)
-    keys = _sorted_keys(swept)
+    is_search = keys is not None
+    keys = _sorted_keys({one.key_or_group for one in swept}) if keys is None else _sorted_keys(keys)
     with open_dict(config):
-        config.sweep.name = _checked_name(config.sweep.name) or default_name(config, swept)
+        readable = ("tune",) if is_search else keys
+        config.sweep.name = _checked_name(config.sweep.name) or default_name(config, keys, readable)
         folder = expanded(config.hydra.sweep.dir).absolute()
         config.hydra.sweep.dir = str(folder)
     refuse_unwritable(folder, key="hydra.sweep.dir")
@@ -73,7 +75,7 @@ def begin(config: DictConfig, words: list[str]) -> Sweep:
     )
     _write_sweep_file(folder, keys, words)
     interrupts.raise_at_once(config.hydra.launcher._target_ != _IN_THIS_PROCESS)
-    return Sweep(folder, keys, start, is_new, grid_of(config, swept))
+    return Sweep(folder, keys, start, is_new, () if is_search else grid_of(config, swept))
 
 
 def write_left(sweep: Sweep, left: Iterable[Sequence[str]]) -> None:
@@ -101,12 +103,11 @@ def swept_overrides(config: DictConfig) -> list[Override]:
     return [override for override in by_key.values() if override.is_sweep_override()]
 
 
-def default_name(config: DictConfig, swept: list[Override]) -> str:
-    """Return a name from the swept keys and a hash of all other settings.
+def default_name(config: DictConfig, keys: Sequence[str], readable: Sequence[str]) -> str:
+    """Return a name from `readable` words and a hash of all settings but the swept keys.
 
     So the same sweep, also with more values, gets the same folder again.
     """
-    keys = _sorted_keys(swept)
     whole = plain_of(config, resolve=False)  # without the options of swept groups
     rest = {key: value for key, value in whole.items() if key not in (*NOT_OF_A_RUN, ALLOW)}
     for key in keys:
@@ -114,12 +115,11 @@ def default_name(config: DictConfig, swept: list[Override]) -> str:
     # `rest` doesn't have the swept groups, nor the overrides inside these groups, which are the same for all jobs.
     prefixes = tuple(f"{key}." for key in keys)
     inside = [text for text in _task_overrides(config) if text.lstrip("+~").startswith(prefixes)]
-    return sweep_name(keys, config_hash({"swept": keys, "config": rest, "inside": sorted(inside)}))
+    return sweep_name(readable, config_hash({"swept": keys, "config": rest, "inside": sorted(inside)}))
 
 
-def _sorted_keys(swept: list[Override]) -> tuple[str, ...]:
+def _sorted_keys(keys: Iterable[str]) -> tuple[str, ...]:
     """Return the swept keys sorted, with the seed last."""
-    keys = {override.key_or_group for override in swept}
     return tuple(sorted(keys, key=lambda key: (key == "seed", key)))
 
 

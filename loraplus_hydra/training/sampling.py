@@ -28,6 +28,11 @@ def answers(
     return [" ".join(text.split()) for text in texts]
 
 
+def sampling_arguments(temperature: float, top_p: float) -> dict[str, Any]:
+    """Return the arguments of `generate` for a temperature; 0 is greedy."""
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+
+
 def answer(
     model: PreTrainedModel | Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -35,11 +40,12 @@ def answer(
     max_new_tokens: int,
     *,
     special_tokens: bool,
+    **generation: Any,
 ) -> str | None:
     """Return the model's greedy answer to one prompt, or None if the prompt has no tokens.
 
     With `special_tokens`, the tokenizer adds its special tokens to the prompt. If prompt and answer have more tokens
-    than the model has positions, the prompt's beginning is cut.
+    than the model has positions, the prompt's beginning is cut. `generation` are arguments of `generate`.
     """
     interrupts.stop_if_asked()
     ids = encode_prompt(prompt, tokenizer, special_tokens=special_tokens)
@@ -55,7 +61,7 @@ def answer(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
+            **{"do_sample": False, **generation},
         )
     return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))

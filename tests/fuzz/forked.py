@@ -87,9 +87,11 @@ def driven(module: str, folder: Path, count: int, *overrides: str) -> list[dict[
     print(f"{module}: {count} trials from LORAPLUS_FUZZ_FROM={FIRST}")
     command = [sys.executable, "-m", f"tests.fuzz.{module}", str(folder), str(FIRST), str(count), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    seen = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.returncode == 0, seen[-1:]
+    told = folder / "trials.jsonl"  # a file, so that a driver that dies loses no trial
+    with told.open("w") as lines:
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=lines, check=False)
+    seen = [json.loads(line) for line in told.read_text().splitlines() if line.startswith("{")]
+    assert done.returncode == 0, (seen[-1:], [trial for trial in seen if trial.get("fault")])
     assert len(seen) == count
     return seen
 

@@ -19,6 +19,7 @@ import yaml
 from loraplus_hydra.io.checkpoints import MANIFEST, seal
 
 HUGE = 20 * 2**30  # bytes of a sparse file
+READ = 2**21  # bytes of a file that is changed
 # What is put in place of a value in JSON or YAML.
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 7, 2**31, 2**63, -(2**70), 0.5, 1e308, float("nan"), float("inf"), "", " ", "x"),
@@ -60,7 +61,8 @@ def mutate(folder: Path, guard: Path, dice: random.Random, areas: tuple[str, ...
     """Change a folder in one or two ways and describe them; `areas` are the parts that a command reads."""
     done: list[str] = []
     for file in _files(folder, dice, areas):
-        if not file.is_file() or file.stat().st_size >= HUGE:  # moved, or too long to read
+        # Moved, or already made too long to be read here; no file of an unchanged folder is as long
+        if not file.is_file() or file.stat().st_size > READ:
             continue
         kind = dice.choice([name for name, weight in WEIGHTS.items() for _ in range(weight)])
         try:

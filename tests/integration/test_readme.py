@@ -1,6 +1,6 @@
 """README and docs are true: commands compose, tables and outputs are those of the program, links lead somewhere."""
 
-from __future__ import annotations
+from __future__ import io
 
 import importlib
 import json
@@ -86,6 +86,7 @@ def test_commands_on_finished_runs_and_sweeps_work(
     write_job(Path("outputs/sweeps/NAME/ratio-4"), {"loraplus.ratio": 4}, 3.5)
     # A command that resumes is checked in full, but nothing is trained.
     monkeypatch.setattr("loraplus_hydra.runs.job.run", lambda *_, **__: Result(OK, "eval_loss"))
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # a chat without a message
     failed = {}
     for command in [command for command in commands() if not trains_or_checks(command)]:
         ended = cli(*(re.sub(r"^outputs/2026.*", "RUN", word) for word in shlex.split(command)[3:]))

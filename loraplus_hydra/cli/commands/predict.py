@@ -6,9 +6,8 @@ import json
 
 from omegaconf import DictConfig
 
-from loraplus_hydra.cli.commands.command import Command
+from loraplus_hydra.cli.commands.command import Command, range_problems
 from loraplus_hydra.config.schema import PredictConfig
-from loraplus_hydra.config.types import describe, field_types, mismatch
 from loraplus_hydra.errors import Problem, refuse
 from loraplus_hydra.io import files, interrupts
 from loraplus_hydra.runs.finished import open_named_run
@@ -36,16 +35,14 @@ def _answers(config: DictConfig) -> list[str]:
         texts, pairs = read_texts(config.file, config.column, run)
     else:
         texts, pairs = [config.text], [config.text_pair]
-    answers = predict(run, texts, pairs, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
+    names = ("max_new_tokens", "batch_size", "temperature", "top_p")
+    answers = predict(run, texts, pairs, **{name: config[name] for name in names})
     with interrupts.notice("the current answer is finished, but no answers are written"):
         return [json.dumps(line, ensure_ascii=False) for line in answers]
 
 
 def _problems(config: DictConfig) -> list[Problem]:
-    problems = []
-    for key, (annotation, limits) in field_types(PredictConfig).items():
-        if limits and (why := mismatch(config[key], annotation, limits)):
-            problems.append(Problem(key, f"{config[key]} {why}", f"it must be {describe(annotation, limits)}"))
+    problems = [*range_problems(config, PredictConfig)]
     if (config.text is None) == (config.file is None):
         what = "neither text nor file is set" if config.text is None else "both text and file are set"
         problems.append(Problem("text", what, "set one of them: text=... or file=..."))

@@ -29,6 +29,8 @@ def main(config: DictConfig, flags: frozenset[str]) -> Job:
     if config.get("halving"):
         fix = "give a key several values and add -m, or remove it"
         raise ConfigErrors([Problem("halving", "halves a grid, and this is a single run", fix)])
+    if config.get("tune") is not None:
+        raise ConfigErrors([Problem("tune", "is a search, and this is a single run", "leave hydra.mode out")])
     checked = check(run_of(config))
     if not resumes:
         return Job(checked)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import SequentialSampler
+from transformers import EvalPrediction
+from transformers.trainer_pt_utils import nested_concat, nested_numpify
 
 from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.rungs import Rung
@@ -57,12 +61,12 @@ class StopAtRung(StopAtStep):
 
     def _reach(self, state: Any) -> None:
         is_there = state.global_step == self.step
-        losses, weights = _row_losses(self.trainer, self.stop_at) if is_there else ((), ())
-        raise RungReached(Rung(self.stop_at, self.step, state.max_steps, self.earliest, losses, weights))
+        measured = _row_losses(self.trainer, self.stop_at) if is_there else ()
+        raise RungReached(Rung(self.stop_at, self.step, state.max_steps, self.earliest, *measured))
 
 
-def _row_losses(trainer: Any, share: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the loss of each of the rung's rows, and its number of tokens with loss.
+def _row_losses(trainer: Any, share: float) -> tuple[tuple[float, ...], tuple[float, ...], float | None]:
+    """Return the losses of the rung's rows, their numbers of tokens with loss, and the task's metric.
 
     Raises NotFiniteError if a loss is NaN or infinite.
     """
@@ -70,13 +74,28 @@ def _row_losses(trainer: Any, share: float) -> tuple[tuple[float, ...], tuple[fl
     chosen = min(count, max(_FEWEST_ROWS, round(_ROWS * share)))
     rows = rows.select([place * count // chosen for place in range(chosen)])
     trainer.model.eval()
-    losses, weights = [], []
+    losses, weights, predictions = [], [], []
     # One row at a time: a batch's loss is a mean, and the shortest batch has no padding
     for inputs in trainer._get_dataloader(rows, "Rung", batch_size=1, sampler_fn=SequentialSampler):
         tokens = loss_tokens(inputs) if getattr(trainer, "_loss_shifts_labels", False) else 1
-        loss = float(trainer.prediction_step(trainer.model, inputs, True)[0]) if tokens else 0.0
+        if not tokens:
+            losses.append(0.0)
+            weights.append(0.0)
+            continue
+        found, *predicted = trainer.prediction_step(trainer.model, inputs, trainer.compute_metrics is None)
+        loss = float(found)
         if not math.isfinite(loss):
             raise NotFiniteError(f"the loss is {loss} on a held-out row at step {trainer.state.global_step}")
         losses.append(loss)
         weights.append(float(tokens))
-    return tuple(losses), tuple(weights)
+        predictions.append(predicted)
+    return tuple(losses), tuple(weights), _metric(trainer, predictions)
+
+
+def _metric(trainer: Any, predictions: Sequence[Any]) -> float | None:
+    """Return `task.metric` of (logits, labels) for each row; None if `compute_metrics` doesn't return it."""
+    if trainer.compute_metrics is None:
+        return None
+    logits, labels = (functools.reduce(nested_concat, each) for each in zip(*predictions, strict=True))
+    computed = trainer.compute_metrics(EvalPrediction(nested_numpify(logits), nested_numpify(labels)))
+    return computed.get(str(trainer.args.metric_for_best_model).removeprefix("eval_"))

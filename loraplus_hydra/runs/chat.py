@@ -1,0 +1,151 @@
+"""A conversation with a finished run's adapter in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
+
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
+from loraplus_hydra.io import interrupts
+from loraplus_hydra.io.text import visible
+from loraplus_hydra.runs.finished import FinishedRun
+from loraplus_hydra.runs.load_finished import load_run
+from loraplus_hydra.runs.predict import on_device
+from loraplus_hydra.tasks.tokens import render
+from loraplus_hydra.training.sampling import answer, sampling_arguments
+
+_HELP = """/base         the base model's answer to the last message, without the adapter
+/reset        forget the conversation
+/system TEXT  set the system prompt, and forget the conversation
+/quit         end (or Ctrl-D); Ctrl-C stops an answer"""
+_NO_TEMPLATE = "The run's tokenizer has no chat template, so each line is a prompt of its own, as in training."
+
+
+class Chat:
+    """A conversation: the model with its adapter, and the turns so far.
+
+    Without a chat template, each message is a prompt of its own. Raises ConfigErrors for a classifier, and for a system
+    prompt without a template.
+    """
+
+    def __init__(
+        self, run: FinishedRun, *, system: str | None, max_new_tokens: int, temperature: float, top_p: float
+    ) -> None:
+        if str(run.config.task.task_type) == "SEQ_CLS":
+            raise ConfigErrors([Problem("run", "a classifier gives labels and doesn't talk", "use predict")])
+        model, self.tokenizer = load_run(run)
+        self.model = on_device(model, run)
+        self.max_new_tokens = max_new_tokens
+        self.sampling = sampling_arguments(temperature, top_p)
+        self.has_template = bool(self.tokenizer.chat_template)
+        if system is not None and not self.has_template:
+            raise ConfigErrors([Problem("system", "the run's tokenizer has no chat template", "leave it out")])
+        self.turns: list[dict[str, str]] = []
+        self.reset(system)
+
+    def reset(self, system: str | None = None) -> None:
+        """Forget the conversation. `system` replaces the system prompt; None keeps it."""
+        if system is None and self.turns and self.turns[0]["role"] == "system":
+            system = self.turns[0]["content"]
+        self.turns = [] if system is None else [{"role": "system", "content": system}]
+
+    def ask(self, message: str) -> str:
+        """Print the answer to a message while it is generated, and return it. Both become turns."""
+        self.turns.append({"role": "user", "content": message})
+        text = self._answer(self.turns)
+        self.turns.append({"role": "assistant", "content": text})
+        return text
+
+    def ask_base(self) -> str | None:
+        """Print and return the base model's answer to the last message; None if there is no message.
+
+        The conversation stays as it is.
+        """
+        asked = [place for place, turn in enumerate(self.turns) if turn["role"] == "user"]
+        return self._answer(self.turns[: asked[-1] + 1], base=True) if asked else None
+
+    def _answer(self, turns: list[dict[str, str]], *, base: bool = False) -> str:
+        prompt = render(turns, {}, self.tokenizer) if self.has_template else turns[-1]["content"]
+        with self.model.disable_adapter() if base else nullcontext():
+            text = answer(
+                self.model,
+                self.tokenizer,
+                prompt,
+                self.max_new_tokens,
+                special_tokens=not self.has_template,
+                streamer=_Printer(self.tokenizer),
+                stopping_criteria=[_Stopped()],
+                **self.sampling,
+            )
+        print(flush=True)
+        return text or ""
+
+    def talk(self) -> None:
+        """Answer the lines of stdin until it ends.
+
+        The first Ctrl-C stops an answer. At the prompt, it ends the program.
+        """
+        print("/help lists the commands.")
+        if not self.has_template:
+            print(_NO_TEMPLATE)
+        while (line := _next_line()) is not None and line != "/quit":
+            with interrupts.notice("the answer ends here"):
+                self._respond(line)
+            if interrupts.requested() == interrupts.SIGNALS[0]:
+                interrupts.forget()
+            interrupts.stop_if_asked()
+
+    def _respond(self, line: str) -> None:
+        command, _, rest = line.partition(" ")
+        if command == "/base":
+            if self.ask_base() is None:
+                print("Write a message first.")
+        elif command == "/reset":
+            self.reset()
+        elif command == "/system":
+            if self.has_template:
+                self.reset(rest)
+            else:
+                print(_NO_TEMPLATE)
+        elif command.startswith("/"):
+            print(_HELP)
+        elif line:
+            try:
+                self.ask(line)
+            except UserError as error:  # the template refuses the turns
+                self.turns.pop()
+                print(visible(str(error)))
+
+
+class _Printer(TextStreamer):
+    """Prints the answer while it is generated, with control characters as escapes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        print(visible(text), end="", flush=True)
+
+
+class _Stopped(StoppingCriteria):
+    """Ends the answer after a signal."""
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return torch.full((len(input_ids),), bool(interrupts.requested()), device=input_ids.device)
+
+
+def _next_line() -> str | None:
+    """Return the next line of stdin, without spaces at its ends; None at its end."""
+    interrupts.raise_at_once(True)  # while the program only waits
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+    except (OSError, ValueError, RuntimeError) as error:  # closed, or no longer readable
+        raise UserError(f"stdin can't be read: {first_line(error)}") from None
+    finally:
+        interrupts.raise_at_once(False)

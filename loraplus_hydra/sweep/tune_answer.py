@@ -1,0 +1,206 @@
+"""The answer of `tune`: tune.json, and the winner's rates as a YAML file to compose."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from loraplus_hydra.io import screen
+from loraplus_hydra.io.files import write_text
+from loraplus_hydra.io.folders import make_folder
+from loraplus_hydra.io.read import read_json, read_or
+from loraplus_hydra.io.run_folder import SWEEP, TUNE, TUNED
+from loraplus_hydra.io.rungs import Rung
+from loraplus_hydra.report.edges import as_text, next_value
+from loraplus_hydra.report.formatting import count, measured, short, with_spread
+from loraplus_hydra.sweep import tuning
+from loraplus_hydra.sweep.halving_search import Search
+from loraplus_hydra.sweep.tuning import Candidate, Settings, Verdict
+
+_PROGRAM = ["python", "-m", "loraplus_hydra"]
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A candidate at half of the steps, with its metric for each seed."""
+
+    name: str
+    candidate: Candidate
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+
+@dataclass
+class Answer:
+    """The decision of a search, and all that led to it."""
+
+    settings: Settings
+    named: Mapping[str, Candidate]  # name in the search -> candidate
+    search: Search
+    extra_steps: int = 0  # steps of the finalists with other seeds than the first
+    step: int = 0  # at which the finalists are compared
+    metric: str = ""  # by which they are compared
+    finalists: tuple[Finalist, ...] = ()  # the better one comes first
+    verdict: Verdict | None = None  # None with a single finalist
+    winner: str = ""
+
+    def decide(self, step: int, rungs: Mapping[str, Sequence[Rung]]) -> str:
+        """Compare the finalists at `step`, and return the winner's name. `rungs` has a rung for each seed."""
+        has_metric = all(rung.metric is not None for each in rungs.values() for rung in each)
+        greater = has_metric and self.settings.greater_is_better
+        found = [
+            Finalist(name, self.named[name], tuple(_value(rung, has_metric=has_metric) for rung in each))
+            for name, each in rungs.items()
+        ]
+        found.sort(key=lambda one: -one.mean if greater else one.mean)
+        self.step, self.metric, self.finalists = step, self.settings.metric if has_metric else "eval_loss", tuple(found)
+        if len(found) > 1:
+            self.verdict = tuning.verdict(found[0].values, found[1].values, greater_is_better=greater)
+        if self.verdict is not None and not self.verdict.is_clear:
+            found.sort(key=lambda one: one.candidate.ratio)  # of equal ratios, the better one stays first
+        self.winner = found[0].name
+        for sentence in self.sentences():
+            screen.show(sentence)
+        return self.winner
+
+    @property
+    def cost(self) -> float:
+        """The steps taken so far, in units of one run."""
+        return (self.search.spent + self.extra_steps) / self.search.steps
+
+    def sentences(self) -> list[str]:
+        """Return the answer in sentences. The first one names the winner."""
+        return [*_decision(self), *(f"{edge}" for edge, _ in _edges(self))]
+
+
+def write_answer(answer: Answer) -> None:
+    """Write tune.json and the winner's YAML file into the sweep's folder."""
+    folder, settings = answer.search.folder, answer.settings
+    winner = answer.named[answer.winner]
+    content = {
+        "answer": [*answer.sentences(), _cost_sentence(answer)],
+        "extend": _extending_command(answer),
+        "winner": {**asdict(winner), "eta_A": winner.eta_A, "overrides": list(settings.overrides(winner))},
+        "finalists": [
+            {"name": one.name, **asdict(one.candidate), "values": list(one.values)} for one in answer.finalists
+        ],
+        "compared_by": answer.metric,
+        "greater_is_better": settings.greater_is_better,
+        "step": answer.step,
+        "seeds": list(settings.seeds),
+        "verdict": answer.verdict and {**asdict(answer.verdict), "is_clear": answer.verdict.is_clear},
+        "cost": answer.cost,
+        "budget": settings.budget,
+        "steps": answer.search.steps,
+        "candidates": [{"name": name, **asdict(one)} for name, one in answer.named.items()],
+        "rungs": [*answer.search.rungs(), _last_rung(answer)],
+    }
+    write_text(folder / TUNE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    make_folder(folder / TUNED)
+    write_text(folder / TUNED / "tuned.yaml", _winner_yaml(answer))
+
+
+def _last_rung(answer: Answer) -> dict[str, Any]:
+    """Return the finalists' means over the seeds in the form of a rung."""
+    standings = [{"name": one.name, "metric": one.mean, "stays": one.name == answer.winner} for one in answer.finalists]
+    return {"step": answer.step, "keep": 1, "candidates": standings}
+
+
+def _value(rung: Rung, *, has_metric: bool) -> float:
+    return rung.metric if has_metric and rung.metric is not None else rung.loss
+
+
+def _decision(answer: Answer) -> Iterator[str]:
+    settings, winner = answer.settings, answer.named[answer.winner]
+    overrides = " ".join(settings.overrides(winner))
+    rates = f"eta_B {short(winner.eta_B)} at ratio {short(winner.ratio)} ({overrides})"
+    verdict = answer.verdict
+    if verdict is None:
+        yield f"Best: {rates}, the only candidate without a failed job."
+        return
+    first, second = answer.finalists
+    yield f"Best: {rates}." if verdict.is_clear else f"No clear winner. The smaller ratio is {rates}."
+    seeds = count(len(settings.seeds), "seed")
+    yield (
+        f"At step {answer.step:,} of {answer.search.steps:,}, {answer.metric} of {_label(first)} is "
+        f"{measured(first.mean)}, and better than that of {_label(second)} by "
+        f"{with_spread(verdict.difference, verdict.error)} (paired over {seeds}, ± standard error)."
+    )
+    yield (
+        f"A clear difference is more than {verdict.quantile:.1f} standard errors "
+        f"({short(verdict.quantile * verdict.error)}), and more than one candidate's own spread over the seeds "
+        f"({short(verdict.spread)})."
+    )
+    yield "Rate and ratio are tied: what counts is mostly eta_B = lr x ratio. With another ratio, keep this product."
+
+
+def _label(finalist: Finalist) -> str:
+    return f"eta_B {short(finalist.candidate.eta_B)} at ratio {short(finalist.candidate.ratio)}"
+
+
+def _cost_sentence(answer: Answer) -> str:
+    tried = count(len(answer.named), "candidate")
+    return f"The search of {tried} took the steps of {answer.cost:.1f} runs; the budget is {answer.settings.budget:g}."
+
+
+def _edges(answer: Answer) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield (sentence, {key: next value}) for each axis at whose edge the winner is."""
+    winner = answer.named[answer.winner]
+    rates, ratios = ({getattr(one, name) for one in answer.named.values()} for name in ("eta_B", "ratio"))
+    for name, key, best, values in (
+        ("eta_B", "tune.eta_B", winner.eta_B, rates),
+        ("ratio", "tune.ratios", winner.ratio, ratios),
+    ):
+        upper = best == max(values)
+        # Ratio 1 is plain LoRA, the natural bound
+        if not (upper or best == min(values)) or (name == "ratio" and best <= 1):
+            continue
+        following = next_value(values, upper=upper)
+        if following is not None:
+            following = float(f"{following:.2g}")
+            size = "largest" if upper else "smallest"
+            yield (
+                f"At the grid's edge: {name} {short(best)} is the {size} value. Extend to {as_text(following)}.",
+                {key: following},
+            )
+
+
+def _extending_command(answer: Answer) -> str:
+    """Return the command that searches beyond the edges too; empty without an edge."""
+    more: dict[str, float] = {}
+    for _, following in _edges(answer):
+        more |= following
+    command = str(read_or({}, read_json, answer.search.folder / SWEEP).get("command") or "")
+    words = shlex.split(command)[len(_PROGRAM) :]
+    if not more or not words:
+        return ""
+    axes = {
+        key: sorted({getattr(one, name) for one in answer.named.values()} | ({more[key]} if key in more else set()))
+        for key, name in (("tune.eta_B", "eta_B"), ("tune.ratios", "ratio"))
+    }
+    number = len(axes["tune.eta_B"]) * len(axes["tune.ratios"])
+    needed = max(answer.settings.budget, tuning.cost(number, len(answer.settings.seeds)))
+    given = {
+        **{key: f"[{','.join(map(as_text, values))}]" for key, values in axes.items()},
+        "tune.budget": f"{needed:.4g}",
+    }
+    kept = [word for word in words if word.partition("=")[0] not in (*given, "hparams_search")]
+    return shlex.join([*_PROGRAM, "tune", *kept, *(f"{key}={value}" for key, value in given.items())])
+
+
+def _winner_yaml(answer: Answer) -> str:
+    overrides = answer.settings.overrides(answer.named[answer.winner])
+    folder = shlex.quote(str(answer.search.folder))
+    return (
+        f"# @package _global_\n# python -m loraplus_hydra --config-dir {folder} experiment=tuned\n"
+        f"# The rates that `tune` chose.\n{OmegaConf.to_yaml(OmegaConf.from_dotlist(list(overrides)))}"
+    )

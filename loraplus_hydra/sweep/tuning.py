@@ -1,0 +1,140 @@
+"""The search of `tune`: its candidates, its planned cost, and the decision between the two finalists.
+
+A candidate is a pair of eta_B and ratio, because the best eta_B hardly depends on the ratio. Steps are counted in units
+of one run.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loraplus_hydra.sweep.halving import Stop
+
+LR, RATIO, LR_A, LR_B = "optimizer.lr", "loraplus.ratio", "loraplus.lr_A", "loraplus.lr_B"
+SEED = "seed"
+FIRST, SECOND, HALF = 1 / 16, 1 / 4, 1 / 2  # rungs, as shares of all steps
+FINALISTS = 2
+_FACTOR = 3.0  # between neighbouring values of eta_B
+_RATES = (9, 7, 5, 3)  # number of values of eta_B; an odd one has the centre in the middle
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A pair of eta_B and ratio."""
+
+    eta_B: float  # noqa: N815
+    ratio: float
+
+    @property
+    def eta_A(self) -> float:
+        return float(f"{self.eta_B / self.ratio:.6g}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a search."""
+
+    keys: tuple[str, ...]  # the keys of the run that decide eta_A and eta_B
+    candidates: tuple[Candidate, ...]
+    seeds: tuple[int, ...]  # of the finalists; the first one is also of the search
+    budget: float  # in units of one run's steps
+    metric: str
+    greater_is_better: bool
+
+    @property
+    def swept(self) -> tuple[str, ...]:
+        """The keys in which the jobs differ."""
+        return (*self.keys, SEED)
+
+    @property
+    def planned(self) -> float:
+        """The planned cost, in the unit of the budget."""
+        return cost(len(self.candidates), len(self.seeds))
+
+    def overrides(self, candidate: Candidate) -> tuple[str, ...]:
+        """Return the overrides that set a candidate's rates."""
+        values = {LR: candidate.eta_A, RATIO: candidate.ratio, LR_A: candidate.eta_A, LR_B: candidate.eta_B}
+        return tuple(f"{key}={values[key]:.6g}" for key in self.keys)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The paired difference of the two finalists over the seeds. Above 0, the first one is better."""
+
+    difference: float
+    error: float  # standard error of the difference
+    quantile: float  # number of standard errors of a clear difference: 95% of Student's t
+    spread: float  # the larger standard deviation of one finalist over the seeds
+
+    @property
+    def is_clear(self) -> bool:
+        return abs(self.difference) > max(self.quantile * self.error, self.spread)
+
+
+def candidates(eta_B: Sequence[float], ratios: Sequence[float]) -> list[Candidate]:
+    """Return all pairs, each once."""
+    return [Candidate(rate, ratio) for rate in sorted(set(eta_B)) for ratio in sorted(set(ratios))]
+
+
+def rates_around(centre: float, number: int) -> list[float]:
+    """Return `number` values of eta_B around `centre`, a factor of 3 apart, with two digits."""
+    return [float(f"{centre * _FACTOR ** (place - number // 2):.2g}") for place in range(number)]
+
+
+def number_of_rates(budget: float, ratios: int, seeds: int) -> int:
+    """Return the largest number of values of eta_B that the budget allows; 3 if it allows none."""
+    return next((number for number in _RATES if cost(number * ratios, seeds) <= budget), _RATES[-1])
+
+
+def cost(candidates: int, seeds: int) -> float:
+    """Return the planned steps of a search, in units of one run.
+
+    All candidates train to the first rung, a third of them (at least 3) to the second, and two to half of the steps.
+    There, these two have `seeds` seeds. One of them trains to its end.
+    """
+    of_search = candidates * FIRST + min(candidates, kept_first(candidates)) * (SECOND - FIRST)
+    return of_search + FINALISTS * (HALF - SECOND) + FINALISTS * (seeds - 1) * HALF + (1 - HALF)
+
+
+def kept_first(candidates: int) -> int:
+    """Return the number of candidates that stay at the first rung."""
+    return max(3, candidates // 3)
+
+
+def stops(candidates: int, steps: int, earliest: int) -> tuple[Stop, ...]:
+    """Return the rungs at which candidates leave, before the finalists are compared.
+
+    No rung is before the step `earliest` or after the last step. Of rungs at the same step, the last one counts.
+    """
+    planned = {}
+    for share, keep in ((FIRST, kept_first(candidates)), (SECOND, FINALISTS)):
+        if keep < candidates:
+            step = rung_step(share, steps, earliest)
+            planned[step] = Stop(step, keep)
+    return tuple(planned.values())
+
+
+def rung_step(share: float, steps: int, earliest: int) -> int:
+    """Return the step of the rung at a share of all steps."""
+    return min(max(round(share * steps), earliest), steps)
+
+
+def verdict(first: Sequence[float], second: Sequence[float], *, greater_is_better: bool) -> Verdict:
+    """Compare two candidates by their metrics, with a value for each seed, in the same order.
+
+    The seeds are shared, so each difference is of a pair. This removes the seeds' common part from the noise.
+    """
+    from scipy.special import stdtrit  # slow to import, and most commands compare nothing
+
+    sign = 1 if greater_is_better else -1
+    differences = [sign * (one - other) for one, other in zip(first, second, strict=True)]
+    number = len(differences)
+    return Verdict(
+        difference=statistics.fmean(differences),
+        error=statistics.stdev(differences) / math.sqrt(number),
+        quantile=float(stdtrit(number - 1, 0.975)),
+        spread=max(statistics.stdev(first), statistics.stdev(second)),
+    )

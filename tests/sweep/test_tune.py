@@ -1,0 +1,148 @@
+"""`tune`: a search for rate and ratio, its answer, and the same answer after a stop."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from loraplus_hydra.io.interrupts import Interrupted
+from loraplus_hydra.runs import job
+from loraplus_hydra.sweep import finish as sweep_end
+from tests.conftest import Finished
+from tests.support.forking import differences
+
+Cli = Callable[..., Finished]
+SEARCH = ["tune.eta_B=[1e-3,4e-3]", "tune.ratios=[1,8]"]
+
+
+@pytest.fixture
+def words(tiny_run: list[str]) -> list[str]:
+    """The overrides of a search of four candidates with 16 steps: rungs at 6 (two stay) and 8 (the finalists)."""
+    changes = ["trainer.max_steps=16", "trainer.eval_strategy=no", "task.samples=0", "data.eval_fraction=0.5"]
+    return [*tiny_run, *changes, *SEARCH]
+
+
+def the_sweep(place: Path) -> Path:
+    (folder,) = (place / "outputs" / "sweeps").iterdir()
+    return folder
+
+
+def results(sweep: Path) -> dict[str, dict[str, Any]]:
+    return {path.parent.name.rpartition("_")[0]: json.loads(path.read_text()) for path in sweep.glob("*/result.json")}
+
+
+def test_search_finds_a_winner_and_says_how(
+    cli: Cli, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, begun = job._run, []
+
+    def stopped_in_the_sixth(*arguments: Any) -> None:
+        begun.append(1)
+        if len(begun) == 6:  # a finalist's second seed
+            raise Interrupted(signal.SIGINT)
+        run(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "_run", stopped_in_the_sixth)
+        patch.setattr(sweep_end, "_report", lambda _: ())
+        assert cli("tune", *words).status == 130
+    sweep = the_sweep(tmp_path)
+    assert sweep.name.startswith("tune_")
+    assert not (sweep / "tune.json").exists()
+
+    finished = cli("tune", *words)
+    assert finished.status == 0, finished.out[-3000:]
+    told = json.loads((sweep / "tune.json").read_text())
+    (first,) = told["rungs"][:-1]
+    assert (first["step"], first["keep"], len(first["candidates"])) == (6, 2, 4)
+    assert (told["step"], told["steps"], told["seeds"]) == (8, 16, [0, 1, 2])
+    values = [one["values"] for one in told["finalists"]]
+    assert [len(each) for each in values] == [3, 3]
+    by_hand = [second - first for first, second in zip(*values, strict=True)]
+    assert told["verdict"]["difference"] == pytest.approx(sum(by_hand) / 3)
+    chosen = min(told["finalists"], key=lambda one: one["ratio"])
+    best = told["finalists"][0] if told["verdict"]["is_clear"] else chosen
+    assert told["winner"]["overrides"] == [
+        f"optimizer.lr={best['eta_B'] / best['ratio']:.6g}",
+        f"loraplus.ratio={best['ratio']:.6g}",
+    ]
+    # All steps are counted, those of the finalists' other seeds too: 4 x 6, 2 x 2, 2 x 2 x 8 and 8
+    found = results(sweep)
+    assert sum(one["steps"] for one in found.values()) == 24 + 4 + 32 + 8 == round(told["cost"] * 16)
+    assert sorted(one["status"] for one in found.values()) == ["ok", *["pruned"] * 7]
+    # The answer is the first thing in the report, and can be composed
+    page = (sweep / "report.html").read_text()
+    assert told["answer"][0] in finished.out.replace("\n", " ")
+    assert page.index(told["answer"][0].split(" (")[0]) < page.index("What was run")
+    assert (sweep / "rungs.png").is_file()
+    assert "Skipped folders" not in page
+    composed = cli("--config-dir", str(sweep), "experiment=tuned", "--cfg", "job")
+    config = yaml.safe_load(composed.out)
+    assert config["loraplus"]["ratio"] == best["ratio"]
+    assert config["optimizer"]["lr"] == pytest.approx(best["eta_B"] / best["ratio"])
+    # The winner is the unbroken run of its own config
+    alone = [word for word in words if not word.startswith("tune.")]
+    assert cli(*alone, *told["winner"]["overrides"], "hydra.run.dir=unbroken").status == 0
+    (trained,) = (path.parent for path in sweep.glob("*/adapter"))
+    assert differences(trained, tmp_path / "unbroken") == []
+
+    monkeypatch.setattr(sweep_end, "_report", lambda _: ())
+    (sweep / "tune.json").write_text("damaged")
+    again = cli("tune", *words)
+    assert "8 jobs: 1 done before, 7 pruned" in again.out
+    assert "Resuming" not in again.out
+    assert json.loads((sweep / "tune.json").read_text()) == told
+
+    # A wider search in the same folder trains only what is new
+    if told["extend"]:
+        wider = shlex.split(told["extend"])
+        assert wider[:4] == ["python", "-m", "loraplus_hydra", "tune"]
+
+
+def test_without_a_difference_there_is_no_clear_winner(
+    cli: Cli, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_end, "_report", lambda _: ())
+    finished = cli("tune", *words, "tune.eta_B=[1e-9]", "tune.ratios=[1,1.02]", "tune.seeds=2")
+    assert finished.status == 0, finished.out[-3000:]
+    told = json.loads((the_sweep(tmp_path) / "tune.json").read_text())
+    assert not told["verdict"]["is_clear"]
+    assert told["winner"]["ratio"] == 1
+    assert told["answer"][0].startswith("No clear winner.")
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "what"),
+    [
+        (["tune", "tune.budget=2"], "tune.budget", "9 candidates and 3 seeds cost 4.125 runs"),
+        (["tune", "tune.eta_B=[1e-3]", "tune.ratios=[1]"], "tune", "there is nothing to compare"),
+        (["tune", "optimizer.lr=1e-3,2e-3"], "optimizer.lr", "`tune` makes its own grid"),
+        (["tune", "tune.seeds=1"], "tune.seeds", "it must be a whole number from 2 on"),
+        (["tune", "tune.ratios=[1,-1]"], "tune.ratios", "is out of range"),
+        (["tune", "tune.eta_B=3"], "tune.eta_B", "is not a list of numbers"),
+        (["tune", "hparams_search=ratio"], "hparams_search", "is a sweep of its own"),
+        (["tune", "loraplus=none", "tune.ratios=[1,2]"], "tune.ratios", "has no ratio"),
+        (["tune", "tune.budgt=3"], "tune.budgt", "did you mean 'budget'?"),
+        (["tune", "hydra.mode=RUN"], "tune", "this is a single run"),
+        (["tune", "halving=true"], "halving", "`tune` halves its own grid"),
+        (["tune", "seed=-1"], "seed", "must be from 0 to"),
+        (["tune", "optimizer.lr=x"], "tune.eta_B", "optimizer.lr is not a number above 0"),
+        (["tune", "trainer.early_stopping_patience=2"], "trainer.early_stopping_patience", "at the same steps"),
+        (["tune.budget=3"], "tune.budget", "write the command first: tune tune.budget=3"),
+    ],
+)
+def test_search_that_cannot_be_made_is_refused_before_anything_is_written(
+    given: list[str], key: str, what: str, cli: Cli, tmp_path: Path
+) -> None:
+    finished = cli(*given)
+    assert finished.status == 1
+    assert f"- {key}: " in finished.err
+    assert what in finished.err
+    assert list(tmp_path.iterdir()) == []
