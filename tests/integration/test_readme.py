@@ -1,8 +1,9 @@
 """README and docs are true: commands compose, tables and outputs are those of the program, links lead somewhere."""
 
-from __future__ import io
+from __future__ import annotations
 
 import importlib
+import io
 import json
 import re
 import shlex
