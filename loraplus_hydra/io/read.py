@@ -22,6 +22,7 @@ RESOLVER = re.compile(r"\$\{[^}]*:")  # ${oc.env:HOME}; in an untrusted file it 
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader takes a tenth of the time
 _DEEPEST = 100  # levels; at about ten thousand the C loader crashes with a segmentation fault
 _LARGEST = 2**26  # bytes of a JSON file
+_LARGEST_CONFIG = 2**23  # bytes of config.json, tokenizer_config.json, ...; libraries read it several times
 _LARGEST_YAML = 2**21  # a config has some thousand bytes, and YAML is slow
 _LARGEST_LINES = 2**28  # a line for each logged step, of some hundred bytes
 _MOST_ITEMS = 2**24  # maximum number of values in a JSON text; `[],` needs 24 times its length in memory
@@ -62,7 +63,8 @@ def refuse_large(files: Iterable[Path]) -> None:
     """Raise Unreadable if one of `files` is so large that reading it could fill the memory."""
     for path in files:
         if path.suffix == ".json" and path.is_file():
-            _refuse_many_items(read_text(path), str(path))
+            largest = _LARGEST_CONFIG if path.stem.endswith("config") else _LARGEST
+            _refuse_many_items(read_text(path, largest), str(path))
         elif path.is_file() and path.suffix != ".safetensors" and path.stat().st_size > _LARGEST:
             raise Unreadable(f"{path} can't be read: it is larger than {_LARGEST} bytes")
 

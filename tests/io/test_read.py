@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -156,4 +157,13 @@ def test_size_of_what_a_library_reads_is_bounded(tmp_path: Path) -> None:
     refuse_large([tmp_path / "model.safetensors"])
     for name in ("config.json", "vocab.txt"):
         with pytest.raises(Unreadable, match=f"{name} can't be read: it is larger than"):
+            refuse_large([tmp_path / name])
+
+
+def test_config_is_smaller_than_a_vocabulary(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
+        (tmp_path / name).write_text(json.dumps({"a": "x" * 9_000_000}))
+    refuse_large([tmp_path / "tokenizer.json"])
+    for name in ("config.json", "tokenizer_config.json"):
+        with pytest.raises(Unreadable, match="it is larger than"):
             refuse_large([tmp_path / name])
