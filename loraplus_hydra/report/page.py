@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -186,6 +187,7 @@ def _row(results: SweepResults, job: Job) -> dict[str, Any]:
     reason = job.reason[:_LONGEST_REASON]
     return {
         "status": job.status,
+        "link": f"./{quote(job.folder, safe='')}/",
         "role": "best" if job is results.outcome.best_job else "",
         "cells": [{"text": text, "sort": "" if value is None else value} for text, value in cells],
         "reason": reason,

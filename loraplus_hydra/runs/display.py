@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,15 +103,31 @@ def show_result(folder: Path, result: Result) -> None:
         (run_folder.RESULT, "the result"),
     ):
         show(f"  {name:<20}{what}")
-    if next_steps := ", ".join(_next_steps(folder)):
-        show(f"Next: {next_steps}.")
-
-
-def _next_steps(folder: Path) -> Iterator[str]:
-    """Yield suggestions for a next run that differs from the run in `folder`."""
     from omegaconf import OmegaConf
 
     config = OmegaConf.load(folder / run_folder.CONFIG)
+    for command in _commands(folder, config, result):
+        show(f"  python -m loraplus_hydra {command}")
+    if next_steps := ", ".join(_next_steps(config)):
+        show(f"Next: {next_steps}.")
+
+
+def _commands(folder: Path, config: Any, result: Result) -> Iterator[str]:
+    """Yield the commands that use a finished run."""
+    from omegaconf import OmegaConf
+
+    place = shlex.quote(str(folder))
+    yield f"predict {place} text='...'"
+    if OmegaConf.select(config, "task.task_type") != "SEQ_CLS":
+        yield f"chat {place}"
+    yield f"export {place}"
+    yield f"resume {place} trainer.max_steps={2 * result.steps}"
+
+
+def _next_steps(config: Any) -> Iterator[str]:
+    """Yield suggestions for a next run with other settings."""
+    from omegaconf import OmegaConf
+
     ratio = OmegaConf.select(config, "loraplus.ratio")
     if ratio is not None:
         yield f"another ratio (loraplus.ratio={16 if ratio == 4 else 4})"

@@ -75,7 +75,7 @@ def _problems(config: DictConfig) -> Iterator[Problem]:
     for one in swept_overrides(config):
         fix = "give it one value, and run `tune` once for each"
         yield Problem(one.key_or_group, "`tune` makes its own grid, over rate and ratio", fix)
-    if config.hydra.sweeper.get("_target_") != GRID:
+    if config.hydra.sweeper.get("_target_") not in (GRID, SWEEPER):  # the search's own, once it has begun
         yield Problem("hydra.sweeper", "`tune` is a search of its own", "use only one of them")
     if config.halving:
         yield Problem("halving", "`tune` halves its own grid", "leave it out")

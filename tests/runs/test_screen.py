@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,16 @@ def test_all_that_a_run_says_is_in_its_log_file_too(cli: Cli, tiny_run: list[str
     assert [line for line in finished.out.splitlines() if bare(line) not in bare(log)] == []
     for part in (TREE, RATES, SAMPLES, "Next: "):
         assert (finished.out.count(part), log.count(part)) == (1, 1), part
+
+
+def test_commands_for_the_finished_run_can_be_pasted(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
+    finished = cli(*tiny_run, "trainer.max_steps=1", "hydra.run.dir='a run'")
+    commands = re.findall(r"^  python -m loraplus_hydra (.*)$", finished.out, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["predict", "chat", "export", "resume"]
+    for command in commands:
+        words = shlex.split(command)
+        assert Path(words[1]) == tmp_path / "a run", command
+        assert cli(*words, "--cfg", "job").status == 0, command
 
 
 def test_inspect_shows_its_tables_once(cli: Cli, tiny_run: list[str]) -> None:
