@@ -5,10 +5,25 @@ from __future__ import annotations
 import resource
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+
+
+@dataclass
+class Throughput:
+    """The tokens of training steps and the seconds that these took, in this process."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def take(self) -> float | None:
+        """Return the tokens per second since the last call; None without tokens."""
+        speed = self.tokens / self.seconds if self.tokens and self.seconds else None
+        self.tokens, self.seconds = 0, 0.0
+        return speed
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -19,6 +19,8 @@ from typing import Any
 
 NOT_COMPARED = (
     "seconds",
+    "tokens_per_second",
+    "memory_bytes",
     "eval_runtime",
     "eval_samples_per_second",
     "eval_steps_per_second",

@@ -28,7 +28,10 @@ pytestmark = pytest.mark.extras
 __all__ = ["nobody_logged_in"]
 
 AUTO = "trainer.resume_from_checkpoint=auto"
-ENDINGS = ("seconds", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+ENDINGS = (
+    *("seconds", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"),
+    *("tokens_per_second", "memory_bytes"),
+)
 
 
 def values_in(logger: str, folder: Path) -> Values:

@@ -32,6 +32,7 @@ from safetensors import deserialize
 NOT_COMPARED = frozenset(
     (
         *("seconds", "train_seconds", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"),
+        *("tokens_per_second", "memory_bytes"),
         *("eval_model_preparation_time", "peak_memory_bytes", "config_hash", "versions"),
     )
 )

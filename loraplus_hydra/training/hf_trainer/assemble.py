@@ -47,6 +47,7 @@ def make_trainer(
     """
     config, seconds = job.config, 0.0 if point is None else point.seconds
     schedule = schedule_of(type(job.model.active_peft_config))
+    metrics = MetricsCallback(MetricsLog(folder / METRICS, seconds=seconds, report=report))
     trainer: Any = with_loraplus(resumable(with_one_end(locate(config.task._target_))))(
         model=job.model,
         args=training_arguments(config, folder, job.examples, resume_from=None if point is None else point.folder),
@@ -56,13 +57,14 @@ def make_trainer(
         loraplus=job.settings,
         plan=job.plan,
         callbacks=[
-            MetricsCallback(MetricsLog(folder / METRICS, seconds=seconds, report=report)),
-            ShowProgress(ProgressDisplay(bar=sys.stdout.isatty())),
+            metrics,
+            ShowProgress(ProgressDisplay(bar=sys.stdout.isatty()), metrics),
             *(schedule.callbacks(job.model, config.adapter) if schedule else []),
             *_early_stopping(config),
         ],
         **job.examples.trainer_arguments,
     )
+    trainer.throughput = metrics.throughput
     trainer.add_callback(CheckpointCallback(trainer, folder / METRICS, seconds=seconds, inputs=job.inputs))
     if not trainer.args.dataloader_num_workers:  # the rows that worker processes read are unknown here
         trainer.rows_read = job.examples.rows_read

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 from torch import distributed
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import SaveStrategy, has_length
 
 from loraplus_hydra.io import interrupts, screen
 from loraplus_hydra.io.metrics_log import MetricsLog
-from loraplus_hydra.training.progress import ProgressDisplay
+from loraplus_hydra.training.measure import Throughput, peak_memory_bytes
+from loraplus_hydra.training.progress import ProgressDisplay, TimeLeft
 from loraplus_hydra.training.step_norms import Norms, StepNorms, may_be_logged
 
 _LOSSES = ("loss", "eval_loss")
@@ -29,6 +31,15 @@ class MetricsCallback(TrainerCallback):
         self.rates: dict[str, float] = {}
         self.before: StepNorms | None = None
         self.norms: Norms | None = None
+        self.throughput = Throughput()
+        self.began = 0.0  # the current step
+        self.speed: float | None = None  # tokens per second, at the last line of training
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.throughput.seconds += time.perf_counter() - self.began
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.rates = {group["name"]: float(group["lr"]) for group in kwargs["optimizer"].param_groups}
@@ -46,6 +57,12 @@ class MetricsCallback(TrainerCallback):
         if not state.is_world_process_zero or "train_runtime" in values:  # the final summary is in result.json
             return
         of_training = values.pop("learning_rate", None) is not None
+        if of_training:
+            values["memory_bytes"] = peak_memory_bytes(args.device)
+            speed = self.throughput.take()
+            if speed is not None:
+                self.speed = speed * args.world_size  # the processes have batches of about the same size
+                values["tokens_per_second"] = round(self.speed, 1)
         self.log.write(
             state.global_step,
             values,
@@ -55,25 +72,54 @@ class MetricsCallback(TrainerCallback):
 
 
 class ShowProgress(TrainerCallback):
-    """Passes steps and losses to a ProgressDisplay."""
+    """Passes steps, losses, speed and the time left to a ProgressDisplay."""
 
-    def __init__(self, display: ProgressDisplay) -> None:
+    def __init__(self, display: ProgressDisplay, metrics: MetricsCallback) -> None:
         self.display = display
+        self.metrics = metrics  # called before this callback
+        self.time = TimeLeft(0)
+        self.batch = 0  # of the current evaluation
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.time = TimeLeft(state.max_steps, *_intervals(args, state))
         if state.is_world_process_zero:
             self.display.begin(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.display.advance(state.global_step)
+        self.time.done("step")
+        self.display.advance(state.global_step, self.time.seconds(state.global_step))
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.batch += 1
+        rows: Any = kwargs.get("eval_dataloader")
+        self.display.evaluating(self.batch, len(rows) if has_length(rows) else None)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.batch = 0
+        self.time.done("evaluation")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.time.done("save")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         losses = {name: float(value) for name, value in (logs or {}).items() if name in _LOSSES}
         if losses and state.is_world_process_zero:
-            self.display.report(state.global_step, state.max_steps, losses)
+            left = self.time.seconds(state.global_step)
+            speed = self.metrics.speed if "loss" in losses else None
+            self.display.report(state.global_step, state.max_steps, losses, speed, left)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.display.close()
+
+
+def _intervals(args: Any, state: Any) -> tuple[float | None, float | None]:
+    """Return the steps between evaluations, and between checkpoints; None if there is one at the end only."""
+    of_epoch = state.max_steps / args.num_train_epochs if args.num_train_epochs else None
+    every = {"steps": (state.eval_steps, state.save_steps), "epoch": (of_epoch, of_epoch)}
+    return tuple(  # type: ignore[return-value]
+        every.get(str(getattr(strategy, "value", strategy)), (None, None))[place]
+        for place, strategy in enumerate((args.eval_strategy, args.save_strategy))
+    )
 
 
 def remove_own_printing(trainer: Any) -> None:

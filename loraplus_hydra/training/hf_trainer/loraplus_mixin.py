@@ -16,6 +16,7 @@ from loraplus_hydra.loraplus.optimizer import build_optimizer
 from loraplus_hydra.loraplus.plan import Plan
 from loraplus_hydra.loraplus.schedule import build_schedule, highest_rate_step, named_schedule
 from loraplus_hydra.loraplus.settings import LoraPlus
+from loraplus_hydra.training.measure import Throughput
 
 _AT_FAULT = (
     "The rate may be too high, or the data or the precision may cause this: try a lower optimizer.lr (with the same "
@@ -38,6 +39,7 @@ class LoraPlusMixin:
     """
 
     optimizer: Any  # set by the Trainer
+    throughput: Throughput | None = None  # measures the tokens per second of training, if set
     lr_scheduler: Any
 
     def __init__(self, *args: Any, loraplus: LoraPlus, plan: Plan | None = None, **kwargs: Any) -> None:
@@ -111,6 +113,8 @@ class LoraPlusMixin:
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         if not torch.isfinite(loss):
             raise NotFiniteError(f"the loss is {loss.item()} at {self._place()}{self._beginning(inputs)}. {_AT_FAULT}")
+        if self.throughput is not None:
+            self.throughput.tokens += count_tokens(inputs)
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -243,6 +247,15 @@ def _without_wrappers(name: str) -> str:
 
 def _first(value: Any, examples: int) -> Any:
     return value[:examples] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
+
+
+def count_tokens(inputs: Mapping[str, Any]) -> int:
+    """Count the tokens of a batch, without padding. 0 for inputs that are not tokens."""
+    for name in ("attention_mask", "input_ids"):
+        value = inputs.get(name)
+        if isinstance(value, torch.Tensor) and value.ndim == 2:
+            return int(value.ne(0).sum()) if name == "attention_mask" else value.numel()
+    return 0
 
 
 def loss_tokens(inputs: Mapping[str, Any]) -> int:

@@ -25,8 +25,11 @@ _STATUSES = {FAILED: "FAILED", INTERRUPTED: "KILLED"}
 _BATCH = 100  # number of parameters that MLflow accepts in one call
 _LONGEST = 6000  # maximum number of characters of a parameter
 _NOT_IN_NAMES = re.compile(r"[^\w.\-/ ]")
-# A repeated step has another duration, so the first value is kept.
-_DURATIONS = ("seconds", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+# A repeated step has another duration and memory, so the first value is kept.
+_DURATIONS = (
+    *("seconds", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"),
+    *("tokens_per_second", "memory_bytes"),
+)
 
 
 class MLflow(Tracker):
