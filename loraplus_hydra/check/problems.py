@@ -26,7 +26,10 @@ from loraplus_hydra.io import interrupts
 
 T = TypeVar("T")
 # Keys that the presets' rules use. A wrong value would be reported again for each rule.
-_IN_RULES = ("loraplus.ratio", "loraplus.lr_embedding", "loraplus.lr_A", "loraplus.lr_B", "optimizer.lr")
+_IN_RULES = (
+    *(f"loraplus.{key}" for key in ("ratio", "lr_embedding", "lr_head", "lr_A", "lr_B")),
+    "optimizer.lr",
+)
 
 log = logging.getLogger(__name__)
 

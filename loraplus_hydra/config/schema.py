@@ -112,6 +112,7 @@ class LoraPlusConfig:
 
     ratio: float = field(metadata=range_(POSITIVE))  # eta_B / eta_A
     lr_embedding: float = field(metadata=range_(POSITIVE))  # rate of LoRA factors of embeddings
+    lr_head: float = field(metadata=range_(POSITIVE))  # rate of a new classification head
     lr_A: float = field(metadata=range_(POSITIVE))  # preset `absolute`: rate of lora_A
     lr_B: float = field(metadata=range_(POSITIVE))  # preset `absolute`: rate of lora_B
     rules: Dict[str, Any]  # name -> rule; the first rule that matches a tensor decides

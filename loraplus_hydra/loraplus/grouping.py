@@ -66,7 +66,7 @@ def first_match(records: Sequence[TensorRecord], rules: Sequence[Rule]) -> list[
     for record in records:
         # Even a large model has few kinds of tensors. So rules are filtered once per kind, and names are matched once
         # per tensor.
-        kind = (record.role, record.owner, len(record.shape), record.owner_classes)
+        kind = (record.role, record.owner, len(record.shape), record.owner_classes, record.new_head)
         if kind not in candidates:
             candidates[kind] = [rule for rule in rules if rule.matches_kind(record)]
         winner = next((rule for rule in candidates[kind] if rule.matches_name(record.name)), None)

@@ -64,6 +64,16 @@ class _Place:
 _BASE = _Place()
 # Attributes of PEFT's layers that never contain a tensor. Skipping them saves a container and a module per layer.
 _DROPOUTS = frozenset({"lora_dropout", "vera_dropout"})
+_MARK = "in_new_head"  # attribute of a layer; PEFT copies it with the layer
+
+
+def mark_new_head(head: torch.nn.Module) -> None:
+    """Mark a classification head that is trained from a random start.
+
+    Call this before PEFT wraps the model. Then the rules of a preset can give the head a rate of its own.
+    """
+    for layer in head.modules():
+        setattr(layer, _MARK, True)
 
 
 def tensor_records(model: torch.nn.Module) -> list[TensorRecord]:
@@ -91,7 +101,8 @@ def trained_tensors(model: torch.nn.Module) -> tuple[list[TensorRecord], dict[st
                 seen.add(id(parameter))
                 parameters[prefix + name] = parameter
                 pattern = pattern_of(name, parameter.dtype, kind_of(module.__class__), place)
-                records.append(_record(prefix + name, parameter, pattern))
+                record = _record(prefix + name, parameter, pattern)
+                records.append(record._replace(new_head=True) if _MARK in module.__dict__ else record)
 
     def visit(prefix: str, module: Any, place: _Place) -> None:
         """Collect a module's own tensors, then its children's.
@@ -135,7 +146,7 @@ def _place_below(place: _Place, kind: _Kind, adapted: _Kind | None, name: str) -
 
 def _record(name: str, parameter: torch.nn.Parameter, pattern: TensorRecord) -> TensorRecord:
     """Return a tensor's record: `pattern` with the tensor's own name, shape and start."""
-    _, role, owner, _, adapter, dtype, trained_embedding, starts_at_zero, owner_classes = pattern
+    _, role, owner, _, adapter, dtype, trained_embedding, starts_at_zero, owner_classes, _ = pattern
     if starts_at_zero is None and role in FACTORS and not parameter.is_meta:
         starts_at_zero = not bool(parameter.detach().any())  # unknown from the config, so the values decide
     shape = tuple(parameter.shape)

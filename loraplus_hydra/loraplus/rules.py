@@ -15,7 +15,8 @@ from loraplus_hydra.loraplus.peft_layers import ADAPTER_ROLES
 ROLES: tuple[str, ...] = (*ADAPTER_ROLES, "saved_module", "bias", "norm", "other")
 """Every role that a trained tensor can have."""
 
-CONDITIONS = ("role", "pattern", "owner", "ndim")
+CONDITIONS = ("role", "pattern", "owner", "ndim", "new_head")
+_KINDS = {"ndim": "a whole number, 0 or more", "new_head": "true or false"}  # of a condition's values; others: text
 RATES = ("lr", "lr_mult", "ratio", "weight_decay")
 RULE_KEYS = (*CONDITIONS, *RATES, "group", "allow_unmatched")
 RESERVED = frozenset({"params", "name", "param_names", "initial_lr"})
@@ -28,7 +29,7 @@ class TensorRecord(NamedTuple):
     `owner` is the class of the tensor's layer, or of the adapted layer for an adapter's tensor. `owner_classes` has
     this class and its base classes, by name and by full path. `shape` is the shape before the model is sharded.
     `trained_embedding` is True for tensors for which 8-bit optimizers keep 32-bit state. `starts_at_zero` is None if
-    the start is unknown.
+    the start is unknown. `new_head` is True for a tensor of a classification head that is trained from a random start.
     """
 
     name: str
@@ -40,6 +41,7 @@ class TensorRecord(NamedTuple):
     trained_embedding: bool = False
     starts_at_zero: bool | None = None
     owner_classes: tuple[str, ...] = ()
+    new_head: bool = False
 
     @property
     def ndim(self) -> int:
@@ -54,11 +56,12 @@ class TensorRecord(NamedTuple):
 class Rule:
     """Conditions on tensors, and the rate and settings of the tensors that match.
 
-    A tensor matches if all conditions are true. An empty condition is always true. `role`, `owner` and `ndim` are
-    lists; the tensor's own value must be in the list. `owner` may also be a base class of the tensor's layer, by name
-    or full path. `pattern` is a list of regular expressions; one of them must be found in the tensor's name. The rate
-    is `lr`, or the optimizer's lr x `lr_mult` x `ratio`, where `ratio` is LoRA+'s eta_B / eta_A. If `weight_decay` is
-    None, the optimizer's weight decay is used. `settings` are the optimizer's other arguments per group (`betas`, ...).
+    A tensor matches if all conditions are true. An empty condition is always true. `role`, `owner`, `ndim` and
+    `new_head` are lists; the tensor's own value must be in the list. `owner` may also be a base class of the tensor's
+    layer, by name or full path. `pattern` is a list of regular expressions; one of them must be found in the tensor's
+    name. The rate is `lr`, or the optimizer's lr x `lr_mult` x `ratio`, where `ratio` is LoRA+'s eta_B / eta_A. If
+    `weight_decay` is None, the optimizer's weight decay is used. `settings` are the optimizer's other arguments per
+    group (`betas`, ...).
     """
 
     name: str
@@ -66,6 +69,7 @@ class Rule:
     pattern: tuple[str, ...] = ()
     owner: tuple[str, ...] = ()
     ndim: tuple[int, ...] = ()
+    new_head: tuple[bool, ...] = ()
     group: str = ""
     lr: float | None = None
     lr_mult: float = 1.0
@@ -88,10 +92,12 @@ class Rule:
         return self.matches_kind(record) and self.matches_name(record.name)
 
     def matches_kind(self, record: TensorRecord) -> bool:
-        """Return True if this tensor meets the conditions on role, owner and ndim."""
+        """Return True if this tensor meets all conditions except the one on its name."""
         if self.role and record.role not in self.role:
             return False
         if self.ndim and record.ndim not in self.ndim:
+            return False
+        if self.new_head and record.new_head not in self.new_head:
             return False
         return not self.owner or record.owner in self.owner or any(name in self.owner for name in record.owner_classes)
 
@@ -185,9 +191,8 @@ def _condition_problems(key: str, value: Any, where: str) -> list[Problem]:
     key_path = f"{where}.{key}"
     if not values:
         return [Problem(key_path, "an empty list matches nothing", f"name at least one {key}, or leave `{key}` out")]
-    wrong = [item for item in values if not (fits(item, int) and item >= 0 if key == "ndim" else fits(item, str))]
-    if wrong:
-        kind = "a whole number, 0 or more" if key == "ndim" else "text"
+    kind = _KINDS.get(key, "text")
+    if wrong := [item for item in values if not _is_valid(key, item)]:
         return [Problem(key_path, f"must be {kind}, or a list of such values, got {wrong[0]!r}")]
     if key == "role":
         return [
@@ -196,6 +201,13 @@ def _condition_problems(key: str, value: Any, where: str) -> list[Problem]:
             if item not in ROLES
         ]
     return [problem for item in values for problem in _pattern_problems(item, key_path)] if key == "pattern" else []
+
+
+def _is_valid(key: str, value: Any) -> bool:
+    """Return True if a condition's value has the right type."""
+    if key == "ndim":
+        return fits(value, int) and value >= 0
+    return fits(value, bool if key == "new_head" else str)
 
 
 def _pattern_problems(pattern: str, key_path: str) -> list[Problem]:

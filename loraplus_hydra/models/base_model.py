@@ -20,7 +20,7 @@ from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line, refuse
 from loraplus_hydra.models.quantization import disable_cpu_repacking, quantization_config, skip_heads
 
-_HEADS = ("classifier", "score")  # transformers' names for the layers of a classifier's head
+REDRAWN = ("classifier", "score")  # a classifier's layers that `task.new_head` replaces; PEFT trains these two
 
 
 def load_model(
@@ -88,7 +88,7 @@ def load_base(
 def draw_new_head(model: PreTrainedModel) -> None:
     """Initialise a classifier's head again, with the global random generator."""
     for name, module in model.named_children():
-        if name in _HEADS:
+        if name in REDRAWN:
             for part in module.modules():
                 part._is_hf_initialized = False  # without this flag transformers would leave loaded weights unchanged
                 for tensor in part.parameters(recurse=False):

@@ -1,19 +1,21 @@
 """Properties that a base model's weights decide.
 
-These are the labels of a trained head, and the number of tokens that the model can take.
+These are the labels of a trained head, its new layers, and the number of tokens that the model can take.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from loraplus_hydra.io.read import read_json, read_or
+from loraplus_hydra.loraplus.roles import mark_new_head
 from loraplus_hydra.models.adapter_files import stored_adapter
-from loraplus_hydra.models.base_model import architecture, meta_model
+from loraplus_hydra.models.base_model import REDRAWN, architecture, meta_model
 
 _CLASSIFIER = "ForSequenceClassification"
 _TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe", "embeddings_positions")
@@ -33,6 +35,31 @@ def trained_head(model: DictConfig) -> tuple[int, tuple[str, ...]]:
     if not any(str(name).endswith(_CLASSIFIER) for name in config.architectures or ()):
         return 0, ()
     return len(config.id2label), label_names(config.id2label)
+
+
+def mark_new_layers(model: PreTrainedModel, config: DictConfig) -> None:
+    """Mark the layers of a classifier's head that a run trains from a random start.
+
+    `model` is the run's base model before PEFT wraps it. Only the run's config and the model's config.json decide, so
+    the marks are the same without weights, and when a run is resumed or evaluated. Raises ConfigErrors.
+    """
+    if not is_classifier(config) or config.adapter.get("path"):  # a stored adapter has its trained head
+        return
+    trained = _trained_shapes(config)
+    body = set(model.base_model.modules())
+    for name, layer in model.named_modules():
+        own = layer.named_parameters(recurse=False)
+        if layer not in body and any(trained.get(f"{name}.{key}") != tensor.shape for key, tensor in own):
+            mark_new_head(layer)
+
+
+def _trained_shapes(config: DictConfig) -> dict[str, torch.Size]:
+    """Return the shapes of the base's tensors, without replaced layers; empty without a trained head."""
+    if not trained_head(config.model)[0]:
+        return {}
+    replaced = REDRAWN if config.task.get("new_head") else ()
+    base = meta_model(config.model, config.task.auto_class)
+    return {name: each.shape for name, each in base.named_parameters() if name.partition(".")[0] not in replaced}
 
 
 def adapter_labels(path: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from loraplus_hydra.models.adapter_files import attach, load_tensors, stored_ada
 from loraplus_hydra.models.base_model import load_base
 from loraplus_hydra.models.initialisation import changes_base
 from loraplus_hydra.models.inputs import base_fingerprints, folder_fingerprint
-from loraplus_hydra.models.properties import is_classifier, label_names, positions
+from loraplus_hydra.models.properties import is_classifier, label_names, mark_new_layers, positions
 from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.stored_config import KEY
@@ -31,6 +31,7 @@ def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, P
     # Rows of new tokens and a new head are first drawn at random; then the adapter's values replace all of them.
     set_seed(run.config.seed)
     base = load_base(run.config, tokenizer, run.model_arguments())
+    mark_new_layers(base, run.config)
     base.config.use_cache = True
     interrupts.stop_if_asked()
     if changes_base(getattr(stored.config, "init_lora_weights", None)):

@@ -25,7 +25,14 @@ from loraplus_hydra.loraplus.settings import LoraPlus
 from loraplus_hydra.models.adapter import add_adapter
 from loraplus_hydra.models.base_model import load_base, meta_model
 from loraplus_hydra.models.inputs import adapter_fingerprint, base_fingerprints, tokenizer_fingerprint
-from loraplus_hydra.models.properties import adapter_labels, is_classifier, positions, trained_head, trained_positions
+from loraplus_hydra.models.properties import (
+    adapter_labels,
+    is_classifier,
+    mark_new_layers,
+    positions,
+    trained_head,
+    trained_positions,
+)
 from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
 from loraplus_hydra.tasks.base import Base
 from loraplus_hydra.tasks.examples import Examples, load_examples
@@ -113,8 +120,10 @@ def bundle(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Exa
 def load_adapted_model(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> PeftModel:
     """Load the base model with its weights and add the adapter."""
     set_seed(config.seed)  # for the adapter's initialisation
+    base = load_base(config, tokenizer, examples.model_arguments)
+    mark_new_layers(base, config)
     return add_adapter(
-        load_base(config, tokenizer, examples.model_arguments),
+        base,
         config.adapter,
         config.task.task_type,
         new_tokens=new_token_ids(tokenizer, config.model),
@@ -144,6 +153,7 @@ def add_meta_adapter(model: Any, config: DictConfig) -> PeftModel:
 
     The embedding's last rows are the new tokens of `model.add_tokens`.
     """
+    mark_new_layers(model, config)
     rows = model.get_input_embeddings().weight.shape[0]
     new_tokens = range(rows - len(config.model.add_tokens), rows)
     return add_adapter(model, config.adapter, config.task.task_type, new_tokens=new_tokens, on_meta=True)

@@ -271,7 +271,7 @@ ONCE: dict[str, tuple[list[str], str]] = {
     ),
     "key that no preset has": (
         ["loraplus.scale=3"],
-        "loraplus.scale: there is no such key; loraplus has the keys extra_rules, lr_embedding, ratio, rules",
+        "loraplus.scale: there is no such key; loraplus has the keys extra_rules, lr_embedding, lr_head, ratio, rules",
     ),
     "value that isn't set": (["data=jsonl"], "data.train: is not set; set it: data.train=..."),
     "folder not there": (

@@ -61,6 +61,8 @@ def test_a_null_takes_a_rule_or_a_key_away() -> None:
         ({"ndim": "two"}, "r.ndim", "must be a whole number"),
         ({"ndim": True}, "r.ndim", "must be a whole number"),
         ({"ndim": -1}, "r.ndim", "must be a whole number"),
+        ({"new_head": 1}, "r.new_head", "must be true or false"),
+        ({"new_head": "yes"}, "r.new_head", "must be true or false"),
         ({"lr": 1e-3, "ratio": 2}, "r.ratio", "can't be combined with `lr`"),
         ({"lr": 1e-3, "lr_mult": 2}, "r.lr_mult", "can't be combined with `lr`"),
         ({"lr": "1e-3"}, "r.lr", "must be a number"),
@@ -120,6 +122,8 @@ def test_rules_that_are_no_mapping_are_refused() -> None:
         (Rule("r", ndim=(1,)), True),
         (Rule("r", ndim=(0, 2)), False),
         (Rule("r", role=("norm",), ndim=(2,)), False),
+        (Rule("r", new_head=(True,)), False),
+        (Rule("r", new_head=(False,)), True),
         (Rule("r", role=("norm",), pattern=("layers",), owner=("LlamaRMSNorm",), ndim=(1,)), True),
     ],
 )

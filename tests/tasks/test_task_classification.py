@@ -231,5 +231,4 @@ def test_the_head_is_trained_saved_and_named(compose: Callable[..., Any], bert_f
     assert saved["base_model.model.classifier.weight"].shape == (3, 16)
     groups = {row["name"]: row for row in json.loads((tmp_path / "run" / "param_groups.json").read_text())}
     head = {row["role"]: row for name, row in groups.items() if "classifier" in name}
-    assert head["saved_module"]["lr"] == pytest.approx(5e-5)
-    assert head["bias"]["lr"] == pytest.approx(8 * 5e-5)
+    assert head["saved_module"]["lr"] == head["bias"]["lr"] == config.loraplus.lr_head
