@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml  # type: ignore[import-untyped]
 
@@ -48,8 +48,7 @@ def read_bytes(path: Path, largest: int = _LARGEST) -> bytes:
     Raises Missing, or Unreadable for anything that is not a regular file or is larger than `largest` bytes.
     """
     try:
-        place = path.resolve() if is_hub_blob(path) else path
-        with os.fdopen(open_regular(place, os.O_RDONLY), "rb") as file:
+        with _opened(path) as file:
             if os.fstat(file.fileno()).st_size > largest:
                 raise Unreadable(f"{path} can't be read: it is larger than {largest} bytes")
             return file.read()
@@ -65,8 +64,29 @@ def refuse_large(files: Iterable[Path]) -> None:
         if path.suffix == ".json" and path.is_file():
             largest = _LARGEST_CONFIG if path.stem.endswith("config") else _LARGEST
             _refuse_many_items(read_text(path, largest), str(path))
-        elif path.is_file() and path.suffix != ".safetensors" and path.stat().st_size > _LARGEST:
+        elif not path.is_file() or path.stat().st_size <= _LARGEST:
+            continue
+        elif path.suffix != ".safetensors":
             raise Unreadable(f"{path} can't be read: it is larger than {_LARGEST} bytes")
+        elif not _is_covered(path):
+            raise Unreadable(f"{path} can't be read: its header doesn't describe all of its bytes")
+
+
+def _opened(path: Path) -> BinaryIO:
+    return os.fdopen(open_regular(path.resolve() if is_hub_blob(path) else path, os.O_RDONLY), "rb")
+
+
+def _is_covered(path: Path) -> bool:
+    """Return True if a safetensors file ends where its header says that the last tensor ends."""
+    with _opened(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, _LARGEST))
+    try:
+        entries = parse_json(header.decode("utf-8"))
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        return bool(8 + length + max(ends, default=0) == path.stat().st_size)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return False
 
 
 def read_or(default: Any, read: Callable[..., Any], *arguments: Any) -> Any:

@@ -154,10 +154,17 @@ def test_size_of_what_a_library_reads_is_bounded(tmp_path: Path) -> None:
     for name in ("config.json", "vocab.txt", "model.safetensors"):
         (tmp_path / name).touch()
         os.truncate(tmp_path / name, 2**40)  # takes no room on the disk
-    refuse_large([tmp_path / "model.safetensors"])
-    for name in ("config.json", "vocab.txt"):
-        with pytest.raises(Unreadable, match=f"{name} can't be read: it is larger than"):
+    for name, why in (
+        ("config.json", "it is larger"),
+        ("vocab.txt", "it is larger"),
+        ("model.safetensors", "its header"),
+    ):
+        with pytest.raises(Unreadable, match=f"{name} can't be read: {why}"):
             refuse_large([tmp_path / name])
+    header = json.dumps({"x": {"dtype": "F32", "shape": [2**36], "data_offsets": [0, 2**38]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(tmp_path / "model.safetensors", 8 + len(header) + 2**38)
+    refuse_large([tmp_path / "model.safetensors"])  # weights may be large
 
 
 def test_config_is_smaller_than_a_vocabulary(tmp_path: Path) -> None:
