@@ -111,13 +111,17 @@ def snapshot(folder: Path) -> dict[str, tuple[Any, ...]]:
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    for path in sorted(folder.rglob("*")):
-        found = path.lstat()
-        regular = path.is_file() and not path.is_symlink()
-        # A huge file of zeros takes no room on the disk, but all of the memory
-        small = regular and found.st_size <= _READ
-        content = path.read_bytes() if small else str(path.readlink()) if path.is_symlink() else found.st_size
-        yield str(path.relative_to(folder)), (found.st_mode, found.st_mtime_ns if regular else 0, content)
+    places = [folder]  # not rglob, which recurses: some of these folders are a thousand levels deep
+    while places:
+        for entry in os.scandir(places.pop()):
+            path, found = Path(entry.path), entry.stat(follow_symlinks=False)
+            regular = entry.is_file(follow_symlinks=False)
+            if entry.is_dir(follow_symlinks=False):
+                places.append(path)
+            # A huge file of zeros takes no room on the disk, but all of the memory
+            small = regular and found.st_size <= _READ
+            content = path.read_bytes() if small else str(path.readlink()) if path.is_symlink() else found.st_size
+            yield str(path.relative_to(folder)), (found.st_mode, found.st_mtime_ns if regular else 0, content)
 
 
 def _memory(pid: int) -> int:
