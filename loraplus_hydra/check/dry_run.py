@@ -16,6 +16,7 @@ from loraplus_hydra.loraplus.plan import Plan
 from loraplus_hydra.loraplus.roles import tensor_records
 from loraplus_hydra.models.adapter import possible_targets
 from loraplus_hydra.models.base_model import meta_model, vocabulary_problems
+from loraplus_hydra.models.properties import adapter_labels, is_classifier
 from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.tasks.examples import Examples, load_examples
 from loraplus_hydra.training.hf_trainer.whole_head import head_problem
@@ -78,10 +79,11 @@ def plan_without_weights(config: DictConfig, examples: Examples | None) -> tuple
 
     Raises ConfigErrors.
 
-    A classifier's labels come from `examples`. With None, the labels of the model are kept.
+    A classifier's labels come from `examples`. With None, they are those of a stored adapter, or else of the model.
     """
     with errors_at("model.path"):
-        model = meta_model(config.model, config.task.auto_class, examples.model_arguments if examples else {})
+        arguments = examples.model_arguments if examples else _stored_labels(config)
+        model = meta_model(config.model, config.task.auto_class, arguments)
     with errors_at("adapter"), _any_error_as(lambda text: _adapter_problem(model, text)):
         adapted = add_meta_adapter(model, config)
     problems = [head_problem(adapted, config.task._target_), _rank_problem(adapted), _token_problem(adapted)]
@@ -89,6 +91,13 @@ def plan_without_weights(config: DictConfig, examples: Examples | None) -> tuple
     # The optimizer's class may refuse a combination of settings.
     with errors_at("loraplus"), _any_error_as(lambda text: Problem("optimizer", text)):
         return adapted, plan_groups(config, adapted)[1]
+
+
+def _stored_labels(config: DictConfig) -> dict[str, Any]:
+    """Return the number of labels of the adapter that training begins from, if it names its labels."""
+    path = config.adapter.get("path")
+    labels = adapter_labels(path) if path and is_classifier(config) else ()
+    return {"num_labels": len(labels)} if labels else {}
 
 
 @contextmanager

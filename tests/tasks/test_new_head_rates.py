@@ -112,10 +112,12 @@ def test_a_resumed_run_keeps_the_rate_of_its_new_head(
 
 
 def test_the_head_of_a_continued_adapter_trains_at_lr(
-    words: Callable[..., list[str]], compose: Callable[..., Any], tmp_path: Path
+    words: Callable[..., list[str]], cli: Callable[..., Finished], compose: Callable[..., Any], tmp_path: Path
 ) -> None:
     run(compose(*words()), tmp_path / "run")
     further = words("adapter=existing", f"adapter.path={tmp_path / 'run'}")
+    # Its three labels are read from the adapter, because `inspect` reads no rows
+    assert head_of(json.loads(cli("inspect", "--json", *further).out)["tensors"]) == TRAINED
     assert head_of([tensor.as_dict() for tensor in check(compose(*further)).plan.tensors]) == TRAINED
     run(compose(*further), tmp_path / "further")
     assert head_of(written(tmp_path / "further")) == TRAINED
