@@ -130,7 +130,7 @@ def best_table(grid: Grid) -> str:
 def _best_row(grid: Grid, ratio: float, lr: float, plain_lr: float | None) -> list[str]:
     values, tried = grid.values(lr, ratio), grid.ranked(ratio)
     edge = " (edge)" if lr in (min(tried), max(tried)) else ""
-    gains = [] if plain_lr is None or ratio == PLAIN else differences(grid, Setting(lr, ratio, 0), plain_lr)
+    gains = [] if plain_lr is None or ratio == PLAIN else differences(grid, ratio, lr, plain_lr)
     return [
         f"{short(ratio)}{' (plain LoRA)' if ratio == PLAIN else ''}",
         f"{short(lr)}{edge}",
@@ -141,12 +141,9 @@ def _best_row(grid: Grid, ratio: float, lr: float, plain_lr: float | None) -> li
     ]
 
 
-def differences(grid: Grid, one: Setting, plain_lr: float) -> list[float]:
-    """Return a setting's metric minus that of plain LoRA, for each seed that both have."""
-    pairs = [
-        (grid.value(Setting(one.lr, one.ratio, seed)), grid.value(Setting(plain_lr, PLAIN, seed)))
-        for seed in grid.seeds
-    ]
+def differences(grid: Grid, ratio: float, lr: float, plain_lr: float) -> list[float]:
+    """Return a ratio's metric minus that of plain LoRA, for each seed that both have."""
+    pairs = [(grid.value(Setting(lr, ratio, seed)), grid.value(Setting(plain_lr, PLAIN, seed))) for seed in grid.seeds]
     return [value - plain for value, plain in pairs if value is not None and plain is not None]
 
 
