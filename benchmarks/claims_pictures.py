@@ -35,7 +35,8 @@ def draw(grid: Grid) -> Any:
         panel(axes, grid)
         axes.tick_params(labelsize=8)
     panels[0].set_ylabel(grid.metric)
-    handles = [Line2D([], [], label=f"ratio {short(ratio)}", **look) for ratio, look in _looks(grid).items()]
+    looks = _looks(grid)
+    handles = [Line2D([], [], label=f"ratio {short(ratio)}", **looks[ratio]) for ratio, _ in ordered(grid)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 

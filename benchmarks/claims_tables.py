@@ -281,7 +281,9 @@ def claims_table(grids: Sequence[Grid]) -> str:
         ("a uniform high rate is unstable", _uniform),
     )
     rows = [
-        [claim, grid.title, *(judge(grid) or ("-", "not yet measured"))] for claim, judge in claims for grid in grids
+        [claim, f"{grid.title} ({len(grid.runs)} of {grid.total} runs)", *(judge(grid) or ("-", "not yet measured"))]
+        for claim, judge in claims
+        for grid in grids
     ]
     return _table(["claim", "where", "measured", "verdict"], rows).replace("---:", "---")
 
