@@ -171,6 +171,7 @@ def test_help_lists_every_command() -> None:
 
     _, output, _ = imported_by("--help")
     assert list(COMMANDS) == [
+        "chat",
         "check",
         "evaluate",
         "export",
@@ -180,6 +181,7 @@ def test_help_lists_every_command() -> None:
         "report",
         "resume",
         "train",
+        "tune",
     ]
     for name, command in COMMANDS.items():
         assert re.search(rf"\n  {name} .*{re.escape(command.summary)}\n", output)

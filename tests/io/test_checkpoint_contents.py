@@ -179,7 +179,7 @@ def test_log_window_sets_nothing_but_trls_own(
     assert differences(tmp_path / "run", tmp_path / "unbroken") == []
 
 
-@pytest.mark.parametrize("at", [2, 3, 7, 9, 10, 14])
+@pytest.mark.parametrize("at", [3, 10, *(pytest.param(at, marks=pytest.mark.slow) for at in (2, 7, 9, 14))])
 def test_order_by_length_is_gone_on_with(
     at: int, stopped: Callable[..., None], compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
 ) -> None:

@@ -161,6 +161,7 @@ def test_prompts_fit_the_context(tokenizer: PreTrainedTokenizerFast) -> None:
 # --- what it was pretrained on ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_corpus_has_no_docstring(corpus: Corpus) -> None:
     holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for name, text in corpus.modules.items():
@@ -168,12 +169,14 @@ def test_the_corpus_has_no_docstring(corpus: Corpus) -> None:
         assert not any(map(ast.get_docstring, nodes)), name
 
 
+@pytest.mark.slow
 def test_the_corpus_has_no_held_out_module(corpus: Corpus) -> None:
     assert corpus.held_out
     assert not any(is_held_out(name) for name in [*corpus.modules, *corpus.turns])
     assert all(is_held_out(name) for name in corpus.held_out)
 
 
+@pytest.mark.slow
 def test_turns_are_code_of_their_module_without_docstrings(corpus: Corpus) -> None:
     turns = corpus.turns["argparse"]
     lines = {line.strip() for line in corpus.modules["argparse"].split("\n")}
@@ -191,6 +194,7 @@ def _loss(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
         return float(model(input_ids=tokens[None], labels=tokens[None]).loss)
 
 
+@pytest.mark.slow
 def test_held_out_code_has_a_lower_loss_than_shuffled_code(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Corpus
 ) -> None:
@@ -215,6 +219,7 @@ def test_a_turn_is_followed_by_an_answer(model: LlamaForCausalLM, tokenizer: Pre
 # --- the script ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_script_trains_the_shipped_tokenizer_again(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> None:
     card = (CHECKPOINT / "README.md").read_text(encoding="utf-8")
     if f"CPython {platform.python_version()}:" not in card:
@@ -224,6 +229,7 @@ def test_the_script_trains_the_shipped_tokenizer_again(corpus: Corpus, tokenizer
     assert again.chat_template == tokenizer.chat_template
 
 
+@pytest.mark.slow
 def test_training_repeats_by_its_seed() -> None:
     texts = [[token % VOCABULARY for token in range(start, start + CONTEXT)] for start in range(0, 9000, 1000)]
 

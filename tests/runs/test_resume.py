@@ -43,7 +43,7 @@ def check_killed(seen: list[dict[str, Any]], kills: int) -> None:
 
 
 def test_killed_runs_go_on_to_the_bits_of_the_unbroken_one(tiny_run: list[str], tmp_path: Path) -> None:
-    check_killed(trials(tmp_path, "4", *tiny_run, *LONGER), 4)
+    check_killed(trials(tmp_path, "3", *tiny_run, *LONGER), 3)
 
 
 @pytest.mark.slow
