@@ -18,7 +18,7 @@ from pathlib import Path
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io.files import REMOVE, draft_of, drafts_in, is_hub_blob, refuse_dangling, refuse_link
 from loraplus_hydra.io.locks import folder_lock
-from loraplus_hydra.io.run_folder import HYDRA
+from loraplus_hydra.io.run_folder import FOLDERS, HYDRA, WRITTEN
 
 # Folders that other programs write, with links (`wandb/latest-run`). This program neither reads nor empties these
 # folders.
@@ -47,6 +47,20 @@ def refuse_links(folder: Path, key: str, *, reading: bool = False) -> None:
                 elif not entry.is_file(follow_symlinks=False) and not (reading and is_hub_blob(path)):
                     kind = "is a link" if entry.is_symlink() else "is neither a file nor a folder"
                     raise ConfigErrors([Problem(key, f"{path} {kind}, which no run writes", REMOVE)])
+
+
+def refuse_foreign(folder: Path, key: str) -> None:
+    """Raise ConfigErrors at `key` if a run can't write into its folder.
+
+    This is so for links, and for a folder in place of a file or the other way round.
+    """
+    refuse_links(folder, key)
+    for name in (*WRITTEN, HYDRA, *(path.name for path in folder.glob("*.log"))):
+        path, is_folder = folder / name, name in FOLDERS
+        if path.exists() and path.is_dir() != is_folder:
+            kinds = ("a folder", "a file")
+            what = f"{path} is {kinds[is_folder]}, where a run has {kinds[not is_folder]}"
+            raise ConfigErrors([Problem(key, what, REMOVE)])
 
 
 def make_folder(folder: Path) -> None:

@@ -21,6 +21,7 @@ WRITTEN = (
     CHECKPOINTS,
     RUNGS,
 )  # HYDRA is Hydra's
+FOLDERS = (ADAPTER, CHECKPOINTS, HYDRA)  # all others are files
 
 # The file of a sweep's folder with the sweep's name, its command and its swept keys.
 SWEEP = "sweep.json"

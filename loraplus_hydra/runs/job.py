@@ -90,7 +90,7 @@ def _run_in(
     """Train in `folder`, or return the stored result of a run that has finished there with this config."""
     with folder_lock(folder) as is_locked:
         if processes.is_main():
-            folders.refuse_links(folder, key="hydra.run.dir")
+            folders.refuse_foreign(folder, key="hydra.run.dir")
         if is_locked:
             folders.remove_drafts(folder)
         if (done := finished_result(config, folder)) is not None:

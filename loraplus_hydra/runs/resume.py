@@ -50,7 +50,7 @@ def resume_point_or_exit(checked: Checked, folder: Path, *, found_before: Resume
     The command line calls this before Hydra writes into the folder. Raises UserError if the run can't resume.
     """
     if processes.is_main():
-        folders.refuse_links(folder, key="hydra.run.dir")
+        folders.refuse_foreign(folder, key="hydra.run.dir")
     if (result := finished_result(checked.config, folder)) is not None:
         refuse_other_inputs(checked.config, result)
         if processes.is_main():

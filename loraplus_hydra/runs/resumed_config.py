@@ -17,7 +17,7 @@ from loraplus_hydra.config.schema import RUN_GROUPS
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.checkpoints import AUTO, ResumePoint, newest_complete
-from loraplus_hydra.io.folders import refuse_links
+from loraplus_hydra.io.folders import refuse_foreign
 from loraplus_hydra.io.read import read_bytes
 from loraplus_hydra.runs.stored_config import KEY, read_plain, read_stored
 
@@ -60,7 +60,7 @@ def _stored_file(folder: Path) -> Path:
     if "${" in str(folder.absolute()):
         what = f"Hydra would read the '${{' in {folder} as an interpolation"
         raise ConfigErrors([Problem(KEY, what, "rename the folder")])
-    refuse_links(folder, KEY)
+    refuse_foreign(folder, KEY)
     composed = _composed_file(folder)
     file = composed if _is_of_a_run(composed) else folder / run_folder.CONFIG
     if not file.is_file():

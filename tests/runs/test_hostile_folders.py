@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from loraplus_hydra.errors import ConfigErrors
+from loraplus_hydra.io.folders import remove
 from tests.conftest import Finished
 from tests.support.finished_runs import finished
 from tests.support.hostile import canary, files_of, refused, run
@@ -52,6 +53,28 @@ def test_run_with_a_link_is_not_resumed(name: str, run: Path, victim: Path, cli:
     before = files_of(run)
     refused(cli("resume", str(run), "trainer.max_steps=9"), f"{name} is a link")
     assert unchanged(victim)
+    assert files_of(run) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        *((name, "is a folder, where a run has a file") for name in ("config.yaml", "metrics.jsonl", "train.png")),
+        ("loraplus_hydra.log", "is a folder, where a run has a file"),
+        *((name, "is a file, where a run has a folder") for name in ("adapter", ".hydra")),
+    ],
+)
+def test_run_with_a_folder_in_place_of_a_file_is_not_resumed(
+    name: str, said: str, run: Path, cli: Callable[..., Finished]
+) -> None:
+    place = run / name
+    remove(place)
+    if said.startswith("is a folder"):
+        (place / "inside").mkdir(parents=True)
+    else:
+        place.write_text("")
+    before = files_of(run)
+    refused(cli("resume", str(run), "trainer.max_steps=9"), f"{name} {said}")
     assert files_of(run) == before
 
 
