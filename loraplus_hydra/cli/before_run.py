@@ -63,7 +63,7 @@ class BeforeRun(Callback):
             if self.command.name != "train":
                 raise UserError(f"'{self.command.name}' needs one config, not a sweep; remove --multirun")
             processes.refuse_sweep(["--multirun"])  # also if the config sets hydra.mode
-            if config.get("tune") is not None:
+            if config.get("tune") is not None or config.hydra.runtime.choices.get("hparams_search") == "tune":
                 BeforeRun.sweep = _begin_tuning(config)
                 return
             check_halving(config)
@@ -74,9 +74,11 @@ class BeforeRun(Callback):
 
 def _begin_tuning(config: DictConfig) -> Sweep:
     """Begin a search by `tune`. Raises ConfigErrors before anything is written."""
-    from loraplus_hydra.sweep.tune_search import check_tuning, use_tuning  # a tenth of a start, and few need it
+    # Takes a tenth of a start, and few starts need it
+    from loraplus_hydra.sweep.tune_search import check_candidate, check_tuning, use_tuning
 
     settings = check_tuning(config)
+    check_candidate(settings, config)
     sweep = begin(config, sys.argv[1:], keys=settings.swept)
     use_tuning(config, sweep)
     return sweep

@@ -15,12 +15,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from loraplus_hydra.check import check
 from loraplus_hydra.check.values import shown
 from loraplus_hydra.config.plain import plain_of
 from loraplus_hydra.config.schema import SEED as SEED_RANGE
 from loraplus_hydra.config.schema import TuneConfig, run_of
 from loraplus_hydra.config.types import POSITIVE, describe, field_types, mismatch
-from loraplus_hydra.errors import Problem, UserError, first_line, refuse
+from loraplus_hydra.errors import Problem, UserError, first_line, nearest, refuse
 from loraplus_hydra.models import published_rate
 from loraplus_hydra.sweep import tuning
 from loraplus_hydra.sweep.halving_search import Overrides, Search, comparability_problems
@@ -57,6 +58,15 @@ def check_tuning(config: DictConfig) -> Settings:
     return settings
 
 
+def check_candidate(settings: Settings, config: DictConfig) -> None:
+    """Raise ConfigErrors if the config of a candidate, and so of all, has errors."""
+    run = run_of(config).copy()
+    for text in settings.overrides(settings.candidates[0]):
+        key, _, value = text.partition("=")
+        OmegaConf.update(run, key, float(value))
+    check(run)
+
+
 def use_tuning(config: DictConfig, sweep: Sweep) -> None:
     """Give the search its sweeper. `sweep` has begun."""
     with open_dict(config):
@@ -65,7 +75,15 @@ def use_tuning(config: DictConfig, sweep: Sweep) -> None:
 
 
 def _type_problems(config: DictConfig) -> Iterator[Problem]:
+    if not isinstance(config.tune, DictConfig):
+        yield Problem("tune", f"{shown(config.tune)} is not a mapping of keys", "leave it out")
+        return
     given = plain_of(config.tune)
+    known = [*field_types(TuneConfig)]
+    for key in (key for key in given if key not in known):
+        yield Problem(
+            f"tune.{key}", f"there is no such key{nearest(key, known)}", f"tune has the keys {', '.join(known)}"
+        )
     for key, (annotation, limits) in field_types(TuneConfig).items():
         if why := mismatch(given.get(key), annotation, limits):
             yield Problem(f"tune.{key}", f"{shown(given.get(key))} {why}", f"it must be {describe(annotation, limits)}")
@@ -74,6 +92,8 @@ def _type_problems(config: DictConfig) -> Iterator[Problem]:
 def _problems(config: DictConfig) -> Iterator[Problem]:
     for one in swept_overrides(config):
         fix = "give it one value, and run `tune` once for each"
+        if one.key_or_group.startswith("tune."):
+            fix = f"write a list: {one.key_or_group}=[1,4]"
         yield Problem(one.key_or_group, "`tune` makes its own grid, over rate and ratio", fix)
     if config.hydra.sweeper.get("_target_") not in (GRID, SWEEPER):  # the search's own, once it has begun
         yield Problem("hydra.sweeper", "`tune` is a search of its own", "use only one of them")
