@@ -142,7 +142,9 @@ def _next_line() -> str | None:
     """Return the next line of stdin, without spaces at its ends; None at its end."""
     interrupts.raise_at_once(True)  # while the program only waits
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        line = input("> " if sys.stdin.isatty() else "")
+        # A byte that isn't UTF-8 becomes a lone surrogate, which tokenizers refuse
+        return line.encode("utf-8", "replace").decode("utf-8").strip()
     except EOFError:
         return None
     except (OSError, ValueError, RuntimeError) as error:  # closed, or no longer readable

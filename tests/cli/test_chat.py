@@ -97,7 +97,8 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(
 
 
 def test_commands_are_listed_and_a_classifier_does_not_talk(finished: Callable[[str], Path], talk: Talk) -> None:
-    ended = talk(finished("chat"), ["/base", "/what", ""])
+    ended = talk(finished("chat"), ["/base", "/what", "", "say \udcff"])
+    assert ended.status == 0
     assert "Write a message first." in ended.out
     assert "/reset" in ended.out
     refused = talk(finished("label"), ["hello"])
