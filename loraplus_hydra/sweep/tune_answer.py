@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,6 +63,7 @@ class Answer:
             for name, each in rungs.items()
         ]
         found.sort(key=lambda one: -one.mean if greater else one.mean)
+        del found[tuning.FINALISTS :]
         self.step, self.metric, self.finalists = step, self.settings.metric if has_metric else "eval_loss", tuple(found)
         if len(found) > 1:
             self.verdict = tuning.verdict(found[0].values, found[1].values, greater_is_better=greater)
@@ -191,7 +193,7 @@ def _extending_command(answer: Answer) -> str:
     needed = max(answer.settings.budget, tuning.cost(number, len(answer.settings.seeds)))
     given = {
         **{key: f"[{','.join(map(as_text, values))}]" for key, values in axes.items()},
-        "tune.budget": f"{needed:.4g}",
+        "tune.budget": f"{math.ceil(100 * needed) / 100:g}",
     }
     kept = [word for word in words if word.partition("=")[0] not in (*given, "hparams_search")]
     return shlex.join([*_PROGRAM, "tune", *kept, *(f"{key}={value}" for key, value in given.items())])

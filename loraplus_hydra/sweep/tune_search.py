@@ -31,6 +31,7 @@ from loraplus_hydra.sweep.tuning import LR, LR_A, LR_B, RATIO, SEED, Candidate, 
 
 SWEEPER = "hydra_plugins.loraplus_halving.TuneSweeper"
 RATIOS = (1.0, 4.0, 16.0)
+_ALL_FAILED = "all candidates failed, so there is nothing to compare; their folders have the errors"
 
 
 def check_tuning(config: DictConfig) -> Settings:
@@ -169,17 +170,21 @@ def batches(settings: Settings, words: Sequence[str], folder: Path, start: str) 
     answer = Answer(settings, named, search)
     yield from _narrow(search, settings)
     if not search.remaining:
-        raise UserError("all candidates failed, so there is nothing to compare; their folders have the errors")
+        raise UserError(_ALL_FAILED)
+    if not search.steps:
+        raise UserError("the jobs in this folder were trained without rungs; choose another with sweep.name=...")
     for name in search.remaining:
         search.candidates[name] = jobs(named[name], settings.seeds)
     half = tuning.rung_step(tuning.HALF, search.steps, search.earliest)
     answer.extra_steps = len(search.remaining) * (len(settings.seeds) - 1) * half
     yield from search.batch_until(half)
     search.arrive(half)
-    winner = answer.decide(half, search.at_rung(half))
-    search.keep(winner)
+    compared = search.at_rung(half)
+    if not compared:
+        raise UserError(_ALL_FAILED)
+    search.keep(answer.decide(half, compared))
     write_answer(answer)
-    yield from search.batch([winner])
+    yield from search.batch(search.remaining)
     search.arrive(search.steps)
     write_answer(answer)
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf import DictConfig
 
+from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.interrupts import Interrupted
 from loraplus_hydra.runs import job
 from loraplus_hydra.sweep import finish as sweep_end
@@ -116,6 +118,32 @@ def test_without_a_difference_there_is_no_clear_winner(
     assert not told["verdict"]["is_clear"]
     assert told["winner"]["ratio"] == 1
     assert told["answer"][0].startswith("No clear winner.")
+
+
+@pytest.mark.parametrize("failing", [(8,), (1, 8)])
+def test_finalist_with_a_failed_seed_is_not_the_winner(
+    failing: tuple[int, ...], cli: Cli, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = job.prepare
+
+    def prepare_or_fail(config: DictConfig) -> Any:
+        if config.seed == 1 and config.loraplus.ratio in failing:
+            raise UserError("made up")
+        return prepare(config)
+
+    monkeypatch.setattr(job, "prepare", prepare_or_fail)
+    monkeypatch.setattr(sweep_end, "_report", lambda _: ())
+    finished = cli("tune", *words, "trainer.max_steps=12", "tune.eta_B=[4e-3]", "tune.seeds=2")
+    assert finished.status == 1
+    sweep = the_sweep(tmp_path)
+    assert (sweep / "tune.json").exists() == (failing == (8,))
+    if failing == (8,):
+        told = json.loads((sweep / "tune.json").read_text())
+        assert told["winner"]["ratio"] == 1
+        assert told["answer"][0].endswith("the only candidate without a failed job.")
+        assert results(sweep)["ratio-1_lr-4e-3_seed-0"]["status"] == "ok"
+    else:
+        assert "all candidates failed" in finished.err
 
 
 @pytest.mark.parametrize(
