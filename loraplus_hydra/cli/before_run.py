@@ -22,6 +22,7 @@ from loraplus_hydra.cli.commands import COMMANDS
 from loraplus_hydra.cli.commands.command import Command, Job
 from loraplus_hydra.cli.errors import exit_on_error
 from loraplus_hydra.cli.hydra_settings import refuse_wrong_settings
+from loraplus_hydra.config.hydra_job import search_key
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io import processes
 from loraplus_hydra.io.quiet_libraries import quiet_libraries
@@ -63,9 +64,10 @@ class BeforeRun(Callback):
             if self.command.name != "train":
                 raise UserError(f"'{self.command.name}' needs one config, not a sweep; remove --multirun")
             processes.refuse_sweep(["--multirun"])  # also if the config sets hydra.mode
-            if config.get("tune") is not None or config.hydra.runtime.choices.get("hparams_search") == "tune":
+            if search_key(config, "tune") is not None or config.hydra.runtime.choices.get("hparams_search") == "tune":
                 BeforeRun.sweep = _begin_tuning(config)
                 return
+            search_key(config, "halving")
             check_halving(config)
             BeforeRun.sweep = begin(config, sys.argv[1:])
             use_halving(config, BeforeRun.sweep)

@@ -6,7 +6,10 @@ import re
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 
 
 def is_sweep(hydra: Any) -> bool:
@@ -21,6 +24,14 @@ def number_in_sweep() -> int | None:
     if hydra is None or not is_sweep(hydra) or OmegaConf.is_missing(hydra.job, "num"):
         return None
     return int(hydra.job.num)
+
+
+def search_key(config: DictConfig, key: str) -> Any:
+    """Return the value of `halving` or `tune` in the program's config. Raises ConfigErrors if it can't be resolved."""
+    try:
+        return config.get(key)
+    except OmegaConfBaseException as error:
+        raise ConfigErrors([Problem(key, first_line(error), "leave it out")]) from error
 
 
 def quoted(value: str) -> str:

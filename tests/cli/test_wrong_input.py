@@ -183,6 +183,12 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["trainer.warmup_steps=5"],
         ["trainer.warmup_steps: can't be set here", "scheduler.num_warmup_steps"],
     ),
+    "packing without a length": (
+        ["task.args.packing=true", "task.args.max_length=null"],
+        ["task.args.max_length: packing fills rows of this length; set a number of tokens"],
+    ),
+    "a search that can't be resolved": (["tune=${oc.env:NO_SUCH_VARIABLE}"], ["tune: ", "NO_SUCH_VARIABLE"]),
+    "halving that can't be resolved": (["halving=${oc.env:NO_SUCH_VARIABLE}"], ["halving: ", "NO_SUCH_VARIABLE"]),
     "argument of this trainer alone": (["+trainer.max_length=5"], ["trainer.max_length", "task.args.max_length"]),
     "argument of every trainer": (["+task.args.max_steps=5"], ["task.args.max_steps", "trainer.max_steps"]),
     "rank 0": (["adapter.r=0"], ["adapter.r", "0 is out of range", "from 1 on"]),

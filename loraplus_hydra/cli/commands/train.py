@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.check import check
 from loraplus_hydra.cli.commands.command import Command, Job
+from loraplus_hydra.config.hydra_job import search_key
 from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.io import processes
@@ -26,10 +27,10 @@ def main(config: DictConfig, flags: frozenset[str]) -> Job:
         if not resumes:
             refuse_used_folder(folder, key="hydra.run.dir")
         refuse_unwritable(folder, key="hydra.run.dir")
-    if config.get("halving"):
+    if search_key(config, "halving"):
         fix = "give a key several values and add -m, or remove it"
         raise ConfigErrors([Problem("halving", "halves a grid, and this is a single run", fix)])
-    if config.get("tune") is not None:
+    if search_key(config, "tune") is not None:
         raise ConfigErrors([Problem("tune", "is a search, and this is a single run", "leave hydra.mode out")])
     checked = check(run_of(config))
     if not resumes:
