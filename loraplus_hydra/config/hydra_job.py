@@ -27,7 +27,10 @@ def number_in_sweep() -> int | None:
 
 
 def search_key(config: DictConfig, key: str) -> Any:
-    """Return the value of `halving` or `tune` in the program's config. Raises ConfigErrors if it can't be resolved."""
+    """Return the value of `halving` or `tune` in the program's config.
+
+    Raises ConfigErrors if it can't be resolved.
+    """
     try:
         return config.get(key)
     except OmegaConfBaseException as error:

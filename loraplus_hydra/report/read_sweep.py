@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -165,7 +166,7 @@ def read_sweep(folder: Path) -> Sweep:
         notes=tuple(notes),
         rungs=_rungs(tuned or decisions),
         answer=tuple(map(str, tuned.get("answer") or ())) if isinstance(tuned.get("answer"), list) else (),
-        extend=str(tuned.get("extend") or ""),
+        extend=_own_command(tuned.get("extend")),
     )
 
 
@@ -324,6 +325,15 @@ def _halved(stored: Mapping[str, Any]) -> list[str]:
     if taken is None or not of:
         return []
     return [f"Successive halving: {taken:,.0f} of the grid's {of:,.0f} steps were taken ({taken / of:.0%})."]
+
+
+def _own_command(text: Any) -> str:
+    """Return a command of this program, quoted anew; empty for any other text."""
+    try:
+        words = shlex.split(str(text or ""))
+    except ValueError:
+        return ""
+    return shlex.join(words) if words[:3] == ["python", "-m", "loraplus_hydra"] else ""
 
 
 def _rungs(stored: Mapping[str, Any]) -> tuple[RungLosses, ...]:

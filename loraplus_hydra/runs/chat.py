@@ -14,7 +14,7 @@ from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.text import visible
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.load_finished import load_run
-from loraplus_hydra.runs.predict import on_device
+from loraplus_hydra.runs.predict import on_device, uses_chat
 from loraplus_hydra.tasks.tokens import render
 from loraplus_hydra.training.sampling import answer, sampling_arguments
 
@@ -22,7 +22,7 @@ _HELP = """/base         the base model's answer to the last message, without th
 /reset        forget the conversation
 /system TEXT  set the system prompt, and forget the conversation
 /quit         end (or Ctrl-D); Ctrl-C stops an answer"""
-_NO_TEMPLATE = "The run's tokenizer has no chat template, so each line is a prompt of its own, as in training."
+_NO_TEMPLATE = "The run was trained without a chat template, so each line is a prompt of its own."
 
 
 class Chat:
@@ -41,9 +41,9 @@ class Chat:
         self.model = on_device(model, run)
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling_arguments(temperature, top_p)
-        self.has_template = bool(self.tokenizer.chat_template)
+        self.has_template = uses_chat(run, self.tokenizer)
         if system is not None and not self.has_template:
-            raise ConfigErrors([Problem("system", "the run's tokenizer has no chat template", "leave it out")])
+            raise ConfigErrors([Problem("system", "the run was trained without a chat template", "leave it out")])
         self.turns: list[dict[str, str]] = []
         self.reset(system)
 
@@ -108,7 +108,8 @@ class Chat:
             self.reset()
         elif command == "/system":
             if self.has_template:
-                self.reset(rest)
+                self.turns = []
+                self.reset(rest or None)
             else:
                 print(_NO_TEMPLATE)
         elif command.startswith("/"):

@@ -110,7 +110,10 @@ def _run_in(
         if job.result.status == WAITING:
             # Written after result.json, so that a job with a rung has a result, too
             add_rung(folder, rung)
-            screen.show(f"Waiting at step {rung.step}, with loss {rung.loss:.4f} on {len(rung.losses)} held-out rows")
+            measured = (
+                f"with loss {rung.loss:.4f} on {len(rung.losses)} held-out rows" if rung.losses else "not compared"
+            )
+            screen.show(f"Waiting at step {rung.step}, {measured}")
             return job.result
     if processes.is_main():
         draw_training(folder / run_folder.METRICS, folder / run_folder.FIGURE)

@@ -56,8 +56,9 @@ def begin(config: DictConfig, words: list[str], keys: tuple[str, ...] | None = N
     is_search = keys is not None
     keys = _sorted_keys({one.key_or_group for one in swept}) if keys is None else _sorted_keys(keys)
     with open_dict(config):
-        readable = ("tune",) if is_search else keys
-        config.sweep.name = _checked_name(config.sweep.name) or default_name(config, keys, readable)
+        # Searches with another first seed have other folders, because their finalists skip the first rungs
+        hidden, readable = (keys[:-1], ("tune",)) if is_search else (keys, keys)
+        config.sweep.name = _checked_name(config.sweep.name) or default_name(config, hidden, readable)
         folder = expanded(config.hydra.sweep.dir).absolute()
         config.hydra.sweep.dir = str(folder)
     refuse_unwritable(folder, key="hydra.sweep.dir")

@@ -130,7 +130,8 @@ def _decision(answer: Answer) -> Iterator[str]:
         yield f"Best: {rates}, the only candidate without a failed job."
         return
     first, second = answer.finalists
-    yield f"Best: {rates}." if verdict.is_clear else f"No clear winner. The smaller ratio is {rates}."
+    unclear = "No clear winner, so the finalist with the smaller ratio is trained"
+    yield f"{'Best' if verdict.is_clear else unclear}: {rates}."
     seeds = count(len(settings.seeds), "seed")
     yield (
         f"At step {answer.step:,} of {answer.search.steps:,}, {answer.metric} of {_label(first)} is "
@@ -204,5 +205,7 @@ def _winner_yaml(answer: Answer) -> str:
     folder = shlex.quote(str(answer.search.folder))
     return (
         f"# @package _global_\n# python -m loraplus_hydra --config-dir {folder} experiment=tuned\n"
-        f"# The rates that `tune` chose.\n{OmegaConf.to_yaml(OmegaConf.from_dotlist(list(overrides)))}"
+        f"# The rates that `tune` chose, with the preset that they are for.\n"
+        f"defaults:\n  - override /loraplus: {answer.settings.preset}\n  - _self_\n\n"
+        f"{OmegaConf.to_yaml(OmegaConf.from_dotlist(list(overrides)))}"
     )

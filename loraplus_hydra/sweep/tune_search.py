@@ -22,6 +22,9 @@ from loraplus_hydra.config.schema import SEED as SEED_RANGE
 from loraplus_hydra.config.schema import TuneConfig, run_of
 from loraplus_hydra.config.types import POSITIVE, describe, field_types, mismatch
 from loraplus_hydra.errors import Problem, UserError, first_line, nearest, refuse
+from loraplus_hydra.io.folders import remove
+from loraplus_hydra.io.run_folder import TUNE, TUNED
+from loraplus_hydra.io.rungs import Rung
 from loraplus_hydra.models import published_rate
 from loraplus_hydra.sweep import tuning
 from loraplus_hydra.sweep.halving_search import Overrides, Search, comparability_problems
@@ -31,6 +34,10 @@ from loraplus_hydra.sweep.tuning import LR, LR_A, LR_B, RATIO, SEED, Candidate, 
 
 SWEEPER = "hydra_plugins.loraplus_halving.TuneSweeper"
 RATIOS = (1.0, 4.0, 16.0)
+_OTHER_FOLDER = (
+    "jobs in this folder were trained without these rungs, so they can't be compared; choose another folder with "
+    "sweep.name=..."
+)
 _ALL_FAILED = "all candidates failed, so there is nothing to compare; their folders have the errors"
 
 
@@ -54,6 +61,7 @@ def check_tuning(config: DictConfig) -> Settings:
         wanted.budget,
         str(run.task.metric),
         bool(run.task.greater_is_better),
+        str(config.hydra.runtime.choices.get("loraplus")),
     )
     refuse(_cost_problems(settings))
     return settings
@@ -73,6 +81,9 @@ def use_tuning(config: DictConfig, sweep: Sweep) -> None:
     with open_dict(config):
         grid: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
         config.hydra.sweeper = {**grid, "_target_": SWEEPER, "start": sweep.start.name}
+    # The answer of an earlier search in this folder
+    remove(sweep.folder / TUNE)
+    remove(sweep.folder / TUNED)
 
 
 def _type_problems(config: DictConfig) -> Iterator[Problem]:
@@ -172,21 +183,28 @@ def batches(settings: Settings, words: Sequence[str], folder: Path, start: str) 
     if not search.remaining:
         raise UserError(_ALL_FAILED)
     if not search.steps:
-        raise UserError("the jobs in this folder were trained without rungs; choose another with sweep.name=...")
+        raise UserError(_OTHER_FOLDER)
     for name in search.remaining:
         search.candidates[name] = jobs(named[name], settings.seeds)
     half = tuning.rung_step(tuning.HALF, search.steps, search.earliest)
     answer.extra_steps = len(search.remaining) * (len(settings.seeds) - 1) * half
     yield from search.batch_until(half)
     search.arrive(half)
-    compared = search.at_rung(half)
-    if not compared:
-        raise UserError(_ALL_FAILED)
-    search.keep(answer.decide(half, compared))
+    search.keep(answer.decide(half, _compared(search, half)))
     write_answer(answer)
     yield from search.batch(search.remaining)
     search.arrive(search.steps)
     write_answer(answer)
+
+
+def _compared(search: Search, step: int) -> dict[str, list[Rung]]:
+    """Return the rungs of all remaining candidates. Raises UserError if one of them was trained beyond the rung."""
+    rungs = search.at_rung(step)
+    if not search.remaining:
+        raise UserError(_ALL_FAILED)
+    if len(rungs) < len(search.remaining):
+        raise UserError(_OTHER_FOLDER)
+    return rungs
 
 
 def _narrow(search: Search, settings: Settings) -> Iterator[list[Overrides]]:
@@ -198,5 +216,6 @@ def _narrow(search: Search, settings: Settings) -> Iterator[list[Overrides]]:
         if len(search.remaining) > stop.keep:
             yield from search.batch_until(stop.step)
             search.arrive(stop.step)
+            _compared(search, stop.step)
             more = math.floor((settings.budget - settings.planned) / (tuning.SECOND - tuning.FIRST))
             search.decide(stop, 0 if stop.keep == tuning.FINALISTS else more)

@@ -43,6 +43,7 @@ class Settings:
     budget: float  # in units of one run's steps
     metric: str
     greater_is_better: bool
+    preset: str  # the option of `loraplus`
 
     @property
     def swept(self) -> tuple[str, ...]:
@@ -75,8 +76,9 @@ class Verdict:
 
 
 def candidates(eta_B: Sequence[float], ratios: Sequence[float]) -> list[Candidate]:
-    """Return all pairs, each once."""
-    return [Candidate(rate, ratio) for rate in sorted(set(eta_B)) for ratio in sorted(set(ratios))]
+    """Return all pairs, each once, with six digits as in their overrides."""
+    rates, multiples = ({float(f"{value:.6g}") for value in values} for values in (eta_B, ratios))
+    return [Candidate(rate, ratio) for rate in sorted(rates) for ratio in sorted(multiples)]
 
 
 def rates_around(centre: float, number: int) -> list[float]:

@@ -68,10 +68,10 @@ def test_without_a_template_each_line_is_a_prompt_of_its_own(finished: Callable[
     both = talk(run, ["say one", "say two", "/system be kind"])
     assert "each line is a prompt of its own" in alone.out
     assert alone.out.splitlines()[-1] in both.out
-    assert both.out.count("has no chat template") == 2
+    assert both.out.count("trained without a chat template") == 2
     refused = talk(run, [], "system=be kind")
     assert refused.status == 1
-    assert "- system: the run's tokenizer has no chat template; leave it out" in refused.err
+    assert "- system: the run was trained without a chat template; leave it out" in refused.err
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_conversation(

@@ -117,7 +117,7 @@ def test_without_a_difference_there_is_no_clear_winner(
     told = json.loads((the_sweep(tmp_path) / "tune.json").read_text())
     assert not told["verdict"]["is_clear"]
     assert told["winner"]["ratio"] == 1
-    assert told["answer"][0].startswith("No clear winner.")
+    assert told["answer"][0].startswith("No clear winner")
 
 
 @pytest.mark.parametrize("failing", [(8,), (1, 8)])
