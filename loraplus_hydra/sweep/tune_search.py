@@ -198,7 +198,10 @@ def batches(settings: Settings, words: Sequence[str], folder: Path, start: str) 
 
 
 def _compared(search: Search, step: int) -> dict[str, list[Rung]]:
-    """Return the rungs of all remaining candidates. Raises UserError if one of them was trained beyond the rung."""
+    """Return the rungs of all remaining candidates.
+
+    Raises UserError if one of them was trained beyond the rung.
+    """
     rungs = search.at_rung(step)
     if not search.remaining:
         raise UserError(_ALL_FAILED)
