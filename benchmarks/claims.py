@@ -9,10 +9,7 @@ If the program is killed, only the run in progress is lost.
 
 from __future__ import annotations
 
-import os
-import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from benchmarks import product
 from benchmarks.claims_log import Grid, Line, Setting, append, read_grids, read_log
 from benchmarks.claims_pictures import write_pictures
 from benchmarks.claims_tables import tables, with_tables
@@ -32,17 +30,12 @@ _KEPT = ("status", "metrics", "metrics_before", "steps", "seconds", "train_secon
 
 def train(overrides: list[str], threads: int) -> Line:
     """Train once in a new process; return what the log keeps of the run."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "run"
-        command = [sys.executable, "-m", "loraplus_hydra", *overrides, f"hydra.run.dir={folder}"]
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds, done = product.run([*overrides, f"hydra.run.dir={folder}"], threads)
         if done.returncode and not _has_diverged(folder):
-            raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-        taken = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        return {"cpu_seconds": round(taken, 2), **line_of(folder)}
+            raise product.failure(done)
+        return {"cpu_seconds": round(seconds, 2), **line_of(folder)}
 
 
 def _has_diverged(folder: Path) -> bool:

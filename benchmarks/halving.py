@@ -10,10 +10,7 @@ best one in pairs, row by row. CPU seconds include everything, also the report.
 from __future__ import annotations
 
 import json
-import os
 import platform
-import resource
-import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
@@ -22,6 +19,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from benchmarks.product import failure, run
 from loraplus_hydra.io.read import read_json
 from loraplus_hydra.io.rungs import Rung, read_rungs
 from loraplus_hydra.sweep.halving import compare
@@ -31,14 +29,10 @@ _WITHIN = 2.0  # standard errors
 
 def cpu_seconds(arguments: list[str], threads: int, folder: Path) -> float:
     """Return the CPU seconds of a sweep in a new process, which writes into `folder`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "loraplus_hydra", *arguments, f"hydra.sweep.dir={folder}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    seconds, done = run([*arguments, f"hydra.sweep.dir={folder}"], threads)
     if not list(folder.glob("*/result.json")):
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        raise failure(done)
+    return seconds
 
 
 def measure(overrides: list[str], seed: int, threads: int, folder: Path) -> dict[str, Any]:

@@ -10,10 +10,7 @@ search is stored when it has ended, and a second call runs only what is missing.
 from __future__ import annotations
 
 import json
-import os
 import platform
-import resource
-import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
@@ -22,19 +19,16 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from benchmarks.product import failure, run
 from loraplus_hydra.io.read import read_json
 
 
 def cpu_seconds(words: list[str], threads: int) -> float:
-    """Return the CPU seconds of a command in a new process. Ends the program if the command fails."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "loraplus_hydra", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    """Return the CPU seconds of a command. Ends the program if the command fails."""
+    seconds, done = run(words, threads)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        raise failure(done)
+    return seconds
 
 
 def measure(overrides: list[str], seed: int, grid: bool, threads: int, folder: Path) -> dict[str, Any]:
@@ -59,11 +53,11 @@ def _full_grid(overrides: list[str], told: dict[str, Any], threads: int, folder:
     words = [text for text in overrides if not text.startswith("tune.")]
     ends, seconds = {}, []
     for place, candidate in enumerate(told["candidates"]):
-        run = folder / f"run-{place}"
-        seconds.append(cpu_seconds([*words, *candidate["name"].split(), f"hydra.run.dir={run}"], threads))
-        result = read_json(run / "result.json")
-        ends[candidate["name"]] = result["metrics"][result["metric"]]
-        print(f"  {candidate['name']}: {ends[candidate['name']]:.4f}", flush=True)
+        trained, name = folder / f"run-{place}", " ".join(candidate["overrides"])
+        seconds.append(cpu_seconds([*words, *candidate["overrides"], f"hydra.run.dir={trained}"], threads))
+        result = read_json(trained / "result.json")
+        ends[name] = result["metrics"][result["metric"]]
+        print(f"  {name}: {ends[name]:.4f}", flush=True)
     greater = told["greater_is_better"]
     best = (max if greater else min)(ends, key=ends.__getitem__)
     picked = ends[" ".join(told["winner"]["overrides"])]

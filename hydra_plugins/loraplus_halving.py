@@ -13,15 +13,24 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
 
-class _InBatches(BasicSweeper):
+class HalvingSweeper(BasicSweeper):
     """Hydra's sweeper of grids, in batches between which jobs leave.
 
-    `start` identifies the start of the sweep. The other arguments are those of the basic sweeper.
+    `start` identifies the start of the sweep. With `tune`, the grid is that of `tune`. The other arguments are those of
+    the basic sweeper.
     """
 
-    def __init__(self, start: str, max_batch_size: int | None = None, params: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        start: str,
+        max_batch_size: int | None = None,
+        params: dict[str, str] | None = None,
+        *,
+        tune: bool = False,
+    ) -> None:
         super().__init__(max_batch_size, params)
         self.start = start
+        self.tune = tune
         self.batches: Iterator[Sequence[Sequence[str]]] | None = None
         self.batch: Sequence[Sequence[str]] = ()
 
@@ -44,27 +53,12 @@ class _InBatches(BasicSweeper):
             yield from self.split_overrides_to_chunks([list(job) for job in batch], self.max_batch_size)
 
     def _batches(self, jobs: Sequence[Sequence[str]], folder: Path) -> Iterator[Sequence[Sequence[str]]]:
-        raise NotImplementedError
-
-
-class HalvingSweeper(_InBatches):
-    """Sweeper of a grid that is halved."""
-
-    def _batches(self, jobs: Sequence[Sequence[str]], folder: Path) -> Iterator[Sequence[Sequence[str]]]:
-        # Takes long, and most starts of Hydra run no halved sweep
-        from loraplus_hydra.sweep.halving_search import batches
+        # Takes long, and most starts of Hydra run no such sweep
+        from loraplus_hydra.sweep import halving_search, tune_search
 
         assert self.config is not None
+        if self.tune:
+            (words,) = jobs  # the command line has no sweep of its own
+            return tune_search.batches(tune_search.check_tuning(self.config), words, folder, self.start)
         greater = bool(self.config.task.greater_is_better)
-        return batches(jobs, folder, self.start, greater_is_better=greater)
-
-
-class TuneSweeper(_InBatches):
-    """Sweeper of the candidates of `tune`."""
-
-    def _batches(self, jobs: Sequence[Sequence[str]], folder: Path) -> Iterator[Sequence[Sequence[str]]]:
-        from loraplus_hydra.sweep.tune_search import batches, check_tuning  # as above
-
-        assert self.config is not None
-        (words,) = jobs  # the command line has no sweep of its own
-        return batches(check_tuning(self.config), words, folder, self.start)
+        return halving_search.batches(jobs, folder, self.start, greater_is_better=greater)

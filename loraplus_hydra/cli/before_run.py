@@ -24,7 +24,7 @@ from loraplus_hydra.cli.errors import exit_on_error
 from loraplus_hydra.cli.hydra_settings import refuse_wrong_settings
 from loraplus_hydra.config.hydra_job import search_key
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
-from loraplus_hydra.io import processes
+from loraplus_hydra.io import processes, screen
 from loraplus_hydra.io.quiet_libraries import quiet_libraries
 from loraplus_hydra.sweep.halving_search import check_halving, use_halving
 from loraplus_hydra.sweep.plan import Sweep, begin
@@ -77,10 +77,11 @@ class BeforeRun(Callback):
 def _begin_tuning(config: DictConfig) -> Sweep:
     """Begin a search by `tune`. Raises ConfigErrors before anything is written."""
     # Takes a tenth of a start, and few starts need it
-    from loraplus_hydra.sweep.tune_search import check_candidate, check_tuning, use_tuning
+    from loraplus_hydra.sweep.tune_search import check_candidates, check_tuning, use_tuning
 
     settings = check_tuning(config)
-    check_candidate(settings, config)
+    check_candidates(settings, config)
+    screen.show(settings.summary())
     sweep = begin(config, sys.argv[1:], keys=settings.swept)
     use_tuning(config, sweep)
     return sweep

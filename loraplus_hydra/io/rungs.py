@@ -11,6 +11,8 @@ from loraplus_hydra.io.files import write_text
 from loraplus_hydra.io.read import Unreadable, read_json
 from loraplus_hydra.io.run_folder import RUNGS
 
+FEWEST_STEPS = 6  # before this step, and before the end of warm-up, jobs are not compared
+
 
 @dataclass(frozen=True)
 class Rung:

@@ -43,11 +43,20 @@ def lost_output() -> str:
 
     Empty if all output was written, or if the reader closed the pipe.
     """
+    error = _write_error()
+    return "" if error is None or error.errno == errno.EPIPE else str(error.strerror)
+
+
+def is_read() -> bool:
+    """Return False if a write to stdout has failed, for example because the reader closed the pipe."""
+    return _write_error() is None
+
+
+def _write_error() -> OSError | None:
     with suppress(OSError, ValueError):
         sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
-    error = raw.error if isinstance(raw, _LastingFile) else None
-    return "" if error is None or error.errno == errno.EPIPE else str(error.strerror)
+    return raw.error if isinstance(raw, _LastingFile) else None
 
 
 def _lasting(stream: IO[str] | None) -> IO[str]:

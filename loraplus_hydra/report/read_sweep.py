@@ -101,7 +101,7 @@ class Job:
 
 @dataclass(frozen=True)
 class RungLosses:
-    """The candidates of a search at a rung: each one's metric, or else its loss, and whether it stays."""
+    """The candidates of a search at a rung: each one's metric or loss, and True if it stays."""
 
     step: int
     values: Mapping[str, tuple[float, bool]]
@@ -121,6 +121,7 @@ class Sweep:
     not_jobs: tuple[str, ...]  # sub-folders without any file of a job
     notes: tuple[str, ...]
     rungs: tuple[RungLosses, ...] = ()  # of a search by halving or `tune`
+    rungs_by_loss: bool = True  # False if `rungs` has the values of `metric`
     answer: tuple[str, ...] = ()  # of `tune`, in sentences
     extend: str = ""  # the command of `tune` with candidates beyond the edge
 
@@ -153,6 +154,7 @@ def read_sweep(folder: Path) -> Sweep:
     tuned = files.read(read_json, run_folder.TUNE) or {}
     if any(job.status == PRUNED for job in jobs):  # not if the whole grid was trained later
         notes += _halved(decisions)
+    by_loss = not _have_metrics(tuned or decisions)
     swept = stored.get("swept")
     return Sweep(
         folder=folder,
@@ -164,7 +166,8 @@ def read_sweep(folder: Path) -> Sweep:
         greater_is_better=_greater_is_better(jobs, metric),
         not_jobs=tuple(one.name for one in folders if one not in job_folders and one.name != run_folder.TUNED),
         notes=tuple(notes),
-        rungs=_rungs(tuned or decisions),
+        rungs=_rungs(tuned or decisions, by_loss=by_loss),
+        rungs_by_loss=by_loss,
         answer=tuple(map(str, tuned.get("answer") or ())) if isinstance(tuned.get("answer"), list) else (),
         extend=_own_command(tuned.get("extend")),
     )
@@ -336,13 +339,20 @@ def _own_command(text: Any) -> str:
     return shlex.join(words) if words[:3] == ["python", "-m", "loraplus_hydra"] else ""
 
 
-def _rungs(stored: Mapping[str, Any]) -> tuple[RungLosses, ...]:
+def _have_metrics(stored: Mapping[str, Any]) -> bool:
+    """Return True if all candidates of halving.json or tune.json have the metric at all rungs."""
+    rungs = _list_of_mappings(stored, "rungs")
+    candidates = [one for entry in rungs for one in _list_of_mappings(entry, "candidates")]
+    return bool(candidates) and all(number(one.get("metric")) is not None for one in candidates)
+
+
+def _rungs(stored: Mapping[str, Any], *, by_loss: bool) -> tuple[RungLosses, ...]:
     """Return the rungs of halving.json or tune.json. Entries that can't be read are left out."""
     rungs = []
     for entry in _list_of_mappings(stored, "rungs"):
         values = {}
         for one in _list_of_mappings(entry, "candidates"):
-            value = number(one.get("loss") if one.get("metric") is None else one.get("metric"))
+            value = number(one.get("loss" if by_loss else "metric"))
             if value is not None:
                 values[str(one.get("name"))] = (value, one.get("stays") is True)
         step = whole_number(entry.get("step"))

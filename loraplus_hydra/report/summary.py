@@ -87,7 +87,7 @@ def command(results: SweepResults) -> str:
     job = results.outcome.best_job
     if job is None or job.rerun is None:
         return ""
-    rerun = [text for text in job.rerun if not text.startswith(_OF_A_SEARCH)]
+    rerun = [text for text in job.rerun if not text.lstrip("+").startswith(_OF_A_SEARCH)]
     # The config of a ready-made sweep sets hydra.mode to MULTIRUN.
     single = ("hydra.mode=RUN",) if any(text.startswith("hparams_search=") for text in rerun) else ()
     return f"python -m loraplus_hydra {shlex.join((*rerun, *single))}"

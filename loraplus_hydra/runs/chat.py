@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import nullcontext
 from typing import Any
@@ -11,11 +12,13 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
 from loraplus_hydra.io import interrupts
+from loraplus_hydra.io.streams import is_read
 from loraplus_hydra.io.text import visible
+from loraplus_hydra.models.properties import table_size, trained_positions
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.load_finished import load_run
 from loraplus_hydra.runs.predict import on_device, uses_chat
-from loraplus_hydra.tasks.tokens import render
+from loraplus_hydra.tasks.tokens import encode_prompt, render
 from loraplus_hydra.training.sampling import answer, sampling_arguments
 
 _HELP = """/base         the base model's answer to the last message, without the adapter
@@ -44,6 +47,8 @@ class Chat:
         self.has_template = uses_chat(run, self.tokenizer)
         if system is not None and not self.has_template:
             raise ConfigErrors([Problem("system", "the run was trained without a chat template", "leave it out")])
+        table = table_size(self.model)
+        self.context = table or trained_positions(run.config.model)
         self.turns: list[dict[str, str]] = []
         self.reset(system)
 
@@ -69,20 +74,44 @@ class Chat:
         return self._answer(self.turns[: asked[-1] + 1], base=True) if asked else None
 
     def _answer(self, turns: list[dict[str, str]], *, base: bool = False) -> str:
-        prompt = render(turns, {}, self.tokenizer) if self.has_template else turns[-1]["content"]
+        prompt, room = self._prompt(turns)
         with self.model.disable_adapter() if base else nullcontext():
             text = answer(
                 self.model,
                 self.tokenizer,
                 prompt,
-                self.max_new_tokens,
+                room,
                 special_tokens=not self.has_template,
+                num_beams=1,  # only single answers can be shown while they are generated
                 streamer=_Printer(self.tokenizer),
                 stopping_criteria=[_Stopped()],
                 **self.sampling,
             )
         print(flush=True)
         return text or ""
+
+    def _prompt(self, turns: list[dict[str, str]]) -> tuple[str, int]:
+        """Return the prompt, and the number of tokens for the answer.
+
+        Together they fit into the model's context. The oldest turns are left out, but a quarter of the context stays
+        for the answer.
+        """
+        kept = list(turns)
+        while True:
+            prompt = render(kept, {}, self.tokenizer) if self.has_template else kept[-1]["content"]
+            if self.context is None:
+                return prompt, self.max_new_tokens
+            length = len(encode_prompt(prompt, self.tokenizer, special_tokens=not self.has_template))
+            room = max(self.context - length, min(self.max_new_tokens, self.context // 4))
+            first = kept[0]["role"] == "system"  # the system prompt stays
+            if length + room <= self.context or len(kept) <= first + 1:
+                break
+            del kept[first : first + 2]
+        if len(kept) < len(turns):
+            print(f"(The oldest {len(turns) - len(kept)} turns no longer fit into the model's context.)")
+        if length + room > self.context:
+            print(f"(This is longer than the model's context of {self.context:,} tokens.)")
+        return prompt, min(self.max_new_tokens, room)
 
     def talk(self) -> None:
         """Answer the lines of stdin until it ends.
@@ -92,12 +121,27 @@ class Chat:
         print("/help lists the commands.")
         if not self.has_template:
             print(_NO_TEMPLATE)
-        while (line := _next_line()) is not None and line != "/quit":
+        while is_read() and (line := self._next_line()) is not None and line != "/quit":
             with interrupts.notice("the answer ends here"):
                 self._respond(line)
             if interrupts.requested() == interrupts.SIGNALS[0]:
                 interrupts.forget()
             interrupts.stop_if_asked()
+
+    def _next_line(self) -> str | None:
+        """Return the next line of stdin; None at its end. With a template, spaces at its ends are removed."""
+        interrupts.raise_at_once(True)  # while the program only waits
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return None
+        except (OSError, ValueError, RuntimeError) as error:  # closed, or no longer readable
+            raise UserError(f"stdin can't be read: {first_line(error)}") from None
+        finally:
+            interrupts.raise_at_once(False)
+        # A byte that isn't UTF-8 becomes a lone surrogate, which tokenizers refuse
+        line = line.encode("utf-8", "replace").decode("utf-8")
+        return line.strip() if self.has_template or line.startswith("/") else line
 
     def _respond(self, line: str) -> None:
         command, _, rest = line.partition(" ")
@@ -112,9 +156,9 @@ class Chat:
                 self.reset(rest or None)
             else:
                 print(_NO_TEMPLATE)
-        elif command.startswith("/"):
+        elif re.fullmatch(r"/\w*", command):
             print(_HELP)
-        elif line:
+        elif line.strip():
             try:
                 self.ask(line)
             except UserError as error:  # the template refuses the turns
@@ -137,18 +181,3 @@ class _Stopped(StoppingCriteria):
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         return torch.full((len(input_ids),), bool(interrupts.requested()), device=input_ids.device)
-
-
-def _next_line() -> str | None:
-    """Return the next line of stdin, without spaces at its ends; None at its end."""
-    interrupts.raise_at_once(True)  # while the program only waits
-    try:
-        line = input("> " if sys.stdin.isatty() else "")
-        # A byte that isn't UTF-8 becomes a lone surrogate, which tokenizers refuse
-        return line.encode("utf-8", "replace").decode("utf-8").strip()
-    except EOFError:
-        return None
-    except (OSError, ValueError, RuntimeError) as error:  # closed, or no longer readable
-        raise UserError(f"stdin can't be read: {first_line(error)}") from None
-    finally:
-        interrupts.raise_at_once(False)

@@ -26,7 +26,7 @@ from loraplus_hydra.sweep.halving import Standing, Stop
 from loraplus_hydra.sweep.job_status import JobStatus
 from loraplus_hydra.sweep.plan import GRID, Sweep, grid_of, swept_overrides
 
-_SWEEPER = "hydra_plugins.loraplus_halving.HalvingSweeper"
+SWEEPER = "hydra_plugins.loraplus_halving.HalvingSweeper"
 _SEED = "seed="
 _LENGTHS = ("trainer.max_steps", "trainer.num_train_epochs")
 _MOST_SHOWN = 4
@@ -47,7 +47,7 @@ def use_halving(config: DictConfig, sweep: Sweep) -> None:
     if config.halving:
         with open_dict(config):
             grid: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
-            config.hydra.sweeper = {**grid, "_target_": _SWEEPER, "start": sweep.start.name}
+            config.hydra.sweeper = {**grid, "_target_": SWEEPER, "start": sweep.start.name}
 
 
 def _problems(config: DictConfig) -> Iterator[Problem]:
@@ -221,6 +221,11 @@ class Search:
             return not _is_done(statuses[job]) and not any(map(is_the_rung, self._rungs(statuses[job])))
 
         self.leave([name for name in self.remaining if any(map(has_failed, self.candidates[name]))])
+
+    def is_done(self, name: str) -> bool:
+        """Return True if all jobs of a candidate have trained to their ends."""
+        statuses = self._statuses()
+        return all(_is_done(statuses[job]) for job in self.candidates[name])
 
     def keep(self, name: str) -> None:
         """Remove all other candidates, and all seeds but the first."""

@@ -100,7 +100,8 @@ def _skip(config: DictConfig, job: _Job, status: str) -> float | None:
 
         refuse_other_inputs(config, result, start=job.start)
     before = "Stopped at this rung before" if status == job_status.WAITING else "Done before"
-    screen.show(f"    {before}: {job.name}: {result.metric} {result.value}")
+    value = "" if result.value is None else f": {result.metric} {result.value}"
+    screen.show(f"    {before}: {job.name}{value}")
     job.set_status(status, value=result.value)
     return result.value
 

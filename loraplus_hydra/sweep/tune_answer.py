@@ -24,6 +24,7 @@ from loraplus_hydra.sweep import tuning
 from loraplus_hydra.sweep.halving_search import Search
 from loraplus_hydra.sweep.tuning import Candidate, Settings, Verdict
 
+LOSS = "eval_loss"
 _PROGRAM = ["python", "-m", "loraplus_hydra"]
 
 
@@ -53,6 +54,7 @@ class Answer:
     finalists: tuple[Finalist, ...] = ()  # the better one comes first
     verdict: Verdict | None = None  # None with a single finalist
     winner: str = ""
+    has_failed: bool = False  # True if the winner failed after half of its steps
 
     def decide(self, step: int, rungs: Mapping[str, Sequence[Rung]]) -> str:
         """Compare the finalists at `step`, and return the winner's name. `rungs` has a rung for each seed."""
@@ -64,7 +66,7 @@ class Answer:
         ]
         found.sort(key=lambda one: -one.mean if greater else one.mean)
         del found[tuning.FINALISTS :]
-        self.step, self.metric, self.finalists = step, self.settings.metric if has_metric else "eval_loss", tuple(found)
+        self.step, self.metric, self.finalists = step, self.settings.metric if has_metric else LOSS, tuple(found)
         if len(found) > 1:
             self.verdict = tuning.verdict(found[0].values, found[1].values, greater_is_better=greater)
         if self.verdict is not None and not self.verdict.is_clear:
@@ -81,7 +83,8 @@ class Answer:
 
     def sentences(self) -> list[str]:
         """Return the answer in sentences. The first one names the winner."""
-        return [*_decision(self), *(f"{edge}" for edge, _ in _edges(self))]
+        failed = ["It failed after half of its steps; its folder has the error."] if self.has_failed else []
+        return [*_decision(self), *failed, *(edge for edge, _ in _edges(self))]
 
 
 def write_answer(answer: Answer) -> None:
@@ -103,7 +106,10 @@ def write_answer(answer: Answer) -> None:
         "cost": answer.cost,
         "budget": settings.budget,
         "steps": answer.search.steps,
-        "candidates": [{"name": name, **asdict(one)} for name, one in answer.named.items()],
+        "candidates": [
+            {"name": name, **asdict(one), "overrides": list(settings.overrides(one))}
+            for name, one in answer.named.items()
+        ],
         "rungs": [*answer.search.rungs(), _last_rung(answer)],
     }
     write_text(folder / TUNE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -113,7 +119,8 @@ def write_answer(answer: Answer) -> None:
 
 def _last_rung(answer: Answer) -> dict[str, Any]:
     """Return the finalists' means over the seeds in the form of a rung."""
-    standings = [{"name": one.name, "metric": one.mean, "stays": one.name == answer.winner} for one in answer.finalists]
+    value = "loss" if answer.metric == LOSS else "metric"
+    standings = [{"name": one.name, value: one.mean, "stays": one.name == answer.winner} for one in answer.finalists]
     return {"step": answer.step, "keep": 1, "candidates": standings}
 
 
@@ -127,7 +134,7 @@ def _decision(answer: Answer) -> Iterator[str]:
     rates = f"eta_B {short(winner.eta_B)} at ratio {short(winner.ratio)} ({overrides})"
     verdict = answer.verdict
     if verdict is None:
-        yield f"Best: {rates}, the only candidate without a failed job."
+        yield f"Best: {rates}, the only finalist without a failed job."
         return
     first, second = answer.finalists
     unclear = "No clear winner, so the finalist with the smaller ratio is trained"
@@ -191,12 +198,12 @@ def _extending_command(answer: Answer) -> str:
         for key, name in (("tune.eta_B", "eta_B"), ("tune.ratios", "ratio"))
     }
     number = len(axes["tune.eta_B"]) * len(axes["tune.ratios"])
-    needed = max(answer.settings.budget, tuning.cost(number, len(answer.settings.seeds)))
+    needed = max(answer.settings.budget, answer.settings.cost_of(number))
     given = {
         **{key: f"[{','.join(map(as_text, values))}]" for key, values in axes.items()},
         "tune.budget": f"{math.ceil(100 * needed) / 100:g}",
     }
-    kept = [word for word in words if word.partition("=")[0] not in (*given, "hparams_search")]
+    kept = [word for word in words if word.lstrip("+").partition("=")[0] not in (*given, "hparams_search")]
     return shlex.join([*_PROGRAM, "tune", *kept, *(f"{key}={value}" for key, value in given.items())])
 
 

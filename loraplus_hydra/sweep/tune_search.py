@@ -25,19 +25,20 @@ from loraplus_hydra.errors import Problem, UserError, first_line, nearest, refus
 from loraplus_hydra.io.folders import remove
 from loraplus_hydra.io.run_folder import TUNE, TUNED
 from loraplus_hydra.io.rungs import Rung
+from loraplus_hydra.loraplus.plan import Plan
 from loraplus_hydra.models import published_rate
 from loraplus_hydra.sweep import tuning
-from loraplus_hydra.sweep.halving_search import Overrides, Search, comparability_problems
+from loraplus_hydra.sweep.halving_search import SWEEPER, Overrides, Search, comparability_problems
 from loraplus_hydra.sweep.plan import GRID, Sweep, swept_overrides
 from loraplus_hydra.sweep.tune_answer import Answer, write_answer
 from loraplus_hydra.sweep.tuning import LR, LR_A, LR_B, RATIO, SEED, Candidate, Settings
 
-SWEEPER = "hydra_plugins.loraplus_halving.TuneSweeper"
 RATIOS = (1.0, 4.0, 16.0)
 _OTHER_FOLDER = (
     "jobs in this folder were trained without these rungs, so they can't be compared; choose another folder with "
     "sweep.name=..."
 )
+_ROUNDING = 0.1  # of rungs to whole steps, in runs
 _ALL_FAILED = "all candidates failed, so there is nothing to compare; their folders have the errors"
 
 
@@ -51,8 +52,10 @@ def check_tuning(config: DictConfig) -> Settings:
     refuse(_problems(config))
     run, wanted = run_of(config), config.tune
     ratios = wanted.ratios or (RATIOS if _has_ratio(run) else (1.0,))
+    steps = OmegaConf.select(run, "trainer.max_steps")
+    steps = steps if type(steps) is int and steps > 0 else None
     eta_B = wanted.eta_B or tuning.rates_around(
-        _centre(run), tuning.number_of_rates(wanted.budget, len(set(ratios)), wanted.seeds)
+        _centre(run), tuning.number_of_rates(wanted.budget, len(set(ratios)), wanted.seeds, steps)
     )
     settings = Settings(
         _keys(run),
@@ -62,25 +65,40 @@ def check_tuning(config: DictConfig) -> Settings:
         str(run.task.metric),
         bool(run.task.greater_is_better),
         str(config.hydra.runtime.choices.get("loraplus")),
+        steps,
     )
     refuse(_cost_problems(settings))
     return settings
 
 
-def check_candidate(settings: Settings, config: DictConfig) -> None:
-    """Raise ConfigErrors if the config of a candidate, and so of all, has errors."""
-    run = run_of(config).copy()
-    for text in settings.overrides(settings.candidates[0]):
-        key, _, value = text.partition("=")
-        OmegaConf.update(run, key, float(value))
-    check(run)
+def check_candidates(settings: Settings, config: DictConfig) -> None:
+    """Raise ConfigErrors if the config of the candidates has errors.
+
+    In a preset of your own, the keys must decide the rates of lora_A and lora_B.
+    """
+    # They differ in both axes; the rows are the same
+    for candidate, with_data in ((settings.candidates[0], True), (settings.candidates[-1], False)):
+        run = run_of(config).copy()
+        for text in settings.overrides(candidate):
+            key, _, value = text.partition("=")
+            OmegaConf.update(run, key, float(value))
+        refuse(_rate_problems(check(run, with_data=with_data).plan, candidate, settings))
+
+
+def _rate_problems(plan: Plan, candidate: Candidate, settings: Settings) -> Iterator[Problem]:
+    for role, rate in (("lora_A", candidate.eta_A), ("lora_B", candidate.eta_B)):
+        found = sorted({tensor.group.lr for tensor in plan.tensors if tensor.record.role == role})
+        if found and not any(math.isclose(lr, rate, rel_tol=1e-5) for lr in found):
+            what = f"{role} trains at {found[0]:g} under the rules of loraplus, where `tune` asks for {rate:g}"
+            fix = f"use loraplus=default, or rules whose rates follow from {' and '.join(settings.keys)}"
+            yield Problem("loraplus.rules", what, fix)
 
 
 def use_tuning(config: DictConfig, sweep: Sweep) -> None:
     """Give the search its sweeper. `sweep` has begun."""
     with open_dict(config):
         grid: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
-        config.hydra.sweeper = {**grid, "_target_": SWEEPER, "start": sweep.start.name}
+        config.hydra.sweeper = {**grid, "_target_": SWEEPER, "start": sweep.start.name, "tune": True}
     # The answer of an earlier search in this folder
     remove(sweep.folder / TUNE)
     remove(sweep.folder / TUNED)
@@ -113,6 +131,9 @@ def _problems(config: DictConfig) -> Iterator[Problem]:
         yield Problem("halving", "`tune` halves its own grid", "leave it out")
     yield from comparability_problems(config)
     run = run_of(config)
+    for key in _keys(run):
+        if OmegaConf.select(run, key) is None:
+            yield Problem(key, "`tune` sets this key, but the config doesn't have it", "leave the override out")
     if config.tune.ratios and not _has_ratio(run) and list(config.tune.ratios) != [1]:
         yield Problem("tune.ratios", "this preset of loraplus has no ratio", "leave it out, or use loraplus=default")
     if config.tune.eta_B is None:
@@ -193,6 +214,7 @@ def batches(settings: Settings, words: Sequence[str], folder: Path, start: str) 
     search.keep(answer.decide(half, _compared(search, half)))
     write_answer(answer)
     yield from search.batch(search.remaining)
+    answer.has_failed = not search.is_done(answer.winner)
     search.arrive(search.steps)
     write_answer(answer)
 
@@ -213,12 +235,29 @@ def _compared(search: Search, step: int) -> dict[str, list[Rung]]:
 def _narrow(search: Search, settings: Settings) -> Iterator[list[Overrides]]:
     """Yield the batches until two candidates remain. All their steps are those of the first seed."""
     number = len(search.candidates)
-    share = tuning.FIRST if number > tuning.FINALISTS else tuning.HALF
-    yield from search.batch(search.remaining, share)
-    for stop in search.plan(share, lambda steps, earliest: tuning.stops(number, steps, earliest)):
+    yield from search.batch(search.remaining, tuning.FIRST)
+    stops = search.plan(tuning.FIRST, lambda steps, earliest: tuning.stops(number, steps, earliest))
+    left = settings.budget - _affordable_cost(search, settings) if search.steps else 0.0
+    for stop in stops:
+        yield from search.batch_until(stop.step)
+        search.arrive(stop.step)
         if len(search.remaining) > stop.keep:
-            yield from search.batch_until(stop.step)
-            search.arrive(stop.step)
             _compared(search, stop.step)
-            more = math.floor((settings.budget - settings.planned) / (tuning.SECOND - tuning.FIRST))
-            search.decide(stop, 0 if stop.keep == tuning.FINALISTS else more)
+            more = math.floor(left / (tuning.SECOND - tuning.FIRST))
+            search.decide(stop, 0 if stop.keep == tuning.FINALISTS else max(0, more))
+
+
+def _affordable_cost(search: Search, settings: Settings) -> float:
+    """Return the cost with the rungs of these jobs. Raises UserError if it is above the budget.
+
+    It is larger than planned if the rungs are late, in a short run or because of warm-up.
+    """
+    needed = tuning.cost(len(search.candidates), len(settings.seeds), search.steps, search.earliest)
+    if needed <= settings.budget + _ROUNDING:
+        return needed
+    rates = ",".join(f"{rate:g}" for rate in sorted({one.eta_B for one in settings.candidates}))
+    raise UserError(
+        f"with {search.steps} steps and no rung before step {search.earliest}, this search costs {needed:.1f} runs, "
+        f"and tune.budget is {settings.budget:g}. Give tune.budget={math.ceil(10 * needed) / 10:g} "
+        f"'tune.eta_B=[{rates}]', or fewer values; the steps so far are kept"
+    )

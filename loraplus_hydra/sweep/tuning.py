@@ -11,6 +11,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from loraplus_hydra.io.rungs import FEWEST_STEPS
+from loraplus_hydra.report.formatting import short
 from loraplus_hydra.sweep.halving import Stop
 
 LR, RATIO, LR_A, LR_B = "optimizer.lr", "loraplus.ratio", "loraplus.lr_A", "loraplus.lr_B"
@@ -44,6 +46,7 @@ class Settings:
     metric: str
     greater_is_better: bool
     preset: str  # the option of `loraplus`
+    steps: int | None = None  # of a run; None if its rows decide
 
     @property
     def swept(self) -> tuple[str, ...]:
@@ -53,7 +56,18 @@ class Settings:
     @property
     def planned(self) -> float:
         """The planned cost, in the unit of the budget."""
-        return cost(len(self.candidates), len(self.seeds))
+        return self.cost_of(len(self.candidates))
+
+    def cost_of(self, candidates: int) -> float:
+        """Return the planned cost of a search with another number of candidates."""
+        return cost(candidates, len(self.seeds), self.steps)
+
+    def summary(self) -> str:
+        """Return a sentence about the candidates and the planned cost."""
+        rates, ratios = ({getattr(one, name) for one in self.candidates} for name in ("eta_B", "ratio"))
+        grid = f"eta_B {', '.join(map(short, sorted(rates)))}; ratio {', '.join(map(short, sorted(ratios)))}"
+        planned = f"planned are the steps of {self.planned:.1f} runs, of a budget of {self.budget:g}"
+        return f"Tuning: {len(self.candidates)} candidates ({grid}); {planned}"
 
     def overrides(self, candidate: Candidate) -> tuple[str, ...]:
         """Return the overrides that set a candidate's rates."""
@@ -86,19 +100,23 @@ def rates_around(centre: float, number: int) -> list[float]:
     return [float(f"{centre * _FACTOR ** (place - number // 2):.2g}") for place in range(number)]
 
 
-def number_of_rates(budget: float, ratios: int, seeds: int) -> int:
+def number_of_rates(budget: float, ratios: int, seeds: int, steps: int | None) -> int:
     """Return the largest number of values of eta_B that the budget allows; 3 if it allows none."""
-    return next((number for number in _RATES if cost(number * ratios, seeds) <= budget), _RATES[-1])
+    return next((number for number in _RATES if cost(number * ratios, seeds, steps) <= budget), _RATES[-1])
 
 
-def cost(candidates: int, seeds: int) -> float:
+def cost(candidates: int, seeds: int, steps: int | None, earliest: int = FEWEST_STEPS) -> float:
     """Return the planned steps of a search, in units of one run.
 
     All candidates train to the first rung, a third of them (at least 3) to the second, and two to half of the steps.
-    There, these two have `seeds` seeds. One of them trains to its end.
+    There, these two have `seeds` seeds. One of them trains to its end. `steps` are those of a run, and no rung is
+    before the step `earliest`. With None, all rungs are at their shares of the steps.
     """
-    of_search = candidates * FIRST + min(candidates, kept_first(candidates)) * (SECOND - FIRST)
-    return of_search + FINALISTS * (HALF - SECOND) + FINALISTS * (seeds - 1) * HALF + (1 - HALF)
+    first, second, half = (
+        share if steps is None else rung_step(share, steps, earliest) / steps for share in (FIRST, SECOND, HALF)
+    )
+    of_search = candidates * first + min(candidates, kept_first(candidates)) * (second - first)
+    return of_search + FINALISTS * (half - second) + FINALISTS * (seeds - 1) * half + (1 - half)
 
 
 def kept_first(candidates: int) -> int:
@@ -107,15 +125,16 @@ def kept_first(candidates: int) -> int:
 
 
 def stops(candidates: int, steps: int, earliest: int) -> tuple[Stop, ...]:
-    """Return the rungs at which candidates leave, before the finalists are compared.
+    """Return the rungs before the finalists are compared.
 
-    No rung is before the step `earliest` or after the last step. Of rungs at the same step, the last one counts.
+    No rung is before the step `earliest` or after the last step. Of rungs at the same step, the last one counts. All
+    searches have both rungs, also those with two candidates. So a search with more candidates in the same folder finds
+    them.
     """
     planned = {}
     for share, keep in ((FIRST, kept_first(candidates)), (SECOND, FINALISTS)):
-        if keep < candidates:
-            step = rung_step(share, steps, earliest)
-            planned[step] = Stop(step, keep)
+        step = rung_step(share, steps, earliest)
+        planned[step] = Stop(step, keep)
     return tuple(planned.values())
 
 

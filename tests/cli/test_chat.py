@@ -62,6 +62,17 @@ def test_answers_are_the_likeliest_tokens_after_the_whole_conversation(
     assert ended.out == "/help lists the commands.\n" + "".join(f"{text}\n" for text in (first, second, of_base, anew))
 
 
+def test_oldest_turns_leave_a_conversation_that_is_too_long(
+    finished: Callable[[str], Path], talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished("chat")
+    monkeypatch.setattr(chat, "trained_positions", lambda _: 40)
+    ended = talk(run, ["say one", "say two"], "system=be kind")
+    assert "The oldest 2 turns no longer fit into the model's context." in ended.out
+    alone = greedy(run, "<system>be kind<user>say two<assistant>")
+    assert ended.out.endswith(f"{alone}\n")
+
+
 def test_without_a_template_each_line_is_a_prompt_of_its_own(finished: Callable[[str], Path], talk: Talk) -> None:
     run = finished("sft")
     alone = talk(run, ["say two"])
@@ -101,6 +112,7 @@ def test_commands_are_listed_and_a_classifier_does_not_talk(finished: Callable[[
     assert ended.status == 0
     assert "Write a message first." in ended.out
     assert "/reset" in ended.out
+    assert "/reset" not in talk(finished("chat"), ["/etc/hosts is a file"]).out
     refused = talk(finished("label"), ["hello"])
     assert refused.status == 1
     assert "use predict" in refused.err

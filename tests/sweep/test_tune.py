@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.interrupts import Interrupted
 from loraplus_hydra.runs import job
 from loraplus_hydra.sweep import finish as sweep_end
+from loraplus_hydra.sweep import tune_search
+from loraplus_hydra.sweep.tuning import Settings
 from tests.conftest import Finished
 from tests.support.forking import differences
 
@@ -102,10 +104,69 @@ def test_search_finds_a_winner_and_says_how(
     assert "Resuming" not in again.out
     assert json.loads((sweep / "tune.json").read_text()) == told
 
-    # A wider search in the same folder trains only what is new
-    if told["extend"]:
-        wider = shlex.split(told["extend"])
-        assert wider[:4] == ["python", "-m", "loraplus_hydra", "tune"]
+
+def test_searches_share_a_folder_unless_their_first_seeds_differ(
+    cli: Cli, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The finalists' other seeds have no early rungs, so a search that begins with such a seed can't use them."""
+    folders: list[Path] = []
+
+    def no_jobs(settings: Settings, words: Any, folder: Path, start: str) -> Iterator[Any]:
+        folders.append(folder)
+        return iter(())
+
+    monkeypatch.setattr(tune_search, "batches", no_jobs)
+    for more in ([], ["tune.eta_B=[1e-3,2e-3]", "optimizer.lr=1e-4"], ["seed=1"]):
+        assert cli("tune", *words, *more).status == 0
+    assert folders[0] == folders[1] != folders[2]
+
+
+def test_wider_search_in_the_same_folder_trains_only_what_is_new(
+    cli: Cli, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_end, "_report", lambda _: ())
+    assert cli("tune", *words, "tune.eta_B=[1e-3,2e-3,4e-3]", "tune.ratios=[1]", "tune.seeds=2").status == 0
+    sweep = the_sweep(tmp_path)
+    told = json.loads((sweep / "tune.json").read_text())
+    assert told["winner"]["eta_B"] == 4e-3  # at these rates nothing but speed counts
+    assert "At the grid's edge: eta_B 4e-3 is the largest value. Extend to 8e-3." in told["answer"]
+    before = {path: path.read_bytes() for path in sweep.glob("*/adapter/*.safetensors")}
+    jobs = {path.parent.name for path in sweep.glob("*/result.json")}
+    wider = shlex.split(told["extend"])
+    assert wider[:4] == ["python", "-m", "loraplus_hydra", "tune"]
+    finished = cli(*wider[3:])
+    assert finished.status == 0, finished.out[-3000:]
+    assert the_sweep(tmp_path) == sweep
+    again = json.loads((sweep / "tune.json").read_text())
+    assert [one["eta_B"] for one in again["candidates"]] == [1e-3, 2e-3, 4e-3, 8e-3]
+    new = {path.parent.name for path in sweep.glob("*/result.json")} - jobs
+    assert {name.partition("_seed")[0] for name in new} <= {"ratio-1_lr-8e-3", "ratio-1_lr-2e-3"}
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_candidates_without_rungs_are_not_left_out_of_the_comparison(
+    cli: Cli, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_end, "_report", lambda _: ())
+    folder = f"hydra.sweep.dir={tmp_path / 'shared'}"
+    plain = [word for word in words if not word.startswith("tune.")]
+    assert cli("-m", *plain, "optimizer.lr=1e-3", "loraplus.ratio=1", "seed=0", folder).status == 0
+    ended = cli("tune", *words, "tune.eta_B=[1e-3,4e-3,2e-2]", "tune.ratios=[1]", "tune.seeds=2", folder)
+    assert ended.status == 1
+    assert "jobs in this folder were trained without these rungs" in ended.err
+    assert not (tmp_path / "shared" / "tune.json").exists()
+
+
+def test_rungs_so_late_that_the_budget_is_too_small_are_an_error(
+    cli: Cli, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_end, "_report", lambda _: ())
+    ended = cli("tune", *words, "trainer.max_steps=-1", "trainer.num_train_epochs=1")  # five steps
+    assert ended.status == 1
+    assert "with 5 steps and no rung before step 6, this search costs 8.0 runs, and tune.budget is 5" in ended.err
+    assert "Give tune.budget=8 'tune.eta_B=[0.001,0.004]'" in ended.err
+    refused = cli("tune", *words, "trainer.max_steps=5")  # known before anything is trained
+    assert "- tune.budget: 4 candidates and 3 seeds cost 8 runs" in refused.err
 
 
 def test_without_a_difference_there_is_no_clear_winner(
@@ -140,7 +201,7 @@ def test_finalist_with_a_failed_seed_is_not_the_winner(
     if failing == (8,):
         told = json.loads((sweep / "tune.json").read_text())
         assert told["winner"]["ratio"] == 1
-        assert told["answer"][0].endswith("the only candidate without a failed job.")
+        assert told["answer"][0].endswith("the only finalist without a failed job.")
         assert results(sweep)["ratio-1_lr-4e-3_seed-0"]["status"] == "ok"
     else:
         assert "all candidates failed" in finished.err
@@ -162,6 +223,8 @@ def test_finalist_with_a_failed_seed_is_not_the_winner(
         (["tune", "tune=null"], "tune", "is not a mapping of keys"),
         (["tune", "tune.eta_B=1e-3,2e-3"], "tune.eta_B", "write a list: tune.eta_B=[1,4]"),
         (["tune", "trainer.max_steps=0"], "trainer.max_steps", "out of range"),
+        (["tune", "~optimizer.lr"], "optimizer.lr", "`tune` sets this key, but the config doesn't have it"),
+        (["tune", "loraplus.rules.groupB.ratio=16"], "loraplus.rules", "lora_B trains at 0.00704 under the rules"),
         (["tune", "hydra.mode=RUN"], "tune", "this is a single run"),
         (["tune", "halving=true"], "halving", "`tune` halves its own grid"),
         (["tune", "seed=-1"], "seed", "must be from 0 to"),

@@ -25,6 +25,7 @@ LOSSES = st.lists(st.floats(1, 5), min_size=2, max_size=6)
 
 
 def test_candidates_are_all_pairs_of_eta_b_and_ratio() -> None:
+    assert len(candidates([1e-3, 1.0000001e-3], [1])) == 1  # equal in an override
     found = candidates([1e-2, 1e-3, 1e-3], [4, 1])
     assert found == [Candidate(1e-3, 1), Candidate(1e-3, 4), Candidate(1e-2, 1), Candidate(1e-2, 4)]
     assert [one.eta_A for one in found] == [1e-3, 2.5e-4, 1e-2, 2.5e-3]
@@ -36,22 +37,26 @@ def test_rates_are_a_factor_of_three_apart_around_the_centre() -> None:
 
 def test_cost_is_counted_by_hand() -> None:
     # 15 to a sixteenth, 5 to a quarter, 2 to a half, 2 x 2 more seeds to a half, 1 to the end
-    assert cost(15, 3) == 15 / 16 + 5 * 3 / 16 + 2 / 4 + 4 / 2 + 1 / 2
-    assert cost(2, 3) == 2 / 16 + 2 * 3 / 16 + 2 / 4 + 4 / 2 + 1 / 2
+    assert cost(15, 3, None) == 15 / 16 + 5 * 3 / 16 + 2 / 4 + 4 / 2 + 1 / 2
+    assert cost(2, 3, None) == 2 / 16 + 2 * 3 / 16 + 2 / 4 + 4 / 2 + 1 / 2
+    # In 24 steps both rungs are at step 6: all 15 to 6, two to 12, two more seeds of both to 12, one to 24
+    assert cost(15, 3, 24) == (15 * 6 + 2 * 6 + 4 * 12 + 12) / 24
+    # Warm-up of 120 of 400 steps: no rung before it
+    assert cost(15, 3, 400, 120) == (15 * 120 + 2 * 80 + 4 * 200 + 200) / 400
 
 
-@given(st.floats(3, 12), st.integers(1, 5), st.integers(2, 5))
-def test_as_many_rates_as_the_budget_allows(budget: float, ratios: int, seeds: int) -> None:
-    number = number_of_rates(budget, ratios, seeds)
+@given(st.floats(3, 12), st.integers(1, 5), st.integers(2, 5), st.one_of(st.none(), st.integers(1, 500)))
+def test_as_many_rates_as_the_budget_allows(budget: float, ratios: int, seeds: int, steps: int | None) -> None:
+    number = number_of_rates(budget, ratios, seeds, steps)
     assert number in (3, 5, 7, 9)
-    assert number == 3 or cost(number * ratios, seeds) <= budget
-    assert number == 9 or cost((number + 2) * ratios, seeds) > budget
+    assert number == 3 or cost(number * ratios, seeds, steps) <= budget
+    assert number == 9 or cost((number + 2) * ratios, seeds, steps) > budget
 
 
 def test_two_candidates_stay_at_a_quarter_of_the_steps() -> None:
     assert stops(15, 433, 6) == (Stop(27, 5), Stop(108, 2))
-    assert stops(3, 433, 6) == (Stop(108, 2),)
-    assert stops(2, 433, 6) == ()
+    assert stops(3, 433, 6) == (Stop(27, 3), Stop(108, 2))
+    assert stops(2, 433, 6) == (Stop(27, 3), Stop(108, 2))  # for a search with more candidates in the same folder
     assert stops(15, 24, 6) == (Stop(6, 2),)  # both rungs are at step 6
     assert stops(15, 4, 6) == (Stop(4, 2),)  # at the last step
     assert [rung_step(1 / 2, steps, 6) for steps in (433, 8, 4)] == [216, 6, 4]

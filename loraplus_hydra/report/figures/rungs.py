@@ -10,6 +10,7 @@ from loraplus_hydra.report.formatting import clipped
 from loraplus_hydra.report.read_sweep import RungLosses
 from loraplus_hydra.report.results import SweepResults
 
+_MOST = 200  # candidates
 _MOST_NAMED = 4  # candidates with their names beside their last points
 _LONGEST = 48  # characters of a name
 
@@ -23,7 +24,8 @@ def draw(results: SweepResults) -> Picture | None:
     axes = figure.add_subplot()
     low, high, beyond = robust_limits([value for rung in rungs for value, _ in rung.values.values()])
     named = _best(rungs[-1], results)
-    for name in dict.fromkeys(name for rung in rungs for name in rung.values):
+    names = list(dict.fromkeys([*named, *(name for rung in reversed(rungs) for name in rung.values)]))
+    for name in names[:_MOST]:
         _draw_candidate(axes, rungs, name, named)
     axes.set_ylim(*padded(low, high))
     axes.set_xscale("log")
@@ -31,8 +33,9 @@ def draw(results: SweepResults) -> Picture | None:
     axes.minorticks_off()
     axes.set_xlim(rungs[0].step * 0.9, rungs[-1].step * (2.2 if len(rungs) > 1 else 1.5))
     axes.set_xlabel("optimizer step of the rung")
-    axes.set_ylabel(f"{results.axis_label}, on the rung's rows")
-    return Picture("rungs", "The search, rung by rung", _caption(beyond), figure)
+    label = "loss, lower is better" if results.sweep.rungs_by_loss else results.axis_label
+    axes.set_ylabel(f"{label}, on the rung's rows")
+    return Picture("rungs", "The search, rung by rung", _caption(beyond, len(names) - _MOST), figure)
 
 
 def _draw_candidate(axes: Any, rungs: Sequence[RungLosses], name: str, named: Mapping[str, str]) -> None:
@@ -50,11 +53,13 @@ def _draw_candidate(axes: Any, rungs: Sequence[RungLosses], name: str, named: Ma
 
 def _best(rung: RungLosses, results: SweepResults) -> dict[str, str]:
     """Return the colour of each candidate with a name: of the last rung, the best first."""
-    sign = -1 if results.sweep.greater_is_better else 1
+    sign = -1 if results.sweep.greater_is_better and not results.sweep.rungs_by_loss else 1
     stays = sorted(rung.values, key=lambda name: (not rung.values[name][1], sign * rung.values[name][0]))
     return {name: BEST if place == 0 else MUTED for place, name in enumerate(stays[:_MOST_NAMED])}
 
 
-def _caption(beyond: int) -> str:
+def _caption(beyond: int, left_out: int) -> str:
     caption = "Each line is a candidate. A cross: it left there. Rungs have different rows, so compare within a rung."
+    if left_out > 0:
+        caption += f" {left_out} candidates that left early are not drawn."
     return caption + (f" {beyond} points lie beyond the axis." if beyond else "")

@@ -12,13 +12,12 @@ from transformers import EvalPrediction
 from transformers.trainer_pt_utils import nested_concat, nested_numpify
 
 from loraplus_hydra.io import interrupts
-from loraplus_hydra.io.rungs import Rung
+from loraplus_hydra.io.rungs import FEWEST_STEPS, Rung
 from loraplus_hydra.training.hf_trainer.callbacks import StopAtStep
 from loraplus_hydra.training.hf_trainer.loraplus_mixin import NotFiniteError, loss_tokens
 
 _FEWEST_ROWS = 200  # held-out rows on which jobs are compared
 _ROWS = 1600  # times the share of the steps: later rungs have fewer jobs and smaller differences
-_FEWEST_STEPS = 6  # before this step, and before the end of warm-up, jobs are not compared
 
 
 class RungReached(Exception):
@@ -47,7 +46,7 @@ class StopAtRung(StopAtStep):
         steps = state.max_steps
         # A run that is only restored at its last step has no optimizer. It is beyond any warm-up.
         warm_up = self.trainer.warm_up_steps(steps) if self.trainer.optimizer is not None else 0
-        self.earliest = max(_FEWEST_STEPS, warm_up)
+        self.earliest = max(FEWEST_STEPS, warm_up)
         self.step = min(max(round(self.stop_at * steps), self.earliest), steps)
         if state.global_step >= self.step:
             self._reach(state)
