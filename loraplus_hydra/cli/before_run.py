@@ -79,6 +79,7 @@ def _begin_tuning(config: DictConfig) -> Sweep:
     # Takes a tenth of a start, and few starts need it
     from loraplus_hydra.sweep.tune_search import check_candidates, check_tuning, use_tuning
 
+    quiet_libraries()
     settings = check_tuning(config)
     check_candidates(settings, config)
     screen.show(settings.summary())

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+
 from loraplus_hydra.config.hydra_job import number_in_sweep
 from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.result import Result
@@ -103,8 +105,6 @@ def show_result(folder: Path, result: Result) -> None:
         (run_folder.RESULT, "the result"),
     ):
         show(f"  {name:<20}{what}")
-    from omegaconf import OmegaConf
-
     config = OmegaConf.load(folder / run_folder.CONFIG)
     for command in _commands(folder, config, result):
         show(f"  python -m loraplus_hydra {command}")
@@ -114,8 +114,6 @@ def show_result(folder: Path, result: Result) -> None:
 
 def _commands(folder: Path, config: Any, result: Result) -> Iterator[str]:
     """Yield the commands that use a finished run."""
-    from omegaconf import OmegaConf
-
     place = shlex.quote(str(folder))
     yield f"predict {place} text='...'"
     if OmegaConf.select(config, "task.task_type") != "SEQ_CLS":
@@ -126,8 +124,6 @@ def _commands(folder: Path, config: Any, result: Result) -> Iterator[str]:
 
 def _next_steps(config: Any) -> Iterator[str]:
     """Yield suggestions for a next run with other settings."""
-    from omegaconf import OmegaConf
-
     ratio = OmegaConf.select(config, "loraplus.ratio")
     if ratio is not None:
         yield f"another ratio (loraplus.ratio={16 if ratio == 4 else 4})"
