@@ -4,7 +4,8 @@
 
 Each search is run twice, in folders of its own: halved, and with all jobs to their last step. The full grid's jobs also
 write their losses on the rungs' rows there (`sweep.stop_at=1`). So the setting that halving picks is compared with the
-best one in pairs, row by row. CPU seconds include everything, also the report.
+best one in pairs, row by row. CPU seconds include everything, also the report. A search is stored when it has ended; a
+second call runs only what is missing.
 """
 
 from __future__ import annotations
@@ -85,17 +86,18 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 def main() -> None:
     config = OmegaConf.load(Path(__file__).with_suffix(".yaml"))
     config = OmegaConf.merge(config, OmegaConf.from_dotlist(sys.argv[1:]))
-    results: dict[str, list[dict[str, Any]]] = {}
     names = ("torch", "transformers", "peft", "hydra-core")
     versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    results: dict[str, list[dict[str, Any]]] = read_json(out)["results"] if out.exists() else {}
     for name, case in config.cases.items():
         for seed in case.seeds:
+            if any(one["seed"] == seed for one in results.get(name, ())):
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 one = measure([*case.overrides, *config.shared], seed, config.threads, Path(folder))
             results.setdefault(str(name), []).append(one)
-            # Written after each search, because all of them take hours
             out.write_text(json.dumps({"versions": versions, "results": results}, indent=2) + "\n", encoding="utf-8")
     print(table(results))
 
