@@ -254,7 +254,8 @@ class PredictConfig(AnsweringConfig):
     column: Optional[str] = None  # the file's column with the text; null = the column of the run's rows
     out: Optional[str] = None  # a new JSONL file for the answers; null = the screen
     max_new_tokens: int = field(default=128, metadata=range_(COUNT))  # maximum number of tokens in an answer
-    batch_size: int = field(default=32, metadata=range_(COUNT))  # number of texts that a classifier reads at once
+    batch_size: Optional[int] = field(default=None, metadata=range_(COUNT))  # texts computed together; null = decided
+    scores: bool = False  # true = a classifier's scores of all labels on the screen, too
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from loraplus_hydra.io.text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
     from rich.table import Table
 
 # rich is imported in the functions, because `--help` and a mistyped override need no tables.
@@ -94,3 +96,59 @@ def table(
     for row in rows:
         made.add_row(*(Text(visible(cell)) for cell in row))
     return made
+
+
+class RowProgress:
+    """A bar with the number of rows done, rows per second, and the time left.
+
+    It is shown on a terminal only, for more than one row. If the answers are printed there, too, it stays below them.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.began = total, 0, time.monotonic()
+        self.file = next((stream for stream in (sys.stdout, sys.stderr) if stream.isatty()), None)
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> RowProgress:
+        if self.file is not None and self.total > 1:
+            self.bar = _bar(self.file, self.total)
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def print(self, text: str) -> None:
+        """Print a line on stdout, above the bar."""
+        if self.bar is not None and self.file is sys.stdout:
+            # Written as it is: rich would wrap and colour it
+            self.bar.console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
+        else:
+            print(text, flush=True)
+
+    def advance(self, rows: int = 1) -> None:
+        """Record that more rows are done."""
+        self.done += rows
+        if self.bar is not None:
+            speed = self.done / max(time.monotonic() - self.began, 1e-9)
+            left = time_left((self.total - self.done) / speed)
+            rows_text = f"{self.done:,} of {self.total:,} rows  {speed:.3g} rows/s{left}"
+            self.bar.update(self.bar.task_ids[0], completed=self.done, description=rows_text)
+
+
+def time_left(seconds: float) -> str:
+    """Return ` M:SS left` or ` H:MM:SS left`, to be appended to other figures."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"  {hours}:{minutes:02}:{rest:02} left" if hours else f"  {minutes}:{rest:02} left"
+
+
+def _bar(file: Any, total: int) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (BarColumn(bar_width=20), TextColumn("{task.description}"))
+    bar = Progress(*columns, console=Console(file=file), transient=True, redirect_stdout=False, redirect_stderr=False)
+    bar.add_task(f"0 of {total:,} rows", total=total)
+    return bar

@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 import sys
 from contextlib import nullcontext
-from typing import Any
 
-import torch
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
 from loraplus_hydra.io import interrupts
@@ -19,7 +17,7 @@ from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.load_finished import load_run
 from loraplus_hydra.runs.predict import on_device, uses_chat
 from loraplus_hydra.tasks.tokens import encode_prompt, render
-from loraplus_hydra.training.sampling import answer, sampling_arguments
+from loraplus_hydra.training.sampling import Stopped, answer, sampling_arguments
 
 _HELP = """/base         the base model's answer to the last message, without the adapter
 /reset        forget the conversation
@@ -84,7 +82,7 @@ class Chat:
                 special_tokens=not self.has_template,
                 num_beams=1,  # only single answers can be shown while they are generated
                 streamer=_Printer(self.tokenizer),
-                stopping_criteria=[_Stopped()],
+                stopping_criteria=[Stopped()],
                 **self.sampling,
             )
         print(flush=True)
@@ -174,10 +172,3 @@ class _Printer(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         print(visible(text), end="", flush=True)
-
-
-class _Stopped(StoppingCriteria):
-    """Ends the answer after a signal."""
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        return torch.full((len(input_ids),), bool(interrupts.requested()), device=input_ids.device)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,17 @@ from loraplus_hydra.tasks.conversation import (
 )
 from loraplus_hydra.tasks.preference import find_preference_shape, has_preferences
 from loraplus_hydra.tasks.rows import text_in
-from loraplus_hydra.tasks.tokens import render
+from loraplus_hydra.tasks.tokens import encode_prompt, render
 from loraplus_hydra.training.gpu_attention import skip_cudnn_attention
-from loraplus_hydra.training.sampling import answer, sampling_arguments
+from loraplus_hydra.training.sampling import (
+    Stopped,
+    answer_together,
+    is_float32,
+    padding_problem,
+    sampling_arguments,
+)
 
+_CLASSIFIED, _ANSWERED = 32, 8  # texts in a batch
 Asked = str | Text | Conversation  # a prompt, a text to continue, or the turns before the answer
 
 
@@ -43,30 +51,76 @@ def predict(
     pairs: Sequence[str | None] | None = None,
     *,
     max_new_tokens: int = 128,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> Iterator[dict[str, Any]]:
-    """Yield an answer for each text, in order.
+    """Load the run's model, and return an iterator over an answer for each text, in order.
 
     For a causal model, an answer is {"prompt", "answer"}: the likeliest tokens, or sampled ones if `temperature` is
     above 0. For a classifier, it is {"text", "label", "scores"}. The label is a list for several labels, and a number
-    for a regression. Each name has a score from 0 to 1.
-    Raises UserError.
+    for a regression. Each name has a score from 0 to 1. `batch_size` texts are computed together; without it, 32 for a
+    classifier, and for a causal model 8 in float32, where the answers don't depend on it, otherwise 1. Raises
+    UserError.
     """
-    model, tokenizer = load_run(run)
-    model = on_device(model, run)
     if str(run.config.task.task_type) == "SEQ_CLS":
-        yield from _classify(model, tokenizer, texts, pairs or [None] * len(texts), run, batch_size)
-        return
-    chat, sampling = uses_chat(run, tokenizer), sampling_arguments(temperature, top_p)
-    for text in texts:
-        prompt = _render(text, tokenizer, chat=chat)
-        plain = isinstance(text, Text) or (isinstance(text, str) and not chat)
-        found = answer(model, tokenizer, prompt, max_new_tokens, special_tokens=plain, **sampling)
-        if found is None:
-            raise UserError(f"the prompt {_shown(text)!r} has no tokens, so there is nothing to answer")
-        yield {"prompt": text.turns if isinstance(text, Conversation) else prompt if plain else text, "answer": found}
+        pairs = pairs or [None] * len(texts)
+        _refuse_unlike(texts, pairs)
+        model, tokenizer = load_run(run)
+        return _classify(on_device(model, run), tokenizer, texts, pairs, run, batch_size or _CLASSIFIED)
+    tokenizer = load_run_tokenizer(run)
+    prompts = [_prompt(text, tokenizer, chat=uses_chat(run, tokenizer)) for text in texts]
+    model, _ = load_run(run)
+    size = _batch_size(model, batch_size, most=len(texts))
+    sampling = sampling_arguments(temperature, top_p)
+    return _answers(on_device(model, run), tokenizer, prompts, max_new_tokens, size, sampling)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A text to answer: its tokens, and the prompt as the answer repeats it."""
+
+    shown: Any
+    ids: list[int]
+
+
+def _prompt(text: Asked, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> _Prompt:
+    """Return a text's tokens in the form of the training prompts. Raises UserError if it has none."""
+    prompt = _render(text, tokenizer, chat=chat)
+    plain = isinstance(text, Text) or (isinstance(text, str) and not chat)
+    ids = encode_prompt(prompt, tokenizer, special_tokens=plain)
+    if not ids:
+        raise UserError(f"the prompt {_shown(text)!r} has no tokens, so there is nothing to answer")
+    return _Prompt(text.turns if isinstance(text, Conversation) else prompt if plain else text, ids)
+
+
+def _batch_size(model: PeftModel, wanted: int | None, *, most: int) -> int:
+    """Return the number of prompts that are answered together."""
+    if wanted == 1 or most == 1 or (wanted is None and not is_float32(model)):
+        return 1
+    if why := padding_problem(model):
+        if wanted is not None:
+            print(f"Note: batch_size: the texts are answered one at a time, because {why}", file=sys.stderr)
+        return 1
+    return wanted or _ANSWERED
+
+
+def _answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[_Prompt],
+    max_new_tokens: int,
+    batch_size: int,
+    sampling: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    for start in range(0, len(prompts), batch_size):
+        interrupts.stop_if_asked()
+        part = prompts[start : start + batch_size]
+        ids = [prompt.ids for prompt in part]
+        texts = answer_together(model, tokenizer, ids, max_new_tokens, stopping_criteria=[Stopped()], **sampling)
+        interrupts.stop_if_asked()  # these answers end at the signal
+        for prompt, text in zip(part, texts, strict=True):
+            yield {"prompt": prompt.shown, "answer": text}
 
 
 def _render(text: Asked, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> str:
@@ -92,6 +146,14 @@ def uses_chat(run: FinishedRun, tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(tokenizer.chat_template) if chat is None else bool(chat)
 
 
+def _refuse_unlike(texts: Sequence[Asked], pairs: Sequence[str | None]) -> None:
+    """Raise UserError if a classifier can't read the texts, or only some have a second text."""
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError("file: a classifier needs texts, not conversations")
+    if len({text is None for text in pairs}) > 1:
+        raise UserError("file: only some rows have a second text")
+
+
 def _classify(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -105,12 +167,7 @@ def _classify(
     for start in range(0, len(texts), batch_size):
         interrupts.stop_if_asked()
         part, second = list(texts[start : start + batch_size]), list(pairs[start : start + batch_size])
-        if not all(isinstance(text, str) for text in part):
-            raise UserError("file: a classifier needs texts, not conversations")
-        both = [text is not None for text in second]
-        if any(both) and not all(both):
-            raise UserError("file: only some rows have a second text")
-        arguments = (part, second) if any(both) else (part,)
+        arguments = (part,) if second[0] is None else (part, second)
         inputs = tokenizer(*arguments, padding=True, truncation=True, max_length=limit, return_tensors="pt")
         with torch.no_grad():
             logits = model(**inputs.to(model.device)).logits.float().cpu()

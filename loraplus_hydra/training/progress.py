@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from loraplus_hydra.io.screen import time_left
+
 log = logging.getLogger("loraplus_hydra")
 
 
@@ -114,11 +116,7 @@ def _as_text(losses: Mapping[str, float]) -> str:
 
 
 def _left(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"  {hours}:{minutes:02}:{rest:02} left" if hours else f"  {minutes}:{rest:02} left"
+    return "" if seconds is None else time_left(seconds)
 
 
 def _short(number: float) -> str:

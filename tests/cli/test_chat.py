@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraplus_hydra.runs import chat
 from loraplus_hydra.runs.finished import open_run
-from loraplus_hydra.runs.load_finished import load_run
 from tests.conftest import Finished
 from tests.support.finished_runs import finished
 
@@ -34,10 +35,11 @@ def talk(cli: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch) -> Talk:
 
 
 def greedy(run: Path, seen: str, *, base: bool = False) -> str:
-    """Return the likeliest six tokens after `seen`, by a loop written by hand."""
-    model, tokenizer = load_run(open_run(str(run)))
-    if base:
-        model = model.unload()
+    """Return the likeliest six tokens after `seen`, by a loop written by hand over what PEFT loads."""
+    model = AutoModelForCausalLM.from_pretrained(open_run(str(run)).config.model.path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    if not base:
+        model = PeftModel.from_pretrained(model, run / "adapter").eval()
     ids = tokenizer(seen, add_special_tokens=False, return_tensors="pt")["input_ids"]
     found = ids
     for _ in range(6):

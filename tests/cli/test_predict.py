@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from loraplus_hydra.runs.finished import open_run
 from loraplus_hydra.runs.load_finished import load_run
 from loraplus_hydra.runs.predict import predict
+from loraplus_hydra.training import sampling
 from tests.conftest import Finished
 from tests.support.finished_runs import NO_PLACE, WORDS, finished
 
@@ -92,10 +95,62 @@ def test_second_text_counts(finished: Callable[[str], Path], cli: Callable[..., 
     (same,), (other,) = (predict(run, ["say one"], [second]) for second in ("say one", "say two and three"))
     assert same["scores"] != other["scores"]
     Path("pairs.csv").write_text("text,second\nsay one,say one\nsay one,say two and three\n")
-    told = lines(cli("predict", str(finished("pair")), "file=pairs.csv").out)
+    told = lines(cli("predict", str(finished("pair")), "file=pairs.csv", "scores=true").out)
     assert [line["scores"] for line in told] == [pytest.approx(one["scores"], abs=1e-5) for one in (same, other)]
-    alone = cli("predict", str(finished("pair")), "text=say one", "text_pair=say one")
+    alone = cli("predict", str(finished("pair")), "text=say one", "text_pair=say one", "scores=true")
     assert lines(alone.out)[0]["scores"] == pytest.approx(same["scores"], abs=1e-5)
+
+
+def test_screen_has_label_and_score_and_the_file_all_scores(
+    finished: Callable[[str], Path], cli: Callable[..., Finished]
+) -> None:
+    for name, several in (("label", False), ("several", True)):
+        run = str(finished(name))
+        full = next(predict(open_run(run), ["say one"]))
+        (short,) = lines(cli("predict", run, "text=say one").out)
+        scores = [full["scores"][label] for label in ([*full["label"]] if several else [full["label"]])]
+        assert list(short) == ["text", "label", "score"]
+        assert short["label"] == full["label"]
+        assert short["score"] == pytest.approx(scores if several else scores[0], abs=1e-4)
+        assert lines(cli("predict", run, "text=say one", "scores=true").out) == [full]
+        cli("predict", run, "text=say one", f"out={name}.jsonl")
+        assert lines(Path(f"{name}.jsonl").read_text()) == [full]
+    assert list(lines(cli("predict", str(finished("number")), "text=say 1").out)[0]) == ["text", "label"]
+
+
+def test_rows_that_cannot_be_read_are_told_before_the_weights_load(
+    finished: Callable[[str], Path], cli: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplus_hydra.runs.predict.load_run", None)
+    Path("empty.jsonl").write_text('{"prompt": "say one"}\n{"prompt": ""}\n')
+    assert "the prompt '' has no tokens" in cli("predict", str(finished("sft")), "file=empty.jsonl").err
+    Path("half.jsonl").write_text('{"text": "a", "second": "b"}\n{"text": "a", "second": null}\n')
+    assert "only some rows have a second text" in cli("predict", str(finished("pair")), "file=half.jsonl").err
+
+
+def test_answers_so_far_are_kept_when_a_signal_comes(
+    finished: Callable[[str], Path], cli: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, batches = sampling._generate, [0]
+
+    def signalled(*args: Any, **settings: Any) -> Any:
+        batches[0] += 1
+        if batches[0] % 3 == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return generate(*args, **settings)
+
+    monkeypatch.setattr(sampling, "_generate", signalled)
+    run = str(finished("sft"))
+    Path("asked.txt").write_text("say one\nsay two\nsay three\nsay four\n")
+    words = ("predict", run, "file=asked.txt", "max_new_tokens=3", "batch_size=1")
+    ended = cli(*words)
+    assert ended.status == 143
+    assert [line["prompt"] for line in lines(ended.out)] == ["say one", "say two"]
+    stopped = cli(*words, "out=answers.jsonl")
+    assert stopped.status == 143
+    assert "The first 2 of 4 answers are in answers.jsonl.part" in stopped.err
+    assert lines(Path("answers.jsonl.part").read_text()) == lines(ended.out)
+    assert not Path("answers.jsonl").exists()
 
 
 def test_files_in_and_out(finished: Callable[[str], Path], cli: Callable[..., Finished]) -> None:
@@ -149,6 +204,7 @@ def test_everything_that_is_not_given_is_told_at_once(cli: Callable[..., Finishe
         (["file=broken.jsonl"], "broken.jsonl"),
         (["text=''"], "the prompt '' has no tokens"),
         (["text=a", "out=nowhere/out.jsonl"], "out: there is no folder nowhere"),
+        (["text=say \udcff"], "text: the text isn't UTF-8"),
         (["txt=a"], "txt: there is no such key (did you mean 'text'?)"),
     ],
 )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from loraplus_hydra.io import screen
-from loraplus_hydra.io.text import VisibleFormatter, code, code_block, csv_cell, markdown, one_line, visible
+from loraplus_hydra.io.text import VisibleFormatter, code, code_block, csv_cell, json_line, markdown, one_line, visible
 from tests.conftest import Finished
 
 HOSTILE = "\x1b]0;title\x07 \x9b2J a\u202eb\r"
@@ -24,6 +24,13 @@ def test_control_characters_become_escapes() -> None:
     assert visible("two\r\nlines\tand a tab") == "two\nlines\tand a tab"
     assert one_line("two\nlines") == r"two\nlines"
     assert visible("déjà vu 😀 中") == "déjà vu 😀 中"
+
+
+def test_json_has_control_characters_as_escapes() -> None:
+    line = json_line({"a": HOSTILE + "\ud800\n é"})
+    assert json.loads(line) == {"a": HOSTILE + "\ud800\n é"}
+    assert line == visible(line)
+    assert "é" in line
 
 
 @pytest.mark.parametrize("text", ["=cmd|'calc'!A1", "+1", "-x", "@SUM(A1)", "\t=1"])
