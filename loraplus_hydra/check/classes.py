@@ -19,9 +19,11 @@ from loraplus_hydra.check.signatures import argument_problems
 from loraplus_hydra.check.task import task_problems
 from loraplus_hydra.data.rows import loader_arguments
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
+from loraplus_hydra.loraplus.factor_pairs import NEEDS_WHOLE, PairedOptimizer
 from loraplus_hydra.loraplus.optimizer_check import class_refusal, optimizer_problems
 from loraplus_hydra.loraplus.rules import parse_rules
-from loraplus_hydra.loraplus.schedule import build_schedule
+from loraplus_hydra.loraplus.schedule import build_schedule, falls
+from loraplus_hydra.loraplus.schedule_free import NOT_CONSTANT, ScheduleFree
 from loraplus_hydra.training.trackers.tracker import Tracker
 
 # Groups with a `_target_`. Inside `adapter` there may be other targets, for PEFT's nested configs.
@@ -79,8 +81,11 @@ def _optimizer(plain: dict[str, Any]) -> list[Problem]:
         return problems
     if refusal := class_refusal(found):  # if the class can't be used, its arguments are not checked
         return [Problem("optimizer._target_", refusal)]
+    trainer = plain.get("trainer", {})
+    if issubclass(found, (PairedOptimizer, ScheduleFree)) and (trainer.get("fsdp") or trainer.get("deepspeed")):
+        problems.append(Problem("optimizer._target_", f"{found.__name__} {NEEDS_WHOLE}"))
     try:
-        return [Problem("optimizer", text) for text in optimizer_problems(found, _arguments(optimizer))]
+        return problems + [Problem("optimizer", text) for text in optimizer_problems(found, _arguments(optimizer))]
     except Exception as error:  # a class may raise any type of error for a combination of values
         return [Problem("optimizer", f"{found.__name__}: {first_line(error)}")]
 
@@ -97,13 +102,20 @@ def _scheduler(plain: dict[str, Any]) -> list[Problem]:
     # At least a hundred steps, because fewer don't show the schedule's shape. At most a thousand, because more take
     # long.
     steps = min(steps, 1000) if isinstance(steps, int) and steps > 0 else 100
+    stand_in, arguments = torch.optim.AdamW(groups), _arguments(scheduler)
     try:
-        build_schedule(found, torch.optim.AdamW(groups), num_training_steps=steps, kwargs=_arguments(scheduler))
+        build_schedule(found, stand_in, num_training_steps=steps, kwargs=arguments)
+        if _is_schedule_free(plain) and falls(found, stand_in, num_training_steps=steps, kwargs=arguments):
+            return [Problem("scheduler", NOT_CONSTANT)]
     except UserError as error:
         return [Problem("scheduler", str(error))]
     except Exception as error:  # a schedule may raise any type of error, too
         return [Problem("scheduler", f"{scheduler[TARGET]}: {first_line(error)}")]
     return []
+
+
+def _is_schedule_free(plain: dict[str, Any]) -> bool:
+    return resolve(plain.get("optimizer", {}).get(TARGET), "", derives(ScheduleFree), "")[0] is not None
 
 
 def _data(plain: dict[str, Any]) -> list[Problem]:

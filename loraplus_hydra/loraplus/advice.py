@@ -61,6 +61,8 @@ def rate_advice(
     `product` is alpha x eta_B, and `published` the rule's; None if unknown.
     """
     init = initialisation(records)
+    if not any(record.role == "lora_A" for record in records):  # a ratio is one of two rates
+        return []
     if init is not None and ratio < 1:
         return [f"ratio {ratio:g} gives lora_B a smaller rate than lora_A; LoRA+ needs a larger one ({PAPER})."]
     if init == "Init[2]" and 1 < ratio < 16:
@@ -71,6 +73,26 @@ def rate_advice(
             "model; training may be unstable: lower optimizer.lr, loraplus.ratio or adapter.lora_alpha."
         ]
     return []
+
+
+def optimizer_note(optimizer: str, rates_of_b: Sequence[float], ratio: float) -> str:
+    """Return what the ratio means with this optimizer's class; empty if it means what it does with Adam.
+
+    `rates_of_b` are the rates of lora_B.
+    """
+    if optimizer == "LoraFA":
+        rates = ", ".join(f"{rate:.3g}" for rate in rates_of_b)
+        return (
+            f"LoRA-FA doesn't train lora_A, so the ratio alone means nothing: only lora_B's rate counts, which is "
+            f"optimizer.lr x loraplus.ratio = {rates} (ratio {ratio:g})."
+        )
+    if optimizer == "RiemannianAdamW":
+        return (
+            "Riemannian preconditioning makes a plain step independent of the scale between lora_A and "
+            "lora_B, but AdamW divides each element by its size afterwards. So both steps are as large as the rates, "
+            "and the ratio means what it does with AdamW (docs/invariance.md)."
+        )
+    return ""
 
 
 def setting_notes(

@@ -27,6 +27,7 @@ def assign(
     lr: float,
     weight_decay: float,
     extra: Sequence[Rule] = (),
+    check_ratio: bool = True,
 ) -> Plan:
     """Put every tensor into the group of the first rule that matches it.
 
@@ -35,8 +36,8 @@ def assign(
     groups are omitted.
 
     Raises UserError if no rule matches a tensor, if an extra rule gets no tensor (unless it has `allow_unmatched`), if
-    two rules of one group disagree, or if a ratio other than 1 makes no difference between two trained tensors of the
-    adapter.
+    two rules of one group disagree, or, with `check_ratio`, if a ratio other than 1 makes no difference between two
+    trained tensors of the adapter.
     """
     check_rate(lr, "lr")
     check_rate(weight_decay, "weight_decay", zero=True)
@@ -50,7 +51,8 @@ def assign(
     groups = groups_of(ordered, lr=lr, weight_decay=weight_decay)
     winners = first_match(records, ordered)
     _check_extra_rules(extra, winners, records)
-    _check_ratio(ordered, winners, records)
+    if check_ratio:
+        _check_ratio(ordered, winners, records)
     used = {rule.group for rule in winners}
     return plan_of(records, winners, [group for group in groups if group.name in used])
 

@@ -135,6 +135,9 @@ def _differences(
     elif has_eps(optimizer):
         factor = rates.ratio if changed == "lora_B" else 1 / rates.ratio
         yield f"eps, which would have to be {factor:g} times as large for {changed}"
+    if optimizer == "RiemannianAdamW":  # one factor's gradient is divided by the square of the other, plus reg
+        other, square = ("lora_A", rates.ratio**-2) if changed == "lora_B" else ("lora_B", rates.ratio**2)
+        yield f"reg, which would have to be {square:.3g} times as large for {other}"
     if max_grad_norm:
         yield "clipping (trainer.max_grad_norm), because the norm of all gradients is another one"
     others = [tensor for tensor in plan.tensors if tensor.group.lr != lr]

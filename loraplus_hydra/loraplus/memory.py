@@ -92,7 +92,8 @@ def _stand_in_optimizer(
         for group in plan.groups
     ]
     named = ((records[kind].name, stand_in) for kind, stand_in in stand_ins.items())
-    return build_optimizer(settings.optimizer_class, groups, named, arguments), stand_ins
+    # Without pairs, every tensor is updated like those outside the pairs, whose state has the same size
+    return build_optimizer(settings.optimizer_class, groups, named, arguments, pairs=()), stand_ins
 
 
 def _step_error(optimizer: Optimizer) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch.optim import Optimizer
 
 from loraplus_hydra.errors import UserError
+from loraplus_hydra.loraplus.factor_pairs import Pair, PairedOptimizer, factor_pairs, freeze_untrained
 from loraplus_hydra.loraplus.grouping import assign, check_rate, first_match, groups_of, plan_of
 from loraplus_hydra.loraplus.optimizer_check import optimizer_problems, takes, unknown_setting
 from loraplus_hydra.loraplus.peft_layers import LORA_B_ROLES
@@ -50,6 +51,7 @@ def create_loraplus_optimizer(
     check_rate(loraplus_lr_embedding, "loraplus_lr_embedding")
     decay = _one_weight_decay(loraplus_weight_decay, kwargs.pop("weight_decay", None))
     rules = _drop_in_rules(ratio=loraplus_lr_ratio, lr_embedding=loraplus_lr_embedding)
+    freeze_untrained(optimizer_cls, model)
     records, parameters = trained_tensors(model)
     if all(record.adapter is None for record in records):
         warnings.warn(
@@ -58,7 +60,8 @@ def create_loraplus_optimizer(
             stacklevel=2,
         )
     plan = plan_of(records, first_match(records, rules), groups_of(rules, lr=lr, weight_decay=decay))
-    return build_optimizer(optimizer_cls, plan.groups, parameters.items(), {"lr": lr, **kwargs})
+    pairs = factor_pairs(model) if issubclass(optimizer_cls, PairedOptimizer) else None
+    return build_optimizer(optimizer_cls, plan.groups, parameters.items(), {"lr": lr, **kwargs}, pairs=pairs)
 
 
 def group_parameters(
@@ -87,13 +90,15 @@ def build_optimizer(
     groups: Sequence[Group],
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
     kwargs: Mapping[str, Any],
+    *,
+    pairs: Sequence[Pair] | None = None,
 ) -> Optimizer:
     """Build an `optimizer_cls` with a torch parameter group for each of `groups`.
 
     Each torch group also has its name and its parameters' names. `named_parameters` may come from a wrapped model if
-    the names are those of the records. `kwargs` are the class's arguments. With bitsandbytes' 8-bit classes, trained
-    embedding tensors keep 32-bit state. Raises UserError for a class that can't have a rate for each group, or that
-    doesn't have one of the settings.
+    the names are those of the records. `kwargs` are the class's arguments. `pairs` are the model's `factor_pairs`, for
+    a PairedOptimizer. With bitsandbytes' 8-bit classes, trained embedding tensors keep 32-bit state. Raises UserError
+    for a class that can't have a rate for each group, or that doesn't have one of the settings.
     """
     problems = optimizer_problems(optimizer_cls, kwargs)
     problems += [problem for group in groups if (problem := unknown_setting(optimizer_cls, group))]
@@ -113,6 +118,8 @@ def build_optimizer(
             f"{optimizer_cls.__name__} refuses these parameters or arguments: {error}"
             + _muon_advice(optimizer_cls, groups)
         ) from error
+    if isinstance(optimizer, PairedOptimizer):
+        optimizer.pairs = pairs
     _keep_32bit_state(optimizer, groups)
     return optimizer
 

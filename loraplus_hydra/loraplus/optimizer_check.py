@@ -14,6 +14,17 @@ from loraplus_hydra.loraplus.rules import RULE_KEYS
 
 OWN_RATE = "chooses its rate itself, so it ignores the groups' rates and the ratio"
 
+# Module -> why its own optimizer classes can't be used. A class of this program derives from each of them.
+REFUSED_MODULES: dict[str, str] = {
+    "peft.optimizers.lorafa": (
+        "finds lora_A and lora_B by their places in one group, so it can't keep groups; use optimizer=lora_fa"
+    ),
+    "schedulefree": (
+        "changes the trained weights by rounding at each evaluation and checkpoint, so a resumed run would differ; use "
+        "optimizer=schedulefree_adamw"
+    ),
+}
+
 REFUSED: dict[str, str] = {
     "LBFGS": "accepts only one parameter group, so A and B can't have different rates",
     "Rprop": "has a step size for each weight; lr is only their start value, and the schedule doesn't change them",
@@ -56,6 +67,7 @@ def optimizer_problems(cls: object, kwargs: Mapping[str, Any]) -> list[str]:
 def class_refusal(cls: type) -> str:
     """Return why this optimizer class can't be used with any arguments; empty if it can be used."""
     refused = [REFUSED[base.__name__] for base in cls.__mro__ if base.__name__ in REFUSED]
+    refused += [why for module, why in REFUSED_MODULES.items() if f"{cls.__module__}.".startswith(f"{module}.")]
     return f"{cls.__name__} can't be used: it {refused[0]}" if refused else ""
 
 

@@ -5,7 +5,8 @@ This module loads no torch, so the report can import it.
 
 from __future__ import annotations
 
-_SCALE_FREE = ("adam", "adamw", "nadam", "radam", "lion", "muon", "ademamix")
+_SCALE_FREE = ("adam", "adamw", "nadam", "radam", "lion", "muon", "ademamix", "riemannianadamw", "adamwschedulefree")
+_ADAM = ("adam", "adamw", "nadam", "radam", "adamax")
 _WITHOUT_EPS = ("lion",)
 
 
@@ -17,6 +18,11 @@ def is_scale_free(optimizer: str) -> bool:
 def has_eps(optimizer: str) -> bool:
     """Return True if this class adds eps to the size of the gradient."""
     return _plain_name(optimizer) not in _WITHOUT_EPS
+
+
+def is_adam(optimizer: str) -> bool:
+    """Return True for the classes to which a rate published for Adam applies."""
+    return _plain_name(optimizer) in _ADAM
 
 
 def _plain_name(optimizer: str) -> str:

@@ -7,6 +7,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -57,16 +58,33 @@ def highest_rate_step(
 
     The arguments are those of `build_schedule`. `optimizer` is unchanged.
     """
+    rates = _rates(factory, optimizer, num_training_steps, kwargs)
+    return rates.index(max(rates))
+
+
+def falls(
+    factory: Callable[..., Any], optimizer: Optimizer, *, num_training_steps: int, kwargs: Mapping[str, Any]
+) -> bool:
+    """Return True if the schedule's rate is lower at a step than at the step before.
+
+    The arguments are those of `build_schedule`. `optimizer` is unchanged.
+    """
+    rates = _rates(factory, optimizer, num_training_steps, kwargs)
+    return any(later < earlier for earlier, later in pairwise(rates))
+
+
+def _rates(factory: Callable[..., Any], optimizer: Optimizer, steps: int, kwargs: Mapping[str, Any]) -> list[float]:
+    """Return the first group's rate at each step."""
     stand_in = _stand_in(optimizer)
     for group, own in zip(stand_in.param_groups, optimizer.param_groups, strict=True):
         group["lr"] = own.get("initial_lr", own["lr"])
-    schedule = _call(factory, stand_in, _arguments(factory, num_training_steps, kwargs))
+    schedule = _call(factory, stand_in, _arguments(factory, steps, kwargs))
     rates = []
-    for _ in range(num_training_steps):
+    for _ in range(steps):
         rates.append(float(stand_in.param_groups[0]["lr"]))
         stand_in.step()
         schedule.step()
-    return rates.index(max(rates))
+    return rates
 
 
 def named_schedule(name: str) -> Callable[..., Any]:

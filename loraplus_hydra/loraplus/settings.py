@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from loraplus_hydra.errors import UserError
+from loraplus_hydra.loraplus.factor_pairs import freeze_untrained, trains_a
 from loraplus_hydra.loraplus.grouping import assign
 from loraplus_hydra.loraplus.plan import Plan
 from loraplus_hydra.loraplus.presets import preset_rules
@@ -57,13 +58,17 @@ class LoraPlus:
     def plan(self, model: torch.nn.Module) -> Plan:
         """Return the plan: each trained tensor of `model` with its group.
 
-        Raises UserError for the same reasons as `grouping.assign`.
+        Freezes lora_A first if the optimizer's class doesn't train it. Raises UserError for an adapter that the class
+        can't train, and for the same reasons as `grouping.assign`.
         """
         assert self.rules is not None, "__post_init__ sets them"
+        freeze_untrained(self.optimizer_class, model)
         return assign(
             tensor_records(model),
             as_rules(self.rules),
             extra=as_rules(self.extra_rules),
             lr=self.lr,
             weight_decay=self.weight_decay,
+            # Without lora_A, all of the adapter may have the ratio
+            check_ratio=trains_a(self.optimizer_class),
         )

@@ -13,6 +13,7 @@ from loraplus_hydra.config.schema import AUTO_LR, PublishedRate
 from loraplus_hydra.config.types import from_plain
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.loraplus.advice import RULE, is_family_of_rule, published_product, start_factor
+from loraplus_hydra.loraplus.scale_free import is_adam
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def auto_rate(config: DictConfig, base: Any = None) -> AutoRate:
     model's PretrainedConfig; without it, its config.json is read. Raises UserError if nothing is published.
     """
     optimizer, adapter = str(config.optimizer._target_), config.adapter
-    if "adam" not in optimizer.lower():
+    if not is_adam(optimizer.rpartition(".")[2]):
         raise UserError(f"published rates are those of Adam, not of {optimizer.rpartition('.')[2]}; give a number")
     if adapter._target_ != "peft.LoraConfig":
         name = str(adapter._target_).rpartition(".")[2]

@@ -14,10 +14,11 @@ from loraplus_hydra.check import Checked
 from loraplus_hydra.config.plain import plain_of
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import processes
-from loraplus_hydra.loraplus.advice import published_product, rate_advice, setting_notes
+from loraplus_hydra.loraplus.advice import optimizer_note, published_product, rate_advice, setting_notes
 from loraplus_hydra.loraplus.invariance import explain, rates_of
 from loraplus_hydra.loraplus.memory import Memory, estimate
 from loraplus_hydra.loraplus.plan import Plan, table_rows
+from loraplus_hydra.loraplus.scale_free import is_adam
 from loraplus_hydra.models.published_rate import auto_rate
 from loraplus_hydra.training.measure import count_parameters
 
@@ -69,7 +70,7 @@ def advice_of(config: DictConfig, plan: Plan, model: Any) -> tuple[str, ...]:
     rates = rates_of(plan, adapter) if isinstance(adapter, LoraConfig) else None
     published = None
     base = getattr(model, "config", None)
-    by_adam = "adam" in str(config.optimizer._target_).lower()
+    by_adam = is_adam(_optimizer_name(config))
     # The rule is for causal language models and Adam.
     if isinstance(base, PretrainedConfig) and config.task.task_type == "CAUSAL_LM" and by_adam:
         text = base.get_text_config()
@@ -83,14 +84,20 @@ def explanation_of(config: DictConfig, plan: Plan, model: Any) -> tuple[str, ...
     adapter = model.active_peft_config
     if not isinstance(adapter, LoraConfig):
         return ()
-    optimizer = str(config.optimizer._target_).rpartition(".")[2]
-    lines = explain(plan, adapter, optimizer, float(config.trainer.get("max_grad_norm") or 0))
+    lines = explain(plan, adapter, _optimizer_name(config), float(config.trainer.get("max_grad_norm") or 0))
     with suppress(UserError):  # nothing is published for this config
         base = getattr(model, "config", None)
         auto = auto_rate(config, base if isinstance(base, PretrainedConfig) else None)
         chosen = "" if config.optimizer.lr == auto.lr else f", where this run has {config.optimizer.lr:g}"
         lines.append(f"optimizer.lr=auto is {auto.lr:g}{chosen} ({auto.source})")
-    return (*lines, *(f"Note: {note}" for note in _notes(config, plan, adapter)))
+    of_b = sorted({tensor.group.lr for tensor in plan.tensors if tensor.record.role == "lora_B"})
+    of_optimizer = optimizer_note(_optimizer_name(config), of_b, plan.largest_ratio)
+    notes = [*([of_optimizer] if of_optimizer else []), *_notes(config, plan, adapter)]
+    return (*lines, *(f"Note: {note}" for note in notes))
+
+
+def _optimizer_name(config: DictConfig) -> str:
+    return str(config.optimizer._target_).rpartition(".")[2]
 
 
 def _notes(config: DictConfig, plan: Plan, adapter: LoraConfig) -> list[str]:

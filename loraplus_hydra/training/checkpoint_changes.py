@@ -8,10 +8,11 @@ from typing import Any
 
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.checkpoint_state import GroupState, RunState, ScheduleState
+from loraplus_hydra.loraplus.schedule_free import RUNNING_VALUES
 from loraplus_hydra.loraplus.settings import LoraPlus
 
 # Entries of a torch parameter group that are not settings.
-_NOT_SETTINGS = ("params", "param_names", "name", "lr", "initial_lr")
+_NOT_SETTINGS = ("params", "param_names", "name", "lr", "initial_lr", *RUNNING_VALUES)
 
 
 def describe_training(settings: LoraPlus, groups: Mapping[str, Mapping[str, Any]], max_steps: int) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def test_named_model_runs_on_its_own_architecture(
 FITTING = {  # what an option goes with, where it doesn't go with everything
     "adapter=adalora": ["loraplus=roles", "adapter.deltaT=1"],
     "adapter=vera": ["loraplus=roles"],
+    "optimizer=schedulefree_adamw": ["scheduler=constant"],
     "loraplus=absolute": ["loraplus.lr_A=1e-4", "loraplus.lr_B=1e-3"],
 }
 NEEDS_MORE = ("adapter=existing",)  # a path: tests/models/test_adapter_existing.py
@@ -97,6 +98,8 @@ def choices() -> list[list[str]]:
 def test_option_runs_two_steps(
     chosen: list[str], checkpoints: Any, few_rows: dict[str, Path], compose: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
+    if chosen[0] == "optimizer=schedulefree_adamw":
+        pytest.importorskip("schedulefree")
     base = ["model=hub", f"model.path={checkpoints('llama')}", "data=jsonl", f"data.train={few_rows['causal']}"]
     config = compose(*base, "task.samples=0", *COMMON, *chosen, *FITTING.get(chosen[0], []))
     two_steps(config, tmp_path / "run")

@@ -85,13 +85,22 @@ VARIANTS = {
         *("trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2"),
     ),
     "nf4": ("quantization=nf4",),
+    "LoRA-FA, saved modules": ("optimizer=lora_fa", "+adapter.modules_to_save=[lm_head]"),
+    "Riemannian": ("optimizer=riemannian_adamw", "adapter.lora_dropout=0.1"),
+    "schedule-free": (
+        *("optimizer=schedulefree_adamw", "optimizer.warmup_steps=3", "scheduler=constant"),
+        *("trainer.eval_steps=3", "adapter.lora_dropout=0.1"),
+    ),
 }
+NEEDS = {"schedule-free": pytest.mark.extras}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [pytest.param(name, marks=NEEDS.get(name, ())) for name in VARIANTS])
 def test_stopped_run_goes_on_to_the_bits_of_the_unbroken_one(
     variant: str, stopped: Callable[..., None], compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
 ) -> None:
+    if variant in NEEDS:
+        pytest.importorskip("schedulefree")
     overrides = [*tiny_run, *SHORT, *VARIANTS[variant]]
     run(compose(*overrides), tmp_path / "unbroken")
     stopped(tmp_path / "broken", *overrides, at=5)

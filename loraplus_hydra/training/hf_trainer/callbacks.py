@@ -49,6 +49,9 @@ class MetricsCallback(TrainerCallback):
             self.before = StepNorms(kwargs["optimizer"], kwargs["model"])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for group in kwargs["optimizer"].param_groups:
+            if "scheduled_lr" in group:  # a schedule-free optimizer has its own warm-up
+                self.rates[group["name"]] = float(group["scheduled_lr"])
         if self.before is not None:
             self.norms, self.before = self.before.norms(), None
 

@@ -12,9 +12,11 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from loraplus_hydra.errors import UserError
+from loraplus_hydra.loraplus.factor_pairs import NEEDS_WHOLE, Pair, PairedOptimizer, factor_pairs
 from loraplus_hydra.loraplus.optimizer import build_optimizer
 from loraplus_hydra.loraplus.plan import Plan
-from loraplus_hydra.loraplus.schedule import build_schedule, highest_rate_step, named_schedule
+from loraplus_hydra.loraplus.schedule import build_schedule, falls, highest_rate_step, named_schedule
+from loraplus_hydra.loraplus.schedule_free import NOT_CONSTANT, ScheduleFree
 from loraplus_hydra.loraplus.settings import LoraPlus
 from loraplus_hydra.training.measure import Throughput
 
@@ -60,6 +62,7 @@ class LoraPlusMixin:
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the optimizer over the plan's groups."""
         if self.optimizer is None:
+            self._refuse_sharding()
             trained = self.model if model is None else model  # type: ignore[attr-defined]
             # Wrappers' prefixes are removed from both names, because a model's own layer may be called `module`.
             own = {_without_wrappers(record.name): record.name for record in self.loraplus_plan.records}
@@ -69,19 +72,29 @@ class LoraPlusMixin:
                 self.loraplus_plan.groups,
                 ((own.get(name, name), parameter) for name, parameter in bare),
                 dict(self.loraplus.optimizer_arguments),
+                pairs=self._pairs(),
             )
         return self.optimizer
+
+    def _pairs(self) -> list[Pair] | None:
+        return factor_pairs(self.model) if issubclass(self.loraplus.optimizer_class, PairedOptimizer) else None  # type: ignore[attr-defined]
+
+    def _refuse_sharding(self) -> None:
+        """Raise UserError for a class that needs whole tensors, if DeepSpeed or FSDP splits them."""
+        chosen = self.loraplus.optimizer_class
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # type: ignore[attr-defined]
+        if sharded and issubclass(chosen, (PairedOptimizer, ScheduleFree)):
+            raise UserError(f"{chosen.__name__} {NEEDS_WHOLE}")
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Build the schedule. It keeps the ratio between the groups' rates at every step."""
         if self.lr_scheduler is None:
             schedule, arguments = self._schedule(num_training_steps)
-            self.lr_scheduler = build_schedule(
-                schedule,
-                self.optimizer if optimizer is None else optimizer,
-                num_training_steps=num_training_steps,
-                kwargs=arguments,
-            )
+            given: Any = self.optimizer if optimizer is None else optimizer
+            schedule_free = issubclass(self.loraplus.optimizer_class, ScheduleFree)
+            if schedule_free and falls(schedule, given, num_training_steps=num_training_steps, kwargs=arguments):
+                raise UserError(NOT_CONSTANT)
+            self.lr_scheduler = build_schedule(schedule, given, num_training_steps=num_training_steps, kwargs=arguments)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 

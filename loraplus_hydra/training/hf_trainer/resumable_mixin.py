@@ -28,6 +28,7 @@ from loraplus_hydra.io.checkpoint_state import StreamState, run_state
 from loraplus_hydra.io.checkpoints import OPTIMIZER, sealed, step_of, unseal
 from loraplus_hydra.io.interrupts import Interrupted
 from loraplus_hydra.io.quiet_libraries import quiet_step_mismatch
+from loraplus_hydra.loraplus.schedule_free import RUNNING_VALUES, ScheduleFree
 from loraplus_hydra.loraplus.settings import LoraPlus
 from loraplus_hydra.models.adapter_files import save_base_config, save_factors
 from loraplus_hydra.training.checkpoint_changes import describe_training, differences
@@ -211,14 +212,22 @@ class ResumableMixin:
         if self.args.should_save and folder.exists():
             unseal(folder)
         self.args.distributed_state.wait_for_everyone()
+        self._use_averaged_weights()
         with _nothing_removed(self.args):
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
+    def _use_averaged_weights(self) -> None:
+        """Put a schedule-free optimizer's averaged weights into the model, until the next training step."""
+        # The Trainer does so for evaluations only. A run that is only restored at its last step has no optimizer.
+        if self.optimizer is not None and issubclass(self.loraplus.optimizer_class, ScheduleFree):
+            self.optimizer.eval()
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """Finish like the Trainer, but remove no checkpoint.
 
         Report a best evaluation whose step has no checkpoint.
         """
+        self._use_averaged_weights()
         with _nothing_removed(self.args):
             output = super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
@@ -306,4 +315,5 @@ def _nothing_removed(args: Any) -> Iterator[None]:
 
 
 def _copied(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
+    left_out = ("params", *RUNNING_VALUES)
+    return {key: copy.deepcopy(value) for key, value in group.items() if key not in left_out}
