@@ -19,6 +19,7 @@ from loraplus_hydra.models.base_model import meta_model, vocabulary_problems
 from loraplus_hydra.models.properties import adapter_labels, is_classifier
 from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.tasks.examples import Examples, load_examples
+from loraplus_hydra.training.forgetting import read_pieces
 from loraplus_hydra.training.hf_trainer.whole_head import head_problem
 from loraplus_hydra.training.prepare import add_meta_adapter, plan_groups, prepare_examples
 
@@ -37,6 +38,17 @@ def load_data(config: DictConfig) -> Examples:
         examples = prepare_examples(config, tokenizer, keep=True)
     refuse(problems)
     return examples
+
+
+def check_other_text(config: DictConfig) -> None:
+    """Check the rows of `forgetting`. Raises ConfigErrors."""
+    if config.forgetting is None:
+        return
+    sharded = next((key for key in ("fsdp", "deepspeed") if config.trainer.get(key)), None)
+    if sharded is not None:
+        what = f"trainer.{sharded} may split the base model, which is measured whole"
+        raise ConfigErrors([Problem("forgetting", what, "leave it out, and run: evaluate RUN forgetting=...")])
+    read_pieces(config.forgetting, config, load_tokenizer(config.model))
 
 
 def data_problems(config: DictConfig) -> list[Problem]:

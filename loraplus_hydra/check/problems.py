@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from loraplus_hydra.check import Checked
 from loraplus_hydra.check.classes import class_problems
-from loraplus_hydra.check.dry_run import data_problems, load_data, plan_without_weights
+from loraplus_hydra.check.dry_run import check_other_text, data_problems, load_data, plan_without_weights
 from loraplus_hydra.check.keys import NOT_SET, read_config, unknown_keys
 from loraplus_hydra.check.machine import machine_problems
 from loraplus_hydra.check.trial import trial_problems
@@ -53,6 +53,8 @@ def check_config(config: DictConfig, *, with_data: bool) -> Checked:
             of_data: list[Problem] = []
             examples = _collect(of_data, load_data, config)
             problems += of_data
+            if examples is not None:
+                _collect(problems, check_other_text, config)
             if any(problem.key == "model.path" for problem in of_data):
                 wrong.add("model")  # the model can't be found either
     elif with_data and not wrong & {"data", "task", "seed"}:

@@ -11,12 +11,15 @@ from omegaconf import DictConfig
 from loraplus_hydra.config.plain import plain_of
 
 ALLOW = "allow_changed_inputs"  # a key that doesn't change the training
+FORGETTING = "forgetting"
 
 
 def run_hash(config: DictConfig) -> str:
     """Return the `config_hash` of a run's config. It is the same for a new and a resumed run."""
     resolved = plain_of(config)
     resolved.pop(ALLOW, None)
+    if resolved.get(FORGETTING) is None:  # a run of a version without this key has the same hash
+        resolved.pop(FORGETTING, None)
     if isinstance(trainer := resolved.get("trainer"), dict):
         trainer.pop("resume_from_checkpoint", None)
     return config_hash(resolved)

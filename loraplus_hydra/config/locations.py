@@ -49,7 +49,7 @@ def model_location(path: str) -> str:
 
 
 # Keys whose value can be a local path. A run stores absolute paths, because it may be opened from another folder.
-PATH_KEYS = ("model.path", "model.tokenizer", "adapter.path", "data.train", "data.eval")
+PATH_KEYS = ("model.path", "model.tokenizer", "adapter.path", "data.train", "data.eval", "forgetting")
 
 
 def absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:

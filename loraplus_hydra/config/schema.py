@@ -166,6 +166,7 @@ class RunConfig:
     seed: int = field(default=0, metadata=range_(SEED))  # of initialisation, data order and dropout
     # true = resume, or accept a finished job, even if the rows, base weights or tokenizer have changed since
     allow_changed_inputs: bool = False
+    forgetting: Optional[str] = None  # rows whose loss is compared with the base model's, see training/forgetting.py
     model: ModelConfig = field(default_factory=ModelConfig)
     quantization: Dict[str, Any] = field(default_factory=dict)  # QuantizationConfig + the class's arguments
     adapter: Dict[str, Any] = field(default_factory=dict)  # AdapterConfig + the PEFT config's fields
@@ -265,6 +266,7 @@ class EvaluateConfig(OpenedRunConfig):
     data: Dict[str, Any] = field(default_factory=dict)  # overrides of the run's `data` keys, or another option
     trainer: Dict[str, Any] = field(default_factory=dict)  # overrides of the run's `trainer` keys
     out: Optional[str] = None  # a new JSON file for the metrics; null = only the screen
+    forgetting: Optional[str] = None  # rows whose loss is compared with the base model's
 
 
 @dataclass

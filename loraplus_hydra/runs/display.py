@@ -95,6 +95,9 @@ def show_result(folder: Path, result: Result) -> None:
         return
     if compared:
         show(compared)
+    if (change := result.metrics.get("forgetting")) is not None:
+        before, after = result.metrics["forgetting_loss_base"], result.metrics["forgetting_loss"]
+        show(f"forgetting: {change:+.4f}; the loss of other text is {before:.4f} in the base model, now {after:.4f}")
     show(f"Trained {result.trained_parameters:,} of {result.total_parameters:,} parameters in {result.seconds:.0f} s.")
     show(f"All files are in {folder}")
     for name, what in (

@@ -15,42 +15,49 @@ from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.fingerprints import refuse_changed
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.load_finished import base_of, load_run, load_run_tokenizer
+from loraplus_hydra.runs.predict import on_device
 from loraplus_hydra.tasks.examples import Examples, load_examples
+from loraplus_hydra.training.forgetting import OtherText, read_pieces
 from loraplus_hydra.training.hf_trainer.assemble import make_trainer
 from loraplus_hydra.training.prepare import bundle
 
 _KIND_OF_LABELS = ("num_labels", "id2label", "problem_type")
 
 
-def evaluate_on(run: FinishedRun, data: dict[Any, Any]) -> dict[str, float]:
+def evaluate_on(run: FinishedRun, data: dict[Any, Any], *, forgetting: str | None = None) -> dict[str, float]:
     """Return the metrics of the run's adapter on the rows of `data`.
 
-    `data` changes or replaces the `data` group of `run.config`. The new config is checked as a whole. Raises UserError.
+    `data` changes or replaces the `data` group of `run.config`. The new config is checked as a whole. `forgetting` is a
+    file with other rows, for the change of their loss against the base model. Raises UserError.
     """
     run.config.data = _data(run.config, data)
     try:
         refuse(stored_problems(run.config))
-        return evaluate(run, names_new_rows=bool(data))
+        return evaluate(run, names_new_rows=bool(data), forgetting=forgetting)
     except ConfigErrors as error:
         raise ConfigErrors(dict.fromkeys(_as_given(each, data, run.config) for each in error.problems)) from error
 
 
-def evaluate(run: FinishedRun, *, names_new_rows: bool = False) -> dict[str, float]:
+def evaluate(run: FinishedRun, *, names_new_rows: bool = False, forgetting: str | None = None) -> dict[str, float]:
     """Return the metrics of the run's adapter on the held-out rows of its config.
 
-    `names_new_rows` is True if the config sets other rows than the run had. Raises UserError.
+    `names_new_rows` is True if the config sets other rows than the run had. `forgetting` is a file with other rows.
+    Raises UserError.
     """
     tokenizer = load_run_tokenizer(run)
+    other = None if forgetting is None else OtherText(read_pieces(forgetting, run.config, tokenizer))
     examples = load_examples(_with_stored_head(run), tokenizer, base_of(run))
     if not (names_new_rows or run.allow_changed_inputs):
         refuse_changed(run.result.get("inputs") or {}, examples.fingerprints, names=["data.eval"])
     _same_labels(run, examples)
     interrupts.stop_if_asked()
-    model, tokenizer = load_run(run, trainable=True)  # the Trainer makes parameter groups from the trained tensors
+    # Trainable, because the Trainer makes parameter groups from the trained tensors
+    model, tokenizer = load_run(run, trainable=True, other=other)
+    change = {} if other is None else other.change(on_device(model, run), run.config)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(bundle(run.config, tokenizer, examples, model), Path(folder))
         metrics: dict[str, float] = trainer.evaluate()
-    return metrics
+    return metrics | change
 
 
 def _with_stored_head(run: FinishedRun) -> DictConfig:

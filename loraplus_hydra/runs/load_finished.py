@@ -21,10 +21,16 @@ from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.stored_config import KEY
 from loraplus_hydra.tasks.base import Base
+from loraplus_hydra.training.forgetting import OtherText
 
 
-def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load the run's model with its adapter and its tokenizer. Raises UserError."""
+def load_run(
+    run: FinishedRun, *, trainable: bool = False, other: OtherText | None = None
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load the run's model with its adapter and its tokenizer.
+
+    The base model's loss on `other` is measured before the adapter is added. Raises UserError.
+    """
     quiet_loading()
     stored = stored_adapter(str(run.adapter), key=KEY)
     tokenizer = load_run_tokenizer(run)
@@ -34,6 +40,8 @@ def load_run(run: FinishedRun, *, trainable: bool = False) -> tuple[PeftModel, P
     mark_new_layers(base, run.config)
     base.config.use_cache = True
     interrupts.stop_if_asked()
+    if other is not None:
+        other.measure_base(base, run.config)
     if changes_base(getattr(stored.config, "init_lora_weights", None)):
         model = _on_changed_base(base, run, tokenizer)
     else:

@@ -37,6 +37,7 @@ from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
 from loraplus_hydra.tasks.base import Base
 from loraplus_hydra.tasks.examples import Examples, load_examples
 from loraplus_hydra.tasks.template import set_template
+from loraplus_hydra.training.forgetting import OtherText, read_pieces
 
 _PLANNING_SECONDS = 60.0
 
@@ -52,6 +53,7 @@ class Prepared:
     settings: LoraPlus
     plan: Plan
     inputs: Mapping[str, str] = field(default_factory=dict)  # fingerprints of the inputs, see io/fingerprints.py
+    other: OtherText | None = None  # the rows of `forgetting`, with the base model's loss
 
 
 def prepare(config: DictConfig) -> Prepared:
@@ -65,11 +67,12 @@ def prepare(config: DictConfig) -> Prepared:
         screen.show(f"    Note: {note}")
     interrupts.stop_if_asked()
     screen.show("3/6 Loading the model and adding the adapter")
-    model = load_adapted_model(config, tokenizer, examples)
+    other = None if config.forgetting is None else OtherText(read_pieces(config.forgetting, config, tokenizer))
+    model = load_adapted_model(config, tokenizer, examples, other)
     interrupts.stop_if_asked()
     screen.show("4/6 Deciding which tensor gets which rate")
     inputs = inputs_of(config, tokenizer, examples.fingerprints)
-    return replace(bundle(config, tokenizer, examples, model), inputs=inputs)
+    return replace(bundle(config, tokenizer, examples, model), inputs=inputs, other=other)
 
 
 def inputs_of(config: DictConfig, tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, str]) -> dict[str, str]:
@@ -117,11 +120,15 @@ def bundle(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Exa
     return Prepared(config, tokenizer, examples, model, *plan_groups(config, model))
 
 
-def load_adapted_model(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> PeftModel:
-    """Load the base model with its weights and add the adapter."""
+def load_adapted_model(
+    config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples, other: OtherText | None = None
+) -> PeftModel:
+    """Load the base model with its weights, measure its loss on `other`, and add the adapter."""
     set_seed(config.seed)  # for the adapter's initialisation
     base = load_base(config, tokenizer, examples.model_arguments)
     mark_new_layers(base, config)
+    if other is not None:
+        other.measure_base(base, config)
     return add_adapter(
         base,
         config.adapter,

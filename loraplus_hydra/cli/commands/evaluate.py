@@ -32,7 +32,7 @@ def _print_metrics(config: DictConfig) -> dict[str, float]:
     from loraplus_hydra.runs.evaluate import evaluate_on
 
     with interrupts.notice("the current batch is finished, but no metrics are written"):
-        metrics = evaluate_on(run, data)
+        metrics = evaluate_on(run, data, forgetting=config.forgetting)
     when = "at the end of training" if run.step is None else f"in training at step {run.step}"
     for name, value in model_metrics(metrics).items():
         then = run.result["metrics"].get(name)

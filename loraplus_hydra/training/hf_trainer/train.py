@@ -54,6 +54,9 @@ def train(
         interrupts.stop_if_asked()
         result.metrics = evaluation_at(trainer.state, trainer.step_of_model) or trainer.evaluate()
         result.best = best_evaluation(trainer.state.log_history, task.metric, task.greater_is_better)
+        if job.other is not None:
+            result.metrics |= (change := job.other.change(trainer.model, job.config))
+            trainer.log(change)
         result.peak_memory_bytes = peak_memory_bytes(trainer.args.device)
         after = answers(trainer.model, trainer.processing_class, examples, task.sample_tokens)
     result.samples = [
