@@ -15,6 +15,7 @@ from benchmarks.claims_log import Grid, Setting
 from benchmarks.claims_tables import PLAIN, has_runs, ordered, picture_of
 from loraplus_hydra.report.figures import style
 from loraplus_hydra.report.formatting import short
+from loraplus_hydra.report.limits import padded, robust_limits
 
 _MARKERS = "osD^vP"  # in addition to colours, for readers with any colour vision
 _BEGINNING = 0.25  # share of the steps at which a curve is so steep that it would flatten the rest
@@ -62,7 +63,7 @@ def _draw_rates(axes: Any, grid: Grid) -> None:
         found = {lr: values for lr in grid.rates if (values := grid.values(lr, ratio)) and math.isfinite(sum(values))}
         every += [value for values in found.values() for value in values]
         _bar(axes, found, look)
-    axes.set_ylim(*style.padded(*style.robust_limits(every)[:2]))
+    axes.set_ylim(*padded(*robust_limits(every)[:2]))
     axes.set_xscale("log")
     style.log_ticks(axes.xaxis, grid.rates)
     axes.set_xlabel("rate of lora_A (log)")
@@ -90,6 +91,6 @@ def _draw_curves(axes: Any, grid: Grid) -> None:
         shown += [value for step, value in points if step >= _BEGINNING * points[-1][0]]
         if ratio == PLAIN:
             axes.axhline(points[-1][1], color=style.BASELINE, linestyle=":", zorder=1)
-    axes.set_ylim(*style.padded(min(shown), max(shown)))
+    axes.set_ylim(*padded(min(shown), max(shown)))
     axes.set_xlabel("step")
     axes.set_title("curves of the best rates")

@@ -274,6 +274,7 @@ class ReportConfig:
     """`report`. Registered as `report_schema`."""
 
     folder: str = MISSING  # the sweep's folder, which contains the jobs' folders
+    watch: bool = False  # true = write the page again while the sweep runs
 
 
 # The groups of a run's config.

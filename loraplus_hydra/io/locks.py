@@ -18,13 +18,13 @@ _held: set[int] = set()  # file descriptors of the folders that this process has
 
 @contextmanager
 def folder_lock(
-    folder: Path, *, use: str = "a run is active", key: str = "hydra.run.dir", patience: float = 0.0
+    folder: Path, *, use: str = "a run is active", key: str = "hydra.run.dir", patience: float = _TURN
 ) -> Iterator[bool]:
     """Lock `folder` against other processes. Raise UserError if another process has locked it.
 
-    The error contains `use` (the reason for the lock) and `key` (the config's key that sets `folder`). With `patience`,
-    wait that many seconds before the error. Yields False if nothing is locked: on a file system without locks, and in
-    all processes of a run except the first.
+    The error contains `use` (the reason for the lock) and `key` (the config's key that sets `folder`), and is raised
+    after `patience` seconds. The default outlasts a process that only asks `is_locked`. Yields False if nothing is
+    locked: on a file system without locks, and in all processes of a run except the first.
     """
     if not processes.is_main():
         yield False
@@ -62,6 +62,23 @@ def lock(handle: int, deadline: float = 0.0) -> bool:
             return False
         else:
             return True
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Return True if `folder` is locked, or None if this is unknown: on a file system without locks."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:  # it has been removed, or can't be read
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, and released at once
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+    return False
 
 
 def _is_still(handle: int, folder: Path) -> bool:

@@ -7,11 +7,12 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from loraplus_hydra.report.read_sweep import Job, Point
+from loraplus_hydra.report.limits import robust_limits
+from loraplus_hydra.report.read_job import Job, Point
 from loraplus_hydra.report.settings import Setting
 
 ONE_SEED, NOISE, UNCLEAR, CLEAR = "one seed", "noise", "unclear", "clear"
-NEAR = 0.01  # within 1% of the best
+_NEAR = 0.05  # share of the sweep's range within which settings with one seed are about as good
 _MOST_REACHED = 8  # maximum number of settings whose speed is compared with the baseline
 _DECIDES_RATIO = ("loraplus.ratio", "loraplus.lr_B", "loraplus")
 
@@ -43,6 +44,18 @@ class Reach:
 
 
 @dataclass(frozen=True)
+class Tolerance:
+    """Largest difference to the best mean at which a setting is about as good."""
+
+    size: float
+    by_seeds: bool  # True: the median standard deviation over seeds; False: 5% of the sweep's range
+
+    def holds(self, value: float, best: float) -> bool:
+        """Return True if `value` is about as good as the best."""
+        return abs(value - best) <= self.size
+
+
+@dataclass(frozen=True)
 class Outcome:
     """Comparison of a sweep's settings."""
 
@@ -55,7 +68,8 @@ class Outcome:
     # The contender compared with its own settings at ratio 1, unless these are the baseline
     against_twin: Difference | None
     passed_over: Setting | None  # a setting with a better mean than `best`, but with failed jobs
-    near: tuple[Setting, ...]  # other settings within 1% of the best
+    tolerance: Tolerance
+    near: tuple[Setting, ...]  # other settings that are about as good as the best
     target: float | None  # the last value of the baseline's mean curve
     reached: tuple[Reach, ...]  # first for the baseline, then for the best settings
 
@@ -75,6 +89,7 @@ def compare(settings: Sequence[Setting], *, greater_is_better: bool) -> Outcome:
     pair = [one for one in sound if one is baseline or one is contender]  # the better setting comes first
     twin = next((one for one in sound if one.ratio == 1 and contender and _alike(one, contender)), None)
     target, reached = speed(baseline, sound, sign) if baseline else (None, ())
+    tolerance = tolerance_of(ranked)
     return Outcome(
         ranked=tuple(ranked),
         best=best,
@@ -84,15 +99,24 @@ def compare(settings: Sequence[Setting], *, greater_is_better: bool) -> Outcome:
         against_baseline=difference(pair[0], pair[1], sign) if len(pair) == 2 else None,
         against_twin=difference(contender, twin, sign) if contender and twin and twin is not baseline else None,
         passed_over=ranked[0] if ranked and ranked[0] is not best else None,
-        near=tuple(one for one in ranked if best and one is not best and is_near(_mean(one), _mean(best))),
+        tolerance=tolerance,
+        near=tuple(one for one in ranked if best and one is not best and tolerance.holds(_mean(one), _mean(best))),
         target=target,
         reached=reached,
     )
 
 
-def is_near(value: float, best: float) -> bool:
-    """Return True if `value` is within 1% of the best."""
-    return abs(value - best) <= NEAR * abs(best)
+def tolerance_of(settings: Sequence[Setting]) -> Tolerance:
+    """Return the difference that is too small to tell settings with a mean apart.
+
+    It is the noise between seeds, if it is known. A share of the metric itself would be all of the sweep's range, if
+    the range is small. Values far outside don't count for the range.
+    """
+    spreads = [one.spread for one in settings if one.spread is not None]
+    if spreads:
+        return Tolerance(statistics.median(spreads), by_seeds=True)
+    low, high, _ = robust_limits([_mean(one) for one in settings])
+    return Tolerance(_NEAR * (high - low), by_seeds=False)
 
 
 def difference(better: Setting, worse: Setting, sign: int) -> Difference:

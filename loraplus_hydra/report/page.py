@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,7 +20,7 @@ from loraplus_hydra.report import summary
 from loraplus_hydra.report.compare import Reach
 from loraplus_hydra.report.figures.style import Picture
 from loraplus_hydra.report.formatting import ABSENT, count, measured, short, with_spread
-from loraplus_hydra.report.read_sweep import Job
+from loraplus_hydra.report.read_job import Job
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import value_of
 from loraplus_hydra.report.values import number
@@ -33,7 +35,7 @@ _ENVIRONMENT = Environment(
     lstrip_blocks=True,
 )
 _LONGEST_LINE = 120  # maximum number of characters of a reason before it is folded
-_LONGEST_REASON = 4000
+_LONGEST_REASON = 8000
 _FACTS = (
     ("model", "model.path"),
     ("adapter", "adapter._target_", "adapter.r", "adapter.lora_alpha"),
@@ -44,28 +46,35 @@ _FACTS = (
 _DATA = ("data.name", "data.path", "data.train", "data._target_")  # the first of these keys that is set is shown
 
 
-def page(results: SweepResults, figures: Sequence[Picture]) -> str:
+def page(results: SweepResults, figures: Sequence[Picture], *, live: bool = False) -> str:
     """Return the page as HTML.
 
-    The page's Content-Security-Policy allows no requests and only its own script, so texts of jobs can't run scripts.
+    The page's Content-Security-Policy allows no requests and only its own scripts, so texts of jobs can't run scripts.
+    A `live` page loads itself again every few seconds, and links to no other file of the report.
     """
-    script = (_TEMPLATES / "table.js.jinja").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    names = ("table.js.jinja", *(("live.js.jinja",) if live else ()))
+    scripts = [(_TEMPLATES / name).read_text(encoding="utf-8") for name in names]
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    sources = " ".join(f"'sha256-{digest}'" for digest in digests)
     return _ENVIRONMENT.get_template("page.html.jinja").render(
         **_texts(results),
         results=results,
         outcome=results.outcome,
         style=Markup((_TEMPLATES / "style.css.jinja").read_text(encoding="utf-8")),
-        script=Markup(script),
-        policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'",
+        scripts=[Markup(script) for script in scripts],
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {sources}",
+        written=f"{datetime.now():%H:%M:%S}" if live else "",
         figures=figures,
         reached=[_reach_row(results, reach) for reach in results.outcome.reached],
         columns=_columns(results),
         rows=[_row(results, job) for job in results.jobs_best_first],
         statuses=sorted({job.status for job in results.sweep.jobs}),
-        unsuccessful=results.sweep.unsuccessful,
+        in_progress=results.sweep.in_progress,
+        left=_left(results),
+        troubles=_troubles(results),
+        rule=summary.rule_of(results.outcome.tolerance),
+        link=_link,
         count=count,
-        first_line=_first_line,
     )
 
 
@@ -73,12 +82,9 @@ def _texts(results: SweepResults) -> dict[str, Any]:
     jobs = results.sweep.jobs
     varied = ", ".join(results.names[key] for key in results.keys)
     beyond, extending = summary.extension(results)
-    overview = f"{count(len(jobs), 'job')}, {sum(job.has_result for job in jobs)} with a result"
-    if results.sweep.pruned:
-        overview += f", {len(results.sweep.pruned)} left the search early"
     return {
         "title": results.sweep.name,
-        "overview": overview + (f"; varied: {varied}." if varied else "."),
+        "overview": summary.overview(results.sweep) + (f"; varied: {varied}." if varied else "."),
         "headline": summary.headline(results),
         "details": summary.details(results),
         "speed": summary.speed_sentence(results),
@@ -184,18 +190,44 @@ def _row(results: SweepResults, job: Job) -> dict[str, Any]:
         *(((ABSENT if job.left_at is None else f"{job.left_at:,}", job.left_at),) if results.sweep.pruned else ()),
         (ABSENT if job.seconds is None else f"{job.seconds:,.1f}", job.seconds),
     ]
-    reason = job.reason[:_LONGEST_REASON]
+    reason = job.progress if job in results.sweep.in_progress else _reason(job)
     return {
         "status": job.status,
-        "link": f"./{quote(job.folder, safe='')}/",
+        "link": _link(job),
         "role": "best" if job is results.outcome.best_job else "",
         "cells": [{"text": text, "sort": "" if value is None else value} for text, value in cells],
         "reason": reason,
         "first_line": _first_line(reason),
-        "folds": len(reason) > _LONGEST_LINE or "\n" in reason.strip(),
+        "folds": len(reason) > _LONGEST_LINE or "\n" in reason,
     }
 
 
+def _left(results: SweepResults) -> list[tuple[int, list[Job]]]:
+    """Return the steps at which jobs left a search, with these jobs. The first step comes first."""
+    by_step: dict[int, list[Job]] = {}
+    for job in sorted(results.sweep.pruned, key=lambda job: job.left_at or 0):
+        by_step.setdefault(job.left_at or 0, []).append(job)
+    return list(by_step.items())
+
+
+def _troubles(results: SweepResults) -> list[tuple[str, str, list[Job]]]:
+    """Return (status, reason, jobs) for each reason why jobs have no result."""
+    by_reason: dict[tuple[str, str], list[Job]] = {}
+    for job in results.sweep.unsuccessful:
+        by_reason.setdefault((job.status, _reason(job)), []).append(job)
+    return [(status, reason, jobs) for (status, reason), jobs in by_reason.items()]
+
+
+def _link(job: Job) -> str:
+    return f"./{quote(os.fsencode(job.folder), safe='')}/"
+
+
+def _reason(job: Job) -> str:
+    text = job.reason.strip()
+    cut = len(text) - _LONGEST_REASON
+    return text if cut <= 0 else f"{text[:_LONGEST_REASON]} … ({cut:,} characters more in the job's files)"
+
+
 def _first_line(reason: str) -> str:
-    line = (reason.strip().splitlines() or [""])[0]
+    line = (reason.splitlines() or [""])[0]
     return line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + " …"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from loraplus_hydra.report import formatting
 from loraplus_hydra.report.compare import Outcome, compare
-from loraplus_hydra.report.read_sweep import Job, Sweep, read_sweep
+from loraplus_hydra.report.read_job import Job
+from loraplus_hydra.report.read_sweep import Sweep, read_sweep
 from loraplus_hydra.report.settings import SEED, Setting, settings_of, varied_keys
 
 
@@ -48,10 +49,11 @@ class SweepResults:
 
     @property
     def jobs_best_first(self) -> list[Job]:
-        """The jobs. The best comes first. Jobs that left a search and jobs without a result come last."""
+        """The jobs: the best first, then those in progress, pruned ones, and those without a result."""
         successful = [job for job in self.sweep.jobs if job.has_result]
         successful.sort(key=lambda job: job.value or 0.0, reverse=self.sweep.greater_is_better)
-        return [*successful, *self.sweep.pruned, *self.sweep.unsuccessful]
+        sweep = self.sweep
+        return [*successful, *sweep.in_progress, *sweep.pruned, *sweep.unsuccessful]
 
     def label(self, setting: Setting) -> str:
         """Return a setting's values as text: `ratio 16, lr 5e-5`."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from loraplus_hydra.io import checkpoints
 from loraplus_hydra.io.result import FAILED
-from loraplus_hydra.report.read_sweep import Job, Rates, Sweep
+from loraplus_hydra.report.read_job import Job, Rates
+from loraplus_hydra.report.read_sweep import Sweep
 from loraplus_hydra.report.values import number
 
 SEED = "seed"

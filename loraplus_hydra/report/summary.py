@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 
-from loraplus_hydra.report.compare import CLEAR, NOISE, ONE_SEED, UNCLEAR, Difference, Reach
+from loraplus_hydra.io.result import FAILED, INTERRUPTED, OK, PRUNED, WAITING
+from loraplus_hydra.report.compare import CLEAR, NOISE, ONE_SEED, UNCLEAR, Difference, Outcome, Reach, Tolerance
 from loraplus_hydra.report.edges import edges, extending_command
 from loraplus_hydra.report.formatting import count, measured, short, with_spread
+from loraplus_hydra.report.read_job import BROKEN, RUNNING, UNFINISHED
+from loraplus_hydra.report.read_sweep import Sweep
 from loraplus_hydra.report.results import SweepResults
 
 _OF_A_SEARCH = ("hparams_search=halving", "halving=true", "hparams_search=tune", "tune.")  # a single run refuses them
+_STATES = {
+    RUNNING: "running",
+    WAITING: "waiting at a rung",
+    PRUNED: "left the search",
+    INTERRUPTED: "stopped",
+    FAILED: "failed",
+    UNFINISHED: "unfinished",
+    BROKEN: "unreadable",
+    OK: "without the metric",
+}
 _MANY = 6  # from this number of settings on, the lead of the best is partly due to lucky seeds
+
+
+def overview(sweep: Sweep) -> str:
+    """Return the number of jobs in each state: `9 jobs: 5 with a result, 1 running, 3 failed`."""
+    numbers = Counter(job.status for job in sweep.jobs if not job.has_result)
+    states = [f"{sum(job.has_result for job in sweep.jobs)} with a result"]
+    states += [f"{numbers[status]} {word}" for status, word in _STATES.items() if numbers[status]]
+    states += [f"{sweep.not_begun} not begun"] if sweep.not_begun else []
+    return f"{count(len(sweep.jobs) + sweep.not_begun, 'job')}: {', '.join(states)}"
 
 
 def headline(results: SweepResults) -> str:
@@ -40,15 +63,26 @@ def details(results: SweepResults) -> list[str]:
             f"{results.label(outcome.passed_over)} has a better mean ({measured(outcome.passed_over.mean)}) but "
             f"{count(outcome.passed_over.failed, 'failed job')}, so it isn't chosen as the best."
         )
-    if outcome.near:
-        settings = count(len(outcome.near), "other setting")
-        sentences.append(f"{settings} {'is' if len(outcome.near) == 1 else 'are'} within 1% of the best.")
+    if len(outcome.ranked) > 1:
+        sentences.append(_near(outcome))
     if len(outcome.ranked) >= _MANY and len(outcome.best.measured) > 1:
         sentences.append(
             f"The best of {len(outcome.ranked)} settings was chosen and measured with the same seeds, so its lead is "
             "overestimated. To be sure, run the two best settings again with new seeds."
         )
     return sentences
+
+
+def rule_of(tolerance: Tolerance) -> str:
+    """Return the rule by which a setting is about as good as the best."""
+    what = "the median standard deviation over seeds" if tolerance.by_seeds else "5% of the sweep's range"
+    return f"within {tolerance.size:.2g}, {what}"
+
+
+def _near(outcome: Outcome) -> str:
+    number = len(outcome.near)
+    settings = f"{count(number, 'other setting')} {'is' if number == 1 else 'are'}" if number else "No other setting is"
+    return f"{settings} about as good as the best ({rule_of(outcome.tolerance)})."
 
 
 def verdict(gap: Difference) -> str:

@@ -10,14 +10,14 @@ from loraplus_hydra.io import screen
 from loraplus_hydra.io.text import visible
 from loraplus_hydra.report import summary
 from loraplus_hydra.report.formatting import ABSENT, count, short, with_spread
-from loraplus_hydra.report.read_sweep import Job
+from loraplus_hydra.report.read_job import Job
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import value_of
 from loraplus_hydra.report.write import PAGE
 
 _MOST_KEYS = 6  # maximum number of columns; the page has all columns
 _MOST_SETTINGS = 25
-_MOST_CHARACTERS = 160  # maximum number of characters of a reason
+_MOST_CHARACTERS = 2000  # maximum number of characters of a reason
 
 
 def show(results: SweepResults) -> None:
@@ -29,6 +29,10 @@ def show(results: SweepResults) -> None:
         console.print(_settings(results))
         if (left := len(results.outcome.ranked) - _MOST_SETTINGS) > 0:
             console.print(f"... and {count(left, 'setting')} more in {PAGE}", markup=False)
+    if results.sweep.in_progress:
+        console.print("In progress")
+        jobs = results.sweep.in_progress
+        console.print(screen.table(("job", "status", "at"), [(job.folder, job.status, job.progress) for job in jobs]))
     if results.sweep.pruned:
         console.print("Left the search")
         console.print(_pruned(results))
@@ -71,7 +75,7 @@ def _pruned(results: SweepResults) -> Table:
 def _without_result(jobs: Iterable[Job]) -> Table:
     cells = []
     for job in jobs:
-        reason = " ".join(job.reason.split())
+        reason = job.reason.strip()
         if len(reason) > _MOST_CHARACTERS:
             reason = reason[:_MOST_CHARACTERS] + " ..."
         cells.append((job.folder, job.status, reason or ABSENT))

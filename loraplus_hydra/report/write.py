@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,31 +33,51 @@ def write_report(folder: Path) -> SweepResults:
     Each file is written atomically. Figures of an earlier report that no longer suit the sweep are removed. Returns the
     results in the report. Raises UserError if there is no job.
     """
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; give a sweep's folder, for example: report outputs/sweeps/NAME")
-    results = results_of(folder)
+    results = read_results(folder)
     if not results.sweep.jobs:
         raise UserError(
             f"{folder} has no job: none of its sub-folders has a result.json, config.yaml, metrics.jsonl or .hydra; "
             "give a sweep's folder, not a run's"
         )
-    with folder_lock(folder, use="another report is being written", key="folder", patience=_PATIENCE):
-        # Written first, because an error in a figure must not lose the numbers
+    with _lock(folder):  # before the figures, because an error in a figure must not lose the numbers
         write_text(folder / CSV, csv_text(results))
-        write_text(folder / PAGE, page(results, _write_figures(folder, results)))
+    drawn = list(_draw(results))  # without the lock, because it takes seconds
+    with _lock(folder):
+        for picture in drawn:
+            write_bytes(folder / f"{picture.name}.png", picture.png)
+        for name in set(figures.NAMES) - {picture.name for picture in drawn}:
+            remove(folder / f"{name}.png")
+        write_text(folder / PAGE, page(results, drawn))
     return results
 
 
-def _write_figures(folder: Path, results: SweepResults) -> list[style.Picture]:
-    drawn = []
+def read_results(folder: Path) -> SweepResults:
+    """Read and compare the sweep in `folder`. Raises UserError if there is no such folder."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; give a sweep's folder, for example: report outputs/sweeps/NAME")
+    return results_of(folder)
+
+
+def write_live_page(folder: Path, results: SweepResults) -> None:
+    """Write report.html alone, as a page that browsers load again.
+
+    It takes no lock, so a sweep that ends meanwhile does not wait with its own report.
+    """
+    write_text(folder / PAGE, page(results, list(_draw(results, png=False)), live=True))
+
+
+def _lock(folder: Path) -> AbstractContextManager[bool]:
+    return folder_lock(folder, use="another report is being written", key="folder", patience=_PATIENCE)
+
+
+def _draw(results: SweepResults, *, png: bool = True) -> Iterator[style.Picture]:
+    """Yield each figure as SVG, and as PNG if asked."""
     with matplotlib.rc_context(style.SETTINGS):
-        for picture in figures.draw_all(results):
+        for wide, narrow in zip(figures.draw_all(results), figures.draw_all(results, narrow=True), strict=True):
             interrupts.stop_if_asked()
-            write_bytes(folder / f"{picture.name}.png", style.png(picture.figure))
-            drawn.append(replace(picture, svg=style.svg(picture.figure, picture.title)))
-    for name in set(figures.NAMES) - {figure.name for figure in drawn}:
-        remove(folder / f"{name}.png")
-    return drawn
+            narrow_svg, svg = style.svg(narrow.figure, wide.title, "narrow"), style.svg(wide.figure, wide.title, "wide")
+            wide.figure.set_layout_engine("none")  # the layout takes half of the time, and is the same for the PNG
+            yield replace(wide, svg=svg, narrow_svg=narrow_svg, png=style.png(wide.figure) if png else b"")
 
 
 def csv_text(results: SweepResults) -> str:

@@ -9,14 +9,14 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
+from loraplus_hydra.io import job_status
 from loraplus_hydra.io.files import remove
+from loraplus_hydra.io.job_status import DONE, FAILED, INTERRUPTED, PRUNED, RUNNING, SKIPPED, WAITING, JobStatus
 from loraplus_hydra.io.read import Unreadable
 from loraplus_hydra.io.run_folder import SWEEP
 from loraplus_hydra.io.text import visible
 from loraplus_hydra.report import terminal, write
 from loraplus_hydra.report.formatting import count
-from loraplus_hydra.sweep import job_status
-from loraplus_hydra.sweep.job_status import DONE, FAILED, INTERRUPTED, PRUNED, RUNNING, SKIPPED, WAITING, JobStatus
 from loraplus_hydra.sweep.plan import Sweep, write_left
 
 _WORDS = {

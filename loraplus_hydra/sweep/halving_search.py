@@ -15,15 +15,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from loraplus_hydra.errors import Problem, UserError, first_of, refuse
-from loraplus_hydra.io import screen
+from loraplus_hydra.io import job_status, screen
 from loraplus_hydra.io.files import write_text
+from loraplus_hydra.io.job_status import JobStatus
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.result import FAILED, OK, PRUNED, read_result
 from loraplus_hydra.io.run_folder import HALVING
 from loraplus_hydra.io.rungs import Rung, read_rungs
-from loraplus_hydra.sweep import halving, job_status
+from loraplus_hydra.sweep import halving
 from loraplus_hydra.sweep.halving import Standing, Stop
-from loraplus_hydra.sweep.job_status import JobStatus
 from loraplus_hydra.sweep.plan import GRID, Sweep, grid_of, swept_overrides
 
 SWEEPER = "hydra_plugins.loraplus_halving.HalvingSweeper"

@@ -19,13 +19,12 @@ from omegaconf import DictConfig, open_dict
 from loraplus_hydra.config.identity import ALLOW
 from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.io import checkpoints, interrupts, run_folder, screen
+from loraplus_hydra.io import checkpoints, interrupts, job_status, run_folder, screen
 from loraplus_hydra.io.checkpoints import ResumePoint
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.quiet_libraries import quiet_libraries
 from loraplus_hydra.io.result import WAITING, Result, read_result
 from loraplus_hydra.io.rungs import read_rungs
-from loraplus_hydra.sweep import job_status
 from loraplus_hydra.sweep.folders import State, clear, folder_state, hash_of
 from loraplus_hydra.sweep.gpus import claim_gpu
 from loraplus_hydra.sweep.isolation import isolated, release_frames

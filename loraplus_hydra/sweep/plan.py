@@ -22,12 +22,11 @@ from loraplus_hydra.config.locations import expanded
 from loraplus_hydra.config.plain import plain_of
 from loraplus_hydra.config.schema import NOT_OF_A_RUN
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.io import interrupts
+from loraplus_hydra.io import interrupts, job_status
 from loraplus_hydra.io.files import refuse_unwritable, write_text
 from loraplus_hydra.io.folders import make_folder, refuse_links
 from loraplus_hydra.io.read import read_json, read_or
 from loraplus_hydra.io.run_folder import SWEEP
-from loraplus_hydra.sweep import job_status
 from loraplus_hydra.sweep.names import sweep_name
 
 GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -74,9 +73,10 @@ def begin(config: DictConfig, words: list[str], keys: tuple[str, ...] | None = N
             f"sweep.start={quoted(start.name)}",  # quoted, because 12e456789012 would be a number
         ]
     )
-    _write_sweep_file(folder, keys, words)
+    jobs = () if is_search else grid_of(config, swept)
+    _write_sweep_file(folder, keys, words, len(jobs))
     interrupts.raise_at_once(config.hydra.launcher._target_ != _IN_THIS_PROCESS)
-    return Sweep(folder, keys, start, is_new, () if is_search else grid_of(config, swept))
+    return Sweep(folder, keys, start, is_new, jobs)
 
 
 def write_left(sweep: Sweep, left: Iterable[Sequence[str]]) -> None:
@@ -147,13 +147,14 @@ def _checked_name(name: str | None) -> str | None:
     return name
 
 
-def _write_sweep_file(folder: Path, keys: tuple[str, ...], words: list[str]) -> None:
+def _write_sweep_file(folder: Path, keys: tuple[str, ...], words: list[str], jobs: int) -> None:
     # Other commands may have run jobs in the folder
     earlier = [key for key in _swept_before(folder) if key not in keys]
     content = {
         "name": folder.name,
         "command": shlex.join(["python", "-m", "loraplus_hydra", *words]),
         "swept": [*keys, *earlier],
+        **({"jobs": jobs} if jobs else {}),  # a search chooses its jobs later
     }
     write_text(folder / SWEEP, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.checkpoints import MANIFEST
-from loraplus_hydra.io.locks import folder_lock
+from loraplus_hydra.io.locks import folder_lock, is_locked
 from tests.support.processes import command_line, start
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +94,7 @@ def test_file_system_without_locks_locks_nothing(tmp_path: Path, monkeypatch: py
     with folder_lock(tmp_path) as locked:
         assert not locked
         assert not held(tmp_path)
+        assert is_locked(tmp_path) is None
 
 
 def test_only_the_first_process_of_a_run_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,3 +122,18 @@ def test_run_with_workers_is_unlocked_right_after_its_kill(tiny_run: list[str], 
     for worker in workers:
         with suppress(ProcessLookupError):  # it may have noticed that its parent has ended
             os.kill(int(worker), signal.SIGKILL)
+
+
+def test_asking_for_a_lock_hinders_nobody(tmp_path: Path) -> None:
+    assert is_locked(tmp_path) is False
+    with folder_lock(tmp_path):
+        assert is_locked(tmp_path) is True
+    assert is_locked(tmp_path / "gone") is False
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert is_locked(tmp_path / "link") is False
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)  # as another process that asks
+    assert is_locked(tmp_path) is False
+    threading.Timer(0.02, os.close, (handle,)).start()
+    with folder_lock(tmp_path) as locked:
+        assert locked

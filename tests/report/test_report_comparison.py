@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loraplus_hydra.report import summary
 from loraplus_hydra.report.compare import CLEAR, NOISE, ONE_SEED, UNCLEAR, first_reaching, welch
-from loraplus_hydra.report.read_sweep import Point
+from loraplus_hydra.report.read_job import Point
 from loraplus_hydra.report.results import results_of
 from tests.support.finished_sweeps import ratio_sweep, write_job
 
@@ -76,6 +76,29 @@ def test_higher_is_better_where_the_task_says_so(tmp_path: Path) -> None:
     assert [one.values["loraplus.ratio"] for one in results.outcome.ranked] == [4, 16, 1]
     assert results.outcome.against_baseline is not None
     assert results.outcome.against_baseline.gain == pytest.approx(0.06)
+
+
+def test_about_as_good_as_the_best_is_within_the_seeds_noise(tmp_path: Path) -> None:
+    values = {(1, 1): 3.700, (1, 2): 3.720, (4, 1): 3.600, (4, 2): 3.610, (8, 1): 3.606, (8, 2): 3.616}
+    values |= {(64, 1): 3.5, (64, 2): 3.9}  # an unstable setting must not decide what noise is
+    results = ratio_sweep(tmp_path, values)
+    noise = statistics.median(statistics.stdev(pair) for pair in ((3.7, 3.72), (3.6, 3.61), (3.606, 3.616), (3.5, 3.9)))
+    assert results.outcome.tolerance.size == pytest.approx(noise)
+    assert [one.values["loraplus.ratio"] for one in results.outcome.near] == [8]
+    rule = f"(within {noise:.2g}, the median standard deviation over seeds)"
+    assert f"1 other setting is about as good as the best {rule}." in summary.details(results)
+
+
+def test_about_as_good_as_the_best_is_5_percent_of_the_range_with_one_seed(tmp_path: Path) -> None:
+    # All are within 1% of the best, which says nothing: the sweep's range is 0.03
+    results = ratio_sweep(tmp_path / "a", {(1, 0): 3.63, (4, 0): 3.60, (8, 0): 3.601, (16, 0): 3.602})
+    assert results.outcome.tolerance.size == pytest.approx(0.0015)
+    assert [one.values["loraplus.ratio"] for one in results.outcome.near] == [8]
+    assert "within 0.0015, 5% of the sweep's range" in " ".join(summary.details(results))
+    diverged = {(ratio, 0): 3.60 + 0.01 * ratio for ratio in range(1, 11)} | {(64, 0): 4e7}
+    results = ratio_sweep(tmp_path / "b", diverged)
+    assert results.outcome.tolerance.size == pytest.approx(0.05 * 0.09)
+    assert "No other setting is about as good as the best" in " ".join(summary.details(results))
 
 
 def test_plain_lora_is_named_when_it_is_best(tmp_path: Path) -> None:

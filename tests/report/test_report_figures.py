@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplus_hydra.report.figures.style import robust_limits
+from loraplus_hydra.report.limits import robust_limits
 from loraplus_hydra.report.results import results_of
 from loraplus_hydra.report.write import write_report
 from tests.support.finished_sweeps import ratio_sweep, write_job

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplus_hydra.report.read_sweep import read_job, read_sweep
+from loraplus_hydra.report.read_job import read_job
+from loraplus_hydra.report.read_sweep import read_sweep
 from loraplus_hydra.report.results import results_of
 from loraplus_hydra.report.write import csv_text, write_report
 from tests.support.finished_sweeps import ratio_sweep, write_job, write_sweep
@@ -133,7 +134,8 @@ def test_two_hundred_jobs_some_of_them_broken(tmp_path: Path) -> None:
     assert all(job.reason for job in report.sweep.unsuccessful)
     assert report.sweep.not_jobs == ("empty",)
     page = (tmp_path / "report.html").read_text()
-    assert all(f"<b>{name}</b>" in page for name in set(BROKEN) - WITH_A_RESULT)
+    trouble = page[page.index('<section class="trouble"') :].partition("</section>")[0]
+    assert all(f">{name}</a>" in trouble for name in set(BROKEN) - WITH_A_RESULT)
     rows = csv_rows(tmp_path)
     assert len(rows) == 200
     assert {row["folder"] for row in rows if row["status"] == "broken"} >= {"truncated", "list", "junk", "deep"}

@@ -81,6 +81,7 @@ def test_failed_jobs_harm_no_other_and_run_again_alone(
         "name": folder.name,
         "command": shlex.join(["python", "-m", "loraplus_hydra", *sweep]),
         "swept": ["loraplus.ratio"],
+        "jobs": 3,
     }
     (done,) = folder.glob("ratio-4_*")
     before = files(done)
@@ -107,7 +108,7 @@ def test_start_whose_name_looks_like_a_number_knows_its_jobs(
 ) -> None:
     import uuid
 
-    monkeypatch.setattr("loraplus_hydra.sweep.job_status.uuid.uuid4", lambda: uuid.UUID(hex="12e456789012" + "0" * 20))
+    monkeypatch.setattr("loraplus_hydra.io.job_status.uuid.uuid4", lambda: uuid.UUID(hex="12e456789012" + "0" * 20))
     assert "2 jobs: 2 done" in cli(*tiny_sweep, "loraplus.ratio=1,2").out
 
 

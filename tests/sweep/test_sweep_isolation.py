@@ -155,7 +155,7 @@ def test_failed_job_is_freed_before_the_next_begins(
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_jobs(cli: Cli, tiny_sweep: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from loraplus_hydra.sweep import job_status
+    from loraplus_hydra.io import job_status
 
     resident: list[int] = []
     write = job_status.write

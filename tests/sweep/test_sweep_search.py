@@ -104,7 +104,7 @@ def in_turn(**_: Any) -> Any:
 def test_search_for_a_metric_that_should_grow_maximises(compose: Callable[..., Any], tmp_path: Path) -> None:
     from omegaconf import OmegaConf
 
-    from loraplus_hydra.sweep import job_status
+    from loraplus_hydra.io import job_status
     from loraplus_hydra.sweep.plan import Sweep
     from loraplus_hydra.sweep.search import _SWEEPER, continue_study
 
@@ -120,7 +120,7 @@ def test_search_for_a_metric_that_should_grow_maximises(compose: Callable[..., A
 def test_second_process_leaves_a_search_under_way_alone(
     cli: Cli, tiny_search: list[str], tmp_path: Path, without_report: None
 ) -> None:
-    from loraplus_hydra.sweep import job_status
+    from loraplus_hydra.io import job_status
 
     folder = tmp_path / "search"
     folder.mkdir()

@@ -15,17 +15,22 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     if OmegaConf.is_missing(config, "folder"):
         raise ConfigErrors([Problem("folder", "no sweep's folder is given", "write the folder after the command")])
     from loraplus_hydra.report.terminal import show
+    from loraplus_hydra.report.watch import watch
     from loraplus_hydra.report.write import write_report
 
-    with interrupts.notice("the report stops after the current figure and is incomplete"):
-        show(write_report(expanded(config.folder)))
+    folder = expanded(config.folder)
+    if config.watch:
+        show(watch(folder))
+        return
+    with interrupts.notice("the report stops after the current figure, and only results.csv is new"):
+        show(write_report(folder))
 
 
 COMMAND = Command(
     "report",
     "write a sweep's table, page and figures again",
     main,
-    usage="DIR",
+    usage="DIR [watch=true]",
     config="report",
     positional="folder",
 )

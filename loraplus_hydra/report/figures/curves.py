@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from loraplus_hydra.report.compare import mean_curve
 from loraplus_hydra.report.figures import style
 from loraplus_hydra.report.figures.style import BASELINE, BEST, MUTED, OTHERS
-from loraplus_hydra.report.read_sweep import Job, Point
+from loraplus_hydra.report.limits import padded, robust_limits
+from loraplus_hydra.report.read_job import Job, Point
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import Setting
 
 _MOST_POINTS = 400  # maximum number of points of a line; more are not visible and make the page larger
-_WIDTH = 52  # characters per line of the legend
+_WIDTH, _NARROW_WIDTH = 52, 36  # characters per line of the legend
 
 Curves = Sequence[tuple[Job, Sequence[Point]]]
 Compared = Sequence[tuple[Setting, str, str]]  # setting, colour, label
 
 
-def draw(results: SweepResults) -> style.Picture | None:
+def draw(results: SweepResults, *, narrow: bool = False) -> style.Picture | None:
     """Draw a panel for the metric and one for the training loss, if logged."""
     jobs = results.sweep.jobs
     kinds: tuple[tuple[str, Curves], ...] = (
@@ -29,17 +30,20 @@ def draw(results: SweepResults) -> style.Picture | None:
     panels = [(name, curves) for name, curves in kinds if any(len(curve) > 1 for _, curve in curves)]
     if not panels:
         return None
-    compared = _compared(results)
-    lines = max((label.count("\n") + 1 for _, _, label in compared), default=1)
-    figure = style.new_figure(10.4, 4.14 + 0.16 * lines)
+    compared = _compared(results, _NARROW_WIDTH if narrow else _WIDTH)
+    lines = [label.count("\n") + 1 for _, _, label in compared] or [1]
+    if narrow:
+        figure = style.new_figure(style.NARROW, 2.8 * len(panels) + 0.4 + 0.17 * sum(lines))
+    else:
+        figure = style.new_figure(10.4, 4.14 + 0.16 * max(lines))
     target = results.outcome.target if compared[1:] else None
+    ended = {job.folder for job in (*results.sweep.pruned, *results.sweep.unsuccessful)}
     beyond = 0
-    for place, (name, curves) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), place + 1)
-        beyond += _panel(axes, name, compared, curves)
+    for axes, (name, curves) in zip(style.panels(figure, len(panels), narrow=narrow), panels, strict=True):
+        beyond += _panel(axes, name, compared, curves, ended)
         if name == results.sweep.metric and target is not None:
             axes.axhline(target, color=BASELINE, linestyle=":", linewidth=1.2, zorder=2)
-    style.legend_below(figure, figure.axes[0])
+    style.legend_below(figure, figure.axes[0], narrow=narrow)
     return style.Picture("curves", "Curves of every job", _caption(results, target, beyond), figure)
 
 
@@ -49,17 +53,16 @@ def _caption(results: SweepResults, target: float | None, beyond: int) -> str:
     if target is not None:
         caption += " Dotted: the final value of ratio 1."
     if results.sweep.pruned or results.sweep.unsuccessful:
-        left = "that left the search" if results.sweep.pruned else "without a result"
-        caption += f" A cross is at the end of a curve of a job {left}."
+        caption += " A cross is at the end of a job that failed, was stopped, or left the search."
     return caption + (f" {beyond} points lie beyond the axis." if beyond else "")
 
 
-def _panel(axes: Any, name: str, compared: Compared, curves: Curves) -> int:
+def _panel(axes: Any, name: str, compared: Compared, curves: Curves, ended: Container[str]) -> int:
     """Draw one panel; return the number of points beyond its axis."""
-    low, high, beyond = style.robust_limits([point.value for _, curve in curves for point in curve])
+    low, high, beyond = robust_limits([point.value for _, curve in curves for point in curve])
     _job_lines(axes, compared, [(job, curve) for job, curve in curves if curve], 0.85 if len(curves) <= 12 else 0.5)
     for job, curve in curves:
-        if curve and not job.has_result:
+        if curve and job.folder in ended:
             end = min(max(curve[-1].value, low), high)
             axes.plot([curve[-1].step], [end], "x", color=MUTED, markersize=6, markeredgewidth=1.6, zorder=4)
     by_folder = {job.folder: curve for job, curve in curves}
@@ -67,7 +70,7 @@ def _panel(axes: Any, name: str, compared: Compared, curves: Curves) -> int:
         mean = _thinned(mean_curve(by_folder[job.folder] for job in setting.done))
         marker = "o" if len(mean) <= 25 else None
         _line(axes, mean, color=colour, linewidth=2.2, marker=marker, markersize=4, zorder=3, label=label)
-    axes.set_ylim(*style.padded(low, high))
+    axes.set_ylim(*padded(low, high))
     axes.set_title(name)
     axes.set_xlabel("optimizer step")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -90,7 +93,7 @@ def _line(axes: Any, curve: Sequence[Point], **look: Any) -> None:
     axes.plot([point.step for point in curve], [point.value for point in curve], **look)
 
 
-def _compared(results: SweepResults) -> Compared:
+def _compared(results: SweepResults, width: int) -> Compared:
     """Return the settings that are drawn in colour: the best one, and the one compared with it."""
     outcome = results.outcome
     if outcome.best is None:
@@ -100,7 +103,7 @@ def _compared(results: SweepResults) -> Compared:
         shown.append((outcome.baseline, BASELINE, "best at ratio 1: "))
     elif outcome.contender is not None and outcome.contender is not outcome.best:
         shown.append((outcome.contender, BASELINE, "best at another ratio: "))
-    return [(one, colour, results.folded_label(one, _WIDTH, prefix=prefix)) for one, colour, prefix in shown]
+    return [(one, colour, results.folded_label(one, width, prefix=prefix)) for one, colour, prefix in shown]
 
 
 def _thinned(curve: Sequence[Point]) -> Sequence[Point]:

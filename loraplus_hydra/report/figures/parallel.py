@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import matplotlib
 import numpy
 
-from loraplus_hydra.report.figures.style import BEST, MUTED, PAPER, Picture, new_figure, robust_limits
+from loraplus_hydra.report.figures.style import BEST, MUTED, NARROW, PAPER, Picture, new_figure, ordered_colour
 from loraplus_hydra.report.formatting import clipped, folded, short
+from loraplus_hydra.report.limits import robust_limits
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import order
 from loraplus_hydra.report.values import number
@@ -20,10 +20,11 @@ _MOST_KEYS = 8
 _CHARACTERS = 110  # maximum number of characters of all axes' labels together
 # Maximum number of values at equal distances; more values, as in a search, are drawn at their true places
 _MOST_EVEN = 8
+_NARROW_AXIS = 0.8  # inches for an axis on a phone, where the figure scrolls if it has more than four keys
 _LINE_POINTS = 24  # number of points of the curve between two axes
 
 
-def draw(results: SweepResults) -> Picture | None:
+def draw(results: SweepResults, *, narrow: bool = False) -> Picture | None:
     """Draw a line for each setting, from key to key to its metric."""
     keys = results.compared[:_MOST_KEYS]
     ranked = results.outcome.ranked
@@ -31,9 +32,9 @@ def draw(results: SweepResults) -> Picture | None:
         return None
     low, high, _ = robust_limits([one.mean for one in ranked if one.mean is not None])
     high = high if high > low else low + 1e-9
-    figure = new_figure(10.4, 4.4)
+    figure = new_figure(max(NARROW, (len(keys) + 1) * _NARROW_AXIS) if narrow else 10.4, 4.4)
     axes = figure.add_subplot()
-    width = _CHARACTERS // (len(keys) + 1)
+    width = round(_CHARACTERS / 10.4 * figure.get_figwidth()) // (len(keys) + 1)
     heights = [
         _axis(axes, column, results.names[key], [one.values.get(key) for one in ranked], width)
         for column, key in enumerate(keys)
@@ -59,14 +60,14 @@ def _line(axes: Any, heights: Sequence[float], goodness: float, *, best: bool) -
         axes.plot(x, y, color=PAPER, linewidth=6, zorder=3)
         axes.plot(x, y, color=BEST, linewidth=3, zorder=4)
     else:
-        colour = matplotlib.colormaps["viridis"](0.78 - 0.56 * goodness)
-        look = {"alpha": 0.3 + 0.55 * goodness, "linewidth": 0.9 + goodness, "zorder": 1 + goodness}
+        colour = ordered_colour(1 - 0.7 * goodness)  # from pink to blue
+        look = {"alpha": 0.2 + 0.65 * goodness, "linewidth": 0.9 + goodness, "zorder": 1 + goodness}
         axes.plot(x, y, color=colour, **look)
 
 
 def _caption(results: SweepResults, keys: int, *, worst_beyond: bool) -> str:
-    caption = "Each line is a setting; darker is better. Thick and blue: the best setting."
-    caption += " If dark lines meet at a value, this value is good for all values of the other keys."
+    caption = "Each line is a setting; the bluer and stronger, the better. Thick: the best setting."
+    caption += " If strong lines meet at a value, this value is good for all values of the other keys."
     if len(results.compared) > keys:
         caption += f" The first {keys} of {len(results.compared)} varied keys."
     return caption + (" Values beyond the metric's axis are drawn at the axis's worst end." if worst_beyond else "")

@@ -6,19 +6,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from loraplus_hydra.report.compare import is_near
 from loraplus_hydra.report.figures import style
 from loraplus_hydra.report.figures.plane import FULL, Pair, Plane, plane_of
-from loraplus_hydra.report.figures.style import BASELINE, INK, MUTED, OTHERS, PAPER
+from loraplus_hydra.report.figures.style import BASELINE, BASELINE_TEXT, INK, MUTED, OTHERS, PAPER, ink_on
 from loraplus_hydra.report.formatting import measured, short
+from loraplus_hydra.report.limits import robust_limits
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import Setting
+from loraplus_hydra.report.summary import rule_of
 
+_DARKEST = 0.37  # place in viridis; darker colours would hardly differ from a dark page
+_LONG_TEXT = 6.0  # inches; a narrower figure has no room for a long line of text
+_NARROW_ROOM, _NARROW_CELL = 1.1, 0.56  # inches, on a phone: beside the cells, and for each column
 _MOST_NUMBERS = 81  # maximum number of cells that have room for their value
 _MOST_LINES = 16  # maximum number of light lines that have room for their label
 _MOST_RATIOS = 12  # the same beside points
@@ -29,7 +34,7 @@ _EQUAL_RUN = "lora_alpha of the equal run of plain LoRA, with lr = η_A"
 Values = Mapping[Pair, float]
 
 
-def draw(results: SweepResults) -> style.Picture | None:
+def draw(results: SweepResults, *, narrow: bool = False) -> style.Picture | None:
     """Draw a grid if most pairs of rates were run, otherwise points."""
     plane = plane_of(results.settings)
     best_of = {pair: _best_of(results, members) for pair, members in plane.cells.items()}
@@ -38,39 +43,52 @@ def draw(results: SweepResults) -> style.Picture | None:
     columns, rows = len(plane.across.values), len(plane.up.values)
     if columns < 2 or rows < 2 or one_ratio or not values:
         return None
-    low, high, beyond = style.robust_limits(values.values())
+    low, high, beyond = robust_limits(values.values())
     full = plane.share >= FULL  # otherwise points on log axes
-    width = max(7.0, min(10.4, 2.6 + 0.95 * columns)) if full else 8.0
-    figure = style.new_figure(width, 5.6 if rows > 4 else 4.6)
+    figure = _figure(columns if full else 0, rows, narrow=narrow)
     axes = figure.add_subplot()
     scale = _Scale(low, high if high > low else low + 1e-9, results.sweep.greater_is_better)
     lines = (_grid if full else _points)(axes, results, plane, values, scale)
     axes.set_xlabel("ratio, η_B / η_A" if plane.by_ratio else "η_B, rate of lora_B")
     axes.set_ylabel("η_A, rate of lora_A")
-    bar = figure.colorbar(scale.mappable, ax=axes, pad=0.02, aspect=28, extend=_extend(values.values(), low, high))
+    _colour_bar(figure, axes, results, scale, _extend(values.values(), low, high), narrow=narrow)
+    handles = _handles(results, values, plane, full, lines)
+    figure.legend(handles=handles, loc="outside lower center", ncols=1 if narrow else 3)
+    title = "Both rates: η_A x ratio" if plane.by_ratio else "Both rates: η_A x η_B"
+    return style.Picture("heatmap", title, _caption(results, plane, beyond, full, lines), figure)
+
+
+def _figure(columns: int, rows: int, *, narrow: bool) -> Any:
+    """Return a figure with room for a grid; `columns` is 0 for points."""
+    if narrow:
+        return style.new_figure(max(style.NARROW, _NARROW_ROOM + _NARROW_CELL * columns), 5.0 if rows > 4 else 4.5)
+    width = max(7.0, min(10.4, 2.6 + 0.95 * columns)) if columns else 8.0
+    return style.new_figure(width, 5.6 if rows > 4 else 4.6)
+
+
+def _colour_bar(figure: Any, axes: Any, results: SweepResults, scale: _Scale, extend: str, *, narrow: bool) -> None:
+    place = {"location": "bottom"} if narrow else {"pad": 0.02}
+    bar = figure.colorbar(scale.mappable, ax=axes, aspect=28, extend=extend, **place)
     bar.set_label(f"{results.axis_label}: brighter")
     bar.outline.set_visible(False)
-    if not results.sweep.greater_is_better:
+    if not results.sweep.greater_is_better and not narrow:
         bar.ax.invert_yaxis()
-    figure.legend(handles=_handles(results, values, plane, full, lines), loc="outside lower center", ncols=3)
-    title = "Both rates: η_A x ratio" if plane.by_ratio else "Both rates: η_A x η_B"
-    return style.Picture("heatmap", title, _caption(plane, beyond, full, lines), figure)
 
 
 class _Scale:
     """Colours of a metric between robust limits. The best value has the brightest colour."""
 
     def __init__(self, low: float, high: float, greater_is_better: bool) -> None:
-        colours = matplotlib.colormaps["viridis" if greater_is_better else "viridis_r"]
-        self.mappable: Any = ScalarMappable(Normalize(low, high, clip=True), colours)
+        colours = ListedColormap(matplotlib.colormaps["viridis"](numpy.linspace(_DARKEST, 1, 256)))
+        mapped = colours if greater_is_better else colours.reversed()
+        self.mappable: Any = ScalarMappable(Normalize(low, high, clip=True), mapped)
 
     def colour(self, value: float) -> Any:
         return self.mappable.to_rgba(value)
 
     def ink_on(self, value: float) -> str:
         """Return black or white: the one that is legible on the value's colour."""
-        red, green, blue, _ = self.colour(value)
-        return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
+        return ink_on(self.colour(value))
 
 
 def _grid(axes: Any, results: SweepResults, plane: Plane, values: Values, scale: _Scale) -> bool:
@@ -168,7 +186,11 @@ def _alpha_at_the_top(axes: Any, plane: Plane) -> None:
     top.set_xticks(range(len(plane.across.values)), [short(plane.alpha * ratio) for ratio in plane.across.values])
     top.tick_params(length=0)
     top.spines[:].set_visible(False)
-    top.set_xlabel(_EQUAL_RUN, fontsize=9)
+    top.set_xlabel(_equal_run(axes), fontsize=9)
+
+
+def _equal_run(axes: Any) -> str:
+    return _EQUAL_RUN if axes.figure.get_figwidth() > _LONG_TEXT else _EQUAL_RUN.replace(" of plain", "\nof plain")
 
 
 def _lines_of_alpha(axes: Any, plane: Plane) -> bool:
@@ -184,10 +206,10 @@ def _lines_of_alpha(axes: Any, plane: Plane) -> bool:
             axes.plot(*line, **_LIGHT, zorder=2.5)
         at_top = line[0, -1] < len(across) - 0.6
         _label_end(
-            axes, line, short(plane.alpha * ratio), (0, 3) if at_top else (4, 0), BASELINE if ratio == 1 else MUTED
+            axes, line, short(plane.alpha * ratio), (0, 3) if at_top else (4, 0), BASELINE_TEXT if ratio == 1 else MUTED
         )
     heading: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
-    axes.annotate(_EQUAL_RUN, (0.5, 1), xytext=(0, 16), ha="center", va="bottom", fontsize=9, **heading)
+    axes.annotate(_equal_run(axes), (0.5, 1), xytext=(0, 16), ha="center", va="bottom", fontsize=9, **heading)
     return True
 
 
@@ -270,7 +292,7 @@ def _lines_of_ratio(axes: Any, plane: Plane) -> bool:
                 ha="center" if at_top else "left",
                 va="bottom" if at_top else "center",
                 fontsize=8,
-                color=BASELINE if ratio == 1 else MUTED,
+                color=BASELINE_TEXT if ratio == 1 else MUTED,
                 annotation_clip=False,
             )
     return room and plane.alpha is not None
@@ -279,12 +301,13 @@ def _lines_of_ratio(axes: Any, plane: Plane) -> bool:
 def _marks(results: SweepResults, values: Values, plane: Plane) -> dict[Pair, str]:
     """Return a mark for some pairs of rates.
 
-    `best` is the best setting, `diagonal` the best at ratio 1, and `near` is within 1% of the best.
+    `best` is the best setting, `diagonal` the best at ratio 1, and `near` is about as good as the best.
     """
     best, baseline = results.outcome.best, results.outcome.baseline
     if best is None or best.mean is None or best.rates is None:
         return {}
-    marks = {pair: "near" for pair, value in values.items() if is_near(value, best.mean)}
+    tolerance = results.outcome.tolerance
+    marks = {pair: "near" for pair, value in values.items() if tolerance.holds(value, best.mean)}
     if baseline is not None and (pair := plane.pair(baseline)) is not None:
         marks[pair] = "diagonal"
     if (pair := plane.pair(best)) is not None:
@@ -298,21 +321,24 @@ def _handles(results: SweepResults, values: Values, plane: Plane, full: bool, li
     ring: dict[str, Any] = {"edgecolor": BASELINE, "linewidth": 2.4, "linestyle": (0, (2, 1))}
     dot: dict[str, Any] = {"color": INK, "marker": "o", "markersize": 4.5, "linestyle": ""}
     cross: dict[str, Any] = {"color": MUTED, "marker": "X", "markersize": 9, "linestyle": ""}
-    failed = any(one.failed for members in plane.cells.values() for one in members)
+    missing = len(values) < len(plane.cells)
+    failed = any(one.failed for pair in values for one in plane.cells[pair])
+    hatched: dict[str, Any] = {"facecolor": "none", "linewidth": 0}
     equal = "equal η_B" if plane.by_ratio else "equal lora_alpha of plain LoRA"
     entries: tuple[tuple[bool, Any], ...] = (
         (not plane.by_ratio, Line2D([], [], label="η_A = η_B: plain LoRA", **_DASHED)),
         (full and lines, Line2D([], [], label=equal, **_LIGHT)),
         ("best" in marks, Patch(facecolor="none", edgecolor=INK, linewidth=2.4, label="best")),
         ("diagonal" in marks, Patch(facecolor="none", label="best of plain LoRA", **ring)),
-        ("near" in marks, Line2D([], [], label="within 1% of the best", **dot)),
-        (not full and len(values) < len(plane.cells), Line2D([], [], label="no result", **cross)),
-        (full and failed, Patch(facecolor="none", edgecolor=MUTED, hatch="////", linewidth=0, label="failed")),
+        ("near" in marks, Line2D([], [], label="about as good as the best", **dot)),
+        (not full and missing, Line2D([], [], label="no result", **cross)),
+        (full and missing, Patch(edgecolor=OTHERS, hatch="////", label="no result", **hatched)),
+        (full and failed, Patch(edgecolor=MUTED, hatch="//", label="a job failed", **hatched)),
     )
     return [handle for applies, handle in entries if applies]
 
 
-def _caption(plane: Plane, beyond: int, full: bool, lines: bool) -> str:
+def _caption(results: SweepResults, plane: Plane, beyond: int, full: bool, lines: bool) -> str:
     if plane.by_ratio:
         caption = "A ratio above 1 gives lora_B a larger rate than lora_A (LoRA+)."
         caption += " Grey lines: equal η_B, with its value at the end." if lines else ""
@@ -325,6 +351,7 @@ def _caption(plane: Plane, beyond: int, full: bool, lines: bool) -> str:
             f" Each {'cell' if full else 'point'} is nearly the same training as a run of plain LoRA with lr = η_A and "
             f"the lora_alpha {place}, because B starts at zero."
         )
+    caption += f" About as good as the best: {rule_of(results.outcome.tolerance)}."
     if any(len(members) > 1 for members in plane.cells.values()):
         caption += " If several settings have the same pair of rates, the best is shown."
     if not full:

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from loraplus_hydra.report.figures import style
 from loraplus_hydra.report.figures.style import INK, MUTED
 from loraplus_hydra.report.formatting import short
+from loraplus_hydra.report.limits import padded, robust_limits
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import Setting, order
 
@@ -18,11 +19,12 @@ from loraplus_hydra.report.settings import Setting, order
 _SHOWN = ("loraplus.ratio", "loraplus.lr_A", "loraplus.lr_B", "optimizer.lr", "model.lr")
 _MOST_PANELS, _MOST_LINES = 6, 12
 _COLUMNS = 3  # maximum number of panels in a row
-_CHARACTERS = 100  # maximum number of characters of all titles in a row
+# maximum number of characters of all titles in a row
+_CHARACTERS, _NARROW_CHARACTERS = 100, 40
 _MARKERS = "osD^v"  # in addition to colours, for readers with any colour vision
 
 
-def draw(results: SweepResults) -> style.Picture | None:
+def draw(results: SweepResults, *, narrow: bool = False) -> style.Picture | None:
     """Draw the metric over the ratio, with a panel for each value of the other keys.
 
     If there are too many values, a single panel shows the best over all values.
@@ -31,23 +33,27 @@ def draw(results: SweepResults) -> style.Picture | None:
     ratios = sorted({one.ratio for one in settings if one.ratio is not None})
     if len(ratios) < 2 or not any(one.mean is not None for one in settings):
         return None
-    panels = _panels(results, settings)
+    panels = _panels(results, settings, narrow=narrow)
     looks = _looks(settings)
-    limits = style.robust_limits([value for one in settings for value in one.measured])
-    figure, grid = _figure([title for title, _ in panels])
+    limits = robust_limits([value for one in settings for value in one.measured])
+    figure, grid = _figure([title for title, _ in panels], narrow=narrow)
     for axes, (title, members) in zip(grid, panels, strict=False):
         for rate, look in looks.items():
             _line(axes, [one for one in members if _rate(one) == rate], look, limits[:2])
         _mark_best(axes, results, members)
         axes.set_title(title)
         axes.set_xscale("log", base=2)
-        axes.set_ylim(*style.padded(*limits[:2], 0.09))
+        axes.set_ylim(*padded(*limits[:2], 0.09))
         if ratios[0] <= 1 <= ratios[-1]:
             axes.axvline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     style.log_ticks(grid[0].xaxis, ratios)
-    figure.supxlabel("ratio = rate of lora_B / rate of lora_A (log)", fontsize=9.5)
+    label = "ratio = rate of lora_B / rate of lora_A (log)"
+    if narrow:
+        grid[len(panels) - 1].set_xlabel(label)  # a legend below the figure would cover the figure's own label
+    else:
+        figure.supxlabel(label, fontsize=9.5)
     figure.supylabel(results.axis_label, fontsize=9.5)
-    _legend(figure, looks)
+    _legend(figure, looks, narrow=narrow)
     return style.Picture("ratio", "Which ratio?", _caption(results, settings, panels, list(looks), limits[2]), figure)
 
 
@@ -60,13 +66,13 @@ def _looks(settings: Sequence[Setting]) -> dict[float, dict[str, Any]]:
     }
 
 
-def _figure(titles: Sequence[str]) -> tuple[Any, Any]:
+def _figure(titles: Sequence[str], *, narrow: bool) -> tuple[Any, Any]:
     """Return a figure and its axes, one for each title."""
-    columns = min(_COLUMNS, len(titles))
+    columns = 1 if narrow else min(_COLUMNS, len(titles))
     rows = math.ceil(len(titles) / columns)
     further_lines = max(title.count("\n") for title in titles)
     height = 4.2 if len(titles) == 1 else (3.3 + 0.16 * further_lines) * rows + 0.4
-    figure = style.new_figure(8.6 if len(titles) == 1 else 10.4, height)
+    figure = style.new_figure(style.NARROW if narrow else 8.6 if len(titles) == 1 else 10.4, height)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes in grid.flat[len(titles) :]:
         axes.set_visible(False)
@@ -90,7 +96,7 @@ def _caption(
     return caption
 
 
-def _panels(results: SweepResults, settings: Sequence[Setting]) -> list[tuple[str, Sequence[Setting]]]:
+def _panels(results: SweepResults, settings: Sequence[Setting], *, narrow: bool) -> list[tuple[str, Sequence[Setting]]]:
     """Return each panel's title and settings."""
     others = [key for key in results.compared if key not in _SHOWN]
     values = order(tuple(one.values.get(key) for key in others) for one in settings)
@@ -98,7 +104,7 @@ def _panels(results: SweepResults, settings: Sequence[Setting]) -> list[tuple[st
         return [("", _best_of_each(results, settings) if others else settings)]
     if len(others) == 1:
         values = [(value,) for value in order(value[0] for value in values)]
-    width = _CHARACTERS // min(_COLUMNS, len(values))
+    width = _NARROW_CHARACTERS if narrow else _CHARACTERS // min(_COLUMNS, len(values))
     return [
         (
             results.folded_label(Setting(dict(zip(others, value, strict=True)), ()), width),
@@ -147,12 +153,13 @@ def _mark_best(axes: Any, results: SweepResults, members: Sequence[Setting]) -> 
         axes.plot([best.ratio], [best.mean], "o", markersize=13, markerfacecolor="none", markeredgecolor=INK, zorder=5)
 
 
-def _legend(figure: Any, looks: Mapping[float, Mapping[str, Any]]) -> None:
+def _legend(figure: Any, looks: Mapping[float, Mapping[str, Any]], *, narrow: bool) -> None:
     if len(looks) < 2:
         return
     shown = list(looks)[:: -(-len(looks) // _MOST_LINES)]
     handles = [Line2D([], [], **looks[rate], markersize=5.5, label=short(rate)) for rate in shown]
-    figure.legend(handles=handles[::-1], title="rate of lora_A", loc="outside right upper")
+    place = {"loc": "outside lower center", "ncols": 4} if narrow else {"loc": "outside right upper"}
+    figure.legend(handles=handles if narrow else handles[::-1], title="rate of lora_A", **place)
 
 
 def _rate(setting: Setting) -> float:

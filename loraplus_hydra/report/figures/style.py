@@ -5,23 +5,24 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import matplotlib
-import numpy
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from loraplus_hydra.report.formatting import short
 
 # On the page each colour becomes the CSS variable with its name, so all other colours must be different.
-INK, MUTED, GRID, PAPER, OTHERS = "#1b1f24", "#5b6470", "#dfe3e8", "#fefefe", "#b4bbc4"
+INK, MUTED, GRID, PAPER, OTHERS = "#1b1f24", "#5b6470", "#dfe3e8", "#fefefe", "#a3abb6"
 # Okabe and Ito's palette, which suits every kind of colour vision.
 BEST, BASELINE = "#0072b2", "#d55e00"
+BASELINE_TEXT = "#b34e00"  # texts need more contrast than lines
 _VARIABLES = {
     INK: "ink",
     MUTED: "muted",
@@ -30,10 +31,15 @@ _VARIABLES = {
     OTHERS: "others",
     BEST: "best",
     BASELINE: "baseline",
+    BASELINE_TEXT: "warm",
 }
 # Colours for lines without an order.
-PALETTE = (BEST, BASELINE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+PALETTE = (BEST, BASELINE, "#009e73", "#cc79a7", "#b07700", "#8069c9")
+# Colours of ordered lines. None is like the baseline's, and all are visible on light and on dark pages.
+_ORDERED = LinearSegmentedColormap.from_list("ordered", ("#0b8567", "#0d78c9", "#9c5bc0", "#c94080"))
 DOTS_PER_INCH = 140
+NARROW = 4.0  # inches; the width of a figure for phones
+_PIXELS = 104, 80  # on the page for an inch: at most, and at least for a figure that is wider than a phone
 # matplotlib's settings while the figures are drawn and written.
 SETTINGS = {
     "text.parse_math": False,  # texts are untrusted
@@ -62,7 +68,6 @@ SETTINGS = {
     "figure.facecolor": PAPER,
     "savefig.facecolor": "auto",
     "svg.fonttype": "none",
-    "svg.hashsalt": "loraplus_hydra",  # fixed, so that the same sweep gives the same file
     "hatch.linewidth": 0.9,
     "path.simplify": True,
 }
@@ -77,6 +82,8 @@ class Picture:
     caption: str
     figure: Any  # a matplotlib Figure
     svg: str = ""  # the figure as an <svg> element; empty before it is written
+    narrow_svg: str = ""  # the same for phones
+    png: bytes = b""
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -86,10 +93,16 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def legend_below(figure: Any, axes: Any) -> None:
-    """Add a legend of the labelled lines in `axes` below the figure, in one row."""
+def panels(figure: Any, number: int, *, narrow: bool) -> list[Any]:
+    """Return the axes of `number` panels: side by side, or one below the other."""
+    rows, columns = (number, 1) if narrow else (1, number)
+    return list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def legend_below(figure: Any, axes: Any, *, narrow: bool) -> None:
+    """Add a legend of the labelled lines in `axes` below the figure, in one row or in one column."""
     handles = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    figure.legend(handles=handles, loc="outside lower center", ncols=1 if narrow else len(handles))
 
 
 def png(figure: Any) -> bytes:
@@ -99,16 +112,23 @@ def png(figure: Any) -> bytes:
     return out.getvalue()
 
 
-def svg(figure: Any, title: str) -> str:
-    """Return the figure as an <svg> element in the page's colours and font."""
+def svg(figure: Any, title: str, kind: str) -> str:
+    """Return the figure as an <svg> element in the page's colours and font.
+
+    `kind` becomes the element's class: `wide` or `narrow`.
+    """
     out = io.StringIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(out, format="svg", metadata=metadata, transparent=True)
+    # Each element's ids must differ from those of all others, because a hidden element's clip paths hide what uses them
+    with matplotlib.rc_context({"svg.hashsalt": f"loraplus_hydra {kind} {title}"}):
+        figure.savefig(out, format="svg", metadata=metadata, transparent=True)
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub("|".join(_VARIABLES), lambda found: f"var(--{_VARIABLES[found[0]]})", text)
     width = figure.get_figwidth()
-    opening = f'<svg role="img" aria-label="{escape(title)}" style="max-width:{width * 104:.0f}px"'
+    most, least = _PIXELS[0] * width, _PIXELS[1] * width if kind == "narrow" and width > NARROW else 0
+    size = f"max-width:{most:.0f}px;min-width:{least:.0f}px"
+    opening = f'<svg class="{kind}" role="img" aria-label="{escape(title)}" style="{size}"'
     return re.sub(
         r"<svg((?: [\w:]+=\"[^\"]*\")*)>", lambda found: opening + _without_size(found[1]) + ">", text, count=1
     )
@@ -116,29 +136,6 @@ def svg(figure: Any, title: str) -> str:
 
 def _without_size(attributes: str) -> str:
     return re.sub(r" (?:width|height|version)=\"[^\"]*\"", "", attributes)
-
-
-def robust_limits(values: Iterable[float]) -> tuple[float, float, int]:
-    """Return the ends of a scale, and the number of values beyond it.
-
-    A value is beyond the scale if its distance from the middle 80% of the values is more than 1.5 times the width of
-    that range. So a diverged job does not flatten the other jobs' curves.
-    """
-    known = numpy.asarray(list(values), dtype=float)
-    if not len(known):
-        return 0.0, 1.0, 0
-    inner, outer = numpy.quantile(known, [0.1, 0.9])
-    room = 1.5 * (outer - inner)
-    if not room:  # if most values are equal, all values stay on the scale
-        room = 1.5 * float(numpy.ptp(known))
-    inside = known[(known >= inner - room) & (known <= outer + room)]
-    return float(inside.min()), float(inside.max()), len(known) - len(inside)
-
-
-def padded(low: float, high: float, share: float = 0.06) -> tuple[float, float]:
-    """Return limits of an axis with some room at both ends."""
-    room = (high - low) * share or abs(high) * 0.02 or 1.0
-    return low - room, high + room
 
 
 def log_ticks(axis: Any, values: Sequence[float]) -> None:
@@ -155,6 +152,17 @@ def log_ticks(axis: Any, values: Sequence[float]) -> None:
 
 
 def ordered_colours(number: int) -> list[Any]:
-    """Return viridis colours for ordered values."""
-    scale = matplotlib.colormaps["viridis"]  # without both ends, which are hard to see on light or dark pages
-    return [scale(0.3 if number == 1 else 0.22 + 0.56 * place / (number - 1)) for place in range(number)]
+    """Return colours for ordered values."""
+    return [ordered_colour(place / max(number - 1, 1)) for place in range(number)]
+
+
+def ordered_colour(share: float) -> Any:
+    """Return the colour of a place between the first (0) and the last one (1)."""
+    return _ORDERED(share)
+
+
+def ink_on(colour: Any) -> str:
+    """Return black or white: the one with more contrast on `colour`. It is at least 4.5 (WCAG)."""
+    parts = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour))
+    luminance = sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+    return "#000000" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"

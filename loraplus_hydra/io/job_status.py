@@ -18,7 +18,7 @@ from pathlib import Path
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.files import write_text
 from loraplus_hydra.io.folders import make_folder, remove_folder
-from loraplus_hydra.io.locks import folder_lock
+from loraplus_hydra.io.locks import folder_lock, is_locked
 from loraplus_hydra.io.read import Unreadable, read_json
 
 FOLDER = ".jobs"
@@ -76,6 +76,12 @@ def read_all(sweep: Path, start: str) -> list[JobStatus]:
         with suppress(Unreadable, TypeError):
             statuses.append(JobStatus(**read_json(path)))
     return statuses
+
+
+def read_active(sweep: Path) -> list[JobStatus] | None:
+    """Return the status of each job of the starts in progress; None if no start is in progress."""
+    active = [folder for folder in sorted((sweep / FOLDER).glob("*")) if is_locked(folder) is not False]
+    return [status for folder in active for status in read_all(sweep, folder.name)] if active else None
 
 
 def end(start: Start) -> None:
