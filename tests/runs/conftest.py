@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import Trainer
 from loraplus_hydra import run
 from loraplus_hydra.io.result import Result
 from loraplus_hydra.runs import job
+from tests.conftest import Finished
 from tests.support.forking import differences
 
 AUTO = "trainer.resume_from_checkpoint=auto"
@@ -79,6 +81,23 @@ class Trial:
         configs = [(each / "adapter" / "adapter_config.json").read_text() for each in (self.broken, self.unbroken)]
         assert configs[0] == configs[1]
         return result
+
+
+@pytest.fixture(scope="session")
+def kept_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the run of `trained` is kept."""
+    return tmp_path_factory.mktemp("kept") / "run"
+
+
+@pytest.fixture
+def trained(cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path, kept_run: Path) -> Path:
+    """The folder `run` of a finished run of the command line with checkpoints; it is trained once a session."""
+    if kept_run.exists():
+        shutil.copytree(kept_run, tmp_path / "run")
+    else:
+        assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
+        shutil.copytree(tmp_path / "run", kept_run)
+    return tmp_path / "run"
 
 
 @pytest.fixture

@@ -22,12 +22,13 @@ LONGER = (
     *("trainer.max_steps=30", "trainer.logging_steps=7", "trainer.save_steps=5", "trainer.eval_steps=10"),
     *("trainer.gradient_accumulation_steps=2", "adapter.lora_dropout=0.1", "trainer.save_total_limit=2"),
 )
+FEWER = ("trainer.max_steps=15", "trainer.save_steps=3", "trainer.eval_steps=5")
 SHORT = ("trainer.max_steps=8", "trainer.logging_steps=3", "trainer.save_steps=2")
 
 
-def trials(folder: Path, how: str, *overrides: str) -> list[dict[str, Any]]:
+def trials(folder: Path, how: str, *overrides: str, draws: bool = False) -> list[dict[str, Any]]:
     """Return what `write_trials` prints, in a process whose children start fast."""
-    ended = processes.run(write_trials, folder, how, list(overrides), folder=folder)
+    ended = processes.run(write_trials, folder, how, draws, list(overrides), folder=folder)
     assert ended.status == 0, ended.out[-3000:]
     return [json.loads(line) for line in ended.out.splitlines() if line.startswith("{")]
 
@@ -43,7 +44,7 @@ def check_killed(seen: list[dict[str, Any]], kills: int) -> None:
 
 
 def test_killed_runs_go_on_to_the_bits_of_the_unbroken_one(tiny_run: list[str], tmp_path: Path) -> None:
-    check_killed(trials(tmp_path, "3", *tiny_run, *LONGER), 3)
+    check_killed(trials(tmp_path, "3", *tiny_run, *LONGER, *FEWER), 3)
 
 
 @pytest.mark.slow
@@ -52,15 +53,15 @@ def test_twenty_killed_runs_go_on_to_the_bits_of_the_unbroken_one(
     optimizer: str, tiny_run: list[str], tmp_path: Path
 ) -> None:
     # From 4,096 numbers a tensor on bitsandbytes keeps 8-bit state.
-    check_killed(trials(tmp_path, "20", *tiny_run, *LONGER, f"optimizer={optimizer}", "adapter.r=128"), 20)
+    check_killed(trials(tmp_path, "20", *tiny_run, *LONGER, f"optimizer={optimizer}", "adapter.r=128", draws=True), 20)
 
 
 def test_signals_end_a_run_with_a_checkpoint_of_its_last_step(tiny_run: list[str], tmp_path: Path) -> None:
-    seen = trials(tmp_path, "signals", *tiny_run, *LONGER, "trainer.max_steps=60", "trainer.eval_steps=30")
+    seen = trials(tmp_path, "signals", *tiny_run, *LONGER, "trainer.max_steps=40", "trainer.logging_steps=2")
     assert [trial["stopped_with"] for trial in seen] == [130, 143]
     for trial in seen:
         assert trial["said"] == "interrupted"
-        assert 0 < trial["steps"] == trial["newest"] < 60
+        assert 0 < trial["steps"] == trial["newest"] < 40
         assert (trial["status"], trial["differences"]) == (0, []), trial
 
 
@@ -93,9 +94,17 @@ VARIANTS = {
     ),
 }
 NEEDS = {"schedule-free": pytest.mark.extras}
+IN_EACH_RUN = (
+    *("8-bit optimizer", "paged 32-bit optimizer, new tokens", "PiSSA, one cycle", "AdaLoRA"),
+    *("streamed rows, second epoch, accumulation", "nf4", "LoRA-FA, saved modules"),
+)
 
 
-@pytest.mark.parametrize("variant", [pytest.param(name, marks=NEEDS.get(name, ())) for name in VARIANTS])
+def _marks(name: str) -> Any:
+    return NEEDS.get(name, () if name in IN_EACH_RUN else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("variant", [pytest.param(name, marks=_marks(name)) for name in VARIANTS])
 def test_stopped_run_goes_on_to_the_bits_of_the_unbroken_one(
     variant: str, stopped: Callable[..., None], compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
 ) -> None:
@@ -174,26 +183,24 @@ def files(folder: Path) -> dict[Path, bytes]:
     ],
 )
 def test_what_cannot_be_gone_on_with_is_refused_and_nothing_touched(
-    changes: list[str], told: str, cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+    changes: list[str], told: str, cli: Callable[..., Finished], trained: Path
 ) -> None:
-    assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
-    before = files(tmp_path / "run")
+    before = files(trained)
     finished = cli("resume", "run", *changes)
     assert finished.status == 1
     assert told in finished.err, finished.err
-    assert files(tmp_path / "run") == before
+    assert files(trained) == before
 
 
 def test_own_command_with_other_groups_is_refused_and_nothing_touched(
-    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+    cli: Callable[..., Finished], tiny_run: list[str], trained: Path
 ) -> None:
     command = [*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run"]
-    assert cli(*command).status == 0
-    before = files(tmp_path / "run")
+    before = files(trained)
     finished = cli(*command, "trainer.max_steps=8", "adapter.target_modules=[q_proj]", AUTO)
     assert finished.status == 1
     assert "group groupA has other tensors" in finished.err
-    assert files(tmp_path / "run") == before  # also what Hydra stored of the command, which `resume` reads
+    assert files(trained) == before  # also what Hydra stored of the command, which `resume` reads
 
 
 def test_lora_cannot_become_loraplus_on_the_way(
@@ -205,14 +212,13 @@ def test_lora_cannot_become_loraplus_on_the_way(
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "ok"
 
 
-def test_finished_run_is_left_as_it_is(cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path) -> None:
-    assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
-    before = files(tmp_path / "run")
+def test_finished_run_is_left_as_it_is(cli: Callable[..., Finished], tiny_run: list[str], trained: Path) -> None:
+    before = files(trained)
     for again in (["resume", "run"], [*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run", AUTO]):
         finished = cli(*again)
         assert finished.status == 0, finished.err
         assert "has finished: 4 steps" in finished.out
-    assert files(tmp_path / "run") == before
+    assert files(trained) == before
 
 
 def test_killed_after_its_last_step_a_run_only_has_to_be_finished(
@@ -263,10 +269,9 @@ def test_run_of_the_library_is_resumed_on_the_command_line(
 
 @pytest.mark.parametrize("name", ["a b", "a,b", "it's", "é", "x[1]"])
 def test_run_is_resumed_whatever_its_folder_is_called(
-    name: str, cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+    name: str, cli: Callable[..., Finished], trained: Path, tmp_path: Path
 ) -> None:
-    assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
-    (tmp_path / "run").rename(tmp_path / name)
+    trained.rename(tmp_path / name)
     finished = cli("resume", name, "trainer.max_steps=5")
     assert finished.status == 0, finished.err
     assert json.loads((tmp_path / name / "result.json").read_text())["steps"] == 5

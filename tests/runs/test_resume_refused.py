@@ -32,22 +32,20 @@ def test_finished_run_without_checkpoints_is_not_replaced(cli: Cli, tiny_run: li
     assert files(tmp_path / "run") == before
 
 
-def test_run_whose_checkpoints_are_all_damaged_is_not_replaced(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
-    assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
-    for state in (tmp_path / "run").glob("checkpoints/*/trainer_state.json"):
+def test_run_whose_checkpoints_are_all_damaged_is_not_replaced(cli: Cli, trained: Path) -> None:
+    for state in trained.glob("checkpoints/*/trainer_state.json"):
         state.write_text("{")
-    before = files(tmp_path / "run")
+    before = files(trained)
     finished = cli("resume", "run", "trainer.max_steps=8")
     assert (finished.status, "run has no complete checkpoint" in finished.err) == (1, True), finished.err
-    assert files(tmp_path / "run") == before
+    assert files(trained) == before
 
 
-def test_changes_that_come_after_the_last_step_are_refused(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
-    assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
-    before = files(tmp_path / "run")
+def test_changes_that_come_after_the_last_step_are_refused(cli: Cli, trained: Path) -> None:
+    before = files(trained)
     finished = cli("resume", "run", "loraplus.ratio=2")
     assert (finished.status, "all 4 steps are done" in finished.err) == (1, True), finished.err
-    assert files(tmp_path / "run") == before
+    assert files(trained) == before
 
 
 def test_run_at_work_keeps_what_was_asked_for(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
@@ -75,13 +73,12 @@ def test_run_that_goes_on_no_longer_says_that_it_ended_well(
 
 @pytest.mark.parametrize("place", ["model.tokenizer", "seed", "adapter.r"])
 def test_no_variable_of_the_environment_is_read_for_somebody_elses_run(
-    place: str, cli: Cli, tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, cli: Cli, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from omegaconf import OmegaConf
 
     monkeypatch.setenv("A_SECRET", "top-secret")
-    assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
-    for stored in (tmp_path / "run" / ".hydra" / "config.yaml", tmp_path / "run" / "config.yaml"):
+    for stored in (trained / ".hydra" / "config.yaml", trained / "config.yaml"):
         config = OmegaConf.load(stored)
         OmegaConf.update(config, place, "${oc.env:A_SECRET}")
         stored.write_text(OmegaConf.to_yaml(config))
@@ -102,9 +99,8 @@ def test_own_variable_in_a_command_has_the_value_that_it_had(
     assert "model.dtype" not in finished.out
 
 
-def test_aliases_in_the_resolved_config_are_refused(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
-    assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
-    with (tmp_path / "run" / "config.yaml").open("a") as file:
+def test_aliases_in_the_resolved_config_are_refused(cli: Cli, trained: Path) -> None:
+    with (trained / "config.yaml").open("a") as file:
         file.write("a: &a [x]\nb: *a\n")
     finished = cli("resume", "run", "trainer.max_steps=6")
     assert (finished.status, "aliases" in finished.err) == (1, True), finished.err
@@ -157,9 +153,8 @@ def test_checkpoint_of_another_branch_is_refused(
         find_resume_point(check(compose(*overrides, "trainer.max_steps=12", AUTO)), folder)
 
 
-def test_folder_with_an_equals_sign_is_named_without_a_key(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
-    assert cli(*tiny_run, "trainer.save_steps=2", "hydra.run.dir=run").status == 0
-    (tmp_path / "run").rename(tmp_path / "lr=1")
+def test_folder_with_an_equals_sign_is_named_without_a_key(cli: Cli, trained: Path, tmp_path: Path) -> None:
+    trained.rename(tmp_path / "lr=1")
     finished = cli("resume", "lr=1", "trainer.max_steps=5")
     assert finished.status == 0, finished.err
 

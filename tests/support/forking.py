@@ -210,12 +210,16 @@ def stopped_and_resumed(folder: Path, overrides: list[str], number: signal.Signa
     return seen | {"status": status, "differences": differences(place, folder / "unbroken")}
 
 
-def write_trials(folder: Path, how: str, overrides: list[str]) -> None:
-    """Print a JSON line for each run that is broken and resumed.
+def write_trials(folder: Path, how: str, draws: bool, overrides: list[str]) -> None:
+    """Print a JSON line for each run that is broken and resumed; without `draws` no run draws its figure.
 
     `how` is a number of runs to kill with SIGKILL at random moments, every second one while it writes a checkpoint, and
     every third once more while it is resumed; or `signals`.
     """
+    if not draws:
+        from loraplus_hydra.runs import job
+
+        vars(job)["draw_training"] = lambda *_: None  # it takes a third of a tiny run; children inherit this
     chance = random.Random(0)
     for place in (folder / "unbroken", folder / "again"):
         began = time.perf_counter()
