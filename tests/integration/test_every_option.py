@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from loraplus_hydra import run
 from loraplus_hydra.config.locations import config_folder
-from tests.support.architectures import CAUSAL, config_of
+from tests.support.architectures import CAUSAL, config_of, one_of_each_architecture
 
 
 def options(group: str) -> list[str]:
@@ -46,7 +46,10 @@ def two_steps(config: DictConfig, folder: Path) -> None:
 COMMON = ["trainer.max_steps=2", "trainer.eval_strategy=no", "trainer.per_device_train_batch_size=2"]
 
 
-@pytest.mark.parametrize("name", [name for name in options("model") if name not in ("hub", "embedded")])
+NAMED = [name for name in options("model") if name not in ("hub", "embedded")]
+
+
+@pytest.mark.parametrize("name", one_of_each_architecture(NAMED))
 def test_named_model_runs_on_its_own_architecture(
     name: str, checkpoints: Any, few_rows: dict[str, Path], compose: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
@@ -82,31 +85,69 @@ def rows_for(architecture: str, few_rows: dict[str, Path]) -> list[str]:
     return ["task=classification", "data=csv", f"data.train={labels}", f"data.eval={labels}"]
 
 
-def choices() -> list[list[str]]:
-    """Every option of these groups once; schedules go along with optimizers."""
-    alone = [f"{group}={name}" for group in ("adapter", "quantization", "loraplus") for name in options(group)]
-    optimizers, schedulers = options("optimizer"), options("scheduler")
-    together = [
-        [f"optimizer={optimizer}", *([f"scheduler={schedulers[index]}"] if index < len(schedulers) else [])]
-        for index, optimizer in enumerate(optimizers)
-    ]
-    assert len(optimizers) >= len(schedulers)
-    return [[option] for option in alone if option not in NEEDS_MORE] + together
+GROUPS = ("adapter", "quantization", "loraplus", "optimizer", "scheduler")
 
 
-@pytest.mark.parametrize("chosen", choices(), ids=" ".join)
-def test_option_runs_two_steps(
-    chosen: list[str], checkpoints: Any, few_rows: dict[str, Path], compose: Callable[..., DictConfig], tmp_path: Path
+def choices() -> list[str]:
+    """Every option of these groups."""
+    found = [f"{group}={name}" for group in GROUPS for name in options(group)]
+    return [option for option in found if option not in NEEDS_MORE]
+
+
+def together() -> list[list[str]]:
+    """Every option of these groups in one of a few runs: groups go down the list of optimizers, or up."""
+    rows: list[list[str]] = [[f"optimizer={name}"] for name in options("optimizer")]
+    for group, places in (
+        ("scheduler", range(len(rows))),
+        ("adapter", range(len(rows))),
+        ("quantization", range(len(rows) - 1, -1, -1)),
+        ("loraplus", (7, 11, 10, 9, 8)),  # `roles`, the last one, beside VeRA, which needs it
+    ):
+        for place, option in zip(places, [each for each in choices() if each.startswith(f"{group}=")], strict=False):
+            rows[place].append(option)
+    return rows
+
+
+def test_all_options_are_in_one_of_the_runs() -> None:
+    assert sorted(option for row in together() for option in row) == sorted(choices())
+
+
+def run_with(
+    chosen: list[str], checkpoints: Any, few_rows: dict[str, Path], compose: Callable[..., DictConfig], folder: Path
 ) -> None:
     if chosen[0] == "optimizer=schedulefree_adamw":
         pytest.importorskip("schedulefree")
     base = ["model=hub", f"model.path={checkpoints('llama')}", "data=jsonl", f"data.train={few_rows['causal']}"]
-    config = compose(*base, "task.samples=0", *COMMON, *chosen, *FITTING.get(chosen[0], []))
-    two_steps(config, tmp_path / "run")
+    fitting = [word for option in chosen for word in FITTING.get(option, []) if word not in chosen]
+    two_steps(compose(*base, "task.samples=0", *COMMON, *chosen, *fitting), folder)
 
 
-@pytest.mark.parametrize("adapter", ["lora", "pissa", "lora_embeddings"])
-@pytest.mark.parametrize("architecture", ["gpt2", "bert", "mistral", "gemma"])
+@pytest.mark.parametrize("chosen", together(), ids=" ".join)
+def test_options_run_two_steps_together(
+    chosen: list[str], checkpoints: Any, few_rows: dict[str, Path], compose: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    run_with(chosen, checkpoints, few_rows, compose, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", choices())
+def test_option_runs_two_steps(
+    option: str, checkpoints: Any, few_rows: dict[str, Path], compose: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    run_with([option], checkpoints, few_rows, compose, tmp_path / "run")
+
+
+OTHERS = {"gpt2": ("lora_embeddings",), "bert": ("pissa",), "mistral": (), "gemma": ("lora",)}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "adapter"),
+    [
+        pytest.param(architecture, adapter, marks=[] if adapter in OTHERS[architecture] else pytest.mark.slow)
+        for architecture in OTHERS
+        for adapter in ("lora", "pissa", "lora_embeddings")
+    ],
+)
 def test_adapter_runs_on_other_architectures(
     architecture: str, adapter: str, checkpoints: Any, few_rows: Any, compose: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ from loraplus_hydra.models.adapter import add_adapter
 from loraplus_hydra.models.base_model import hub_arguments, load_base, load_model, match_tokenizer, meta_model
 from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
 from tests.conftest import Finished
-from tests.support.architectures import CAUSAL, checkpoint, config_of, tokenizer
+from tests.support.architectures import CAUSAL, checkpoint, config_of, one_of_each_architecture, tokenizer
 
 CAUSAL_LM, SEQ_CLS, ENCODER = (
     f"transformers.AutoModel{kind}" for kind in ("ForCausalLM", "ForSequenceClassification", "")
@@ -80,7 +80,7 @@ def test_named_model_builds_with_its_published_parameters_and_no_network(
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "null"])
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", one_of_each_architecture(NAMED))
 def test_all_linears_or_the_architectures_own_targets_are_adapted(
     name: str, targets: str, compose: Callable[..., DictConfig]
 ) -> None:

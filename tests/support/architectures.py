@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,18 @@ def _trained() -> str:
     )
     assert backend.get_vocab_size() == VOCABULARY
     return str(backend.to_str())
+
+
+def one_of_each_architecture(names: Iterable[str]) -> list[Any]:
+    """Named models as parameters of a test; of those with one architecture, all but the first are slow."""
+    import pytest
+    from omegaconf import OmegaConf
+
+    from loraplus_hydra.config.locations import config_folder
+
+    found, seen = [], set()
+    for name in names:
+        architecture = OmegaConf.load(config_folder() / "model" / f"{name}.yaml").config.model_type
+        found.append(pytest.param(name, marks=[pytest.mark.slow] if architecture in seen else []))
+        seen.add(architecture)
+    return found
