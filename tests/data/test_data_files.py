@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from loraplus_hydra.data import mixing
 from loraplus_hydra.data.files import load
 from loraplus_hydra.data.rows import CONTINUES, ORIGIN, load_rows
 from loraplus_hydra.errors import ConfigErrors
+from tests.support import processes
 from tests.support.tiny import write_jsonl
 
 
@@ -187,39 +186,42 @@ def test_a_callables_result_is_checked(count: int, kind: str, expected: str) -> 
         load_rows(data)
 
 
-TWICE = """
-import sys
-import datasets
-from omegaconf import OmegaConf
-from loraplus_hydra.data import readers
-from loraplus_hydra.tasks.examples import load_examples
-from loraplus_hydra.tasks import tokens
-from loraplus_hydra.models.tokenizer import load_tokenizer
+def print_what_is_made(cache: str, file: str) -> None:
+    """Print which steps the rows of a config need, the first row's tokens, and how many rows there are."""
+    import datasets
 
-made = []
-for module, name in ((readers, "_encoded_rows"), (tokens, "encode_texts"), (tokens, "encode_conversation")):
-    function = getattr(module, name)
-    setattr(module, name, lambda *a, _f=function, _n=name, **k: made.append(_n) or _f(*a, **k))
-config = OmegaConf.load(sys.argv[1])
-tokenizer = load_tokenizer(config.model)
-tokenizer(["one", "another one"], padding=True, truncation=True, max_length=4)  # leaves its mark on the tokenizer
-examples = load_examples(config, tokenizer)
-print(sorted(set(made)), examples.train["input_ids"][0], len(examples.train))
-"""
+    from loraplus_hydra.data import readers
+    from loraplus_hydra.models.tokenizer import load_tokenizer
+    from loraplus_hydra.tasks import tokens
+    from loraplus_hydra.tasks.examples import load_examples
+
+    datasets.config.HF_DATASETS_CACHE = cache
+    made = []
+
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *a, **k: made.append(function.__name__) or function(*a, **k)
+
+    for module, name in ((readers, "_encoded_rows"), (tokens, "encode_texts"), (tokens, "encode_conversation")):
+        setattr(module, name, noted(getattr(module, name)))
+    config = OmegaConf.load(file)
+    tokenizer = load_tokenizer(config.model)
+    tokenizer(["one", "another one"], padding=True, truncation=True, max_length=4)  # leaves its mark on the tokenizer
+    examples = load_examples(config, tokenizer)
+    print(sorted(set(made)), examples.train["input_ids"][0], len(examples.train))
 
 
 def test_rows_and_tokens_are_cached_by_content_between_processes(
-    compose: Callable[..., Any], llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compose: Callable[..., Any], llama_folder: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     path = numbered(tmp_path / "a.jsonl", 20)
     config = compose("model=hub", f"model.path={llama_folder}", "data=jsonl", f"data.train={path}")
     OmegaConf.save(config, tmp_path / "config.yaml", resolve=True)
 
     def run() -> str:
-        script = [sys.executable, "-c", TWICE, str(tmp_path / "config.yaml")]
-        root = Path(__file__).resolve().parents[2]
-        return subprocess.run(script, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        cache = str(tmp_path / "cache")
+        ended = processes.run(print_what_is_made, cache, str(tmp_path / "config.yaml"), folder=tmp_path)
+        assert ended.status == 0, ended.out
+        return ended.out.strip().splitlines()[-1]
 
     first = run()
     assert first.startswith("['_encoded_rows', 'encode_conversation', 'encode_texts']")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,72 @@ def _copy_checkout(target: Path) -> None:
         shutil.copy(ROOT / name, target / name)
 
 
+# Runs programs of other folders, each in a forked process, because each import of these libraries takes many seconds.
+FORKS = """
+import json, os, runpy, sys
+import bitsandbytes, datasets, matplotlib.figure, peft, torch, transformers, trl
+
+assert not any(name.startswith("loraplus_hydra") for name in sys.modules)
+print("ready", flush=True)
+for line in sys.stdin:
+    folder, log, first, *words = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            handle = os.open(log, os.O_WRONLY | os.O_CREAT)
+            for stream in (1, 2):
+                os.dup2(handle, stream)
+            os.chdir(folder)
+            sys.path[0] = folder
+            if first == "-m":
+                sys.argv = words
+                runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+            else:
+                sys.argv = [first, *words]
+                runpy.run_path(first, run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def run_wheel(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+    """A function that runs a program or module in a folder, with the wheel's content, and returns what it prints."""
+    log = tmp_path_factory.mktemp("logs") / "log"
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    command = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(command, cwd=installed.parent, env=environment, text=True, **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        while process.stdout.readline().strip() != "ready":
+            assert process.poll() is None
+
+        def run(folder: Path, *words: str) -> str:
+            log.unlink(missing_ok=True)
+            print(json.dumps([str(folder), str(log), *words]), file=process.stdin, flush=True)
+            status = process.stdout.readline().strip() if process.stdout else ""
+            output = log.read_text()
+            assert status == "0", output
+            return output
+
+        yield run
+        process.stdin.close()
+
+
 def run_in(folder: Path, site: Path, *command: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run(
@@ -146,13 +213,13 @@ def test_wheel_composes_the_same_config_as_the_checkout(installed: Path, tmp_pat
 
 
 def test_second_repository_composes_a_run_with_its_own_override(
-    installed: Path, tiny_model: Path, rows: Path, tmp_path: Path
+    run_wheel: Callable[..., str], tiny_model: Path, rows: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "config.yaml").write_text(CONFIG)
     (tmp_path / "main.py").write_text(PROGRAM)
     overrides = [f"lora.model.path={tiny_model}", f"lora.data.train={rows}", "lora.optimizer.lr=1e-3"]
-    output = run_in(tmp_path, installed, "main.py", *overrides)
+    output = run_wheel(tmp_path, "main.py", *overrides)
     assert "METRIC" in output
     result = json.loads((tmp_path / "results" / "result.json").read_text())
     assert result["status"] == "ok"
@@ -161,7 +228,9 @@ def test_second_repository_composes_a_run_with_its_own_override(
     assert {row["group"]: row["lr"] for row in groups} == pytest.approx({"groupA": 1e-3, "groupB": 4e-3})
 
 
-def test_second_repository_names_parts_of_its_own(installed: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_second_repository_names_parts_of_its_own(
+    run_wheel: Callable[..., str], tiny_model: Path, tmp_path: Path
+) -> None:
     (tmp_path / "conf" / "data").mkdir(parents=True)
     config = CONFIG.replace("/data@lora.data: jsonl", "/data@lora.data: mine").replace(
         "- /run@lora", "- /run@lora\n  - own"
@@ -173,7 +242,7 @@ def test_second_repository_names_parts_of_its_own(installed: Path, tiny_model: P
     )
     (tmp_path / "main.py").write_text(PROGRAM)
     (tmp_path / "parts.py").write_text(PARTS)
-    output = run_in(tmp_path, installed, "main.py", f"lora.model.path={tiny_model}")
+    output = run_wheel(tmp_path, "main.py", f"lora.model.path={tiny_model}")
     assert output.count("MY STEP") == 2
     result = json.loads((tmp_path / "results" / "result.json").read_text())
     assert (result["status"], result["steps"]) == ("ok", 2)
@@ -186,6 +255,6 @@ def test_second_repository_names_parts_of_its_own(installed: Path, tiny_model: P
     assert all(part in stored for part in ("parts.MyAdamW", "parts.my_schedule", "parts.MyTrainer", "parts.my_rows"))
 
 
-def test_wheel_runs_from_the_command_line(installed: Path, tiny_run: list[str], tmp_path: Path) -> None:
-    run_in(tmp_path, installed, "-m", "loraplus_hydra", *tiny_run, "hydra.run.dir=run")
+def test_wheel_runs_from_the_command_line(run_wheel: Callable[..., str], tiny_run: list[str], tmp_path: Path) -> None:
+    run_wheel(tmp_path, "-m", "loraplus_hydra", *tiny_run, "hydra.run.dir=run")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "ok"

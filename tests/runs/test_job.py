@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from loraplus_hydra.sweep import finish as sweep_end
 from tests.conftest import Finished
+from tests.support import processes
 
 FILES = (
     ".hydra/config.yaml",
@@ -30,21 +32,12 @@ FILES = (
 @pytest.fixture(scope="module")
 def finished_run(tiny_model: Path, rows: Path, tiny_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of the tiny model with LoRA on everything, ratio 16 and a decaying rate."""
-    import subprocess
-    import sys
-
     folder = tmp_path_factory.mktemp("runs") / "run"
     overrides = [*tiny_run, f"data.eval={rows}", f"hydra.run.dir={folder}", "loraplus.ratio=16"]
     overrides += ["trainer.save_steps=2", "trainer.max_steps=6"]
-    done = subprocess.run(
-        [sys.executable, "-m", "loraplus_hydra", *overrides],
-        cwd=Path(__file__).resolve().parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"All files are in {folder}" in done.stdout
+    done = processes.run(processes.command_line, *overrides, folder=folder.parent)
+    assert done.status == 0, done.out
+    assert f"All files are in {folder}" in done.out
     return folder
 
 
@@ -210,8 +203,9 @@ def test_interrupt_is_recorded_and_ends_with_its_status(
 
 
 def test_main_returns_the_metric_that_a_sweep_optimises(
-    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sweep_end, "_report", lambda _: ())
     finished = cli("-m", *tiny_run, "loraplus.ratio=1,16", "hydra.sweep.dir=sweep")
     assert finished.status == 0, finished.err
     results = [json.loads(path.read_text()) for path in sorted((tmp_path / "sweep").glob("*/result.json"))]

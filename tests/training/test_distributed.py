@@ -14,15 +14,25 @@ import pytest
 
 from tests.conftest import Finished
 from tests.support.distributed_worker import write_rates
-from tests.support.processes import command_line, run_in_two_ranks
+from tests.support.processes import Ended, command_line, run_in_two_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def torchrun(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def torchrun(*words: str, folder: Path) -> Ended:
+    """Run the command line under torchrun, in two processes of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
-    return subprocess.run(launcher, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "loraplus_hydra", *words]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    return Ended(done.returncode, done.stdout + done.stderr)
+
+
+def two_ranks(*words: str, folder: Path) -> Ended:
+    """Run the command line in two forked processes, in the environment that torchrun would give them."""
+    return run_in_two_ranks(command_line, *words, folder=folder)
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp1", "fsdp2"])
@@ -36,22 +46,18 @@ def test_each_tensor_trains_at_the_rate_that_inspect_printed(
     assert rates == pytest.approx({tensor["name"]: tensor["lr"] for tensor in json.loads(printed.out)["tensors"]})
 
 
+@pytest.mark.parametrize("start", [two_ranks, pytest.param(torchrun, marks=pytest.mark.slow)])
 def test_two_processes_share_one_run_folder_and_train_as_one(
-    tiny_run: list[str], compose: Callable[..., Any], tmp_path: Path
+    start: Callable[..., Ended], tiny_run: list[str], compose: Callable[..., Any], tmp_path: Path
 ) -> None:
     from loraplus_hydra import run
 
     shared = [*tiny_run, "data.eval_fraction=0.25", "trainer.max_steps=5"]
-    done = torchrun(
-        "-m",
-        "loraplus_hydra",
-        *[override for override in shared if "train_batch_size" not in override],
-        "trainer.per_device_train_batch_size=2",
-        "trainer.max_steps=5",
-        f"hydra.run.dir={tmp_path / 'two'}",
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    alone_only = "trainer.per_device_train_batch_size"
+    words = [override for override in shared if not override.startswith(alone_only)]
+    words += ["trainer.per_device_train_batch_size=2", "hydra.run.dir=two"]
+    done = start(*words, folder=tmp_path)
+    assert done.status == 0, done.out[-3000:]
     alone = run(compose(*shared), tmp_path / "one")
     together = json.loads((tmp_path / "two" / "result.json").read_text())
     assert together["status"] == "ok"
@@ -59,7 +65,7 @@ def test_two_processes_share_one_run_folder_and_train_as_one(
     assert (tmp_path / "two" / "adapter" / "adapter_model.safetensors").is_file()
     assert together["metrics_before"]["eval_loss"] == pytest.approx(alone.metrics_before["eval_loss"], rel=1e-5)
     assert together["metrics"]["eval_loss"] == pytest.approx(alone.metrics["eval_loss"], rel=1e-4)
-    assert done.stdout.count("All files are in") == 1
+    assert done.out.count("All files are in") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
