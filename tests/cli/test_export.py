@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,17 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "saved embeddings, tied": ("qwen2", [*TEXT, "+adapter.modules_to_save=[embed_tokens]"]),
     "nf4": ("llama", ["quantization=nf4"]),
 }
+
+IN_EACH_RUN = (
+    *("lora", "dora", "pissa", "adalora", "vera", "embeddings, tied", "new tokens, untied", "biases"),
+    *("embeddings and output, tied", "saved output, untied", "nf4", "classifier"),
+)
+
+
+def some(names: Iterable[str]) -> list[Any]:
+    """Those of `names` that are in IN_EACH_RUN, and the others as slow."""
+    return [pytest.param(name, marks=[] if name in IN_EACH_RUN else pytest.mark.slow) for name in names]
+
 
 CLASSIFIERS: dict[str, tuple[str, list[str]]] = {
     "classifier": ("bert", []),
@@ -95,7 +106,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=TOKENS).logits
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", some(RUNS))
 def test_merged_model_gives_the_runs_logits(name: str, runs: Callable[[str], Path], tmp_path: Path) -> None:
     finished = open_run(str(runs(name)))
     model, tokenizer = load_run(finished)
@@ -114,7 +125,7 @@ def test_merged_model_gives_the_runs_logits(name: str, runs: Callable[[str], Pat
     ]
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "nf4"])
+@pytest.mark.parametrize("name", some(name for name in RUNS if name != "nf4"))
 def test_exported_adapter_is_loaded_by_plain_peft(name: str, runs: Callable[[str], Path], tmp_path: Path) -> None:
     finished = open_run(str(runs(name)))
     expected = logits(load_run(finished)[0])
@@ -172,7 +183,7 @@ def test_card_tells_the_runs_own_numbers(merged: bool, runs: Callable[[str], Pat
 
 
 @pytest.mark.parametrize("merged", [True, False])
-@pytest.mark.parametrize("name", ["lora", "new tokens, tied", "new tokens, untied", "nf4", *CLASSIFIERS])
+@pytest.mark.parametrize("name", some(["lora", "new tokens, tied", "new tokens, untied", "nf4", *CLASSIFIERS]))
 def test_card_loads_and_runs_the_export(
     name: str,
     merged: bool,

@@ -179,7 +179,7 @@ def test_log_window_sets_nothing_but_trls_own(
     assert differences(tmp_path / "run", tmp_path / "unbroken") == []
 
 
-@pytest.mark.parametrize("at", [3, 10, *(pytest.param(at, marks=pytest.mark.slow) for at in (2, 7, 9, 14))])
+@pytest.mark.parametrize("at", [10, *(pytest.param(at, marks=pytest.mark.slow) for at in (2, 3, 7, 9, 14))])
 def test_order_by_length_is_gone_on_with(
     at: int, stopped: Callable[..., None], compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
 ) -> None:
@@ -240,8 +240,8 @@ def test_weights_of_another_adapter_are_told(
     "overrides",
     [
         ("adapter=dora",),
-        ("adapter=pissa",),
-        ("adapter=vera", "loraplus=roles"),
+        pytest.param(("adapter=pissa",), marks=pytest.mark.slow),
+        pytest.param(("adapter=vera", "loraplus=roles"), marks=pytest.mark.slow),
         ("adapter=adalora", "adapter.tinit=1", "adapter.tfinal=1"),
         ("adapter=lora_embeddings",),
         ("+adapter.modules_to_save=[lm_head]",),

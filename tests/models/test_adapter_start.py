@@ -44,8 +44,17 @@ def train(model: Any, steps: int = 3, causal: bool = True) -> None:
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "roberta"])
+SOME = {"llama": OPTIONS, "gpt2": ("lora", "olora", "lora_embeddings", "vera"), "roberta": ("pissa", "adalora")}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "option"),
+    [
+        pytest.param(architecture, option, marks=[] if option in SOME[architecture] else pytest.mark.slow)
+        for architecture in SOME
+        for option in OPTIONS
+    ],
+)
 def test_adapter_starts_as_the_base_and_its_file_is_right_on_the_base(
     architecture: str, option: str, checkpoints: Any, tmp_path: Path, compose: Callable[..., DictConfig]
 ) -> None:

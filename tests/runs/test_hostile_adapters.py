@@ -159,8 +159,17 @@ ADAPTER_CONFIGS: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("command", [["export"], ["predict", "text=say"], ["evaluate"], ["check"]])
-@pytest.mark.parametrize("kind", ADAPTER_CONFIGS)
+COMMANDS = (["export"], ["predict", "text=say"], ["evaluate"], ["check"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [  # each kind by two commands in turn; by the other two, which read a config in the same place, if slow tests run
+        pytest.param(kind, command, marks=[] if (which - number) % 4 < 2 else pytest.mark.slow)
+        for number, kind in enumerate(ADAPTER_CONFIGS)
+        for which, command in enumerate(COMMANDS)
+    ],
+)
 def test_adapter_config_that_is_none_is_refused(
     kind: str, command: list[str], run: Path, canary: Path, cli: Callable[..., Finished]
 ) -> None:

@@ -42,7 +42,11 @@ def tell(place: Path, **changed: Any) -> None:
     seal(place)
 
 
-@pytest.mark.parametrize("load_best", [(), ("+trainer.load_best_model_at_end=true",)], ids=["last", "best"])
+@pytest.mark.parametrize(
+    "load_best",
+    [pytest.param((), marks=pytest.mark.slow), ("+trainer.load_best_model_at_end=true",)],
+    ids=["last", "best"],
+)
 def test_checkpoint_of_ctrl_c_stays_at_a_limit_of_one(load_best: tuple[str, ...], trial: Trial) -> None:
     overrides = (*EIGHT, *load_best, "trainer.save_total_limit=1")
     trial.train(*overrides)
@@ -102,7 +106,9 @@ def end(trial: Trial, at: int) -> None:
         trial.stop(*BEST, at=at)
 
 
-@pytest.mark.parametrize("at", [7, 8], ids=["before its last step", "after its last step"])
+@pytest.mark.parametrize(
+    "at", [7, pytest.param(8, marks=pytest.mark.slow)], ids=["before its last step", "after its last step"]
+)
 def test_moved_run_ends_with_its_best_adapter(at: int, trial: Trial) -> None:
     trial.train(*BEST)
     end(trial, at)
@@ -111,7 +117,9 @@ def test_moved_run_ends_with_its_best_adapter(at: int, trial: Trial) -> None:
     assert differences(moved, trial.unbroken) == []
 
 
-@pytest.mark.parametrize("at", [7, 8], ids=["before its last step", "after its last step"])
+@pytest.mark.parametrize(
+    "at", [pytest.param(7, marks=pytest.mark.slow), 8], ids=["before its last step", "after its last step"]
+)
 def test_best_checkpoint_that_does_not_count_is_refused(at: int, trial: Trial) -> None:
     end(trial, at)
     os.truncate(trial.broken / "checkpoints" / "checkpoint-2" / WEIGHTS, 10)
@@ -144,7 +152,7 @@ def test_best_checkpoint_of_another_place_is_never_opened(named: str, trial: Tri
         assert not (folder / "adapter").exists()
 
 
-@pytest.mark.parametrize("step", [4, 8])
+@pytest.mark.parametrize("step", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_run_from_a_checkpoint_of_another_run_keeps_that_ones_best(step: int, trial: Trial) -> None:
     overrides = (*BEST, "trainer.save_total_limit=null")
     trial.train(*overrides, name="other")

@@ -20,7 +20,11 @@ BY_EPOCH = (*EPOCHS, "trainer.eval_strategy=epoch", "+trainer.logging_strategy=e
 ADALORA = ("adapter=adalora", "adapter.tinit=1", "adapter.tfinal=1")
 
 
-@pytest.mark.parametrize("more", [(), ("+trainer.logging_strategy=epoch",)], ids=["lines by steps", "lines by epochs"])
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param((), marks=pytest.mark.slow), ("+trainer.logging_strategy=epoch",)],
+    ids=["lines by steps", "lines by epochs"],
+)
 def test_training_that_was_stopped_early_is_over(more: tuple[str, ...], trial: Trial) -> None:
     trial.kill(*STILL, *more)
     assert trial.resume_to_the_same(*STILL, *more).steps == 8
@@ -33,7 +37,10 @@ def test_more_patience_goes_on(trial: Trial) -> None:
 
 @pytest.mark.parametrize(
     ("at", "save"),
-    [(5, "steps"), (10, "steps"), (20, "steps"), (10, "epoch"), (10, "best")],
+    [
+        *((10, "steps"), (20, "steps"), (10, "best")),
+        *(pytest.param(at, save, marks=pytest.mark.slow) for at, save in ((5, "steps"), (10, "epoch"))),
+    ],
 )
 def test_end_of_an_epoch_is_logged_and_evaluated_when_stopped_there(at: int, save: str, trial: Trial) -> None:
     overrides = (*BY_EPOCH, f"trainer.save_strategy={save}", "trainer.save_steps=3")
@@ -41,7 +48,7 @@ def test_end_of_an_epoch_is_logged_and_evaluated_when_stopped_there(at: int, sav
     assert trial.resume_to_the_same(*overrides).resumed_at == [at]
 
 
-@pytest.mark.parametrize(("step", "save"), [(10, 10), (20, 3)])
+@pytest.mark.parametrize(("step", "save"), [(10, 10), pytest.param(20, 3, marks=pytest.mark.slow)])
 def test_end_of_an_epoch_is_logged_and_evaluated_when_killed_there(step: int, save: int, trial: Trial) -> None:
     overrides = (*BY_EPOCH, f"trainer.save_steps={save}")
     trial.kill(*overrides, in_evaluation_at=step)
@@ -51,7 +58,10 @@ def test_end_of_an_epoch_is_logged_and_evaluated_when_killed_there(step: int, sa
 @pytest.mark.parametrize(
     "more",
     [
-        ("trainer.max_steps=8", "trainer.eval_strategy=epoch", "+trainer.logging_strategy=epoch"),
+        pytest.param(
+            ("trainer.max_steps=8", "trainer.eval_strategy=epoch", "+trainer.logging_strategy=epoch"),
+            marks=pytest.mark.slow,
+        ),
         ("trainer.max_steps=8", "trainer.eval_strategy=no", "trainer.logging_steps=3"),
         (*EPOCHS, "trainer.eval_steps=10", "+trainer.logging_strategy=epoch"),
     ],
@@ -72,7 +82,7 @@ def test_adalora_killed_before_the_adapter_has_the_ranks_that_were_kept(trial: T
     assert not all(kept for pattern in config["rank_pattern"].values() for kept in pattern)
 
 
-@pytest.mark.parametrize("eval_strategy", ["steps", "epoch"])
+@pytest.mark.parametrize("eval_strategy", [pytest.param("steps", marks=pytest.mark.slow), "epoch"])
 def test_stop_at_an_evaluation_that_is_no_better_writes_a_checkpoint(eval_strategy: str, trial: Trial) -> None:
     overrides = (*EPOCHS, "optimizer.lr=1e-30", "trainer.save_strategy=best", "trainer.eval_steps=10")
     overrides = (*overrides, f"trainer.eval_strategy={eval_strategy}")

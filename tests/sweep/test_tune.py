@@ -181,7 +181,7 @@ def test_without_a_difference_there_is_no_clear_winner(
     assert told["answer"][0].startswith("No clear winner")
 
 
-@pytest.mark.parametrize("failing", [(8,), (1, 8)])
+@pytest.mark.parametrize("failing", [(8,), pytest.param((1, 8), marks=pytest.mark.slow)])
 def test_finalist_with_a_failed_seed_is_not_the_winner(
     failing: tuple[int, ...], cli: Cli, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,7 +73,7 @@ def written(folder: Path) -> list[dict[str, Any]]:
     return entries
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "adamw8bit"])
 @pytest.mark.parametrize("labels", LABELS)
 def test_inspect_the_optimizer_and_the_stored_groups_agree_on_a_new_head(
     labels: str,

@@ -70,7 +70,13 @@ RUNS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+SLOW = (
+    *("prompt and completion", "turns as prompt and completion", "plain text, fine-tuned", "packed", "streamed"),
+    *("one label of a causal model", "text, streamed"),
+)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else []) for name in RUNS])
 def test_task_trains_on_shape(
     name: str,
     compose: Callable[..., Any],

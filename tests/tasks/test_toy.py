@@ -88,6 +88,7 @@ def test_with_a_zero_a_large_ratio_wins_and_gains_more_at_large_width(losses: Lo
     assert gains[1] > 10 * gains[0]
 
 
+@pytest.mark.slow
 def test_with_b_zero_a_ratio_gains_little(losses: Losses) -> None:
     found = losses("true", 256, [*DIAGONAL, (1e-3, 1e-1), (1e-2, 1e-1), (1e-1, 1e-2), (1.0, 1e-2)])
     best = min(found, key=lambda pair: found[pair])

@@ -190,7 +190,9 @@ EVALUATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", EVALUATIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "between" else []) for name in EVALUATIONS]
+)
 def test_evaluation_that_a_signal_stops_ends_within_a_batch_and_is_made_up(
     name: str, compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path, stopped_in_evaluation: Stopping
 ) -> None:

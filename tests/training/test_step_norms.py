@@ -72,7 +72,7 @@ def test_first_step_moves_b_alone(compose: Callable[..., Any], tiny_run: list[st
     assert line["norms"]["groupB"]["update"] == line["norms"]["groupB"]["weight"] > 0
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw8bit", marks=pytest.mark.slow)])
 def test_training_is_the_same_to_the_bit_without_them(
     optimizer: str, compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
