@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import dataclasses
 import gc
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import tempfile
@@ -68,7 +70,7 @@ def _configs_merged_once() -> Iterator[None]:
 
     Overrides of values are applied anew each time. A configuration with files from elsewhere is made anew as well.
     """
-    from hydra._internal import config_loader_impl, defaults_list
+    from hydra._internal import config_loader_impl, config_repository, defaults_list
 
     from loraplus_hydra.config.locations import config_folder
 
@@ -102,7 +104,24 @@ def _configs_merged_once() -> Iterator[None]:
             merged[key] = pickle.dumps(merge(loader, defaults, repo))
         return pickle.loads(merged[key])
 
+    read: dict[Any, bytes] = {}
+    load = config_repository.ConfigRepository.load_config
+
+    def load_config(repo: Any, config_path: str) -> Any:
+        key = (sources(repo), config_path)
+        if key[0] is None:
+            return load(repo, config_path)
+        if key not in read:
+            read[key] = pickle.dumps(load(repo, config_path))
+        return pickle.loads(read[key])
+
+    def with_sources_of(repo: Any, delegate: Any) -> None:
+        """Stand for `CachingConfigRepository.__init__`, which copies all schemas only to keep a list of sources."""
+        repo.delegate, repo.cache = copy.copy(delegate), {}
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config_repository.ConfigRepository, "load_config", load_config)
+        patch.setattr(config_repository.CachingConfigRepository, "__init__", with_sources_of)
         patch.setattr(config_loader_impl, "create_defaults_list", create_defaults_list)
         patch.setattr(config_loader_impl.ConfigLoaderImpl, "_compose_config_from_defaults_list", compose)
         yield
@@ -114,15 +133,60 @@ def _composed_once() -> Iterator[None]:
     from hydra._internal.hydra import Hydra
 
     asked = Hydra.get_mode
-    setting = ("hydra", "hparams_search", "experiment")
+    setting = re.compile(r"[+~]*(hydra(?!\.(run|sweep)\.dir=)|hparams_search|experiment)")
 
     def get_mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
-        if any(word in override for override in overrides for word in setting):
+        if any(setting.match(override) for override in overrides):
             return asked(hydra, config_name, overrides)
         return None  # Hydra's answer for a config without a mode
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Hydra, "get_mode", get_mode)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _configs_copied_fast() -> Iterator[None]:
+    """Copy what OmegaConf notes of each value field by field; `deepcopy` takes most of a copy for it."""
+    from omegaconf.base import Metadata
+
+    def copied(noted: Metadata, memo: dict[int, Any]) -> Metadata:
+        new = copy.copy(noted)
+        new.flags = None if noted.flags is None else dict(noted.flags)
+        new.resolver_cache = copy.deepcopy(noted.resolver_cache, memo)
+        return new
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Metadata, "__deepcopy__", copied, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cards_compiled_once() -> Iterator[None]:
+    """Keep the compiled template of PEFT's model card, which is filled in for each checkpoint."""
+    from jinja2 import Environment
+
+    compiled: dict[Any, Any] = {}
+    compile_template = Environment.compile
+
+    def compile_once(environment: Environment, source: Any, *more: Any, **settings: Any) -> Any:
+        if not environment.shared or not isinstance(source, str):  # shared: that of `jinja2.Template`
+            return compile_template(environment, source, *more, **settings)
+        key = (environment, source, more, *sorted(settings.items()))
+        if key not in compiled:
+            compiled[key] = compile_template(environment, source, *more, **settings)
+        return compiled[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Environment, "compile", compile_once)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk() -> Iterator[None]:
+    """Leave out `fsync`, which matters only when the power fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
         yield
 
 
