@@ -45,7 +45,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[list[weakref.ref[Any]], li
     return models, states
 
 
-def test_ten_8bit_jobs_in_one_process_are_as_each_alone(
+@pytest.mark.parametrize("count", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_8bit_jobs_in_one_process_are_as_each_alone(
+    count: int,
     compose: Callable[..., Any],
     tiny_run: list[str],
     tmp_path: Path,
@@ -59,7 +61,7 @@ def test_ten_8bit_jobs_in_one_process_are_as_each_alone(
     base = [*tiny_run, "optimizer=adamw8bit", "adapter.r=128", "trainer.max_steps=1", "task.samples=0"]
     # LoRA on the output layer's kind and on embeddings; without TRL's tied-head rule in the way
     kinds = [[*base, "adapter.target_modules=[q_proj,embed_tokens]"], [*base, "adapter.target_modules=[q_proj,v_proj]"]]
-    for number in range(10):
+    for number in range(count):
         run(compose(*kinds[number % 2]), tmp_path / str(number))
     for number, found in enumerate(states):
         assert found == states[number % 2], f"job {number}"

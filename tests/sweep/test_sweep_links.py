@@ -42,7 +42,7 @@ def test_link_that_leads_to_the_sweep_is_followed(
     assert (tmp_path / "disk" / "sweep" / "results.csv").is_file()
 
 
-@pytest.mark.parametrize("name", ["results.csv", "report.html", "curves.png"])
+@pytest.mark.parametrize("name", [pytest.param("results.csv", marks=pytest.mark.slow), "report.html", "curves.png"])
 def test_report_is_not_written_through_a_link(name: str, tmp_path: Path) -> None:
     ratio_sweep(tmp_path / "sweep", {(1, 1): 3.7, (4, 1): 3.6})
     (tmp_path / "mine.txt").write_text("precious")

@@ -121,6 +121,33 @@ def test_searches_share_a_folder_unless_their_first_seeds_differ(
     assert folders[0] == folders[1] != folders[2]
 
 
+def test_extension_of_a_search_is_the_same_search_with_more_candidates(
+    cli: Cli, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_end, "_report", lambda _: ())
+    assert cli("tune", *words, "tune.eta_B=[1e-3,2e-3,4e-3]", "tune.ratios=[1]", "tune.seeds=2").status == 0
+    told = json.loads((the_sweep(tmp_path) / "tune.json").read_text())
+    assert told["winner"]["eta_B"] == 4e-3  # at these rates nothing but speed counts
+    assert "At the grid's edge: eta_B 4e-3 is the largest value. Extend to 8e-3." in told["answer"]
+    searches: list[tuple[Path, Settings]] = []
+
+    def no_jobs(settings: Settings, words: Any, folder: Path, start: str) -> Iterator[Any]:
+        searches.append((folder, settings))
+        return iter(())
+
+    monkeypatch.setattr(tune_search, "batches", no_jobs)
+    wider = shlex.split(told["extend"])
+    assert wider[:4] == ["python", "-m", "loraplus_hydra", "tune"]
+    assert cli(*wider[3:]).status == 0
+    ((folder, settings),) = searches
+    assert folder == the_sweep(tmp_path)
+    assert [(each.eta_B, each.ratio) for each in settings.candidates] == [
+        (eta_B, 1) for eta_B in (1e-3, 2e-3, 4e-3, 8e-3)
+    ]
+    assert settings.seeds == (0, 1)
+
+
+@pytest.mark.slow
 def test_wider_search_in_the_same_folder_trains_only_what_is_new(
     cli: Cli, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

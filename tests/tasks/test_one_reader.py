@@ -237,8 +237,17 @@ def compare(
     assert asked_by_predict(path, run, config) == [one.seen(marked=False).partition(" [")[0] for one in written]
 
 
-@pytest.mark.parametrize("drawn", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
-@pytest.mark.parametrize("name", FORMS)
+IN_EACH_RUN = ("texts", "Alpaca", "messages", "ShareGPT", "JSON text", "whole preferences", "judged")
+
+
+@pytest.mark.parametrize(
+    ("name", "drawn"),
+    [
+        pytest.param(name, drawn, id=f"{name}-{count}", marks=[] if name in each else pytest.mark.slow)
+        for count, drawn, each in (("few", FEW, IN_EACH_RUN), ("many", MANY, ()))
+        for name in FORMS
+    ],
+)
 def test_all_commands_read_rows_alike(
     name: str, drawn: settings, compose: Callable[..., Any], words_folder: Path, run: FinishedRun, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -120,6 +121,22 @@ def test_wandb_online_with_a_key_is_no_mistake(where: str, monkeypatch: pytest.M
     assert WandB.problems(mode="online") == []
 
 
+def test_no_module_imports_a_tracker_when_it_is_imported() -> None:
+    for path in (ROOT / "loraplus_hydra").rglob("*.py"):
+        outermost: list[Any] = list(ast.parse(path.read_text(encoding="utf-8")).body)
+        for node in outermost:
+            if isinstance(node, ast.Try):
+                outermost += [*node.body, *node.handlers, *node.orelse, *node.finalbody]
+            elif isinstance(node, ast.ExceptHandler | ast.With):
+                outermost += node.body
+            elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+                outermost += [*node.body, *node.orelse]
+        names = [alias.name for node in outermost if isinstance(node, ast.Import) for alias in node.names]
+        names += [str(node.module) for node in outermost if isinstance(node, ast.ImportFrom)]
+        assert not [name for name in names if {"mlflow", "wandb", "tensorboard"} & set(name.split(".")[:3:2])], path
+
+
+@pytest.mark.slow
 def test_nothing_of_a_tracker_is_imported_for_a_run_without_one() -> None:
     program = """
         import sys
