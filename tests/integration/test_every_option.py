@@ -94,18 +94,26 @@ def choices() -> list[str]:
     return [option for option in found if option not in NEEDS_MORE]
 
 
+# Optimizers that not every adapter, schedule and quantisation goes with
+ALONE = ("muon", "lora_fa", "riemannian_adamw", "schedulefree_adamw")
+
+
 def together() -> list[list[str]]:
-    """Every option of these groups in one of a few runs: groups go down the list of optimizers, or up."""
-    rows: list[list[str]] = [[f"optimizer={name}"] for name in options("optimizer")]
-    for group, places in (
-        ("scheduler", range(len(rows))),
-        ("adapter", range(len(rows))),
-        ("quantization", range(len(rows) - 1, -1, -1)),
-        ("loraplus", (7, 11, 10, 9, 8)),  # `roles`, the last one, beside VeRA, which needs it
-    ):
-        for place, option in zip(places, [each for each in choices() if each.startswith(f"{group}=")], strict=False):
-            rows[place].append(option)
-    return rows
+    """Every option of these groups in one of a few runs, an optimizer in each."""
+    rows = [[f"optimizer={name}"] for name in options("optimizer") if name not in ALONE]
+    # Quantised bases at the end, without a method that changes the base; presets beside adapters that need none
+    presets = ["default", "absolute", "none", "peft"]
+    columns = {
+        "scheduler": options("scheduler"),
+        "adapter": [name for name in options("adapter") if f"adapter={name}" not in NEEDS_MORE],
+        "quantization": [*[""] * (len(rows) - 2), "int8", "nf4", "none"],
+        "loraplus": ["", *presets, "", "", "", "roles"],
+    }
+    for group, names in columns.items():
+        for place, name in enumerate(names):
+            if name:
+                rows[place % len(rows)].append(f"{group}={name}")
+    return [*rows, *([f"optimizer={name}"] for name in ALONE)]
 
 
 def test_all_options_are_in_one_of_the_runs() -> None:
