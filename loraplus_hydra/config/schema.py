@@ -224,9 +224,14 @@ class OpenedRunConfig(FinishedRunConfig):
 class ExportConfig(OpenedRunConfig):
     """`export`. Registered as `export_schema`."""
 
-    to: Optional[str] = None  # the new folder; null = export/model or export/adapter in the run's folder
-    merge: bool = True  # true = the merged model, false = the adapter alone
+    to: Optional[str] = None  # the new folder; null = a folder in `export` in the run's folder
+    target: Optional[str] = None  # hf, vllm, llama_cpp or ollama; null = plain files, without a check
+    merge: Optional[bool] = (
+        None  # true = the merged model, false = the adapter alone; null = what the target usually takes
+    )
     dtype: Optional[str] = None  # dtype of a merged model's weights: float32, bfloat16, float16; null = as in the run
+    push: Optional[str] = None  # owner/name of a hub's repository; null = nothing is sent
+    private: bool = True  # false = the pushed repository is open to everyone
 
 
 @dataclass

@@ -24,6 +24,7 @@ from loraplus_hydra.io.quiet_libraries import quiet_peft
 from loraplus_hydra.models.adapter_files import attach, save_adapter, stored_adapter
 from loraplus_hydra.models.inputs import READ_OF_ADAPTER
 from loraplus_hydra.models.quantization import dequantize, is_quantized
+from loraplus_hydra.runs.export_check import check_target
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.load_finished import load_run, refuse_changed_run
 from loraplus_hydra.runs.model_card import write_card
@@ -37,21 +38,24 @@ _CHANGED = (BaseTunerLayer, ModulesToSaveWrapper)
 
 def export(
     run: FinishedRun,
-    target: Path,
+    folder: Path,
     *,
     merge: bool = True,
     dtype: str | None = None,
+    target: str | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Path:
-    """Write a run's model into `target`, a new or empty folder, and return the folder.
+    """Write a run's model into `folder`, which is new or empty, and return the folder.
 
     With `merge`, the merged model is written, with weights in `dtype` (None: the run's dtype). Weights of a quantised
     base are dequantised. Without `merge`, the adapter is written. The tokenizer and a card are added to both. Before
     the folder gets its name, the merged model is loaded again, and its logits are compared with the run's; `report`
-    gets the outcome as text. Raises UserError, and then no folder is left.
+    gets the outcome as text. With a `target` (`export_targets.TARGETS`), an export that it can't load is refused before
+    weights are loaded, and what it needs is written, too. Raises UserError, and then no folder is left.
     """
     check = ""
-    with interrupts.notice("the export's folder is removed"), new_folder(target, key="to") as draft:
+    served = None if target is None else check_target(run, target, merged=merge)
+    with interrupts.notice("the export's folder is removed"), new_folder(folder, key="to") as draft:
         if merge:
             check = _comparison(_write_merged(run, draft, dtype))
         elif run.step is None:
@@ -59,11 +63,14 @@ def export(
             _copy_adapter(run.adapter, draft)
         else:  # a checkpoint has other files, and its adapter may fit only a base that the initialisation changed
             save_adapter(*load_run(run), draft)
-        write_card(run, draft, merged=merge, check=check)
+        if served is not None:
+            served.write(draft)
+        write_card(run, draft, merged=merge, check=check, serving="" if served is None else served.section())
         interrupts.stop_if_asked()  # after this line the folder is kept
-    if check and report is not None:
-        report(check)
-    return target
+    if report is not None:
+        for text in filter(None, (check, "" if served is None else served.told(folder))):
+            report(text)
+    return folder
 
 
 def _comparison(difference: float) -> str:

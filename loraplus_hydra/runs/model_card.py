@@ -23,15 +23,17 @@ from loraplus_hydra.runs.finished import FinishedRun, model_metrics
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 
 
-def write_card(run: FinishedRun, folder: Path, *, merged: bool, check: str = "") -> None:
+def write_card(run: FinishedRun, folder: Path, *, merged: bool, check: str = "", serving: str = "") -> None:
     """Write README.md into `folder`. `check` is the text about the export's comparison with the run.
+
+    `serving` is the section on the program that the export is for.
 
     The card's numbers are copied from result.json and param_groups.json without rounding.
     """
-    files.write_text(folder / "README.md", card(run, merged=merged, check=check))
+    files.write_text(folder / "README.md", card(run, merged=merged, check=check, serving=serving))
 
 
-def card(run: FinishedRun, *, merged: bool, check: str = "") -> str:
+def card(run: FinishedRun, *, merged: bool, check: str = "", serving: str = "") -> str:
     """Return the card's text."""
     config = plain_of(run.config)
     groups = read_json(run.folder / run_folder.PARAM_GROUPS, list)
@@ -40,7 +42,7 @@ def card(run: FinishedRun, *, merged: bool, check: str = "") -> str:
         *_introduction(run, merged=merged),
         "## How to load it",
         _loading(run, merged=merged),
-        *([check] if check else []),
+        *filter(None, (check, serving)),
         "## Data",
         "\n".join(f"- {code(str(key))}: {_shown(value)}" for key, value in config["data"].items() if value is not None),
         "## LoRA+",
