@@ -29,6 +29,8 @@ def quiet_libraries() -> None:
     # If the hub's library is already imported, it has read the environment before.
     if "datasets" in sys.modules and os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "1":
         sys.modules["datasets"].disable_progress_bars()
+    for name in ("httpx", "httpx2"):  # otherwise each request to the hub is a line on the screen
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r".*'pin_memory' argument is set as true but no accelerator")
     # Only the authors of the Hugging Face libraries can fix deprecations inside these libraries.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate|datasets)\b")

@@ -24,7 +24,7 @@ from loraplus_hydra.io.quiet_libraries import quiet_peft
 from loraplus_hydra.models.adapter_files import attach, save_adapter, stored_adapter
 from loraplus_hydra.models.inputs import READ_OF_ADAPTER
 from loraplus_hydra.models.quantization import dequantize, is_quantized
-from loraplus_hydra.runs.export_check import check_target
+from loraplus_hydra.runs.export_commands import Served
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.load_finished import load_run, refuse_changed_run
 from loraplus_hydra.runs.model_card import write_card
@@ -42,7 +42,7 @@ def export(
     *,
     merge: bool = True,
     dtype: str | None = None,
-    target: str | None = None,
+    served: Served | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Path:
     """Write a run's model into `folder`, which is new or empty, and return the folder.
@@ -50,11 +50,11 @@ def export(
     With `merge`, the merged model is written, with weights in `dtype` (None: the run's dtype). Weights of a quantised
     base are dequantised. Without `merge`, the adapter is written. The tokenizer and a card are added to both. Before
     the folder gets its name, the merged model is loaded again, and its logits are compared with the run's; `report`
-    gets the outcome as text. With a `target` (`export_targets.TARGETS`), an export that it can't load is refused before
-    weights are loaded, and what it needs is written, too. Raises UserError, and then no folder is left.
+    gets the outcome as text. With `served` (from `export_check.check_target`), what a target needs is written, too.
+    Raises UserError, and then no folder is left.
     """
+    assert served is None or served.export.merged == merge, "the check was for the other kind of export"
     check = ""
-    served = None if target is None else check_target(run, target, merged=merge)
     with interrupts.notice("the export's folder is removed"), new_folder(folder, key="to") as draft:
         if merge:
             check = _comparison(_write_merged(run, draft, dtype))
@@ -67,9 +67,8 @@ def export(
             served.write(draft)
         write_card(run, draft, merged=merge, check=check, serving="" if served is None else served.section())
         interrupts.stop_if_asked()  # after this line the folder is kept
-    if report is not None:
-        for text in filter(None, (check, "" if served is None else served.told(folder))):
-            report(text)
+    if check and report is not None:
+        report(check)
     return folder
 
 

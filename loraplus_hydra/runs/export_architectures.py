@@ -32,17 +32,25 @@ VLLM_CLASSIFIERS = _classes("Bert GPT2 Jamba ModernBert Roberta XLMRoberta", "Fo
 
 LLAMA_CPP = _classes(
     "Afmoe Apertus Arcee Bamba BitNet Bloom Cohere2 Cohere2Moe Cohere Dbrx DeepseekV2 DeepseekV32 DeepseekV3 "
-    "DeepseekV4 Dots1 Dots3Note Ernie4_5 Ernie4_5_Moe Exaone4 ExaoneMoe Falcon FalconH1 FalconMamba GPTBigCode GPTNeoX "
-    "Gemma2 Gemma3 Gemma3n Gemma4 Gemma Glm4 Glm4Moe Glm4MoeLite Glm GlmMoeDsa GptOss Granite GraniteMoe GraniteMoeHybrid "
-    "GraniteMoeSWA GraniteMoeShared GraniteSWA HYV3 HYV4 HrmText HunYuanDenseV1 HunYuanMoEV1 Jais2 Jamba KimiLinear "
-    "Laguna Lfm2 Lfm2Moe Llama4 Llama Mamba2 Mamba Mellum MiMoV2Flash MiniCPM3 MiniMaxM2 Ministral3 Mistral Mixtral "
-    "Nemotron NemotronH Olmo2 Olmo3 Olmo Olmoe Phi3 Phi Qwen2 Qwen2Moe Qwen3 Qwen3Moe Qwen3Next Qwen3_5 Qwen3_5Moe "
-    "Qwen4Exp SeedOss SmolLM3 SolarOpen StableLm Starcoder2 Youtu"
+    "DeepseekV4 Dots1 Dots3Note Ernie4_5 Ernie4_5_Moe Exaone4 ExaoneMoe Falcon FalconH1 FalconMamba GPTBigCode "
+    "GPTNeoX Gemma2 Gemma3 Gemma3n Gemma4 Gemma Glm4 Glm4Moe Glm4MoeLite Glm GlmMoeDsa GptOss Granite GraniteMoe "
+    "GraniteMoeHybrid GraniteMoeSWA GraniteMoeShared GraniteSWA HYV3 HYV4 HrmText HunYuanDenseV1 HunYuanMoEV1 Jais2 "
+    "Jamba KimiLinear Laguna Lfm2 Lfm2Moe Llama4 Llama Mamba2 Mamba Mellum MiMoV2Flash MiniCPM3 MiniMaxM2 Ministral3 "
+    "Mistral Mixtral Nemotron NemotronH Olmo2 Olmo3 Olmo Olmoe Phi3 Phi Qwen2 Qwen2Moe Qwen3 Qwen3Moe Qwen3Next "
+    "Qwen3_5 Qwen3_5Moe Qwen4Exp SeedOss SmolLM3 SolarOpen StableLm Starcoder2 Youtu"
 ) | {"GPT2LMHeadModel", "Gemma3ForConditionalGeneration"}
+# Tiny models of these were converted with an adapter on every linear layer, and llama.cpp computed what PEFT computes.
+# Others may go wrong silently: in some models llama.cpp adds an adapter only to a part of the layers.
+LLAMA_CPP_ADAPTERS = _classes(
+    "Apertus Arcee Bloom Cohere Exaone4 Gemma Gemma2 Gemma3 Granite Llama Mistral Nemotron Olmo Olmo2 Phi3 Qwen2 Qwen3 "
+    "SeedOss SmolLM3 StableLm Starcoder2"
+)
 # llama.cpp uses the embedding as the output layer of these, and its converter drops an output layer of their own.
 LLAMA_CPP_ALWAYS_TIED = _classes("BitNet Cohere Cohere2 Gemma Gemma2")
+# A key of config.json that llama.cpp's converter needs and transformers may leave out
+LLAMA_CPP_KEYS = {"GPT2LMHeadModel": "n_ctx", "GPTNeoXForCausalLM": "rotary_pct"}
 # llama.cpp's converter reads the tokenizer of these from tokenizer.model only.
-LLAMA_CPP_SENTENCEPIECE = _classes("BitNet Ernie4_5 Ernie4_5_Moe Gemma Gemma2 MiniCPM3 Nemotron")
+LLAMA_CPP_SENTENCEPIECE = _classes("BitNet Ernie4_5 Ernie4_5_Moe Gemma Gemma2 MiniCPM3 Nemotron Phi3")
 
 
 def vllm_embeddings(architecture: str) -> frozenset[str]:

@@ -15,7 +15,7 @@ from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import ConfigErrors, Problem, refuse
 from loraplus_hydra.io.read import read_json
 from loraplus_hydra.models.adapter_files import CONFIG, stored_adapter
-from loraplus_hydra.models.base_model import architecture, hub_arguments
+from loraplus_hydra.models.base_model import hub_arguments, load_config
 from loraplus_hydra.models.initialisation import changes_base
 from loraplus_hydra.runs import ollama_template
 from loraplus_hydra.runs.export_architectures import LLAMA_CPP_SENTENCEPIECE
@@ -42,7 +42,7 @@ def describe(run: FinishedRun, *, merged: bool) -> Export:
     """Return what decides whether a target can load the export of `run`. Reads only configs and a header."""
     stored = stored_adapter(str(run.adapter), key="run")
     model, task = run.config.model, run.config.task
-    config = architecture(model, run.model_arguments())
+    config = load_config(model, run.model_arguments())
     name, on_transformers = _class_of(config, locate(task.auto_class))
     return Export(
         merged=merged,

@@ -1,4 +1,4 @@
-"""What a target of `export` needs beside the model's files: its commands, and Ollama's Modelfile."""
+"""Commands and files, beside the model's, that a target of `export` needs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ADAPTER_CONVERTER = "python llama.cpp/convert_lora_to_gguf.py"
 
 @dataclass(frozen=True)
 class Place:
-    """How commands name the export's folder and the base."""
+    """The names of the export's folder and the base in commands."""
 
     folder: str
     base: str  # a local folder, or a name on the hub
@@ -62,7 +62,7 @@ class Served:
         return "\n".join([f"For {TARGETS[self.target]}:", *(f"  {line}" for line in lines)]) if lines else ""
 
     def section(self) -> str:
-        """Return the card's section on the target; empty for Hugging Face's libraries. It names no local folder."""
+        """Return the card's section on the target, without local paths; empty for Hugging Face's libraries."""
         location = model_location(self.run.config.model.path)
         local = is_local(location)
         lines = self.commands(Place(".", Path(location).name if local else location, local))

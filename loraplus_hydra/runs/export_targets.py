@@ -1,4 +1,4 @@
-"""What each target of `export` can load, as rules on the run's files. No weights and no model are needed.
+"""Rules that tell from a run's configs and tensor names what each target of `export` can load.
 
 Sources of the limits: vLLM 0.33.0 (`lora/peft_helper.py`, `lora/lora_model.py`, `lora/utils.py`, `config/lora.py`);
 llama.cpp's `convert_lora_to_gguf.py`, `convert_hf_to_gguf.py` and `llama-adapter.cpp` of October 2026; Ollama's page on
@@ -38,13 +38,14 @@ _FIELDS = {
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
     "arrow_config": "a router of adapters",
-    "velora_config": "VeLoRA",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
 }
 
 
 @dataclass(frozen=True)
 class Export:
-    """What decides whether a target can load an export."""
+    """The facts that decide whether a target can load an export."""
 
     merged: bool
     task_type: str | None
@@ -102,10 +103,12 @@ def _limits(target: str, export: Export) -> tuple[Limit, ...]:
         return ()
     if export.adapter.get("peft_type") != "LORA":
         return (_other_method,)
-    common = (_saved_modules, _unimplemented, _changed_base, _biases, _new_tokens, _other_tensors)
+    common = (_saved_modules, _unimplemented, _changed_base, _biases, _experts, _new_tokens, _other_tensors)
     if target == VLLM:
         return (_vllm_rank, *common, _vllm_adapted)
-    return (_no_text, _llama_cpp_model, _llama_cpp_tokenizer, *common, _llama_cpp_scale, _llama_cpp_adapted)
+    if export.task_type != "CAUSAL_LM":
+        return (_no_text,)
+    return (_llama_cpp_model, _llama_cpp_tokenizer, *common, _llama_cpp_scale, _llama_cpp_adapted)
 
 
 def _advice(target: str, export: Export) -> str:
@@ -129,6 +132,8 @@ def _unmergeable(export: Export) -> Iterator[str]:
     method = str(export.adapter.get("peft_type"))
     if any(part in method for part in _UNMERGEABLE):
         yield f"{method} has no update that can be merged into the weights"
+    if export.adapter.get("lora_bias"):
+        yield "PEFT merges the bias of a lora_B only into layers that have a bias (lora_bias)"
 
 
 def _other_method(export: Export) -> Iterator[str]:
@@ -144,10 +149,10 @@ def _no_text(export: Export) -> Iterator[str]:
 
 
 def _saved_modules(export: Export) -> Iterator[str]:
-    if saved := export.adapter.get("modules_to_save"):
+    if export.task_type == "SEQ_CLS":
+        yield "it takes an adapter's classification head only for a base that has one"
+    elif saved := export.adapter.get("modules_to_save"):
         yield f"it loads no trained copies of whole layers (modules_to_save: {', '.join(saved)})"
-    elif export.task_type == "SEQ_CLS":
-        yield "it loads no classification head with an adapter"
 
 
 def _unimplemented(export: Export) -> Iterator[str]:
@@ -165,6 +170,11 @@ def _changed_base(export: Export) -> Iterator[str]:
 def _biases(export: Export) -> Iterator[str]:
     if (bias := export.adapter.get("bias") or "none") != "none":
         yield f"it loads no trained biases (bias={bias})"
+
+
+def _experts(export: Export) -> Iterator[str]:
+    if any(".experts." in name for name in export.shapes) and not export.adapter.get("target_parameters"):
+        yield "LoRA on the experts of a mixture has another layout there"
 
 
 def _new_tokens(export: Export) -> Iterator[str]:
@@ -220,8 +230,12 @@ def _vllm_model(export: Export) -> Iterator[str]:
 
 
 def _llama_cpp_model(export: Export) -> Iterator[str]:
-    if export.task_type == "CAUSAL_LM" and export.architecture and export.architecture not in known.LLAMA_CPP:
-        yield f"llama.cpp's converter doesn't know {export.architecture}"
+    name = export.architecture
+    if export.task_type == "CAUSAL_LM" and name and name not in known.LLAMA_CPP:
+        yield f"llama.cpp's converter doesn't know {name}"
+    key = known.LLAMA_CPP_KEYS.get(name)
+    if key is not None and key not in export.base:
+        yield f"llama.cpp's converter needs '{key}' in {name}'s config.json, which the base doesn't have"
 
 
 def _llama_cpp_tokenizer(export: Export) -> Iterator[str]:
@@ -254,7 +268,8 @@ def _llama_cpp_scale(export: Export) -> Iterator[str]:
 
 
 def _llama_cpp_adapted(export: Export) -> Iterator[str]:
-    if export.adapter.get("fan_in_fan_out"):
-        yield f"llama.cpp's converter transposes {export.architecture}'s layers, but not lora_A and lora_B"
+    name = export.architecture
+    if export.task_type == "CAUSAL_LM" and name in known.LLAMA_CPP - known.LLAMA_CPP_ADAPTERS:
+        yield f"it isn't known that llama.cpp adapts all layers of {name}"
     if export.embeddings and (export.tied or export.architecture in known.LLAMA_CPP_ALWAYS_TIED):
         yield f"embedding and output layer are one (tied), and llama.cpp can't adapt {' and '.join(export.embeddings)}"

@@ -81,21 +81,15 @@ def _parts(tokenizer: PreTrainedTokenizerBase) -> _Parts | None:
     first, rest = long.split(one)
     middle, last = rest.split(two)
     again, tail = last.split(three)
-    # `end` is the end of the user's turn and the beginning of the answer, as is `middle`.
-    if first != head or tail != end or middle != end:
+    if first != head or tail != end:
         return None
-    return _split(head, end, again, _system(tokenizer, one, two))
-
-
-def _split(head: str, end: str, again: str, system: tuple[str, str] | None) -> _Parts | None:
-    """Divide `head` (begin + user's), `again` (assistant's end + user's) and the system's texts.
-
-    The user's opening text is the longest that ends all of them. What it leaves belongs to the turn before.
-    """
+    # The user's opening text is the longest that ends all texts before a user's message. What it leaves belongs to the
+    # turn before. `end` and `middle` end the user's turn and begin an answer.
+    system = _system(tokenizer, one, two)
     opening = _common_end([head, again] + ([system[1]] if system is not None else []))
     cut = len(opening)
     ends = None if system is None else (system[0], system[1][: len(system[1]) - cut])
-    return _Parts(head[: len(head) - cut], ends, (opening, ""), (end, again[: len(again) - cut]), end)
+    return _Parts(head[: len(head) - cut], ends, (opening, ""), (middle, again[: len(again) - cut]), end)
 
 
 def _system(tokenizer: PreTrainedTokenizerBase, system: str, user: str) -> tuple[str, str] | None:

@@ -38,7 +38,10 @@ def name_problems(repository: str) -> list[Problem]:
 
 
 def check_repository(repository: str, *, private: bool) -> None:
-    """Raise ConfigErrors unless `repository` is new, or empty and as private as asked. Nothing is sent but its name."""
+    """Raise ConfigErrors unless `repository` is new, or empty and as private as asked.
+
+    Only its name and the token are sent.
+    """
     _refuse_content(HfApi(), repository, private=private)
 
 

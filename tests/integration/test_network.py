@@ -66,6 +66,7 @@ def test_nothing_is_fetched_unless_a_config_names_a_hub(tiny_run: list[str], tmp
         *(["check"], ["inspect"], ["inspect", "model=llama3_8b"], ["preview", *tiny_run]),
         [*tiny_run, "trainer.max_steps=1", "hydra.run.dir=run"],
         *(["predict", "run", "text=say"], ["export", "run"], ["export", "run", "merge=false"]),
+        ["export", "run", "target=vllm"],
     ]
     for end in ended_without_network(commands, tmp_path):
         assert end.endswith(" 0 []"), end

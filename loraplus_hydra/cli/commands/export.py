@@ -31,15 +31,16 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     from loraplus_hydra.runs.export import export
     from loraplus_hydra.runs.export_check import check_target
 
+    served = None if config.target is None else check_target(run, config.target, merged=merge)
     if config.push is not None:
         from loraplus_hydra.runs.push import check_repository
 
-        if config.target is not None:  # what can be known here is told before the hub is asked
-            check_target(run, config.target, merged=merge)
         check_repository(config.push, private=config.private)
     with interrupts.notice("the export stops after the current step, and its folder is removed"):
-        written = export(run, folder, merge=merge, dtype=config.dtype, target=config.target, report=print)
+        written = export(run, folder, merge=merge, dtype=config.dtype, served=served, report=print)
     print(f"{'The merged model' if merge else 'The adapter'} is in {written}, with a card in README.md.")
+    if served is not None and (commands := served.told(written)):
+        print(commands)
     if config.push is not None:
         _push(written, config)
 
