@@ -47,7 +47,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # Two plugins of Hydra require old packages that they do not need, so they are installed without their requirements.
 $(VENV)/.extras: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable ".[dev,tensorboard,wandb,mlflow,optuna,joblib,submitit,ray,schedulefree]"
+		--editable ".[dev,tensorboard,wandb,mlflow,optuna,joblib,submitit,ray,schedulefree,harness]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		hydra-optuna-sweeper==1.3.0 hydra-ray-launcher==1.2.2
 	touch $@

@@ -272,6 +272,11 @@ class EvaluateConfig(OpenedRunConfig):
     trainer: Dict[str, Any] = field(default_factory=dict)  # overrides of the run's `trainer` keys
     out: Optional[str] = None  # a new JSON file for the metrics; null = only the screen
     forgetting: Optional[str] = None  # rows whose loss is compared with the base model's
+    harness: List[str] = field(default_factory=list)  # tasks of lm-evaluation-harness, instead of the rows
+    harness_tasks: Optional[str] = None  # a folder with the YAML files of more tasks
+    harness_limit: Optional[int] = field(default=None, metadata=range_(COUNT))  # rows of each task; null = all
+    harness_batch_size: int = field(default=8, metadata=range_(COUNT))  # rows that are computed together
+    harness_chat: bool = False  # true = the tasks' prompts become turns in the run's chat template
 
 
 @dataclass

@@ -71,7 +71,7 @@ class Result:
 
     def write(self, folder: Path) -> None:
         """Write result.json into `folder` atomically. NaN and infinities become null."""
-        write_text(folder / RESULT, json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False) + "\n")
+        write_text(folder / RESULT, json.dumps(finite(asdict(self)), indent=2, ensure_ascii=False) + "\n")
 
 
 def stored_result(folder: Path) -> dict[str, Any]:
@@ -111,11 +111,12 @@ def _without_null(value: Any) -> Any:
     return value
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return a JSON value with null in place of NaN and infinities."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None  # JSON has neither NaN nor infinity
     return value

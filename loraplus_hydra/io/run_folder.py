@@ -9,6 +9,7 @@ FIGURE = "train.png"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 RUNGS = "rungs.json"  # only of a job of a halved sweep
+HARNESS = "harness"  # results of `evaluate RUN harness=[...]`
 HYDRA = ".hydra"
 
 WRITTEN = (
