@@ -42,8 +42,8 @@ LLAMA_CPP = _classes(
 # Tiny models of these were converted with an adapter on every linear layer, and llama.cpp computed what PEFT computes.
 # Others may go wrong silently: in some models llama.cpp adds an adapter only to a part of the layers.
 LLAMA_CPP_ADAPTERS = _classes(
-    "Apertus Arcee Bloom Cohere Exaone4 Gemma Gemma2 Gemma3 Granite Llama Mistral Nemotron Olmo Olmo2 Phi3 Qwen2 Qwen3 "
-    "SeedOss SmolLM3 StableLm Starcoder2"
+    "Apertus Arcee Bloom Cohere Exaone4 Gemma Gemma2 Gemma3 Granite Llama Mistral Nemotron Olmo Olmo2 Olmo3 Phi3 Qwen2 "
+    "Qwen3 SeedOss SmolLM3 StableLm Starcoder2"
 )
 # llama.cpp uses the embedding as the output layer of these, and its converter drops an output layer of their own.
 LLAMA_CPP_ALWAYS_TIED = _classes("BitNet Cohere Cohere2 Gemma Gemma2")

@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 
 from loraplus_hydra.config.locations import PACKAGE_SCHEME, model_location
 from loraplus_hydra.config.targets import locate
-from loraplus_hydra.errors import ConfigErrors, Problem, refuse
+from loraplus_hydra.errors import ConfigErrors, Problem, first_line, refuse
 from loraplus_hydra.io.read import read_json
 from loraplus_hydra.models.adapter_files import CONFIG, stored_adapter
 from loraplus_hydra.models.base_model import hub_arguments, load_config
@@ -30,7 +30,12 @@ _EXAMPLE = f"{PACKAGE_SCHEME}loraplus_hydra."  # llama.cpp's converter doesn't k
 def check_target(run: FinishedRun, target: str, *, merged: bool) -> Served:
     """Return the export of `run` as `target` loads it. Raises ConfigErrors if it can't load it."""
     export = describe(run, merged=merged)
-    refuse(problems(target, export))
+    try:
+        found = problems(target, export)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:  # PEFT doesn't check the types of its fields
+        what = f"{run.adapter / CONFIG} has a field of another type than PEFT writes: {first_line(error)}"
+        raise ConfigErrors([Problem("run", what, "use another run")]) from error
+    refuse(found)
     served = Served(target, run, export, load_run_tokenizer(run), _needed_file(run, target, export))
     if target == OLLAMA and served.chat and ollama_template.translated(served.tokenizer) is None:
         what = "the tokenizer's chat template can't be written as a TEMPLATE of Ollama"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import Finished
+from tests.support.architectures import checkpoint
 from tests.support.finished_runs import finished
 
 __all__ = ["finished"]
@@ -123,6 +125,22 @@ def test_hub_base_is_downloaded_and_quantised_one_is_told(finished: Callable[[st
     assert "vllm serve owner/base --revision v2 --enable-lora" in vllm[1]
 
 
+def test_tokenizer_model_is_added_where_the_converter_needs_it(finished: Callable[[str], Path], tmp_path: Path) -> None:
+    from loraplus_hydra.errors import ConfigErrors
+    from loraplus_hydra.runs.export_check import check_target
+    from loraplus_hydra.runs.finished import open_run
+
+    base = checkpoint("gemma", tmp_path / "gemma")
+    run = open_run(str(finished("sft")), {"model": {"path": str(base)}})
+    with pytest.raises(ConfigErrors, match=r"needs GemmaForCausalLM's tokenizer\.model, which the base doesn't have"):
+        check_target(run, "llama_cpp", merged=True)
+    (base / "tokenizer.model").write_bytes(b"pieces")
+    (tmp_path / "out").mkdir()
+    check_target(run, "llama_cpp", merged=True).write(tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"
+    assert check_target(run, "vllm", merged=True).sentencepiece is None
+
+
 def test_chat_template_that_ollama_cannot_have_is_refused(
     finished: Callable[[str], Path], cli: Callable[..., Finished], tmp_path: Path
 ) -> None:
@@ -156,10 +174,26 @@ def test_folders_have_the_names_of_target_and_kind(
     assert commands(ended.out) == [], "the card has the Python that loads it"
 
 
+@pytest.mark.parametrize(("field", "value"), [("r", [8]), ("rank_pattern", [1]), ("modules_to_save", 3), ("r", None)])
+def test_adapter_config_with_other_types_is_a_listed_error(
+    field: str, value: object, finished: Callable[[str], Path], cli: Callable[..., Finished], tmp_path: Path
+) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(finished("sft"), copied)
+    file = copied / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    ended = cli("export", str(copied), "target=vllm", "to=out", "allow_changed_inputs=true")
+    assert ended.status == 1
+    assert "adapter_config.json" in ended.err
+    assert "Traceback" not in ended.err
+    assert not Path("out").exists()
+
+
 def test_wrong_target_is_told(export: Callable[..., Finished]) -> None:
     ended = export("sft", "target=llama.cpp", "dtype=int8")
     assert ended.status == 1
     assert "target: 'llama.cpp' is not a target (did you mean 'llama_cpp'?)" in ended.err
     assert "dtype: 'int8' is not a dtype" in ended.err
+    assert "target: 'vLLM' is not a target (did you mean 'vllm'?)" in export("sft", "target=vLLM").err
     assert "`to` is the folder" in export("sft", "target=my_folder").err
     assert "dtype: an adapter keeps the dtype" in export("sft", "target=vllm", "dtype=bfloat16").err

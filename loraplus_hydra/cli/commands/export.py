@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -48,7 +49,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
 def _wrong_values(config: DictConfig, *, merge: bool) -> list[Problem]:
     found = []
     if config.target not in (None, *TARGETS):
-        what = f"'{config.target}' is not a target{nearest(config.target, TARGETS)}"
+        what = f"'{config.target}' is not a target{nearest(config.target.lower(), TARGETS)}"
         found.append(Problem(KEY, what, f"use one of {', '.join(TARGETS)}; `to` is the folder"))
     if config.dtype is not None and not merge:
         found.append(Problem("dtype", "an adapter keeps the dtype in which it was trained", "leave it null"))
@@ -77,6 +78,9 @@ def _push(folder: Path, config: DictConfig) -> None:
         interrupts.raise_at_once(True)  # the upload is another library's, so no code could check the flag
         try:
             address = push(folder, config.push, private=config.private)
+        except KeyboardInterrupt:
+            print(f"The upload was stopped. The export stays in {folder}.", file=sys.stderr)
+            raise
         finally:
             interrupts.raise_at_once(False)
     print(f"It is at {address}.")
