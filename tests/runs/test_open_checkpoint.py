@@ -137,5 +137,7 @@ def test_a_killed_classifier_is_exported_with_its_labels(
     tokens = AutoTokenizer.from_pretrained("out")("the fox", return_tensors="pt")
     with torch.no_grad():
         scores = exported.eval()(**tokens).logits.softmax(-1)[0].tolist()
-    predicted = json.loads(cli("predict", str(tmp_path / "run"), "checkpoint=newest", "text='the fox'").out)
+    predicted = json.loads(
+        cli("predict", str(tmp_path / "run"), "checkpoint=newest", "text='the fox'", "scores=true").out
+    )
     assert list(predicted["scores"].values()) == pytest.approx(scores, abs=1e-5)
