@@ -68,7 +68,7 @@ class Outcome:
     # The contender compared with its own settings at ratio 1, unless these are the baseline
     against_twin: Difference | None
     passed_over: Setting | None  # a setting with a better mean than `best`, but with failed jobs
-    tolerance: Tolerance
+    tolerance: Tolerance | None  # None for fewer than two settings with a mean
     near: tuple[Setting, ...]  # other settings that are about as good as the best
     target: float | None  # the last value of the baseline's mean curve
     reached: tuple[Reach, ...]  # first for the baseline, then for the best settings
@@ -89,7 +89,9 @@ def compare(settings: Sequence[Setting], *, greater_is_better: bool) -> Outcome:
     pair = [one for one in sound if one is baseline or one is contender]  # the better setting comes first
     twin = next((one for one in sound if one.ratio == 1 and contender and _alike(one, contender)), None)
     target, reached = speed(baseline, sound, sign) if baseline else (None, ())
-    tolerance = tolerance_of(ranked)
+    tolerance = tolerance_of(ranked) if len(ranked) > 1 else None
+    others = [one for one in ranked if one is not best]
+    near = [one for one in others if best and tolerance and tolerance.holds(_mean(one), _mean(best))]
     return Outcome(
         ranked=tuple(ranked),
         best=best,
@@ -100,7 +102,7 @@ def compare(settings: Sequence[Setting], *, greater_is_better: bool) -> Outcome:
         against_twin=difference(contender, twin, sign) if contender and twin and twin is not baseline else None,
         passed_over=ranked[0] if ranked and ranked[0] is not best else None,
         tolerance=tolerance,
-        near=tuple(one for one in ranked if best and one is not best and tolerance.holds(_mean(one), _mean(best))),
+        near=tuple(near),
         target=target,
         reached=reached,
     )

@@ -18,7 +18,7 @@ def short(value: Any) -> str:
         return str(value).lower()
     if not isinstance(value, (int, float)):
         return visible(str(value))
-    if value != 0 and (abs(value) < 1e-2 or abs(value) >= 1e5):
+    if value != 0 and (abs(value) < 1e-2 or abs(value) >= 1e4):
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     return f"{value:.4g}"

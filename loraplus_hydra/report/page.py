@@ -72,7 +72,6 @@ def page(results: SweepResults, figures: Sequence[Picture], *, live: bool = Fals
         in_progress=results.sweep.in_progress,
         left=_left(results),
         troubles=_troubles(results),
-        rule=summary.rule_of(results.outcome.tolerance),
         link=_link,
         count=count,
     )
@@ -230,4 +229,7 @@ def _reason(job: Job) -> str:
 
 def _first_line(reason: str) -> str:
     line = (reason.splitlines() or [""])[0]
-    return line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + " …"
+    if len(line) <= _LONGEST_LINE:
+        return line
+    start = line[:_LONGEST_LINE]
+    return f"{start.rpartition(' ')[0] or start} …"

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from loraplus_hydra.io.result import FAILED, INTERRUPTED, OK, PRUNED, WAITING
-from loraplus_hydra.report.compare import CLEAR, NOISE, ONE_SEED, UNCLEAR, Difference, Outcome, Reach, Tolerance
+from loraplus_hydra.report.compare import CLEAR, NOISE, ONE_SEED, UNCLEAR, Difference, Reach, Tolerance
 from loraplus_hydra.report.edges import edges, extending_command
 from loraplus_hydra.report.formatting import count, measured, short, with_spread
 from loraplus_hydra.report.read_job import BROKEN, RUNNING, UNFINISHED
@@ -63,8 +63,10 @@ def details(results: SweepResults) -> list[str]:
             f"{results.label(outcome.passed_over)} has a better mean ({measured(outcome.passed_over.mean)}) but "
             f"{count(outcome.passed_over.failed, 'failed job')}, so it isn't chosen as the best."
         )
-    if len(outcome.ranked) > 1:
-        sentences.append(_near(outcome))
+    if outcome.tolerance is not None:
+        number = len(outcome.near)
+        near = f"{count(number, 'other setting')} {'is' if number == 1 else 'are'}" if number else "No other setting is"
+        sentences.append(f"{near} about as good as the best ({rule_of(outcome.tolerance)}).")
     if len(outcome.ranked) >= _MANY and len(outcome.best.measured) > 1:
         sentences.append(
             f"The best of {len(outcome.ranked)} settings was chosen and measured with the same seeds, so its lead is "
@@ -77,12 +79,6 @@ def rule_of(tolerance: Tolerance) -> str:
     """Return the rule by which a setting is about as good as the best."""
     what = "the median standard deviation over seeds" if tolerance.by_seeds else "5% of the sweep's range"
     return f"within {tolerance.size:.2g}, {what}"
-
-
-def _near(outcome: Outcome) -> str:
-    number = len(outcome.near)
-    settings = f"{count(number, 'other setting')} {'is' if number == 1 else 'are'}" if number else "No other setting is"
-    return f"{settings} about as good as the best ({rule_of(outcome.tolerance)})."
 
 
 def verdict(gap: Difference) -> str:

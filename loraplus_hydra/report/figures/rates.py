@@ -47,7 +47,7 @@ def draw(results: SweepResults, *, narrow: bool = False) -> style.Picture | None
     full = plane.share >= FULL  # otherwise points on log axes
     figure = _figure(columns if full else 0, rows, narrow=narrow)
     axes = figure.add_subplot()
-    scale = _Scale(low, high if high > low else low + 1e-9, results.sweep.greater_is_better)
+    scale = _Scale(low, high if high > low else low + (0.01 * abs(low) or 1.0), results.sweep.greater_is_better)
     lines = (_grid if full else _points)(axes, results, plane, values, scale)
     axes.set_xlabel("ratio, η_B / η_A" if plane.by_ratio else "η_B, rate of lora_B")
     axes.set_ylabel("η_A, rate of lora_A")
@@ -307,7 +307,7 @@ def _marks(results: SweepResults, values: Values, plane: Plane) -> dict[Pair, st
     if best is None or best.mean is None or best.rates is None:
         return {}
     tolerance = results.outcome.tolerance
-    marks = {pair: "near" for pair, value in values.items() if tolerance.holds(value, best.mean)}
+    marks = {pair: "near" for pair, value in values.items() if tolerance and tolerance.holds(value, best.mean)}
     if baseline is not None and (pair := plane.pair(baseline)) is not None:
         marks[pair] = "diagonal"
     if (pair := plane.pair(best)) is not None:
@@ -351,7 +351,8 @@ def _caption(results: SweepResults, plane: Plane, beyond: int, full: bool, lines
             f" Each {'cell' if full else 'point'} is nearly the same training as a run of plain LoRA with lr = η_A and "
             f"the lora_alpha {place}, because B starts at zero."
         )
-    caption += f" About as good as the best: {rule_of(results.outcome.tolerance)}."
+    if results.outcome.tolerance is not None:
+        caption += f" About as good as the best: {rule_of(results.outcome.tolerance)}."
     if any(len(members) > 1 for members in plane.cells.values()):
         caption += " If several settings have the same pair of rates, the best is shown."
     if not full:

@@ -53,6 +53,7 @@ SETTINGS = {
     "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.formatter.useoffset": False,  # else an axis of nearly equal values says `1e-5+3.617`
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.unicode_minus": False,
