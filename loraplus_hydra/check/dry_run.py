@@ -20,11 +20,11 @@ from loraplus_hydra.models.properties import adapter_labels, is_classifier
 from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.tasks.examples import Examples, load_examples
 from loraplus_hydra.training.forgetting import read_pieces
+from loraplus_hydra.training.hf_trainer.step_memory import EMBEDDED
 from loraplus_hydra.training.hf_trainer.whole_head import head_problem
 from loraplus_hydra.training.prepare import add_meta_adapter, plan_groups, prepare_examples
 
 FAR_ABOVE = 10  # times the largest dimension of a layer; such a rank would only fill the memory
-EMBEDDED = "pkg://loraplus_hydra.models/embedded"
 
 
 def load_data(config: DictConfig) -> Examples:

@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loraplus_hydra.config.locations import expanded
 from loraplus_hydra.errors import Problem, nearest
+from loraplus_hydra.io.processes import world_size
 
 # Kernel -> transformers' function that searches for the package it needs, and the package's name.
 _PACKAGED = {
@@ -28,6 +29,7 @@ def machine_problems(plain: dict[str, Any]) -> list[Problem]:
         *_attention(model.get("attention"), model.get("trust_remote_code")),
         *_dtype(model.get("dtype"), trainer.get("use_cpu")),
         *_compiler(trainer),
+        *_auto_batch(trainer),
         *_bitsandbytes(plain.get("quantization", {})),
         *_deepspeed(trainer.get("deepspeed"), "trainer.deepspeed"),
         *_deepspeed(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"), "ACCELERATE_DEEPSPEED_CONFIG_FILE"),
@@ -56,6 +58,12 @@ def _dtype(dtype: Any, use_cpu: Any) -> list[Problem]:
     if dtype != "bfloat16" or use_cpu or not torch.cuda.is_available() or torch.cuda.is_bf16_supported():
         return []
     return [Problem("model.dtype", "this GPU doesn't support bfloat16", "use float16 or float32")]
+
+
+def _auto_batch(trainer: dict[str, Any]) -> list[Problem]:
+    if not trainer.get("auto_batch") or world_size() == 1:
+        return []
+    return [Problem("trainer.auto_batch", "needs a single process", "set trainer.per_device_train_batch_size")]
 
 
 def _compiler(trainer: dict[str, Any]) -> list[Problem]:

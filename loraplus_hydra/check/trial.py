@@ -7,13 +7,11 @@ only other arguments are tried.
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.state import AcceleratorState
 from datasets import Dataset, IterableDataset
 from omegaconf import DictConfig, OmegaConf, open_dict
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -28,13 +26,13 @@ from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.training.hf_trainer.assemble import training_arguments
 from loraplus_hydra.training.hf_trainer.callbacks import remove_own_printing
-from loraplus_hydra.training.process_state import process_state
+from loraplus_hydra.training.hf_trainer.step_memory import KNOWN
+from loraplus_hydra.training.hf_trainer.temporary import temporary_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ROWS = 4
-_KNOWN = ("transformers", "trl", "loraplus_hydra")  # packages whose Trainers can train any causal model or classifier
 # Only one short step, and no compilation: it takes a minute, and its names are checked elsewhere.
 _SHORT: dict[str, Any] = {
     "max_steps": 1,
@@ -58,7 +56,7 @@ _PLACES = ("trainer", "task.args")
 def trial_problems(config: DictConfig, examples: Examples) -> list[Problem]:
     """Return a Problem for each argument with which the Trainer can't train a tiny model."""
     keys = list(_unlisted_keys(config))
-    if not keys or world_size() > 1 or config.task._target_.partition(".")[0] not in _KNOWN:
+    if not keys or world_size() > 1 or config.task._target_.partition(".")[0] not in KNOWN:
         return []
     tokenizer = load_tokenizer(config.model)
     if not (reason := _failure(config, tokenizer, examples)):
@@ -120,9 +118,7 @@ def _without(config: DictConfig, keys: list[str]) -> DictConfig:
 
 def _failure(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> str:
     """Return the Trainer's error with the tiny model; empty if training works."""
-    is_first = not AcceleratorState._shared_state
-    with process_state(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
-        warnings.simplefilter("ignore")
+    with temporary_state(), tempfile.TemporaryDirectory() as folder:
         try:
             trainer = locate(config.task._target_)(
                 model=_stand_in(config, tokenizer, examples),
@@ -136,9 +132,6 @@ def _failure(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: E
             trainer.train()
         except Exception as error:  # these libraries raise many types
             return str(error.args[0]) if isinstance(error, KeyError) else first_line(error)
-        finally:
-            if is_first:  # otherwise the run would keep the trial's precision
-                AcceleratorState._reset_state()
     return ""
 
 

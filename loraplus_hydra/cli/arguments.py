@@ -49,7 +49,7 @@ def refuse_wrong_flags(words: list[str], own: Iterable[str]) -> list[Problem]:
 
     `own` are the command's flags. Hydra's own parser would print its usage and end the program with status 2.
     """
-    flags, overrides = flags_and_overrides([word for word in words if word.removeprefix("--") not in own])
+    flags, overrides = flags_and_overrides([word for word in words if _own_flag(word, own) is None])
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     given, unknown = parser.parse_known_args([*overrides, *flags])
@@ -118,16 +118,24 @@ def hydra_arguments(name: str, arguments: list[str]) -> list[str]:
         extra.append(f"hydra.callbacks.before_run.command={name}")
     if command.positional and rest and _is_bare(rest[0]):
         extra.append(f"{command.positional}={quoted(rest.pop(0))}")
-    flags = [argument.removeprefix("--") for argument in rest if argument.removeprefix("--") in command.flags]
-    if flags:
+    given = [_own_flag(argument, command.flags) for argument in rest]
+    rest = [argument for argument, flag in zip(rest, given, strict=True) if flag is None]
+    if flags := [flag for flag in given if flag]:
         extra.append(f"hydra.callbacks.before_run.flags=[{','.join(flags)}]")
     rest = [_verbatim(argument, command.verbatim) for argument in rest]
     # With `+`, because the command's own YAML can't list the keys of a stored run's config.
     rest = [f"++{text}" if text.split(".")[0] in command.changes and "." in text else text for text in rest]
-    rest = [argument for argument in rest if argument.removeprefix("--") not in command.flags]
     own_of_hydra, overrides = flags_and_overrides(rest)
     config = [f"--config-name={command.config}"] if command.config != "config" else []
     return [*config, *own_of_hydra, *extra, *overrides]
+
+
+def _own_flag(word: str, own: Iterable[str]) -> str | None:
+    """Return the command's own flag that a word sets, empty if it is set to false; None for any other word."""
+    name, _, value = word.removeprefix("--").partition("=")
+    if name not in own or value.lower() not in ("", "true", "false"):
+        return None
+    return "" if value.lower() == "false" else name
 
 
 def _is_bare(word: str) -> bool:

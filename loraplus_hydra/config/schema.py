@@ -150,6 +150,7 @@ class TrainerConfig:
     early_stopping_threshold: float = field(metadata=range_(NOT_NEGATIVE))  # smallest change that counts as better
     resume_from_checkpoint: Optional[str] = field(metadata=range_(CHECKPOINT))
     forward: str = field(metadata=range_(FORWARD))  # how the model computes a batch, see docs/lean.md
+    auto_batch: bool  # find the largest batch that fits the memory
 
 
 @dataclass
@@ -323,7 +324,7 @@ SCHEMAS: dict[str, type] = {
 }
 
 # Keys of the trainer group that are not fields of TrainingArguments.
-NOT_TRAINING_ARGUMENTS = ("early_stopping_patience", "early_stopping_threshold", "forward")
+NOT_TRAINING_ARGUMENTS = ("early_stopping_patience", "early_stopping_threshold", "forward", "auto_batch")
 
 NOT_OF_A_RUN = ("hydra", "sweep", "halving", "tune")  # nodes of the program's config that a run's config doesn't have
 

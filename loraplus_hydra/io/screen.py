@@ -139,9 +139,14 @@ class RowProgress:
 
 def time_left(seconds: float) -> str:
     """Return ` M:SS left` or ` H:MM:SS left`, to be appended to other figures."""
+    return f"  {duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as M:SS or H:MM:SS."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"  {hours}:{minutes:02}:{rest:02} left" if hours else f"  {minutes}:{rest:02} left"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _bar(file: Any, total: int) -> Progress:

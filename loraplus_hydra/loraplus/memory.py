@@ -1,4 +1,4 @@
-"""Memory of training: weights, adapter, gradients and optimizer state, without activations.
+"""Memory of training: weights, adapter, gradients, optimizer state, and activations if they are known.
 
 The optimizer's state is measured: the run's optimizer class takes one step on stand-ins with the trained tensors'
 shapes.
@@ -36,11 +36,12 @@ class Memory:
     adapter: int  # trained tensors
     gradients: int  # gradients of the trained tensors
     optimizer: int | None
+    activations: int | None = None  # the rest of a step's peak; None if unknown
 
     @property
     def total(self) -> int:
-        """The sum of all parts."""
-        return self.weights + self.adapter + self.gradients + (self.optimizer or 0)
+        """The sum of all known parts."""
+        return self.weights + self.adapter + self.gradients + (self.optimizer or 0) + (self.activations or 0)
 
 
 def estimate(model: nn.Module, plan: Plan, quantization: Mapping[str, Any] | None = None) -> Memory:

@@ -150,7 +150,7 @@ def architecture(model: DictConfig, config_overrides: Mapping[str, Any] | None =
         return config
     values = {str(key): value for key, value in model.config.items()}
     try:
-        config = AutoConfig.for_model(values.pop("model_type"), **values, **(config_overrides or {}))
+        config = AutoConfig.for_model(values.pop("model_type"), **{**values, **(config_overrides or {})})
     except (ValueError, KeyError, TypeError) as error:
         problem = Problem("model.config", first_line(error), "give model_type and the keys of its config.json")
         raise ConfigErrors([problem]) from error

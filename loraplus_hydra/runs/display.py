@@ -13,11 +13,12 @@ from loraplus_hydra.config.hydra_job import number_in_sweep
 from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.result import Result
 from loraplus_hydra.io.screen import print_rich, show, table
-from loraplus_hydra.io.text import one_line
+from loraplus_hydra.io.text import one_line, visible
 from loraplus_hydra.loraplus.plan import PlannedTensor, Row
 
 if TYPE_CHECKING:
-    from loraplus_hydra.loraplus.memory import Memory  # importing it loads torch
+    from loraplus_hydra.loraplus.memory import Memory  # importing these loads torch
+    from loraplus_hydra.training.hf_trainer.step_memory import StepMemory
 
 
 def show_config(config: Any) -> None:
@@ -68,18 +69,27 @@ def show_tensors(tensors: Sequence[PlannedTensor]) -> None:
     print_rich("Every trained tensor", table(("tensor", "shape", "owner", "group", "lr", "why"), cells, right=("lr",)))
 
 
-def show_memory(memory: Memory, trained: int, total: int) -> None:
-    """Show the memory of weights, adapter, gradients and optimizer state."""
+def show_memory(memory: Memory, step: StepMemory) -> None:
+    """Show the memory of a training's parts, and what recomputed activations would change."""
+    rows = f"{step.rows} row{'s' * (step.rows != 1)}" + (f" of {step.tokens:,} tokens" if step.tokens else "")
     parts = (
         ("frozen weights", memory.weights),
         ("trained tensors", memory.adapter),
         ("their gradients", memory.gradients),
         ("optimizer state", memory.optimizer),
+        (f"activations, {rows}", memory.activations),
         ("together", memory.total),
     )
     cells = [(name, "unknown" if size is None else f"{size / 2**20:,.1f}") for name, size in parts]
-    print_rich("Memory, without activations", table(("what", "MiB"), cells, right=("MiB",)))
-    print(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}).")
+    print_rich("Memory of training, estimated", table(("what", "MiB"), cells, right=("MiB",)))
+    if step.reason:
+        print(visible(f"The activations are unknown: {step.reason}."))
+    if step.kept is not None and step.recomputed is not None and memory.activations is not None:
+        is_kept = memory.activations == max(0, step.kept - memory.gradients)
+        other = step.recomputed if is_kept else step.kept
+        total = memory.total - memory.activations + max(0, other - memory.gradients)
+        setting = f"trainer.activation_checkpointing={str(is_kept).lower()}"
+        print(f"With {setting}: {total / 2**20:,.1f} MiB together.")
 
 
 def show_result(folder: Path, result: Result) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from omegaconf import DictConfig
@@ -20,7 +20,10 @@ from loraplus_hydra.loraplus.memory import Memory, estimate
 from loraplus_hydra.loraplus.plan import Plan, table_rows
 from loraplus_hydra.loraplus.scale_free import is_adam
 from loraplus_hydra.models.published_rate import auto_rate
+from loraplus_hydra.models.tokenizer import load_tokenizer
+from loraplus_hydra.training.hf_trainer.step_memory import StepMemory, step_memory
 from loraplus_hydra.training.measure import count_parameters
+from loraplus_hydra.training.prepare import prepare_examples
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Inspection:
     memory: Memory
     trained: int  # number of trained parameters
     total: int
+    step: StepMemory
     advice: tuple[str, ...]
     explanation: tuple[str, ...]  # lines on rates, decay and the equal run of plain LoRA
 
@@ -48,6 +52,7 @@ class Inspection:
                 for tensor in self.plan.tensors
             ],
             "memory_bytes": asdict(self.memory) | {"total": self.memory.total},
+            "step_memory": asdict(self.step),
             "trained_parameters": self.trained,
             "total_parameters": self.total,
             "advice": list(self.advice),
@@ -59,9 +64,23 @@ def inspect(checked: Checked) -> Inspection:
     """Return everything that `inspect` shows about a checked config."""
     plan = checked.plan
     trained, total = count_parameters(checked.model)
-    memory = estimate(checked.model, plan, plain_of(checked.config.quantization))
+    memory, step = estimate_memory(checked, step_memory(checked.config))
     shown = (checked.config, plan, checked.model)
-    return Inspection(plan, memory, trained, total, advice_of(*shown), explanation_of(*shown))
+    return Inspection(plan, memory, trained, total, step, advice_of(*shown), explanation_of(*shown))
+
+
+def memory_on_own_rows(checked: Checked) -> tuple[Memory, StepMemory]:
+    """Estimate the memory of training on the longest of the config's own rows."""
+    tokenizer = load_tokenizer(checked.config.model)
+    return estimate_memory(checked, step_memory(checked.config, prepare_examples(checked.config, tokenizer), tokenizer))
+
+
+def estimate_memory(checked: Checked, step: StepMemory) -> tuple[Memory, StepMemory]:
+    """Return the memory of all parts of training, with that of a step."""
+    config = checked.config
+    memory = estimate(checked.model, checked.plan, plain_of(config.quantization))
+    peak = step.recomputed if config.trainer.get("activation_checkpointing") else step.kept
+    return replace(memory, activations=None if peak is None else max(0, peak - memory.gradients)), step
 
 
 def advice_of(config: DictConfig, plan: Plan, model: Any) -> tuple[str, ...]:

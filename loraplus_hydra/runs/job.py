@@ -34,6 +34,7 @@ from loraplus_hydra.models import published_rate
 from loraplus_hydra.models.adapter_files import save_adapter
 from loraplus_hydra.models.inputs import folder_fingerprint
 from loraplus_hydra.runs import display
+from loraplus_hydra.runs.batch import fit_batch
 from loraplus_hydra.runs.changed_inputs import refuse_other_inputs
 from loraplus_hydra.runs.figure import draw_training
 from loraplus_hydra.runs.inspection import advice_of, explanation_of
@@ -124,9 +125,10 @@ def _run_in(
 def _run(job: Run, checked: Checked | None, stop_at: float | None) -> None:
     interrupts.stop_if_asked()
     screen.show("1/6 Checking the config")
-    if checked is None:
-        check(job.config)
+    checked = checked or check(job.config)
     quiet_loading()
+    if job.config.trainer.get("auto_batch"):
+        job = replace(job, config=fit_batch(checked, job.folder))
     _begin(job)
     prepared = prepare(job.config)  # steps 2 to 4
     if job.point is not None:  # compared again, because all weights are on this machine only now

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+
+_GROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass
@@ -46,8 +49,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError, StopIteration, ValueError):  # Linux has a peak that can be reset
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+        return _kilobytes("/proc/self/status", "VmHWM:")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # on Linux the unit is KiB
 
@@ -59,3 +61,39 @@ def reset_peak_memory() -> None:
             torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # see proc(5)
+
+
+def available_memory_bytes() -> int | None:
+    """Return the memory that this process can still allocate on the device that it trains on; None if unknown.
+
+    On a CPU this is the least of the machine's free memory, the memory of the process's control groups, and the limit
+    of its address space.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    found = [*_left_in_groups()]
+    with suppress(OSError, StopIteration, ValueError):
+        found.append(_kilobytes("/proc/meminfo", "MemAvailable:"))
+    with suppress(OSError, StopIteration, ValueError):
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            found.append(limit - _kilobytes("/proc/self/status", "VmSize:"))
+    return max(0, min(found)) if found else None
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Yield the memory that is left in each control group of the process (cgroup v2) that has a limit."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        group = _GROUPS / next(line for line in lines if line.startswith("0::")).removeprefix("0::").lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(_GROUPS):
+                with suppress(OSError, ValueError):  # `max` is no limit
+                    limit = int((folder / "memory.max").read_text(encoding="ascii"))
+                    yield limit - int((folder / "memory.current").read_text(encoding="ascii"))
+
+
+def _kilobytes(file: str, name: str) -> int:
+    """Return the bytes of a line `name ... kB` of a file of /proc."""
+    lines = Path(file).read_text(encoding="ascii").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])

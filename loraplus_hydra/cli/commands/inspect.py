@@ -28,7 +28,8 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     display.show_rates(table_rows(found.plan))
     if "tensors" in flags:
         display.show_tensors(found.plan.tensors)
-    display.show_memory(found.memory, found.trained, found.total)
+    display.show_memory(found.memory, found.step)
+    print(f"{found.trained:,} of {found.total:,} parameters are trained ({found.trained / found.total:.2%}).")
     for line in found.explanation:
         print(line)
     for sentence in found.advice:

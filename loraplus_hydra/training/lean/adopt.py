@@ -41,18 +41,26 @@ def adopt(trainer: Any, forward: str) -> None:
         and not trainer.is_fsdp_enabled
     ):
         walk_once(trainer)
+    use_lean(trainer, forward)
+
+
+def use_lean(trainer: Any, forward: str, *, compare: bool = True) -> None:
+    """Make a Trainer's model run the lean forward, if the run can use it and `forward` does not forbid it.
+
+    With `compare`, the first batch of each kind is computed by both forwards, and the choice is shown on the screen.
+    """
     if forward == PLAIN:
         return
     reason = reason_against(trainer) or (reason_against_auto(trainer) if forward == AUTO else None)
     if reason is not None:
-        _report_plain(reason)
+        if compare:
+            _report_plain(reason)
         return
     model = trainer.model.get_base_model()
     lean = LeanForward(model)
     is_classifier = model.get_output_embeddings() is None
-    _install(
-        model, functools.partial(lean.classified, model.forward) if is_classifier else functools.partial(_causal, lean)
-    )
+    entry = functools.partial(lean.classified, model.forward) if is_classifier else functools.partial(_causal, lean)
+    _install(model, entry, _State(compare=compare))
 
 
 def _causal(lean: LeanForward, batch: Mapping[str, Any]) -> Any:
@@ -61,10 +69,9 @@ def _causal(lean: LeanForward, batch: Mapping[str, Any]) -> Any:
     return lean.fused_output(batch) if batch.get(FUSED) else lean.causal_output(batch)
 
 
-def _install(model: Any, lean: Entry) -> None:
+def _install(model: Any, lean: Entry, state: _State) -> None:
     """Replace a model's forward. Calls that the lean forward can't handle use the original forward."""
     plain = model.forward
-    state = _State()
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -87,8 +94,9 @@ def _install(model: Any, lean: Entry) -> None:
 class _State:
     """The choice between both forwards, decided by the first batch of each kind."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, compare: bool) -> None:
         self.is_lean = True
+        self._compare = compare
         self._checked: set[tuple[bool, frozenset[str]]] = set()
         self._reported: set[str] = set()
 
@@ -97,7 +105,7 @@ class _State:
 
         A batch's kind is its arguments and the side of its padding.
         """
-        return self._kind(batch) not in self._checked
+        return self._compare and self._kind(batch) not in self._checked
 
     def check(self, model: Any, plain: Entry, lean: Entry, batch: Mapping[str, Any]) -> None:
         """Compare both forwards on a batch. If they differ, use the plain forward."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 _LARGEST = 2**28  # maximum number of packed elements; their copies take 2 GB
 
@@ -22,7 +23,7 @@ class Frozen:
     def __init__(self, weight: torch.Tensor, *, packed: bool = False) -> None:
         self.weight = weight
         self._packed = _pack(weight) if packed and _can_pack(weight) else None
-        self._packed_from = weight.data_ptr()
+        self._packed_from = 0 if self._packed is None else weight.data_ptr()
 
     @property
     def is_packed(self) -> bool:
@@ -45,7 +46,8 @@ class Frozen:
 
 def _can_pack(weight: torch.Tensor) -> bool:
     usable = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return usable and weight.dtype == torch.float32 and weight.device.type == "cpu"
+    has_data = not isinstance(weight, FakeTensor)  # a trace of the step's memory has none
+    return usable and has_data and weight.dtype == torch.float32 and weight.device.type == "cpu"
 
 
 def _pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
