@@ -65,6 +65,17 @@ def _no_figures() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_traces() -> Iterator[None]:
+    """Leave out the estimate of activations, which takes as long as a tiny run. test_step_memory.py makes it."""
+    from loraplus_hydra.runs import inspection
+    from loraplus_hydra.training.hf_trainer.step_memory import StepMemory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspection, "step_memory", lambda *_: StepMemory(1, None))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _configs_merged_once() -> Iterator[None]:
     """Keep what Hydra makes of the package's YAML files, for each choice of options; it takes most of a command's time.
 

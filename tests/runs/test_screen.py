@@ -16,6 +16,7 @@ from loraplus_hydra.io.result import Result
 from loraplus_hydra.loraplus.memory import Memory
 from loraplus_hydra.loraplus.plan import Row
 from loraplus_hydra.runs import display
+from loraplus_hydra.training.hf_trainer.step_memory import StepMemory
 from tests.conftest import Finished
 
 Cli = Callable[..., Finished]
@@ -100,10 +101,11 @@ def test_only_what_the_run_has_not_done_is_suggested(
 
 
 def test_titles_stand_on_one_line_and_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    display.show_memory(Memory(weights=2**20, adapter=2**20, gradients=2**20, optimizer=2**21), 1, 2)
+    step = StepMemory(2, 8, reason="[/mine]")
+    display.show_memory(Memory(weights=2**20, adapter=2**20, gradients=2**20, optimizer=2**21), step)
     display.show_rates([Row("lora_A", "[/mine]", "[bold]", 1e-4, 0.0, 32, 1, 8)])
     lines = capsys.readouterr().out.splitlines()
-    assert {"Memory, without activations", RATES} <= set(lines)
+    assert {"Memory of training, estimated", RATES} <= set(lines)
     assert any("[/mine]" in line and "[bold]" in line for line in lines)
 
 
