@@ -113,7 +113,10 @@ def table(results: dict[str, dict[str, int]]) -> str:
 
 
 def overrides_of(model: str, words: list[str], config: Any, folder: Path) -> list[str]:
-    """Return the overrides of one setting. The model's files are written into `folder` if they are missing."""
+    """Return the overrides of one setting.
+
+    The model's files are written into `folder` if they are missing.
+    """
     words = [*config.shared, *words]
     if model == "embedded":
         return words

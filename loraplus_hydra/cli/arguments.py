@@ -131,7 +131,10 @@ def hydra_arguments(name: str, arguments: list[str]) -> list[str]:
 
 
 def _own_flag(word: str, own: Iterable[str]) -> str | None:
-    """Return the command's own flag that a word sets, empty if it is set to false; None for any other word."""
+    """Return the command's own flag that a word sets; None for any other word.
+
+    It is empty if the flag is set to false.
+    """
     name, _, value = word.removeprefix("--").partition("=")
     if name not in own or value.lower() not in ("", "true", "false"):
         return None

@@ -77,7 +77,7 @@ def _rows(config: Any) -> int:
 
 
 def _stored(folder: Path) -> Any:
-    """Return the config that a run in this folder has stored with the batch that it found; None without one."""
+    """Return the stored config of a run that has found its batch in this folder; None without one."""
     file = folder / run_folder.CONFIG
     stored: Any = OmegaConf.load(file) if file.is_file() else None
     return stored if stored is not None and OmegaConf.select(stored, "trainer.auto_batch") else None

@@ -66,7 +66,10 @@ class _Timer(TrainerCallback):
 
 
 def try_steps(config: DictConfig, *, longest: bool = False) -> Trial:
-    """Load the model and train two steps, whose result is thrown away. With `longest`, on the longest rows."""
+    """Load the model and train two steps, whose result is thrown away.
+
+    With `longest`, they are made on the longest rows.
+    """
     with temporary_state(), tempfile.TemporaryDirectory() as folder:
         prepared = prepare(config)
         rows = config.trainer.per_device_train_batch_size * config.trainer.gradient_accumulation_steps

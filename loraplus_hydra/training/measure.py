@@ -64,7 +64,7 @@ def reset_peak_memory() -> None:
 
 
 def available_memory_bytes() -> int | None:
-    """Return the memory that this process can still allocate on the device that it trains on; None if unknown.
+    """Return the memory that this process can still allocate; None if unknown.
 
     On a CPU this is the least of the machine's free memory, the memory of the process's control groups, and the limit
     of its address space.

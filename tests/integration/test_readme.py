@@ -16,6 +16,7 @@ import pytest
 from loraplus_hydra.cli.commands import COMMANDS
 from loraplus_hydra.config.locations import config_folder
 from loraplus_hydra.io.result import OK, Result
+from loraplus_hydra.training.hf_trainer.step_memory import step_memory
 from tests.conftest import Finished
 from tests.support.finished_sweeps import write_job, write_sweep
 
@@ -97,7 +98,12 @@ def test_commands_on_finished_runs_and_sweeps_work(
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_shown_output_of_inspect_is_what_it_prints(page: str, cli: Callable[..., Finished]) -> None:
+def test_shown_output_of_inspect_is_what_it_prints(
+    page: str, cli: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraplus_hydra.runs import inspection
+
+    monkeypatch.setattr(inspection, "step_memory", step_memory)
     shown = re.findall(rf"```bash\n({PROGRAM} inspect[^`]*?)\n```\s+```text\n(.*?)```", text_of(page), flags=re.DOTALL)
     for command, lines in shown:
         ended = cli(*shlex.split(command.replace("\\\n", " "))[3:])

@@ -11,7 +11,7 @@ from loraplus_hydra.io.text import visible
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
-    """Raise ConfigErrors for a config with errors; otherwise print a confirmation and the memory of training.
+    """Raise ConfigErrors for a config with errors; otherwise print the memory of training.
 
     With `trial`, two steps are trained, and their time and memory are printed.
     """

@@ -13,7 +13,10 @@ from loraplus_hydra.training.process_state import process_state
 
 @contextmanager
 def temporary_state() -> Iterator[None]:
-    """Restore the process state, and accelerate's, when the block ends. Warnings inside the block are not shown."""
+    """Restore the process state, and accelerate's, when the block ends.
+
+    Warnings inside the block are not shown.
+    """
     is_first = not AcceleratorState._shared_state
     with process_state(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
