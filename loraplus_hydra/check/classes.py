@@ -24,6 +24,7 @@ from loraplus_hydra.loraplus.optimizer_check import class_refusal, optimizer_pro
 from loraplus_hydra.loraplus.rules import parse_rules
 from loraplus_hydra.loraplus.schedule import build_schedule, falls
 from loraplus_hydra.loraplus.schedule_free import NOT_CONSTANT, ScheduleFree
+from loraplus_hydra.models.adapter import schedule_of
 from loraplus_hydra.training.trackers.tracker import Tracker
 
 # Groups with a `_target_`. Inside `adapter` there may be other targets, for PEFT's nested configs.
@@ -32,7 +33,7 @@ PLACES = ("quantization", "adapter", "optimizer", "scheduler", "task", "data", "
 
 def class_problems(plain: dict[str, Any]) -> list[Problem]:
     """Return the errors of all classes and functions in the config."""
-    checks = (_adapter, _quantization, _optimizer, _scheduler, task_problems, _data, _logger, _rules)
+    checks = (_adapter, _quantization, _optimizer, _scheduler, _average, task_problems, _data, _logger, _rules)
     return [*_stray_targets(plain, ""), *(problem for check in checks for problem in check(plain))]
 
 
@@ -111,6 +112,19 @@ def _scheduler(plain: dict[str, Any]) -> list[Problem]:
         return [Problem("scheduler", str(error))]
     except Exception as error:  # a schedule may raise any type of error, too
         return [Problem("scheduler", f"{scheduler[TARGET]}: {first_line(error)}")]
+    return []
+
+
+def _average(plain: dict[str, Any]) -> list[Problem]:
+    """Check that the adapter and the optimizer can train with an average of the weights."""
+    if plain.get("trainer", {}).get("ema") is None:
+        return []
+    if _is_schedule_free(plain):
+        return [Problem("trainer.ema", "a schedule-free optimizer already averages the weights", "set it to null")]
+    adapter = resolve(plain.get("adapter", {}).get(TARGET), "", derives(PeftConfig), "")[0]
+    if adapter is not None and schedule_of(adapter):
+        what = f"{adapter.__name__} sets weights to zero while it trains, and an average doesn't keep them at zero"
+        return [Problem("trainer.ema", what, "set it to null, or use adapter=lora")]
     return []
 
 

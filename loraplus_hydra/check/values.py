@@ -88,6 +88,9 @@ def _contradictions(plain: dict[str, Any]) -> Iterator[Problem]:
     if value("trainer.early_stopping_patience") is not None and value("trainer.eval_strategy") in ("no", False):
         what = "early stopping needs evaluations, but trainer.eval_strategy=no has none"
         yield Problem("trainer.early_stopping_patience", what, "trainer.eval_strategy=steps")
+    if value("trainer.ema") is not None and (value("trainer.fsdp") or value("trainer.deepspeed")):
+        what = "the average needs whole tensors, which DeepSpeed and FSDP split"
+        yield Problem("trainer.ema", what, "set it to null, or use trainer=default or ddp")
     if value("task.args.packing") is True and select(plain, "task.args.max_length") == (True, None):
         yield Problem("task.args.max_length", "packing fills rows of this length", "set a number of tokens")
     if value("trainer.save_only_model") not in (None, False):

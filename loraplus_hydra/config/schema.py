@@ -148,6 +148,7 @@ class TrainerConfig:
     # number of evaluations without a better task.metric; null = no early stopping
     early_stopping_patience: Optional[int] = field(metadata=range_(COUNT))
     early_stopping_threshold: float = field(metadata=range_(NOT_NEGATIVE))  # smallest change that counts as better
+    ema: Optional[float] = field(metadata=range_(PROPER_SHARE))  # decay of the weights' average; null = no average
     resume_from_checkpoint: Optional[str] = field(metadata=range_(CHECKPOINT))
     forward: str = field(metadata=range_(FORWARD))  # how the model computes a batch, see docs/lean.md
     auto_batch: bool  # find the largest batch that fits the memory
@@ -219,6 +220,7 @@ class OpenedRunConfig(FinishedRunConfig):
     """Keys of the commands that open a run's adapter."""
 
     checkpoint: Optional[str] = None  # newest, or a step; null = the adapter of a finished run
+    ema: bool = False  # true = the average of the weights (trainer.ema), adapter_ema/
 
 
 @dataclass
@@ -324,7 +326,7 @@ SCHEMAS: dict[str, type] = {
 }
 
 # Keys of the trainer group that are not fields of TrainingArguments.
-NOT_TRAINING_ARGUMENTS = ("early_stopping_patience", "early_stopping_threshold", "forward", "auto_batch")
+NOT_TRAINING_ARGUMENTS = ("early_stopping_patience", "early_stopping_threshold", "ema", "forward", "auto_batch")
 
 NOT_OF_A_RUN = ("hydra", "sweep", "halving", "tune")  # nodes of the program's config that a run's config doesn't have
 

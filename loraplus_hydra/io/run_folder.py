@@ -7,6 +7,7 @@ METRICS = "metrics.jsonl"
 RESULT = "result.json"
 FIGURE = "train.png"
 ADAPTER = "adapter"
+ADAPTER_EMA = "adapter_ema"  # the average of the weights, only of a run with trainer.ema
 CHECKPOINTS = "checkpoints"
 RUNGS = "rungs.json"  # only of a job of a halved sweep
 HARNESS = "harness"  # results of `evaluate RUN harness=[...]`
@@ -19,10 +20,11 @@ WRITTEN = (
     RESULT,
     FIGURE,
     ADAPTER,
+    ADAPTER_EMA,
     CHECKPOINTS,
     RUNGS,
 )  # HYDRA is Hydra's
-FOLDERS = (ADAPTER, CHECKPOINTS, HYDRA)  # all others are files
+FOLDERS = (ADAPTER, ADAPTER_EMA, CHECKPOINTS, HYDRA)  # all others are files
 
 # The file of a sweep's folder with the sweep's name, its command and its swept keys.
 SWEEP = "sweep.json"

@@ -54,6 +54,7 @@ def evaluate(run: FinishedRun, *, names_new_rows: bool = False, forgetting: str 
     # Trainable, because the Trainer makes parameter groups from the trained tensors
     model, tokenizer = load_run(run, trainable=True, other=other)
     change = {} if other is None else other.change(on_device(model, run), run.config)
+    run.config.trainer.ema = None  # the run's weights or their average, not another average
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(bundle(run.config, tokenizer, examples, model), Path(folder))
         metrics: dict[str, float] = trainer.evaluate()

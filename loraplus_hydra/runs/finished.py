@@ -74,19 +74,24 @@ def open_run(
     allow_changed_inputs: bool = False,
     groups: Iterable[str] | None = MODEL_GROUPS,
     checkpoint: str | None = None,
+    ema: bool = False,
 ) -> FinishedRun:
     """Open the run in `folder`, with `overrides` (group -> keys) merged into its config.
 
     Without `checkpoint`, the run must have finished. With `newest` or a step, the checkpoint is opened, even if the run
-    was stopped. The folder may be untrusted. So the `groups` of the config (None: all) are checked like any other
-    config, except the rows. Targets must be allowed at their keys, and a model's own code runs only with
-    `trust_remote_code`. With `allow_changed_inputs`, the run's base weights, adapter and rows may have changed. Raises
-    ConfigErrors.
+    was stopped. With `ema`, the adapter is the average of a finished run's weights. The folder may be untrusted. So the
+    `groups` of the config (None: all) are checked like any other config, except the rows. Targets must be allowed at
+    their keys, and a model's own code runs only with `trust_remote_code`. With `allow_changed_inputs`, the run's base
+    weights, adapter and rows may have changed. Raises ConfigErrors.
     """
     place = expanded(folder)
     _refuse_no_folder(place)
+    if ema and checkpoint is not None:
+        what = "a checkpoint's average is no adapter; only a finished run has one"
+        raise ConfigErrors([Problem("ema", what, "set checkpoint=null, or ema=false")])
+    name = run_folder.ADAPTER_EMA if ema else run_folder.ADAPTER
     found = None if checkpoint is None else _checkpoint(place, checkpoint)
-    result = _finished_result(place) if found is None else {}
+    result = _finished_result(place, name) if found is None else {}
     config = read_stored(place / run_folder.CONFIG, overrides or {})
     problems = stored_problems(config, groups)
     if config.model.trust_remote_code and not trust_remote_code:
@@ -94,7 +99,7 @@ def open_run(
         problems.append(Problem("trust_remote_code", what, "read the code, then set trust_remote_code=true"))
     refuse(problems)
     if found is None:
-        return FinishedRun(place, config, result, place / run_folder.ADAPTER, allow_changed_inputs=allow_changed_inputs)
+        return FinishedRun(place, config, result, place / name, allow_changed_inputs=allow_changed_inputs)
     result = _result_at(found, place, config)
     return FinishedRun(place, config, result, found.folder, found.step, allow_changed_inputs)
 
@@ -108,6 +113,7 @@ def open_named_run(config: DictConfig, groups: Iterable[str] | None = MODEL_GROU
         allow_changed_inputs=config.allow_changed_inputs,
         groups=groups,
         checkpoint=config.checkpoint,
+        ema=config.ema,
     )
 
 
@@ -125,8 +131,11 @@ def _refuse_no_folder(folder: Path) -> None:
         raise _no_run(f"{folder} is not a run's folder, because it has no {run_folder.CONFIG}", hint)
 
 
-def _finished_result(folder: Path) -> dict[str, Any]:
-    """Return a finished run's result.json. Raises ConfigErrors if the run has not finished."""
+def _finished_result(folder: Path, name: str) -> dict[str, Any]:
+    """Return a finished run's result.json.
+
+    Raises ConfigErrors if the run has not finished, or has no adapter in its folder `name`.
+    """
     try:
         result = stored_result(folder)
     except Missing:
@@ -138,11 +147,12 @@ def _finished_result(folder: Path) -> dict[str, Any]:
         stored = result.get("error") or {}
         why = f" ({stored.get('type')}: {str(stored.get('text')).splitlines()[0]})" if stored.get("text") else ""
         raise _no_run(f"the run in {folder} ended as '{status}'{why}", _advice(folder))
-    adapter = folder / run_folder.ADAPTER
+    adapter = folder / name
+    if name == run_folder.ADAPTER_EMA and not (adapter.is_symlink() or adapter.exists()):
+        what = f"the run in {folder} has no average: there is no {name}"
+        raise ConfigErrors([Problem("ema", what, "use ema=false; a run with trainer.ema=0.99 has an average")])
     if adapter.is_symlink() or not adapter.is_dir():
-        raise _no_run(
-            f"there is no {run_folder.ADAPTER} in {folder}" + (", but a link" if adapter.is_symlink() else "")
-        )
+        raise _no_run(f"there is no {name} in {folder}" + (", but a link" if adapter.is_symlink() else ""))
     refuse_links(adapter, KEY, reading=True)  # checked before other libraries open the files
     try:
         refuse_large(sorted(adapter.iterdir()))

@@ -142,8 +142,12 @@ def _run(job: Run, checked: Checked | None, stop_at: float | None) -> None:
     screen.show("6/6 Saving the adapter")
     if processes.is_main():
         with interrupts.notice("the adapter is saved first"):
-            _save(job.folder, prepared)
-            job.result.inputs["adapter"] = folder_fingerprint(job.folder / run_folder.ADAPTER)
+            _save(job, prepared, run_folder.ADAPTER)
+            if job.config.trainer.get("ema") is not None:
+                with trainer.average.in_model():
+                    _save(job, prepared, run_folder.ADAPTER_EMA)
+            else:  # one from before a resume that switched it off
+                folders.remove(job.folder / run_folder.ADAPTER_EMA)
 
 
 def _default_folder() -> Path:
@@ -247,7 +251,11 @@ def _show_and_write_plan(folder: Path, prepared: Prepared, plan: Plan) -> None:
     files.write_text(folder / run_folder.PARAM_GROUPS, json.dumps(entries, indent=2) + "\n")
 
 
-def _save(folder: Path, prepared: Prepared) -> None:
-    """Write adapter/, in PEFT's layout, with the tokenizer. An incomplete folder is never left."""
-    with folders.replaced_folder(folder / run_folder.ADAPTER) as draft:
+def _save(job: Run, prepared: Prepared, name: str) -> None:
+    """Write the adapter's folder `name`, in PEFT's layout, with the tokenizer.
+
+    An incomplete folder is never left.
+    """
+    with folders.replaced_folder(job.folder / name) as draft:
         save_adapter(prepared.model, prepared.tokenizer, draft)
+    job.result.inputs[name] = folder_fingerprint(job.folder / name)

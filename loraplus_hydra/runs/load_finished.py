@@ -78,7 +78,9 @@ def refuse_changed_run(run: FinishedRun) -> None:
         print(f"Note: {NOT_STORED}", file=sys.stderr)  # not on stdout, which has the answers
         return
     now = base_fingerprints(run.config.model)
-    refuse_changed(then, now if "adapter" not in then else now | {"adapter": folder_fingerprint(run.adapter)})
+    if stored := then.get(run.adapter.name):
+        then, now = {**then, "adapter": stored}, now | {"adapter": folder_fingerprint(run.adapter)}
+    refuse_changed(then, now)
 
 
 def load_run_tokenizer(run: FinishedRun) -> PreTrainedTokenizerBase:

@@ -284,6 +284,7 @@ LIKELY: dict[str, tuple[str, ...]] = {
     "trainer.logging_steps": ("1", "0.9", "1000"),
     "trainer.activation_checkpointing": ("true", "false"),
     "trainer.early_stopping_patience": ("1", "null"),
+    "trainer.ema": ("0.5", "null"),
     "+trainer.load_best_model_at_end": ("true",),
     "+trainer.label_smoothing_factor": ("0.1", "2"),
     "+trainer.neftune_noise_alpha": ("5", "1e30"),

@@ -25,6 +25,7 @@ from loraplus_hydra.io.run_folder import CHECKPOINTS, METRICS
 from loraplus_hydra.models.adapter import schedule_of
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.training.hf_trainer.answer_ends import with_one_end
+from loraplus_hydra.training.hf_trainer.average import AverageCallback, with_average
 from loraplus_hydra.training.hf_trainer.callbacks import MetricsCallback, ShowProgress, remove_own_printing
 from loraplus_hydra.training.hf_trainer.checkpoint_callback import CheckpointCallback
 from loraplus_hydra.training.hf_trainer.loraplus_mixin import with_loraplus
@@ -48,7 +49,9 @@ def make_trainer(
     config, seconds = job.config, 0.0 if point is None else point.seconds
     schedule = schedule_of(type(job.model.active_peft_config))
     metrics = MetricsCallback(MetricsLog(folder / METRICS, seconds=seconds, report=report))
-    trainer: Any = with_loraplus(resumable(with_one_end(locate(config.task._target_))))(
+    trainer_class = with_loraplus(resumable(with_one_end(locate(config.task._target_))))
+    decay = config.trainer.get("ema")
+    trainer: Any = (trainer_class if decay is None else with_average(trainer_class))(
         model=job.model,
         args=training_arguments(config, folder, job.examples, resume_from=None if point is None else point.folder),
         train_dataset=job.examples.train,
@@ -65,6 +68,8 @@ def make_trainer(
         **job.examples.trainer_arguments,
     )
     trainer.throughput = metrics.throughput
+    if decay is not None:
+        trainer.add_callback(AverageCallback(trainer, decay))
     trainer.add_callback(CheckpointCallback(trainer, folder / METRICS, seconds=seconds, inputs=job.inputs))
     if not trainer.args.dataloader_num_workers:  # the rows that worker processes read are unknown here
         trainer.rows_read = job.examples.rows_read

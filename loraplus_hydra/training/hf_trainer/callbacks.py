@@ -93,9 +93,10 @@ class ShowProgress(TrainerCallback):
         self.display.advance(state.global_step, self.time.seconds(state.global_step))
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.batch += 1
         rows: Any = kwargs.get("eval_dataloader")
-        self.display.evaluating(self.batch, len(rows) if has_length(rows) else None)
+        batches = len(rows) if has_length(rows) else None
+        self.batch = 1 if self.batch == batches else self.batch + 1  # an average is evaluated after the weights
+        self.display.evaluating(self.batch, batches)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.batch = 0
