@@ -99,9 +99,18 @@ def open_run(
         problems.append(Problem("trust_remote_code", what, "read the code, then set trust_remote_code=true"))
     refuse(problems)
     if found is None:
+        result = _of_average(result) if ema else result
         return FinishedRun(place, config, result, place / name, allow_changed_inputs=allow_changed_inputs)
     result = _result_at(found, place, config)
     return FinishedRun(place, config, result, found.folder, found.step, allow_changed_inputs)
+
+
+def _of_average(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's result with the metrics of the average in place of those of the last weights."""
+    metrics = dict(result.get("metrics") or {})
+    averaged = {name: value for name, value in metrics.items() if name.startswith("eval_ema_")}
+    rest = {name: value for name, value in metrics.items() if name not in averaged}
+    return {**result, "metrics": rest | {f"eval_{name[9:]}": value for name, value in averaged.items()}}
 
 
 def open_named_run(config: DictConfig, groups: Iterable[str] | None = MODEL_GROUPS) -> FinishedRun:

@@ -84,7 +84,8 @@ def test_the_averages_metrics_are_those_of_its_adapter(averaged: Path, cli: Call
     metrics = result(averaged)["metrics"]
     assert metrics["eval_ema_loss"] != metrics["eval_loss"]
     for chosen, name in (("true", "eval_ema_loss"), ("false", "eval_loss")):
-        assert cli("evaluate", str(averaged), f"ema={chosen}", f"out={chosen}.json").status == 0
+        ended = cli("evaluate", str(averaged), f"ema={chosen}", f"out={chosen}.json")
+        assert (ended.status, f"at the end of training: {metrics[name]:.6g}" in ended.out) == (0, True), ended.out
         found = json.loads(Path(f"{chosen}.json").read_text())
         assert found["eval_loss"] == pytest.approx(metrics[name], rel=1e-5)
         assert "eval_ema_loss" not in found

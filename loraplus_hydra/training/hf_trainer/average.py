@@ -1,4 +1,4 @@
-"""The exponential moving average of the trained weights (`trainer.ema`), evaluated and saved beside them."""
+"""The exponential moving average of the trained weights: `trainer.ema`."""
 
 from __future__ import annotations
 
