@@ -21,9 +21,10 @@ _METRICS = ("_metrics", "_stored_metrics")  # attributes of TRL's trainers with 
 
 
 class Average:
-    """The average of a model's trained tensors: `decay` x average + (1 - `decay`) x weights after each step.
+    """The average of a model's trained tensors.
 
-    It is kept in float32, and begins with the weights that the model has now.
+    After each step it is `decay` x average + (1 - `decay`) x weights. It is kept in float32, and begins with the
+    weights that the model has now.
     """
 
     def __init__(self, model: Any, decay: float) -> None:
@@ -96,7 +97,10 @@ class AveragingMixin:
 
 
 class AverageCallback(TrainerCallback):
-    """Begins, updates, saves and restores a Trainer's average. Add this callback before CheckpointCallback."""
+    """Begins, updates, saves and restores a Trainer's average.
+
+    Add this callback before CheckpointCallback.
+    """
 
     def __init__(self, trainer: Any, decay: float) -> None:
         self.trainer = trainer
