@@ -42,8 +42,8 @@ def moved_paths(plain: Any) -> list[str]:
 def _exists(name: str) -> bool:
     try:
         locate(name)
-    except UserError:
-        return False
+    except UserError as error:
+        return isinstance(error.__cause__, ImportError)  # it exists, and lacks a package of its own
     return True
 
 

@@ -110,7 +110,7 @@ def test_each_name_leads_to_the_override_that_is_meant(tool: str, cli: Callable[
 
 def test_words_of_other_commands_are_explained_by_their_usage(cli: Callable[..., Finished]) -> None:
     assert "for example: predict RUN text=..." in cli("predict", "run", "hello there").err
-    assert "for example: export RUN [merge=false]" in cli("export", "run", "out").err
+    assert "for example: export RUN [target=vllm] [merge=false]" in cli("export", "run", "out").err
     assert "--text: there is no such flag; write text=hi" in cli("predict", "run", "--text", "hi").err
     assert "lr: there is no such key; write optimizer.lr=1" in cli("resume", "run", "lr=1").err
     assert "use your own YAML as an option of a group" in cli("mine.yaml").err

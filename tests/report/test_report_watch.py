@@ -23,7 +23,7 @@ Steps = Callable[..., None]
 
 
 @pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Steps]:
     """Return a function that sets what happens in each pause of the watch. Figures are left out, for speed."""
     monkeypatch.setattr(write, "_draw", lambda *_, **__: iter(()))
     monkeypatch.setattr(watch, "_EVERY", 0.0)
@@ -40,7 +40,10 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
 
         monkeypatch.setattr(watch, "_pause", pause)
 
-    return set_steps
+    # A shell's background jobs, in which the tests may run, ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield set_steps
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -27,7 +27,6 @@ from loraplus_hydra.runs.job import run as run_job
 from loraplus_hydra.runs.load_finished import load_run
 from loraplus_hydra.runs.preview import preview
 from loraplus_hydra.tasks.examples import load_examples
-from loraplus_hydra.tasks.tokens import encode_prompt
 from tests.support.tiny import write_jsonl
 from tests.support.words import WORDS, previewed, word_tokenizer, written_rows
 
@@ -165,15 +164,14 @@ def asked_by_predict(path: Path, run: FinishedRun, config: Any) -> list[str]:
     """Return the prompts, as tokens, with which `predict` asks the model."""
     tokenizer, prompts = word_tokenizer(), []
 
-    def answer(_: Any, given: Any, prompt: str, *__: Any, special_tokens: bool) -> str:
-        prompts.append(
-            " ".join(tokenizer.convert_ids_to_tokens(encode_prompt(prompt, given, special_tokens=special_tokens)))
-        )
-        return ""
+    def answer_together(_: Any, __: Any, asked: list[list[int]], *___: Any, **____: Any) -> list[str]:
+        prompts.extend(" ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in asked)
+        return [""] * len(asked)
 
     opened = FinishedRun(run.folder, config, run.result, run.adapter)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prediction, "answer", answer)
+        patch.setattr(prediction, "answer_together", answer_together)
+        patch.setattr(prediction, "_batch_size", lambda *_, **__: 4)
         patch.setattr(prediction, "load_run", lambda _: (None, load_tokenizer(config.model)))
         list(prediction.predict(opened, *prediction.read_texts(str(path), None, opened)))
     return prompts
