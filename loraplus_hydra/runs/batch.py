@@ -96,6 +96,7 @@ def _fits(config: DictConfig) -> bool:
         files.write_text(file, OmegaConf.to_yaml(config, resolve=True))
         command = [sys.executable, "-m", "loraplus_hydra.runs.trial", str(file)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
+    interrupts.stop_if_asked()  # Ctrl-C has ended the trial, too
     if done.returncode in (OUT_OF_MEMORY, -signal.SIGKILL):  # the system kills a process that takes too much
         return False
     if done.returncode:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 from loraplus_hydra import run
 from loraplus_hydra.config.identity import run_hash
 from loraplus_hydra.errors import UserError
+from loraplus_hydra.io import interrupts
 from loraplus_hydra.runs import batch
 from tests.conftest import Finished
 
@@ -138,3 +140,18 @@ def test_several_processes_are_refused(cli: Any, tiny_run: list[str], monkeypatc
     refused: Finished = cli("check", *tiny_run, AUTO)
     assert refused.status == 1
     assert "trainer.auto_batch" in refused.err
+
+
+def test_ctrl_c_in_a_trial_is_no_failed_trial(
+    compose: Callable[..., Any], tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        interrupts.request(signal.SIGINT)
+        return subprocess.CompletedProcess(command, 1, "", "KeyboardInterrupt")
+
+    monkeypatch.setattr(subprocess, "run", stopped)
+    try:
+        with interrupts.kept_signals(deliver=False), pytest.raises(KeyboardInterrupt):
+            batch._fits(compose(*tiny_run))
+    finally:
+        interrupts.forget()
