@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from loraplus_hydra.runs.job import run
     from loraplus_hydra.training.hf_trainer.loraplus_mixin import LoraPlusMixin, with_loraplus
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "create_loraplus_optimizer": "loraplus_hydra.loraplus.optimizer",
