@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help run bench-gpu test test-slow lint format wheel clean
+.PHONY: help run bench-gpu test test-slow docs lint format wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,6 +19,9 @@ test: lint ## lint, types and the tests (about ten minutes on two cores)
 
 test-slow: $(VENV)/.extras ## the slow tests, and those of launchers, Optuna and trackers (an hour at most)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or extras" --hypothesis-profile=random $(PYTEST_ARGS)
+
+docs: $(VENV)/.installed ## build the documentation into build/site
+	$(BIN)/python -m mkdocs build --strict
 
 bench-gpu: $(VENV)/.installed ## measure a training step on one GPU (eight minutes at most)
 	$(BIN)/python -m benchmarks.gpu

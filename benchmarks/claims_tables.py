@@ -31,7 +31,7 @@ def _section(grid: Grid) -> list[str]:
     return [
         heading,
         _about(grid),
-        f"![{grid.title}: all rates, best rates, curves](images/{picture_of(grid)})",
+        f"![{grid.title}: all rates, best rates, curves](../images/{picture_of(grid)})",
         "Best against best, mean and standard deviation over the seeds:",
         best_table(grid),
         f"What a wrong rate costs: the relative loss of {grid.metric} against the ratio's best rate, with one seed.",

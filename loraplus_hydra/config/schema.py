@@ -150,7 +150,7 @@ class TrainerConfig:
     early_stopping_threshold: float = field(metadata=range_(NOT_NEGATIVE))  # smallest change that counts as better
     ema: Optional[float] = field(metadata=range_(PROPER_SHARE))  # decay of the weights' average; null = no average
     resume_from_checkpoint: Optional[str] = field(metadata=range_(CHECKPOINT))
-    forward: str = field(metadata=range_(FORWARD))  # how the model computes a batch, see docs/lean.md
+    forward: str = field(metadata=range_(FORWARD))  # how the model computes a batch, see docs/explained/lean.md
     auto_batch: bool  # find the largest batch that fits the memory
 
 

@@ -16,7 +16,7 @@ from loraplus_hydra.loraplus.rules import TensorRecord
 PAPER = "arXiv 2402.12354, section 5.3"
 REGRET = "LoRA Without Regret, Thinking Machines 2025"
 RULE = "tinker-cookbook's rule for LoRA's rate"
-HIGH = 3  # above this multiple of the rule's alpha x eta_B, the built-in example gets worse (docs/measured.md)
+HIGH = 3  # above this multiple of the rule's alpha x eta_B, the built-in example gets worse (docs/numbers/measured.md)
 LARGE_BATCH = 32  # rows a step
 SHORT = 100  # steps
 USUAL_RANK = 8  # of PEFT's LoraConfig, and of conf/adapter/lora.yaml
@@ -90,7 +90,7 @@ def optimizer_note(optimizer: str, rates_of_b: Sequence[float], ratio: float) ->
         return (
             "Riemannian preconditioning makes a plain step independent of the scale between lora_A and "
             "lora_B, but AdamW divides each element by its size afterwards. So both steps are as large as the rates, "
-            "and the ratio means what it does with AdamW (docs/invariance.md)."
+            "and the ratio means what it does with AdamW (docs/explained/invariance.md)."
         )
     return ""
 

@@ -2,7 +2,7 @@
 
 Sources of the limits: vLLM 0.33.0 (`lora/peft_helper.py`, `lora/lora_model.py`, `lora/utils.py`, `config/lora.py`);
 llama.cpp's `convert_lora_to_gguf.py`, `convert_hf_to_gguf.py` and `llama-adapter.cpp` of October 2026; Ollama's page on
-importing a model. docs/export.md has them as a table.
+importing a model. docs/howto/export.md has them as a table.
 """
 
 from __future__ import annotations

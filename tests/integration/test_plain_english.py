@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("loraplus_hydra", "conf", "benchmarks", "tools")
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/**/*.md")
 QUESTIONS = ("What", "Where", "How", "Which", "Whether")
 # Phrases that readers had to read twice, in code, comments, messages, YAML files and pages.
 PUZZLING = re.compile(

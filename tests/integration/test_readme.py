@@ -21,7 +21,7 @@ from tests.conftest import Finished
 from tests.support.finished_sweeps import write_job, write_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))}
 ALL_PAGES = {**PAGES, "CONTRIBUTING.md": ROOT / "CONTRIBUTING.md"}
 PROGRAM = "python -m loraplus_hydra"
 LARGEST_IMAGE = 150_000  # bytes
@@ -117,18 +117,18 @@ def test_readme_is_short_and_has_commands() -> None:
 
 
 def test_table_lists_every_option_of_every_group() -> None:
-    rows = dict(re.findall(r"^\| `([\w/]+)` \| (.*?) \|", text_of("docs/config.md"), flags=re.MULTILINE))
+    rows = dict(re.findall(r"^\| `([\w/]+)` \| (.*?) \|", text_of("docs/reference/config.md"), flags=re.MULTILINE))
     for folder in sorted(
         path for path in config_folder().iterdir() if path.is_dir() and not path.name.startswith("__")
     ):
         options = sorted(path.stem for path in folder.glob("*.yaml"))
         if options:
-            assert folder.name in rows, f"the table of docs/config.md lacks the group {folder.name}"
+            assert folder.name in rows, f"the table of docs/reference/config.md lacks the group {folder.name}"
             assert sorted(re.findall(r"`([\w.]+)`", rows[folder.name])) == options, folder.name
 
 
 def test_figures_of_the_readme_are_those_of_the_page_of_measurements() -> None:
-    measured = text_of("docs/measured.md")
+    measured = text_of("docs/numbers/measured.md")
     results, sweeps = (
         re.search(rf"## {heading}\n(.*?)\n## ", text_of("README.md"), flags=re.DOTALL)
         for heading in (r"What LoRA\+ gives you", "Sweeps")
@@ -208,5 +208,5 @@ def test_python_versions_agree() -> None:
     assert settings["project"]["requires-python"] == f">={oldest},<3.{int(newest.split('.')[1]) + 1}"
     assert settings["tool"]["mypy"]["python_version"] == oldest
     assert settings["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
-    for page in ("README.md", "docs/install.md"):
+    for page in ("README.md", "docs/start/install.md"):
         assert f"Python {', '.join(versions[:-1])} or {newest}" in " ".join(text_of(page).split()), page

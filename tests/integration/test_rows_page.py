@@ -1,4 +1,4 @@
-"""Each example of docs/rows.md is read as the page says."""
+"""Each example of docs/howto/rows.md is read as the page says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.tasks.examples import Examples, load_examples
 from tests.support.words import word_tokenizer, written_rows
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "rows.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "howto" / "rows.md").read_text(encoding="utf-8")
 # A paragraph, which may name overrides, then the rows, then what the model sees of them.
 EXAMPLES = re.findall(r"\n\n((?:(?!```|\n\n).)+?)\n\n```json\n(.*?)```\n\n```text\n(.*?)```", PAGE, flags=re.DOTALL)
 

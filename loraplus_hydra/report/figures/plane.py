@@ -1,7 +1,7 @@
 """The plane of heatmap.png: its axes, the place of each setting, and lines of equal alpha or eta_B.
 
 For PEFT's start (B = 0), LoRA+ with alpha and a ratio is plain LoRA with alpha x ratio at lr = eta_A. So each plane is
-also one of lr and alpha for plain LoRA: the ratio decides alpha, and eta_A is lr. See docs/invariance.md.
+also one of lr and alpha for plain LoRA: the ratio decides alpha, and eta_A is lr. See docs/explained/invariance.md.
 """
 
 from __future__ import annotations

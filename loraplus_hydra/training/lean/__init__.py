@@ -1,4 +1,4 @@
 """The lean forward pass: no padding, and no logits of tokens without loss.
 
-See docs/lean.md. `adopt.adopt` is the only entry.
+See docs/explained/lean.md. `adopt.adopt` is the only entry.
 """

@@ -1,0 +1,40 @@
+"""MkDocs hooks: pages of the site that lie outside docs/."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[2]
+# File of the repository -> page of the site.
+OUTSIDE = {
+    "CHANGELOG.md": "project/changelog.md",
+    "CONTRIBUTING.md": "project/contributing.md",
+    "benchmarks/README.md": "numbers/benchmarks.md",
+}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that lie outside docs/."""
+    for source, page in OUTSIDE.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Point links between files of the repository at the pages of the site."""
+    uri = page.file.src_uri
+    source = next((source for source, made in OUTSIDE.items() if made == uri), f"docs/{uri}")
+    return re.sub(r"(?<=\]\()[^)\s#:]+(?=[)#])", lambda link: _on_site(link[0], source, uri), markdown)
+
+
+def _on_site(link: str, source: str, uri: str) -> str:
+    """Return the link of the page `uri`, which is made from the file `source`, to a page of the site."""
+    target = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
+    target = "index.md" if target == "README.md" else OUTSIDE.get(target, target.removeprefix("docs/"))
+    return posixpath.relpath(target, posixpath.dirname(uri) or ".")
