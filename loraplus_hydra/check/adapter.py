@@ -11,7 +11,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from loraplus_hydra.check.signatures import argument_problems
 from loraplus_hydra.errors import Problem, first_line, nearest
 from loraplus_hydra.models.adapter import peft_arguments, schedule_of
-from loraplus_hydra.models.initialisation import UNSUPPORTED, changes_base
+from loraplus_hydra.models.initialisation import changes_base
 from loraplus_hydra.models.quantization import quantization_config
 
 _KINDS_4BIT = ("nf4", "fp4")
@@ -25,7 +25,6 @@ def adapter_problems(config_class: type, adapter: dict[str, Any], trainer: dict[
     problems = argument_problems(config_class, arguments, "adapter")
     if why := _NEEDS_MORE.get(config_class.__name__):
         problems.append(Problem("adapter._target_", f"{config_class.__name__} {why}", "use adapter=lora"))
-    problems += _start_problems(adapter.get("init_lora_weights"))
     if schedule := schedule_of(config_class):
         problems += schedule.problems(adapter, trainer)
     return problems
@@ -62,14 +61,6 @@ def quantization_problems(
         what = "PEFT can't compute the norms of 8-bit weights on a CPU"
         problems.append(Problem("adapter.use_dora", what, "use quantization=nf4 or none, or adapter=lora"))
     return problems
-
-
-def _start_problems(start: Any) -> list[Problem]:
-    reason = UNSUPPORTED.get(start.lower()) if isinstance(start, str) else None
-    if reason is None:
-        return []
-    fix = "use true, a_zero, gaussian, orthogonal, pissa or olora"
-    return [Problem("adapter.init_lora_weights", f"'{start}' isn't supported: {reason}", fix)]
 
 
 def _on_gpu(trainer: dict[str, Any]) -> bool:

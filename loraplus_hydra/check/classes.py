@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from loraplus_hydra.check.adapter import adapter_problems, quantization_problems
 from loraplus_hydra.check.kinds import TARGET, derives, is_peft_settings, makes_schedule, resolve, returns_rows
 from loraplus_hydra.check.signatures import argument_problems
+from loraplus_hydra.check.starts import start_problems
 from loraplus_hydra.check.task import task_problems
 from loraplus_hydra.data.rows import loader_arguments
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
@@ -61,7 +62,9 @@ def _adapter(plain: dict[str, Any]) -> list[Problem]:
     adapter = plain.get("adapter", {})
     wanted = "a PEFT config class, such as peft.LoraConfig"
     found, problems = resolve(adapter.get(TARGET), "adapter._target_", derives(PeftConfig), wanted)
-    return problems + (adapter_problems(found, adapter, plain.get("trainer", {})) if found else [])
+    if found is None:
+        return problems
+    return [*problems, *adapter_problems(found, adapter, plain.get("trainer", {})), *start_problems(found, plain)]
 
 
 def _quantization(plain: dict[str, Any]) -> list[Problem]:

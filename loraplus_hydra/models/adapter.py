@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from loraplus_hydra.config.targets import instantiate, locate
 from loraplus_hydra.errors import ConfigErrors, Problem, refuse
 from loraplus_hydra.io.quiet_libraries import quiet_peft
-from loraplus_hydra.loraplus.peft_layers import A_ZERO, TRAINED, note_initialisation
+from loraplus_hydra.loraplus.peft_layers import A_ZERO, LOFTQ, TRAINED, note_initialisation
 from loraplus_hydra.models import adalora
 from loraplus_hydra.models.adapter_files import CONFIG, KEY, StoredAdapter, attach, first_misfit, stored_adapter
 from loraplus_hydra.models.initialisation import changes_base, copy_factors, initialise_a_zero
@@ -73,8 +73,8 @@ def adapter_config(adapter: DictConfig | Mapping[str, Any], task_type: str | Non
 def peft_arguments(adapter: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """Translate the `adapter` group into a PEFT config class (`_target_`) and its keyword arguments."""
     arguments = {str(key): value for key, value in adapter.items() if key not in OWN_KEYS}
-    if arguments.get("init_lora_weights") == A_ZERO:
-        # True, because `add_adapter` exchanges the factors after PEFT's own initialisation. With false PEFT would also
+    if arguments.get("init_lora_weights") in (A_ZERO, LOFTQ):
+        # True, because this program exchanges the factors after PEFT's own initialisation. With false PEFT would also
         # leave factors of embeddings, biases of lora_B and DoRA's magnitudes random, so the adapted model would not
         # start as the base model.
         arguments["init_lora_weights"] = True
@@ -111,6 +111,9 @@ def add_adapter(
     adapted = _new_adapter(model, config, revision=revision, on_meta=on_meta)
     if adapter.get("init_lora_weights") == A_ZERO:
         initialise_a_zero(adapted)
+    if adapter.get("init_lora_weights") == LOFTQ:
+        # The caller computes the factors (`initialise_loftq`), which needs the base without quantisation
+        note_initialisation(adapted, LOFTQ)
     if not on_meta and changes_base(getattr(config, "init_lora_weights", None)):
         # `save_adapter` needs these copies to convert the adapter to the original base.
         adapted.initial_factors = copy_factors(adapted)

@@ -18,14 +18,6 @@ from torch import nn
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.loraplus.peft_layers import A_ZERO, ADAPTER_NAME, note_initialisation
 
-# Initialisations that need more than a PEFT config. Without it, PEFT silently uses another initialisation.
-UNSUPPORTED = {
-    "eva": "it first needs activations for the data (peft.initialize_lora_eva_weights)",
-    "corda": "it first needs covariances for the data (peft.tuners.lora.corda.preprocess_corda)",
-    "lora_ga": "it first needs gradients for the data (peft.preprocess_loraga)",
-    "loftq": "it changes the base's weights by more than an adapter can store, so the saved adapter would be wrong",
-}
-
 
 def changes_base(init_lora_weights: Any) -> bool:
     """Return True if this initialisation changes the base's weights."""

@@ -14,6 +14,7 @@ from loraplus_hydra.config.locations import PACKAGE_SCHEME, model_location
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line, refuse
 from loraplus_hydra.io.read import read_json
+from loraplus_hydra.loraplus.peft_layers import LOFTQ
 from loraplus_hydra.models.adapter_files import CONFIG, stored_adapter
 from loraplus_hydra.models.base_model import hub_arguments, load_config
 from loraplus_hydra.models.initialisation import changes_base
@@ -54,7 +55,7 @@ def describe(run: FinishedRun, *, merged: bool) -> Export:
         task_type=None if task.task_type is None else str(task.task_type),
         architecture=name,
         base=config.get_text_config().to_dict(),
-        adapter=_as_exported(read_json(stored.folder / CONFIG)),
+        adapter=_as_exported(read_json(stored.folder / CONFIG), run.config.adapter.get("init_lora_weights")),
         shapes=stored.shapes(),
         new_tokens=bool(model.add_tokens),
         has_sentencepiece=name not in LLAMA_CPP_SENTENCEPIECE or _sentencepiece(model) is not None,
@@ -95,11 +96,14 @@ def _class_of(config: PretrainedConfig, auto_class: Any) -> tuple[str, bool]:
     return model.__name__, model.is_backend_compatible()
 
 
-def _as_exported(adapter: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint's adapter_config.json in the form that the export has.
+def _as_exported(adapter: dict[str, Any], start: Any) -> dict[str, Any]:
+    """Return a run's adapter_config.json in the form that the export has.
 
-    An adapter whose start changed the base is exported as a plain LoRA of twice the rank.
+    `start` is the run's `adapter.init_lora_weights`. An adapter whose start changed the base is exported as a plain
+    LoRA of twice the rank.
     """
+    if start == LOFTQ:  # stored as true, because PEFT would quantise the base when it loads the adapter
+        return {**adapter, "init_lora_weights": start}
     if not changes_base(adapter.get("init_lora_weights")):
         return adapter
     ranks = {name: 2 * rank for name, rank in (adapter.get("rank_pattern") or {}).items()}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loraplus_hydra.errors import Problem, first_of
+from loraplus_hydra.loraplus.peft_layers import LOFTQ
 from loraplus_hydra.runs import export_architectures as known
 
 KEY = "target"
@@ -26,7 +27,7 @@ _UNMERGEABLE = ("PROMPT", "P_TUNING", "PREFIX", "CPT", "CARTRIDGE", "XLORA", "SH
 # Names of the embedding and of the output layer
 _EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head", "embed_out"})
 _FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
-_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq")  # values of init_lora_weights
+_CHANGING_STARTS = ("pissa", "olora", "corda")  # values of init_lora_weights
 # Fields of PEFT's LoraConfig that change what the adapter computes, and that neither vLLM nor llama.cpp implements
 _FIELDS = {
     "use_dora": "DoRA",
@@ -163,7 +164,9 @@ def _unimplemented(export: Export) -> Iterator[str]:
 
 def _changed_base(export: Export) -> Iterator[str]:
     start = str(export.adapter.get("init_lora_weights")).lower()
-    if start.startswith(_CHANGING_STARTS):
+    if start == LOFTQ:
+        yield f"the adapter fits only the base as it was quantised for training (init_lora_weights={start})"
+    elif start.startswith(_CHANGING_STARTS):
         yield f"the adapter fits only a base that its start changed (init_lora_weights={start})"
 
 

@@ -19,12 +19,14 @@ from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io import interrupts, screen
 from loraplus_hydra.io.time_limit import TooSlowError, time_limit
 from loraplus_hydra.loraplus.memory import measure_state
+from loraplus_hydra.loraplus.peft_layers import LOFTQ
 from loraplus_hydra.loraplus.plan import Plan
 from loraplus_hydra.loraplus.rules import parse_rules
 from loraplus_hydra.loraplus.settings import LoraPlus
 from loraplus_hydra.models.adapter import add_adapter
-from loraplus_hydra.models.base_model import load_base, meta_model
+from loraplus_hydra.models.base_model import load_base, load_model, meta_model
 from loraplus_hydra.models.inputs import adapter_fingerprint, base_fingerprints, tokenizer_fingerprint
+from loraplus_hydra.models.loftq import initialise_loftq
 from loraplus_hydra.models.properties import (
     adapter_labels,
     is_classifier,
@@ -129,13 +131,18 @@ def load_adapted_model(
     mark_new_layers(base, config)
     if other is not None:
         other.measure_base(base, config)
-    return add_adapter(
+    adapted = add_adapter(
         base,
         config.adapter,
         config.task.task_type,
         new_tokens=new_token_ids(tokenizer, config.model),
         revision=config.model.revision,
     )
+    if config.adapter.get("init_lora_weights") == LOFTQ and not config.adapter.get("path"):
+        original = load_model(config.model, config.task.auto_class, examples.model_arguments)
+        removed = initialise_loftq(adapted, original)
+        screen.show(f"    LoftQ: A and B remove {removed:.0%} of the squared error of the 4-bit weights")
+    return adapted
 
 
 def plan_on_meta(config: DictConfig) -> tuple[PeftModel, Plan]:

@@ -70,6 +70,7 @@ def test_named_model_runs_on_its_own_architecture(
 
 FITTING = {  # what an option goes with, where it doesn't go with everything
     "adapter=adalora": ["loraplus=roles", "adapter.deltaT=1"],
+    "adapter=loftq": ["quantization=nf4"],
     "adapter=vera": ["loraplus=roles"],
     "optimizer=schedulefree_adamw": ["scheduler=constant"],
     "loraplus=absolute": ["loraplus.lr_A=1e-4", "loraplus.lr_B=1e-3"],

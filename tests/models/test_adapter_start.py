@@ -164,7 +164,7 @@ def test_embeddings_join_all_linears_whatever_they_are_called(checkpoints: Any, 
         assert not any("lm_head" in key for key in trained)
 
 
-@pytest.mark.parametrize("start", ["eva", "corda", "lora_ga", "loftq"])
+@pytest.mark.parametrize("start", ["eva", "corda", "lora_ga"])
 def test_starts_that_need_more_than_a_config_are_refused(
     start: str, cli: Callable[..., Finished], tiny_run: list[str]
 ) -> None:

@@ -1,0 +1,56 @@
+"""Checks of `adapter.init_lora_weights` with the settings that a start needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig
+
+from loraplus_hydra.errors import Problem
+from loraplus_hydra.loraplus.peft_layers import LOFTQ
+
+KEY = "adapter.init_lora_weights"
+# Starts that need more than a PEFT config. Without it, PEFT silently uses another start.
+_UNSUPPORTED = {
+    "eva": "it first needs activations for the data (peft.initialize_lora_eva_weights)",
+    "corda": "it first needs covariances for the data (peft.tuners.lora.corda.preprocess_corda)",
+    "lora_ga": "it first needs gradients for the data (peft.preprocess_loraga)",
+}
+_SUPPORTED = "use true, a_zero, gaussian, orthogonal, pissa, olora or loftq"
+
+
+def start_problems(config_class: type, plain: dict[str, Any]) -> list[Problem]:
+    """Return the errors of an adapter's start. `config_class` is the class of its PEFT config."""
+    adapter = plain.get("adapter", {})
+    start = adapter.get("init_lora_weights")
+    if not isinstance(start, str):
+        return []
+    if reason := _UNSUPPORTED.get(start.lower()):
+        return [Problem(KEY, f"'{start}' isn't supported: {reason}", _SUPPORTED)]
+    if start != LOFTQ or adapter.get("path"):  # a stored adapter has started before
+        return []
+    if config_class is not LoraConfig:
+        what = f"{start} is a start of plain LoRA, and adapter._target_ is {config_class.__name__}"
+        return [Problem(KEY, what, "use adapter._target_=peft.LoraConfig, or true")]
+    trainer = plain.get("trainer", {})
+    sharded = [key for key in ("fsdp", "deepspeed") if trainer.get(key)]
+    what = f"may split the base model, and {start} needs all of it"
+    return [Problem(f"trainer.{key}", what, "use trainer=ddp or default, or adapter=lora") for key in sharded] + _loftq(
+        adapter, plain.get("quantization", {})
+    )
+
+
+def _loftq(adapter: dict[str, Any], quantization: dict[str, Any]) -> list[Problem]:
+    problems = []
+    if not quantization.get("load_in_4bit"):
+        what = "loftq starts from the error of bitsandbytes' 4-bit weights, which the base model doesn't have"
+        if not quantization.get("_target_"):
+            what += ". PEFT's loftq would round its weights, which an adapter can't store"
+        problems.append(Problem(KEY, what, "use quantization=nf4, or adapter=pissa"))
+    if adapter.get("use_dora"):
+        what = "PEFT computes DoRA's magnitudes from the quantised weights, without the correction that loftq makes"
+        problems.append(Problem("adapter.use_dora", what, "set it to false"))
+    if adapter.get("loftq_config"):
+        what = "it would have no effect: bits are set in quantization, and more iterations would change the base"
+        problems.append(Problem("adapter.loftq_config", what, "remove it"))
+    return problems
