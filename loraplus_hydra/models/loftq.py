@@ -1,4 +1,4 @@
-"""LoftQ's start (arXiv 2310.08659): A and B begin with the error that quantisation makes in each weight.
+"""LoftQ's start: A and B are the error that quantisation makes in each weight, arXiv 2310.08659.
 
 s B0 A0 is the matrix of rank r that is closest to W - Q, for a weight W and its quantised value Q. LoftQ is done with
 one iteration, after which Q is the quantised W. So the base stays as it was quantised, and the adapter is a plain LoRA
