@@ -51,6 +51,7 @@ class Result:
     steps: int = 0  # optimizer steps taken
     seconds: float = 0.0  # seconds of the whole run
     train_seconds: float = 0.0  # seconds of training, including evaluations during training
+    tokens_per_second: float | None = None  # of training steps since the run's last start, without evaluations
     peak_memory_bytes: int = 0  # GPU memory allocated, or the process's resident memory on a CPU
     device: str = ""
     trained_parameters: int = 0

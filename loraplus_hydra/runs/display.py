@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from loraplus_hydra.config.defaults import changed_keys
 from loraplus_hydra.config.hydra_job import number_in_sweep
+from loraplus_hydra.config.plain import flat, plain_of
 from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.result import Result
 from loraplus_hydra.io.screen import print_rich, show, table
@@ -21,22 +24,16 @@ if TYPE_CHECKING:
     from loraplus_hydra.training.hf_trainer.step_memory import StepMemory
 
 
-def show_config(config: Any) -> None:
-    """Show the config as a tree."""
+def show_config(config: DictConfig) -> None:
+    """Show as a tree what differs from a run without overrides."""
     from rich.tree import Tree
 
-    def grow(branch: Tree, node: Mapping[Any, Any]) -> None:
-        for key, value in node.items():
-            if isinstance(value, Mapping) and value and any(isinstance(inner, Mapping) for inner in value.values()):
-                grow(branch.add(f"[bold]{_shown(key)}[/bold]"), value)
-            elif isinstance(value, Mapping) and value:
-                leaves = "  ".join(f"[dim]{_shown(inner)}[/dim]={_shown(item)}" for inner, item in value.items())
-                branch.add(f"[bold]{_shown(key)}[/bold]  {leaves}")
-            else:
-                branch.add(f"[dim]{_shown(key)}[/dim]={_shown(value)}")
-
-    tree = Tree("[bold]config[/bold]", guide_style="dim")
-    grow(tree, config)
+    changed, values = changed_keys(config), flat(plain_of(config))
+    rest = f"the other {len(values) - len(changed)} keys have" if changed else "all keys have"
+    tree = Tree(f"[bold]config[/bold]  [dim]{rest} their defaults, see {run_folder.CONFIG}[/dim]", guide_style="dim")
+    for part, keys in groupby(sorted(changed), key=lambda key: key.rpartition(".")[0]):
+        leaves = (f"[dim]{_shown(key.rpartition('.')[2])}[/dim]={_shown(values.get(key))}" for key in keys)
+        tree.add(f"[bold]{_shown(part)}[/bold]  {'  '.join(leaves)}" if part else "  ".join(leaves))
     print_rich(tree, on_screen=number_in_sweep() in (None, 0))
 
 
@@ -108,7 +105,11 @@ def show_result(folder: Path, result: Result) -> None:
     if (change := result.metrics.get("forgetting")) is not None:
         before, after = result.metrics["forgetting_loss_base"], result.metrics["forgetting_loss"]
         show(f"forgetting: {change:+.4f}; the loss of other text is {before:.4f} in the base model, now {after:.4f}")
-    show(f"Trained {result.trained_parameters:,} of {result.total_parameters:,} parameters in {result.seconds:.0f} s.")
+    speed = "" if result.tokens_per_second is None else f"{result.tokens_per_second:,.0f} tokens/s, "
+    show(
+        f"Trained {result.trained_parameters:,} of {result.total_parameters:,} parameters in {result.seconds:.0f} s: "
+        f"{speed}at most {result.peak_memory_bytes / 2**20:,.0f} MiB"
+    )
     show(f"All files are in {folder}")
     for name, what in (
         (run_folder.ADAPTER, "the adapter in PEFT's layout"),

@@ -216,7 +216,7 @@ def _begin(job: Run) -> None:
         for key, path in absolute_paths(flat(resolved)).items():
             OmegaConf.update(stored, key, path)
         files.write_text(job.folder / run_folder.CONFIG, OmegaConf.to_yaml(stored, resolve=True))
-        display.show_config(resolved)
+        display.show_config(job.config)
     job.tracking.start(job.config, job.folder, resumed_at=None if job.point is None else job.point.step)
 
 

@@ -21,24 +21,35 @@ class Throughput:
 
     tokens: int = 0
     seconds: float = 0.0
+    _taken: tuple[int, float] = (0, 0.0)  # tokens and seconds at the last call of `take`
+
+    @property
+    def mean(self) -> float | None:
+        """The tokens per second of all steps; None without tokens."""
+        return self.tokens / self.seconds if self.tokens and self.seconds else None
 
     def take(self) -> float | None:
         """Return the tokens per second since the last call; None without tokens."""
-        speed = self.tokens / self.seconds if self.tokens and self.seconds else None
-        self.tokens, self.seconds = 0, 0.0
-        return speed
+        tokens, seconds = self.tokens - self._taken[0], self.seconds - self._taken[1]
+        self._taken = (self.tokens, self.seconds)
+        return tokens / seconds if tokens and seconds else None
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the numbers of trained and of all parameters. A packed 4-bit weight counts unpacked."""
     trained = total = 0
     for parameter in model.parameters():
-        # bitsandbytes packs two 4-bit numbers into a byte and stores the original shape.
-        state = getattr(parameter, "quant_state", None)
-        count = state.shape.numel() if state is not None else parameter.numel()
+        count = numbers_of(parameter)
         total += count
         trained += count if parameter.requires_grad else 0
     return trained, total
+
+
+def numbers_of(parameter: nn.Parameter) -> int:
+    """Return how many numbers a parameter has, unpacked."""
+    # bitsandbytes packs two 4-bit numbers into a byte and stores the original shape.
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

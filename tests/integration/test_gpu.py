@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from loraplus_hydra import run
+from loraplus_hydra.check import check
+from loraplus_hydra.runs.inspection import memory_on_own_rows
+from loraplus_hydra.training.utilisation import peak_flops
 from tests.conftest import Finished
 from tests.support.forking import differences, lines
 
@@ -18,6 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use"),
 ]
 
+NO_EVALUATION = "trainer.eval_strategy=no"
 SHORT = ("trainer.max_steps=8", "trainer.logging_steps=1", "trainer.save_steps=2", "adapter.lora_dropout=0.1")
 RESUMED = {
     "AdamW": ("optimizer=adamw",),
@@ -85,6 +91,72 @@ def test_8bit_optimizer_keeps_embeddings_in_32_bits(
 def test_peak_memory_is_the_gpus(compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path) -> None:
     result = run(compose(*tiny_run), tmp_path / "run")
     assert 0 < result.peak_memory_bytes < 2**30  # a process on a CPU takes more for its libraries alone
+
+
+def test_estimated_memory_is_about_what_torch_allocates(compose: Callable[..., Any], tmp_path: Path) -> None:
+    config = compose("trainer.max_steps=2", "trainer.per_device_train_batch_size=128", "task.samples=0", NO_EVALUATION)
+    memory, _ = memory_on_own_rows(check(config))
+    result = run(config, tmp_path / "run")
+    print(f"estimated {memory.total / 2**20:.1f} MiB, allocated {result.peak_memory_bytes / 2**20:.1f} MiB")
+    assert memory.total == pytest.approx(result.peak_memory_bytes, rel=0.15)
+
+
+def test_auto_batch_finds_the_batch_that_fits_the_free_memory(compose: Callable[..., Any], tmp_path: Path) -> None:
+    def config(size: int, accumulated: int, *more: str) -> Any:
+        rows = (
+            f"trainer.per_device_train_batch_size={size}",
+            f"trainer.gradient_accumulation_steps={accumulated}",
+            *("trainer.max_steps=2", "trainer.logging_steps=1", "task.samples=0", "data.max_samples=1024"),
+        )
+        return compose(*rows, NO_EVALUATION, *more)
+
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    held = torch.empty(free - 3 * 2**30, dtype=torch.uint8, device="cuda")
+    try:
+        run(config(1024, 1, "trainer.auto_batch=true"), tmp_path / "found")
+    finally:
+        del held
+        torch.cuda.empty_cache()
+    stored = OmegaConf.load(tmp_path / "found" / "config.yaml").trainer
+    size, accumulated = stored.per_device_train_batch_size, stored.gradient_accumulation_steps
+    print(f"{size} rows x {accumulated}")
+    assert 16 <= size < 1024
+    assert size * accumulated == 1024
+    run(config(size, accumulated), tmp_path / "by_hand")
+    assert losses(tmp_path / "found") == pytest.approx(losses(tmp_path / "by_hand"), rel=1e-6)
+
+
+def test_utilisation_is_the_share_of_the_peak(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    run(compose(*tiny_run, "model.dtype=bfloat16"), tmp_path / "run")
+    logged = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    shares = {line.get("model_flops_utilisation") for line in logged if "loss" in line}
+    if peak_flops(torch.cuda.get_device_name(), torch.bfloat16) is None:
+        assert shares == {None}
+    else:
+        assert all(0 <= share < 0.9 for share in shares)
+
+
+@pytest.mark.parametrize("adapter", ["pissa", "olora", "dora"])
+def test_adapters_train_and_export(
+    adapter: str, cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    ended = cli(*tiny_run, f"adapter={adapter}", "hydra.run.dir=run")
+    assert ended.status == 0, ended.err
+    ended = cli("export", "run", "to=exported")
+    assert ended.status == 0, ended.err
+
+
+@pytest.mark.parametrize("optimizer", ["lora_fa", "riemannian_adamw"])
+def test_optimizers_made_for_lora_step_on_a_gpu(
+    optimizer: str, compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    gpu, cpu = (tmp_path / name for name in ("gpu", "cpu"))
+    run(compose(*tiny_run, f"optimizer={optimizer}", "trainer.use_cpu=true"), cpu)
+    run(compose(*tiny_run, f"optimizer={optimizer}"), gpu)
+    assert losses(gpu) == pytest.approx(losses(cpu), rel=1e-3)
 
 
 def test_adapter_predicts_exports_and_evaluates(

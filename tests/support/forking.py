@@ -21,6 +21,7 @@ NOT_COMPARED = (
     "seconds",
     "tokens_per_second",
     "memory_bytes",
+    "model_flops_utilisation",
     "eval_runtime",
     "eval_samples_per_second",
     "eval_steps_per_second",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from benchmarks import activations
@@ -53,6 +55,18 @@ def test_longest_rows_are_chosen_and_repeated() -> None:
     assert lengths == [9, 5]
     assert [len(row) for row in longest_rows(rows, 4, tokens=0)["input_ids"]] == [9, 5, 3, 9]
     assert len(longest_rows(rows, 2, tokens=20)) == 16  # two packed rows of 20 tokens need four rows of 5 each
+
+
+def test_forward_of_the_trace_is_the_one_that_the_run_takes(
+    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for overrides, forward in (
+        ([], "plain"),  # on a GPU
+        (["trainer.use_cpu=true"], "auto"),
+        (["trainer.forward=lean"], "lean"),
+    ):
+        assert step_memory._for_trace(compose(*overrides)).trainer.forward == forward
 
 
 def test_inspect_shows_activations_and_what_recomputing_changes(

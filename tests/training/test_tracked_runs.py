@@ -30,7 +30,7 @@ __all__ = ["nobody_logged_in"]
 AUTO = "trainer.resume_from_checkpoint=auto"
 ENDINGS = (
     *("seconds", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"),
-    *("tokens_per_second", "memory_bytes"),
+    *("tokens_per_second", "memory_bytes", "model_flops_utilisation"),
 )
 
 

@@ -34,6 +34,7 @@ from loraplus_hydra.training.hf_trainer.whole_head import score_with_whole_head
 from loraplus_hydra.training.lean.adopt import adopt
 from loraplus_hydra.training.prepare import Prepared
 from loraplus_hydra.training.progress import ProgressDisplay
+from loraplus_hydra.training.utilisation import tokens_at_peak
 
 
 def make_trainer(
@@ -68,6 +69,7 @@ def make_trainer(
         **job.examples.trainer_arguments,
     )
     trainer.throughput = metrics.throughput
+    metrics.peak = tokens_at_peak(job.model, trainer.args.device, _autocast(trainer.args))
     if decay is not None:
         trainer.add_callback(AverageCallback(trainer, decay))
     trainer.add_callback(CheckpointCallback(trainer, folder / METRICS, seconds=seconds, inputs=job.inputs))
@@ -111,6 +113,10 @@ def training_arguments(
         **arguments,
     )
     return made
+
+
+def _autocast(args: TrainingArguments) -> torch.dtype | None:
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def _early_stopping(config: DictConfig) -> list[EarlyStoppingCallback]:

@@ -34,6 +34,7 @@ class MetricsCallback(TrainerCallback):
         self.throughput = Throughput()
         self.began = 0.0  # the current step
         self.speed: float | None = None  # tokens per second, at the last line of training
+        self.peak: float | None = None  # tokens per second and process at the device's peak, if known
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began = time.perf_counter()
@@ -66,6 +67,8 @@ class MetricsCallback(TrainerCallback):
             if speed is not None:
                 self.speed = speed * args.world_size  # the processes have batches of about the same size
                 values["tokens_per_second"] = round(self.speed, 1)
+                if self.peak is not None:
+                    values["model_flops_utilisation"] = round(speed / self.peak, 4)
         self.log.write(
             state.global_step,
             values,

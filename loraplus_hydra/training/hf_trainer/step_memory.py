@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute
+import torch
 from datasets import Dataset, IterableDataset
 from omegaconf import DictConfig, OmegaConf, open_dict
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +26,7 @@ from loraplus_hydra.training.hf_trainer.answer_ends import with_one_end
 from loraplus_hydra.training.hf_trainer.assemble import training_arguments
 from loraplus_hydra.training.hf_trainer.temporary import temporary_state
 from loraplus_hydra.training.hf_trainer.whole_head import score_with_whole_head
-from loraplus_hydra.training.lean.adopt import use_lean
+from loraplus_hydra.training.lean.adopt import AUTO, PLAIN, use_lean
 from loraplus_hydra.training.live_bytes import LiveBytes
 from loraplus_hydra.training.prepare import add_meta_adapter, base_of
 
@@ -126,6 +127,7 @@ def step_bytes(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples:
 def _for_trace(config: DictConfig) -> DictConfig:
     """Return the config with a Trainer that has one process, on the CPU."""
     short = config.copy()
+    on_gpu = torch.accelerator.is_available() and not short.trainer.get("use_cpu")
     with open_dict(short):
         for name in _LEFT_OUT:
             short.trainer.pop(name, None)
@@ -133,6 +135,8 @@ def _for_trace(config: DictConfig) -> DictConfig:
         short.trainer.update(
             use_cpu=True, bf16=bool(short.trainer.get("bf16") or short.trainer.get("fp16")), fp16=False
         )
+        if on_gpu and short.trainer.get("forward") == AUTO:  # as `reason_against_auto` decides there
+            short.trainer.forward = PLAIN
         short.trainer.update(eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
     return short
 

@@ -49,6 +49,8 @@ def train(
             "or the stream may be empty"
         )
     result.train_loss = trained.training_loss
+    speed = trainer.throughput.mean
+    result.tokens_per_second = None if speed is None else round(speed * trainer.args.world_size, 1)
     result.train_seconds = trained.metrics["train_runtime"] + (0.0 if point is None else point.seconds)
     with trainer.checkpoint_if_stopped():
         interrupts.stop_if_asked()

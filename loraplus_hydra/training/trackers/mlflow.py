@@ -28,7 +28,7 @@ _NOT_IN_NAMES = re.compile(r"[^\w.\-/ ]")
 # A repeated step has another duration and memory, so the first value is kept.
 _DURATIONS = (
     *("seconds", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"),
-    *("tokens_per_second", "memory_bytes"),
+    *("tokens_per_second", "memory_bytes", "model_flops_utilisation"),
 )
 
 
