@@ -1,4 +1,7 @@
-"""Model FLOPs utilisation: the share of a GPU's peak that a model's own products take (PaLM, arXiv 2204.02311, B)."""
+"""Model FLOPs utilisation: the share of a GPU's peak that a model's products take.
+
+The term is of PaLM (arXiv 2204.02311, appendix B).
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,8 @@ def flops_of_token(model: nn.Module) -> int | None:
     if any(parameter.ndim > 2 for parameter in model.parameters()):
         return None
     layers = (layer for layer in model.modules() if isinstance(layer, (nn.Linear, Conv1D)))
-    return sum((6 if layer.weight.requires_grad else 4) * numbers_of(layer.weight) for layer in layers)
+    weights: list[nn.Parameter] = [layer.weight for layer in layers if isinstance(layer.weight, nn.Parameter)]
+    return sum((6 if weight.requires_grad else 4) * numbers_of(weight) for weight in weights)
 
 
 def peak_flops(gpu: str, dtype: torch.dtype) -> float | None:

@@ -127,9 +127,7 @@ def test_auto_batch_finds_the_batch_that_fits_the_free_memory(compose: Callable[
     assert losses(tmp_path / "found") == pytest.approx(losses(tmp_path / "by_hand"), rel=1e-6)
 
 
-def test_utilisation_is_the_share_of_the_peak(
-    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
-) -> None:
+def test_utilisation_is_the_share_of_the_peak(compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path) -> None:
     run(compose(*tiny_run, "model.dtype=bfloat16"), tmp_path / "run")
     logged = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     shares = {line.get("model_flops_utilisation") for line in logged if "loss" in line}

@@ -66,7 +66,7 @@ def test_peak_is_known_for_known_gpus_in_16_bits(gpu: str, dtype: torch.dtype, p
 
 
 def test_share_of_the_peak_comes_from_tokens_and_flops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-40GB")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-40GB")
     model = torch.nn.Linear(1000, 10, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     assert tokens_at_peak(model, torch.device("cuda"), None) == 312e12 / 40_000
     assert tokens_at_peak(model, torch.device("cpu"), None) is None
