@@ -130,6 +130,10 @@ SWITCHES: dict[str, str] = {
     "use_wandb": "logger=wandb",
     "wandb_project": "logger=wandb logger.project={}",
 }
+# A key's value in another tool -> its value here.
+VALUES: dict[tuple[str, str], str] = {
+    **dict.fromkeys((("adapter.target_modules", name) for name in ("all", "all_linear")), "all-linear"),
+}
 # An option that a group doesn't have -> the overrides that are meant.
 OPTIONS: dict[tuple[str, str], str] = {
     ("adapter", "qlora"): "adapter=lora quantization=nf4",
@@ -205,7 +209,7 @@ def meant_overrides(name: str, value: str, config: Mapping[str, Any]) -> str:
         if value.lower() in options:
             return f"{group}={value.lower()}"
         return meant_option(group, value) or f"{group}=OPTION (one of: {', '.join(options)})"
-    return " or ".join(f"{key}={value}" for key in meant_keys(name, config))
+    return " or ".join(f"{key}={VALUES.get((key, value), value)}" for key in meant_keys(name, config))
 
 
 def meant_option(group: str, option: str) -> str:
