@@ -37,42 +37,42 @@ class LogWindow:
 class GroupState:
     """A parameter group: its tensors' names and its settings."""
 
-    tensors: list[str]
-    settings: dict[str, Any]
+    tensors: list[str]  # names, in the optimizer's order
+    settings: dict[str, Any]  # lr, weight_decay and the optimizer's other settings
 
 
 @dataclass(frozen=True)
 class ScheduleState:
     """The learning-rate schedule: its class or function by full name, and its arguments."""
 
-    is_: str
-    arguments: dict[str, Any]
+    is_: str  # full name
+    arguments: dict[str, Any]  # by name
 
 
 @dataclass(frozen=True)
 class StreamState:
     """The streamed training rows that the current epoch has read so far, including rows read in advance."""
 
-    # 0 also without a stream, or if worker processes read the stream
+    # number of rows; 0 also without a stream, or if worker processes read the stream
     count: int = field(default=0, metadata=range_(WHOLE))
-    digest: str = ""
+    digest: str = ""  # hash of the rows
 
 
 @dataclass(frozen=True)
 class RunState:
     """The content of run_state.json. Its keys are an interface: a change needs a line in the CHANGELOG."""
 
-    step: int = field(metadata=range_(COUNT))
+    step: int = field(metadata=range_(COUNT))  # optimizer steps taken
     seconds: float = field(metadata=range_(NOT_NEGATIVE))  # seconds of training so far
     metrics_bytes: int = field(metadata=range_(WHOLE))  # length of metrics.jsonl
-    window: LogWindow
+    window: LogWindow  # values since the last line of the log
     optimizer: str  # full name of its class
-    groups: dict[str, GroupState]
-    schedule: ScheduleState
-    max_steps: int = field(metadata=range_(COUNT))
+    groups: dict[str, GroupState]  # parameter groups by name
+    schedule: ScheduleState  # the learning-rate schedule
+    max_steps: int = field(metadata=range_(COUNT))  # steps of the whole run
     evaluation_due: bool = False  # True if a signal stopped this step's evaluation
     inputs: dict[str, str] = field(default_factory=dict)  # fingerprints of the inputs, see io/fingerprints.py
-    stream: StreamState = StreamState()
+    stream: StreamState = StreamState()  # streamed rows that were read
 
 
 @dataclass(frozen=True)

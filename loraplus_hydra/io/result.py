@@ -44,8 +44,7 @@ class Result:
     status: str  # ok | failed | interrupted | waiting | pruned
     metric: str  # name of the metric that a sweep optimises
     metrics: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
-    # Metrics of the evaluation before the first step
-    metrics_before: dict[str, float] = field(default_factory=dict)
+    metrics_before: dict[str, float] = field(default_factory=dict)  # those of the evaluation before the first step
     best: dict[str, Any] = field(default_factory=dict)  # step and value of the best evaluation, compared by `metric`
     train_loss: float | None = None  # mean training loss over all steps
     steps: int = 0  # optimizer steps taken
@@ -53,15 +52,14 @@ class Result:
     train_seconds: float = 0.0  # seconds of training, including evaluations during training
     tokens_per_second: float | None = None  # of training steps since the run's last start, without evaluations
     peak_memory_bytes: int = 0  # GPU memory allocated, or the process's resident memory on a CPU
-    device: str = ""
-    trained_parameters: int = 0
-    total_parameters: int = 0
-    seed: int = 0
+    device: str = ""  # torch's name of the device
+    trained_parameters: int = 0  # number of trained parameters
+    total_parameters: int = 0  # number of all parameters
+    seed: int = 0  # the key `seed` of the config
     config_hash: str = ""  # hash of the resolved config
     inputs: dict[str, str] = field(default_factory=dict)  # fingerprints of rows, weights, ...: see io/fingerprints.py
-    versions: dict[str, str] = field(default_factory=dict)
-    # Each with prompt, reference, and the answers before and after training
-    samples: list[dict[str, str]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)  # of Python and of the libraries
+    samples: list[dict[str, str]] = field(default_factory=list)  # prompt, reference, answers before and after training
     error: dict[str, str] | None = None  # type and text of a failed run's error
     resumed_at: list[int] = field(default_factory=list)  # steps of the checkpoints that the run resumed from
 

@@ -47,13 +47,13 @@ class PlannedTensor(NamedTuple):
     def as_dict(self) -> dict[str, Any]:
         """Return the tensor's entry in param_groups.json. The keys are an interface."""
         return {
-            "name": self.record.name,
-            "role": self.record.role,
-            "rule": self.rule.name,
-            "group": self.group.name,
-            "shape": list(self.record.shape),
-            "lr": self.group.lr,
-            "weight_decay": self.group.weight_decay,
+            "name": self.record.name,  # the tensor's name in the model
+            "role": self.record.role,  # lora_A, lora_B, bias, ...
+            "rule": self.rule.name,  # the first rule of the preset that matches
+            "group": self.group.name,  # its parameter group in the optimizer
+            "shape": list(self.record.shape),  # the tensor's shape
+            "lr": self.group.lr,  # the group's rate, before the schedule
+            "weight_decay": self.group.weight_decay,  # the group's weight decay
         }
 
 

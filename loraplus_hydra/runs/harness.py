@@ -63,12 +63,12 @@ def evaluate_tasks(run: FinishedRun, settings: Settings) -> dict[str, Any]:
     finally:
         stop.remove()
     return {
-        "run": str(run.folder.absolute()),
-        "step": run.step,
-        "lm_eval": version("lm_eval"),
-        "limit": settings.limit,
-        "batch_size": settings.batch_size,
-        "chat_template": settings.chat,
+        "run": str(run.folder.absolute()),  # the run's folder
+        "step": run.step,  # the step of the adapter
+        "lm_eval": version("lm_eval"),  # the version of lm-evaluation-harness
+        "limit": settings.limit,  # the first rows of each task; null = all
+        "batch_size": settings.batch_size,  # rows computed together
+        "chat_template": settings.chat,  # true = the prompts are turns in the run's chat template
         **{name: finite(_plain(found[name])) for name in _KEPT if name in found},
     }
 

@@ -41,8 +41,8 @@ class Inspection:
     def as_dict(self) -> dict[str, Any]:
         """Return the inspection as a dict of JSON values."""
         return {
-            "rows": [asdict(row) for row in table_rows(self.plan)],
-            "tensors": [
+            "rows": [asdict(row) for row in table_rows(self.plan)],  # the table of rates
+            "tensors": [  # each trained tensor, as in param_groups.json, with the reason for its rate
                 {
                     **tensor.as_dict(),
                     "owner": tensor.record.owner,
@@ -51,12 +51,12 @@ class Inspection:
                 }
                 for tensor in self.plan.tensors
             ],
-            "memory_bytes": asdict(self.memory) | {"total": self.memory.total},
-            "step_memory": asdict(self.step),
-            "trained_parameters": self.trained,
-            "total_parameters": self.total,
-            "advice": list(self.advice),
-            "explanation": list(self.explanation),
+            "memory_bytes": asdict(self.memory) | {"total": self.memory.total},  # memory of each part of training
+            "step_memory": asdict(self.step),  # memory of a step's activations
+            "trained_parameters": self.trained,  # number of trained parameters
+            "total_parameters": self.total,  # number of all parameters
+            "advice": list(self.advice),  # warnings on the rates
+            "explanation": list(self.explanation),  # lines on rates, decay and the equal run of plain LoRA
         }
 
 

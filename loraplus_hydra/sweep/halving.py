@@ -30,12 +30,12 @@ class Stop:
 class Standing:
     """A candidate at a rung, compared with the last candidate that was to be kept."""
 
-    name: str
-    loss: float
+    name: str  # the values of its swept keys
+    loss: float  # mean loss on the held-out rows of the rung
     metric: float | None  # task.metric, if it isn't the loss
     difference: float  # of the losses; above 0 is worse
     error: float  # standard error of the difference
-    stays: bool
+    stays: bool  # False for a candidate that leaves
 
 
 def first_share(candidates: int) -> float | None:

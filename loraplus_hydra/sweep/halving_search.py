@@ -112,10 +112,10 @@ def batches(
 def _write(search: Search) -> None:
     seeds = max(map(len, search.candidates.values()))
     content = {
-        "steps": search.steps,
-        "job_steps": search.spent * seeds,
-        "of": len(search.candidates) * search.steps * seeds,
-        "rungs": search.rungs(),
+        "steps": search.steps,  # steps of one job
+        "job_steps": search.spent * seeds,  # steps that all jobs have taken
+        "of": len(search.candidates) * search.steps * seeds,  # steps of the whole grid without halving
+        "rungs": search.rungs(),  # for each: its step, the number of settings to keep, and the candidates
     }
     write_text(search.folder / HALVING, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 

@@ -151,10 +151,10 @@ def _write_sweep_file(folder: Path, keys: tuple[str, ...], words: list[str], job
     # Other commands may have run jobs in the folder
     earlier = [key for key in _swept_before(folder) if key not in keys]
     content = {
-        "name": folder.name,
-        "command": shlex.join(["python", "-m", "loraplus_hydra", *words]),
-        "swept": [*keys, *earlier],
-        **({"jobs": jobs} if jobs else {}),  # a search chooses its jobs later
+        "name": folder.name,  # the sweep's name
+        "command": shlex.join(["python", "-m", "loraplus_hydra", *words]),  # the last command that started the sweep
+        "swept": [*keys, *earlier],  # the swept keys
+        **({"jobs": jobs} if jobs else {}),  # number of jobs; none for a search, which chooses its jobs later
     }
     write_text(folder / SWEEP, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 

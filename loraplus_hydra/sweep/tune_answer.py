@@ -92,25 +92,27 @@ def write_answer(answer: Answer) -> None:
     folder, settings = answer.search.folder, answer.settings
     winner = answer.named[answer.winner]
     content = {
-        "answer": [*answer.sentences(), _cost_sentence(answer)],
-        "extend": _extending_command(answer),
+        "answer": [*answer.sentences(), _cost_sentence(answer)],  # the answer in sentences
+        "extend": _extending_command(answer),  # the command that searches beyond the grid's edge; empty without an edge
+        # eta_A, eta_B, ratio and overrides of the winner
         "winner": {**asdict(winner), "eta_A": winner.eta_A, "overrides": list(settings.overrides(winner))},
-        "finalists": [
+        "finalists": [  # the better one first, each with its value for each seed
             {"name": one.name, **asdict(one.candidate), "values": list(one.values)} for one in answer.finalists
         ],
-        "compared_by": answer.metric,
-        "greater_is_better": settings.greater_is_better,
-        "step": answer.step,
-        "seeds": list(settings.seeds),
+        "compared_by": answer.metric,  # the metric by which the finalists are compared
+        "greater_is_better": settings.greater_is_better,  # its direction
+        "step": answer.step,  # the step at which they are compared
+        "seeds": list(settings.seeds),  # the seeds with which they are compared
+        # the difference of the two; null with a single finalist
         "verdict": answer.verdict and {**asdict(answer.verdict), "is_clear": answer.verdict.is_clear},
-        "cost": answer.cost,
-        "budget": settings.budget,
-        "steps": answer.search.steps,
-        "candidates": [
+        "cost": answer.cost,  # steps of the search, in units of one run
+        "budget": settings.budget,  # tune.budget
+        "steps": answer.search.steps,  # steps of one run
+        "candidates": [  # all pairs of eta_B and ratio that were tried
             {"name": name, **asdict(one), "overrides": list(settings.overrides(one))}
             for name, one in answer.named.items()
         ],
-        "rungs": [*answer.search.rungs(), _last_rung(answer)],
+        "rungs": [*answer.search.rungs(), _last_rung(answer)],  # the decision at each rung, as in halving.json
     }
     write_text(folder / TUNE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     make_folder(folder / TUNED)

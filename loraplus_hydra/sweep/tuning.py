@@ -79,7 +79,7 @@ class Settings:
 class Verdict:
     """The paired difference of the two finalists over the seeds. Above 0, the first one is better."""
 
-    difference: float
+    difference: float  # mean over the seeds
     error: float  # standard error of the difference
     quantile: float  # number of standard errors of a clear difference: 95% of Student's t
     spread: float  # the larger standard deviation of one finalist over the seeds

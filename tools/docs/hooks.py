@@ -1,4 +1,4 @@
-"""MkDocs hooks: pages of the site that lie outside docs/."""
+"""MkDocs hooks: the pages of the site that lie outside docs/, and those that are made from the sources."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from tools.docs.command_page import command_page
+from tools.docs.config_pages import group_pages, top_page
+from tools.docs.file_page import file_page
+from tools.docs.message_page import message_page
+
 ROOT = Path(__file__).resolve().parents[2]
 # File of the repository -> page of the site.
 OUTSIDE = {
@@ -20,10 +25,24 @@ OUTSIDE = {
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that lie outside docs/."""
+    """Add the pages that lie outside docs/, and the reference."""
     for source, page in OUTSIDE.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    for page, text in reference().items():
+        files.append(File.generated(config, page, content=text))
     return files
+
+
+def reference() -> dict[str, str]:
+    """Return {page: Markdown} of the reference."""
+    conf, package = ROOT / "conf", ROOT / "loraplus_hydra"
+    return {
+        **group_pages(conf),
+        "reference/keys.md": top_page(conf),
+        "reference/command-line.md": command_page(conf),
+        "reference/files.md": file_page(package),
+        "reference/errors.md": message_page(package),
+    }
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
