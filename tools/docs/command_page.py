@@ -7,7 +7,9 @@ from pathlib import Path
 
 from loraplus_hydra.cli.commands import COMMANDS
 from loraplus_hydra.cli.commands.command import Command
-from tools.docs.config_pages import option_parts
+from loraplus_hydra.config.schema import SCHEMAS
+from loraplus_hydra.config.types import field_types
+from tools.docs.config_pages import Place, option_parts
 from tools.docs.markdown import code, prose
 from tools.docs.yaml_keys import read_option
 
@@ -47,7 +49,8 @@ def _parts(command: Command, conf: Path) -> Iterator[str]:
     if command.flags:
         yield "Flags: " + ", ".join(code(f"--{flag}") for flag in command.flags)
     if command.config != "config":
-        yield from option_parts(read_option(conf / f"{command.config}.yaml"), "", "reference", {})
+        schema = field_types(SCHEMAS[f"{command.config}_schema"])
+        yield from option_parts(read_option(conf / f"{command.config}.yaml"), Place("reference", "", schema))
     elif command.search:
         yield f"Keys: those of a run, and of [{command.search}](groups/hparams_search.md#{command.search})."
     else:

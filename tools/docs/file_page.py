@@ -55,8 +55,8 @@ _MORE = {
 _ABOUT = """# Files and their keys
 
 [A run's folder](../explained/run-folder.md) and [Sweeps](../howto/sweeps.md) show which files there are. This page
-lists the keys of the JSON files. Names of files and keys are an interface: the [changelog](../../CHANGELOG.md) lists each
-change. Numbers that are NaN or infinite are `null` in `result.json`."""
+lists the keys of the JSON files. Names of files and keys are an interface: the [changelog](../../CHANGELOG.md) lists
+each change. Numbers that are NaN or infinite are `null` in `result.json`."""
 _KINDS = {
     "str": "text",
     "int": "whole number",
