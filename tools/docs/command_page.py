@@ -1,4 +1,4 @@
-"""The page of the reference on the commands: usage, flags and keys, from the commands and their YAML files."""
+"""The page of the reference on the commands: usage, flags and keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pages of the reference on the config: one for each group, made from the YAML files and the schema."""
+"""The pages of the reference on the config, made from the YAML files and the schema."""
 
 from __future__ import annotations
 

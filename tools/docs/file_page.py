@@ -1,4 +1,4 @@
-"""The page of the reference on the files that runs and sweeps write, with their JSON keys from the source."""
+"""The page of the reference on the JSON files of runs and sweeps, made from the source."""
 
 from __future__ import annotations
 

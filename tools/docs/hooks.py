@@ -1,10 +1,9 @@
-"""MkDocs hooks: the pages of the site that lie outside docs/, and those that are made from the sources."""
+"""MkDocs hooks: the site's pages from outside docs/, and those that are made from the sources."""
 
 from __future__ import annotations
 
 import posixpath
 import re
-from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -13,9 +12,9 @@ from mkdocs.structure.pages import Page
 from tools.docs.command_page import command_page
 from tools.docs.config_pages import group_pages, top_page
 from tools.docs.file_page import file_page
+from tools.docs.markdown import ROOT
 from tools.docs.message_page import message_page
 
-ROOT = Path(__file__).resolve().parents[2]
 # File of the repository -> page of the site.
 OUTSIDE = {
     "CHANGELOG.md": "project/changelog.md",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import posixpath
 import re
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 _CODE = re.compile(r"(`[^`]+`|https://[^\s),;]+|docs/[\w/-]+\.md)")
 
 
@@ -19,6 +22,11 @@ def code(text: str) -> str:
     return f"{fence}{text}{fence}"
 
 
+@functools.cache
+def _title(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+
+
 def _part(part: str, folder: str) -> str:
     if part.startswith("`"):
         return part
@@ -27,6 +35,6 @@ def _part(part: str, folder: str) -> str:
         return f"<{address}>{part[len(address) :]}"
     if part.startswith("docs/"):
         page = part.removeprefix("docs/")
-        return f"[{posixpath.basename(page)}]({posixpath.relpath(page, folder)})"
+        return f"[{_title(part)}]({posixpath.relpath(page, folder)})"
     escaped = re.sub(r"([\\*\[\]|^~])", r"\\\1", part)
     return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", escaped).replace("<", "&lt;")

@@ -76,7 +76,10 @@ def _functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef]:
 
 
 def _walk(body: list[ast.stmt], known: list[Names], makers: Makers, found: list[Message]) -> list[Names]:
-    """Collect the errors in statements, and return what is known of names after them, one entry for each way there."""
+    """Collect the errors in statements, and return what is known of names after them.
+
+    The result has an entry for each way through the statements.
+    """
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             continue

@@ -1,4 +1,4 @@
-"""Fields of dataclasses and keys of dict literals, with the comments beside them, read from the source."""
+"""Fields of dataclasses and keys of dict literals, with the comments beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An option of the config as documentation: its head, its keys with values, and the comments beside them."""
+"""An option of the config as documentation: its head, its keys, and the comments beside them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _NOTE = re.compile(r"#   (\w+(?:, \w+)*): (.+)")  # a comment that explains keys
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a YAML file. `nested` is True for a mapping whose own keys have no comments: it is shown whole."""
+    """A key of a YAML file."""
 
     name: str  # with dots, from the top of the file
     value: str  # as it is in the file
     tag: str  # YAML's kind of value: int, str, null, map, ...
     comment: str
-    nested: bool = False
+    nested: bool = False  # True for a mapping whose own keys have no comments: it is shown whole
 
 
 @dataclass(frozen=True)
