@@ -16,6 +16,7 @@ from loraplus_hydra.loraplus.plan import Plan
 from loraplus_hydra.loraplus.roles import tensor_records
 from loraplus_hydra.models.adapter import possible_targets
 from loraplus_hydra.models.base_model import meta_model, vocabulary_problems
+from loraplus_hydra.models.eva import eva_problems
 from loraplus_hydra.models.properties import adapter_labels, is_classifier
 from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.tasks.examples import Examples, load_examples
@@ -99,7 +100,7 @@ def plan_without_weights(config: DictConfig, examples: Examples | None) -> tuple
     with errors_at("adapter"), _any_error_as(lambda text: _adapter_problem(model, text)):
         adapted = add_meta_adapter(model, config)
     problems = [head_problem(adapted, config.task._target_), _rank_problem(adapted), _token_problem(adapted)]
-    refuse(problem for problem in problems if problem is not None)
+    refuse([*(problem for problem in problems if problem is not None), *eva_problems(adapted)])
     # The optimizer's class may refuse a combination of settings.
     with errors_at("loraplus"), _any_error_as(lambda text: Problem("optimizer", text)):
         return adapted, plan_groups(config, adapted)[1]

@@ -7,16 +7,15 @@ from typing import Any
 from peft import LoraConfig
 
 from loraplus_hydra.errors import Problem
-from loraplus_hydra.loraplus.peft_layers import LOFTQ
+from loraplus_hydra.loraplus.peft_layers import EVA, LOFTQ
 
 KEY = "adapter.init_lora_weights"
 # Starts that need more than a PEFT config. Without it, PEFT silently uses another start.
 _UNSUPPORTED = {
-    "eva": "it first needs activations for the data (peft.initialize_lora_eva_weights)",
     "corda": "it first needs covariances for the data (peft.tuners.lora.corda.preprocess_corda)",
     "lora_ga": "it first needs gradients for the data (peft.preprocess_loraga)",
 }
-_SUPPORTED = "use true, a_zero, gaussian, orthogonal, pissa, olora or loftq"
+_SUPPORTED = "use true, a_zero, gaussian, orthogonal, pissa, olora, eva or loftq"
 
 
 def start_problems(config_class: type, plain: dict[str, Any]) -> list[Problem]:
@@ -27,7 +26,7 @@ def start_problems(config_class: type, plain: dict[str, Any]) -> list[Problem]:
         return []
     if reason := _UNSUPPORTED.get(start.lower()):
         return [Problem(KEY, f"'{start}' isn't supported: {reason}", _SUPPORTED)]
-    if start != LOFTQ or adapter.get("path"):  # a stored adapter has started before
+    if start not in (EVA, LOFTQ) or adapter.get("path"):  # a stored adapter has started before
         return []
     if config_class is not LoraConfig:
         what = f"{start} is a start of plain LoRA, and adapter._target_ is {config_class.__name__}"
@@ -35,9 +34,25 @@ def start_problems(config_class: type, plain: dict[str, Any]) -> list[Problem]:
     trainer = plain.get("trainer", {})
     sharded = [key for key in ("fsdp", "deepspeed") if trainer.get(key)]
     what = f"may split the base model, and {start} needs all of it"
-    return [Problem(f"trainer.{key}", what, "use trainer=ddp or default, or adapter=lora") for key in sharded] + _loftq(
-        adapter, plain.get("quantization", {})
-    )
+    problems = [Problem(f"trainer.{key}", what, "use trainer=ddp or default, or adapter=lora") for key in sharded]
+    if start == EVA:
+        return [*problems, *_eva(adapter, plain.get("data", {}))]
+    return [*problems, *_loftq(adapter, plain.get("quantization", {}))]
+
+
+def _eva(adapter: dict[str, Any], data: dict[str, Any]) -> list[Problem]:
+    problems = []
+    if adapter.get("target_parameters"):
+        what = "EVA starts layers, and these are parameters, such as those of experts"
+        problems.append(Problem("adapter.target_parameters", what, "remove it, or use adapter=lora"))
+    settings = adapter.get("eva_config") or {}
+    if adapter.get("use_rslora") and settings.get("rho", 2) != 1 and settings.get("adjust_scaling_factors", True):
+        what = "it keeps alpha / r equal in all layers, but rsLoRA scales by alpha / sqrt(r)"
+        problems.append(Problem("adapter.eva_config.adjust_scaling_factors", what, "set it to false"))
+    if data.get("streaming"):
+        what = "EVA's pass reads the rows before the training does, and a stream is read once"
+        problems.append(Problem("data.streaming", what, "set it to false, or use adapter=lora"))
+    return problems
 
 
 def _loftq(adapter: dict[str, Any], quantization: dict[str, Any]) -> list[Problem]:

@@ -48,6 +48,7 @@ def quiet_peft() -> Iterator[None]:
     """Ignore PEFT's warnings about settings that need no action."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT corrects it
+        warnings.filterwarnings("ignore", message="lora with eva initialization used")  # the rows fit the memory anyway
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # `export` handles it
         yield
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 ADAPTER_NAME = "default"  # PEFT's name for a model's first adapter; every adapter that this program trains has it
 A_ZERO = "a_zero"  # value of adapter.init_lora_weights for the paper's Init[2], which PEFT doesn't have
+EVA = "eva"  # value of adapter.init_lora_weights for a start from the training rows
 LOFTQ = "loftq"  # value of adapter.init_lora_weights; PEFT's own start with this name replaces the base's weights
 TRAINED = "trained"  # initialisation of an adapter that an earlier run trained
 

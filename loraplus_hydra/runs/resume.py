@@ -16,10 +16,11 @@ from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.read import Missing, read_bytes
 from loraplus_hydra.io.result import OK, Result, read_result
 from loraplus_hydra.models.adapter_files import refuse_other_tensors
+from loraplus_hydra.models.eva import awaits_directions, take_ranks
 from loraplus_hydra.runs.changed_inputs import refuse_other_inputs, with_inputs
 from loraplus_hydra.runs.stored_config import changes
 from loraplus_hydra.training.checkpoint_changes import full_name, refuse_other_groups
-from loraplus_hydra.training.prepare import loraplus_settings
+from loraplus_hydra.training.prepare import loraplus_settings, plan_groups
 
 _LARGEST_METRICS = 2**31  # bytes
 _TRAINED_WITH = ("model", "quantization", "adapter", "optimizer", "scheduler", "loraplus", "data", "seed")
@@ -157,7 +158,11 @@ def _refuse_other_training(checked: Checked, checkpoint: Checkpoint) -> None:
     if steps <= 0 and reached > epochs:
         what = f"the checkpoint is of epoch {reached:.3g}, beyond {epochs:g}"
         raise ConfigErrors([Problem("trainer.num_train_epochs", what, "set more epochs, or use an earlier checkpoint")])
-    groups = {group.name: [record.name for record in group.records] for group in checked.plan.groups}
+    plan = checked.plan
+    if awaits_directions(checked.model):
+        take_ranks(checked.model, checkpoint.folder)
+        plan = plan_groups(config, checked.model)[1]
+    groups = {group.name: [record.name for record in group.records] for group in plan.groups}
     refuse_other_groups(checkpoint.state, full_name(loraplus_settings(config).optimizer_class), groups)
     refuse_other_tensors(checkpoint.folder, checked.model)
 

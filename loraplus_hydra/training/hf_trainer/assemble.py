@@ -23,16 +23,18 @@ from loraplus_hydra.io.checkpoints import ResumePoint
 from loraplus_hydra.io.metrics_log import MetricsLog
 from loraplus_hydra.io.run_folder import CHECKPOINTS, METRICS
 from loraplus_hydra.models.adapter import schedule_of
+from loraplus_hydra.models.eva import awaits_directions, take_ranks
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.training.hf_trainer.answer_ends import with_one_end
 from loraplus_hydra.training.hf_trainer.average import AverageCallback, with_average
 from loraplus_hydra.training.hf_trainer.callbacks import MetricsCallback, ShowProgress, remove_own_printing
 from loraplus_hydra.training.hf_trainer.checkpoint_callback import CheckpointCallback
+from loraplus_hydra.training.hf_trainer.eva import start_from_rows
 from loraplus_hydra.training.hf_trainer.loraplus_mixin import with_loraplus
 from loraplus_hydra.training.hf_trainer.resumable_mixin import resumable
 from loraplus_hydra.training.hf_trainer.whole_head import score_with_whole_head
 from loraplus_hydra.training.lean.adopt import adopt
-from loraplus_hydra.training.prepare import Prepared
+from loraplus_hydra.training.prepare import Prepared, plan_groups
 from loraplus_hydra.training.progress import ProgressDisplay
 from loraplus_hydra.training.utilisation import tokens_at_peak
 
@@ -68,6 +70,12 @@ def make_trainer(
         ],
         **job.examples.trainer_arguments,
     )
+    if awaits_directions(job.model):
+        if point is None or point.checkpoint is None:
+            start_from_rows(trainer, job.model, config.seed)
+        else:
+            take_ranks(job.model, point.checkpoint.folder)
+        trainer.loraplus_plan = plan_groups(config, job.model)[1]
     trainer.throughput = metrics.throughput
     metrics.peak = tokens_at_peak(job.model, trainer.args.device, _autocast(trainer.args))
     if decay is not None:

@@ -1,0 +1,136 @@
+"""EVA's pass over the training rows, before the first step.
+
+A resumed run takes the ranks from its checkpoint instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel, get_eva_state_dict
+from torch.utils.data import DataLoader
+from transformers import set_seed
+
+from loraplus_hydra.data.rows import is_streamed
+from loraplus_hydra.errors import ConfigErrors, UserError, first_line
+from loraplus_hydra.io import interrupts, screen
+from loraplus_hydra.loraplus.peft_layers import ADAPTER_NAME
+from loraplus_hydra.models.eva import numbers_needed, start_from, without_tokens_problem
+
+_MOST = 1000  # batches of the pass; a few dozen are usual
+
+
+def start_from_rows(trainer: Any, model: PeftModel, seed: int) -> None:
+    """Measure the directions of the layers' inputs on the Trainer's rows, and start the adapter from them.
+
+    The batches are the run's own, in the order of `seed`. They count as in PEFT: the tokens with loss, or with
+    `eva_config.use_label_mask=false` all tokens. Raises UserError.
+    """
+    screen.show("    EVA: a pass over the training rows decides the ranks")
+    batches = _Batches(trainer, model, seed)
+    # Each process passes over all rows, because a process that only waits would reach its time limit
+    found = [{name: matrix.cpu() for name, matrix in _directions(model, batches).items()}]
+    if trainer.args.world_size > 1:
+        broadcast_object_list(found)  # rounding may differ between processes, and with it a rank
+    set_seed(seed)  # for the start of layers without directions
+    start_from(model, found[0])
+    ranks = [len(matrix) for matrix in found[0].values()]
+    screen.show(f"    EVA: {batches.read} batches; ranks from {min(ranks)} to {max(ranks)} in {len(ranks)} layers")
+
+
+def _directions(model: PeftModel, batches: _Batches) -> dict[str, torch.Tensor]:
+    accepted = inspect.signature(model.get_base_model().forward).parameters.keys() - {"labels"}
+    try:
+        found: dict[str, torch.Tensor] = get_eva_state_dict(
+            model,
+            batches,
+            forward_fn=lambda model, inputs: model(**{name: inputs[name] for name in inputs.keys() & accepted}),
+            prepare_model_inputs_fn=_counted,
+            prepare_layer_inputs_fn=_counted_inputs,
+            gather_distributed_inputs=False,
+            show_progress_bar=False,
+        )
+    except UserError:
+        raise
+    except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        raise UserError(f"EVA's pass over the rows failed: {first_line(error)}; use adapter=lora") from error
+    return found
+
+
+class _Batches:
+    """Batches of training rows without an end, because PEFT reads until the directions no longer change."""
+
+    def __init__(self, trainer: Any, model: PeftModel, seed: int) -> None:
+        if is_streamed(trainer.train_dataset):
+            raise UserError(
+                "EVA's pass reads the rows before the training does, so it needs rows that are not streamed"
+            )
+        loader = trainer.get_train_dataloader()  # has the columns that the model takes, and the function for a batch
+        self.rows, self.collate = loader.dataset, loader.collate_fn
+        self.size = min(trainer.args.per_device_train_batch_size, len(self.rows))
+        self.config = model.peft_config[ADAPTER_NAME]
+        self.needed = numbers_needed(model)
+        self.seed = seed
+        self.read = 0
+
+    def __len__(self) -> int:
+        return len(self.rows) // self.size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        order = torch.Generator().manual_seed(self.seed)
+        loader = DataLoader(
+            self.rows, self.size, shuffle=True, generator=order, drop_last=True, collate_fn=self.collate
+        )
+        self.read = 0
+        for epoch in count():
+            for batch in loader:
+                interrupts.stop_if_asked()
+                inputs = self._with_labels(batch)
+                if int(_counted(inputs, self.config).sum()) < self.needed:  # PEFT can't use it
+                    continue
+                if self.read == _MOST:
+                    raise UserError(
+                        f"EVA's directions still change after {_MOST} batches: use a lower adapter.eva_config.tau, "
+                        "adapter.r or adapter.eva_config.rho"
+                    )
+                self.read += 1
+                yield inputs
+            if epoch == 0 and self.read == 0:
+                raise UserError(
+                    f"EVA needs {self.needed} tokens in a batch (2 x r x rho), and no batch has as many that count: "
+                    "use a larger trainer.per_device_train_batch_size, adapter.eva_config.use_label_mask=false, or a "
+                    "lower adapter.r or adapter.eva_config.rho"
+                )
+
+    def _with_labels(self, batch: Any) -> dict[str, Any]:
+        """Return a batch with a label for each token, or without labels."""
+        inputs = dict(batch)
+        if "input_ids" not in inputs:
+            raise UserError("EVA starts from the inputs of tokens, but the batches of this task have no tokens")
+        ids, labels = inputs["input_ids"], inputs.pop("labels", None)
+        if labels is None and "completion_mask" in inputs:  # TRL's preferences
+            labels = ids.masked_fill(inputs["completion_mask"] == 0, self.config.eva_config.label_mask_value)
+        if labels is not None and labels.shape == ids.shape:  # otherwise a classifier's, one for each row
+            inputs["labels"] = labels
+        return inputs
+
+
+def _counted(inputs: dict[str, Any], config: Any) -> torch.Tensor:
+    """Return the mask of a batch's tokens that count."""
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    if config.eva_config.use_label_mask and "labels" in inputs:
+        mask &= inputs["labels"] != config.eva_config.label_mask_value
+    return mask
+
+
+def _counted_inputs(layer_input: Any, mask: torch.Tensor, name: str) -> torch.Tensor:
+    """Return a layer's inputs for the tokens that count. Raises ConfigErrors for a layer with other inputs."""
+    given: torch.Tensor = layer_input[0]
+    if given.shape[:-1] != mask.shape:
+        raise ConfigErrors([without_tokens_problem([name.removeprefix("base_model.model.")])])
+    return given[mask]
