@@ -21,7 +21,7 @@ from loraplus_hydra.io.folders import refuse_links
 from loraplus_hydra.io.quiet_libraries import quiet_peft
 from loraplus_hydra.io.read import Unreadable, read_json, refuse_large
 from loraplus_hydra.io.run_folder import ADAPTER
-from loraplus_hydra.loraplus.peft_layers import ADAPTER_NAME
+from loraplus_hydra.loraplus.peft_layers import ADAPTER_NAME, EVA
 from loraplus_hydra.models.initialisation import convert_to_original_base
 from loraplus_hydra.models.patterns import refuse_slow_patterns
 
@@ -76,7 +76,7 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
         tensors, config = convert_to_original_base(load_file(folder / WEIGHTS), initial, stored)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
         config.save_pretrained(str(folder))
-        _sort_sets(folder, config)
+        _tidy_config(folder, config)
     save_base_config(model, folder)
     tokenizer.save_pretrained(str(folder))
 
@@ -100,16 +100,18 @@ def save_factors(model: PeftModel, folder: Path, **arguments: Any) -> None:
         selected_adapters=[ADAPTER_NAME],  # without DPO's frozen reference, which is a second adapter
         **arguments,
     )
-    _sort_sets(folder, model.peft_config[ADAPTER_NAME])
+    _tidy_config(folder, model.peft_config[ADAPTER_NAME])
     remove(folder / "README.md")  # PEFT's card has only placeholders; `export` writes a card with real values
 
 
-def _sort_sets(folder: Path, config: PeftConfig) -> None:
-    """Sort lists in `folder`'s config that PEFT makes from sets.
+def _tidy_config(folder: Path, config: PeftConfig) -> None:
+    """Sort lists in `folder`'s config that PEFT makes from sets, and leave out EVA's start.
 
-    The order of a set depends on PYTHONHASHSEED.
+    The order of a set depends on PYTHONHASHSEED. EVA's start has been made, so the adapter is a plain LoRA.
     """
     stored = read_json(folder / CONFIG)
+    if stored.get("init_lora_weights") == EVA:
+        stored |= {"init_lora_weights": True, "eva_config": None}
     for name, value in vars(config).items():
         if isinstance(value, set) and name in stored:
             stored[name] = sorted(value)

@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import cast_adapter_dtype
 from safetensors import SafetensorError
 
 from loraplus_hydra.errors import Problem, UserError, first_line, first_of
-from loraplus_hydra.loraplus.peft_layers import ADAPTER_NAME, EVA, TRAINED, noted_initialisations
+from loraplus_hydra.loraplus.peft_layers import ADAPTER_NAME, EVA, note_initialisation, noted_initialisations
 from loraplus_hydra.models.adapter_files import WEIGHTS, StoredAdapter
 
 _SPARE = 2  # PEFT computes this many times the directions that it may use
@@ -29,14 +29,13 @@ _PROBE = (2, 3)  # rows and tokens
 def awaits_directions(model: PeftModel) -> bool:
     """Return True if the adapter starts by EVA, and its pass over the rows is still to come."""
     start = getattr(model.peft_config[ADAPTER_NAME], "init_lora_weights", None)
-    return start == EVA and noted_initialisations(model).get(ADAPTER_NAME) != TRAINED
+    return start == EVA and ADAPTER_NAME not in noted_initialisations(model)
 
 
 def start_from(model: PeftModel, directions: Mapping[str, torch.Tensor]) -> None:
     """Set ranks and A of all layers from `directions`: name -> matrix, whose number of rows is the rank.
 
-    Layers that EVA doesn't support, such as embeddings, get PEFT's default start from the global random generator. The
-    adapter is then a plain LoRA with a `rank_pattern`.
+    Layers that EVA doesn't support, such as embeddings, get PEFT's default start from the global random generator.
     """
     config = model.peft_config[ADAPTER_NAME]
     with warnings.catch_warnings():
@@ -48,28 +47,32 @@ def start_from(model: PeftModel, directions: Mapping[str, torch.Tensor]) -> None
         for name, module in model.get_base_model().named_modules()
         if isinstance(module, LoraLayer) and ADAPTER_NAME in module.r
     }
-    config.init_lora_weights, config.eva_config = True, None
+    note_initialisation(model, EVA)
     cast_adapter_dtype(model, ADAPTER_NAME)  # PEFT makes factors of another rank in the base's dtype
 
 
 def take_ranks(model: PeftModel, folder: Path) -> None:
     """Give all layers of a model that awaits directions the ranks that the checkpoint in `folder` has.
 
-    The checkpoint's tensors are not loaded. Raises UserError if its file can't be read.
+    The checkpoint's tensors are not loaded. If their ranks are not those of a start with the model's config, nothing is
+    changed. Raises UserError if the file can't be read.
     """
     try:
         shapes = StoredAdapter(folder, PeftConfig()).shapes()
     except (SafetensorError, OSError, RuntimeError) as error:
         raise UserError(f"{folder / WEIGHTS} can't be read: {first_line(error)}") from None
-    directions = {}
-    for name, layer in _layers(model).items():
-        rank = min(shapes.get(f"{name}.lora_A.weight", (0,))[0], _largest_rank(model, layer))
-        directions[name] = torch.zeros(rank, layer.in_features)
-    start_from(model, directions)
+    layers = _layers(model)
+    ranks = {name: shapes.get(f"{name}.lora_A.weight", (0,))[0] for name in layers}
+    total = sum(layer.r[ADAPTER_NAME] for layer in layers.values())
+    if sum(ranks.values()) == total and all(ranks[name] <= _largest_rank(model, layers[name]) for name in layers):
+        start_from(model, {name: torch.zeros(ranks[name], layers[name].in_features) for name in layers})
 
 
 def numbers_needed(model: PeftModel) -> int:
-    """Return the number of directions that PEFT computes. A batch needs as many tokens, and a layer as many inputs."""
+    """Return the number of directions that PEFT computes.
+
+    A batch needs as many tokens, and a layer as many inputs.
+    """
     return max(_SPARE * _largest_rank(model, layer) for layer in _layers(model).values())
 
 

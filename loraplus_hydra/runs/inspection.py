@@ -19,6 +19,7 @@ from loraplus_hydra.loraplus.invariance import explain, rates_of
 from loraplus_hydra.loraplus.memory import Memory, estimate
 from loraplus_hydra.loraplus.plan import Plan, table_rows
 from loraplus_hydra.loraplus.scale_free import is_adam
+from loraplus_hydra.models.eva import awaits_directions
 from loraplus_hydra.models.published_rate import auto_rate
 from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.training.hf_trainer.step_memory import StepMemory, step_memory
@@ -112,6 +113,8 @@ def explanation_of(config: DictConfig, plan: Plan, model: Any) -> tuple[str, ...
     of_b = sorted({tensor.group.lr for tensor in plan.tensors if tensor.record.role == "lora_B"})
     of_optimizer = optimizer_note(_optimizer_name(config), of_b, plan.largest_ratio)
     notes = [*([of_optimizer] if of_optimizer else []), *_notes(config, plan, adapter)]
+    if awaits_directions(model):
+        notes.append(f"EVA decides the ranks when training begins; until then each layer has rank {adapter.r}")
     return (*lines, *(f"Note: {note}" for note in notes))
 
 

@@ -125,6 +125,7 @@ def test_state_bits_are_those_of_the_optimizer(compose: Callable[..., Any], tiny
 STARTS = {
     "lora": "Init[1]",
     "dora": "Init[1]",
+    "eva": "Init[1]",
     "lora_a_zero": "Init[2]",
     "lora_embeddings": "Init[1]",
     "pissa": None,

@@ -70,6 +70,7 @@ def test_named_model_runs_on_its_own_architecture(
 
 FITTING = {  # what an option goes with, where it doesn't go with everything
     "adapter=adalora": ["loraplus=roles", "adapter.deltaT=1"],
+    "adapter=eva": ["adapter.r=1", "adapter.eva_config.use_label_mask=false"],
     "adapter=loftq": ["quantization=nf4"],
     "adapter=vera": ["loraplus=roles"],
     "optimizer=schedulefree_adamw": ["scheduler=constant"],

@@ -26,7 +26,7 @@ from loraplus_hydra.training.prepare import plan_on_meta
 from tests.conftest import Finished
 from tests.support.architectures import CAUSAL, TOKENS, base_of, tokenizer
 
-OPTIONS = ("lora", "rslora", "dora", "pissa", "olora", "lora_a_zero", "lora_embeddings", "adalora", "vera")
+OPTIONS = ("lora", "rslora", "dora", "eva", "pissa", "olora", "lora_a_zero", "lora_embeddings", "adalora", "vera")
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -164,7 +164,7 @@ def test_embeddings_join_all_linears_whatever_they_are_called(checkpoints: Any, 
         assert not any("lm_head" in key for key in trained)
 
 
-@pytest.mark.parametrize("start", ["eva", "corda", "lora_ga"])
+@pytest.mark.parametrize("start", ["corda", "lora_ga"])
 def test_starts_that_need_more_than_a_config_are_refused(
     start: str, cli: Callable[..., Finished], tiny_run: list[str]
 ) -> None:
@@ -191,7 +191,7 @@ def test_any_other_method_of_peft_goes_by_its_class(
     assert model.active_peft_config.peft_type == "LOHA"
 
 
-@pytest.mark.parametrize("adapter", ["lora", "dora", "olora", "adalora", "vera", "lora_embeddings", "lora_a_zero"])
+@pytest.mark.parametrize("adapter", ["lora", "dora", "eva", "olora", "adalora", "vera", "lora_embeddings", "lora_a_zero"])
 def test_the_same_tensors_train_on_the_meta_device(adapter: str, tiny_model: Path, compose: Callable[..., Any]) -> None:
     config = compose("model=hub", f"model.path={tiny_model}", f"adapter={adapter}", "loraplus=roles")
     base = load_base(config, load_tokenizer(config.model), {})

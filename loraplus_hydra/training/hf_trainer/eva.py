@@ -129,7 +129,10 @@ def _counted(inputs: dict[str, Any], config: Any) -> torch.Tensor:
 
 
 def _counted_inputs(layer_input: Any, mask: torch.Tensor, name: str) -> torch.Tensor:
-    """Return a layer's inputs for the tokens that count. Raises ConfigErrors for a layer with other inputs."""
+    """Return a layer's inputs for the tokens that count.
+
+    Raises ConfigErrors for a layer whose inputs don't belong to tokens.
+    """
     given: torch.Tensor = layer_input[0]
     if given.shape[:-1] != mask.shape:
         raise ConfigErrors([without_tokens_problem([name.removeprefix("base_model.model.")])])
