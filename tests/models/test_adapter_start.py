@@ -191,7 +191,9 @@ def test_any_other_method_of_peft_goes_by_its_class(
     assert model.active_peft_config.peft_type == "LOHA"
 
 
-@pytest.mark.parametrize("adapter", ["lora", "dora", "eva", "olora", "adalora", "vera", "lora_embeddings", "lora_a_zero"])
+@pytest.mark.parametrize(
+    "adapter", ["lora", "dora", "eva", "olora", "adalora", "vera", "lora_embeddings", "lora_a_zero"]
+)
 def test_the_same_tensors_train_on_the_meta_device(adapter: str, tiny_model: Path, compose: Callable[..., Any]) -> None:
     config = compose("model=hub", f"model.path={tiny_model}", f"adapter={adapter}", "loraplus=roles")
     base = load_base(config, load_tokenizer(config.model), {})

@@ -145,9 +145,7 @@ def test_layer_of_rank_zero_has_no_adapter_and_the_file_fits_peft(
     assert "EVA" not in further.out
 
 
-@pytest.mark.parametrize(
-    "also", [(), pytest.param(("quantization=nf4", "trainer.ema=0.9"), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("also", [(), pytest.param(("quantization=nf4", "trainer.ema=0.9"), marks=pytest.mark.slow)])
 def test_stopped_run_goes_on_without_a_pass_to_the_bits_of_the_unbroken_one(
     also: tuple[str, ...],
     rows: Path,

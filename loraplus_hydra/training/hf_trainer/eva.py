@@ -28,7 +28,7 @@ _MOST = 1000  # batches of the pass; a few dozen are usual
 def start_from_rows(trainer: Any, model: PeftModel, seed: int) -> None:
     """Measure the directions of the layers' inputs on the Trainer's rows, and start the adapter from them.
 
-    The batches are the run's own, in the order of `seed`. They count as in PEFT: the tokens with loss, or with
+    The batches are the run's own, in the order of `seed`. As in PEFT, the tokens with loss count, or with
     `eva_config.use_label_mask=false` all tokens. Raises UserError.
     """
     screen.show("    EVA: a pass over the training rows decides the ranks")
