@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -83,12 +84,13 @@ def _entry(key: Key, prefix: str, option: str, place: Place) -> str:
     name = f"{prefix}{key.name}"
     kind = _type(name, key, place.types)
     is_block = key.nested or "\n" in key.value
-    head = f"{code(name)}{{#{option}.{key.name}}}{'' if is_block else _value(key, name)}{f' ({kind})' if kind else ''}"
+    head = f"<code id='{option}.{key.name}'>{html.escape(name)}</code>{'' if is_block else _value(key, name)}"
+    kind = f" ({kind})" if kind else ""
     comment = prose(key.comment or place.comments.get(key.name, ""), place.folder)
     block = "".join(
         f"\n    {line}" for line in ("", f"```{'yaml' if key.nested else 'text'}", *key.value.splitlines(), "```")
     )
-    return f"{head}\n:   {comment or 'Keys:'}{block if is_block else ''}"
+    return f"{head}{kind}\n:   {comment or 'Keys:'}{block if is_block else ''}"
 
 
 def _value(key: Key, name: str) -> str:
