@@ -7,8 +7,7 @@ rank than others, and a layer of rank 0 loses its adapter. Before the pass, ever
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,12 +17,11 @@ from peft.tuners.lora.eva import UNSUPPORTED_LORA_MODULES
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from safetensors import SafetensorError
 
-from loraplus_hydra.errors import Problem, UserError, first_line, first_of
+from loraplus_hydra.errors import Problem, UserError, first_line
 from loraplus_hydra.loraplus.peft_layers import ADAPTER_NAME, EVA, note_initialisation, noted_initialisations
 from loraplus_hydra.models.adapter_files import WEIGHTS, StoredAdapter
 
 _SPARE = 2  # PEFT computes this many times the directions that it may use
-_PROBE = (2, 3)  # rows and tokens
 
 
 def awaits_directions(model: PeftModel) -> bool:
@@ -35,7 +33,7 @@ def awaits_directions(model: PeftModel) -> bool:
 def start_from(model: PeftModel, directions: Mapping[str, torch.Tensor]) -> None:
     """Set ranks and A of all layers from `directions`: name -> matrix, whose number of rows is the rank.
 
-    Layers that EVA doesn't support, such as embeddings, get PEFT's default start from the global random generator.
+    Layers without directions, such as embeddings, get PEFT's default start from the global random generator.
     """
     config = model.peft_config[ADAPTER_NAME]
     with warnings.catch_warnings():
@@ -61,10 +59,10 @@ def take_ranks(model: PeftModel, folder: Path) -> None:
         shapes = StoredAdapter(folder, PeftConfig()).shapes()
     except (SafetensorError, OSError, RuntimeError) as error:
         raise UserError(f"{folder / WEIGHTS} can't be read: {first_line(error)}") from None
-    layers = _layers(model)
+    layers = linear_layers(model)
     ranks = {name: shapes.get(f"{name}.lora_A.weight", (0,))[0] for name in layers}
     total = sum(layer.r[ADAPTER_NAME] for layer in layers.values())
-    if sum(ranks.values()) == total and all(ranks[name] <= _largest_rank(model, layers[name]) for name in layers):
+    if sum(ranks.values()) == total and max(ranks.values()) <= _largest_rank(model):
         start_from(model, {name: torch.zeros(ranks[name], layers[name].in_features) for name in layers})
 
 
@@ -73,34 +71,24 @@ def numbers_needed(model: PeftModel) -> int:
 
     A batch needs as many tokens, and a layer as many inputs.
     """
-    return max(_SPARE * _largest_rank(model, layer) for layer in _layers(model).values())
+    return _SPARE * _largest_rank(model)
 
 
 def eva_problems(model: PeftModel) -> list[Problem]:
     """Return the reasons why EVA can't start the adapter of `model`, which is on the meta device."""
     if not awaits_directions(model):
         return []
-    layers = _layers(model)
+    layers = linear_layers(model)
     if not layers:
         return [Problem("adapter.target_modules", "EVA starts linear layers, but none is adapted", "use all-linear")]
-    problems = []
     narrow = min(layers, key=lambda name: layers[name].in_features)
     if (needed := numbers_needed(model)) > (inputs := layers[narrow].in_features):
-        what = f"EVA computes 2 x r x rho = {needed} directions, but {_own(narrow)} has only {inputs} inputs"
-        problems.append(Problem("adapter.r", what, "use a lower adapter.r or adapter.eva_config.rho"))
-    if apart := [_own(name) for name in _without_tokens(model, layers)]:
-        problems.append(without_tokens_problem(apart))
-    return problems
+        what = f"EVA computes 2 x r x rho = {needed} directions, but {own_name(narrow)} has only {inputs} inputs"
+        return [Problem("adapter.r", what, "use a lower adapter.r or adapter.eva_config.rho")]
+    return []
 
 
-def without_tokens_problem(names: list[str]) -> Problem:
-    """Return the Problem of adapted layers whose inputs don't belong to tokens, such as a pooler's."""
-    what = f"EVA needs the inputs of a layer for each token, but {first_of(names, 2)} has other inputs"
-    fix = f"leave out such layers: +adapter.exclude_modules=[{','.join(names)}]"
-    return Problem("adapter.target_modules", what, fix)
-
-
-def _layers(model: PeftModel) -> dict[str, LoraLayer]:
+def linear_layers(model: PeftModel) -> dict[str, LoraLayer]:
     """Return the layers that EVA can start, by name."""
     return {
         name: module
@@ -109,29 +97,12 @@ def _layers(model: PeftModel) -> dict[str, LoraLayer]:
     }
 
 
-def _largest_rank(model: PeftModel, layer: LoraLayer) -> int:
-    """Return the largest rank that the layer can get."""
-    return round(layer.r[ADAPTER_NAME] * model.peft_config[ADAPTER_NAME].eva_config.rho)
-
-
-def _without_tokens(model: PeftModel, layers: Mapping[str, LoraLayer]) -> list[str]:
-    """Return the layers that don't get a vector for each token, from a forward pass without weights."""
-    found: list[str] = []
-
-    def look(name: str) -> Callable[..., None]:
-        return lambda _, inputs: None if inputs[0].shape[:-1] == _PROBE else found.append(name)
-
-    hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]
-    try:
-        # A model's own code can fail in many ways without weights; then the pass itself finds such layers
-        with suppress(Exception), torch.no_grad():
-            model(input_ids=torch.zeros(_PROBE, dtype=torch.long, device="meta"))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def _own(name: str) -> str:
+def own_name(name: str) -> str:
     """Return a layer's name in the base model."""
     return name.removeprefix("base_model.model.")
+
+
+def _largest_rank(model: PeftModel) -> int:
+    """Return the largest rank that a layer can get."""
+    ranks = (layer.r[ADAPTER_NAME] for layer in linear_layers(model).values())
+    return round(max(ranks) * model.peft_config[ADAPTER_NAME].eva_config.rho)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from loraplus_hydra import run
-from loraplus_hydra.errors import ConfigErrors, UserError
+from loraplus_hydra.errors import UserError
 from loraplus_hydra.runs.finished import open_run
 from loraplus_hydra.runs.load_finished import load_run
 from loraplus_hydra.training.hf_trainer import eva
@@ -174,6 +176,22 @@ def test_stopped_run_goes_on_without_a_pass_to_the_bits_of_the_unbroken_one(
     assert (other.status, "doesn't belong to this run" in other.err) == (1, True), other.err
 
 
+@pytest.mark.slow
+def test_two_processes_start_as_one_does_and_resume(rows: Path, llama: Path, tmp_path: Path) -> None:
+    from tests.runs.test_resume_distributed import started as processes
+
+    base = ["model=hub", f"model.path={llama}", "data=jsonl", f"data.train={rows}", *EVA, "trainer.save_steps=2"]
+    log = tmp_path / "log"
+    both = [*base, "trainer.max_steps=2", "hydra.run.dir=two", "adapter.target_modules=all-linear+embeddings"]
+    assert processes(*both, log=log).wait() == 0, log.read_text()[-3000:]
+    one = [part.replace("=two", "=one") for part in both]
+    command = [sys.executable, "-m", "loraplus_hydra", *one]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    plans = [json.loads((tmp_path / name / "param_groups.json").read_text()) for name in ("one", "two")]
+    assert plans[0] == plans[1]
+    assert processes("resume", "two", "trainer.max_steps=3", log=log).wait() == 0, log.read_text()[-3000:]
+
+
 def test_bfloat16_base_gets_an_adapter_in_float32(started: Callable[..., Any], llama: Path) -> None:
     model = started(llama, "model.dtype=bfloat16").model
     assert {tensor.dtype for tensor in model.parameters() if tensor.requires_grad} == {torch.float32}
@@ -194,20 +212,18 @@ def test_preferences_count_their_answers_tokens(
     assert torch.equal(mask, (batch["completion_mask"] * batch["attention_mask"]).bool())
 
 
-def test_classifier_counts_all_tokens_but_padding(
-    checkpoints: Any, compose: Callable[..., Any], tmp_path: Path, cli: Callable[..., Finished]
+def test_classifier_counts_all_tokens_but_padding_and_its_pooler_starts_as_usual(
+    checkpoints: Any, compose: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text("text,label\n" + "".join(f"say {w} {i},{w}\n" for i in range(12) for w in ("one", "two")))
     base = ["model=hub", f"model.path={checkpoints('bert')}", "task=classification", "data=csv", f"data.train={rows}"]
-    ended = cli("check", *base, *EVA)
-    assert "EVA needs the inputs of a layer for each token, but bert.pooler.dense has other inputs" in ended.err
-    remedy = "+adapter.exclude_modules=[bert.pooler.dense]"
-    assert remedy in ended.err
-    config = compose(*base, *EVA, remedy, "trainer.max_steps=1")
-    trainer = make_trainer(prepare(config), tmp_path / "trainer")
+    caplog.set_level("INFO")
+    trainer = make_trainer(prepare(compose(*base, *EVA, "adapter.r=3")), tmp_path / "trainer")
+    assert "EVA: bert.pooler.dense has no input for each token" in caplog.text
+    # PEFT itself can't leave the pooler out of its pass
     lora = peft.LoraConfig(
-        r=2,
+        r=3,
         target_modules="all-linear",
         exclude_modules=["bert.pooler.dense"],
         task_type="SEQ_CLS",
@@ -217,13 +233,30 @@ def test_classifier_counts_all_tokens_but_padding(
     model = get_peft_model(base_of(checkpoints("bert"), "bert"), lora)
     batches = Batches(trainer, 0, ("input_ids", "attention_mask"))
     peft.initialize_lora_eva_weights(model, batches, show_progress_bar=False)
-    found = dict(trainer.model.named_parameters())
-    expected = {name: tensor for name, tensor in model.named_parameters() if "lora_A" in name}
-    assert expected
+    found = {name: tensor for name, tensor in trainer.model.named_parameters() if "lora_" in name}
+    expected = {name: tensor for name, tensor in model.named_parameters() if "lora_" in name}
+    assert {name for name in found if ".pooler." not in name} == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    # Without the check, the pass says the same
-    with pytest.raises(ConfigErrors, match=r"bert\.pooler\.dense has other inputs"):
-        make_trainer(prepare(compose(*base, *EVA)), tmp_path / "trainer")
+    (of_pooler,) = (tensor for name, tensor in found.items() if ".pooler." in name and "lora_A" in name)
+    assert (len(of_pooler), bool(of_pooler.any())) == (3, True)
+
+
+@pytest.mark.slow
+def test_embeddings_and_rows_of_new_tokens_start_as_usual(
+    cli: Callable[..., Finished], llama: Path, rows: Path, tmp_path: Path
+) -> None:
+    base = ["model=hub", f"model.path={llama}", "data=jsonl", f"data.train={rows}", *EVA, "trainer.max_steps=2"]
+    for name, overrides in {
+        "embeddings": ["adapter.target_modules=all-linear+embeddings"],
+        "new": ["model.add_tokens=['<a>']", "+adapter.rank_pattern={q_proj: 3, k_proj: 1}"],
+    }.items():
+        first = cli(*base, *overrides, f"hydra.run.dir={name}", "trainer.save_steps=2")
+        assert first.status == 0, first.err
+        assert "in 21 layers" in first.out
+        resumed = cli("resume", name, "trainer.max_steps=3")
+        assert (resumed.status, "EVA" in resumed.out) == (0, False), resumed.err
+        config = json.loads((tmp_path / name / "adapter/adapter_config.json").read_text())
+        assert ("model.embed_tokens" in config["target_modules"]) is (name == "embeddings")
 
 
 @pytest.mark.parametrize(

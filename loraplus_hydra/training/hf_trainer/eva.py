@@ -6,21 +6,23 @@ A resumed run takes the ranks from its checkpoint instead.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from peft import PeftModel, get_eva_state_dict
+from peft import LoraConfig, PeftModel, get_eva_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
 from loraplus_hydra.data.rows import is_streamed
-from loraplus_hydra.errors import ConfigErrors, UserError, first_line
+from loraplus_hydra.errors import UserError, first_line, first_of
 from loraplus_hydra.io import interrupts, screen
-from loraplus_hydra.loraplus.peft_layers import ADAPTER_NAME
-from loraplus_hydra.models.eva import numbers_needed, start_from, without_tokens_problem
+from loraplus_hydra.loraplus.peft_layers import ADAPTER_NAME, EVA
+from loraplus_hydra.models.eva import linear_layers, numbers_needed, own_name, start_from
 
 _MOST = 1000  # batches of the pass; a few dozen are usual
 
@@ -31,6 +33,8 @@ def start_from_rows(trainer: Any, model: PeftModel, seed: int) -> None:
     The batches are the run's own, in the order of `seed`. As in PEFT, the tokens with loss count, or with
     `eva_config.use_label_mask=false` all tokens. Raises UserError.
     """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:  # set without the config, which was checked
+        raise UserError("EVA needs the whole base model, which FSDP and DeepSpeed may split")
     screen.show("    EVA: a pass over the training rows decides the ranks")
     batches = _Batches(trainer, model, seed)
     # Each process passes over all rows, because a process that only waits would reach its time limit
@@ -43,23 +47,74 @@ def start_from_rows(trainer: Any, model: PeftModel, seed: int) -> None:
     screen.show(f"    EVA: {batches.read} batches; ranks from {min(ranks)} to {max(ranks)} in {len(ranks)} layers")
 
 
+class _Part(nn.Module):
+    """The model as a part of a model, in which PEFT measures exactly the layers that a config names."""
+
+    # In a PeftModel, PEFT 0.21.2 also takes the rows of new tokens for a linear layer, and a pooler for one with an
+    # input for each token.
+    def __init__(self, model: PeftModel) -> None:
+        super().__init__()
+        self.model = model
+
+
 def _directions(model: PeftModel, batches: _Batches) -> dict[str, torch.Tensor]:
+    """Return the directions of each layer that gets the inputs of tokens, by the layer's name."""
     accepted = inspect.signature(model.get_base_model().forward).parameters.keys() - {"labels"}
-    try:
-        found: dict[str, torch.Tensor] = get_eva_state_dict(
-            model,
-            batches,
-            forward_fn=lambda model, inputs: model(**{name: inputs[name] for name in inputs.keys() & accepted}),
-            prepare_model_inputs_fn=_counted,
-            prepare_layer_inputs_fn=_counted_inputs,
-            gather_distributed_inputs=False,
-            show_progress_bar=False,
+
+    def forward(_: Any, inputs: dict[str, torch.Tensor]) -> None:
+        model(**{name: inputs[name].to(batches.device) for name in inputs.keys() & accepted})
+
+    own = model.peft_config[ADAPTER_NAME]
+    with torch.no_grad(), model.disable_adapter():
+        layers = _layers_of_tokens(model, batches, forward)
+        names = {f"model.{name}.base_layer": name for name in layers}
+        ranks = {inner: layers[name].r[ADAPTER_NAME] for inner, name in names.items()}
+        config = LoraConfig(
+            r=own.r,
+            target_modules=list(names),
+            rank_pattern={inner: rank for inner, rank in ranks.items() if rank != own.r},
+            init_lora_weights=EVA,
+            eva_config=own.eva_config,
         )
-    except UserError:
-        raise
-    except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-        raise UserError(f"EVA's pass over the rows failed: {first_line(error)}; use adapter=lora") from error
-    return found
+        try:
+            found = get_eva_state_dict(
+                _Part(model),
+                batches,
+                config,
+                forward_fn=forward,
+                prepare_model_inputs_fn=_counted,
+                prepare_layer_inputs_fn=lambda given, mask, _: given[0][mask],
+                gather_distributed_inputs=False,
+                show_progress_bar=False,
+            )
+        except UserError:
+            raise
+        except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            raise UserError(f"EVA's pass over the rows failed: {first_line(error)}; use adapter=lora") from error
+    return {names[inner]: matrix for inner, matrix in found.items()}
+
+
+def _layers_of_tokens(model: PeftModel, batches: _Batches, forward: Callable[..., None]) -> dict[str, LoraLayer]:
+    """Return the layers whose input has a vector for each token. Raises UserError if there is none."""
+    layers, inputs = linear_layers(model), next(iter(batches))
+    found: set[str] = set()
+
+    def look(name: str) -> Callable[..., None]:
+        return lambda _, given: found.add(name) if given[0].shape[:-1] == inputs["input_ids"].shape else None
+
+    hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]
+    try:
+        forward(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    others = [own_name(name) for name in layers if name not in found]
+    if not found:
+        raise UserError(f"EVA needs layers with an input for each token, and none is adapted: {first_of(others, 3)}")
+    if others:
+        text = "has no input for each token, so its adapter starts as usual"
+        screen.show(f"    EVA: {first_of(others, 3)} {text}")
+    return {name: layer for name, layer in layers.items() if name in found}
 
 
 class _Batches:
@@ -76,6 +131,7 @@ class _Batches:
         self.config = model.peft_config[ADAPTER_NAME]
         self.needed = numbers_needed(model)
         self.seed = seed
+        self.device = trainer.args.device
         self.read = 0
 
     def __len__(self) -> int:
@@ -126,14 +182,3 @@ def _counted(inputs: dict[str, Any], config: Any) -> torch.Tensor:
     if config.eva_config.use_label_mask and "labels" in inputs:
         mask &= inputs["labels"] != config.eva_config.label_mask_value
     return mask
-
-
-def _counted_inputs(layer_input: Any, mask: torch.Tensor, name: str) -> torch.Tensor:
-    """Return a layer's inputs for the tokens that count.
-
-    Raises ConfigErrors for a layer whose inputs don't belong to tokens.
-    """
-    given: torch.Tensor = layer_input[0]
-    if given.shape[:-1] != mask.shape:
-        raise ConfigErrors([without_tokens_problem([name.removeprefix("base_model.model.")])])
-    return given[mask]
