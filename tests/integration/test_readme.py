@@ -1,10 +1,8 @@
-"""README and docs are true: commands compose, tables and outputs are those of the program, links lead somewhere."""
+"""README and docs are true: tables and outputs are those of the program, links lead somewhere."""
 
 from __future__ import annotations
 
 import importlib
-import io
-import json
 import re
 import shlex
 import tomllib
@@ -13,12 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from loraplus_hydra.cli.commands import COMMANDS
 from loraplus_hydra.config.locations import config_folder
-from loraplus_hydra.io.result import OK, Result
 from loraplus_hydra.training.hf_trainer.step_memory import step_memory
 from tests.conftest import Finished
-from tests.support.finished_sweeps import write_job, write_sweep
+from tests.support.page_commands import page_commands
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))}
@@ -29,72 +25,6 @@ LARGEST_IMAGE = 150_000  # bytes
 
 def text_of(page: str) -> str:
     return ALL_PAGES[page].read_text(encoding="utf-8")
-
-
-def commands() -> list[str]:
-    """Return each `python -m loraplus_hydra ...` of the pages' shell blocks, without comment and line breaks."""
-    found: dict[str, None] = {}
-    for page in PAGES:
-        for block in re.findall(r"```bash\n(.*?)```", text_of(page), flags=re.DOTALL):
-            lines = block.replace("\\\n", " ").splitlines()
-            found |= {line.partition(" # ")[0].strip(): None for line in lines if line.startswith(PROGRAM)}
-    return list(found)
-
-
-def trains_or_checks(command: str) -> bool:
-    """Return True if the command composes a run's config, rather than opening a finished run or a sweep."""
-    words = shlex.split(command)[3:]
-    return not words or words[0] not in COMMANDS or COMMANDS[words[0]].config == "config"
-
-
-@pytest.mark.parametrize("command", [command for command in commands() if trains_or_checks(command)])
-def test_command_composes(command: str, cli: Callable[..., Finished]) -> None:
-    words = [word for word in shlex.split(command)[3:] if word not in ("-m", "--help", "--cfg", "job")]
-    words = [re.sub(r"=([^{\[(]*?),.*", r"=\1", word) for word in words]  # a sweep's first value
-    finished = cli(*words, "--cfg", "job")
-    if "an option of a Hydra plugin that isn't installed" in finished.err:
-        pytest.skip("it needs an extra")
-    assert finished.status == 0, finished.err
-
-
-def heads() -> list[str]:
-    """Return the `python -m loraplus_hydra ...` of the YAML files' comments."""
-    texts = (path.read_text(encoding="utf-8") for path in sorted(config_folder().rglob("*.yaml")))
-    found = (re.findall(rf"^# +({PROGRAM}[^#\n]*?)(?:  .*)?$", text, flags=re.MULTILINE) for text in texts)
-    return [command.strip() for each in found for command in each]
-
-
-@pytest.mark.slow
-def test_no_command_draws_a_warning_on_its_rates(cli: Callable[..., Finished]) -> None:
-    inspected = 0
-    for command in filter(trains_or_checks, dict.fromkeys([*commands(), *heads()])):
-        words = [word for word in shlex.split(command)[3:] if "=" in word]
-        words = [re.sub(r"=([^{\[(]*?),.*", r"=\1", word) for word in words if not word.startswith("hparams_search")]
-        ended = cli("inspect", "--json", *words)
-        if ended.status == 0:  # otherwise it names a model or a plugin that isn't here
-            inspected += 1
-            assert json.loads(ended.out)["advice"] == [], command
-    assert inspected > 40
-
-
-def test_commands_on_finished_runs_and_sweeps_work(
-    cli: Callable[..., Finished], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny = ["model=hub", f"model.path={tiny_model}", "data.max_samples=8", "trainer.max_steps=2", "task.samples=0"]
-    ended = cli(*tiny, "hydra.run.dir=RUN")  # on the default's rows
-    assert ended.status == 0, ended.err
-    Path("other.jsonl").write_text('{"prompt": "def one(): return 1", "completion": "Return one."}\n')
-    write_sweep(Path("outputs/sweeps/NAME"))
-    write_job(Path("outputs/sweeps/NAME/ratio-4"), {"loraplus.ratio": 4}, 3.5)
-    # A command that resumes is checked in full, but nothing is trained.
-    monkeypatch.setattr("loraplus_hydra.runs.job.run", lambda *_, **__: Result(OK, "eval_loss"))
-    monkeypatch.setattr("sys.stdin", io.StringIO())  # a chat without a message
-    failed = {}
-    for command in [command for command in commands() if not trains_or_checks(command)]:
-        ended = cli(*(re.sub(r"^outputs/2026.*", "RUN", word) for word in shlex.split(command)[3:]))
-        if ended.status:
-            failed[command] = ended.err
-    assert not failed
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -111,13 +41,14 @@ def test_shown_output_of_inspect_is_what_it_prints(
         assert lines in ended.out
 
 
-def test_readme_is_short_and_has_commands() -> None:
+def test_readme_is_short() -> None:
     assert len(text_of("README.md").splitlines()) <= 150
-    assert len(commands()) >= 20
 
 
 def test_table_lists_every_option_of_every_group() -> None:
-    rows = dict(re.findall(r"^\| `([\w/]+)` \| (.*?) \|", text_of("docs/reference/config.md"), flags=re.MULTILINE))
+    rows = dict(
+        re.findall(r"^\| \[`(\w+)`\]\(\S+\) \| (.*?) \|", text_of("docs/reference/config.md"), flags=re.MULTILINE)
+    )
     for folder in sorted(
         path for path in config_folder().iterdir() if path.is_dir() and not path.name.startswith("__")
     ):
@@ -170,6 +101,17 @@ def test_images_are_small_and_shown() -> None:
     }
     assert shown == {path.resolve() for path in ROOT.glob("docs/images/*")}
     assert all(image.stat().st_size <= LARGEST_IMAGE for image in shown)
+
+
+def test_a_script_makes_each_picture() -> None:
+    from tools.docs import pictures
+
+    made = pictures.OF_RUNS.keys() | pictures.OF_BENCHMARKS.keys()
+    shown = {path.name for path in pictures.IMAGES.iterdir()}
+    assert shown <= made
+    commands = {shlex.join(command.words) for command in page_commands() if command.is_ours}
+    for overrides, _ in filter(None, map(pictures.OF_RUNS.get, shown)):  # the pages show the command
+        assert shlex.join(overrides).replace("--multirun", "-m") in commands
 
 
 @pytest.mark.parametrize("page", ALL_PAGES)

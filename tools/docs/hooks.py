@@ -21,6 +21,7 @@ OUTSIDE = {
     "CONTRIBUTING.md": "project/contributing.md",
     "benchmarks/README.md": "numbers/benchmarks.md",
 }
+LINKS = {**OUTSIDE, "README.md": "index.md"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -54,5 +55,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def _on_site(link: str, source: str, uri: str) -> str:
     """Return the link of the page `uri`, which is made from the file `source`, to a page of the site."""
     target = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
-    target = "index.md" if target == "README.md" else OUTSIDE.get(target, target.removeprefix("docs/"))
+    if found := re.fullmatch(r"conf/(\w+)(?:/(\w+)\.yaml)?", target):  # a group, or an option of it
+        target = f"reference/groups/{found[1]}.md" + (f"#{found[2]}" if found[2] else "")
+    target = LINKS.get(target, target.removeprefix("docs/"))
     return posixpath.relpath(target, posixpath.dirname(uri) or ".")

@@ -1,0 +1,53 @@
+"""The pictures of the pages: `python -m tools.docs.pictures [NAME ...]` makes all or the named ones again.
+
+Each is the figure that a command of the pages leaves. That takes eight minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tools.docs.markdown import ROOT
+
+IMAGES = ROOT / "docs" / "images"
+# Picture -> (overrides of the command, the figure in its folder)
+OF_RUNS = {
+    "train.png": ([], "train.png"),
+    "ratio.png": (
+        [
+            "--multirun",
+            "loraplus.ratio=1,2,4,8,16,32",
+            "optimizer.lr=5e-4,2e-3",
+            "data.max_samples=400",
+            "trainer.per_device_train_batch_size=4",
+            "trainer.eval_strategy=no",
+            "task.samples=0",
+        ],
+        "ratio.png",
+    ),
+    "toy_heatmap.png": (["hparams_search=toy"], "heatmap.png"),
+}
+# Picture -> the module that makes it from results in the repository
+OF_BENCHMARKS = {"study_embedded.png": ["benchmarks.claims", "table=true"]}
+
+
+def main(names: list[str]) -> None:
+    """Make the pictures again."""
+    for name in names or [*OF_RUNS, *OF_BENCHMARKS]:
+        if name in OF_BENCHMARKS:
+            subprocess.run([sys.executable, "-m", *OF_BENCHMARKS[name]], cwd=ROOT, check=True)
+            continue
+        overrides, figure = OF_RUNS[name]
+        with tempfile.TemporaryDirectory() as folder:
+            place = [f"hydra.run.dir={folder}/run", f"hydra.sweep.dir={folder}/run"]
+            subprocess.run([sys.executable, "-m", "loraplus_hydra", *overrides, *place], cwd=ROOT, check=True)
+            shutil.copyfile(Path(folder) / "run" / figure, IMAGES / name)
+        print(f"{name}: {(IMAGES / name).stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
