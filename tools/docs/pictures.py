@@ -1,6 +1,7 @@
 """The pictures of the pages.
 
-`python -m tools.docs.pictures [NAME ...]` makes all or the named ones again. Each is the figure that a command of the pages leaves. That takes eight minutes on two cores.
+`python -m tools.docs.pictures [NAME ...]` makes all or the named ones again. Each is the figure that a command of the
+pages leaves.
 """
 
 from __future__ import annotations
