@@ -31,6 +31,7 @@ def machine_problems(plain: dict[str, Any]) -> list[Problem]:
         *_compiler(trainer),
         *_auto_batch(trainer),
         *_bitsandbytes(plain.get("quantization", {})),
+        *_split_quantised(plain),
         *_deepspeed(trainer.get("deepspeed"), "trainer.deepspeed"),
         *_deepspeed(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"), "ACCELERATE_DEEPSPEED_CONFIG_FILE"),
         *_settings(trainer.get("accelerator_config"), "trainer.accelerator_config")[1],
@@ -108,6 +109,23 @@ def _bitsandbytes(quantization: dict[str, Any]) -> list[Problem]:
     if not is_needed or utils.is_bitsandbytes_available():
         return []
     return [Problem("quantization", "bitsandbytes isn't installed", "install it, or use quantization=none")]
+
+
+def _split_quantised(plain: dict[str, Any]) -> list[Problem]:
+    """Return a Problem for quantised weights that FSDP can't split."""
+    quantization = plain.get("quantization", {})
+    if not plain.get("trainer", {}).get("fsdp"):
+        return []
+    if quantization.get("load_in_8bit"):
+        what = "FSDP can't split 8-bit weights: their scales get lost"
+        return [Problem("quantization", what, "use quantization=nf4, or trainer=ddp")]
+    stored = str(quantization.get("bnb_4bit_quant_storage") or "uint8")
+    if not quantization.get("load_in_4bit") or stored in ("bfloat16", "float16", "float32"):
+        return []
+    dtype = plain.get("model", {}).get("dtype", "bfloat16")
+    what = f"FSDP splits only floating-point tensors, but 4-bit weights are stored as {stored}"
+    fix = f"set +quantization.bnb_4bit_quant_storage={dtype} (model.dtype); the bits stay the same"
+    return [Problem("quantization.bnb_4bit_quant_storage", what, fix)]
 
 
 def _deepspeed(given: Any, key: str) -> list[Problem]:

@@ -8,14 +8,15 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-import loraplus_hydra.config.schema  # noqa: F401 - registers the schemas that the YAML names
 from loraplus_hydra.config.locations import config_folder
 from loraplus_hydra.config.plain import flat, plain_of
+from loraplus_hydra.config.schema import register
 
 
 @cache
 def default_run() -> DictConfig:
     """Return the config of a run without overrides."""
+    register()
     # Hydra composes for one app at a time.
     running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
     try:

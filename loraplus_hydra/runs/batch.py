@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.check import Checked
@@ -38,12 +39,16 @@ def fit_batch(checked: Checked, folder: Path) -> DictConfig:
         return _with_batch(config, stored.trainer.per_device_train_batch_size)
     sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
     need, reason = _estimate(checked), ""
+    on_gpu = torch.cuda.is_available() and not config.trainer.get("use_cpu")
+    slack = (
+        2 if on_gpu else 1
+    )  # the estimate is for a CPU's kernels; on a GPU, running out of memory ends only the trial
     for size in sizes:
         interrupts.stop_if_asked()
         candidate = _with_batch(config, size)
         # Without the estimate, a control group's limit would end the trial, and perhaps this process
-        free = available_memory_bytes()
-        if need is not None and free is not None and need(size) > free:
+        free = available_memory_bytes(on_gpu=on_gpu)
+        if need is not None and free is not None and need(size) > slack * free:
             reason = f"{size} rows need about {need(size) / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free"
         elif _fits(candidate):
             _report(size, rows, reason, sizes)

@@ -43,6 +43,7 @@ from loraplus_hydra.runs.resume import find_resume_point, finished_message, fini
 from loraplus_hydra.training.hf_trainer.assemble import make_trainer
 from loraplus_hydra.training.hf_trainer.rung import RungReached
 from loraplus_hydra.training.hf_trainer.train import train
+from loraplus_hydra.training.measure import reset_peak_memory
 from loraplus_hydra.training.prepare import Prepared, prepare
 from loraplus_hydra.training.trackers.tracking import Tracking
 
@@ -124,6 +125,7 @@ def _run_in(
 
 def _run(job: Run, checked: Checked | None, stop_at: float | None) -> None:
     interrupts.stop_if_asked()
+    reset_peak_memory()  # otherwise the peak would be that of earlier runs in this process
     screen.show("1/6 Checking the config")
     checked = checked or check(job.config)
     quiet_loading()

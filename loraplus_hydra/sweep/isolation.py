@@ -15,7 +15,6 @@ from omegaconf import DictConfig
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.quiet_libraries import quiet_libraries
-from loraplus_hydra.training.measure import reset_peak_memory
 from loraplus_hydra.training.process_state import process_state
 
 
@@ -24,7 +23,6 @@ def isolated(config: DictConfig) -> Iterator[None]:
     """Undo a job's changes to the process when the block ends, and free the job's memory."""
     quiet_libraries()
     _import_early(config)
-    reset_peak_memory()
     with ExitStack() as stack:
         stack.callback(free_memory)
         stack.callback(_reset_libraries)

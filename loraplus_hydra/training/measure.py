@@ -74,13 +74,13 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # see proc(5)
 
 
-def available_memory_bytes() -> int | None:
-    """Return the memory that this process can still allocate; None if unknown.
+def available_memory_bytes(*, on_gpu: bool) -> int | None:
+    """Return the memory that this process can still allocate on its GPU or for a CPU; None if unknown.
 
     On a CPU this is the least of the machine's free memory, the memory of the process's control groups, and the limit
     of its address space.
     """
-    if torch.cuda.is_available():
+    if on_gpu:
         return torch.cuda.mem_get_info()[0]
     found = [*_left_in_groups()]
     with suppress(OSError, StopIteration, ValueError):

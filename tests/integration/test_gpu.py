@@ -93,12 +93,18 @@ def test_peak_memory_is_the_gpus(compose: Callable[..., Any], tiny_run: list[str
     assert 0 < result.peak_memory_bytes < 2**30  # a process on a CPU takes more for its libraries alone
 
 
-def test_estimated_memory_is_about_what_torch_allocates(compose: Callable[..., Any], tmp_path: Path) -> None:
-    config = compose("trainer.max_steps=2", "trainer.per_device_train_batch_size=128", "task.samples=0", NO_EVALUATION)
+@pytest.mark.parametrize("changes", [(), ("trainer.forward=lean",), ("model.attention=eager",)])
+def test_memory_on_a_gpu_is_estimated(changes: tuple[str, ...], compose: Callable[..., Any], tmp_path: Path) -> None:
+    torch.use_deterministic_algorithms(False)
+    config = compose(
+        *("trainer.max_steps=2", "trainer.per_device_train_batch_size=64", "task.samples=0", "data.max_samples=300"),
+        *(NO_EVALUATION, *changes),
+    )
     memory, _ = memory_on_own_rows(check(config))
     result = run(config, tmp_path / "run")
-    print(f"estimated {memory.total / 2**20:.1f} MiB, allocated {result.peak_memory_bytes / 2**20:.1f} MiB")
-    assert memory.total == pytest.approx(result.peak_memory_bytes, rel=0.15)
+    ratio = memory.total / result.peak_memory_bytes
+    print(f"{changes}: estimated {memory.total / 2**20:.1f} MiB, allocated {result.peak_memory_bytes / 2**20:.1f} MiB")
+    assert 0.9 < ratio < 2
 
 
 def test_auto_batch_finds_the_batch_that_fits_the_free_memory(compose: Callable[..., Any], tmp_path: Path) -> None:
@@ -137,7 +143,7 @@ def test_utilisation_is_the_share_of_the_peak(compose: Callable[..., Any], tiny_
         assert all(0 <= share < 0.9 for share in shares)
 
 
-@pytest.mark.parametrize("adapter", ["pissa", "olora", "dora"])
+@pytest.mark.parametrize("adapter", ["pissa", "olora", "dora", "eva"])
 def test_adapters_train_and_export(
     adapter: str, cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
 ) -> None:

@@ -101,7 +101,7 @@ def test_estimate_above_the_free_memory_is_not_tried(
     monkeypatch.setattr(
         batch, "_fits", lambda config: bool(tried.append(config.trainer.per_device_train_batch_size) or 1)
     )
-    monkeypatch.setattr(batch, "available_memory_bytes", lambda: 10_000_000)
+    monkeypatch.setattr(batch, "available_memory_bytes", lambda **_: 10_000_000)
     run(compose(*tiny_run, AUTO, "trainer.per_device_train_batch_size=4096", "trainer.max_steps=1"), tmp_path / "run")
     assert len(tried) == 1
     assert tried[0] < 4096

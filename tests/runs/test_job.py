@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from loraplus_hydra import run
 from loraplus_hydra.sweep import finish as sweep_end
 from tests.conftest import Finished
 from tests.support import processes
@@ -229,3 +231,12 @@ def test_failure_before_training_still_tells_seed_and_config(
     assert (result["status"], result["seed"]) == ("failed", 7)
     assert result["error"] == {"type": "RuntimeError", "text": "the disk is on fire"}
     assert len(result["config_hash"]) == 12
+
+
+def test_peak_memory_is_the_run_s_own(compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path) -> None:
+    first = run(compose(*tiny_run), tmp_path / "first")
+    with mmap.mmap(-1, 2**29) as ballast:  # between both runs; the allocator would keep memory that it gave
+        for _ in range(2**9):
+            ballast.write(bytes(2**20))
+    second = run(compose(*tiny_run), tmp_path / "second")
+    assert second.peak_memory_bytes < first.peak_memory_bytes + 2**28
