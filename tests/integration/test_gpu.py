@@ -143,13 +143,22 @@ def test_utilisation_is_the_share_of_the_peak(compose: Callable[..., Any], tiny_
         assert all(0 <= share < 0.9 for share in shares)
 
 
-@pytest.mark.parametrize("adapter", ["pissa", "olora", "dora", "eva"])
-def test_adapters_train_and_export(
-    adapter: str, cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+@pytest.mark.parametrize(
+    "changes",
+    [("adapter=pissa",), ("adapter=olora",), ("adapter=eva",), ("adapter=loftq", "quantization=nf4")],
+    ids=str,
+)
+def test_adapters_with_a_start_of_their_own_train_as_on_a_cpu(
+    changes: tuple[str, ...],
+    compose: Callable[..., Any],
+    cli: Callable[..., Finished],
+    tiny_run: list[str],
+    tmp_path: Path,
 ) -> None:
-    ended = cli(*tiny_run, f"adapter={adapter}", "hydra.run.dir=run")
-    assert ended.status == 0, ended.err
-    ended = cli("export", "run", "to=exported")
+    run(compose(*tiny_run, *changes, "trainer.use_cpu=true"), tmp_path / "cpu")
+    run(compose(*tiny_run, *changes), tmp_path / "gpu")
+    assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=2e-2)
+    ended = cli("export", "gpu", "to=exported")
     assert ended.status == 0, ended.err
 
 
