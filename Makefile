@@ -21,7 +21,7 @@ test-slow: $(VENV)/.extras ## the slow tests, and those of launchers, Optuna and
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or extras" --hypothesis-profile=random $(PYTEST_ARGS)
 
 docs: $(VENV)/.installed ## build the documentation into build/site
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench-gpu: $(VENV)/.installed ## measure a training step on one GPU (eight minutes at most)
 	$(BIN)/python -m benchmarks.gpu

@@ -13,14 +13,13 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
 
 from loraplus_hydra.cli.commands import COMMANDS
 from loraplus_hydra.config.locations import config_folder
 from loraplus_hydra.io.run_folder import METRICS, PARAM_GROUPS, RESULT
 from tests.conftest import Finished
-
-mkdocs_build = pytest.importorskip("mkdocs.commands.build")
-mkdocs_config = pytest.importorskip("mkdocs.config")
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = sorted(path.relative_to(config_folder()).as_posix() for path in config_folder().rglob("*.yaml"))
@@ -64,7 +63,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     logging.getLogger("mkdocs").addHandler(handler)
     try:
         # `strict` ends the build with an exception, also for a warning.
-        mkdocs_build.build(mkdocs_config.load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True))
+        build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True))
     finally:
         logging.getLogger("mkdocs").removeHandler(handler)
     assert [record.getMessage() for record in records] == []
