@@ -23,6 +23,7 @@ from hydra._internal.utils import get_args_parser
 from loraplus_hydra.cli.commands import COMMANDS
 from loraplus_hydra.config.locations import config_folder
 from loraplus_hydra.config.schema import GROUPS, LIBRARY_RANGES, SCHEMAS, PublishedRate, TuneConfig
+from tools.docs.hooks import reference
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
@@ -33,8 +34,18 @@ PAGES = (
 )
 FOLDERS = ("conf", "docs", "benchmarks", "tests", "tools", "loraplus_hydra")
 ENDINGS = ("py", "yaml", "yml", "json", "jsonl", "pt", "safetensors", "md", "txt", "csv", "html", "png", "log", "bin")
-# Flags of torchrun, vLLM, pip, pytest and mkdocs.
-FOREIGN = {"--nproc_per_node", "--enable-lora", "--lora-modules", "--max-lora-rank", "--no-deps", "--out", "--strict"}
+# Flags of torchrun, vLLM, pip, tools of this repository, TensorBoard and MLflow.
+FOREIGN = {
+    "--nproc_per_node",
+    "--enable-lora",
+    "--lora-modules",
+    "--max-lora-rank",
+    "--no-deps",
+    "--out",
+    "--strict",
+    "--logdir",
+    "--backend-store-uri",
+}
 # Mappings whose keys anybody may choose, and Hydra's own config.
 OPEN = (
     "loraplus.rules.",
@@ -139,6 +150,14 @@ def test_pages_name_what_exists(page: str, known: set[str]) -> None:
     assert wrong_keys(words, known) == []
     assert missing_files(words) == []
     assert unknown_flags(words) == set()
+
+
+def test_the_reference_names_what_exists(known: set[str]) -> None:
+    for page, text in reference().items():
+        words = words_of(text)
+        assert wrong_keys(words, known) == [], page
+        assert missing_files(words) == [], page
+        assert unknown_flags(words) == set(), page
 
 
 def test_names_that_do_not_exist_are_found(known: set[str]) -> None:
