@@ -13,7 +13,10 @@ from omegaconf import OmegaConf
 
 from loraplus_hydra import run
 from loraplus_hydra.check import check
-from loraplus_hydra.runs.inspection import memory_on_own_rows
+from loraplus_hydra.models.tokenizer import load_tokenizer
+from loraplus_hydra.runs.inspection import estimate_memory
+from loraplus_hydra.training.hf_trainer.step_memory import step_memory
+from loraplus_hydra.training.prepare import prepare_examples
 from loraplus_hydra.training.utilisation import peak_flops
 from tests.conftest import Finished
 from tests.support.forking import differences, lines
@@ -100,7 +103,9 @@ def test_memory_on_a_gpu_is_estimated(changes: tuple[str, ...], compose: Callabl
         *("trainer.max_steps=2", "trainer.per_device_train_batch_size=64", "task.samples=0", "data.max_samples=300"),
         *(NO_EVALUATION, *changes),
     )
-    memory, _ = memory_on_own_rows(check(config))
+    checked = check(config)
+    tokenizer = load_tokenizer(config.model)
+    memory, _ = estimate_memory(checked, step_memory(config, prepare_examples(config, tokenizer), tokenizer))
     result = run(config, tmp_path / "run")
     ratio = memory.total / result.peak_memory_bytes
     print(f"{changes}: estimated {memory.total / 2**20:.1f} MiB, allocated {result.peak_memory_bytes / 2**20:.1f} MiB")
@@ -145,7 +150,12 @@ def test_utilisation_is_the_share_of_the_peak(compose: Callable[..., Any], tiny_
 
 @pytest.mark.parametrize(
     "changes",
-    [("adapter=pissa",), ("adapter=olora",), ("adapter=eva",), ("adapter=loftq", "quantization=nf4")],
+    [
+        ("adapter=pissa",),
+        ("adapter=olora",),
+        ("adapter=eva", "adapter.r=2", "adapter.eva_config.use_label_mask=false"),
+        ("adapter=loftq", "quantization=nf4"),
+    ],
     ids=str,
 )
 def test_adapters_with_a_start_of_their_own_train_as_on_a_cpu(
