@@ -11,6 +11,7 @@ Checked are code spans and blocks of commands (bash). In these, a word is
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,8 +92,9 @@ def known() -> set[str]:
         keys |= {prefix + field.name for field in dataclasses.fields(schema)}
     for config in (trl.SFTConfig, trl.DPOConfig, trl.KTOConfig):
         keys |= {f"task.args.{field.name}" for field in dataclasses.fields(config)}
-    for method in {type(each) for each in (peft.LoraConfig(), peft.VeraConfig())}:
+    for method in (peft.LoraConfig, peft.AdaLoraConfig, peft.VeraConfig):
         keys |= {f"adapter.{field.name}" for field in dataclasses.fields(method)}
+    keys |= {f"quantization.{name}" for name in inspect.signature(transformers.BitsAndBytesConfig).parameters}
     return keys
 
 
