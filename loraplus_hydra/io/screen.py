@@ -70,7 +70,8 @@ def print_rich(*renderables: Any, on_screen: bool = True) -> None:
     if on_screen:
         console().print(*renderables, sep="\n")
     text = io.StringIO()
-    Console(file=text, width=160, no_color=True).print(*renderables, sep="\n")
+    # In a notebook rich shows everything in the cell, whatever the file
+    Console(file=text, width=160, no_color=True, force_jupyter=False).print(*renderables, sep="\n")
     log_to_file(f"\n{text.getvalue()}")
 
 
