@@ -30,6 +30,9 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = {
     "train.jsonl": {"question": "What is {n} + 1?", "answer": "It is {n} and one."},
     "other.jsonl": {"prompt": "def f{n}(): return {n}", "completion": "Return {n}."},
+    "pairs.jsonl": {"prompt": "say {n}", "chosen": "{n}", "rejected": "no"},
+    "judged.jsonl": {"prompt": "say {n}", "completion": "{n}", "label": "{odd}"},
+    "mails.csv": {"mail": "Where is number {n}?", "topic": "{odd}"},
 }
 SHORT = {
     "trainer.max_steps": "2",
@@ -139,7 +142,10 @@ def test_no_command_draws_a_warning_on_its_rates(cli: Callable[..., Finished]) -
 def write_files() -> None:
     """Write the files that commands name into the current folder."""
     for name, row in FILES.items():
-        lines = [json.dumps({key: text.format(n=n) for key, text in row.items()}) for n in range(40)]
+        rows = [{key: text.format(n=n, odd=n % 2) for key, text in row.items()} for n in range(40)]
+        lines = [json.dumps(row) for row in rows]
+        if name.endswith(".csv"):
+            lines = [",".join(each) for each in (row, *(made.values() for made in rows))]
         Path(name).write_text("\n".join(lines) + "\n")
 
 

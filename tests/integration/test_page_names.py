@@ -35,7 +35,7 @@ PAGES = (
 )
 FOLDERS = ("conf", "docs", "benchmarks", "tests", "tools", "loraplus_hydra")
 ENDINGS = ("py", "yaml", "yml", "json", "jsonl", "pt", "safetensors", "md", "txt", "csv", "html", "png", "log", "bin")
-# Flags of torchrun, vLLM, pip, tools of this repository, TensorBoard and MLflow.
+# Flags of torchrun, accelerate, vLLM, pip, tools of this repository, TensorBoard and MLflow.
 FOREIGN = {
     "--nproc_per_node",
     "--enable-lora",
@@ -46,6 +46,7 @@ FOREIGN = {
     "--strict",
     "--logdir",
     "--backend-store-uri",
+    "--num_processes",
 }
 # Mappings whose keys anybody may choose, and Hydra's own config.
 OPEN = (

@@ -18,6 +18,10 @@ IMAGES = ROOT / "docs" / "images"
 # Picture -> (overrides of the command, the figure in its folder)
 OF_RUNS = {
     "train.png": ([], "train.png"),
+    "heatmap.png": (
+        ["hparams_search=lr_grid", "trainer.max_steps=50", "trainer.eval_strategy=no"],
+        "heatmap.png",
+    ),
     "ratio.png": (
         [
             "--multirun",
