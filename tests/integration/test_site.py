@@ -181,3 +181,11 @@ def test_errors_have_their_remedy(words: list[str], pages: dict[str, Page], cli:
         what, _, fix = error.partition(": ")[2].partition("; ")
         assert what in text, error
         assert fix in text, error
+
+
+def test_the_errors_have_every_plain_text_of_the_sources(pages: dict[str, Page]) -> None:
+    text = " ".join("".join(pages["reference/errors.html"].texts.values()).split())
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "loraplus_hydra").rglob("*.py")]
+    plain = {what for source in sources for what in re.findall(r'Problem\(\s*f?"[^"]*",\s*"([^"]+)"', source)}
+    assert len(plain) > 30
+    assert {what for what in plain if what.replace("`", "") not in text} == set()
