@@ -11,7 +11,11 @@ from pathlib import Path
 from loraplus_hydra.cli.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))}
+OUTSIDE = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path
+    for path in (*map(ROOT.joinpath, OUTSIDE), *sorted(ROOT.glob("docs/**/*.md")))
+}
 PROGRAM = "python -m loraplus_hydra"
 # Words of a command block or of the paragraph before it, for what a test can't run.
 MARKS = ("needs a GPU", "needs a network")
