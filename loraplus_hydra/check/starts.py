@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import LoraConfig
+from peft import EvaConfig, LoraConfig
 
+from loraplus_hydra.check.kinds import TARGET
+from loraplus_hydra.check.signatures import argument_problems
+from loraplus_hydra.config.schema import SHARE
+from loraplus_hydra.config.types import Range, is_finite, mismatch
 from loraplus_hydra.errors import Problem
 from loraplus_hydra.loraplus.peft_layers import EVA, LOFTQ
 
@@ -15,6 +19,8 @@ _UNSUPPORTED = {
     "corda": "it first needs covariances for the data (peft.tuners.lora.corda.preprocess_corda)",
     "lora_ga": "it first needs gradients for the data (peft.preprocess_loraga)",
 }
+_SETTINGS = "adapter.eva_config"
+_RANGES = {"rho": Range("a finite number from 1 on", lambda x: is_finite(x) and x >= 1), "tau": SHARE}
 _SUPPORTED = "use true, a_zero, gaussian, orthogonal, pissa, olora, eva or loftq"
 
 
@@ -45,10 +51,15 @@ def _eva(adapter: dict[str, Any], data: dict[str, Any]) -> list[Problem]:
     if adapter.get("target_parameters"):
         what = "EVA starts layers, and these are parameters, such as those of experts"
         problems.append(Problem("adapter.target_parameters", what, "remove it, or use adapter=lora"))
-    settings = adapter.get("eva_config") or {}
+    given = adapter.get("eva_config")
+    settings = {key: value for key, value in given.items() if key != TARGET} if isinstance(given, dict) else {}
+    problems += argument_problems(EvaConfig, settings, _SETTINGS)
+    for name, limits in _RANGES.items():
+        if (value := settings.get(name)) is not None and mismatch(value, float, limits):
+            problems.append(Problem(f"{_SETTINGS}.{name}", f"{value} is out of range", f"it must be {limits.text}"))
     if adapter.get("use_rslora") and settings.get("rho", 2) != 1 and settings.get("adjust_scaling_factors", True):
         what = "it keeps alpha / r equal in all layers, but rsLoRA scales by alpha / sqrt(r)"
-        problems.append(Problem("adapter.eva_config.adjust_scaling_factors", what, "set it to false"))
+        problems.append(Problem(f"{_SETTINGS}.adjust_scaling_factors", what, "set it to false"))
     if data.get("streaming"):
         what = "EVA's pass reads the rows before the training does, and a stream is read once"
         problems.append(Problem("data.streaming", what, "set it to false, or use adapter=lora"))

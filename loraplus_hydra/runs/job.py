@@ -132,7 +132,8 @@ def _run(job: Run, checked: Checked | None, stop_at: float | None) -> None:
     if job.config.trainer.get("auto_batch"):
         job = replace(job, config=fit_batch(checked, job.folder))
     _begin(job)
-    prepared = prepare(job.config)  # steps 2 to 4
+    resumed = job.point is not None and job.point.checkpoint is not None
+    prepared = prepare(job.config, resumed=resumed)  # steps 2 to 4
     if job.point is not None:  # compared again, because all weights are on this machine only now
         refuse_changed(job.point.expected, prepared.inputs)
     job.result.inputs = dict(prepared.inputs)  # after the comparison, because a resume accepts stored fingerprints

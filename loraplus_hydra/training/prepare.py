@@ -58,8 +58,11 @@ class Prepared:
     other: OtherText | None = None  # the rows of `forgetting`, with the base model's loss
 
 
-def prepare(config: DictConfig) -> Prepared:
-    """Load tokenizer, examples and model, add the adapter, and plan the groups. Raises UserError."""
+def prepare(config: DictConfig, *, resumed: bool = False) -> Prepared:
+    """Load tokenizer, examples and model, add the adapter, and plan the groups.
+
+    `resumed` is True if a checkpoint's adapter is loaded next. Raises UserError.
+    """
     screen.show("2/6 Loading the data and the tokenizer")
     interrupts.stop_if_asked()
     tokenizer = load_tokenizer(config.model)
@@ -70,7 +73,7 @@ def prepare(config: DictConfig) -> Prepared:
     interrupts.stop_if_asked()
     screen.show("3/6 Loading the model and adding the adapter")
     other = None if config.forgetting is None else OtherText(read_pieces(config.forgetting, config, tokenizer))
-    model = load_adapted_model(config, tokenizer, examples, other)
+    model = load_adapted_model(config, tokenizer, examples, other, resumed=resumed)
     interrupts.stop_if_asked()
     screen.show("4/6 Deciding which tensor gets which rate")
     inputs = inputs_of(config, tokenizer, examples.fingerprints)
@@ -123,9 +126,17 @@ def bundle(config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Exa
 
 
 def load_adapted_model(
-    config: DictConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples, other: OtherText | None = None
+    config: DictConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    other: OtherText | None = None,
+    *,
+    resumed: bool = False,
 ) -> PeftModel:
-    """Load the base model with its weights, measure its loss on `other`, and add the adapter."""
+    """Load the base model with its weights, measure its loss on `other`, and add the adapter.
+
+    With `resumed`, a start that leaves the base unchanged isn't computed, because a checkpoint replaces it.
+    """
     set_seed(config.seed)  # for the adapter's initialisation
     base = load_base(config, tokenizer, examples.model_arguments)
     mark_new_layers(base, config)
@@ -138,7 +149,7 @@ def load_adapted_model(
         new_tokens=new_token_ids(tokenizer, config.model),
         revision=config.model.revision,
     )
-    if config.adapter.get("init_lora_weights") == LOFTQ and not config.adapter.get("path"):
+    if config.adapter.get("init_lora_weights") == LOFTQ and not (resumed or config.adapter.get("path")):
         original = load_model(config.model, config.task.auto_class, examples.model_arguments)
         removed = initialise_loftq(adapted, original)
         screen.show(f"    LoftQ: A and B remove {removed:.0%} of the squared error of the 4-bit weights")

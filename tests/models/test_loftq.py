@@ -119,6 +119,7 @@ def test_run_is_opened_exported_and_resumed_on_the_quantised_base(
 
     resumed = cli("resume", "run", "trainer.max_steps=3")
     assert (resumed.status, "from step 2" in resumed.out) == (0, True), resumed.err
+    assert "LoftQ" not in resumed.out, "the checkpoint has the factors"
 
 
 def test_start_is_known_without_weights(compose: Callable[..., Any], llama: Path, started: Callable[..., Any]) -> None:

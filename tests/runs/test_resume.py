@@ -74,6 +74,8 @@ VARIANTS = {
     "muon, no clipping": ("optimizer=muon", "trainer.max_grad_norm=0"),
     "PiSSA, one cycle": ("adapter=pissa", "scheduler=one_cycle"),
     "OLoRA, cosine": ("adapter=olora", "scheduler=cosine", "scheduler.warmup_ratio=0.3"),
+    "EVA": ("adapter=eva", "adapter.r=2", "adapter.lora_dropout=0.1"),
+    "LoftQ": ("quantization=nf4", "adapter=loftq"),
     "DoRA": ("adapter=dora", "adapter.lora_dropout=0.1"),
     "A = 0": ("adapter=lora_a_zero",),
     "AdaLoRA": ("adapter=adalora", "adapter.tinit=1", "adapter.tfinal=1"),

@@ -267,7 +267,12 @@ def test_embeddings_and_rows_of_new_tokens_start_as_usual(
             ["adapter.r: EVA computes 2 x r x rho = 64 directions, but model.layers.0.self_attn.q_proj"],
         ),
         (["adapter.target_modules=[embed_tokens]"], ["adapter.target_modules: EVA starts linear layers, but none"]),
-        (["adapter.eva_config.rho=0.5"], ["`rho` must be >= 1.0"]),
+        (
+            ["adapter.eva_config={rho: 0.5, tau: nan, whiten: perhaps}"],
+            ["eva_config.rho: 0.5 is out of range", "eva_config.tau: nan is out of", "eva_config.whiten: 'perhaps'"],
+        ),
+        (["adapter.eva_config.rho=nan"], ["adapter.eva_config.rho: nan is out of range; it must be a finite"]),
+        (["adapter.eva_config=x"], ["adapter.eva_config: 'x' is not a mapping"]),
         (["+adapter.use_rslora=true"], ["adapter.eva_config.adjust_scaling_factors: it keeps alpha / r equal"]),
         (
             ["+trainer.fsdp=full_shard", "data.streaming=true", "data.eval=${data.train}"],
