@@ -41,8 +41,9 @@ def initialise_loftq(model: PeftModel, original: nn.Module) -> float:
         quantised = dequantize_module_weight(layer.get_base_layer()).float()
         error = weight.to(quantised.device, torch.float32) - quantised
         a, b = closest_factors(error, layer.r[ADAPTER_NAME], layer.scaling[ADAPTER_NAME])
-        lora_A, lora_B = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
-        lora_A.data, lora_B.data = a.to(lora_A), b.to(lora_B)
+        # Copied, because the layout of b in memory would be another one, and with it the rounding of later products
+        layer.lora_A[ADAPTER_NAME].weight.data.copy_(a)
+        layer.lora_B[ADAPTER_NAME].weight.data.copy_(b)
         errors += float(error.square().sum())
         removed += float((layer.scaling[ADAPTER_NAME] * b @ a).square().sum())
     if not errors:
