@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -153,9 +154,10 @@ def write_files() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [each for each in OF_RUNS if not each.marked], ids=by_line)
-def test_command_runs(command: PageCommand, cli: Callable[..., Finished]) -> None:
+def test_command_runs(command: PageCommand, cli: Callable[..., Finished], tiny_model: Path) -> None:
     """Each command runs, with fewer steps and rows."""
     write_files()
+    shutil.copytree(tiny_model, "my_model")
     words = command.words
     has_rungs = words[:1] == ["tune"] or {"halving=true", "hparams_search=halving"} & {*words}
     # The first rung is at 1/16 of the steps, and not before step 6.
