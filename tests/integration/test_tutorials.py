@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,3 +61,20 @@ def test_first_run_answers_and_own_rows_train(cli: Callable[..., Finished]) -> N
             assert [line for line in errors if line not in ended.err] == []
             if words[:1] == ["predict"]:
                 assert "the b" in json.loads(ended.out.splitlines()[-1])["answer"]
+
+
+@pytest.mark.slow
+def test_own_repository_trains_with_its_optimizer(tmp_path: Path) -> None:
+    text = PAGES["docs/howto/repository.md"].read_text(encoding="utf-8")
+    files = re.findall(r"```(?:yaml|python)\n# (my_research/\S+)\n(.*?)```", text, flags=re.DOTALL)
+    assert len(files) == 4
+    for name, content in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    short = ["lora.trainer.max_steps=2", "lora.task.samples=0", "lora.data.max_samples=32", "hydra.run.dir=run"]
+    command = [sys.executable, "train.py", "lora.loraplus.ratio=8", *short]
+    ended = subprocess.run(command, cwd=tmp_path / "my_research", capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "a key of this repository ok" in ended.stdout
+    tensors = json.loads((tmp_path / "my_research" / "run" / "param_groups.json").read_text())
+    assert {tensor["role"]: tensor["lr"] for tensor in tensors} == pytest.approx({"lora_A": 1e-4, "lora_B": 8e-4})
