@@ -21,7 +21,6 @@ OUTSIDE = {
     "CONTRIBUTING.md": "project/contributing.md",
     "benchmarks/README.md": "numbers/benchmarks.md",
 }
-LINKS = {**OUTSIDE, "README.md": "index.md"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -57,5 +56,5 @@ def _on_site(link: str, source: str, uri: str) -> str:
     target = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
     if found := re.fullmatch(r"conf/(\w+)(?:/(\w+)\.yaml)?", target):  # a group, or an option of it
         target = f"reference/groups/{found[1]}.md" + (f"#{found[2]}" if found[2] else "")
-    target = LINKS.get(target, target.removeprefix("docs/"))
+    target = OUTSIDE.get(target, target.removeprefix("docs/"))
     return posixpath.relpath(target, posixpath.dirname(uri) or ".")
