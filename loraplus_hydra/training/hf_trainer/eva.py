@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from itertools import count
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -143,25 +143,27 @@ class _Batches:
             self.rows, self.size, shuffle=True, generator=order, drop_last=True, collate_fn=self.collate
         )
         self.read = 0
-        for epoch in count():
-            for batch in loader:
-                interrupts.stop_if_asked()
-                inputs = self._with_labels(batch)
-                if int(_counted(inputs, self.config).sum()) < self.needed:  # PEFT can't use it
-                    continue
-                if self.read == _MOST:
-                    raise UserError(
-                        f"EVA's directions still change after {_MOST} batches: use a lower adapter.eva_config.tau, "
-                        "adapter.r or adapter.eva_config.rho"
-                    )
+        for seen, batch in enumerate(chain.from_iterable(repeat(loader))):
+            interrupts.stop_if_asked()
+            if seen == _MOST or (seen == len(self) and self.read == 0):
+                raise UserError(self._why_no_end(seen))
+            inputs = self._with_labels(batch)
+            if int(_counted(inputs, self.config).sum()) >= self.needed:  # PEFT can't use a smaller batch
                 self.read += 1
                 yield inputs
-            if epoch == 0 and self.read == 0:
-                raise UserError(
-                    f"EVA needs {self.needed} tokens in a batch (2 x r x rho), and no batch has as many that count: "
-                    "use a larger trainer.per_device_train_batch_size, adapter.eva_config.use_label_mask=false, or a "
-                    "lower adapter.r or adapter.eva_config.rho"
-                )
+
+    def _why_no_end(self, seen: int) -> str:
+        if self.read == 0:
+            return (
+                f"EVA needs {self.needed} tokens in a batch (2 x r x rho), and none of {seen} batches has as many that "
+                "count: use a larger trainer.per_device_train_batch_size, adapter.eva_config.use_label_mask=false, or "
+                "a lower adapter.r or adapter.eva_config.rho"
+            )
+        return (
+            f"EVA's directions still change after {seen} batches, of which {self.read} have the {self.needed} tokens "
+            "that it needs: use a lower adapter.eva_config.tau, adapter.r or adapter.eva_config.rho, or a larger "
+            "trainer.per_device_train_batch_size"
+        )
 
     def _with_labels(self, batch: Any) -> dict[str, Any]:
         """Return a batch with a label for each token, or without labels."""
