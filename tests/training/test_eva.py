@@ -297,7 +297,7 @@ def test_pass_that_would_not_end_is_an_error(
     with pytest.raises(UserError, match=r"EVA needs 64 tokens in a batch .* none of 19 batches .*use_label_mask=false"):
         started(llama, "adapter.r=16", "trainer.per_device_train_batch_size=2")
     monkeypatch.setattr(eva, "_MOST", 5)
-    with pytest.raises(UserError, match="still change after 5 batches, of which 5 have the 8 tokens"):
+    with pytest.raises(UserError, match="still change after 5 batches, and 5 of them have the 8 tokens"):
         started(llama, "adapter.eva_config.tau=1")
 
 

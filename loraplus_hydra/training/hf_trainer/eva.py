@@ -160,8 +160,8 @@ class _Batches:
                 "a lower adapter.r or adapter.eva_config.rho"
             )
         return (
-            f"EVA's directions still change after {seen} batches, of which {self.read} have the {self.needed} tokens "
-            "that it needs: use a lower adapter.eva_config.tau, adapter.r or adapter.eva_config.rho, or a larger "
+            f"EVA's directions still change after {seen} batches, and {self.read} of them have the {self.needed} "
+            "tokens that it needs: use a lower adapter.eva_config.tau, adapter.r or adapter.eva_config.rho, or a larger "
             "trainer.per_device_train_batch_size"
         )
 
