@@ -161,8 +161,8 @@ class _Batches:
             )
         return (
             f"EVA's directions still change after {seen} batches, and {self.read} of them have the {self.needed} "
-            "tokens that it needs: use a lower adapter.eva_config.tau, adapter.r or adapter.eva_config.rho, or a larger "
-            "trainer.per_device_train_batch_size"
+            "tokens that it needs: use a lower adapter.eva_config.tau, adapter.r or adapter.eva_config.rho, or a "
+            "larger trainer.per_device_train_batch_size"
         )
 
     def _with_labels(self, batch: Any) -> dict[str, Any]:
