@@ -82,6 +82,7 @@ def _configs_merged_once() -> Iterator[None]:
     Overrides of values are applied anew each time. A configuration with files from elsewhere is made anew as well.
     """
     from hydra._internal import config_loader_impl, config_repository, defaults_list
+    from hydra.core.config_store import ConfigStore
 
     from loraplus_hydra.config.locations import config_folder
 
@@ -91,10 +92,13 @@ def _configs_merged_once() -> Iterator[None]:
     merge = config_loader_impl.ConfigLoaderImpl._compose_config_from_defaults_list
 
     def sources(repo: Any) -> tuple[str, ...] | None:
-        """Return where the files are; None if a test may change them."""
+        """Return where the files are, and the plugins' names; None if a test may change the files."""
         places = tuple(f"{source.scheme()}://{source.path}" for source in repo.get_sources())
         ours = (f"file://{config_folder()}", "pkg://hydra.conf", "structured://")
-        return places if all(place.startswith(ours) for place in places) else None
+        if not all(place.startswith(ours) for place in places):
+            return None
+        plugins = ConfigStore.instance().repo.get("hydra", {})  # a test may take a plugin away
+        return (*places, *(f"{group}/{name}" for group in ("launcher", "sweeper") for name in plugins.get(group, ())))
 
     def create_defaults_list(repo: Any, config_name: Any, overrides_list: Any, **settings: Any) -> Any:
         overrides = defaults_list.Overrides(repo, overrides_list)

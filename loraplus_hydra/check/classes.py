@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loraplus_hydra.check.adapter import adapter_problems, quantization_problems
+from loraplus_hydra.check.keys import NOT_SET
 from loraplus_hydra.check.kinds import TARGET, derives, is_peft_settings, makes_schedule, resolve, returns_rows
 from loraplus_hydra.check.signatures import argument_problems
 from loraplus_hydra.check.starts import start_problems
@@ -34,8 +35,18 @@ PLACES = ("quantization", "adapter", "optimizer", "scheduler", "task", "data", "
 
 def class_problems(plain: dict[str, Any]) -> list[Problem]:
     """Return the errors of all classes and functions in the config."""
-    checks = (_adapter, _quantization, _optimizer, _scheduler, _average, task_problems, _data, _logger, _rules)
+    checks = (_unset, _adapter, _quantization, _optimizer, _scheduler, _average, task_problems, _data, _logger, _rules)
     return [*_stray_targets(plain, ""), *(problem for check in checks for problem in check(plain))]
+
+
+def _unset(plain: dict[str, Any]) -> list[Problem]:
+    """Return a Problem for each group without the class or function that a run needs."""
+    fixes = {"optimizer": "optimizer=adamw", "scheduler": "scheduler=linear", "data": "data=jsonl"}
+    return [
+        Problem(f"{group}.{TARGET}", NOT_SET, f"use an option of the group, such as {fix}")
+        for group, fix in fixes.items()
+        if plain.get(group, {}).get(TARGET) is None
+    ]
 
 
 def _stray_targets(node: Any, path: str) -> Iterator[Problem]:

@@ -53,7 +53,7 @@ def check_config(config: DictConfig, *, with_data: bool) -> Checked:
             of_data: list[Problem] = []
             examples = _collect(of_data, load_data, config)
             problems += of_data
-            if examples is not None:
+            if examples is not None and "forgetting" not in wrong:
                 _collect(problems, check_other_text, config)
             if any(problem.key == "model.path" for problem in of_data):
                 wrong.add("model")  # the model can't be found either

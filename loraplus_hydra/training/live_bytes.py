@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -32,11 +33,17 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
         self._now = 0
         self._pretend = FakeTensorMode()
+        self._model = model
         _replace_tensors(model, self._pretend)
         model.to = lambda *_, **__: model  # type: ignore[assignment] # Trainers move a model, which fails without data
+        if isinstance(model, PeftModel):
+            _replace_added(model, self._pretend)
         self._known: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
-        for tensor in (*model.parameters(), *model.buffers()):
+
+    def __enter__(self) -> LiveBytes:
+        for tensor in (*self._model.parameters(), *self._model.buffers()):
             self._known[tensor.untyped_storage()] = None
+        return super().__enter__()  # type: ignore[no-any-return]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = self._call(func, args, kwargs or {})
@@ -57,8 +64,10 @@ class LiveBytes(TorchDispatchMode):
                 return func(*args, **kwargs)
         if func in _VALUES:
             return _VALUES[func](*args)
-        if func is _aten.nonzero.default:  # as if all elements were chosen
-            return args[0].new_zeros((args[0].numel(), args[0].ndim), dtype=torch.long)
+        if func is _aten.nonzero.default:
+            return _positions(args[0])
+        if func is _aten.index.Tensor:
+            args = (args[0], [each for index in args[1] for each in _without_mask(index)])
         if real:
             args, kwargs = self._without_data(args), {name: self._without_data(each) for name, each in kwargs.items()}
         return func(*args, **kwargs)
@@ -97,6 +106,22 @@ def _replace_tensors(model: nn.Module, pretend: FakeTensorMode) -> None:
     model._apply(replaced)
 
 
+def _replace_added(model: PeftModel, pretend: FakeTensorMode) -> None:
+    """Replace the tensors of an adapter that is added later.
+
+    DPO and KTO add a copy of the trained adapter as their reference.
+    """
+    add = model.add_adapter
+
+    def added(*args: Any, **kwargs: Any) -> None:
+        add(*args, **kwargs)
+        for module in model.modules():
+            if all(map(_has_data, module.parameters())):
+                _replace_tensors(module, pretend)
+
+    model.add_adapter = added  # type: ignore[method-assign]
+
+
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors of a function's arguments or result."""
     if isinstance(values, torch.Tensor):
@@ -118,6 +143,16 @@ def _real(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype)
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """Return the positions that are not zero. Without data, all of them are chosen."""
+    return mask.nonzero() if _has_data(mask) else mask.new_zeros((mask.numel(), mask.ndim), dtype=torch.long)
+
+
+def _without_mask(index: Any) -> Iterable[Any]:
+    """Return an index with positions in the place of a mask, whose result would have an unknown shape."""
+    return _positions(index).unbind(1) if isinstance(index, torch.Tensor) and index.dtype is torch.bool else (index,)
 
 
 def _makes_integers(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:

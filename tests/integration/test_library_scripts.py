@@ -146,7 +146,7 @@ def test_an_editable_install_in_strict_mode_shows_type_checkers_the_package(tmp_
     import zipfile
 
     source = tmp_path / "source"
-    for name in ("loraplus_hydra", "conf"):
+    for name in ("loraplus_hydra", "conf", "hydra_plugins"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)

@@ -109,8 +109,8 @@ def test_estimate_above_the_free_memory_is_not_tried(
 
 @pytest.mark.slow
 def test_batch_is_found_under_a_limit_of_the_address_space(tiny_run: list[str], tmp_path: Path) -> None:
-    words = ["trainer.per_device_train_batch_size=64", "trainer.forward=plain", "task.samples=0", "trainer.max_steps=2"]
-    common = [*words, "data.max_samples=128", "trainer.eval_strategy=no", "trainer.logging_steps=1"]
+    words = ["trainer.per_device_train_batch_size=256", "trainer.forward=plain", "task.samples=0", "trainer.max_steps=2"]
+    common = [*words, "data.max_samples=256", "trainer.eval_strategy=no", "trainer.logging_steps=1"]
 
     def train(*arguments: str) -> None:
         command = [sys.executable, "-m", "loraplus_hydra", *common, *arguments]
@@ -128,8 +128,8 @@ def test_batch_is_found_under_a_limit_of_the_address_space(tiny_run: list[str], 
     train(AUTO, "hydra.run.dir=found")
     found = OmegaConf.load(tmp_path / "found" / "config.yaml").trainer
     rows = (found.per_device_train_batch_size, found.gradient_accumulation_steps)
-    assert rows[0] * rows[1] == 64
-    assert rows[0] < 64
+    assert rows[0] * rows[1] == 256
+    assert rows[0] < 256
     names = ("trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")
     train(*(f"{name}={number}" for name, number in zip(names, rows, strict=True)), "hydra.run.dir=by_hand")
     assert losses(tmp_path / "found") == losses(tmp_path / "by_hand")

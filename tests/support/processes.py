@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -107,6 +108,10 @@ def _ended(processes: list[BaseProcess], log: Path) -> Ended:
 
 def in_own_session(words: list[str], place: Path) -> subprocess.Popen[str]:
     """Start the command line in a process of its own session, so that signals reach it alone."""
+
+    def hear_ctrl_c() -> None:  # a shell's background jobs and their children ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     return subprocess.Popen(
         [sys.executable, "-m", "loraplus_hydra", *words],
         cwd=place,
@@ -115,4 +120,5 @@ def in_own_session(words: list[str], place: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=hear_ctrl_c,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,10 @@ def test_estimate_is_the_measured_peak_within_a_tenth(name: str, models: Path) -
 @pytest.mark.parametrize("task", ["dpo", "kto"])
 def test_step_of_preferences_is_estimated(task: str, tiny_model: Path, tmp_path: Path) -> None:
     rows = tmp_path / "pairs.jsonl"
-    line = '{"prompt": "say one", "chosen": " one", "rejected": " two three"}\n'
-    rows.write_text(line * 8)
+    lines = [{"prompt": "say one", "chosen": " one", "rejected": " two three"}]
+    if task == "kto":
+        lines = [{"prompt": "say one", "completion": " one", "label": label} for label in ("true", "false")]
+    rows.write_text("".join(f"{json.dumps(line)}\n" for line in lines) * 4)
     chosen = ["task=dpo"] if task == "dpo" else ["experiment=kto"]
     words = ["model=hub", f"model.path={tiny_model}", "data=jsonl", f"data.train={rows}", f"data.eval={rows}"]
     estimated, measured = activations.compare([*chosen, *words, "trainer.per_device_train_batch_size=4"])
