@@ -109,7 +109,12 @@ def test_estimate_above_the_free_memory_is_not_tried(
 
 @pytest.mark.slow
 def test_batch_is_found_under_a_limit_of_the_address_space(tiny_run: list[str], tmp_path: Path) -> None:
-    words = ["trainer.per_device_train_batch_size=256", "trainer.forward=plain", "task.samples=0", "trainer.max_steps=2"]
+    words = [
+        "trainer.per_device_train_batch_size=256",
+        "trainer.forward=plain",
+        "task.samples=0",
+        "trainer.max_steps=2",
+    ]
     common = [*words, "data.max_samples=256", "trainer.eval_strategy=no", "trainer.logging_steps=1"]
 
     def train(*arguments: str) -> None:
