@@ -5,7 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from loraplus_hydra.cli.commands.command import Command, range_problems
-from loraplus_hydra.config.schema import ChatConfig
+from loraplus_hydra.config.command_schemas import ChatConfig
 from loraplus_hydra.errors import refuse
 from loraplus_hydra.runs.finished import open_named_run
 from loraplus_hydra.runs.stored_config import unnamed_run

@@ -13,7 +13,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.cli.commands.command import Command, range_problems
-from loraplus_hydra.config.schema import EvaluateConfig
+from loraplus_hydra.config.command_schemas import EvaluateConfig
 from loraplus_hydra.errors import Problem, refuse
 from loraplus_hydra.io import files, folders, interrupts, run_folder
 from loraplus_hydra.io.screen import console, table

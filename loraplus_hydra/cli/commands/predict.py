@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from loraplus_hydra.cli.commands.command import Command, range_problems
-from loraplus_hydra.config.schema import PredictConfig
+from loraplus_hydra.config.command_schemas import PredictConfig
 from loraplus_hydra.errors import Problem, refuse
 from loraplus_hydra.io import files, interrupts
 from loraplus_hydra.io.screen import RowProgress
