@@ -1,4 +1,4 @@
-"""The keys of the commands that read a stored run or a sweep, with unit, range and the reason for the default.
+"""The keys of the commands that read a stored run or a sweep.
 
 `resume`, which has a run's groups, is in `schema`.
 """
