@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -366,4 +367,5 @@ def _close_log_files() -> None:
         for handler in [one for one in logger.handlers if type(one) in (logging.FileHandler, logging.StreamHandler)]:
             logger.removeHandler(handler)
             if isinstance(handler, logging.FileHandler):
-                handler.close()
+                with suppress(OSError):  # a full disk; logging.shutdown ignores it, too
+                    handler.close()

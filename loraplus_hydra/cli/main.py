@@ -5,6 +5,7 @@ This module doesn't import torch, so `--help`, `--cfg job`, completion and error
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -59,6 +60,7 @@ _hydra_main = hydra.main(version_base="1.3", config_path=str(config_folder()), c
 
 def main() -> None:
     """Run the command line and end the program with its exit status."""
+    logging.raiseExceptions = False  # a log file on a full disk would add a traceback to the error that says so
     make_streams_last()
     take_over_full_error()
     register()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from loraplus_hydra.config.locations import config_folder
-from loraplus_hydra.config.plain import flat, plain_of
+from loraplus_hydra.config.plain import plain_of
 from loraplus_hydra.config.schema import register
 
 
@@ -26,15 +28,23 @@ def default_run() -> DictConfig:
         GlobalHydra.instance().hydra = running  # the context has made a new instance
 
 
-def changed_keys(config: DictConfig) -> set[str]:
-    """Return the dotted keys of a run's config whose values differ from those of a run without overrides.
+def changed_part(config: DictConfig) -> dict[str, Any]:
+    """Return the part of a run's config whose values differ from those of a run without overrides.
 
     A value that follows another key, by an interpolation, is not changed.
     """
     # A stored config has values in the place of interpolations.
-    defaults = [flat(plain_of(default_run(), resolve=resolve)).items() for resolve in (False, True)]
-    return {
-        key
-        for key, value in flat(plain_of(config, resolve=False)).items()
-        if not any((key, value) in items for items in defaults)
-    }
+    defaults = [plain_of(default_run(), resolve=resolve) for resolve in (False, True)]
+    return _part(plain_of(config, resolve=False), plain_of(config), defaults)
+
+
+def _part(raw: Mapping[str, Any], values: Mapping[str, Any], defaults: list[Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in raw.items():
+        beside = [default[key] for default in defaults if isinstance(default, Mapping) and key in default]
+        if isinstance(value, Mapping) and value:
+            if inner := _part(value, values[key], beside):
+                found[key] = inner
+        elif value not in beside:
+            found[key] = values[key]
+    return found

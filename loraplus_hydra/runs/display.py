@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from loraplus_hydra.config.defaults import changed_keys
+from loraplus_hydra.config.defaults import changed_part
 from loraplus_hydra.config.hydra_job import number_in_sweep
 from loraplus_hydra.config.plain import flat, plain_of
 from loraplus_hydra.io import run_folder
@@ -28,12 +27,21 @@ def show_config(config: DictConfig) -> None:
     """Show as a tree what differs from a run without overrides."""
     from rich.tree import Tree
 
-    changed, values = changed_keys(config), flat(plain_of(config))
-    rest = f"the other {len(values) - len(changed)} keys have" if changed else "all keys have"
+    def grow(branch: Tree, node: Mapping[Any, Any]) -> None:
+        for key, value in node.items():
+            if isinstance(value, Mapping) and value and any(isinstance(inner, Mapping) for inner in value.values()):
+                grow(branch.add(f"[bold]{_shown(key)}[/bold]"), value)
+            elif isinstance(value, Mapping) and value:
+                leaves = "  ".join(f"[dim]{_shown(inner)}[/dim]={_shown(item)}" for inner, item in value.items())
+                branch.add(f"[bold]{_shown(key)}[/bold]  {leaves}")
+            else:
+                branch.add(f"[dim]{_shown(key)}[/dim]={_shown(value)}")
+
+    changed = changed_part(config)
+    others = len(flat(plain_of(config))) - len(flat(changed))
+    rest = f"the other {others} keys have" if changed else "all keys have"
     tree = Tree(f"[bold]config[/bold]  [dim]{rest} their defaults, see {run_folder.CONFIG}[/dim]", guide_style="dim")
-    for part, keys in groupby(sorted(changed), key=lambda key: key.rpartition(".")[0]):
-        leaves = (f"[dim]{_shown(key.rpartition('.')[2])}[/dim]={_shown(values.get(key))}" for key in keys)
-        tree.add(f"[bold]{_shown(part)}[/bold]  {'  '.join(leaves)}" if part else "  ".join(leaves))
+    grow(tree, changed)
     print_rich(tree, on_screen=number_in_sweep() in (None, 0))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -76,11 +78,21 @@ class ProgressDisplay:
         self.task = self.bar.add_task("")
         self.newest: dict[str, float] = {}
         self.speed = ""
+        self._handlers: list[logging.StreamHandler[Any]] = []  # those that write messages above the bar
+        self._screen: Any = sys.stdout
 
     def begin(self, step: int, total: int) -> None:
         """Show that `step` of `total` steps are done."""
         self.bar.reset(self.task, total=total, completed=step)
+        self._screen = sys.stdout
         self.bar.start()
+        if sys.stdout is not self._screen:  # rich puts what is written there above the bar
+            handlers = {*logging.getLogger().handlers, *log.handlers}
+            self._handlers = [
+                each for each in handlers if isinstance(each, logging.StreamHandler) and each.stream is self._screen
+            ]
+            for handler in self._handlers:
+                handler.setStream(sys.stdout)
 
     def advance(self, step: int, left: float | None) -> None:
         """Move the bar to `step`. `left` is the number of seconds that are left, if known."""
@@ -105,6 +117,9 @@ class ProgressDisplay:
 
     def close(self) -> None:
         """Release the terminal. A second call changes nothing."""
+        for handler in self._handlers:
+            handler.setStream(self._screen)
+        self._handlers = []
         self.bar.stop()
 
     def _description(self, left: float | None) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from loraplus_hydra.io import screen
 from loraplus_hydra.io.text import VisibleFormatter, code, code_block, csv_cell, json_line, markdown, one_line, visible
@@ -72,7 +73,8 @@ def test_report_of_a_hostile_sweep(cli: Callable[..., Finished], tmp_path: Path)
 def test_config_tree_shows_keys_with_brackets(caplog: Any, capsys: pytest.CaptureFixture[str]) -> None:
     from loraplus_hydra.runs.display import show_config
 
-    show_config({"data": {"train": {"runs[/final].jsonl": 1, "rows[final].jsonl": 2, "end\\": 3}}})
+    names = {"runs[/final].jsonl": 1, "rows[final].jsonl": 2, "end\\": 3}
+    show_config(OmegaConf.create({"data": {"train": names}}))
     shown = capsys.readouterr().out
     assert "runs[/final].jsonl=1" in shown
     assert "rows[final].jsonl=2" in shown

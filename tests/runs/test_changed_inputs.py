@@ -248,7 +248,7 @@ def test_rows_accepted_before_a_kill_are_accepted_by_the_next_resume(
 ) -> None:
     from loraplus_hydra.runs import job
 
-    def killed(*args: Any) -> None:
+    def killed(*args: Any, **how: Any) -> None:
         raise SystemExit(9)
 
     edit_rows(copy)

@@ -221,7 +221,7 @@ def test_failure_before_training_still_tells_seed_and_config(
 ) -> None:
     from loraplus_hydra.runs import job
 
-    def broken(*args: Any) -> None:
+    def broken(*args: Any, **how: Any) -> None:
         raise RuntimeError("the disk is on fire")
 
     monkeypatch.setattr(job, "prepare", broken)

@@ -20,7 +20,7 @@ from loraplus_hydra.training.hf_trainer.step_memory import StepMemory
 from tests.conftest import Finished
 
 Cli = Callable[..., Finished]
-TREE, RATES, SAMPLES = "└── logger", "What gets which rate", "Held-out prompts"
+TREE, RATES, SAMPLES = "keys have their defaults", "What gets which rate", "Held-out prompts"
 
 
 def bare(text: str) -> str:

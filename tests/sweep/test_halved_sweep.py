@@ -125,10 +125,10 @@ def test_failed_candidate_leaves_with_all_its_seeds(
 ) -> None:
     prepare = job.prepare
 
-    def prepare_or_fail(config: DictConfig) -> Any:
+    def prepare_or_fail(config: DictConfig, **how: Any) -> Any:
         if (config.seed, config.loraplus.ratio) == (2, 8):
             raise UserError("made up")
-        return prepare(config)
+        return prepare(config, **how)
 
     monkeypatch.setattr(job, "prepare", prepare_or_fail)
     changes = ["trainer.max_steps=12", "trainer.eval_strategy=no", "task.samples=0", "seed=1,2"]

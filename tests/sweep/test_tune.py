@@ -214,10 +214,10 @@ def test_finalist_with_a_failed_seed_is_not_the_winner(
 ) -> None:
     prepare = job.prepare
 
-    def prepare_or_fail(config: DictConfig) -> Any:
+    def prepare_or_fail(config: DictConfig, **how: Any) -> Any:
         if config.seed == 1 and config.loraplus.ratio in failing:
             raise UserError("made up")
-        return prepare(config)
+        return prepare(config, **how)
 
     monkeypatch.setattr(job, "prepare", prepare_or_fail)
     monkeypatch.setattr(sweep_end, "_report", lambda _: ())

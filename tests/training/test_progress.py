@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
+import re
+import sys
 
 import pytest
 from hypothesis import given
@@ -85,3 +88,22 @@ def test_bar_fits_on_one_line(width: int) -> None:
     assert "evaluating 3 of 26" in shown
     assert "4000/10000" in shown
     assert "1.2k tokens/s  1:15:21 left" in shown
+
+
+def test_messages_stand_in_lines_of_their_own_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", screen)
+    handler = logging.StreamHandler(screen)
+    log = logging.getLogger("loraplus_hydra")
+    log.addHandler(handler)
+    try:
+        display = ProgressDisplay(bar=True)
+        display.bar.live.console = Console(file=screen, width=80, force_terminal=True, legacy_windows=False)
+        display.begin(0, 10)
+        log.warning("a message")
+        display.close()
+    finally:
+        log.removeHandler(handler)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert "a message" in [line.rpartition("\r")[2] for line in plain.splitlines(keepends=False)]
+    assert handler.stream is screen
