@@ -99,7 +99,9 @@ def test_command_of_another_program_names_what_exists(command: PageCommand) -> N
     elif words[0] == "eval":
         assert f"$({next(iter(settings['scripts']))} " in command.line
     else:
-        assert words[0] in ("cd", "git", "python", "tensorboard", "mlflow", "wandb") or command.marked, command.page
+        assert words[0] in ("cd", "git", "python", "source", "tensorboard", "mlflow", "wandb") or command.marked, (
+            command.page
+        )
 
 
 def test_commands_on_finished_runs_and_sweeps_work(

@@ -27,7 +27,10 @@ def text_of(page: str) -> str:
     return ALL_PAGES[page].read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", PAGES)
+# A step of a model of 8 billion weights takes long to trace.
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow if page == "docs/howto/model.md" else ()) for page in PAGES]
+)
 def test_shown_output_of_inspect_is_what_it_prints(
     page: str, cli: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
 ) -> None:
