@@ -119,12 +119,11 @@ def _split_quantised(plain: dict[str, Any]) -> list[Problem]:
     if quantization.get("load_in_8bit"):
         what = "FSDP can't split 8-bit weights: their scales get lost"
         return [Problem("quantization", what, "use quantization=nf4, or trainer=ddp")]
-    stored = str(quantization.get("bnb_4bit_quant_storage") or "uint8")
-    if not quantization.get("load_in_4bit") or stored in ("bfloat16", "float16", "float32"):
+    stored = quantization.get("bnb_4bit_quant_storage") or "uint8"
+    if not quantization.get("load_in_4bit") or stored not in ("uint8", "int8"):
         return []
-    dtype = plain.get("model", {}).get("dtype", "bfloat16")
     what = f"FSDP splits only floating-point tensors, but 4-bit weights are stored as {stored}"
-    fix = f"set +quantization.bnb_4bit_quant_storage={dtype} (model.dtype); the bits stay the same"
+    fix = "set +quantization.bnb_4bit_quant_storage=bfloat16, or as model.dtype; the bits stay the same"
     return [Problem("quantization.bnb_4bit_quant_storage", what, fix)]
 
 

@@ -40,9 +40,8 @@ def fit_batch(checked: Checked, folder: Path) -> DictConfig:
     sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
     need, reason = _estimate(checked), ""
     on_gpu = torch.cuda.is_available() and not config.trainer.get("use_cpu")
-    slack = (
-        2 if on_gpu else 1
-    )  # the estimate is for a CPU's kernels; on a GPU, running out of memory ends only the trial
+    # The estimate is for a CPU's kernels. On a GPU, running out of memory ends only the trial
+    slack = 2 if on_gpu else 1
     for size in sizes:
         interrupts.stop_if_asked()
         candidate = _with_batch(config, size)

@@ -89,11 +89,9 @@ def show_memory(memory: Memory, step: StepMemory) -> None:
     print_rich("Memory of training, estimated", table(("what", "MiB"), cells, right=("MiB",)))
     if step.reason:
         print(visible(f"The activations are unknown: {step.reason}."))
-    if step.kept is not None and step.recomputed is not None and memory.activations is not None:
-        is_kept = memory.activations == max(0, step.kept - memory.gradients)
-        other = step.recomputed if is_kept else step.kept
-        total = memory.total - memory.activations + max(0, other - memory.gradients)
-        setting = f"trainer.activation_checkpointing={str(is_kept).lower()}"
+    if step.other is not None and memory.activations is not None:
+        total = memory.total - memory.activations + max(0, step.other - memory.gradients)
+        setting = f"trainer.activation_checkpointing={str(not step.recomputes).lower()}"
         print(f"With {setting}: {total / 2**20:,.1f} MiB together.")
 
 

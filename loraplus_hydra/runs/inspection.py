@@ -80,8 +80,7 @@ def estimate_memory(checked: Checked, step: StepMemory) -> tuple[Memory, StepMem
     """Return the memory of all parts of training, with that of a step."""
     config = checked.config
     memory = estimate(checked.model, checked.plan, plain_of(config.quantization))
-    peak = step.recomputed if config.trainer.get("activation_checkpointing") else step.kept
-    return replace(memory, activations=None if peak is None else max(0, peak - memory.gradients)), step
+    return replace(memory, activations=None if step.taken is None else max(0, step.taken - memory.gradients)), step
 
 
 def advice_of(config: DictConfig, plan: Plan, model: Any) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ _MORE = {
         "grad_norm": "norm of the gradient, before clipping",
         "tokens_per_second": "tokens of the batches per second of training",
         "memory_bytes": "peak memory so far",
+        "model_flops_utilisation": "share of the peak of a known GPU that the model's products take",
         "entropy": "TRL's, for `task=sft`: mean entropy of the next token",
         "mean_token_accuracy": "TRL's, for `task=sft`: share of tokens that are the likeliest ones",
         "num_tokens": "TRL's, for `task=sft`: tokens seen so far",

@@ -82,7 +82,7 @@ def main() -> None:
     pages = [INTRO.rstrip()]
     for width in (80, 160):
         with tempfile.TemporaryDirectory() as folder:
-            pages.append(chapters(width, Path(folder)).replace(folder, "/home/me/work"))
+            pages.append(chapters(width, Path(folder)).replace(f"{folder}/", ""))
     PAGE.write_text("\n\n".join(pages) + "\n", encoding="utf-8")
 
 

@@ -48,6 +48,17 @@ class StepMemory:
     kept: int | None = None  # without trainer.activation_checkpointing; None if unknown
     recomputed: int | None = None  # with it
     reason: str = ""  # for the unknown values
+    recomputes: bool = False  # trainer.activation_checkpointing
+
+    @property
+    def taken(self) -> int | None:
+        """The peak with the config's own setting; None if unknown."""
+        return self.recomputed if self.recomputes else self.kept
+
+    @property
+    def other(self) -> int | None:
+        """The peak with the other setting; None if unknown."""
+        return self.kept if self.recomputes else self.recomputed
 
 
 def step_memory(
@@ -76,7 +87,8 @@ def step_memory(
         except Exception as error:  # a model's own code can fail in many ways without weights
             sizes.append(None)
             reason = first_line(error)
-    return StepMemory(rows, _tokens(examples.train), sizes[0], sizes[1], reason)
+    recomputes = bool(config.trainer.get("activation_checkpointing"))
+    return StepMemory(rows, _tokens(examples.train), sizes[0], sizes[1], reason, recomputes)
 
 
 def _full_rows(config: DictConfig, rows: int) -> Examples:
