@@ -20,6 +20,7 @@ HIGH = 3  # above this multiple of the rule's alpha x eta_B, the built-in exampl
 LARGE_BATCH = 32  # rows a step
 SHORT = 100  # steps
 USUAL_RANK = 8  # of PEFT's LoraConfig, and of conf/adapter/lora.yaml
+SMALLEST_OF_A_ZERO = 10  # ratio of the authors' GPT-2 runs, which start with A = 0 (conf/experiment/paper_gpt2.yaml)
 _ATTENTION = re.compile(r"att(n|ention)\b", re.IGNORECASE)  # in a layer's name: self_attn, attention, SelfAttention
 # LoRA's best rate with a start, as a multiple of the best one with PEFT's usual start (arXiv 2602.04998)
 _START_FACTORS = {"True": 1.0, "gaussian": 1.0, "a_zero": 1.0, "pissa": 1 / 10, "olora": 1 / 18}
@@ -65,7 +66,7 @@ def rate_advice(
         return []
     if init is not None and ratio < 1:
         return [f"ratio {ratio:g} gives lora_B a smaller rate than lora_A; LoRA+ needs a larger one ({PAPER})."]
-    if init == "Init[2]" and 1 < ratio < 16:
+    if init == "Init[2]" and 1 < ratio < SMALLEST_OF_A_ZERO:
         return [f"lora_A starts at zero (Init[2]); the paper's ratio for Init[2] is about 16, not {ratio:g} ({PAPER})."]
     if init == "Init[1]" and product is not None and published is not None and product > HIGH * published:
         return [

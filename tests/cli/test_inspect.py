@@ -211,6 +211,7 @@ INIT_2 = [record("lora_A", True), record("lora_B", False)]
         (INIT_1, 1, 0.31, "3.1 times the 0.1"),
         (INIT_1, 8, None, None),
         (INIT_2, 16, 1.0, None),
+        (INIT_2, 10, 0.1, None),  # the authors' own, with GPT-2
         (INIT_2, 4, 0.1, "about 16"),
         (INIT_2, 1, 0.1, None),
         (INIT_1, 0.5, 0.1, "smaller rate"),
