@@ -47,10 +47,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+# DeepSpeed's build needs the torch of this environment.
 # Two plugins of Hydra require old packages that they do not need, so they are installed without their requirements.
 $(VENV)/.extras: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable ".[dev,tensorboard,wandb,mlflow,optuna,joblib,submitit,ray,schedulefree,harness]"
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--no-build-isolation --editable ".[deepspeed]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		hydra-optuna-sweeper==1.3.0 hydra-ray-launcher==1.2.2
 	touch $@

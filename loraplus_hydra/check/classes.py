@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loraplus_hydra.check.adapter import adapter_problems, quantization_problems
+from loraplus_hydra.check.deepspeed import joined_tensors_refusal
 from loraplus_hydra.check.keys import NOT_SET
 from loraplus_hydra.check.kinds import TARGET, derives, is_peft_settings, makes_schedule, resolve, returns_rows
 from loraplus_hydra.check.signatures import argument_problems
@@ -99,6 +100,8 @@ def _optimizer(plain: dict[str, Any]) -> list[Problem]:
     trainer = plain.get("trainer", {})
     if issubclass(found, (PairedOptimizer, ScheduleFree)) and (trainer.get("fsdp") or trainer.get("deepspeed")):
         problems.append(Problem("optimizer._target_", f"{found.__name__} {NEEDS_WHOLE}"))
+    elif trainer.get("deepspeed") and (refusal := joined_tensors_refusal(found, _arguments(optimizer))):
+        problems.append(Problem("optimizer._target_", refusal, "use optimizer=adamw, or trainer=fsdp2"))
     try:
         return problems + [Problem("optimizer", text) for text in optimizer_problems(found, _arguments(optimizer))]
     except Exception as error:  # a class may raise any type of error for a combination of values

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 import torch
@@ -32,10 +31,8 @@ def machine_problems(plain: dict[str, Any]) -> list[Problem]:
         *_auto_batch(trainer),
         *_bitsandbytes(plain.get("quantization", {})),
         *_split_quantised(plain),
-        *_deepspeed(trainer.get("deepspeed"), "trainer.deepspeed"),
-        *_deepspeed(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"), "ACCELERATE_DEEPSPEED_CONFIG_FILE"),
-        *_settings(trainer.get("accelerator_config"), "trainer.accelerator_config")[1],
-        *_settings(trainer.get("fsdp_config"), "trainer.fsdp_config")[1],
+        *_settings(trainer.get("accelerator_config"), "trainer.accelerator_config"),
+        *_settings(trainer.get("fsdp_config"), "trainer.fsdp_config"),
     ]
 
 
@@ -62,9 +59,12 @@ def _dtype(dtype: Any, use_cpu: Any) -> list[Problem]:
 
 
 def _auto_batch(trainer: dict[str, Any]) -> list[Problem]:
-    if not trainer.get("auto_batch") or world_size() == 1:
+    if not trainer.get("auto_batch"):
         return []
-    return [Problem("trainer.auto_batch", "needs a single process", "set trainer.per_device_train_batch_size")]
+    what = "needs a single process" if world_size() > 1 else "can't be used with DeepSpeed"
+    if world_size() == 1 and not trainer.get("deepspeed"):
+        return []
+    return [Problem("trainer.auto_batch", what, "set trainer.per_device_train_batch_size")]
 
 
 def _compiler(trainer: dict[str, Any]) -> list[Problem]:
@@ -127,25 +127,12 @@ def _split_quantised(plain: dict[str, Any]) -> list[Problem]:
     return [Problem("quantization.bnb_4bit_quant_storage", what, fix)]
 
 
-def _deepspeed(given: Any, key: str) -> list[Problem]:
-    """Return a Problem for a DeepSpeed config with its own optimizer or schedule."""
-    settings, problems = _settings(given, key)
-    blocks = {"optimizer": "the optimizer group", "scheduler": "the scheduler group"}
-    return problems + [
-        Problem(key, f"its block '{name}' would replace {master} and LoRA+", f"remove '{name}'")
-        for name, master in blocks.items()
-        if name in settings
-    ]
-
-
-def _settings(given: Any, key: str) -> tuple[dict[str, Any], list[Problem]]:
-    """Return settings and their errors. If `given` is a file's name, its JSON is read."""
-    if not isinstance(given, str):
-        return given if isinstance(given, dict) else {}, []
+def _settings(given: Any, key: str) -> list[Problem]:
+    """Return the Problem of a JSON file of settings that can't be read."""
     try:
-        read = json.loads(expanded(given).read_text(encoding="utf-8"))
+        read = json.loads(expanded(given).read_text(encoding="utf-8")) if isinstance(given, str) else {}
     except (OSError, ValueError) as error:
-        return {}, [Problem(key, f"it can't be read: {error}", "use a JSON file with these settings")]
+        return [Problem(key, f"it can't be read: {error}", "use a JSON file with these settings")]
     if not isinstance(read, dict):
-        return {}, [Problem(key, f"{given} doesn't contain a mapping", "use a JSON file with these settings")]
-    return read, []
+        return [Problem(key, f"{given} doesn't contain a mapping", "use a JSON file with these settings")]
+    return []

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import trainer_log_levels
 
+from loraplus_hydra.check.deepspeed import deepspeed_problems
 from loraplus_hydra.check.keys import NOT_SET
 from loraplus_hydra.check.kinds import TARGET, derives, is_auto_class, resolve, returns
 from loraplus_hydra.check.signatures import argument_problems, documented_value_problems
@@ -77,7 +80,9 @@ def _trainer_arguments(arguments: type, task: dict[str, Any], trainer: dict[str,
     if trainer.get("fsdp") and world_size() == 1:
         fix = "start it with torchrun --nproc_per_node N -m loraplus_hydra ..., or use trainer=default"
         problems.append(Problem("trainer.fsdp", "FSDP needs several processes, but there is only one", fix))
-    problems += _log_levels(trainer) + documented_value_problems(arguments, own, "task.args")
+    problems += (
+        deepspeed_problems(trainer) + _log_levels(trainer) + documented_value_problems(arguments, own, "task.args")
+    )
     return problems or _constructed(arguments, {**trainer, **own})
 
 
@@ -117,12 +122,25 @@ def _misplaced(arguments: type, trainer: dict[str, Any], own: dict[str, Any]) ->
 def _constructed(arguments: type, values: dict[str, Any]) -> list[Problem]:
     """Instantiate the arguments' class and return its error as a Problem."""
     try:
-        arguments(output_dir=".", report_to="none", **_without(values, *MASTERS))
+        with _same_environment():
+            arguments(output_dir=".", report_to="none", **_without(values, *MASTERS))
     except (OSError, json.JSONDecodeError):  # machine_problems reports a file of settings that can't be read
         return []
     except (ValueError, TypeError, ImportError) as error:
         return [Problem("trainer", first_line(error))]
     return []
+
+
+@contextmanager
+def _same_environment() -> Iterator[None]:
+    """Restore the environment's variables. The arguments' class sets some, such as that DeepSpeed is used."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _without(group: dict[str, Any], *keys: str) -> dict[str, Any]:

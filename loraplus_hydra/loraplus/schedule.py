@@ -89,9 +89,8 @@ def _rates(factory: Callable[..., Any], optimizer: Optimizer, steps: int, kwargs
 
 def named_schedule(name: str) -> Callable[..., Any]:
     """Return the schedule with this name: a `lr_scheduler_type` of transformers, `wsd` or `one_cycle`."""
-    from transformers.optimization import (
-        TYPE_TO_SCHEDULER_FUNCTION,
-    )  # takes seconds; only names need it
+    # takes seconds, and only names need it
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
     known: dict[str, Callable[..., Any]] = {kind.value: each for kind, each in TYPE_TO_SCHEDULER_FUNCTION.items()}
     known |= {"wsd": known["warmup_stable_decay"], "one_cycle": one_cycle}
@@ -232,7 +231,8 @@ def _stand_in(optimizer: Optimizer) -> Optimizer:
         }
         for group in optimizer.param_groups
     ]
-    return _StandIn(groups, dict(optimizer.defaults))
+    # DeepSpeed's optimizers have no `defaults`; those of torch's OneCycleLR need none without momentum
+    return _StandIn(groups, dict(getattr(optimizer, "defaults", {})))
 
 
 def _check_ratio(factory: Callable[..., Any], schedule: LRScheduler, optimizer: Optimizer, steps: int) -> None:

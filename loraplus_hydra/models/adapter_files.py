@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplus_hydra.config.locations import is_local, model_location
@@ -63,13 +64,15 @@ class StoredAdapter:
         return None
 
 
-def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_adapter(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, whole: dict[str, Tensor] | None = None
+) -> None:
     """Write the adapter, its tokenizer and the base's config.json into `folder`.
 
-    The files fit the original base, also for an initialisation that changes the base. For a classifier, config.json
-    also has the names of the labels.
+    `whole` are the adapter's tensors by name, if `model` has only parts of them. The files fit the original base, also
+    for an initialisation that changes the base. For a classifier, config.json also has the names of the labels.
     """
-    save_factors(model, folder)
+    save_factors(model, folder, state_dict=whole)
     initial = getattr(model, "initial_factors", None)
     if initial:
         stored = PeftConfig.from_pretrained(str(folder))

@@ -14,6 +14,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from loraplus_hydra.check import Checked, check
 from loraplus_hydra.config.identity import run_hash
@@ -43,6 +44,7 @@ from loraplus_hydra.runs.resume import find_resume_point, finished_message, fini
 from loraplus_hydra.training.hf_trainer.assemble import make_trainer
 from loraplus_hydra.training.hf_trainer.rung import RungReached
 from loraplus_hydra.training.hf_trainer.train import train
+from loraplus_hydra.training.hf_trainer.whole_tensors import whole_tensors
 from loraplus_hydra.training.measure import reset_peak_memory
 from loraplus_hydra.training.prepare import Prepared, prepare
 from loraplus_hydra.training.trackers.tracking import Tracking
@@ -143,9 +145,10 @@ def _run(job: Run, checked: Checked | None, stop_at: float | None) -> None:
     screen.show("5/6 Training")
     train(trainer, prepared, job.result, job.point, stop_at)
     screen.show("6/6 Saving the adapter")
+    whole = whole_tensors(trainer)
     if processes.is_main():
         with interrupts.notice("the adapter is saved first"):
-            _save(job, prepared, run_folder.ADAPTER)
+            _save(job, prepared, run_folder.ADAPTER, whole)
             if job.config.trainer.get("ema") is not None:
                 with trainer.average.in_model():
                     _save(job, prepared, run_folder.ADAPTER_EMA)
@@ -254,11 +257,11 @@ def _show_and_write_plan(folder: Path, prepared: Prepared, plan: Plan) -> None:
     files.write_text(folder / run_folder.PARAM_GROUPS, json.dumps(entries, indent=2) + "\n")
 
 
-def _save(job: Run, prepared: Prepared, name: str) -> None:
+def _save(job: Run, prepared: Prepared, name: str, whole: dict[str, Tensor] | None = None) -> None:
     """Write the adapter's folder `name`, in PEFT's layout, with the tokenizer.
 
-    An incomplete folder is never left.
+    `whole` are its tensors, if the model has only parts of them. An incomplete folder is never left.
     """
     with folders.replaced_folder(job.folder / name) as draft:
-        save_adapter(prepared.model, prepared.tokenizer, draft)
+        save_adapter(prepared.model, prepared.tokenizer, draft, whole)
     job.result.inputs[name] = folder_fingerprint(job.folder / name)

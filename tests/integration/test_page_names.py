@@ -42,6 +42,8 @@ FOREIGN = {
     "--lora-modules",
     "--max-lora-rank",
     "--no-deps",
+    "--no-build-isolation",
+    "--use_deepspeed",
     "--out",
     "--strict",
     "--logdir",

@@ -211,24 +211,6 @@ def test_folder_that_is_removed_on_the_way_is_told(
     assert "Traceback" not in finished.err
 
 
-@pytest.mark.parametrize("block", ["optimizer", "scheduler"])
-def test_deepspeed_config_that_would_replace_the_optimizer_is_refused(
-    block: str, cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
-) -> None:
-    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, block: {"type": "X"}}))
-    finished = cli("check", *tiny_run, "+trainer.deepspeed=ds.json")
-    assert finished.status == 1
-    assert f"trainer.deepspeed: its block '{block}' would replace" in finished.err
-
-
-def test_deepspeed_config_of_accelerate_is_looked_at_too(
-    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "ds.json").write_text(json.dumps({"optimizer": {"type": "AdamW"}}))
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds.json")
-    assert "its block 'optimizer' would replace" in cli("check", *tiny_run).err
-
-
 def test_failed_run_is_told_in_our_words_alone_and_in_its_log(
     cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
 ) -> None:

@@ -15,8 +15,10 @@ from transformers import Trainer, TrainingArguments
 from loraplus_hydra.config.locations import config_folder
 from loraplus_hydra.config.schema import register
 from loraplus_hydra.models.adapter import add_adapter
+from loraplus_hydra.models.adapter_files import save_factors
 from loraplus_hydra.models.base_model import load_model
 from loraplus_hydra.training.hf_trainer.loraplus_mixin import with_loraplus
+from loraplus_hydra.training.hf_trainer.whole_tensors import collect_shards
 from loraplus_hydra.training.prepare import loraplus_settings
 
 
@@ -47,7 +49,14 @@ def write_rates(how: str, folder: str, out: str) -> None:
     model = add_adapter(load_model(config.model, config.task.auto_class), config.adapter, config.task.task_type)
     arguments = TrainingArguments(output_dir=f"{out}/trainer", use_cpu=True, report_to="none")
     trainer: Any = with_loraplus(Trainer)(model=model, args=arguments, loraplus=loraplus_settings(config))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     sharded = wrapped(model, how)
+    if how == "fsdp2":
+        whole = collect_shards(sharded)  # every process must take part
+        assert all(tensor.equal(before[name]) for name, tensor in whole.items())
+        assert whole.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if dist.get_rank() == 0:
+            save_factors(model, Path(out, "adapter"), state_dict=whole)
     optimizer = trainer.create_optimizer(sharded)
     ids = torch.arange(12)[None] + dist.get_rank()
     sharded(input_ids=ids, labels=ids).loss.backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.conftest import Finished
 from tests.support.distributed_worker import write_rates
@@ -35,6 +37,11 @@ def two_ranks(*words: str, folder: Path) -> Ended:
     return run_in_two_ranks(command_line, *words, folder=folder)
 
 
+def own_name(name: str) -> str:
+    """Return PEFT's name of a tensor in a file: without the adapter's name."""
+    return re.sub(r"\.default", "", name).replace("magnitude_vector.weight", "magnitude_vector")
+
+
 @pytest.mark.parametrize("how", ["ddp", "fsdp1", "fsdp2"])
 def test_each_tensor_trains_at_the_rate_that_inspect_printed(
     how: str, cli: Callable[..., Finished], tiny_model: Path, tmp_path: Path
@@ -43,6 +50,10 @@ def test_each_tensor_trains_at_the_rate_that_inspect_printed(
     ended = run_in_two_ranks(write_rates, how, str(tiny_model), str(tmp_path), folder=tmp_path)
     assert ended.status == 0, ended.out[-3000:]
     rates = json.loads((tmp_path / f"{how}.json").read_text())
+    if how == "fsdp2":  # the worker saved the adapter of the split model
+        saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        trained = {own_name(tensor["name"]): tensor["shape"] for tensor in json.loads(printed.out)["tensors"]}
+        assert {name: list(tensor.shape) for name, tensor in saved.items()} == trained
     assert rates == pytest.approx({tensor["name"]: tensor["lr"] for tensor in json.loads(printed.out)["tensors"]})
 
 

@@ -25,6 +25,7 @@ from loraplus_hydra.io.run_folder import CHECKPOINTS, METRICS
 from loraplus_hydra.models.adapter import schedule_of
 from loraplus_hydra.models.eva import awaits_directions, take_ranks
 from loraplus_hydra.tasks.examples import Examples
+from loraplus_hydra.training.deepspeed_settings import complete_settings
 from loraplus_hydra.training.hf_trainer.answer_ends import with_one_end
 from loraplus_hydra.training.hf_trainer.average import AverageCallback, with_average
 from loraplus_hydra.training.hf_trainer.callbacks import MetricsCallback, ShowProgress, remove_own_printing
@@ -103,6 +104,8 @@ def training_arguments(
     arguments["resume_from_checkpoint"] = resume_from
     for name in NOT_TRAINING_ARGUMENTS:
         arguments.pop(name, None)
+    if arguments.get("deepspeed"):
+        arguments["deepspeed"] = complete_settings(arguments["deepspeed"])
     arguments.update(plain_of(config.task.args))
     if examples.max_length is not None:
         arguments["max_length"] = examples.max_length

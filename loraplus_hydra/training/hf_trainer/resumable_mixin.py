@@ -38,6 +38,7 @@ from loraplus_hydra.training.hf_trainer.checkpoint_callback import (
     refuse_unfit_best,
     stored_trainer_state,
 )
+from loraplus_hydra.training.hf_trainer.safe_loads import refuse_code, weights_only_loads
 from loraplus_hydra.training.process_state import random_states, set_random_states
 
 
@@ -239,12 +240,23 @@ class ResumableMixin:
             )
         return output
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """Prepare like the Trainer. Raises UserError if loading the checkpoint could run code."""
+        prepare = super()._prepare_for_training  # type: ignore[misc]
+        if resume_from_checkpoint is None:
+            return prepare(max_steps, train_dataloader, resume_from_checkpoint)
+        refuse_code(Path(resume_from_checkpoint))
+        with weights_only_loads():
+            return prepare(max_steps, train_dataloader, resume_from_checkpoint)
+
     def _load_best_model(self) -> None:
         """Load like the Trainer, but only from a complete checkpoint in this run's own folder."""
         best = Path(self.args.output_dir) / Path(str(self.state.best_model_checkpoint)).name
         refuse_unfit_best(best)
         self.state.best_model_checkpoint = str(best)
-        super()._load_best_model()  # type: ignore[misc]
+        refuse_code(best)
+        with weights_only_loads():
+            super()._load_best_model()  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         """Load the weights like the Trainer. Raises UserError if they can't be read."""

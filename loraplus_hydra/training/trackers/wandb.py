@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from urllib.parse import urlsplit
 
 from loraplus_hydra.errors import UserError
@@ -67,7 +67,7 @@ class WandB(Tracker):
         self._run = wandb.init(
             project=self.project,
             entity=self.entity,
-            mode=self.mode,
+            mode=cast("Any", self.mode),  # wandb's Literal, which the check compares with
             id=run_id,
             name=run.name,
             group=run.group,
