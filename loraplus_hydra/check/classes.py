@@ -23,7 +23,7 @@ from loraplus_hydra.check.task import task_problems
 from loraplus_hydra.data.rows import loader_arguments
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
 from loraplus_hydra.loraplus.factor_pairs import NEEDS_WHOLE, PairedOptimizer
-from loraplus_hydra.loraplus.optimizer_check import class_refusal, optimizer_problems
+from loraplus_hydra.loraplus.optimizer_check import class_refusal, ignored_rates, optimizer_problems
 from loraplus_hydra.loraplus.rules import parse_rules
 from loraplus_hydra.loraplus.schedule import build_schedule, falls
 from loraplus_hydra.loraplus.schedule_free import NOT_CONSTANT, ScheduleFree
@@ -102,10 +102,15 @@ def _optimizer(plain: dict[str, Any]) -> list[Problem]:
         problems.append(Problem("optimizer._target_", f"{found.__name__} {NEEDS_WHOLE}"))
     elif trainer.get("deepspeed") and (refusal := joined_tensors_refusal(found, _arguments(optimizer))):
         problems.append(Problem("optimizer._target_", refusal, "use optimizer=adamw, or trainer=fsdp2"))
+    arguments = _arguments(optimizer)
     try:
-        return problems + [Problem("optimizer", text) for text in optimizer_problems(found, _arguments(optimizer))]
+        problems += [Problem("optimizer", text) for text in optimizer_problems(found, arguments)]
     except Exception as error:  # a class may raise any type of error for a combination of values
         return [Problem("optimizer", f"{found.__name__}: {first_line(error)}")]
+    if not problems and not issubclass(found, (PairedOptimizer, ScheduleFree)):  # these need pairs, or their own mode
+        refusal = ignored_rates(found, arguments)
+        problems += [Problem("optimizer._target_", refusal, "use the group's rate: group['lr']")] if refusal else []
+    return problems
 
 
 def _scheduler(plain: dict[str, Any]) -> list[Problem]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 # The libraries read these when they are imported. A value that the user has set is kept.
@@ -20,6 +21,9 @@ ENVIRONMENT = {
     "HF_HUB_VERBOSITY": "error",  # otherwise each failed request to the hub is a warning
     "TOKENIZERS_PARALLELISM": "false",  # otherwise each fork of a data loader is a warning
 }
+
+# A line of transformers' report on loading: the tensor's name, colours aside, and what happened to it
+_REPORTED = re.compile(r"^(\S+)\s*\|.*(?:MISSING|MISMATCH|UNEXPECTED|CONVERSION)", re.MULTILINE)
 
 
 def quiet_libraries() -> None:
@@ -51,6 +55,26 @@ def quiet_peft() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="lora with eva initialization used")  # the rows fit the memory anyway
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # `export` handles it
         yield
+
+
+@contextmanager
+def quiet_new_head(heads: Collection[str]) -> Iterator[None]:
+    """Silence transformers' report on loading if it names only layers of `heads`.
+
+    A classifier's head is not in the base model: it is new, or comes with the adapter.
+    """
+
+    def names_others(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        keys = _REPORTED.findall(text)
+        return "LOAD REPORT" not in text or not keys or any(key.split(".")[0] not in heads for key in keys)
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(names_others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(names_others)
 
 
 @contextmanager

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from loraplus_hydra.errors import nearest
 from loraplus_hydra.loraplus.plan import Group
 from loraplus_hydra.loraplus.rules import RULE_KEYS
 
+_SAME = 1e-3  # relative difference within which two steps are equally large; rounding makes a smaller one
 OWN_RATE = "chooses its rate itself, so it ignores the groups' rates and the ratio"
 
 # Module -> why its own optimizer classes can't be used. A class of this program derives from each of them.
@@ -69,6 +72,45 @@ def class_refusal(cls: type) -> str:
     refused = [REFUSED[base.__name__] for base in cls.__mro__ if base.__name__ in REFUSED]
     refused += [why for module, why in REFUSED_MODULES.items() if f"{cls.__module__}.".startswith(f"{module}.")]
     return f"{cls.__name__} can't be used: it {refused[0]}" if refused else ""
+
+
+def ignored_rates(cls: type[Optimizer], kwargs: Mapping[str, Any]) -> str:
+    """Return why the class doesn't train each group at the group's own rate; empty if it does.
+
+    Two equal tensors with equal gradients are trained in groups with different rates, which are then exchanged. If the
+    optimizer can't be tried, nothing is known, and the result is empty.
+    """
+    low, high = 1e-3, 4e-3
+    start = torch.linspace(-1, 1, 64).reshape(8, 8)  # a matrix, because Muon trains nothing else
+    tensors = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    groups = [{"params": [tensor], "lr": lr} for tensor, lr in zip(tensors, (low, high), strict=True)]
+    try:
+        optimizer = cls(groups, **{"lr": low, **kwargs} if takes(cls, "lr") else kwargs)
+        if len(optimizer.param_groups) != len(groups):
+            return f"{cls.__name__} doesn't keep the parameter groups that it is given, so A and B get one rate"
+        first = _moves(optimizer, tensors)
+        for group, lr in zip(optimizer.param_groups, (high, low), strict=True):
+            group["lr"] = lr
+        _moves(optimizer, tensors)  # some classes, such as ASGD, take a new rate one step later
+        second = _moves(optimizer, tensors)
+    except Exception:  # a class may need more than two tensors, or a GPU
+        return ""
+    if not all(0 < move < math.inf for move in (*first, *second)):
+        return ""
+    if math.isclose(*first, rel_tol=_SAME):
+        return f"{cls.__name__} takes equal steps in groups with different rates, so the ratio would do nothing"
+    if math.isclose(first[1] / first[0], second[1] / second[0], rel_tol=_SAME):
+        return f"{cls.__name__} doesn't follow changes of its groups' rates, so the schedule would do nothing"
+    return ""
+
+
+def _moves(optimizer: Optimizer, tensors: Sequence[torch.Tensor]) -> list[float]:
+    """Return how far each tensor moves in one step, all with the same gradient."""
+    before = [tensor.detach().clone() for tensor in tensors]
+    for tensor in tensors:
+        tensor.grad = torch.linspace(1, 2, tensor.numel()).reshape(tensor.shape)
+    optimizer.step()
+    return [float((tensor.detach() - old).norm()) for tensor, old in zip(tensors, before, strict=True)]
 
 
 def takes(cls: type, argument: str) -> bool:

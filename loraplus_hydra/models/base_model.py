@@ -18,9 +18,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from loraplus_hydra.config.locations import is_local, model_location
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line, refuse
+from loraplus_hydra.io.quiet_libraries import quiet_new_head
 from loraplus_hydra.models.quantization import disable_cpu_repacking, quantization_config, skip_heads
 
 REDRAWN = ("classifier", "score")  # a classifier's layers that `task.new_head` replaces; PEFT trains these two
+# Output layers of other tasks, which a classifier leaves out
+_OTHER_HEADS = ("lm_head", "cls", "embed_out")
 
 
 def load_model(
@@ -47,16 +50,17 @@ def load_model(
         if on_cpu:
             arguments["device_map"] = {"": "cpu"}  # transformers would quantise on the accelerator
     try:
-        loaded: PreTrainedModel = locate(auto_class).from_pretrained(
-            model_location(model.path),
-            config=config,
-            dtype=model.dtype,
-            attn_implementation=model.attention,
-            use_safetensors=True,  # reading a pickle can run code
-            # If the checkpoint's head is for other labels, a new head replaces it.
-            ignore_mismatched_sizes="num_labels" in (config_overrides or {}),
-            **arguments,
-        )
+        with quiet_new_head((*REDRAWN, *_OTHER_HEADS)):
+            loaded: PreTrainedModel = locate(auto_class).from_pretrained(
+                model_location(model.path),
+                config=config,
+                dtype=model.dtype,
+                attn_implementation=model.attention,
+                use_safetensors=True,  # reading a pickle can run code
+                # If the checkpoint's head is for other labels, a new head replaces it.
+                ignore_mismatched_sizes="num_labels" in (config_overrides or {}),
+                **arguments,
+            )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ConfigErrors([_load_problem(model, error)]) from error
     if quantized is not None:

@@ -36,6 +36,8 @@ def auto_rate(config: DictConfig, base: Any = None) -> AutoRate:
     `loraplus.invariance`), so the rate is rescaled to the config's alpha, and divided by the ratio. `base` is the
     model's PretrainedConfig; without it, its config.json is read. Raises UserError if nothing is published.
     """
+    if "lr_B" in config.loraplus:
+        raise UserError("loraplus.lr_B is a rate of its own, so there is no rate to divide by a ratio; give numbers")
     optimizer, adapter = str(config.optimizer._target_), config.adapter
     if not is_adam(optimizer.rpartition(".")[2]):
         raise UserError(f"published rates are those of Adam, not of {optimizer.rpartition('.')[2]}; give a number")

@@ -66,7 +66,13 @@ def details(results: SweepResults) -> list[str]:
     if outcome.tolerance is not None:
         number = len(outcome.near)
         near = f"{count(number, 'other setting')} {'is' if number == 1 else 'are'}" if number else "No other setting is"
-        sentences.append(f"{near} about as good as the best ({rule_of(outcome.tolerance)}).")
+        plain = ", the best of plain LoRA among them" if outcome.baseline in outcome.near else ""
+        sentences.append(f"{near} about as good as the best ({rule_of(outcome.tolerance)}){plain}.")
+    if outcome.best.ratio is not None and outcome.best.ratio < 1:
+        sentences.append(
+            f"The best setting's ratio is {outcome.best.ratio:.2g}: "
+            "lora_A trains faster than lora_B, the opposite of LoRA+."
+        )
     if len(outcome.ranked) >= _MANY and len(outcome.best.measured) > 1:
         sentences.append(
             f"The best of {len(outcome.ranked)} settings was chosen and measured with the same seeds, so its lead is "
@@ -106,8 +112,11 @@ def speed_sentence(results: SweepResults) -> str:
     metric = results.sweep.metric
     if reach is None or reach.step is None or reach.times_fewer_steps is None:
         return f"The best setting's mean curve never reaches ratio 1's final {metric} ({measured(outcome.target)})."
+    reaches = f"The best setting reaches ratio 1's final {metric} ({measured(outcome.target)})"
+    if reach.times_fewer_steps == 1:  # without the time, because for equal steps the times differ only by noise
+        return f"{reaches} no sooner than ratio 1: by step {reach.step:,}. Only steps with an evaluation are compared."
     return (
-        f"The best setting reaches ratio 1's final {metric} ({measured(outcome.target)}) {_times(reach)}: by step "
+        f"{reaches} {_times(reach)}: by step "
         f"{reach.step:,} instead of {outcome.reached[0].step:,}. Only steps with an evaluation are compared."
     )
 
@@ -169,13 +178,12 @@ def _twin(results: SweepResults, gap: Difference) -> str:
     twin = with_spread(gap.worse.mean, gap.worse.spread)
     change = f"{measured(abs(gap.gain))} {'worse' if gap.gain > 0 else 'better'}"
     noise = "" if gap.verdict == ONE_SEED else f" {verdict(gap)}"
-    return f"With only its ratio changed to 1, {results.label(gap.better)} has {twin}: {change}.{noise}"
+    return f"With lora_B's rate set to lora_A's, {results.label(gap.better)} has {twin}: {change}.{noise}"
 
 
 def _times(reach: Reach) -> str:
     """Return the speed-up in steps and in time."""
-    if reach.times_fewer_steps in (None, 1):
-        return "in as many steps"  # without the time, because for equal steps the times differ only by noise
+    assert reach.times_fewer_steps is not None
     steps = f"in {_factor(reach.times_fewer_steps, 'fewer steps', 'more steps', 'about as many steps')}"
     if not reach.times_faster:
         return steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes as bnb
@@ -16,11 +17,13 @@ from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import ConfigErrors, UserError
 from loraplus_hydra.loraplus.grouping import assign
 from loraplus_hydra.loraplus.optimizer import build_optimizer, create_loraplus_optimizer, group_parameters
-from loraplus_hydra.loraplus.optimizer_check import optimizer_problems
+from loraplus_hydra.loraplus.optimizer_check import ignored_rates, optimizer_problems
 from loraplus_hydra.loraplus.roles import tensor_records
 from loraplus_hydra.loraplus.rules import Rule
+from tests.conftest import Finished
 from tests.support.models import ConvNet, llama, train, with_lora
 from tests.support.presets import CONF, LR, arguments, preset
+from tests.support.rate_breakers import FirstRates, OneGroup, OneRate
 
 OPTIMIZERS = sorted(path.stem for path in (CONF / "optimizer").glob("*.yaml"))
 MADE_FOR_LORA = ("lora_fa", "riemannian_adamw", "schedulefree_adamw")  # test_lora_optimizers.py
@@ -327,3 +330,27 @@ def test_32_bit_state_survives_saving_and_loading_and_training_goes_on_to_the_sa
     assert losses == expected
     for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("cls", "why"),
+    [
+        (OneRate, "takes equal steps in groups with different rates"),
+        (FirstRates, "doesn't follow changes of its groups' rates"),
+        (OneGroup, "doesn't keep the parameter groups"),
+    ],
+)
+def test_class_that_has_other_rates_than_its_groups_is_refused(
+    cls: type[torch.optim.Optimizer], why: str, cli: Callable[..., Finished]
+) -> None:
+    assert why in ignored_rates(cls, {})
+    finished = cli("check", f"optimizer._target_=tests.support.rate_breakers.{cls.__name__}")
+    assert finished.status == 1
+    assert f"optimizer._target_: {cls.__name__} {why}" in finished.err
+
+
+def test_class_of_torch_or_bitsandbytes_is_refused_only_if_it_ignores_rates() -> None:
+    found = [*vars(torch.optim).values(), *vars(bnb.optim).values()]
+    classes = [cls for cls in found if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)]
+    assert len(classes) > 40
+    assert [cls for cls in classes if ignored_rates(cls, {})] == [torch.optim.Rprop]

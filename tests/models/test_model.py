@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import socket
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from loraplus_hydra.config.locations import config_folder
 from loraplus_hydra.errors import ConfigErrors
+from loraplus_hydra.io.quiet_libraries import quiet_new_head
 from loraplus_hydra.models.adapter import add_adapter
 from loraplus_hydra.models.base_model import hub_arguments, load_base, load_model, match_tokenizer, meta_model
 from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
@@ -227,6 +229,22 @@ def test_causal_classifier_judges_a_text_alike_alone_and_padded(architecture: st
         together = model(**padding(texts, padding=True, return_tensors="pt")).logits
         alone = torch.cat([model(**padding(text, return_tensors="pt")).logits for text in texts])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_report_on_loading_is_shown_unless_only_a_head_is_new(
+    tiny_model: Path, compose: Callable[..., DictConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = compose("model=hub", f"model.path={tiny_model}").model
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(caplog.handler)
+    try:
+        load_model(model, "transformers.AutoModelForSequenceClassification")
+        assert "LOAD REPORT" not in caplog.text
+        with quiet_new_head(("another",)):
+            AutoModelForSequenceClassification.from_pretrained(tiny_model)
+        assert "score.weight" in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 def test_head_for_other_labels_is_replaced(tmp_path: Path) -> None:

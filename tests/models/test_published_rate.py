@@ -55,6 +55,11 @@ def test_each_named_model_has_a_rate_with_its_source(model: str, compose: Callab
     assert ("a guess" in rate.source) == (model in GUESSED)
 
 
+def test_rates_that_are_set_directly_have_no_published_one(compose: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match=r"loraplus\.lr_B is a rate of its own"):
+        auto_rate(compose("loraplus=absolute"))
+
+
 @pytest.mark.parametrize(
     ("override", "factor"),
     [

@@ -146,8 +146,8 @@ def test_speed_counts_evaluations_that_reach_the_target(tmp_path: Path) -> None:
         ((5.0, 4.2, 4.0, 3.9, 3.7), 0.1, "in 2x fewer steps (1.8x faster in time): by step 20 instead of 40."),
         ((5.0, 4.2, 4.0, 3.9, 3.7), 0.5, "in 2x fewer steps (2.3x slower in time): by step 20 instead of 40."),
         ((5.0, 4.2, 4.0, 3.9, 3.7), 0.2, "in 2x fewer steps (as fast in time): by step 20 instead of 40."),
-        ((5.0, 4.5, 4.2, 4.1, 3.9), 0.2, "in as many steps: by step 40 instead of 40."),
-        ((5.0, 4.5, 4.2, 4.1, 3.9), 0.01, "in as many steps: by step 40 instead of 40."),
+        ((5.0, 4.5, 4.2, 4.1, 3.9), 0.2, "no sooner than ratio 1: by step 40."),
+        ((5.0, 4.5, 4.2, 4.1, 3.9), 0.01, "no sooner than ratio 1: by step 40."),
     ],
 )
 def test_clock_is_reported_unless_steps_are_equal(
@@ -157,6 +157,14 @@ def test_clock_is_reported_unless_steps_are_equal(
         points = list(zip((0, 10, 20, 30, 40), curve, strict=True))
         write_job(tmp_path / str(ratio), {"loraplus.ratio": ratio}, curve[-1], curve=points, pace=its_pace)
     assert sentence in summary.speed_sentence(results_of(tmp_path))
+
+
+def test_best_that_favours_lora_a_and_plain_lora_among_the_good_are_said(tmp_path: Path) -> None:
+    for number, (rate_a, rate_b, loss) in enumerate(((1e-3, 1e-3, 3.001), (1e-3, 2.5e-4, 3.0), (1e-3, 4e-3, 4.0))):
+        write_job(tmp_path / str(number), {"loraplus.lr_A": rate_a, "loraplus.lr_B": rate_b}, loss)
+    said = " ".join(summary.details(results_of(tmp_path)))
+    assert "5% of the sweep's range), the best of plain LoRA among them." in said
+    assert "The best setting's ratio is 0.25: lora_A trains faster than lora_B, the opposite of LoRA+." in said
 
 
 def test_later_than_ratio_1_is_more_steps(tmp_path: Path) -> None:
