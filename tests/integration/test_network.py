@@ -63,7 +63,7 @@ def ended_without_network(arguments: list[list[str]], folder: Path) -> list[str]
 
 def test_nothing_is_fetched_unless_a_config_names_a_hub(tiny_run: list[str], tmp_path: Path) -> None:
     commands = [
-        *(["check"], ["inspect"], ["inspect", "model=llama3_8b"], ["preview", *tiny_run]),
+        *(["check", *tiny_run], ["inspect"], ["inspect", "model=llama3_8b"], ["preview", *tiny_run]),
         [*tiny_run, "trainer.max_steps=1", "hydra.run.dir=run"],
         *(["predict", "run", "text=say"], ["export", "run"], ["export", "run", "merge=false"]),
         ["export", "run", "target=vllm"],
