@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from loraplus_hydra.io.quiet_libraries import ENVIRONMENT
+
 GUARD = """
 import os, socket, sys
 
@@ -25,6 +27,9 @@ socket.socket.connect = lambda self, to: connect(self, to) if self.family == soc
 
 from hydra.core.global_hydra import GlobalHydra
 from loraplus_hydra.cli.main import main
+from loraplus_hydra.io.quiet_libraries import quiet_libraries
+
+quiet_libraries()  # as `main` does, before the next line imports the libraries
 from loraplus_hydra.runs import job
 
 job.draw_training = lambda *_: None  # a third of the run, and nothing that could need a network
@@ -48,7 +53,8 @@ except OSError:
 
 def ended_without_network(arguments: list[list[str]], folder: Path) -> list[str]:
     """How commands ended in a process without a network, to which nothing says that it should stay offline."""
-    env = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    said = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", *ENVIRONMENT)  # other tests in this process set ENVIRONMENT
+    env = {name: value for name, value in os.environ.items() if name not in said}
     root = Path(__file__).resolve().parents[2]
     code = GUARD.replace("ARGUMENTS", repr(arguments))
     command = [sys.executable, "-c", code]
