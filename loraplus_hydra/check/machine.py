@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -10,9 +9,9 @@ from torch.utils._triton import has_triton
 from transformers import utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from loraplus_hydra.config.locations import expanded
 from loraplus_hydra.errors import Problem, nearest
 from loraplus_hydra.io.processes import world_size
+from loraplus_hydra.training.deepspeed_settings import read_settings
 
 # Kernel -> transformers' function that searches for the package it needs, and the package's name.
 _PACKAGED = {
@@ -59,12 +58,10 @@ def _dtype(dtype: Any, use_cpu: Any) -> list[Problem]:
 
 
 def _auto_batch(trainer: dict[str, Any]) -> list[Problem]:
-    if not trainer.get("auto_batch"):
-        return []
     what = "needs a single process" if world_size() > 1 else "can't be used with DeepSpeed"
-    if world_size() == 1 and not trainer.get("deepspeed"):
-        return []
-    return [Problem("trainer.auto_batch", what, "set trainer.per_device_train_batch_size")]
+    if trainer.get("auto_batch") and (world_size() > 1 or trainer.get("deepspeed")):
+        return [Problem("trainer.auto_batch", what, "set trainer.per_device_train_batch_size")]
+    return []
 
 
 def _compiler(trainer: dict[str, Any]) -> list[Problem]:
@@ -130,9 +127,8 @@ def _split_quantised(plain: dict[str, Any]) -> list[Problem]:
 def _settings(given: Any, key: str) -> list[Problem]:
     """Return the Problem of a JSON file of settings that can't be read."""
     try:
-        read = json.loads(expanded(given).read_text(encoding="utf-8")) if isinstance(given, str) else {}
+        if isinstance(given, str):
+            read_settings(given)
     except (OSError, ValueError) as error:
         return [Problem(key, f"it can't be read: {error}", "use a JSON file with these settings")]
-    if not isinstance(read, dict):
-        return [Problem(key, f"{given} doesn't contain a mapping", "use a JSON file with these settings")]
     return []
