@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from loraplus_hydra.report.read_job import BROKEN, RUNNING, UNFINISHED
 from loraplus_hydra.report.read_sweep import Sweep
 from loraplus_hydra.report.results import SweepResults
 
-_OF_A_SEARCH = ("hparams_search=halving", "halving=true", "hparams_search=tune", "tune.")  # a single run refuses them
+_OF_A_SEARCH = re.compile(r"\+*(hparams_search=(halving|tune)$|halving=|tune[.=])")  # a single run refuses them
 _STATES = {
     RUNNING: "running",
     WAITING: "waiting at a rung",
@@ -126,7 +127,7 @@ def command(results: SweepResults) -> str:
     job = results.outcome.best_job
     if job is None or job.rerun is None:
         return ""
-    rerun = [text for text in job.rerun if not text.lstrip("+").startswith(_OF_A_SEARCH)]
+    rerun = [text for text in job.rerun if not _OF_A_SEARCH.match(text)]
     # The config of a ready-made sweep sets hydra.mode to MULTIRUN.
     single = ("hydra.mode=RUN",) if any(text.startswith("hparams_search=") for text in rerun) else ()
     return f"python -m loraplus_hydra {shlex.join((*rerun, *single))}"

@@ -112,3 +112,12 @@ def test_changes_of_resumes_count_where_the_config_has_them(
     begun.loraplus.ratio = 2
     OmegaConf.save(begun, folder / ".hydra" / "config.yaml")
     assert summary.command(results_of(tmp_path)) == (f"python -m loraplus_hydra {said}" if said else "")
+
+
+@pytest.mark.parametrize(
+    "search", ["halving=True", "+halving=true", "halving=1", "hparams_search=halving", "tune.budget=9"]
+)
+def test_the_best_job_of_a_search_runs_again_alone(tmp_path: Path, search: str) -> None:
+    folder = write_job(tmp_path / "0", {"loraplus.ratio": 4}, 3.5)
+    (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(["loraplus.ratio=4", search]))
+    assert summary.command(results_of(tmp_path)) == "python -m loraplus_hydra loraplus.ratio=4"

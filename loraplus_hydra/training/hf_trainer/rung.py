@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction
 from transformers.trainer_pt_utils import nested_concat, nested_numpify
@@ -17,6 +21,12 @@ from loraplus_hydra.training.hf_trainer.callbacks import StopAtStep
 from loraplus_hydra.training.hf_trainer.loraplus_mixin import NotFiniteError, loss_tokens
 
 _FEWEST_ROWS = 200  # held-out rows on which jobs are compared
+_EQUAL = 1e-4  # relative difference of a batch's loss to its rows' mean, which rounding explains
+_CLASSIFIED: dict[str, Any] = {  # problem_type -> its loss
+    "single_label_classification": nn.functional.cross_entropy,
+    "multi_label_classification": nn.functional.binary_cross_entropy_with_logits,
+    "regression": nn.functional.mse_loss,
+}
 _ROWS = 1600  # times the share of the steps: later rungs have fewer jobs and smaller differences
 
 
@@ -64,6 +74,15 @@ class StopAtRung(StopAtStep):
         raise RungReached(Rung(self.stop_at, self.step, state.max_steps, self.earliest, *measured))
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """The losses of the rung's rows."""
+
+    losses: list[float]
+    weights: list[float]  # their numbers of tokens with loss; 1 for a row without labels of tokens
+    predictions: list[Any]  # (logits, labels) of each batch
+
+
 def _row_losses(trainer: Any, share: float) -> tuple[tuple[float, ...], tuple[float, ...], float | None]:
     """Return the losses of the rung's rows, their numbers of tokens with loss, and the task's metric.
 
@@ -73,26 +92,81 @@ def _row_losses(trainer: Any, share: float) -> tuple[tuple[float, ...], tuple[fl
     chosen = min(count, max(_FEWEST_ROWS, round(_ROWS * share)))
     rows = rows.select([place * count // chosen for place in range(chosen)])
     trainer.model.eval()
-    losses, weights, predictions = [], [], []
-    # One row at a time: a batch's loss is a mean, and the shortest batch has no padding
-    for inputs in trainer._get_dataloader(rows, "Rung", batch_size=1, sampler_fn=SequentialSampler):
-        tokens = loss_tokens(inputs) if getattr(trainer, "_loss_shifts_labels", False) else 1
-        if not tokens:
-            losses.append(0.0)
-            weights.append(0.0)
+    # In batches, because it takes a fraction of the time. Some models only return a batch's mean.
+    found = _measure(trainer, rows, trainer.args.per_device_eval_batch_size) or _measure(trainer, rows, 1)
+    assert found is not None  # a batch of one row always has its row's loss
+    return tuple(found.losses), tuple(found.weights), _metric(trainer, found.predictions)
+
+
+def _measure(trainer: Any, rows: Any, size: int) -> _Measured | None:
+    """Predict `rows` in batches of `size`.
+
+    Return None if the model doesn't return the losses of a batch's rows.
+    """
+    found = _Measured([], [], [])
+    for inputs in trainer._get_dataloader(rows, "Rung", batch_size=size, sampler_fn=SequentialSampler):
+        has_tokens = getattr(trainer, "_loss_shifts_labels", False) and "labels" in inputs  # a pair of answers has none
+        tokens = loss_tokens(inputs) if has_tokens else 1
+        if size == 1 and not tokens:
+            found.losses.append(0.0)
+            found.weights.append(0.0)
             continue
-        found, *predicted = trainer.prediction_step(trainer.model, inputs, trainer.compute_metrics is None)
-        loss = float(found)
-        if not math.isfinite(loss):
+        with _outputs(trainer.model) as outputs:
+            mean, *predicted = trainer.prediction_step(trainer.model, inputs, trainer.compute_metrics is None)
+        loss = float(mean)
+        if size > 1:
+            each = _by_row(outputs, inputs, trainer.model, loss)
+        elif math.isfinite(loss):
+            each = ([loss], [float(tokens)])
+        else:
             raise NotFiniteError(f"the loss is {loss} on a held-out row at step {trainer.state.global_step}")
-        losses.append(loss)
-        weights.append(float(tokens))
-        predictions.append(predicted)
-    return tuple(losses), tuple(weights), _metric(trainer, predictions)
+        if each is None:
+            return None
+        found.losses.extend(each[0])
+        found.weights.extend(each[1])
+        found.predictions.append(predicted)
+    return found
+
+
+@contextmanager
+def _outputs(model: nn.Module) -> Iterator[list[Any]]:
+    """Collect what `model` returns in the block."""
+    outputs: list[Any] = []
+    hook = model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        hook.remove()
+
+
+def _by_row(
+    outputs: Sequence[Any], inputs: Mapping[str, Any], model: Any, mean: float
+) -> tuple[list[float], list[float]] | None:
+    """Return the losses of a batch's rows, and their numbers of tokens with loss.
+
+    None if they don't give the batch's loss, `mean`: the loss is of another kind, such as DPO's, or not finite.
+    """
+    output: Any = outputs[-1] if outputs else None
+    labels = inputs.get("labels")
+    of_labels = _CLASSIFIED.get(str(getattr(model.config, "problem_type", None)))
+    if isinstance(scores := getattr(output, "log_probs", None), torch.Tensor):  # TRL's output, which has no logits
+        weights = output.label_mask.sum(1).cpu()
+        losses = -scores.cpu().double().sum(1) / weights.clamp(min=1)
+    elif of_labels and labels is not None and isinstance(logits := getattr(output, "logits", None), torch.Tensor):
+        logits = logits.float().view_as(labels) if logits.numel() == labels.numel() else logits.float()
+        losses = of_labels(logits, labels, reduction="none").cpu().double().reshape(len(labels), -1).mean(1)
+        weights = torch.ones_like(losses)
+    else:
+        return None
+    total = float((losses * weights).sum() / weights.sum().clamp(min=1))
+    return (losses.tolist(), weights.tolist()) if math.isclose(total, mean, rel_tol=_EQUAL, abs_tol=_EQUAL) else None
 
 
 def _metric(trainer: Any, predictions: Sequence[Any]) -> float | None:
-    """Return `task.metric` of (logits, labels) for each row; None if `compute_metrics` doesn't return it."""
+    """Return `task.metric` of each batch's (logits, labels).
+
+    None if `compute_metrics` doesn't return it.
+    """
     if trainer.compute_metrics is None:
         return None
     logits, labels = (functools.reduce(nested_concat, each) for each in zip(*predictions, strict=True))
