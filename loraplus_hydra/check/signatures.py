@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
+from loraplus_hydra.config.schema import LIBRARY_RANGES
 from loraplus_hydra.config.synonyms import own_name
 from loraplus_hydra.config.types import describe, fits
 from loraplus_hydra.errors import Problem, nearest
@@ -47,7 +48,7 @@ def argument_problems(
             fix = f"it takes {', '.join(offered) or 'none'}" if len(offered) <= 30 else ""
             hint = nearest(own_name(name, where), [*offered, *also_valid])
             problems.append(Problem(key, f"{title} takes no argument '{name}'{hint}", fix))
-        elif name in hints and not fits(value, hints[name]):
+        elif name in hints and not fits(value, hints[name]) and not _is_wider(key, value):
             problems.append(Problem(key, f"'{value}' is not {describe(hints[name])}", "give it a value of this type"))
     # A dataclass of settings checks its required fields when it is instantiated.
     missing = [] if dataclasses.is_dataclass(target) else [name for name in offered if name not in arguments]
@@ -56,6 +57,11 @@ def argument_problems(
         for name in missing
         if offered[name].default is inspect.Parameter.empty
     ]
+
+
+def _is_wider(key: str, value: Any) -> bool:
+    """Return True if our own type of this key takes the value: PEFT's lora_alpha is an int, but any number works."""
+    return key in LIBRARY_RANGES and fits(value, LIBRARY_RANGES[key][0])
 
 
 def documented_value_problems(target: type, arguments: Mapping[str, Any], where: str) -> list[Problem]:

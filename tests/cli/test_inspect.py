@@ -195,6 +195,20 @@ def test_inspect_and_a_run_name_the_equal_run_of_plain_lora(
     assert explanation == []
 
 
+def test_the_equal_run_can_be_trained_where_its_alpha_is_a_fraction(
+    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    words = [*tiny_run, "adapter=lora_a_zero", "trainer.max_steps=1"]
+    line = next(line for line in cli("inspect", *words, "loraplus.ratio=10").out.splitlines() if "Equal to" in line)
+    equal = line.partition("with ")[2].partition(",")[0].split()
+    assert "adapter.lora_alpha=1.6" in equal
+    run = tmp_path / "run"
+    finished = cli(*words, *equal, f"hydra.run.dir={run}")
+    assert finished.status == 0, finished.err
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["lora_alpha"] == 1.6
+    assert cli("predict", str(run), "text=say one").status == 0
+
+
 def record(role: str, zero: bool) -> TensorRecord:
     return TensorRecord(name=role, role=role, owner="Linear", shape=(8, 8), adapter="default", starts_at_zero=zero)
 
