@@ -96,6 +96,13 @@ def optimizer_note(optimizer: str, rates_of_b: Sequence[float], ratio: float) ->
     return ""
 
 
+def short_run_notes(steps: int | None) -> list[str]:
+    """Return a note on the best rate of a run with few steps."""
+    if steps is None or steps >= SHORT:
+        return []
+    return [f"{steps} steps: the best rate of a short run is about 1.5 times that of a long one ({REGRET})."]
+
+
 def setting_notes(
     records: Sequence[TensorRecord], *, rows_per_step: int, steps: int | None, rank: int | None
 ) -> list[str]:
@@ -106,8 +113,7 @@ def setting_notes(
     notes = []
     if rows_per_step > LARGE_BATCH:
         notes.append(f"{rows_per_step} rows a step: large batches hurt LoRA more than full training ({REGRET}).")
-    if steps is not None and steps < SHORT:
-        notes.append(f"{steps} steps: the best rate of a short run is about 1.5 times that of a long one ({REGRET}).")
+    notes += short_run_notes(steps)
     if rank not in (None, USUAL_RANK):
         notes.append(f"rank {rank}: the best rate hardly depends on the rank, if alpha stays the same ({REGRET}).")
     adapted = [record.name for record in records if record.role == "lora_A"]

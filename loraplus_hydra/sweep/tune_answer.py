@@ -18,6 +18,7 @@ from loraplus_hydra.io.folders import make_folder
 from loraplus_hydra.io.read import read_json, read_or
 from loraplus_hydra.io.run_folder import SWEEP, TUNE, TUNED
 from loraplus_hydra.io.rungs import Rung
+from loraplus_hydra.loraplus.advice import short_run_notes
 from loraplus_hydra.report.edges import as_text, next_value
 from loraplus_hydra.report.formatting import count, measured, short, with_spread
 from loraplus_hydra.sweep import tuning
@@ -84,7 +85,8 @@ class Answer:
     def sentences(self) -> list[str]:
         """Return the answer in sentences. The first one names the winner."""
         failed = ["It failed after half of its steps; its folder has the error."] if self.has_failed else []
-        return [*_decision(self), *failed, *(edge for edge, _ in _edges(self))]
+        edges = (edge for edge, _ in _edges(self))
+        return [*_decision(self), *failed, *edges, *short_run_notes(self.search.steps)]
 
 
 def write_answer(answer: Answer) -> None:

@@ -156,8 +156,16 @@ def _cost_problems(settings: Settings) -> Iterator[Problem]:
         yield Problem("tune", "there is nothing to compare", "give tune.eta_B or tune.ratios several values")
     elif settings.planned > settings.budget:
         what = f"{number} candidates and {len(settings.seeds)} seeds cost {settings.planned:.4g} runs"
-        fix = f"use {math.ceil(settings.planned * 10) / 10:g} or more, or fewer values of tune.eta_B and tune.ratios"
+        least = tuning.cost(tuning.FINALISTS, tuning.FEWEST_SEEDS, settings.steps)
+        fix = (
+            f"use {_rounded_up(settings.planned)} or more, or fewer values of tune.eta_B and tune.ratios; the least is "
+            f"{_rounded_up(least)}, for {tuning.FINALISTS} candidates and tune.seeds={tuning.FEWEST_SEEDS}"
+        )
         yield Problem("tune.budget", f"{what}, which is more than {settings.budget:g}", fix)
+
+
+def _rounded_up(cost: float) -> str:
+    return f"{math.ceil(cost * 10) / 10:g}"
 
 
 def _keys(run: DictConfig) -> tuple[str, ...]:
@@ -258,6 +266,6 @@ def _affordable_cost(search: Search, settings: Settings) -> float:
     rates = ",".join(f"{rate:g}" for rate in sorted({one.eta_B for one in settings.candidates}))
     raise UserError(
         f"with {search.steps} steps and no rung before step {search.earliest}, this search costs {needed:.1f} runs, "
-        f"and tune.budget is {settings.budget:g}. Give tune.budget={math.ceil(10 * needed) / 10:g} "
+        f"and tune.budget is {settings.budget:g}. Give tune.budget={_rounded_up(needed)} "
         f"'tune.eta_B=[{rates}]', or fewer values; the steps so far are kept"
     )

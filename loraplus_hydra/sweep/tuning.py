@@ -19,6 +19,7 @@ LR, RATIO, LR_A, LR_B = "optimizer.lr", "loraplus.ratio", "loraplus.lr_A", "lora
 SEED = "seed"
 FIRST, SECOND, HALF = 1 / 16, 1 / 4, 1 / 2  # rungs, as shares of all steps
 FINALISTS = 2
+FEWEST_SEEDS = 2  # with a spread
 _FACTOR = 3.0  # between neighbouring values of eta_B
 _RATES = (9, 7, 5, 3)  # number of values of eta_B; an odd one has the centre in the middle
 

@@ -84,6 +84,7 @@ def test_search_finds_a_winner_and_says_how(
     # The answer is the first thing in the report, and can be composed
     page = (sweep / "report.html").read_text()
     assert told["answer"][0] in finished.out.replace("\n", " ")
+    assert any(text.startswith("16 steps: the best rate of a short run is about") for text in told["answer"])
     assert page.index(told["answer"][0].split(" (")[0]) < page.index("What was run")
     assert (sweep / "rungs.png").is_file()
     assert "Skipped folders" not in page
@@ -238,6 +239,8 @@ def test_finalist_with_a_failed_seed_is_not_the_winner(
     ("given", "key", "what"),
     [
         (["tune", "tune.budget=2"], "tune.budget", "9 candidates and 3 seeds cost 4.125 runs"),
+        # two to 1/16, 1/4 and 1/2 of the steps, one of them to its end, and two to 1/2 with the second seed
+        (["tune", "tune.budget=2"], "tune.budget", "the least is 2.5, for 2 candidates and tune.seeds=2"),
         (["tune", "tune.eta_B=[1e-3]", "tune.ratios=[1]"], "tune", "there is nothing to compare"),
         (["tune", "optimizer.lr=1e-3,2e-3"], "optimizer.lr", "`tune` makes its own grid"),
         (["tune", "tune.seeds=1"], "tune.seeds", "it must be a whole number from 2 on"),
