@@ -16,7 +16,7 @@ from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import value_of
 from loraplus_hydra.report.values import number
 
-_FEWEST = 3  # minimum number of values that make a grid
+_FEWEST = 3  # values that make a grid; two are compared, and have equal differences by chance
 _RATIO = "loraplus.ratio"
 # A search chooses its values itself, and its study accepts no other ones.
 _SEARCHES = ("hydra/sweeper=", "hparams_search=optuna")
@@ -75,14 +75,14 @@ def _missing_values(results: SweepResults, words: Sequence[str]) -> Iterator[tup
 def next_value(values: Iterable[float], *, upper: bool) -> float | None:
     """Return the value beyond the largest or smallest one, at the grid's own step; None if unknown.
 
-    A grid has equal differences, equal factors, or the same digits in each decade (1, 3, 10, 30). In any other grid the
-    factor between the two values at the edge is used again.
+    A grid has equal differences, equal factors, or the same digits in each decade (1, 3, 10, 30). In any other grid, and
+    with two values, the factor between the two values at the edge is used again.
     """
     ordered = sorted(set(values), reverse=not upper)
-    if len(ordered) < _FEWEST:
-        return None
     steps = [after - before for before, after in pairwise(ordered)]
-    if _equal(steps):
+    if not steps:
+        return None
+    if len(ordered) >= _FEWEST and _equal(steps):
         following = ordered[-1] + steps[-1]
         return None if min(ordered) >= 0 and following <= 0 else _rounded(following)
     positive = [value for value in ordered if value > 0]  # a zero is often beside values with equal factors

@@ -67,7 +67,9 @@ def test_digits_of_each_decade_continue(digits: set[int], decade: int, skipped: 
         ((1e-6, 5e-6, 1e-5, 5e-5, 1e-4, 2e-4, 4e-4), 2e-7, 8e-4),  # the factor at the edge
         ((0, 0.001, 0.01, 0.1), None, 1),
         ((1, 4, 16), 0.25, 64),
-        ((1, 2), None, None),
+        ((1, 2), 0.5, 4),
+        ((1e-3, 4e-3), 2.5e-4, 1.6e-2),
+        ((1,), None, None),
         ((-2, 1, 7), None, None),
     ],
 )
@@ -131,7 +133,7 @@ def test_sweep_without_a_known_command_has_the_sentence_alone(tmp_path: Path) ->
     [
         ("loraplus.ratio", {1: 3.5, 4: 3.6, 16: 3.7}, "-m loraplus.ratio=1,4,16"),  # plain LoRA
         ("optimizer.lr", {1e-4: 3.9, 1e-3: 3.7, 1e-2: 3.8}, "-m optimizer.lr=1e-4,1e-3,1e-2"),  # inside
-        ("optimizer.lr", {1e-3: 3.9, 1e-2: 3.7}, "-m optimizer.lr=1e-3,1e-2"),  # two values are no grid
+        ("optimizer.lr", {1e-3: 3.9, 1e-2: 3.7}, "-m optimizer.lr=1e-3,1e-2"),  # two values are a comparison
         ("seed", {0: 3.9, 1: 3.7, 2: 3.6}, "-m seed=0,1,2"),
         ("adapter.r", {1: 3.5, 2: 3.6, 4: 3.7}, "-m adapter.r=1,2,4"),  # half a rank
         ("scheduler.warmup_ratio", {0.1: 3.9, 0.5: 3.7, 0.9: 3.6}, "-m scheduler.warmup_ratio=0.1,0.5,0.9"),  # above 1

@@ -84,6 +84,8 @@ def test_search_finds_a_winner_and_says_how(
     # The answer is the first thing in the report, and can be composed
     page = (sweep / "report.html").read_text()
     assert told["answer"][0] in finished.out.replace("\n", " ")
+    edge = "At the grid's edge: eta_B 4e-3 is the largest value. Extend to 0.016."
+    assert (edge in told["answer"]) == (told["winner"]["eta_B"] == 4e-3)
     assert any(text.startswith("16 steps: the best rate of a short run is about") for text in told["answer"])
     assert page.index(told["answer"][0].split(" (")[0]) < page.index("What was run")
     assert (sweep / "rungs.png").is_file()
