@@ -141,7 +141,8 @@ def _decision(answer: Answer) -> Iterator[str]:
         yield f"Best: {rates}, the only finalist without a failed job."
         return
     first, second = answer.finalists
-    unclear = "No clear winner, so the finalist with the smaller ratio is trained"
+    same = first.candidate.ratio == second.candidate.ratio
+    unclear = f"No clear winner, so the {'better finalist' if same else 'finalist with the smaller ratio'} is trained"
     yield f"{'Best' if verdict.is_clear else unclear}: {rates}."
     seeds = count(len(settings.seeds), "seed")
     yield (
