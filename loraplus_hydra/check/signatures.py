@@ -60,7 +60,7 @@ def argument_problems(
 
 
 def _is_wider(key: str, value: Any) -> bool:
-    """Return True if our own type of this key takes the value."""
+    """Return True if the program's type of this key takes the value."""
     # PEFT declares lora_alpha as an int, but any number works
     return key in LIBRARY_RANGES and fits(value, LIBRARY_RANGES[key][0])
 
