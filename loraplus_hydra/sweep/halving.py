@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from loraplus_hydra.io.rungs import Rung
 
@@ -68,13 +69,15 @@ def job_steps(candidates: int, stops: Sequence[Stop], steps: int) -> int:
 def places(candidates: int, stops: Sequence[Stop], steps: int, number: int, spent: int) -> int:
     """Return how many candidates may stay at rung `number` besides the planned ones.
 
-    `spent` is the number of steps, with one seed, that all candidates have taken up to this rung.
+    A place is left for each later rung with another one after it, because late rungs are closer to the end and decide
+    better. `spent` is the number of steps, with one seed, that all candidates have taken up to this rung.
     """
     stop = stops[number]
     later = [replace(one, step=one.step - stop.step) for one in stops[number + 1 :]]
     planned = job_steps(stop.keep, later, steps - stop.step)
     until = later[0].step if later else steps - stop.step
-    left = (1 + _MORE) * job_steps(candidates, stops, steps) - spent - planned
+    reserved = sum(after.step - one.step for one, after in pairwise(later))
+    left = (1 + _MORE) * job_steps(candidates, stops, steps) - spent - planned - reserved
     return max(0, math.floor(left / until + 1e-9))
 
 

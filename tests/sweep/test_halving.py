@@ -88,6 +88,16 @@ def test_one_that_is_as_good_at_half_time_may_stay_to_three_quarters() -> None:
         assert places(candidates, stops, 433, 2, job_steps(candidates, stops, 433) - 217) == 1
 
 
+def test_early_near_ties_leave_a_place_for_the_last_decision() -> None:
+    stops = plan(25, 100, 6)
+    planned = 25 * 6 + 8 * 19 + 2 * 25 + 50  # a fifth more are 80 steps
+    at_6, at_25, at_50 = 25 * 6, 25 * 6 + 8 * 19, 25 * 6 + 8 * 19 + (2 + 2) * 25
+    assert job_steps(25, stops, 100) == planned
+    assert places(25, stops, 100, 0, at_6) == 1  # of 19 steps; two places of 25 are left
+    assert places(25, stops, 100, 1, at_25) == 2  # of 25 steps; one place of 25 is left
+    assert places(25, stops, 100, 2, at_50) == 1  # of 25 steps, until step 75
+
+
 @given(st.lists(st.tuples(LOSSES, LOSSES), min_size=2, max_size=30))
 def test_difference_is_that_of_a_paired_test(pairs: list[tuple[float, float]]) -> None:
     one, other = map(list, zip(*pairs, strict=True))
