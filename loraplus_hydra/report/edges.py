@@ -75,8 +75,8 @@ def _missing_values(results: SweepResults, words: Sequence[str]) -> Iterator[tup
 def next_value(values: Iterable[float], *, upper: bool) -> float | None:
     """Return the value beyond the largest or smallest one, at the grid's own step; None if unknown.
 
-    A grid has equal differences, equal factors, or the same digits in each decade (1, 3, 10, 30). In any other grid, and
-    with two values, the factor between the two values at the edge is used again.
+    A grid has equal differences, equal factors, or the same digits in each decade (1, 3, 10, 30). In any other grid,
+    and with two values, the factor between the two values at the edge is used again.
     """
     ordered = sorted(set(values), reverse=not upper)
     steps = [after - before for before, after in pairwise(ordered)]

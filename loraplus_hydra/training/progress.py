@@ -66,7 +66,7 @@ def times_left(step: int, steps: int, every: float | None) -> int:
 
 
 class ProgressDisplay:
-    """Shows the number of steps done, with the newest losses, the speed, and the time left."""
+    """Shows the number of steps done, with the newest values, the speed, and the time left."""
 
     def __init__(self, *, bar: bool) -> None:
         self.bar = Progress(
@@ -104,16 +104,16 @@ class ProgressDisplay:
         self.bar.update(self.task, description=f"{_as_text(self.newest)}  evaluating {batch}{of}")
 
     def report(
-        self, step: int, total: int, losses: Mapping[str, float], speed: float | None, left: float | None
+        self, step: int, total: int, values: Mapping[str, float], speed: float | None, left: float | None
     ) -> None:
-        """Show losses that were logged at `step`, the tokens per second, and the seconds that are left."""
-        self.newest.update(losses)
+        """Show values that were logged at `step`, the tokens per second, and the seconds that are left."""
+        self.newest.update(values)
         self.speed = self.speed if speed is None else f"  {_short(speed)} tokens/s"
         if self.bar.live.is_started:
             self.bar.update(self.task, description=self._description(left))
         elif total:
             rest = f"{'' if speed is None else self.speed}{_left(left)}"
-            log.info("    step %d of %d: %s%s", step, total, _as_text(losses), rest)
+            log.info("    step %d of %d: %s%s", step, total, _as_text(values), rest)
 
     def close(self) -> None:
         """Release the terminal. A second call changes nothing."""
@@ -126,8 +126,8 @@ class ProgressDisplay:
         return f"{_as_text(self.newest)}{self.speed}{_left(left)}"
 
 
-def _as_text(losses: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+def _as_text(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
 
 
 def _left(seconds: float | None) -> str:

@@ -6,12 +6,15 @@ import io
 import logging
 import re
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from loraplus_hydra.training.hf_trainer.callbacks import ShowProgress
 from loraplus_hydra.training.measure import Throughput
 from loraplus_hydra.training.progress import ProgressDisplay, TimeLeft, times_left
 
@@ -107,3 +110,24 @@ def test_messages_stand_in_lines_of_their_own_above_the_bar(monkeypatch: pytest.
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     assert "a message" in [line.rpartition("\r")[2] for line in plain.splitlines(keepends=False)]
     assert handler.stream is screen
+
+
+@pytest.mark.parametrize(
+    ("metric", "logged", "expected"),
+    [
+        ("eval_accuracy", {"eval_loss": 1.5, "eval_accuracy": 0.75}, {"eval_accuracy": 0.75}),
+        ("eval_accuracy", {"eval_loss": 1.5}, {"eval_loss": 1.5}),  # of the rows that `forgetting` names
+        ("eval_loss", {"eval_loss": 1.5, "eval_entropy": 0.5}, {"eval_loss": 1.5}),
+        ("eval_accuracy", {"loss": 2.0, "grad_norm": 1.0}, {"loss": 2.0}),
+        ("eval_accuracy", {"train_runtime": 1.0}, None),
+    ],
+)
+def test_an_evaluation_is_shown_by_the_tasks_metric(
+    metric: str, logged: dict[str, float], expected: dict[str, float] | None
+) -> None:
+    reported: list[Any] = []
+    display = SimpleNamespace(report=lambda _step, _steps, values, *_: reported.append(values))
+    state = SimpleNamespace(is_world_process_zero=True, global_step=3, max_steps=9)
+    shown = ShowProgress(display, SimpleNamespace(speed=None))  # type: ignore[arg-type]
+    shown.on_log(SimpleNamespace(metric_for_best_model=metric), state, None, logged)
+    assert reported == ([] if expected is None else [expected])

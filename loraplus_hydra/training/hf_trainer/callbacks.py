@@ -16,8 +16,6 @@ from loraplus_hydra.training.measure import Throughput, peak_memory_bytes
 from loraplus_hydra.training.progress import ProgressDisplay, TimeLeft
 from loraplus_hydra.training.step_norms import Norms, StepNorms, may_be_logged
 
-_LOSSES = ("loss", "eval_loss")
-
 
 class MetricsCallback(TrainerCallback):
     """Passes each logged step and evaluation to a MetricsLog.
@@ -78,7 +76,7 @@ class MetricsCallback(TrainerCallback):
 
 
 class ShowProgress(TrainerCallback):
-    """Passes steps, losses, speed and the time left to a ProgressDisplay."""
+    """Passes steps, loss, task.metric, speed and the time left to a ProgressDisplay."""
 
     def __init__(self, display: ProgressDisplay, metrics: MetricsCallback) -> None:
         self.display = display
@@ -109,11 +107,13 @@ class ShowProgress(TrainerCallback):
         self.time.done("save")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        losses = {name: float(value) for name, value in (logs or {}).items() if name in _LOSSES}
-        if losses and state.is_world_process_zero:
+        metric = args.metric_for_best_model  # a line of 80 characters has no place for eval_loss beside it
+        names = ("loss", metric if metric in (logs or {}) else "eval_loss")
+        values = {name: float(value) for name, value in (logs or {}).items() if name in names}
+        if values and state.is_world_process_zero:
             left = self.time.seconds(state.global_step)
-            speed = self.metrics.speed if "loss" in losses else None
-            self.display.report(state.global_step, state.max_steps, losses, speed, left)
+            speed = self.metrics.speed if "loss" in values else None
+            self.display.report(state.global_step, state.max_steps, values, speed, left)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.display.close()
