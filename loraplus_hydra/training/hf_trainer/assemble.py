@@ -33,6 +33,7 @@ from loraplus_hydra.training.hf_trainer.checkpoint_callback import CheckpointCal
 from loraplus_hydra.training.hf_trainer.eva import start_from_rows
 from loraplus_hydra.training.hf_trainer.loraplus_mixin import with_loraplus
 from loraplus_hydra.training.hf_trainer.resumable_mixin import resumable
+from loraplus_hydra.training.hf_trainer.start_evaluation import start_key
 from loraplus_hydra.training.hf_trainer.whole_head import score_with_whole_head
 from loraplus_hydra.training.lean.adopt import adopt
 from loraplus_hydra.training.prepare import Prepared, plan_groups
@@ -77,6 +78,7 @@ def make_trainer(
         else:
             take_ranks(job.model, point.checkpoint.folder)
         trainer.loraplus_plan = plan_groups(config, job.model)[1]
+    trainer.start_key = start_key(job)
     trainer.throughput = metrics.throughput
     metrics.peak = tokens_at_peak(job.model, trainer.args.device, _autocast(trainer.args))
     if decay is not None:

@@ -7,6 +7,7 @@ of the log, the length of metrics.jsonl, the parameter groups by name, and the s
 from __future__ import annotations
 
 import copy
+import functools
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,7 @@ from loraplus_hydra.training.hf_trainer.checkpoint_callback import (
     stored_trainer_state,
 )
 from loraplus_hydra.training.hf_trainer.safe_loads import refuse_code, weights_only_loads
+from loraplus_hydra.training.hf_trainer.start_evaluation import evaluate_once
 from loraplus_hydra.training.process_state import random_states, set_random_states
 
 
@@ -70,6 +72,7 @@ class ResumableMixin:
     rows_read: RowsRead | None = None  # the streamed training rows that were read
     expected_stream = StreamState()  # the streamed rows that a resumed run must read again
     evaluation_due = False  # True after a signal stopped an evaluation, until the evaluation is repeated
+    start_key: str | None = None  # equal for jobs that begin alike, see start_evaluation.py
 
     def train_or_restore(self, checkpoint: str | None) -> Any:
         """Train from `checkpoint`, or only restore it if it is of the last step.
@@ -118,10 +121,13 @@ class ResumableMixin:
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate like the Trainer. If a signal stops it, save a checkpoint, so that it can be repeated."""
         before = random_states()  # an evaluation also draws random numbers
+        evaluate = functools.partial(super()._evaluate, *args, **kwargs)  # type: ignore[misc]
         try:
             kept = ", and a checkpoint is written" if self.state.global_step else ""
             with interrupts.notice(f"the evaluation ends after this batch{kept}"):
-                return super()._evaluate(*args, **kwargs)  # type: ignore[misc]
+                if self.start_key is None or self.state.global_step:
+                    return evaluate()
+                return evaluate_once(self, self.start_key, evaluate)
         except _EvaluationStopped:
             if self.state.global_step and not self.evaluation_due:
                 set_random_states(before)
