@@ -1,19 +1,22 @@
 """Successive halving against the full grid.
 
-    python -m benchmarks.halving
+    python -m benchmarks.halving [folder=FOLDER]
 
 Each search is run twice, in folders of its own: halved, and with all jobs to their last step. The full grid's jobs also
 write their losses on the rungs' rows there (`sweep.stop_at=1`). So the setting that halving picks is compared with the
 best one in pairs, row by row. CPU seconds include everything, also the report. A search is stored when it has ended; a
-second call runs only what is missing.
+second call runs only what is missing. With `folder`, its sweeps are kept there, and one that was killed goes on. The
+CPU seconds of such a sweep are those of its last part.
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 import tempfile
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,10 +32,14 @@ _WITHIN = 2.0  # standard errors
 
 
 def cpu_seconds(arguments: list[str], threads: int, folder: Path) -> float:
-    """Return the CPU seconds of a sweep in a new process, which writes into `folder`."""
+    """Return the CPU seconds of a sweep in a new process, which writes into `folder`, unless it has ended before."""
+    ended = folder.with_suffix(".json")
+    if ended.exists():
+        return float(read_json(ended)["cpu_seconds"])
     seconds, done = run([*arguments, f"hydra.sweep.dir={folder}"], threads)
     if not list(folder.glob("*/result.json")):
         raise failure(done)
+    ended.write_text(json.dumps({"cpu_seconds": seconds}) + "\n", encoding="utf-8")
     return seconds
 
 
@@ -95,7 +102,8 @@ def main() -> None:
         for seed in case.seeds:
             if any(one["seed"] == seed for one in results.get(name, ())):
                 continue
-            with tempfile.TemporaryDirectory() as folder:
+            kept = config.folder and Path(config.folder) / re.sub(r"\W+", "_", f"{name} {seed}")
+            with nullcontext(kept) if kept else tempfile.TemporaryDirectory() as folder:
                 one = measure([*case.overrides, *config.shared], seed, config.threads, Path(folder))
             results.setdefault(str(name), []).append(one)
             out.write_text(json.dumps({"versions": versions, "results": results}, indent=2) + "\n", encoding="utf-8")

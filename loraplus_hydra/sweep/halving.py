@@ -14,9 +14,11 @@ from itertools import pairwise
 
 from loraplus_hydra.io.rungs import Rung
 
-_SHARES = (1 / 16, 1 / 4, 1 / 2, 3 / 4)  # rungs, as shares of all steps
+_SHARES = (1 / 16, 1 / 4, 1 / 2)  # rungs, as shares of all steps
+_LAST = 3 / 4  # the share of the last rung, for candidates that were as good as the best at half of the steps
 _WITHIN = 2.0  # standard errors within which a candidate is as good as the last one kept
 _MORE = 0.2  # the job-steps may exceed the plan by this share
+_OF_GRID = 0.27  # and not this share of the full grid's steps, if the plan doesn't
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,20 @@ def first_share(candidates: int) -> float | None:
 def plan(candidates: int, steps: int, earliest: int) -> tuple[Stop, ...]:
     """Return the rungs of a grid whose jobs have `steps` steps.
 
-    Rungs before the step `earliest` move to it. Of rungs at the same step, the last one counts.
+    Rungs before the step `earliest` move to it. Of rungs at the same step, the last one counts. The last rung is nearer
+    than 3/4 of the steps if two candidates can't be trained as far.
     """
     stops: dict[int, Stop] = {}
     for share, keep in zip(_SHARES, _keeps(candidates), strict=True):
         step = max(round(share * steps), earliest)
         if keep < candidates and step < steps:
             stops[step] = Stop(step, keep)
+    if stops:
+        before = max(stops)
+        more = _most(candidates, tuple(stops.values()), steps) - job_steps(candidates, tuple(stops.values()), steps)
+        last = min(max(round(_LAST * steps), earliest), before + math.floor(more + 1e-9))
+        if before < last < steps:
+            stops[last] = Stop(last, 1)
     return tuple(stops.values())
 
 
@@ -64,6 +73,12 @@ def job_steps(candidates: int, stops: Sequence[Stop], steps: int) -> int:
         total += remaining * (stop.step - reached)
         remaining, reached = min(remaining, stop.keep), stop.step
     return total + remaining * (steps - reached)
+
+
+def _most(candidates: int, stops: Sequence[Stop], steps: int) -> float:
+    """Return the largest number of steps, with one seed, that all candidates may take."""
+    planned, of_grid = job_steps(candidates, stops, steps), _OF_GRID * candidates * steps
+    return min((1 + _MORE) * planned, of_grid) if planned <= of_grid else (1 + _MORE) * planned
 
 
 def places(candidates: int, stops: Sequence[Stop], steps: int, number: int, spent: int) -> int:
@@ -77,7 +92,7 @@ def places(candidates: int, stops: Sequence[Stop], steps: int, number: int, spen
     planned = job_steps(stop.keep, later, steps - stop.step)
     until = later[0].step if later else steps - stop.step
     reserved = sum(after.step - one.step for one, after in pairwise(later))
-    left = (1 + _MORE) * job_steps(candidates, stops, steps) - spent - planned - reserved
+    left = _most(candidates, stops, steps) - spent - planned - reserved
     return max(0, math.floor(left / until + 1e-9))
 
 
@@ -139,7 +154,6 @@ def _parts(rung: Rung) -> list[float]:
     return [weight * (loss - mean) / total for loss, weight in zip(rung.losses, rung.weights, strict=True)]
 
 
-def _keeps(candidates: int) -> tuple[int, int, int, int]:
+def _keeps(candidates: int) -> tuple[int, int, int]:
     """Return how many candidates stay at each rung: a third but at least 3, then 2, then 1."""
-    # The last rung is for candidates that were as good as the best at half of the steps
-    return max(3, candidates // 3), 2, 1, 1
+    return max(3, candidates // 3), 2, 1
