@@ -32,7 +32,10 @@ _WITHIN = 2.0  # standard errors
 
 
 def cpu_seconds(arguments: list[str], threads: int, folder: Path) -> float:
-    """Return the CPU seconds of a sweep in a new process, which writes into `folder`, unless it has ended before."""
+    """Return the CPU seconds of a sweep in a new process, which writes into `folder`.
+
+    If it has ended before, they are read.
+    """
     ended = folder.with_suffix(".json")
     if ended.exists():
         return float(read_json(ended)["cpu_seconds"])
