@@ -5,7 +5,7 @@
 Each search is run twice, in folders of its own: halved, and with all jobs to their last step. The full grid's jobs also
 write their losses on the rungs' rows there (`sweep.stop_at=1`). So the setting that halving picks is compared with the
 best one in pairs, row by row. CPU seconds include everything, also the report. A search is stored when it has ended; a
-second call runs only what is missing. With `folder`, its sweeps are kept there, and one that was killed goes on. The
+second call runs only what is missing. With `folder`, its sweeps are kept there, and one that was killed continues. The
 CPU seconds of such a sweep are those of its last part.
 """
 
