@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from trl import SFTTrainer
 
 from loraplus_hydra.runs.job import run
+from loraplus_hydra.tasks import sft
 from loraplus_hydra.training.hf_trainer import start_evaluation
 from loraplus_hydra.training.hf_trainer.resumable_mixin import ResumableMixin
 from tests.support.tiny import chat_tokenizer, save_llama, write_jsonl
@@ -109,3 +112,30 @@ def test_other_rows_or_weights_at_the_same_place_are_evaluated(
             model.save_pretrained(base)
         losses.append(run(compose(*words), tmp_path / str(place)).metrics_before["eval_loss"])
     assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "task._target_=tests.training.test_start_evaluation.OwnTrainer",
+        "task.examples=tests.training.test_start_evaluation.examples",
+        "model.trust_remote_code=true",
+    ],
+)
+def test_own_code_is_evaluated_each_time(
+    change: str, tiny_run: list[str], compose: Callable[..., Any], tmp_path: Path, before_training: list[int]
+) -> None:
+    counts = []
+    for place in ("first", "second"):
+        run(compose(*tiny_run, "task.samples=0", change), tmp_path / place)
+        counts.append(len(before_training))
+    assert counts[1] == 2 * counts[0] > 0
+
+
+class OwnTrainer(SFTTrainer):  # type: ignore[misc]
+    """A Trainer class of one's own."""
+
+
+@functools.wraps(sft.examples)
+def examples(*args: Any, **kwargs: Any) -> Any:
+    return sft.examples(*args, **kwargs)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,20 +18,34 @@ from loraplus_hydra.training.prepare import Prepared
 from loraplus_hydra.training.process_state import random_states, set_random_states
 
 _OF_STEPS = ("optimizer", "scheduler", "loraplus", "logger")  # groups that decide nothing before the first step
-_KNOWN_TRAINERS = ("transformers", "trl", "loraplus_hydra")
+_CODE = ("_target_", "examples", "args_class", "auto_class")  # keys whose values are dotted paths
+_LIBRARIES = ("loraplus_hydra", "peft", "torch", "transformers", "trl")
 _MOST = 32  # evaluations that are kept
 _known: dict[str, tuple[dict[str, float], tuple[Any, ...]]] = {}  # key -> metrics, and the generators' states after it
 
 
 def start_key(job: Prepared) -> str | None:
     """Return a text that is equal for jobs that begin alike; None if this is unknown."""
-    # Several processes must all evaluate or none. The rows of a stream have no fingerprint. And a Trainer class of
-    # your own may do more at an evaluation than return metrics.
-    is_known = str(job.config.task._target_).partition(".")[0] in _KNOWN_TRAINERS
-    if processes.world_size() > 1 or "data.eval" not in job.inputs or not is_known:
-        return None
+    # Several processes must all evaluate or none. The rows of a stream have no fingerprint. And code of your own may
+    # have changed since the last job, in a notebook, or do more than return metrics.
     settings = {name: group for name, group in plain_of(job.config).items() if name not in _OF_STEPS}
+    has_own_code = settings["model"]["trust_remote_code"] or not all(map(_is_known, _code_of(settings)))
+    if processes.world_size() > 1 or has_own_code or not {"data.eval", "weights"} <= job.inputs.keys():
+        return None
     return json.dumps([settings, dict(job.inputs)], sort_keys=True, default=str)
+
+
+def _code_of(settings: Any) -> Iterator[str]:
+    """Yield the dotted paths of classes and functions in a config."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _code_of(value)
+        elif key in _CODE and isinstance(value, str):
+            yield value
+
+
+def _is_known(path: str) -> bool:
+    return path.partition(".")[0] in _LIBRARIES
 
 
 def evaluate_once(trainer: Any, start: str, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
