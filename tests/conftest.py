@@ -53,6 +53,14 @@ def _imports_not_collected() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _no_earlier_evaluation() -> None:
+    """Let each test's first run evaluate before training, whatever another test has evaluated in this process."""
+    module = sys.modules.get("loraplus_hydra.training.hf_trainer.start_evaluation")
+    if module is not None:
+        module._known.clear()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_figures() -> Iterator[None]:
     """Let runs of this process draw no train.png, which takes a third of a tiny run; those of other processes do."""
