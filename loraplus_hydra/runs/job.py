@@ -139,7 +139,7 @@ def _run(job: Run, checked: Checked | None, stop_at: float | None) -> None:
     if job.point is not None:  # compared again, because all weights are on this machine only now
         refuse_changed(job.point.expected, prepared.inputs)
     job.result.inputs = dict(prepared.inputs)  # after the comparison, because a resume accepts stored fingerprints
-    trainer = make_trainer(prepared, job.folder, job.point, job.tracking.log)
+    trainer = make_trainer(prepared, job.folder, job.point, job.tracking.log, stop_at)
     _show_and_write_plan(job.folder, prepared, trainer.loraplus_plan)
     interrupts.stop_if_asked()
     screen.show("5/6 Training")

@@ -142,7 +142,7 @@ def test_a_resume_may_switch_the_average_on_and_off(
 
 
 def test_an_average_of_another_model_is_refused(tmp_path: Path) -> None:
-    average = Average(torch.nn.Linear(2, 2), 0.5)
+    average = Average(torch.nn.Linear(2, 2))
     save_file({"other": torch.zeros(2)}, tmp_path / AVERAGE)
     with pytest.raises(UserError, match="doesn't belong to this run"):
         average.load(tmp_path)

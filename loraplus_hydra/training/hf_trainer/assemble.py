@@ -22,12 +22,13 @@ from loraplus_hydra.io.checkpoint_state import StreamState
 from loraplus_hydra.io.checkpoints import ResumePoint
 from loraplus_hydra.io.metrics_log import MetricsLog
 from loraplus_hydra.io.run_folder import CHECKPOINTS, METRICS
+from loraplus_hydra.loraplus.schedule_free import ScheduleFree
 from loraplus_hydra.models.adapter import schedule_of
 from loraplus_hydra.models.eva import awaits_directions, take_ranks
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.training.deepspeed_settings import complete_settings
 from loraplus_hydra.training.hf_trainer.answer_ends import with_one_end
-from loraplus_hydra.training.hf_trainer.average import AverageCallback, with_average
+from loraplus_hydra.training.hf_trainer.average import AverageCallback, RungAverageCallback, with_average
 from loraplus_hydra.training.hf_trainer.callbacks import MetricsCallback, ShowProgress, remove_own_printing
 from loraplus_hydra.training.hf_trainer.checkpoint_callback import CheckpointCallback
 from loraplus_hydra.training.hf_trainer.eva import start_from_rows
@@ -46,10 +47,12 @@ def make_trainer(
     folder: Path,
     point: ResumePoint | None = None,
     report: Callable[[dict[str, Any]], None] | None = None,
+    stop_at: float | None = None,
 ) -> Any:
     """Make the Trainer of `task._target_` with the LoRA+ mixin. It writes into `folder`.
 
     With `point`, the next `train()` resumes from its checkpoint. `report` is called with each line of metrics.jsonl.
+    `stop_at` is a rung's share of all steps, or None.
     """
     config, seconds = job.config, 0.0 if point is None else point.seconds
     schedule = schedule_of(type(job.model.active_peft_config))
@@ -83,6 +86,8 @@ def make_trainer(
     metrics.peak = tokens_at_peak(job.model, trainer.args.device, _autocast(trainer.args))
     if decay is not None:
         trainer.add_callback(AverageCallback(trainer, decay))
+    if stop_at and _has_average(trainer):
+        trainer.add_callback(RungAverageCallback(trainer))
     trainer.add_callback(CheckpointCallback(trainer, folder / METRICS, seconds=seconds, inputs=job.inputs))
     if not trainer.args.dataloader_num_workers:  # the rows that worker processes read are unknown here
         trainer.rows_read = job.examples.rows_read
@@ -93,6 +98,13 @@ def make_trainer(
     _report_dropped_rows(trainer, job)
     adopt(trainer, config.trainer.get("forward", "plain"))
     return trainer
+
+
+def _has_average(trainer: Any) -> bool:
+    """Return True if rungs can compare an average of the weights."""
+    # It needs whole tensors. A schedule-free optimizer has an average of its own.
+    is_split = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    return not is_split and not issubclass(trainer.loraplus.optimizer_class, ScheduleFree)
 
 
 def training_arguments(

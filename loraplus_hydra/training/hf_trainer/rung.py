@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class RungReached(Exception):
 class StopAtRung(StopAtStep):
     """Ends training with a checkpoint at a rung, and raises RungReached with the losses there.
 
+    The losses are those of the average of the weights (RungAverageCallback), and at the last step those of the weights.
     `stop_at` is a share of all steps. If the run's last checkpoint is of the rung's step or later, no step is taken.
     """
 
@@ -69,8 +70,11 @@ class StopAtRung(StopAtStep):
             self._reach(state)
 
     def _reach(self, state: Any) -> None:
-        is_there = state.global_step == self.step
-        measured = _row_losses(self.trainer, self.stop_at) if is_there else ()
+        measured: tuple[Any, ...] = ()
+        if state.global_step == self.step:
+            average = getattr(self.trainer, "rung_average", None)  # at the end there is nothing left to predict
+            with nullcontext() if average is None or self.step == state.max_steps else average.in_model():
+                measured = _row_losses(self.trainer, self.stop_at)
         raise RungReached(Rung(self.stop_at, self.step, state.max_steps, self.earliest, *measured))
 
 
