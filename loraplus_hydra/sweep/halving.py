@@ -58,8 +58,8 @@ def plan(candidates: int, steps: int, earliest: int) -> tuple[Stop, ...]:
         if keep < candidates and step < steps:
             stops[step] = Stop(step, keep)
     if stops:
-        before = max(stops)
-        more = _most(candidates, tuple(stops.values()), steps) - job_steps(candidates, tuple(stops.values()), steps)
+        before, planned = max(stops), tuple(stops.values())
+        more = _most(candidates, planned, steps) - job_steps(candidates, planned, steps)
         last = min(max(round(_LAST * steps), earliest), before + math.floor(more + 1e-9))
         if before < last < steps:
             stops[last] = Stop(last, 1)

@@ -1,4 +1,4 @@
-"""At a rung, the average of the weights is compared: by a closed formula, and the same one after a stop."""
+"""At a rung, the average of the weights is compared: by a closed formula, and the same one after a resume."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def test_the_average_weighs_late_steps_most(
         torch.testing.assert_close(tensor.double(), by_hand, rtol=1e-5, atol=1e-8)
 
 
-def test_a_job_that_was_stopped_before_a_rung_has_the_same_losses_there(
-    tiny_run: list[str], compose: Callable[..., Any], tmp_path: Path, stopped: Callable[..., None]
+def test_a_job_that_waited_at_an_earlier_rung_has_the_same_losses_at_the_next(
+    tiny_run: list[str], compose: Callable[..., Any], tmp_path: Path
 ) -> None:
     words = [*tiny_run, *WORDS]
     run(compose(*words), tmp_path / "unbroken", stop_at=0.5)
-    run(compose(*words), tmp_path / "stopped", stop_at=0.25)
+    run(compose(*words), tmp_path / "waited", stop_at=0.25)
     resumed = compose(*words, "trainer.resume_from_checkpoint=auto")
-    run(resumed, tmp_path / "stopped", stop_at=0.5)
-    ours, theirs = (read_rungs(tmp_path / name)[-1] for name in ("stopped", "unbroken"))
+    run(resumed, tmp_path / "waited", stop_at=0.5)
+    ours, theirs = (read_rungs(tmp_path / name)[-1] for name in ("waited", "unbroken"))
     assert ours == theirs
     assert ours.step == 8
 

@@ -72,7 +72,8 @@ class StopAtRung(StopAtStep):
     def _reach(self, state: Any) -> None:
         measured: tuple[Any, ...] = ()
         if state.global_step == self.step:
-            average = getattr(self.trainer, "rung_average", None)  # at the end there is nothing left to predict
+            average = getattr(self.trainer, "rung_average", None)
+            # At the last step there is nothing left to predict
             with nullcontext() if average is None or self.step == state.max_steps else average.in_model():
                 measured = _row_losses(self.trainer, self.stop_at)
         raise RungReached(Rung(self.stop_at, self.step, state.max_steps, self.earliest, *measured))
