@@ -150,7 +150,7 @@ def _run(job: Run, checked: Checked | None, stop_at: float | None) -> None:
         with interrupts.notice("the adapter is saved first"):
             _save(job, prepared, run_folder.ADAPTER, whole)
             if job.config.trainer.get("ema") is not None:
-                with trainer.average.in_model():
+                with trainer.ema.in_model():
                     _save(job, prepared, run_folder.ADAPTER_EMA)
             else:  # one from before a resume that switched it off
                 folders.remove(job.folder / run_folder.ADAPTER_EMA)

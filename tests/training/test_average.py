@@ -19,7 +19,7 @@ from loraplus_hydra import run
 from loraplus_hydra.config.locations import config_folder
 from loraplus_hydra.config.schema import register, run_of
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.training.hf_trainer.average import AVERAGE, Average
+from loraplus_hydra.training.hf_trainer.average import Average
 from loraplus_hydra.training.prepare import prepare
 from tests.runs.conftest import AUTO
 from tests.support.forking import differences, lines
@@ -71,7 +71,7 @@ def test_the_average_changes_nothing_of_the_training(averaged: Path) -> None:
     plain = averaged.parent / "plain"
     assert (averaged / "adapter" / FILE).read_bytes() == (plain / "adapter" / FILE).read_bytes()
     assert not (plain / "adapter_ema").exists()
-    assert not list(plain.rglob(AVERAGE))
+    assert not list(plain.rglob("ema.safetensors"))
     kept = [{key: value for key, value in line.items() if "_ema_" not in key} for line in lines(averaged)]
     assert kept == lines(plain)
 
@@ -133,7 +133,7 @@ def test_a_resume_may_switch_the_average_on_and_off(
 ) -> None:
     assert cli(*tiny_run, "hydra.run.dir=run", "trainer.max_steps=2").status == 0
     ended = cli("resume", "run", "trainer.max_steps=3", "trainer.ema=0.5")
-    assert (ended.status, "has no average, so it begins with the weights" in ended.out) == (0, True), ended.err
+    assert (ended.status, "has no ema.safetensors, so it begins with" in ended.out) == (0, True), ended.err
     assert {"adapter", "adapter_ema"} <= result(tmp_path / "run")["inputs"].keys()
     assert (tmp_path / "run" / "adapter_ema").is_dir()
     assert cli("resume", "run", "trainer.max_steps=4", "trainer.ema=null").status == 0
@@ -143,12 +143,13 @@ def test_a_resume_may_switch_the_average_on_and_off(
 
 def test_an_average_of_another_model_is_refused(tmp_path: Path) -> None:
     average = Average(torch.nn.Linear(2, 2))
-    save_file({"other": torch.zeros(2)}, tmp_path / AVERAGE)
+    file = tmp_path / "ema.safetensors"
+    save_file({"other": torch.zeros(2)}, file)
     with pytest.raises(UserError, match="doesn't belong to this run"):
-        average.load(tmp_path)
-    (tmp_path / AVERAGE).write_bytes(b"no tensors")
+        average.load(file)
+    file.write_bytes(b"no tensors")
     with pytest.raises(UserError, match="can't be read"):
-        average.load(tmp_path)
+        average.load(file)
 
 
 def test_check_refuses_what_cannot_be_averaged(cli: Callable[..., Any], tiny_run: list[str]) -> None:

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from loraplus_hydra.io.rungs import read_rungs
 from loraplus_hydra.runs.job import run
 from loraplus_hydra.training.hf_trainer import average
-from loraplus_hydra.training.hf_trainer.average import OF_RUNGS, RungAverageCallback
+from loraplus_hydra.training.hf_trainer.average import AverageCallback
 
+FILE = "rung_average.safetensors"
 WORDS = ["trainer.max_steps=16", "task.samples=0", "trainer.eval_strategy=no", "data.eval_fraction=0.5"]
 
 
@@ -22,14 +23,14 @@ WORDS = ["trainer.max_steps=16", "task.samples=0", "trainer.eval_strategy=no", "
 def weights(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     """Has the trained tensors after each step."""
     found: list[dict[str, torch.Tensor]] = []
-    original = RungAverageCallback.on_optimizer_step
+    original = AverageCallback.on_optimizer_step
 
     def recorded(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         original(self, args, state, control, **kwargs)
         model = self.trainer.model
         found.append({name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad})
 
-    monkeypatch.setattr(RungAverageCallback, "on_optimizer_step", recorded)
+    monkeypatch.setattr(AverageCallback, "on_optimizer_step", recorded)
     return found
 
 
@@ -41,7 +42,7 @@ def test_the_average_weighs_late_steps_most(
     # The weight of step s in the average after t steps is 4 s (s + 1) (s + 2) / (t (t + 1) (t + 2) (t + 3))
     shares = [4 * s * (s + 1) * (s + 2) / (8 * 9 * 10 * 11) for s in range(1, 9)]
     assert sum(shares) == pytest.approx(1)
-    stored = load_file(tmp_path / "checkpoints" / "checkpoint-8" / OF_RUNGS)
+    stored = load_file(tmp_path / "checkpoints" / "checkpoint-8" / FILE)
     assert stored.keys() == weights[-1].keys()
     for name, tensor in stored.items():
         by_hand = sum(share * step[name].double() for share, step in zip(shares, weights, strict=True))
@@ -67,3 +68,11 @@ def test_the_last_step_is_compared_without_an_average(
     monkeypatch.setattr(average.Average, "in_model", lambda _: pytest.fail("the average was compared"))
     result = run(compose(*tiny_run, *WORDS), tmp_path, stop_at=1.0)
     assert read_rungs(tmp_path)[-1].loss == pytest.approx(result.metrics["eval_loss"])
+
+
+def test_adalora_is_compared_without_an_average(
+    tiny_run: list[str], compose: Callable[..., Any], tmp_path: Path
+) -> None:
+    run(compose(*tiny_run, *WORDS, "adapter=adalora"), tmp_path, stop_at=0.5)
+    assert read_rungs(tmp_path)[-1].step == 8
+    assert not list(tmp_path.rglob(FILE))

@@ -28,7 +28,7 @@ from loraplus_hydra.models.eva import awaits_directions, take_ranks
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.training.deepspeed_settings import complete_settings
 from loraplus_hydra.training.hf_trainer.answer_ends import with_one_end
-from loraplus_hydra.training.hf_trainer.average import AverageCallback, RungAverageCallback, with_average
+from loraplus_hydra.training.hf_trainer.average import EMA, OF_RUNGS, AverageCallback, decay_for_rungs, with_average
 from loraplus_hydra.training.hf_trainer.callbacks import MetricsCallback, ShowProgress, remove_own_printing
 from loraplus_hydra.training.hf_trainer.checkpoint_callback import CheckpointCallback
 from loraplus_hydra.training.hf_trainer.eva import start_from_rows
@@ -85,9 +85,9 @@ def make_trainer(
     trainer.throughput = metrics.throughput
     metrics.peak = tokens_at_peak(job.model, trainer.args.device, _autocast(trainer.args))
     if decay is not None:
-        trainer.add_callback(AverageCallback(trainer, decay))
-    if stop_at and _has_average(trainer):
-        trainer.add_callback(RungAverageCallback(trainer))
+        trainer.add_callback(AverageCallback(trainer, EMA, lambda _: decay))
+    if stop_at and schedule is None and _can_average(trainer):
+        trainer.add_callback(AverageCallback(trainer, OF_RUNGS, decay_for_rungs))
     trainer.add_callback(CheckpointCallback(trainer, folder / METRICS, seconds=seconds, inputs=job.inputs))
     if not trainer.args.dataloader_num_workers:  # the rows that worker processes read are unknown here
         trainer.rows_read = job.examples.rows_read
@@ -100,7 +100,7 @@ def make_trainer(
     return trainer
 
 
-def _has_average(trainer: Any) -> bool:
+def _can_average(trainer: Any) -> bool:
     """Return True if rungs can compare an average of the weights."""
     # It needs whole tensors. A schedule-free optimizer has an average of its own.
     is_split = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled

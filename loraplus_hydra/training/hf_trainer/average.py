@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ from transformers import Trainer, TrainerCallback
 from loraplus_hydra.errors import UserError, first_line
 from loraplus_hydra.io import screen
 
-# In a checkpoint: the averages in float32, by the parameters' names
-AVERAGE, OF_RUNGS = "ema.safetensors", "rung_average.safetensors"
+EMA, OF_RUNGS = "ema", "rung_average"  # a Trainer's attributes with averages
 _RECENT = 3  # the average of rungs weighs the last third of the steps most
 _METRICS = ("_metrics", "_stored_metrics")  # attributes of TRL's trainers with values for the next line of the log
 
@@ -25,11 +24,10 @@ _METRICS = ("_metrics", "_stored_metrics")  # attributes of TRL's trainers with 
 class Average:
     """The average of a model's trained tensors.
 
-    It is kept in float32, and begins with the weights that the model has now. `file` is its name in a checkpoint.
+    It is kept in float32, and begins with the weights that the model has now.
     """
 
-    def __init__(self, model: Any, file: str = AVERAGE) -> None:
-        self._file = file
+    def __init__(self, model: Any) -> None:
         self._trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self.tensors = {
             name: each.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
@@ -52,19 +50,19 @@ class Average:
         finally:
             self._put(weights)
 
-    def save(self, folder: Path) -> None:
-        """Write the average into a checkpoint."""
-        save_file(self.tensors, folder / self._file)
+    def save(self, file: Path) -> None:
+        """Write the average."""
+        save_file(self.tensors, file)
 
-    def load(self, folder: Path) -> None:
-        """Read the average of a checkpoint. Raises UserError if it is another model's."""
+    def load(self, file: Path) -> None:
+        """Read the average. Raises UserError if it is another model's."""
         try:
-            stored = load_file(folder / self._file)
+            stored = load_file(file)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / self._file} can't be read: {first_line(error)}") from None
+            raise UserError(f"{file} can't be read: {first_line(error)}") from None
         own = {name: each.shape for name, each in self.tensors.items()}
         if own != {name: each.shape for name, each in stored.items()}:
-            raise UserError(f"{folder / self._file} doesn't belong to this run: its tensors have other names or shapes")
+            raise UserError(f"{file} doesn't belong to this run: its tensors have other names or shapes")
         for name, tensor in stored.items():
             self.tensors[name].copy_(tensor)
 
@@ -77,14 +75,14 @@ class Average:
 class AveragingMixin:
     """A mixin that evaluates the average after the weights: `eval_ema_loss` beside `eval_loss`."""
 
-    average: Average | None = None  # set when training begins
+    ema: Average | None = None  # set when training begins
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the weights, then the average."""
         output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
-        if self.average is not None:
+        if self.ema is not None:
             prefix = kwargs.get("metric_key_prefix", "eval")
-            with self.average.in_model(), _own_metrics(self):
+            with self.ema.in_model(), _own_metrics(self):
                 averaged = super().evaluation_loop(*args, **{**kwargs, "metric_key_prefix": f"{prefix}_ema"})  # type: ignore[misc]
             averaged.metrics.pop(f"{prefix}_ema_model_preparation_time", None)  # measured once
             output.metrics.update(averaged.metrics)
@@ -93,67 +91,62 @@ class AveragingMixin:
     def _load_best_model(self) -> None:
         """Load like the Trainer, and the average of the same checkpoint."""
         super()._load_best_model()  # type: ignore[misc]
-        if self.average is not None:
-            self.average.load(Path(str(self.state.best_model_checkpoint)))  # type: ignore[attr-defined]
+        if self.ema is not None:
+            best = Path(str(self.state.best_model_checkpoint))  # type: ignore[attr-defined]
+            self.ema.load(file_of(EMA, best))
 
 
 class AverageCallback(TrainerCallback):
-    """Begins, updates, saves and restores a Trainer's average.
+    """Begins, updates, saves and restores an average of a Trainer's weights.
 
-    Add this callback before CheckpointCallback.
+    `name` is the Trainer's attribute that has the average, and `decay` returns the share of it that a step keeps. Add
+    this callback before CheckpointCallback.
     """
 
-    def __init__(self, trainer: Any, decay: float) -> None:
+    def __init__(self, trainer: Any, name: str, decay: Callable[[int], float]) -> None:
         self.trainer = trainer
+        self.name = name
         self.decay = decay
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Only now, because the model is on its device, and a resumed run has loaded its weights
-        self.trainer.average = Average(self.trainer.model)
+        setattr(self.trainer, self.name, Average(self.trainer.model))
         if not isinstance(args.resume_from_checkpoint, str):
             return
         checkpoint = Path(args.resume_from_checkpoint)
-        if (checkpoint / AVERAGE).is_file():
-            self.trainer.average.load(checkpoint)
+        if (file := file_of(self.name, checkpoint)).is_file():
+            self._average.load(file)
         else:
-            screen.show(f"    Note: {checkpoint.name} has no average, so it begins with the weights of this step")
+            screen.show(f"    Note: {checkpoint.name} has no {file.name}, so it begins with this step's weights")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.trainer.accelerator.optimizer_step_was_skipped:  # float16's scaler skips steps
-            self.trainer.average.update(self.decay)
+            self._average.update(self.decay(state.global_step + 1))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.trainer.average.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            self._average.save(file_of(self.name, Path(args.output_dir) / f"checkpoint-{state.global_step}"))
+
+    @property
+    def _average(self) -> Average:
+        average: Average = getattr(self.trainer, self.name)
+        return average
 
 
-class RungAverageCallback(TrainerCallback):
-    """Keeps the average of the weights that is compared at a rung.
-
-    Add this callback before CheckpointCallback.
-    """
-
+def decay_for_rungs(step: int) -> float:
+    """Return the decay of polynomial-decay averaging (Shamir and Zhang 2013, section 3.3)."""
     # With a high rate the loss rises and falls from step to step, until the rate is low. The average of the last steps
-    # doesn't, and its order is nearer to that of the end (benchmarks/README.md). As in Shamir and Zhang 2013 (3.3), the
-    # average needs no first step: it forgets the earlier ones as fast as their number grows.
+    # doesn't, and its order is nearer to that of the end (benchmarks/README.md). This average needs no first step: it
+    # forgets the earlier ones as fast as their number grows.
+    return 1 - (_RECENT + 1) / (step + _RECENT)
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.rung_average = Average(self.trainer.model, OF_RUNGS)
-        checkpoint = args.resume_from_checkpoint
-        if isinstance(checkpoint, str) and (Path(checkpoint) / OF_RUNGS).is_file():
-            self.trainer.rung_average.load(Path(checkpoint))
+def file_of(name: str, checkpoint: Path) -> Path:
+    """Return the file of a checkpoint that has the average `name`.
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.trainer.accelerator.optimizer_step_was_skipped:
-            step = state.global_step + 1
-            self.trainer.rung_average.update(1 - (_RECENT + 1) / (step + _RECENT))
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.trainer.rung_average.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+    Its tensors are in float32, by the parameters' names.
+    """
+    return checkpoint / f"{name}.safetensors"
 
 
 def with_average(trainer_class: type[Trainer]) -> type[Any]:

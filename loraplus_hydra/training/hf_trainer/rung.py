@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import nested_concat, nested_numpify
 
 from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.rungs import FEWEST_STEPS, Rung
+from loraplus_hydra.training.hf_trainer.average import OF_RUNGS
 from loraplus_hydra.training.hf_trainer.callbacks import StopAtStep
 from loraplus_hydra.training.hf_trainer.loraplus_mixin import NotFiniteError, loss_tokens
 
@@ -41,7 +42,7 @@ class RungReached(Exception):
 class StopAtRung(StopAtStep):
     """Ends training with a checkpoint at a rung, and raises RungReached with the losses there.
 
-    The losses are those of the average of the weights (RungAverageCallback), and at the last step those of the weights.
+    The losses are those of the average of the weights (decay_for_rungs), and at the last step those of the weights.
     `stop_at` is a share of all steps. If the run's last checkpoint is of the rung's step or later, no step is taken.
     """
 
@@ -72,7 +73,7 @@ class StopAtRung(StopAtStep):
     def _reach(self, state: Any) -> None:
         measured: tuple[Any, ...] = ()
         if state.global_step == self.step:
-            average = getattr(self.trainer, "rung_average", None)
+            average = getattr(self.trainer, OF_RUNGS, None)
             # At the last step there is nothing left to predict
             with nullcontext() if average is None or self.step == state.max_steps else average.in_model():
                 measured = _row_losses(self.trainer, self.stop_at)
