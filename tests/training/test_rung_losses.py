@@ -113,6 +113,19 @@ def test_rows_of_a_classifier_are_measured_in_batches(
     assert found == pytest.approx(trainer.evaluate()[metric])
 
 
+@pytest.mark.parametrize(("computed", "kept"), [({"accuracy": math.nan}, None), ({}, None), ({"accuracy": 1}, 1.0)])
+def test_a_metric_that_is_not_finite_is_not_compared(
+    computed: dict[str, float], kept: float | None, bert_folder: Path, tmp_path: Path, trainer_of: Callable[..., Any]
+) -> None:
+    lines = [{"text": f"the card {WORDS[i % 4]}", "label": WORDS[i % 4]} for i in range(40)]
+    trainer = trainer_of(
+        *("task=classification", "model=hub", f"model.path={bert_folder}", "data=jsonl"),
+        f"data.train={write_jsonl(tmp_path / 'rows.jsonl', lines)}",
+    )
+    trainer.compute_metrics = lambda _: computed
+    assert rung._row_losses(trainer, 1.0)[2] == kept
+
+
 @pytest.mark.parametrize("task", ["task=dpo", "experiment=orpo"])
 def test_every_pair_of_answers_counts_once(
     task: str, tiny_run: list[str], tmp_path: Path, trainer_of: Callable[..., Any]

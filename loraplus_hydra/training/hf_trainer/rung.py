@@ -171,10 +171,11 @@ def _by_row(
 def _metric(trainer: Any, predictions: Sequence[Any]) -> float | None:
     """Return `task.metric` of each batch's (logits, labels).
 
-    None if `compute_metrics` doesn't return it.
+    None if `compute_metrics` doesn't return it, or if it isn't finite.
     """
     if trainer.compute_metrics is None:
         return None
     logits, labels = (functools.reduce(nested_concat, each) for each in zip(*predictions, strict=True))
     computed = trainer.compute_metrics(EvalPrediction(nested_numpify(logits), nested_numpify(labels)))
-    return computed.get(str(trainer.args.metric_for_best_model).removeprefix("eval_"))
+    value = float(computed.get(str(trainer.args.metric_for_best_model).removeprefix("eval_"), math.nan))
+    return value if math.isfinite(value) else None
