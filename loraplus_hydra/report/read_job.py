@@ -12,6 +12,7 @@ from loraplus_hydra.config.schema import NOT_OF_A_RUN
 from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.read import Missing, Unreadable, inside, read_json, read_lines, read_yaml
 from loraplus_hydra.io.result import FAILED, INTERRUPTED, OK, PRUNED, WAITING
+from loraplus_hydra.io.rungs import Rung, read_rungs
 from loraplus_hydra.report.formatting import measured
 from loraplus_hydra.report.values import flatten, number, override_values, rerun_overrides, resolved, whole_number
 
@@ -76,6 +77,7 @@ class Job:
     evaluations: tuple[Point, ...] = ()  # values of `metric`
     losses: tuple[Point, ...] = ()  # training losses
     norms: Mapping[str, tuple[Norms, ...]] = field(default_factory=dict)  # group -> norms
+    rungs: tuple[Rung, ...] = ()  # of a search
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -136,6 +138,7 @@ def read_job(folder: Path) -> Job:
         evaluations=_curve(lines, metric),
         losses=_curve(lines, "loss"),
         norms=_norms(lines),
+        rungs=tuple(read_rungs(folder)),
         device=str(result.get("device") or ""),
         versions={str(name): str(version) for name, version in mapping(result, "versions").items()},
     )

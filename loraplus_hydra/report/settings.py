@@ -61,6 +61,19 @@ class Setting:
         return sum(job.status == FAILED for job in self.jobs)
 
     @property
+    def left_at(self) -> int | None:
+        """The step at which the setting left a search; None if a job of it didn't leave."""
+        steps = [job.left_at for job in self.jobs]
+        return None if None in steps else max((step for step in steps if step is not None), default=None)
+
+    def at_rung(self, step: int, *, by_loss: bool) -> float | None:
+        """Return the mean loss or metric of the jobs at a rung; None if one is unknown."""
+        rungs = [next((one for one in job.rungs if one.step == step and any(one.weights)), None) for job in self.jobs]
+        values = [None if one is None else number(one.loss if by_loss else one.metric) for one in rungs]
+        known = [value for value in values if value is not None]
+        return statistics.fmean(known) if known and len(known) == len(values) else None
+
+    @property
     def rates(self) -> Rates | None:
         return next((job.rates for job in self.jobs if job.rates), None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections import Counter
@@ -153,7 +154,9 @@ def _against_ratio_1(results: SweepResults) -> Iterator[str]:
     outcome = results.outcome
     if outcome.baseline is None:
         if any(one.ratio == 1 for one in results.settings):
-            yield "No setting at ratio 1 has a result, so there is nothing to compare LoRA+ with."
+            yield (
+                _plain_left(results) or "No setting at ratio 1 has a result, so there is nothing to compare LoRA+ with."
+            )
         elif outcome.contender is not None:
             yield "The sweep has no ratio 1 (plain LoRA) to compare with: add 1 to the swept ratios."
     elif outcome.against_baseline is not None:
@@ -161,6 +164,27 @@ def _against_ratio_1(results: SweepResults) -> Iterator[str]:
         yield verdict(outcome.against_baseline)
         if outcome.against_twin:
             yield _twin(results, outcome.against_twin)
+
+
+def _plain_left(results: SweepResults) -> str:
+    """Return a sentence about the last setting at ratio 1 that left a search; empty if none did."""
+    best, by_loss = results.outcome.best, results.sweep.rungs_by_loss
+    left = [(one.left_at, one) for one in results.settings if one.ratio == 1 and one.left_at is not None]
+    if not left or best is None:
+        return ""
+    step = max(step for step, _ in left if step is not None)
+    values = {id(one): one.at_rung(step, by_loss=by_loss) for at, one in left if at == step}
+    sign = -1 if results.sweep.greater_is_better and not by_loss else 1
+    last = min((one for at, one in left if at == step), key=lambda one: sign * (values[id(one)] or math.inf))
+    own, others = values[id(last)], best.at_rung(step, by_loss=by_loss)
+    text = (
+        "No setting at ratio 1 (plain LoRA) was trained to its end. The last of them to leave the search was "
+        f"{results.label(last)}, at step {step:,}."
+    )
+    if own is None or others is None:
+        return text
+    what = "loss" if by_loss else results.sweep.metric
+    return f"{text} Its {what} there was {measured(own)}; that of the best setting was {measured(others)}."
 
 
 def _gain(results: SweepResults, gap: Difference) -> str:

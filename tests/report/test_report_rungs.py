@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from loraplus_hydra.report.figures import rungs
-from loraplus_hydra.report.results import results_of
+from loraplus_hydra.io.rungs import Rung, add_rung
+from loraplus_hydra.report.figures import draw_all, rungs
+from loraplus_hydra.report.results import SweepResults, results_of
+from loraplus_hydra.report.summary import details
 from tests.support.finished_sweeps import write_job, write_sweep
 
 
@@ -58,3 +60,52 @@ def test_a_figure_of_very_many_candidates_says_how_many_it_leaves_out(tmp_path: 
 def test_only_a_command_of_this_program_is_shown(extend: Any, shown: str, tmp_path: Path) -> None:
     folder = searched(tmp_path / "sweep", [], "tune.json", answer=["Best: a."], extend=extend)
     assert results_of(folder).sweep.extend == shown
+
+
+@pytest.fixture
+def halved(tmp_path: Path) -> SweepResults:
+    """A halved 2 x 2 grid. All but one setting left, at step 6 or 25."""
+    for lr_A, lr_B, left_at in ((1e-3, 1e-3, 6), (1e-3, 4e-3, None), (4e-3, 1e-3, 6), (4e-3, 4e-3, 25)):
+        folder = tmp_path / "grid" / f"{lr_A}_{lr_B}"
+        curve = None if left_at is None else [(0, 5.0)]
+        write_job(folder, {"loraplus.lr_A": lr_A, "loraplus.lr_B": lr_B}, None if left_at else 3.25, curve=curve)
+        if left_at:
+            result = json.loads((folder / "result.json").read_text())
+            (folder / "result.json").write_text(json.dumps({**result, "status": "pruned", "steps": left_at}))
+        for step in (6, 25)[: 1 if left_at == 6 else 2]:
+            losses = (4.0, 4.5) if step == 6 else (3.5 + 2 * lr_A, 3.75)
+            add_rung(folder, Rung(step / 100, step, 100, 6, losses, (1.0, 3.0)))
+    return results_of(tmp_path / "grid")
+
+
+def test_a_heat_map_says_when_each_setting_left(halved: SweepResults) -> None:
+    pictures = {picture.name: picture for picture in draw_all(halved)}
+    assert "ratio" not in pictures  # one setting has a result, so there is no ratio to compare
+    (axes,) = pictures["heatmap"].figure.axes  # no bar of colours
+    texts = {text.get_position(): text.get_text() for text in axes.texts if text.get_text()[:4] in ("left", "3.25")}
+    assert texts == {(0, 0): "left at\n6", (1, 0): "3.2500", (0, 1): "left at\n6", (1, 1): "left at\n25"}
+    labels = [text.get_text() for text in pictures["heatmap"].figure.legends[0].get_texts()]
+    assert "left the search, at this step" in labels
+    assert "no result" not in labels
+
+
+def test_plain_lora_that_left_is_compared_where_it_left(halved: SweepResults) -> None:
+    (sentence,) = (one for one in details(halved) if "ratio 1" in one)
+    assert "The last of them to leave the search was lr_A 4e-3, lr_B 4e-3, at step 25." in sentence
+    # The mean over the rows' tokens: (3.508 + 3 x 3.75) / 4 and (3.502 + 3 x 3.75) / 4
+    assert sentence.endswith("Its loss there was 3.6895; that of the best setting was 3.6880.")
+
+
+def test_each_rung_has_its_own_panel_with_the_best_first(tmp_path: Path) -> None:
+    candidates = [
+        {"name": name, "loss": loss, "stays": loss < 3} for name, loss in (("a", 2.5), ("b", 3.5), ("c", 2.0))
+    ]
+    results = results_of(searched(tmp_path / "sweep", candidates))
+    picture = rungs.draw(results)
+    assert picture is not None
+    (axes,) = picture.figure.axes
+    assert axes.get_title() == "step 6: 2 of 3 stay"
+    points = [(*line.get_xdata(), *line.get_ydata(), line.get_marker()) for line in axes.get_lines()]
+    assert [point[:2] for point in points] == [(1, 2.0), (2, 2.5), (3, 3.5), (3, 3.5)]
+    assert points[-1][2] == "x"
+    assert [text.get_text() for text in picture.figure.legends[0].get_texts()] == ["c", "a", "b"]

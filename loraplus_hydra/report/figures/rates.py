@@ -14,7 +14,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from loraplus_hydra.report.figures import style
 from loraplus_hydra.report.figures.plane import FULL, Pair, Plane, plane_of
-from loraplus_hydra.report.figures.style import BASELINE, BASELINE_TEXT, INK, MUTED, OTHERS, PAPER, ink_on
+from loraplus_hydra.report.figures.style import BASELINE, BASELINE_TEXT, GRID, INK, MUTED, OTHERS, PAPER, ink_on
 from loraplus_hydra.report.formatting import measured, short
 from loraplus_hydra.report.limits import robust_limits
 from loraplus_hydra.report.results import SweepResults
@@ -51,7 +51,8 @@ def draw(results: SweepResults, *, narrow: bool = False) -> style.Picture | None
     lines = (_grid if full else _points)(axes, results, plane, values, scale)
     axes.set_xlabel("ratio, η_B / η_A" if plane.by_ratio else "η_B, rate of lora_B")
     axes.set_ylabel("η_A, rate of lora_A")
-    _colour_bar(figure, axes, results, scale, _extend(values.values(), low, high), narrow=narrow)
+    if len(values) > 1:
+        _colour_bar(figure, axes, results, scale, _extend(values.values(), low, high), narrow=narrow)
     handles = _handles(results, values, plane, full, lines)
     figure.legend(handles=handles, loc="outside lower center", ncols=1 if narrow else 3)
     title = "Both rates: η_A x ratio" if plane.by_ratio else "Both rates: η_A x η_B"
@@ -102,7 +103,12 @@ def _grid(axes: Any, results: SweepResults, plane: Plane, values: Values, scale:
     lines = plane.is_even and (_lines_of_eta_b(axes, plane) if plane.by_ratio else _lines_of_alpha(axes, plane))
     for pair, place in places.items():
         if pair not in values:
-            _hatch(axes, place, OTHERS, "////", zorder=1)
+            if step := _left_at(plane.cells[pair]):
+                _square(axes, place, facecolor=GRID, edgecolor=PAPER, linewidth=1.5, zorder=1)
+                if numbers:
+                    _write_number(axes, place, f"left at\n{step:,}", "", GRID, INK)
+            else:
+                _hatch(axes, place, OTHERS, "////", zorder=1)
             continue
         colour, ink = scale.colour(values[pair]), scale.ink_on(values[pair])
         _square(axes, place, facecolor=colour, edgecolor=PAPER, linewidth=1.5, zorder=1)
@@ -125,6 +131,12 @@ def _grid(axes: Any, results: SweepResults, plane: Plane, values: Values, scale:
     for pair, mark in _marks(results, values, plane).items():
         _mark_cell(axes, places[pair], mark, scale.ink_on(values[pair]), left=not plane.by_ratio)
     return lines
+
+
+def _left_at(members: Sequence[Setting]) -> int | None:
+    """Return the step at which the last setting of a cell left a search; None if one didn't leave."""
+    steps = [one.left_at for one in members]
+    return None if None in steps else max(step for step in steps if step is not None)
 
 
 def _write_number(axes: Any, place: tuple[int, int], number: str, second: str, colour: Any, ink: str) -> None:
@@ -321,7 +333,7 @@ def _handles(results: SweepResults, values: Values, plane: Plane, full: bool, li
     ring: dict[str, Any] = {"edgecolor": BASELINE, "linewidth": 2.4, "linestyle": (0, (2, 1))}
     dot: dict[str, Any] = {"color": INK, "marker": "o", "markersize": 4.5, "linestyle": ""}
     cross: dict[str, Any] = {"color": MUTED, "marker": "X", "markersize": 9, "linestyle": ""}
-    missing = len(values) < len(plane.cells)
+    left = [_left_at(members) is not None for pair, members in plane.cells.items() if pair not in values]
     failed = any(one.failed for pair in values for one in plane.cells[pair])
     hatched: dict[str, Any] = {"facecolor": "none", "linewidth": 0}
     equal = "equal η_B" if plane.by_ratio else "equal lora_alpha of plain LoRA"
@@ -331,8 +343,9 @@ def _handles(results: SweepResults, values: Values, plane: Plane, full: bool, li
         ("best" in marks, Patch(facecolor="none", edgecolor=INK, linewidth=2.4, label="best")),
         ("diagonal" in marks, Patch(facecolor="none", label="best of plain LoRA", **ring)),
         ("near" in marks, Line2D([], [], label="about as good as the best", **dot)),
-        (not full and missing, Line2D([], [], label="no result", **cross)),
-        (full and missing, Patch(edgecolor=OTHERS, hatch="////", label="no result", **hatched)),
+        (not full and bool(left), Line2D([], [], label="no result", **cross)),
+        (full and any(left), Patch(facecolor=GRID, edgecolor=OTHERS, label="left the search, at this step")),
+        (full and not all(left), Patch(edgecolor=OTHERS, hatch="////", label="no result", **hatched)),
         (full and failed, Patch(edgecolor=MUTED, hatch="//", label="a job failed", **hatched)),
     )
     return [handle for applies, handle in entries if applies]

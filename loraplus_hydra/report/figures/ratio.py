@@ -33,6 +33,8 @@ def draw(results: SweepResults, *, narrow: bool = False) -> style.Picture | None
     ratios = sorted({one.ratio for one in settings if one.ratio is not None})
     if len(ratios) < 2 or not any(one.mean is not None for one in settings):
         return None
+    if len([one for one in settings if one.mean is not None or one.failed]) < 2:  # all others left a search
+        return None
     panels = _panels(results, settings, narrow=narrow)
     looks = _looks(settings)
     limits = robust_limits([value for one in settings for value in one.measured])
