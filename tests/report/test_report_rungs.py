@@ -89,6 +89,16 @@ def test_a_heat_map_says_when_each_setting_left(halved: SweepResults) -> None:
     assert "no result" not in labels
 
 
+def test_the_best_jobs_curve_is_on_the_axis_though_all_others_left_at_once(tmp_path: Path) -> None:
+    for place in range(20):
+        curve = [(0, 5 + place * 1e-6), *(() if place else [(200, 3.25)])]
+        write_job(tmp_path / str(place), {"loraplus.ratio": place + 1}, None if place else 3.25, curve=curve)
+    (curves,) = (picture for picture in draw_all(results_of(tmp_path)) if picture.name == "curves")
+    low, high = curves.figure.axes[0].get_ylim()
+    assert low < 3.25 < 5 < high
+    assert "beyond" not in curves.caption
+
+
 def test_plain_lora_that_left_is_compared_where_it_left(halved: SweepResults) -> None:
     (sentence,) = (one for one in details(halved) if "ratio 1" in one)
     assert "The last of them to leave the search was lr_A 4e-3, lr_B 4e-3, at step 25." in sentence

@@ -8,7 +8,7 @@ from typing import Any
 from loraplus_hydra.report.compare import mean_curve
 from loraplus_hydra.report.figures import style
 from loraplus_hydra.report.figures.style import BASELINE, BEST, MUTED, OTHERS
-from loraplus_hydra.report.limits import padded, robust_limits
+from loraplus_hydra.report.limits import beyond_axis, padded, robust_limits
 from loraplus_hydra.report.read_job import Job, Point
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import Setting
@@ -54,20 +54,22 @@ def _caption(results: SweepResults, target: float | None, beyond: int) -> str:
         caption += " Dotted: the final value of ratio 1."
     if results.sweep.pruned or results.sweep.unsuccessful:
         caption += " A cross is at the end of a job that failed, was stopped, or left the search."
-    return caption + (f" {beyond} points lie beyond the axis." if beyond else "")
+    return caption + beyond_axis(beyond)
 
 
 def _panel(axes: Any, name: str, compared: Compared, curves: Curves, ended: Container[str]) -> int:
     """Draw one panel; return the number of points beyond its axis."""
-    low, high, beyond = robust_limits([point.value for _, curve in curves for point in curve])
+    by_folder = {job.folder: curve for job, curve in curves}
+    means = [mean_curve(by_folder[job.folder] for job in setting.done) for setting, _, _ in compared]
+    best = [point.value for point in means[0]] if means else []  # else a search's other jobs could hide its end
+    low, high, beyond = robust_limits([point.value for _, curve in curves for point in curve], always=best)
     _job_lines(axes, compared, [(job, curve) for job, curve in curves if curve], 0.85 if len(curves) <= 12 else 0.5)
     for job, curve in curves:
         if curve and job.folder in ended:
             end = min(max(curve[-1].value, low), high)
             axes.plot([curve[-1].step], [end], "x", color=MUTED, markersize=6, markeredgewidth=1.6, zorder=4)
-    by_folder = {job.folder: curve for job, curve in curves}
-    for setting, colour, label in compared:
-        mean = _thinned(mean_curve(by_folder[job.folder] for job in setting.done))
+    for (_, colour, label), curve in zip(compared, means, strict=True):
+        mean = _thinned(curve)
         marker = "o" if len(mean) <= 25 else None
         _line(axes, mean, color=colour, linewidth=2.2, marker=marker, markersize=4, zorder=3, label=label)
     axes.set_ylim(*padded(low, high))

@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from loraplus_hydra.report.figures.style import INK, MUTED, NARROW, PALETTE, Picture, new_figure, panels
 from loraplus_hydra.report.formatting import clipped
-from loraplus_hydra.report.limits import padded, robust_limits
+from loraplus_hydra.report.limits import beyond_axis, padded, robust_limits
 from loraplus_hydra.report.read_sweep import RungLosses
 from loraplus_hydra.report.results import SweepResults
 
@@ -75,4 +75,4 @@ def _caption(beyond: int, left_out: int) -> str:
     )
     if left_out > 0:
         caption += f" {left_out} candidates that left early are not drawn."
-    return caption + (f" {beyond} points lie beyond the axis." if beyond else "")
+    return caption + beyond_axis(beyond)
