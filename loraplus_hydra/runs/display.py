@@ -144,10 +144,9 @@ def _commands(folder: Path, config: Any, result: Result) -> Iterator[str]:
 
 def _next_steps(config: Any) -> Iterator[str]:
     """Yield suggestions for a next run with other settings."""
-    ratio = OmegaConf.select(config, "loraplus.ratio")
-    if ratio is not None:
-        yield f"another ratio (loraplus.ratio={16 if ratio == 4 else 4})"
-    if "8bit" not in str(OmegaConf.select(config, "optimizer._target_")).lower():
+    yield "a search for rate and ratio (python -m loraplus_hydra tune)"
+    is_8bit = "8bit" in str(OmegaConf.select(config, "optimizer._target_")).lower()
+    if not is_8bit and OmegaConf.select(config, "trainer.deepspeed") is None:  # DeepSpeed refuses 8-bit optimizers
         yield "an 8-bit optimizer (optimizer=adamw8bit)"
     if OmegaConf.select(config, "data._target_") == "loraplus_hydra.data.embedded.load":
         yield "your own rows (data=jsonl)"

@@ -65,39 +65,31 @@ def test_sweep_shows_config_and_rates_once_and_a_line_for_each_end(
         assert (log.count(TREE), log.count(RATES), log.count(SAMPLES)) == (1, 1, 1)
 
 
+SEARCH = "a search for rate and ratio (python -m loraplus_hydra tune)"
+
+
 @pytest.mark.parametrize(
-    ("loraplus", "optimizer", "data", "said"),
+    ("optimizer", "data", "trainer", "said"),
     [
         (
-            {"ratio": 8},
             "torch.optim.AdamW",
             "loraplus_hydra.data.embedded.load",
-            "Next: another ratio (loraplus.ratio=4), an 8-bit optimizer (optimizer=adamw8bit), your own rows "
-            "(data=jsonl).",
+            {},
+            f"Next: {SEARCH}, an 8-bit optimizer (optimizer=adamw8bit), your own rows (data=jsonl).",
         ),
-        ({"ratio": 4}, "bitsandbytes.optim.AdamW8bit", "my.load", "Next: another ratio (loraplus.ratio=16)."),
-        (
-            {"lr_A": 1e-4, "lr_B": 1e-3},
-            "torch.optim.SGD",
-            "loraplus_hydra.data.files.load",
-            "Next: an 8-bit optimizer (optimizer=adamw8bit).",
-        ),
-        ({}, "bitsandbytes.optim.Lion8bit", "loraplus_hydra.data.files.load", ""),
+        ("torch.optim.SGD", "my.load", {}, f"Next: {SEARCH}, an 8-bit optimizer (optimizer=adamw8bit)."),
+        ("torch.optim.AdamW", "my.load", {"deepspeed": {"bf16": {}}}, f"Next: {SEARCH}."),
+        ("bitsandbytes.optim.Lion8bit", "loraplus_hydra.data.files.load", {}, f"Next: {SEARCH}."),
     ],
 )
 def test_only_what_the_run_has_not_done_is_suggested(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    loraplus: dict[str, Any],
-    optimizer: str,
-    data: str,
-    said: str,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, optimizer: str, data: str, trainer: dict[str, Any], said: str
 ) -> None:
-    config = {"loraplus": loraplus, "optimizer": {"_target_": optimizer}, "data": {"_target_": data}}
+    config = {"optimizer": {"_target_": optimizer}, "data": {"_target_": data}, "trainer": trainer}
     OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
     caplog.set_level(logging.INFO, "loraplus_hydra")
     display.show_result(tmp_path, Result(status="ok", metric="eval_loss"))
-    assert [one for one in caplog.messages if one.startswith("Next")] == ([said] if said else [])
+    assert [one for one in caplog.messages if one.startswith("Next")] == [said]
 
 
 def test_titles_stand_on_one_line_and_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
