@@ -60,6 +60,8 @@ class PublishedRate:
     eta_B: float = field(metadata=range_(POSITIVE))  # plain LoRA's rate, or lora_B's of LoRA+
     at_alpha: float = field(metadata=range_(POSITIVE))  # the lora_alpha with which it was found
     source: str  # the paper or page
+    task_type: Optional[str] = None  # the rate is for this task.task_type; null = for all
+    path: Optional[str] = None  # the rate is for this model.path; null = for all models with the same architecture
 
 
 @dataclass

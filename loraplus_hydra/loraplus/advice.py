@@ -23,7 +23,7 @@ USUAL_RANK = 8  # of PEFT's LoraConfig, and of conf/adapter/lora.yaml
 SMALLEST_OF_A_ZERO = 10  # ratio of the authors' GPT-2 runs, which start with A = 0 (conf/experiment/paper_gpt2.yaml)
 _ATTENTION = re.compile(r"att(n|ention)\b", re.IGNORECASE)  # in a layer's name: self_attn, attention, SelfAttention
 # LoRA's best rate with a start, as a multiple of the best one with PEFT's usual start (arXiv 2602.04998)
-_START_FACTORS = {"True": 1.0, "gaussian": 1.0, "a_zero": 1.0, "pissa": 1 / 10, "olora": 1 / 18}
+_START_FACTORS = {"True": 1.0, "gaussian": 1.0, "pissa": 1 / 10, "olora": 1 / 18}
 _POWERS = {"llama": 0.781, "qwen": 0.0775}  # P for each family of models; Llama's is a guess for other families
 
 

@@ -17,23 +17,25 @@ zero. So p and q can make both rates equal:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraplus_hydra.loraplus.advice import initialisation
-from loraplus_hydra.loraplus.plan import Plan
+from loraplus_hydra.loraplus.plan import Plan, PlannedTensor
 from loraplus_hydra.loraplus.scale_free import has_eps, is_scale_free
 
 if TYPE_CHECKING:
     from peft import LoraConfig  # importing it loads transformers
+
+_WITHOUT_DECAY = ("bias", "norm", "magnitude", "lora_B_bias")  # roles of the preset `none`; vectors don't decay, either
 
 
 @dataclass(frozen=True)
 class Rates:
     """The rates of a LoRA+ run beside its start and its alpha."""
 
-    alpha: float
+    alpha: float  # as if the scale were alpha / rank: rsLoRA's is larger by the rank's square root
     eta_a: float
     eta_b: float
     init: str | None  # Init[1]: B starts at zero; Init[2]: A starts at zero; None: neither
@@ -79,34 +81,55 @@ def rates_of(plan: Plan, adapter: LoraConfig) -> Rates | None:
     widths = sorted(record.shape[-1] for record in plan.records if record.role == "lora_A")
     init = initialisation(plan.records)
     usual = init == "Init[1]" and adapter.init_lora_weights is True
-    return Rates(float(adapter.lora_alpha), a.pop(), b.pop(), init, widths[len(widths) // 2] if usual else None)
+    alpha = effective_alpha(adapter.lora_alpha, adapter.r, rslora=adapter.use_rslora)
+    return Rates(alpha, a.pop(), b.pop(), init, widths[len(widths) // 2] if usual else None)
 
 
-def plain_equivalent(plan: Plan, adapter: LoraConfig, optimizer: str, max_grad_norm: float) -> Plain | None:
+def effective_alpha(alpha: float, rank: int, *, rslora: bool) -> float:
+    """Return the alpha of a usual LoRA, whose scale is alpha / rank, with this adapter's scale.
+
+    rsLoRA's scale is alpha / sqrt(rank) (arXiv 2312.03732).
+    """
+    return float(alpha) * (math.sqrt(rank) if rslora else 1)
+
+
+def plain_equivalent(
+    plan: Plan, adapter: LoraConfig, optimizer: str, max_grad_norm: float, rate_keys: Sequence[str] = ()
+) -> Plain | None:
     """Return the run of plain LoRA that equals this plan; None without such a run.
 
-    `optimizer` is the name of the optimizer's class. `max_grad_norm` is 0 without clipping.
+    `optimizer` is the name of the optimizer's class. `max_grad_norm` is 0 without clipping. `rate_keys` are the keys of
+    the config with a smallest rate of the schedule.
     """
     rates = rates_of(plan, adapter)
     if rates is None or rates.init is None or rates.eta_a <= 0 or rates.eta_b <= 0:
         return None
     if rates.init == "Init[1]":
-        alpha, lr, changed = rates.alpha * rates.ratio, rates.eta_a, "lora_B"
+        alpha, lr, changed = adapter.lora_alpha * rates.ratio, rates.eta_a, "lora_B"
     else:
-        alpha, lr, changed = rates.alpha / rates.ratio, rates.eta_b, "lora_A"
+        alpha, lr, changed = adapter.lora_alpha / rates.ratio, rates.eta_b, "lora_A"
     differences = list(_differences(plan, rates, optimizer, max_grad_norm, lr, changed))
+    if changed == "lora_A" and rates.ratio != 1:  # optimizer.lr is another one, and the schedule ends at a share of it
+        differences += [f"{key}, which would have to be {rates.ratio:g} times as large" for key in rate_keys]
     if adapter.alpha_pattern and rates.ratio != 1:
         differences.append("adapter.alpha_pattern, whose values would change like lora_alpha")
     return Plain(alpha, lr, tuple(differences))
 
 
-def explain(plan: Plan, adapter: LoraConfig, optimizer: str, max_grad_norm: float) -> list[str]:
-    """Return lines about the plan's place on the map of rates, its equal run of plain LoRA, and decay."""
+def explain(
+    plan: Plan, adapter: LoraConfig, optimizer: str, max_grad_norm: float, rate_keys: Sequence[str] = ()
+) -> list[str]:
+    """Return lines about the plan's place on the map of rates, its equal run of plain LoRA, and decay.
+
+    The arguments are those of `plain_equivalent`.
+    """
     lines = []
     if rates := rates_of(plan, adapter):
         steps = "" if rates.steps_of_a is None else f"; init_A / eta_A = {rates.steps_of_a:.3g} steps"
-        lines.append(f"alpha x eta_B = {rates.alpha:g} x {rates.eta_b:.3g} = {rates.alpha_eta_b:.3g}{steps}")
-        plain = plain_equivalent(plan, adapter, optimizer, max_grad_norm)
+        alpha = f"{adapter.lora_alpha:g}" + (f" x sqrt({adapter.r})" if adapter.use_rslora else "")
+        of = " x sqrt(rank)" if adapter.use_rslora else ""
+        lines.append(f"alpha{of} x eta_B = {alpha} x {rates.eta_b:.3g} = {rates.alpha_eta_b:.3g}{steps}")
+        plain = plain_equivalent(plan, adapter, optimizer, max_grad_norm, rate_keys)
         if plain is not None and rates.ratio != 1:
             but = f", except for: {'; '.join(plain.differences)}" if plain.differences else ""
             lines.append(f"Equal to plain LoRA with {plain.overrides()}{but}")
@@ -143,8 +166,29 @@ def _differences(
     others = [tensor for tensor in plan.tensors if tensor.group.lr != lr]
     if any(tensor.record.role == changed and tensor.group.weight_decay for tensor in others):
         yield f"weight decay, which is rate x decay per step, so {changed} would decay less or more"
-    # The scale acts on all of LoRA's tensors. With B, only its bias changes in the same way.
-    known = {"lora_A", "lora_B", *(["lora_B_bias"] if changed == "lora_B" else [])}
-    scaled = {tensor.record.role for tensor in plan.tensors if tensor.record.role.startswith("lora_")}
-    if roles := sorted((scaled | {tensor.record.role for tensor in others}) - known):
-        yield f"the rate or the scale of {', '.join(roles)}"
+    decay = next((tensor.group.weight_decay for tensor in plan.tensors if tensor.rule.weight_decay is None), None)
+    if roles := _roles(tensor for tensor in plan.tensors if not _decays_like_plain(tensor, decay)):
+        yield f"the weight decay of {roles}"
+    if roles := _roles(tensor for tensor in plan.tensors if tensor.group.settings):
+        yield f"the optimizer's settings for {roles}"
+    # The scale acts on all of LoRA's tensors. The bias of lora_B changes by the same factor as what it is added to.
+    of_bias = rates.eta_b if changed == "lora_B" else rates.eta_a
+    scaled = [tensor for tensor in plan.tensors if tensor.record.role.startswith("lora_")]
+    wrong_bias = any(tensor.record.role == "lora_B_bias" and tensor.group.lr != of_bias for tensor in scaled)
+    known = {"lora_A", "lora_B", *([] if wrong_bias else ["lora_B_bias"])}
+    if roles := _roles(tensor for tensor in (*scaled, *others) if tensor.record.role not in known):
+        yield f"the rate or the scale of {roles}"
+
+
+def _roles(tensors: Iterable[PlannedTensor]) -> str:
+    return ", ".join(sorted({tensor.record.role for tensor in tensors}))
+
+
+def _decays_like_plain(tensor: PlannedTensor, decay: float | None) -> bool:
+    """Return True if a tensor has the weight decay that it has in the preset `none`.
+
+    `decay` is the optimizer's; None if it is unknown.
+    """
+    if tensor.record.role in _WITHOUT_DECAY or tensor.record.ndim < 2:
+        return not tensor.group.weight_decay
+    return tensor.rule.weight_decay in (None, decay)

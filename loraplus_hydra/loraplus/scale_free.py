@@ -5,7 +5,8 @@ This module loads no torch, so the report can import it.
 
 from __future__ import annotations
 
-_SCALE_FREE = ("adam", "adamw", "nadam", "radam", "lion", "muon", "ademamix", "riemannianadamw", "adamwschedulefree")
+# Not RAdam: its first steps are not divided by the gradient's size
+_SCALE_FREE = ("adam", "adamw", "nadam", "lion", "muon", "ademamix", "riemannianadamw", "adamwschedulefree")
 _ADAM = ("adam", "adamw", "nadam", "radam", "adamax")
 _WITHOUT_EPS = ("lion",)
 

@@ -93,7 +93,8 @@ def advice_of(config: DictConfig, plan: Plan, model: Any) -> tuple[str, ...]:
     # The rule is for causal language models and Adam.
     if isinstance(base, PretrainedConfig) and config.task.task_type == "CAUSAL_LM" and by_adam:
         text = base.get_text_config()
-        published = published_product(text.model_type, text.hidden_size)
+        width = getattr(text, "hidden_size", None)
+        published = None if width is None else published_product(text.model_type, width)
     product = None if rates is None else rates.alpha_eta_b
     return tuple(rate_advice(plan.records, plan.largest_ratio, product, published))
 
@@ -103,7 +104,9 @@ def explanation_of(config: DictConfig, plan: Plan, model: Any) -> tuple[str, ...
     adapter = model.active_peft_config
     if not isinstance(adapter, LoraConfig):
         return ()
-    lines = explain(plan, adapter, _optimizer_name(config), float(config.trainer.get("max_grad_norm") or 0))
+    clipping = float(config.trainer.get("max_grad_norm") or 0)
+    smallest = [f"scheduler.{key}" for key in ("min_lr", "lr_end") if config.scheduler.get(key)]
+    lines = explain(plan, adapter, _optimizer_name(config), clipping, smallest)
     with suppress(UserError):  # nothing is published for this config
         base = getattr(model, "config", None)
         auto = auto_rate(config, base if isinstance(base, PretrainedConfig) else None)

@@ -38,7 +38,7 @@ def adapted(alpha: float, start: str = "B = 0", **adapter: Any) -> Any:
         for name, parameter in model.named_parameters():
             if "lora_A" in name:
                 parameter.data.zero_()
-            elif "lora_B" in name:
+            elif "lora_B" in name and parameter.ndim > 1:
                 torch.nn.init.normal_(parameter)
     return model
 
@@ -159,6 +159,54 @@ def test_the_equivalent_is_told_with_what_keeps_it_from_being_exact() -> None:
     assert equivalent(LoraPlus(lr=5e-4, ratio=1), 16, "B = 0", "SGD", 1.0) == Plain(16, 5e-4, ())
 
 
+def test_an_equal_run_is_exact_or_says_what_differs() -> None:
+    """Each setting is trained as it is and as plain LoRA. The losses are equal only if nothing is said to differ."""
+    lion: dict[str, Any] = {"optimizer_class": bitsandbytes.optim.Lion, "lr": LR, "ratio": RATIO}
+    bias = {"lora_bias": True, "target_modules": ["q_proj"]}
+    b, a = {"B": {"role": "lora_B", "ratio": RATIO}}, {"A": {"role": "lora_A"}}
+    cases: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+        ("B = 0", {}, bias, ""),
+        ("B = 0", {"preset": "roles"}, bias, "lora_B_bias"),
+        ("A = 0", {}, bias, "lora_B_bias"),
+        ("A = 0", {"preset": "roles"}, bias, ""),
+        ("B = 0", {"extra_rules": {"B": b["B"] | {"weight_decay": 0.0}}, "weight_decay": 4.0}, {}, "lora_B"),
+        ("B = 0", {"extra_rules": {"B": b["B"] | {"betas": [0.5, 0.6]}}}, {}, "lora_B"),
+        ("B = 0", {"extra_rules": {"A": a["A"] | {"weight_decay": 4.0}}}, {}, "lora_A"),
+    ]
+    for start, settings, adapter, differs in cases:
+        own = LoraPlus(**(lion | settings))
+        found = equivalent(own, ALPHA, start, **adapter)
+        assert (differs in " ".join(found.differences)) if differs else found.differences == (), (settings, found)
+        losses, _ = trained(adapted(ALPHA, start, **adapter), own)
+        decay = settings.get("weight_decay", 0.0)
+        like_plain = LoraPlus(preset="none", **(lion | {"lr": found.lr, "ratio": None, "weight_decay": decay}))
+        others, _ = trained(adapted(found.alpha, start, **adapter), like_plain)
+        assert (others == losses) == (not differs), (start, settings)
+
+
+def test_radam_is_not_scale_free() -> None:
+    settings = {"optimizer_class": torch.optim.RAdam}
+    losses, _ = trained(adapted(ALPHA), LoraPlus(lr=LR, ratio=RATIO, **settings))
+    others, _ = trained(
+        adapted(ALPHA * RATIO), LoraPlus(lr=LR, preset="none", extra_rules=eps_rule(RATIO, "lora_B"), **settings)
+    )
+    assert others != pytest.approx(losses, rel=1e-4)
+    found = equivalent(LoraPlus(lr=LR, ratio=RATIO), ALPHA, "B = 0", "RAdam")
+    assert found.differences == ("RAdam, unless its steps don't depend on the gradient's scale",)
+
+
+def test_a_schedules_smallest_rate_is_named_where_optimizer_lr_changes() -> None:
+    settings = LoraPlus(lr=5e-4, ratio=8)
+    model = adapted(16, "A = 0")
+    found = plain_equivalent(settings.plan(model), model.active_peft_config, "Lion", 0.0, ["scheduler.min_lr"])
+    assert found is not None
+    assert found.differences == ("scheduler.min_lr, which would have to be 8 times as large",)
+    model = adapted(16)
+    found = plain_equivalent(settings.plan(model), model.active_peft_config, "Lion", 0.0, ["scheduler.min_lr"])
+    assert found is not None
+    assert found.differences == ()
+
+
 def test_rates_start_and_decay_are_those_of_the_plan() -> None:
     model = adapted(16)
     plan = LoraPlus(lr=5e-4, ratio=8, weight_decay=0.1).plan(model)
@@ -168,6 +216,10 @@ def test_rates_start_and_decay_are_those_of_the_plan() -> None:
     weights = torch.nn.Linear(32, 4096, bias=False).weight  # as PEFT starts lora_A
     assert rates.steps_of_a == pytest.approx(weights.std().item() / 5e-4, rel=0.01)
     assert decay_per_step(plan) == pytest.approx({"groupA": 5e-5, "groupB": 4e-4})
+    rank_stable = adapted(16, r=64, use_rslora=True)  # its scale is 16 / 8, that of a usual LoRA with alpha 128
+    rates = rates_of(LoraPlus(lr=5e-4, ratio=8).plan(rank_stable), rank_stable.active_peft_config)
+    assert rates is not None
+    assert rates.alpha_eta_b == pytest.approx(128 * 8 * 5e-4)
     several = LoraPlus(lr=5e-4, extra_rules={"q": {"pattern": "q_proj", "lr": 1.0}})
     assert rates_of(several.plan(model), model.active_peft_config) is None
 

@@ -64,7 +64,6 @@ def test_rates_that_are_set_directly_have_no_published_one(compose: Callable[...
     ("override", "factor"),
     [
         ("adapter=rslora", 1 / 8**0.5),  # alpha / sqrt(8) instead of alpha / 8
-        ("adapter=lora_a_zero", 1),
         ("adapter=dora", 1),
         ("adapter.r=64", 1),
         ("adapter=pissa", 1 / 10),
@@ -86,6 +85,8 @@ def test_start_scale_and_ratio_change_the_rate(override: str, factor: float, com
         ("optimizer=lion", "published rates are those of Adam, not of Lion"),
         ("optimizer=sgd", "published rates are those of Adam, not of SGD"),
         ("adapter=vera", "published rates are those of LoRA, not of VeraConfig"),
+        ("adapter=lora_a_zero", "nothing is published for adapter.init_lora_weights=a_zero"),
+        ("+loraplus.extra_rules.b={role: lora_B, lr: 1e-3}", "loraplus.extra_rules.b.lr is lora_B's own rate"),
         ("adapter.init_lora_weights=orthogonal", "nothing is published for adapter.init_lora_weights=orthogonal"),
     ],
 )
@@ -97,6 +98,52 @@ def test_a_rate_that_nobody_published_is_a_listed_error(
     assert done.err.startswith("1 error:")
     assert f"optimizer.lr: 'auto' can't be resolved: {what}" in done.err
     assert "; give a number" in done.err
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("adapter=existing", "published rates are those of LoRA, not of an adapter that is trained on"),
+        ("adapter.lora_alpha=0", "adapter.lora_alpha=0 is not a number above 0"),
+        ("task=dpo", "published rates are those of training on answers, not of DPOTrainer"),
+        ("experiment=orpo", "published rates are those of training on answers, not of ORPOTrainer"),
+        ("experiment=kto", "published rates are those of training on answers, not of KTOTrainer"),
+    ],
+)
+def test_no_rate_is_taken_from_another_kind_of_training(override: str, what: str, compose: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match=what):
+        auto_rate(compose(override))
+
+
+def test_a_rate_is_not_handed_to_another_model_or_task(compose: Callable[..., Any], tiny_model: Path) -> None:
+    of_rule = auto_rate(compose("model=hub", f"model.path={tiny_model}"))
+    assert "rule" in of_rule.source
+    assert auto_rate(compose("model=embedded", f"model.path={tiny_model}")) == of_rule
+    with pytest.raises(UserError, match="no rate is published for"):
+        auto_rate(compose("model=gpt2_medium", *CLASSIFIER))
+
+
+def test_the_rule_that_decides_lora_B_gives_its_multiple_of_the_rate(compose: Callable[..., Any]) -> None:
+    register()
+    model = "model=llama3_8b"
+    usual = auto_rate(compose(model, "loraplus.ratio=8")).lr
+    for override, factor in (
+        ("loraplus.rules.groupB.ratio=4", 2),
+        ("+loraplus.rules.groupB.lr_mult=2", 1 / 2),
+        ("+loraplus.extra_rules.b={role: lora_B, ratio: 2}", 4),
+        ("+loraplus.extra_rules.q={role: lora_A, lr: 1e-3}", 1),
+        ("+loraplus.extra_rules.a={role: lora_A, lr: '${optimizer.lr}'}", 1),  # not known yet
+        ("loraplus=peft", 1),
+        ("loraplus=roles", 1),
+    ):
+        config = compose(model, override, "optimizer.lr=auto")
+        assert config.optimizer.lr == pytest.approx(usual * factor, rel=1e-2), override
+
+
+def test_an_adapter_without_alpha_and_rank_has_pefts(compose: Callable[..., Any]) -> None:
+    model = "model=llama3_8b"
+    config = compose(model, "~adapter.lora_alpha", "~adapter.r")
+    assert auto_rate(config) == auto_rate(compose(model, "adapter.lora_alpha=8", "adapter.r=8"))
 
 
 def test_a_model_s_own_rate_is_given_with_its_alpha_and_its_source(

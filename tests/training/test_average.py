@@ -141,6 +141,21 @@ def test_a_resume_may_switch_the_average_on_and_off(
     assert "adapter_ema" not in result(tmp_path / "run")["inputs"]
 
 
+def test_an_average_that_is_switched_on_after_the_best_checkpoint_begins_there(
+    cli: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    words = ["+trainer.load_best_model_at_end=true", "trainer.eval_steps=1", "trainer.save_steps=1"]
+    assert cli(*tiny_run, *words, "hydra.run.dir=run", "trainer.max_steps=2", "optimizer.lr=1e-2").status == 0
+    # At a rate that is far too high, no later step is better
+    ended = cli("resume", "run", "trainer.max_steps=3", "trainer.ema=0.5", "optimizer.lr=10")
+    assert ended.status == 0, ended.err
+    assert result(tmp_path / "run")["best"]["step"] < 3
+    assert "has no ema.safetensors" in ended.out
+    weights, averages = (load_file(tmp_path / "run" / name / FILE) for name in ("adapter", "adapter_ema"))
+    assert weights.keys() == averages.keys()
+    assert all(torch.equal(tensor, averages[name]) for name, tensor in weights.items())
+
+
 def test_an_average_of_another_model_is_refused(tmp_path: Path) -> None:
     average = Average(torch.nn.Linear(2, 2))
     file = tmp_path / "ema.safetensors"

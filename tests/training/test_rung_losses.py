@@ -71,15 +71,17 @@ def test_rows_of_a_language_model_are_measured_in_batches(
     assert sizes == [8, 8, 4]
 
 
-def test_rows_of_a_loss_that_weighs_its_tokens_are_measured_alone(
+def test_a_loss_that_the_rows_dont_have_is_measured_batch_by_batch(
     tiny_run: list[str], trainer_of: Callable[..., Any]
 ) -> None:
     trainer = trainer_of(*tiny_run, "+task.args.loss_type=dft")  # each token's loss times its probability
     found = [scores_of(trainer, row)[0] for row in trainer.eval_dataset]
     sizes = batches_of(trainer)
-    losses, _, _ = rung._row_losses(trainer, 1.0)
-    assert losses == pytest.approx([-float((scores * scores.exp()).mean()) for scores in found], rel=1e-5)
-    assert sizes == [8, *[1] * 20]
+    losses, weights, _ = rung._row_losses(trainer, 1.0)
+    assert sizes == [8, *[2] * 10]  # 20 rows in at least 8 batches
+    together = [torch.cat(found[place : place + 2]) for place in range(0, 20, 2)]
+    assert losses == pytest.approx([-float((scores * scores.exp()).mean()) for scores in together], rel=1e-5)
+    assert weights == tuple(float(len(scores)) for scores in together)
 
 
 @pytest.mark.parametrize("kind", LABELS)
@@ -126,29 +128,38 @@ def test_a_metric_that_is_not_finite_is_not_compared(
     assert rung._row_losses(trainer, 1.0)[2] == kept
 
 
-@pytest.mark.parametrize("task", ["task=dpo", "experiment=orpo"])
-def test_every_pair_of_answers_counts_once(
-    task: str, tiny_run: list[str], tmp_path: Path, trainer_of: Callable[..., Any]
-) -> None:
-    lines = [
+def pairs() -> list[dict[str, Any]]:
+    """Return 24 rows with two answers each."""
+    return [
         {"prompt": f"say {WORDS[i % 4]} {i}", "chosen": f" {WORDS[i % 4]}", "rejected": f" {WORDS[(i + 1) % 4]}"}
         for i in range(24)
     ]
-    trainer = trainer_of(*tiny_run, task, f"data.train={write_jsonl(tmp_path / 'pairs.jsonl', lines)}")
-    losses, weights, _ = rung._row_losses(trainer, 1.0)
-    assert weights == (1.0,) * 12
-    trainer.args.per_device_eval_batch_size = 1
-    assert sum(losses) / 12 == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
 
 
-def test_every_judged_answer_counts_once(tiny_run: list[str], tmp_path: Path, trainer_of: Callable[..., Any]) -> None:
-    lines = [
-        {"prompt": f"say {WORDS[i % 4]} {i}", "completion": f" {WORDS[i % 4]}", "label": i % 2 == 0} for i in range(24)
-    ]
-    trainer = trainer_of(*tiny_run, "experiment=kto", f"data.train={write_jsonl(tmp_path / 'judged.jsonl', lines)}")
+@pytest.mark.parametrize("chosen", ["task=dpo", "experiment=orpo", "experiment=kto"])
+def test_answers_are_compared_batch_by_batch(
+    chosen: str, tiny_run: list[str], tmp_path: Path, trainer_of: Callable[..., Any]
+) -> None:
+    lines = pairs()
+    if chosen == "experiment=kto":
+        lines = [
+            {"prompt": one["prompt"], "completion": one["chosen"], "label": i % 2 == 0} for i, one in enumerate(lines)
+        ]
+    trainer = trainer_of(*tiny_run, chosen, f"data.train={write_jsonl(tmp_path / 'rows.jsonl', lines)}")
     losses, weights, _ = rung._row_losses(trainer, 1.0)
-    assert weights == (1.0,) * 12
-    assert all(loss > 0 for loss in losses)
+    assert weights == (2.0,) * 6  # 12 rows in at least 6 batches
+    trainer.args.per_device_eval_batch_size = 2
+    assert sum(losses) / 6 == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
+
+
+def test_packed_rows_count_with_their_tokens(tiny_run: list[str], trainer_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(*tiny_run, "task.args.packing=true", "task.args.max_length=64")
+    rows = trainer.eval_dataset
+    losses, weights, _ = rung._row_losses(trainer, 1.0)
+    assert len(losses) == math.ceil(len(rows) / 2) > 1
+    assert sum(map(float.__mul__, losses, weights)) / sum(weights) == pytest.approx(
+        trainer.evaluate()["eval_loss"], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("size", [1, 8])

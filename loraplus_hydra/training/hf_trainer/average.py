@@ -92,8 +92,7 @@ class AveragingMixin:
         """Load like the Trainer, and the average of the same checkpoint."""
         super()._load_best_model()  # type: ignore[misc]
         if self.ema is not None:
-            best = Path(str(self.state.best_model_checkpoint))  # type: ignore[attr-defined]
-            self.ema.load(file_of(EMA, best))
+            self.ema = read_average(EMA, self.model, Path(str(self.state.best_model_checkpoint)))  # type: ignore[attr-defined]
 
 
 class AverageCallback(TrainerCallback):
@@ -110,14 +109,9 @@ class AverageCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Only now, because the model is on its device, and a resumed run has loaded its weights
-        setattr(self.trainer, self.name, Average(self.trainer.model))
-        if not isinstance(args.resume_from_checkpoint, str):
-            return
-        checkpoint = Path(args.resume_from_checkpoint)
-        if (file := file_of(self.name, checkpoint)).is_file():
-            self._average.load(file)
-        else:
-            screen.show(f"    Note: {checkpoint.name} has no {file.name}, so it begins with this step's weights")
+        resumed = isinstance(args.resume_from_checkpoint, str)
+        checkpoint = Path(args.resume_from_checkpoint) if resumed else None
+        setattr(self.trainer, self.name, read_average(self.name, self.trainer.model, checkpoint))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.trainer.accelerator.optimizer_step_was_skipped:  # float16's scaler skips steps
@@ -139,6 +133,19 @@ def decay_for_rungs(step: int) -> float:
     # doesn't, and its order is nearer to that of the end (benchmarks/README.md). This average needs no first step: it
     # forgets the earlier ones as fast as their number grows.
     return 1 - (_RECENT + 1) / (step + _RECENT)
+
+
+def read_average(name: str, model: Any, checkpoint: Path | None) -> Average:
+    """Return the average `name` of a checkpoint.
+
+    Without a checkpoint, or without a file there, it begins with the model's weights.
+    """
+    average = Average(model)
+    if checkpoint is not None and (file := file_of(name, checkpoint)).is_file():
+        average.load(file)
+    elif checkpoint is not None:
+        screen.show(f"    Note: {checkpoint.name} has no {file.name}, so it begins with this step's weights")
+    return average
 
 
 def file_of(name: str, checkpoint: Path) -> Path:

@@ -22,7 +22,9 @@ from loraplus_hydra.training.hf_trainer.callbacks import StopAtStep
 from loraplus_hydra.training.hf_trainer.loraplus_mixin import NotFiniteError, loss_tokens
 
 _FEWEST_ROWS = 200  # held-out rows on which jobs are compared
-_EQUAL = 1e-4  # relative difference of a batch's loss to its rows' mean, which rounding explains
+_FEWEST_BATCHES = 8  # in place of rows, for losses of a whole batch
+# Differences of a batch's loss to its rows' mean, which rounding explains: relative, and of losses near zero
+_EQUAL, _EQUAL_ZERO = 1e-4, 1e-7
 _CLASSIFIED: dict[str, Any] = {  # problem_type -> its loss
     "single_label_classification": nn.functional.cross_entropy,
     "multi_label_classification": nn.functional.binary_cross_entropy_with_logits,
@@ -84,8 +86,8 @@ class StopAtRung(StopAtStep):
 class _Measured:
     """The losses of the rung's rows."""
 
-    losses: list[float]
-    weights: list[float]  # their numbers of tokens with loss; 1 for a row without labels of tokens
+    losses: list[float]  # of each row, or of each batch if its rows have no losses of their own
+    weights: list[float]  # their numbers of tokens with loss; without labels of tokens, their numbers of rows
     predictions: list[Any]  # (logits, labels) of each batch
 
 
@@ -98,35 +100,41 @@ def _row_losses(trainer: Any, share: float) -> tuple[tuple[float, ...], tuple[fl
     chosen = min(count, max(_FEWEST_ROWS, round(_ROWS * share)))
     rows = rows.select([place * count // chosen for place in range(chosen)])
     trainer.model.eval()
-    # In batches, because it takes a fraction of the time. Some models only return a batch's mean.
-    found = _measure(trainer, rows, trainer.args.per_device_eval_batch_size) or _measure(trainer, rows, 1)
-    assert found is not None  # a batch of one row always has its row's loss
+    size = trainer.args.per_device_eval_batch_size
+    # In batches, because it takes a fraction of the time. Some losses are known only for a batch (DPO's), and some are
+    # losses of a whole batch (KTO's and ORPO's). Then a batch counts like a row.
+    found = _measure(trainer, rows, size)
+    if found is None:
+        found = _measure(trainer, rows, min(size, max(2, chosen // _FEWEST_BATCHES)), whole=True)
+    assert found is not None
     return tuple(found.losses), tuple(found.weights), _metric(trainer, found.predictions)
 
 
-def _measure(trainer: Any, rows: Any, size: int) -> _Measured | None:
-    """Predict `rows` in batches of `size`.
+def _measure(trainer: Any, rows: Any, size: int, *, whole: bool = False) -> _Measured | None:
+    """Predict `rows` in batches of `size`. With `whole`, each batch has one loss, its own.
 
     Return None if the model doesn't return the losses of a batch's rows.
     """
-    found = _Measured([], [], [])
+    found, done = _Measured([], [], []), 0
     for inputs in trainer._get_dataloader(rows, "Rung", batch_size=size, sampler_fn=SequentialSampler):
         has_tokens = getattr(trainer, "_loss_shifts_labels", False) and "labels" in inputs  # a pair of answers has none
         tokens = loss_tokens(inputs) if has_tokens else 1
-        if size == 1 and not tokens:
+        count = min(size, len(rows) - done)
+        done += count
+        if (whole or size == 1) and not tokens:
             found.losses.append(0.0)
             found.weights.append(0.0)
             continue
         with _outputs(trainer.model) as outputs:
             mean, *predicted = trainer.prediction_step(trainer.model, inputs, trainer.compute_metrics is None)
         loss = float(mean)
-        if size > 1:
+        if size > 1 and not whole:
             each = _by_row(outputs, inputs, trainer.model, loss)
         elif math.isfinite(loss):
-            each = ([loss], [float(tokens)])
+            each = ([loss], [float(tokens if has_tokens else count)])
         else:
             raise NotFiniteError(f"the loss is {loss} on a held-out row at step {trainer.state.global_step}")
-        if each is None:
+        if each is None or len(each[0]) != (1 if whole else count):  # without padding, rows are joined to one
             return None
         found.losses.extend(each[0])
         found.weights.extend(each[1])
@@ -165,7 +173,9 @@ def _by_row(
     else:
         return None
     total = float((losses * weights).sum() / weights.sum().clamp(min=1))
-    return (losses.tolist(), weights.tolist()) if math.isclose(total, mean, rel_tol=_EQUAL, abs_tol=_EQUAL) else None
+    return (
+        (losses.tolist(), weights.tolist()) if math.isclose(total, mean, rel_tol=_EQUAL, abs_tol=_EQUAL_ZERO) else None
+    )
 
 
 def _metric(trainer: Any, predictions: Sequence[Any]) -> float | None:
