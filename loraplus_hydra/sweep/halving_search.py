@@ -214,11 +214,14 @@ class Search:
         return known
 
     def _remove_failed(self, is_the_rung: Callable[[Rung], bool]) -> None:
-        """Remove the candidates with a job that failed before it was at the rung."""
+        """Remove the candidates with a failed job, or with one that ended before it was at the rung."""
         statuses = self._statuses()
 
         def has_failed(job: Overrides) -> bool:
-            return not _is_done(statuses[job]) and not any(map(is_the_rung, self._rungs(statuses[job])))
+            status = statuses[job]
+            if status is not None and status.status == job_status.FAILED:  # an earlier start may have left a rung
+                return True
+            return not _is_done(status) and not any(map(is_the_rung, self._rungs(status)))
 
         self.leave([name for name in self.remaining if any(map(has_failed, self.candidates[name]))])
 
