@@ -113,9 +113,11 @@ def default_name(config: DictConfig, keys: Sequence[str], readable: Sequence[str
     rest = {key: value for key, value in whole.items() if key not in (*NOT_OF_A_RUN, ALLOW)}
     for key in keys:
         _remove(rest, key.replace("/", "."))
-    # `rest` doesn't have the swept groups, nor the overrides inside these groups, which are the same for all jobs.
+    # `rest` doesn't have the swept groups, nor the overrides inside these groups, which are the same for all jobs unless
+    # they are swept themselves.
     prefixes = tuple(f"{key}." for key in keys)
-    inside = [text for text in _task_overrides(config) if text.lstrip("+~").startswith(prefixes)]
+    given = ((text.lstrip("+~").partition("=")[0], text) for text in _task_overrides(config))
+    inside = [text for key, text in given if key.startswith(prefixes) and key not in keys]
     return sweep_name(readable, config_hash({"swept": keys, "config": rest, "inside": sorted(inside)}))
 
 

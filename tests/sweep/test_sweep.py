@@ -158,6 +158,12 @@ def test_sweep_over_a_group_has_one_name(names: Callable[..., str]) -> None:
     assert names("-m", "optimizer=adam,sgd") != options
     momentum = names("-m", "optimizer=sgd,muon", "++optimizer.momentum=0.5")
     assert names("-m", "optimizer=sgd,muon", "++optimizer.momentum=0.6") != momentum
+    rates = names("-m", "optimizer=adam,sgd", "optimizer.lr=1e-4,3e-4", "optimizer.weight_decay=0.1")
+    assert names("-m", "optimizer=adam,sgd", "optimizer.lr=1e-4,1e-3", "optimizer.weight_decay=0.1") == rates
+    assert names("-m", "optimizer=adam,sgd", "optimizer.lr=1e-4,3e-4", "optimizer.weight_decay=0.2") != rates
+    assert names("-m", "optimizer=sgd,muon", "++optimizer.momentum=0.5,0.6") == names(
+        "-m", "optimizer=sgd,muon", "++optimizer.momentum=0.5,0.7"
+    )
 
 
 def test_ready_sweep_is_the_same_sweep_as_its_command(names: Callable[..., str]) -> None:
