@@ -27,9 +27,10 @@ from loraplus_hydra.sweep.halving import Standing, Stop
 from loraplus_hydra.sweep.plan import GRID, Sweep, grid_of, swept_overrides
 
 SWEEPER = "hydra_plugins.loraplus_halving.HalvingSweeper"
-_SEED = "seed="
+_SEED = "seed"
 _LENGTHS = ("trainer.max_steps", "trainer.num_train_epochs")
 _MOST_SHOWN = 4
+_OTHER_ROWS = "the jobs have different held-out rows, so they can't be compared: use halving=false"
 
 Overrides = tuple[str, ...]  # of one job
 
@@ -169,6 +170,7 @@ class Search:
         self.steps = found[0].steps
         if other := next((rung.steps for rung in found if rung.steps != self.steps), None):
             raise UserError(f"the jobs have different numbers of steps ({self.steps} and {other}): use halving=false")
+        self._refuse_other_rows(self.remaining)  # at the first rung, before most of the work
         self.earliest = max(rung.earliest for rung in found)
         return planned(self.steps, self.earliest)
 
@@ -210,8 +212,19 @@ class Search:
         known = {name: [rung for rung in each if rung is not None and rung.losses] for name, each in rungs.items()}
         known = {name: each for name, each in known.items() if len(each) == len(self.candidates[name])}
         if len({len(rung.losses) for each in known.values() for rung in each}) > 1:
-            raise UserError("the jobs have different held-out rows, so they can't be compared: use halving=false")
+            raise UserError(_OTHER_ROWS)
+        self._refuse_other_rows(known)
         return known
+
+    def _refuse_other_rows(self, names: Iterable[str]) -> None:
+        """Raise UserError if the candidates' jobs with the same seed have different held-out rows.
+
+        Another seed may have other rows. Rows without a fingerprint are not compared.
+        """
+        statuses = self._statuses()
+        for jobs in zip(*(self.candidates[name] for name in names), strict=False):
+            if len({rows for job in jobs if (rows := self._rows(statuses[job]))}) > 1:
+                raise UserError(_OTHER_ROWS)
 
     def _remove_failed(self, is_the_rung: Callable[[Rung], bool]) -> None:
         """Remove the candidates with a failed job, or with one that ended before it was at the rung."""
@@ -267,7 +280,13 @@ class Search:
         return [] if status is None else read_rungs(self.folder / status.folder)
 
     def _rung(self, status: JobStatus | None, step: int) -> Rung | None:
-        return next((rung for rung in self._rungs(status) if rung.step == step), None)
+        # The newest entry comes last
+        return next((rung for rung in reversed(self._rungs(status)) if rung.step == step), None)
+
+    def _rows(self, status: JobStatus | None) -> str | None:
+        """Return the fingerprint of a job's held-out rows; None if it is unknown."""
+        result = None if status is None else read_result(self.folder / status.folder)
+        return None if result is None else result.inputs.get("data.eval")
 
 
 def _is_done(status: JobStatus | None) -> bool:
@@ -275,4 +294,4 @@ def _is_done(status: JobStatus | None) -> bool:
 
 
 def _without_seed(job: Iterable[str]) -> Overrides:
-    return tuple(text for text in job if not text.startswith(_SEED))
+    return tuple(text for text in job if text.lstrip("+").partition("=")[0] != _SEED)

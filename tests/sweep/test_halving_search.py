@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import job_status
 from loraplus_hydra.io.job_status import JobStatus
 from loraplus_hydra.io.result import Result
@@ -47,3 +48,42 @@ def test_a_failed_job_leaves_also_if_an_earlier_start_was_at_the_rung(
     found = search(tmp_path, ("ratio=1",), ("ratio=4",))
     found.arrive(6)
     assert found.remaining == ["ratio=1"]
+
+
+OTHER_ROWS = "the jobs have different held-out rows"
+
+
+def test_as_many_other_rows_are_an_error_at_the_first_rung(write: Write, tmp_path: Path) -> None:
+    write("fraction=0.1", rows="2 rows aaaa")
+    write("fraction=0.2", rows="2 rows bbbb")
+    found = search(tmp_path, ("fraction=0.1",), ("fraction=0.2",))
+    with pytest.raises(UserError, match=OTHER_ROWS):
+        found.plan(0.25, lambda steps, earliest: ())
+
+
+def test_rows_may_differ_between_seeds_but_not_between_candidates(write: Write, tmp_path: Path) -> None:
+    for ratio, seed, rows in ((1, 0, "a"), (1, 1, "b"), (4, 0, "a"), (4, 1, "b"), (16, 0, "a"), (16, 1, "c")):
+        write(f"ratio={ratio}", f"seed={seed}", rows=f"2 rows {rows}")
+    jobs = [(f"ratio={ratio}", f"seed={seed}") for ratio in (1, 4, 16) for seed in (0, 1)]
+    assert list(search(tmp_path, *jobs[:4]).at_rung(6)) == ["ratio=1", "ratio=4"]
+    with pytest.raises(UserError, match=OTHER_ROWS):
+        search(tmp_path, *jobs).at_rung(6)
+
+
+def test_rows_without_a_fingerprint_are_compared_by_their_number(write: Write, tmp_path: Path) -> None:
+    write("ratio=1", rows="2 rows aaaa")
+    write("ratio=4")
+    assert list(search(tmp_path, ("ratio=1",), ("ratio=4",)).at_rung(6)) == ["ratio=1", "ratio=4"]
+
+
+def test_of_two_entries_at_a_step_the_newer_one_is_compared(write: Write, tmp_path: Path) -> None:
+    write("ratio=1", loss=3.0)
+    add_rung(tmp_path / "ratio=1", Rung(0.3, 6, 24, 6, (1.0, 1.0), (1.0, 1.0)))
+    ((found,),) = search(tmp_path, ("ratio=1",)).at_rung(6).values()
+    assert found.loss == 1.0
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_seeds_are_of_one_candidate_however_they_are_written(plus: str, tmp_path: Path) -> None:
+    jobs = [(f"ratio={ratio}", f"{plus}seed={seed}") for ratio in (1, 4) for seed in (0, 1)]
+    assert search(tmp_path, *jobs).candidates == {"ratio=1": jobs[:2], "ratio=4": jobs[2:]}
