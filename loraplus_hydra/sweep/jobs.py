@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from loraplus_hydra.config.identity import ALLOW
 from loraplus_hydra.config.schema import run_of
@@ -57,8 +57,10 @@ def run_job(root: DictConfig) -> float | None:
     """
     interrupts.stop_if_asked()
     hydra: Any = HydraConfig.get()
-    folder, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
-    job = _Job(folder, Path(hydra.sweep.dir).absolute(), str(root.sweep.start), overrides)
+    # Unresolved, because a search compares them with the overrides that it gave
+    overrides: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    sweep = Path(hydra.sweep.dir).absolute()
+    job = _Job(Path(hydra.runtime.output_dir), sweep, str(root.sweep.start), overrides)
     config = run_of(root)
     state = folder_state(job.folder, hash_of(config))
     stop_at = root.sweep.stop_at

@@ -151,6 +151,19 @@ def test_failed_candidate_leaves_with_all_its_seeds(
     }
 
 
+def test_overrides_with_interpolations_are_those_of_the_search(
+    cli: Cli, words: list[str], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unreported: None
+) -> None:
+    monkeypatch.setenv("ROWS", str(rows.parent))
+    shorter = [word for word in words[:-1] if not word.startswith("data.train=")]
+    changes = ["trainer.max_steps=8", "trainer.eval_strategy=no", "task.samples=0", "loraplus.ratio=1,8"]
+    finished = cli(*shorter, *changes, f"data.train='${{oc.env:ROWS}}/{rows.name}'")
+    assert finished.status == 0, finished.out[-3000:]
+    sweep = the_sweep(tmp_path)
+    assert sorted(one["status"] for one in results(sweep).values()) == ["ok", "pruned"]
+    assert [one["step"] for one in decisions(sweep)["rungs"]] == [6]
+
+
 def test_too_few_steps_for_a_rung_train_every_job(cli: Cli, words: list[str], tmp_path: Path, unreported: None) -> None:
     finished = cli(*words[:-1], "trainer.max_steps=5", "loraplus.ratio=1,8")
     assert finished.status == 0
@@ -163,6 +176,7 @@ def test_too_few_steps_for_a_rung_train_every_job(cli: Cli, words: list[str], tm
     [
         (["loraplus.ratio=4"], "halving: there is nothing to compare"),
         (["loraplus.ratio=4", "seed=1,2"], "halving: there is nothing to compare"),
+        (["loraplus.ratio=4", "++seed=1,2"], "halving: there is nothing to compare"),
         (["trainer.early_stopping_patience=2"], "trainer.early_stopping_patience: halving compares jobs"),
         (["trainer.max_steps=12,24"], "trainer.max_steps: halving compares jobs"),
         (["halving=3"], "halving: '3' is not a switch"),

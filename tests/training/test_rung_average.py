@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from loraplus_hydra.io.rungs import read_rungs
 from loraplus_hydra.runs.job import run
-from loraplus_hydra.training.hf_trainer import average
+from loraplus_hydra.training.hf_trainer import average, rung
 from loraplus_hydra.training.hf_trainer.average import AverageCallback
 
 FILE = "rung_average.safetensors"
@@ -60,6 +60,22 @@ def test_a_job_that_waited_at_an_earlier_rung_has_the_same_losses_at_the_next(
     ours, theirs = (read_rungs(tmp_path / name)[-1] for name in ("waited", "unbroken"))
     assert ours == theirs
     assert ours.step == 8
+
+
+def test_jobs_at_one_step_are_compared_on_the_same_rows_whatever_share_was_asked(
+    tiny_run: list[str], compose: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rung at 1/16 of 16 steps is at step 6, because no rung is earlier."""
+    shares: list[float] = []
+
+    def row_losses(_: Any, share: float) -> Any:
+        shares.append(share)
+        return (1.0,), (1.0,), None
+
+    monkeypatch.setattr(rung, "_row_losses", row_losses)
+    for stop_at in (1 / 16, 6 / 16):
+        run(compose(*tiny_run, *WORDS), tmp_path / str(stop_at), stop_at=stop_at)
+    assert shares == [6 / 16, 6 / 16]
 
 
 def test_the_last_step_is_compared_without_an_average(

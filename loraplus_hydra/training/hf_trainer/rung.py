@@ -78,7 +78,8 @@ class StopAtRung(StopAtStep):
             average = getattr(self.trainer, OF_RUNGS, None)
             # At the last step there is nothing left to predict
             with nullcontext() if average is None or self.step == state.max_steps else average.in_model():
-                measured = _row_losses(self.trainer, self.stop_at)
+                # Of its own step, because rungs of several shares can be at one step, and need the same rows there
+                measured = _row_losses(self.trainer, self.step / state.max_steps)
         raise RungReached(Rung(self.stop_at, self.step, state.max_steps, self.earliest, *measured))
 
 
