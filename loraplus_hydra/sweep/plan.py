@@ -113,8 +113,8 @@ def default_name(config: DictConfig, keys: Sequence[str], readable: Sequence[str
     rest = {key: value for key, value in whole.items() if key not in (*NOT_OF_A_RUN, ALLOW)}
     for key in keys:
         _remove(rest, key.replace("/", "."))
-    # `rest` doesn't have the swept groups, nor the overrides inside these groups, which are the same for all jobs unless
-    # they are swept themselves.
+    # `rest` doesn't have the swept groups, nor the overrides inside these groups. The ones that aren't swept themselves
+    # are the same for all jobs.
     prefixes = tuple(f"{key}." for key in keys)
     given = ((text.lstrip("+~").partition("=")[0], text) for text in _task_overrides(config))
     inside = [text for key, text in given if key.startswith(prefixes) and key not in keys]

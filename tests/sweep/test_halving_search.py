@@ -12,6 +12,7 @@ from loraplus_hydra.io import job_status
 from loraplus_hydra.io.job_status import JobStatus
 from loraplus_hydra.io.result import Result
 from loraplus_hydra.io.rungs import Rung, add_rung
+from loraplus_hydra.sweep.halving import plan
 from loraplus_hydra.sweep.halving_search import Search
 
 START = "start"
@@ -58,7 +59,7 @@ def test_as_many_other_rows_are_an_error_at_the_first_rung(write: Write, tmp_pat
     write("fraction=0.2", rows="2 rows bbbb")
     found = search(tmp_path, ("fraction=0.1",), ("fraction=0.2",))
     with pytest.raises(UserError, match=OTHER_ROWS):
-        found.plan(0.25, lambda steps, earliest: ())
+        found.plan(0.25, lambda steps, earliest: plan(2, steps, earliest))
 
 
 def test_rows_may_differ_between_seeds_but_not_between_candidates(write: Write, tmp_path: Path) -> None:
