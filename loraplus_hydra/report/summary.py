@@ -175,7 +175,8 @@ def _plain_left(results: SweepResults) -> str:
     step = max(step for step, _ in left if step is not None)
     values = {id(one): one.at_rung(step, by_loss=by_loss) for at, one in left if at == step}
     sign = -1 if results.sweep.greater_is_better and not by_loss else 1
-    last = min((one for at, one in left if at == step), key=lambda one: sign * (values[id(one)] or math.inf))
+    here = [one for at, one in left if at == step]
+    last = min(here, key=lambda one: math.inf if (value := values[id(one)]) is None else sign * value)
     own, others = values[id(last)], best.at_rung(step, by_loss=by_loss)
     text = (
         "No setting at ratio 1 (plain LoRA) was trained to its end. The last of them to leave the search was "

@@ -41,7 +41,8 @@ def draw(results: SweepResults, *, narrow: bool = False) -> style.Picture | None
     figure, grid = _figure([title for title, _ in panels], narrow=narrow)
     for axes, (title, members) in zip(grid, panels, strict=False):
         for rate, look in looks.items():
-            _line(axes, [one for one in members if _rate(one) == rate], look, limits[:2])
+            here = [one for one in members if _rate(one) == rate]
+            _line(axes, here, look, limits[:2], limits[0 if results.sweep.greater_is_better else 1])
         _mark_best(axes, results, members)
         axes.set_title(title)
         axes.set_xscale("log", base=2)
@@ -125,7 +126,10 @@ def _best_of_each(results: SweepResults, settings: Sequence[Setting]) -> Sequenc
     return list(best.values())
 
 
-def _line(axes: Any, members: Sequence[Setting], look: Mapping[str, Any], limits: tuple[float, float]) -> None:
+def _line(
+    axes: Any, members: Sequence[Setting], look: Mapping[str, Any], limits: tuple[float, float], worst: float
+) -> None:
+    """Draw the settings of a rate. Those with a failed job get a cross at `worst`, the worse end of the axis."""
     members = sorted(members, key=lambda one: one.ratio or 0)
     known = [one for one in members if one.mean is not None and limits[0] <= one.mean <= limits[1]]
     axes.errorbar(
@@ -145,7 +149,7 @@ def _line(axes: Any, members: Sequence[Setting], look: Mapping[str, Any], limits
             axes.plot([one.ratio] * len(one.measured), one.measured, **small, zorder=2)
     for one in members:
         if one.failed or (one.mean is not None and one not in known):
-            edge = limits[0] if one.mean is not None and one.mean < limits[0] else limits[1]
+            edge = worst if one.mean is None or one in known else min(max(one.mean, limits[0]), limits[1])
             axes.plot([one.ratio], [edge], "x", color=look["color"], markersize=7, markeredgewidth=1.8, zorder=4)
 
 
