@@ -74,16 +74,16 @@ class Outcome:
     reached: tuple[Reach, ...]  # first for the baseline, then for the best settings
 
 
-def compare(settings: Sequence[Setting], *, greater_is_better: bool) -> Outcome:
+def compare(settings: Sequence[Setting], *, greater_is_better: bool, chosen: str = "") -> Outcome:
     """Rank the settings. Compare the best at ratio 1 with the best at other ratios.
 
     Settings are ranked by their mean over seeds. A setting with a failed job can only be the best if every setting has
-    a failed job.
+    a failed job. If a search has chosen a job, in the folder `chosen`, this job and its setting are the best.
     """
     sign = -1 if greater_is_better else 1
     ranked = sorted((one for one in settings if one.mean is not None), key=lambda one: sign * _mean(one))
     sound = [one for one in ranked if not one.failed] or ranked  # the seeds without failure may be the lucky ones
-    best = sound[0] if sound else None
+    best, best_job = _best(ranked if chosen else sound, chosen, sign)
     baseline = next((one for one in sound if one.ratio == 1), None)
     contender = next((one for one in sound if one.ratio not in (1, None)), None)
     pair = [one for one in sound if one is baseline or one is contender]  # the better setting comes first
@@ -95,17 +95,26 @@ def compare(settings: Sequence[Setting], *, greater_is_better: bool) -> Outcome:
     return Outcome(
         ranked=tuple(ranked),
         best=best,
-        best_job=min(best.done, key=lambda job: sign * (job.value or 0.0)) if best else None,
+        best_job=best_job,
         baseline=baseline,
         contender=contender,
         against_baseline=difference(pair[0], pair[1], sign) if len(pair) == 2 else None,
         against_twin=difference(contender, twin, sign) if contender and twin and twin is not baseline else None,
-        passed_over=ranked[0] if ranked and ranked[0] is not best else None,
+        passed_over=ranked[0] if ranked and ranked[0] is not best and not chosen else None,
         tolerance=tolerance,
         near=tuple(near),
         target=target,
         reached=reached,
     )
+
+
+def _best(ranked: Sequence[Setting], chosen: str, sign: int) -> tuple[Setting | None, Job | None]:
+    """Return the best setting and its best job; the chosen ones of a search, if they have a result."""
+    if chosen:
+        return next(((one, job) for one in ranked for job in one.done if job.folder == chosen), (None, None))
+    if not ranked:
+        return None, None
+    return ranked[0], min(ranked[0].done, key=lambda job: sign * (job.value or 0.0))
 
 
 def tolerance_of(settings: Sequence[Setting]) -> Tolerance:

@@ -16,7 +16,7 @@ from loraplus_hydra.io.job_status import JobStatus
 from loraplus_hydra.io.locks import is_locked
 from loraplus_hydra.io.read import read_json
 from loraplus_hydra.io.result import OK, PRUNED, WAITING
-from loraplus_hydra.report.read_job import RUNNING, Files, Job, read_job
+from loraplus_hydra.report.read_job import RUNNING, Files, Job, mapping, read_job
 from loraplus_hydra.report.values import number, whole_number
 
 _JOB_FILES = (run_folder.RESULT, run_folder.CONFIG, run_folder.METRICS, run_folder.HYDRA)
@@ -46,6 +46,7 @@ class Sweep:
     rungs: tuple[RungLosses, ...] = ()  # of a search by halving or `tune`
     rungs_by_loss: bool = True  # False if `rungs` has the values of `metric`
     answer: tuple[str, ...] = ()  # of `tune`, in sentences
+    chosen: str = ""  # the folder of the job that `tune` chose
     extend: str = ""  # the command of `tune` with candidates beyond the edge
     is_active: bool = False  # True while a process runs jobs
     not_begun: int = 0  # number of jobs of the active sweep that have no folder yet; 0 if unknown
@@ -85,8 +86,11 @@ def read_sweep(folder: Path) -> Sweep:
     notes += _stopped(stored.get("left"))
     decisions = files.read(read_json, run_folder.HALVING) or {}
     tuned = files.read(read_json, run_folder.TUNE) or {}
-    if any(job.status == PRUNED for job in jobs):  # not if the whole grid was trained later
-        notes += _halved(decisions)
+    if tuned.get("command", stored.get("command")) != stored.get("command"):  # the answer of an earlier search
+        tuned = {}
+    answer = tuple(map(str, tuned["answer"])) if isinstance(tuned.get("answer"), list) else ()
+    is_halved = any(job.status == PRUNED for job in jobs)  # not if the whole grid was trained later
+    notes += _halved(decisions) if is_halved else []
     by_loss = not _have_metrics(tuned or decisions)
     swept = stored.get("swept")
     return Sweep(
@@ -99,9 +103,10 @@ def read_sweep(folder: Path) -> Sweep:
         greater_is_better=_greater_is_better(jobs, metric),
         not_jobs=tuple(one.name for one in folders if one not in job_folders and one.name != run_folder.TUNED),
         notes=tuple(notes),
-        rungs=_rungs(tuned or decisions, by_loss=by_loss),
+        rungs=_rungs(tuned or decisions, by_loss=by_loss) if is_halved else (),
         rungs_by_loss=by_loss,
-        answer=tuple(map(str, tuned.get("answer") or ())) if isinstance(tuned.get("answer"), list) else (),
+        answer=answer,
+        chosen=str(mapping(tuned, "winner").get("job") or "") if answer else "",
         extend=_own_command(tuned.get("extend")),
         is_active=begun is not None or any(job.status == RUNNING for job in jobs),
         not_begun=max((whole_number(stored.get("jobs")) or 0) - len(jobs), 0) if begun is not None else 0,

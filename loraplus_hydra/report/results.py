@@ -74,4 +74,5 @@ def results_of(folder: Path) -> SweepResults:
     sweep = read_sweep(folder)
     keys = varied_keys(sweep)
     settings = settings_of(sweep, keys)
-    return SweepResults(sweep, keys, settings, compare(settings, greater_is_better=sweep.greater_is_better))
+    outcome = compare(settings, greater_is_better=sweep.greater_is_better, chosen=sweep.chosen)
+    return SweepResults(sweep, keys, settings, outcome)

@@ -238,6 +238,11 @@ class Search:
 
         self.leave([name for name in self.remaining if any(map(has_failed, self.candidates[name]))])
 
+    def folder_of(self, name: str) -> str:
+        """Return the folder's name of a candidate's first job; empty if the job has not begun."""
+        status = self._statuses()[self.candidates[name][0]]
+        return "" if status is None else status.folder
+
     def is_done(self, name: str) -> bool:
         """Return True if all jobs of a candidate have trained to their ends."""
         statuses = self._statuses()

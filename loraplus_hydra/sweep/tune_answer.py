@@ -52,6 +52,7 @@ class Answer:
     extra_steps: int = 0  # steps of the finalists with other seeds than the first
     step: int = 0  # at which the finalists are compared
     metric: str = ""  # by which they are compared
+    greater_is_better: bool = False  # its direction
     finalists: tuple[Finalist, ...] = ()  # the better one comes first
     verdict: Verdict | None = None  # None with a single finalist
     winner: str = ""
@@ -60,7 +61,7 @@ class Answer:
     def decide(self, step: int, rungs: Mapping[str, Sequence[Rung]]) -> str:
         """Compare the finalists at `step`, and return the winner's name. `rungs` has a rung for each seed."""
         has_metric = all(rung.metric is not None for each in rungs.values() for rung in each)
-        greater = has_metric and self.settings.greater_is_better
+        greater = self.greater_is_better = has_metric and self.settings.greater_is_better
         found = [
             Finalist(name, self.named[name], tuple(_value(rung, has_metric=has_metric) for rung in each))
             for name, each in rungs.items()
@@ -90,19 +91,27 @@ class Answer:
 
 
 def write_answer(answer: Answer) -> None:
-    """Write tune.json and the winner's YAML file into the sweep's folder."""
+    """Write tune.json and the winner's YAML file into the sweep's folder.
+
+    They replace those of an earlier search in the folder. Until then, the report doesn't show that search's answer.
+    """
     folder, settings = answer.search.folder, answer.settings
     winner = answer.named[answer.winner]
     content = {
+        "command": _command(answer),  # of this search, as in sweep.json
         "answer": [*answer.sentences(), _cost_sentence(answer)],  # the answer in sentences
         "extend": _extending_command(answer),  # the command that searches beyond the grid's edge; empty without an edge
-        # eta_A, eta_B, ratio and overrides of the winner
-        "winner": {**asdict(winner), "eta_A": winner.eta_A, "overrides": list(settings.overrides(winner))},
+        "winner": {  # eta_A, eta_B, ratio and overrides of the winner, and the folder of its job
+            **asdict(winner),
+            "eta_A": winner.eta_A,
+            "overrides": list(settings.overrides(winner)),
+            "job": answer.search.folder_of(answer.winner),
+        },
         "finalists": [  # the better one first, each with its value for each seed
             {"name": one.name, **asdict(one.candidate), "values": list(one.values)} for one in answer.finalists
         ],
         "compared_by": answer.metric,  # the metric by which the finalists are compared
-        "greater_is_better": settings.greater_is_better,  # its direction
+        "greater_is_better": answer.greater_is_better,  # its direction
         "step": answer.step,  # the step at which they are compared
         "seeds": list(settings.seeds),  # the seeds with which they are compared
         # the difference of the two; null with a single finalist
@@ -194,8 +203,7 @@ def _extending_command(answer: Answer) -> str:
     more: dict[str, float] = {}
     for _, following in _edges(answer):
         more |= following
-    command = str(read_or({}, read_json, answer.search.folder / SWEEP).get("command") or "")
-    words = shlex.split(command)[len(_PROGRAM) :]
+    words = shlex.split(_command(answer))[len(_PROGRAM) :]
     if not more or not words:
         return ""
     axes = {
@@ -203,13 +211,20 @@ def _extending_command(answer: Answer) -> str:
         for key, name in (("tune.eta_B", "eta_B"), ("tune.ratios", "ratio"))
     }
     number = len(axes["tune.eta_B"]) * len(axes["tune.ratios"])
-    needed = max(answer.settings.budget, answer.settings.cost_of(number))
+    # Both the planned cost and that of the real rungs must be within it
+    planned, search = answer.settings.cost_of(number), answer.search
+    real = tuning.cost(number, len(answer.settings.seeds), search.steps, search.earliest)
+    needed = max(answer.settings.budget, planned, real)
     given = {
         **{key: f"[{','.join(map(as_text, values))}]" for key, values in axes.items()},
         "tune.budget": f"{math.ceil(100 * needed) / 100:g}",
     }
     kept = [word for word in words if word.lstrip("+").partition("=")[0] not in (*given, "hparams_search")]
     return shlex.join([*_PROGRAM, "tune", *kept, *(f"{key}={value}" for key, value in given.items())])
+
+
+def _command(answer: Answer) -> str:
+    return str(read_or({}, read_json, answer.search.folder / SWEEP).get("command") or "")
 
 
 def _winner_yaml(answer: Answer) -> str:

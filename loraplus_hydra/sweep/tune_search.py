@@ -22,8 +22,6 @@ from loraplus_hydra.config.schema import SEED as SEED_RANGE
 from loraplus_hydra.config.schema import TuneConfig, run_of
 from loraplus_hydra.config.types import POSITIVE, describe, field_types, mismatch
 from loraplus_hydra.errors import Problem, UserError, first_line, nearest, refuse
-from loraplus_hydra.io.folders import remove
-from loraplus_hydra.io.run_folder import TUNE, TUNED
 from loraplus_hydra.io.rungs import Rung
 from loraplus_hydra.loraplus.plan import Plan
 from loraplus_hydra.models import published_rate
@@ -99,9 +97,6 @@ def use_tuning(config: DictConfig, sweep: Sweep) -> None:
     with open_dict(config):
         grid: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
         config.hydra.sweeper = {**grid, "_target_": SWEEPER, "start": sweep.start.name, "tune": True}
-    # The answer of an earlier search in this folder
-    remove(sweep.folder / TUNE)
-    remove(sweep.folder / TUNED)
 
 
 def _type_problems(config: DictConfig) -> Iterator[Problem]:

@@ -10,16 +10,17 @@ import pytest
 
 from loraplus_hydra.io.rungs import Rung, add_rung
 from loraplus_hydra.report.figures import draw_all, rungs
+from loraplus_hydra.report.figures import ratio as ratio_figure
 from loraplus_hydra.report.results import SweepResults, results_of
-from loraplus_hydra.report.summary import details
+from loraplus_hydra.report.summary import command, details, headline
 from tests.support.finished_sweeps import write_job, write_sweep
 
 
 def searched(folder: Path, candidates: list[dict[str, Any]], name: str = "halving.json", **more: Any) -> Path:
-    """Write a sweep of two jobs whose search has one rung, at step 6."""
+    """Write a sweep of two jobs whose search has one rung, at step 6, where one left."""
     write_sweep(folder)
-    for ratio in (1, 4):
-        write_job(folder / f"ratio-{ratio}", {"loraplus.ratio": ratio}, 3.5)
+    for ratio, status in ((1, "pruned"), (4, "ok")):
+        write_job(folder / f"ratio-{ratio}", {"loraplus.ratio": ratio}, 3.5, status=status)
     (folder / name).write_text(json.dumps({"rungs": [{"step": 6, "keep": 1, "candidates": candidates}], **more}))
     return folder
 
@@ -104,6 +105,92 @@ def test_plain_lora_that_left_is_compared_where_it_left(halved: SweepResults) ->
     assert "The last of them to leave the search was lr_A 4e-3, lr_B 4e-3, at step 25." in sentence
     # The mean over the rows' tokens: (3.508 + 3 x 3.75) / 4 and (3.502 + 3 x 3.75) / 4
     assert sentence.endswith("Its loss there was 3.6895; that of the best setting was 3.6880.")
+
+
+@pytest.mark.parametrize("metrics", [(0.0, 0.5), (None, 0.5), (0.5, None)])
+def test_the_best_of_plain_lora_that_left_has_the_greatest_metric(
+    metrics: tuple[float | None, float | None], tmp_path: Path
+) -> None:
+    """Two settings at ratio 1 left at the same step."""
+    candidates = [{"name": "a", "loss": 3.0, "metric": 0.5, "stays": True}]
+    (tmp_path / "halving.json").write_text(json.dumps({"rungs": [{"step": 6, "candidates": candidates}]}))
+    for ratio, lr, metric in ((8, 1e-3, 0.75), (1, 1e-3, metrics[0]), (1, 2e-3, metrics[1])):
+        folder = tmp_path / f"{ratio}_{lr}"
+        values = {"loraplus.ratio": ratio, "optimizer.lr": lr}
+        how = {"status": "ok" if ratio == 8 else "pruned", "metric": "eval_accuracy", "greater_is_better": True}
+        write_job(folder, values, 0.75 if ratio == 8 else None, curve=[(0, 0.0), (6, 0.25)], **how)
+        add_rung(folder, Rung(0.25, 6, 24, 6, (1.0,), (1.0,), metric))
+    (sentence,) = (one for one in details(results_of(tmp_path)) if "ratio 1" in one)
+    best = "lr 1e-3" if metrics[0] else "lr 2e-3"
+    assert f"ratio 1, {best}, at step 6. Its eval_accuracy there was 0.5000; that of the best setting was 0.7500" in (
+        sentence
+    )
+
+
+def test_rungs_are_not_shown_once_all_candidates_were_trained_to_their_ends(tmp_path: Path) -> None:
+    candidates = [{"name": "a", "loss": 3.0, "stays": False}, {"name": "b", "loss": 2.0, "stays": True}]
+    folder = searched(tmp_path / "sweep", candidates)
+    assert rungs.draw(results_of(folder)) is not None
+    result = json.loads((folder / "ratio-1" / "result.json").read_text())
+    (folder / "ratio-1" / "result.json").write_text(json.dumps({**result, "status": "ok"}))
+    assert rungs.draw(results_of(folder)) is None
+
+
+@pytest.fixture
+def tuned(tmp_path: Path) -> Path:
+    """Two searches of `tune` in one folder. The winner of the second one is the answer, with a worse loss."""
+    write_sweep(tmp_path, command="python -m loraplus_hydra tune 'tune.ratios=[1,4]'")
+    write_job(tmp_path / "first", {"loraplus.ratio": 1}, 3.25)
+    write_job(tmp_path / "second", {"loraplus.ratio": 4}, 3.5)
+    write_job(tmp_path / "left", {"loraplus.ratio": 16}, None, status="pruned")
+    (tmp_path / "tune.json").write_text(
+        json.dumps(
+            {
+                "command": "python -m loraplus_hydra tune 'tune.ratios=[1,4]'",
+                "answer": ["Best: ratio 4."],
+                "winner": {"job": "second"},
+            }
+        )
+    )
+    return tmp_path
+
+
+def test_the_best_job_is_the_one_that_tune_names(tuned: Path) -> None:
+    results = results_of(tuned)
+    assert headline(results) == "Best: ratio 4."
+    assert command(results) == "python -m loraplus_hydra loraplus.ratio=4"
+    best, best_job = results.outcome.best, results.outcome.best_job
+    assert best is not None
+    assert best_job is not None
+    assert (best.values, best_job.folder) == ({"loraplus.ratio": 4}, "second")
+
+
+def test_without_a_result_of_the_winner_no_other_job_is_the_best(tuned: Path) -> None:
+    (tuned / "second" / "result.json").unlink()
+    results = results_of(tuned)
+    assert headline(results) == "Best: ratio 4."
+    assert command(results) == ""
+
+
+def test_an_answer_of_another_search_in_the_folder_is_not_the_reports(tuned: Path) -> None:
+    write_sweep(tuned, command="python -m loraplus_hydra tune 'tune.ratios=[1,4,16]'")
+    results = results_of(tuned)
+    assert headline(results) == "Best: ratio 1, with eval_loss 3.2500."
+    assert command(results) == "python -m loraplus_hydra loraplus.ratio=1"
+
+
+@pytest.mark.parametrize("greater_is_better", [True, False])
+def test_a_failed_jobs_cross_is_at_the_worse_end(greater_is_better: bool, tmp_path: Path) -> None:
+    how = {"metric": "score", "greater_is_better": greater_is_better}
+    for ratio, seed, value in ((1, 0, 0.25), (4, 0, 0.5), (4, 1, None), (16, 0, None)):
+        status = "failed" if value is None else "ok"
+        values = {"loraplus.ratio": ratio, "seed": seed}
+        write_job(tmp_path / f"{ratio}_{seed}", values, value, status=status, **how)
+    picture = ratio_figure.draw(results_of(tmp_path))
+    assert picture is not None
+    crosses = [line for line in picture.figure.axes[0].get_lines() if line.get_marker() == "x"]
+    worst = 0.25 if greater_is_better else 0.5
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in crosses] == [(4, worst), (16, worst)]
 
 
 def test_each_rung_has_its_own_panel_with_the_best_first(tmp_path: Path) -> None:

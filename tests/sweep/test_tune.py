@@ -191,10 +191,16 @@ def test_rungs_so_late_that_the_budget_is_too_small_are_an_error(
     cli: Cli, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep_end, "_report", lambda _: ())
-    ended = cli("tune", *words, "trainer.max_steps=-1", "trainer.num_train_epochs=1")  # five steps
+    kept = {tmp_path / "search" / name: name for name in ("tune.json", "experiment/tuned.yaml", "experiment/mine.yaml")}
+    for path, text in kept.items():  # an earlier answer, and a file of the user
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    epochs = ["trainer.max_steps=-1", "trainer.num_train_epochs=1", f"hydra.sweep.dir={tmp_path / 'search'}"]
+    ended = cli("tune", *words, *epochs)  # five steps
     assert ended.status == 1
     assert "with 5 steps and no rung before step 6, this search costs 8.0 runs, and tune.budget is 5" in ended.err
     assert "Give tune.budget=8 'tune.eta_B=[0.001,0.004]'" in ended.err
+    assert {path: path.read_text() for path in kept} == kept
     refused = cli("tune", *words, "trainer.max_steps=5")  # known before anything is trained
     assert "- tune.budget: 4 candidates and 3 seeds cost 8 runs" in refused.err
 

@@ -129,7 +129,7 @@ def _best_of_each(results: SweepResults, settings: Sequence[Setting]) -> Sequenc
 def _line(
     axes: Any, members: Sequence[Setting], look: Mapping[str, Any], limits: tuple[float, float], worst: float
 ) -> None:
-    """Draw the settings of a rate. Those with a failed job get a cross at `worst`, the worse end of the axis."""
+    """Draw a rate's settings. A failed job is a cross at `worst`, the worse end of the axis."""
     members = sorted(members, key=lambda one: one.ratio or 0)
     known = [one for one in members if one.mean is not None and limits[0] <= one.mean <= limits[1]]
     axes.errorbar(
