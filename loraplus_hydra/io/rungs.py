@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from loraplus_hydra.config.types import FINITE, NOT_NEGATIVE, POSITIVE, Range, from_plain, range_
 from loraplus_hydra.io.files import write_text
-from loraplus_hydra.io.read import Unreadable, read_json
+from loraplus_hydra.io.read import read_json, read_or
 from loraplus_hydra.io.run_folder import RUNGS
 
 FEWEST_STEPS = 6  # before this step, and before the end of warm-up, jobs are not compared
+_STEP = Range("a whole number from 1 on", lambda x: 1 <= x < 2**53)  # a float represents it, too
+_LOSSES = Range("finite numbers", lambda losses: all(map(FINITE.holds, losses)))
+_WEIGHTS = Range("finite numbers from 0 on", lambda weights: all(map(NOT_NEGATIVE.holds, weights)))
 
 
 @dataclass(frozen=True)
 class Rung:
     """A job's losses at one rung. They are empty if the job was beyond the rung when it was asked."""
 
-    stop_at: float  # the share of all steps that the sweep asked for
-    step: int  # the step at which the job stopped
-    steps: int  # all steps of the job
-    earliest: int  # the first step at which jobs are compared
-    losses: tuple[float, ...] = ()  # mean loss of each held-out row
-    weights: tuple[float, ...] = ()  # number of tokens with loss in each row; 1 for other losses
+    stop_at: float = field(metadata=range_(POSITIVE))  # the share of all steps that the sweep asked for
+    step: int = field(metadata=range_(_STEP))  # the step at which the job stopped
+    steps: int = field(metadata=range_(_STEP))  # all steps of the job
+    earliest: int = field(metadata=range_(_STEP))  # the first step at which jobs are compared
+    losses: tuple[float, ...] = field(default=(), metadata=range_(_LOSSES))  # mean loss of each held-out row
+    # number of tokens with loss in each row; 1 for other losses
+    weights: tuple[float, ...] = field(default=(), metadata=range_(_WEIGHTS))
     # task.metric on these rows; None if it is the loss, or if the Trainer alone can compute it
-    metric: float | None = None
+    metric: float | None = field(default=None, metadata=range_(FINITE))
 
     @property
     def loss(self) -> float:
@@ -34,15 +40,24 @@ class Rung:
 
 
 def read_rungs(folder: Path) -> list[Rung]:
-    """Return the rungs stored in a job's folder; none if the file is missing or damaged."""
+    """Return the rungs stored in a job's folder, without damaged entries; none if the file can't be read."""
+    entries = read_or({}, read_json, folder / RUNGS).get("rungs")
     rungs = []
-    with suppress(Unreadable, KeyError, TypeError, ValueError):
-        for entry in read_json(folder / RUNGS)["rungs"]:
-            losses, weights = ([float(one) for one in entry.pop(name)] for name in ("losses", "weights"))
-            rung = Rung(**entry, losses=tuple(losses), weights=tuple(weights))
-            if len(losses) == len(weights) and 0 < rung.step <= rung.steps:
-                rungs.append(rung)
+    for entry in entries if isinstance(entries, list) else ():
+        with suppress(ValueError):
+            rungs.append(_from_json(entry))
     return rungs
+
+
+def _from_json(entry: object) -> Rung:
+    """Return the rung of an entry. Raises ValueError if its values are invalid, or don't give a loss."""
+    rung = from_plain(Rung, entry)
+    rung = replace(rung, losses=tuple(map(float, rung.losses)), weights=tuple(map(float, rung.weights)))
+    if rung.step > rung.steps or len(rung.losses) != len(rung.weights):
+        raise ValueError("step or weights")
+    if rung.losses and not (any(rung.weights) and math.isfinite(rung.loss)):
+        raise ValueError("loss")
+    return rung
 
 
 def add_rung(folder: Path, rung: Rung) -> None:

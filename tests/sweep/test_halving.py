@@ -160,9 +160,52 @@ def test_rungs_are_read_as_they_were_written(tmp_path: Path) -> None:
     add_rung(tmp_path, first)
     add_rung(tmp_path, second)
     assert read_rungs(tmp_path) == [first, second]
-    for damaged in ("", "{}", "[]", '{"rungs": [{"step": 3}]}', '{"rungs": [{"losses": "a", "weights": [1]}]}'):
+    for damaged in (
+        "",
+        "{}",
+        "[]",
+        '{"rungs": 3}',
+        '{"rungs": [{"step": 3}]}',
+        '{"rungs": [{"losses": "a", "weights": [1]}]}',
+    ):
         (tmp_path / "rungs.json").write_text(damaged)
         assert read_rungs(tmp_path) == []
+
+
+WHOLE = '{"stop_at": 0.5, "step": 5, "steps": 10, "earliest": 5, "losses": [1, 3.0], "weights": [3, 1], "metric": 0.5}'
+HUGE = "1" + "0" * 400
+
+
+@pytest.mark.parametrize(
+    ("text", "damaged"),
+    [
+        (WHOLE, '"a"'),
+        (WHOLE, "null"),
+        ('"stop_at": 0.5', '"stop_at": "x"'),
+        ('"step": 5', f'"step": {HUGE}'),
+        ('"step": 5', '"step": 11'),
+        ('"step": 5', '"step": 5.0'),
+        ('"steps": 10', f'"steps": {HUGE}'),
+        ('"earliest": 5', f'"earliest": {HUGE}'),
+        ('"earliest": 5', '"earliest": null'),
+        ("[1, 3.0]", f"[1, {HUGE}]"),
+        ("[1, 3.0]", "[1, NaN]"),
+        ("[1, 3.0]", "[1, true]"),
+        ("[1, 3.0]", "[1]"),
+        ("[1, 3.0]", "2"),
+        ("[3, 1]", "[1, -1]"),
+        ("[3, 1]", "[0, 0]"),
+        ("[3, 1]", "[1, Infinity]"),
+        ("[3, 1]", "[1e308, 1e308]"),
+        ('"metric": 0.5', '"metric": "x"'),
+        ('"metric": 0.5', '"metric": -Infinity'),
+    ],
+)
+def test_damaged_entry_is_left_out_and_the_others_are_read(text: str, damaged: str, tmp_path: Path) -> None:
+    assert text in WHOLE
+    (tmp_path / "rungs.json").write_text(f'{{"rungs": [{WHOLE.replace(text, damaged)}, {WHOLE}]}}')
+    assert read_rungs(tmp_path) == [Rung(0.5, 5, 10, 5, (1.0, 3.0), (3.0, 1.0), 0.5)]
+    assert read_rungs(tmp_path)[0].loss == 1.5
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from loraplus_hydra.errors import UserError
 from loraplus_hydra.training.hf_trainer import rung
 from loraplus_hydra.training.hf_trainer.assemble import make_trainer
 from loraplus_hydra.training.hf_trainer.loraplus_mixin import NotFiniteError
@@ -160,6 +161,16 @@ def test_packed_rows_count_with_their_tokens(tiny_run: list[str], trainer_of: Ca
     assert sum(map(float.__mul__, losses, weights)) / sum(weights) == pytest.approx(
         trainer.evaluate()["eval_loss"], rel=1e-4
     )
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_rows_without_any_token_with_loss_are_an_error(
+    size: int, tiny_run: list[str], trainer_of: Callable[..., Any]
+) -> None:
+    trainer = trainer_of(*tiny_run, f"trainer.per_device_eval_batch_size={size}")
+    trainer.eval_dataset = trainer.eval_dataset.map(lambda row: {"labels": [-100] * len(row["labels"])})
+    with pytest.raises(UserError, match="none of the 20 held-out rows of the rung has tokens with loss"):
+        rung._row_losses(trainer, 1.0)
 
 
 @pytest.mark.parametrize("size", [1, 8])

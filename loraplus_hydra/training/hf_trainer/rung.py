@@ -15,6 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction
 from transformers.trainer_pt_utils import nested_concat, nested_numpify
 
+from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.rungs import FEWEST_STEPS, Rung
 from loraplus_hydra.training.hf_trainer.average import OF_RUNGS
@@ -95,7 +96,7 @@ class _Measured:
 def _row_losses(trainer: Any, share: float) -> tuple[tuple[float, ...], tuple[float, ...], float | None]:
     """Return the losses of the rung's rows, their numbers of tokens with loss, and the task's metric.
 
-    Raises NotFiniteError if a loss is NaN or infinite.
+    Raises NotFiniteError if a loss is NaN or infinite, and UserError if no row has tokens with loss.
     """
     rows, count = trainer.eval_dataset, len(trainer.eval_dataset)
     chosen = min(count, max(_FEWEST_ROWS, round(_ROWS * share)))
@@ -108,6 +109,9 @@ def _row_losses(trainer: Any, share: float) -> tuple[tuple[float, ...], tuple[fl
     if found is None:
         found = _measure(trainer, rows, min(size, max(2, chosen // _FEWEST_BATCHES)), whole=True)
     assert found is not None
+    if not any(found.weights):
+        what = f"none of the {chosen} held-out rows of the rung has tokens with loss, so jobs can't be compared"
+        raise UserError(f"{what}; train all of them with halving=false, or use longer rows (task.args.max_length)")
     return tuple(found.losses), tuple(found.weights), _metric(trainer, found.predictions)
 
 
