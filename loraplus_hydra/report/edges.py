@@ -19,7 +19,7 @@ from loraplus_hydra.report.values import number
 _FEWEST = 3  # values that make a grid; two are compared, and have equal differences by chance
 _RATIO = "loraplus.ratio"
 # A search chooses its values itself, and its study accepts no other ones.
-_SEARCHES = ("hydra/sweeper=", "hparams_search=optuna")
+_SEARCHES = ("hydra/sweeper=", "hparams_search=optuna", "hparams_search=tune")
 _PROGRAM = ["python", "-m", "loraplus_hydra"]
 _DIGITS = 12  # significant digits of a next value; fewer than a float has, to drop rounding errors
 

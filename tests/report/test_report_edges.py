@@ -138,6 +138,7 @@ def test_sweep_without_a_known_command_has_the_sentence_alone(tmp_path: Path) ->
         ("adapter.r", {1: 3.5, 2: 3.6, 4: 3.7}, "-m adapter.r=1,2,4"),  # half a rank
         ("scheduler.warmup_ratio", {0.1: 3.9, 0.5: 3.7, 0.9: 3.6}, "-m scheduler.warmup_ratio=0.1,0.5,0.9"),  # above 1
         ("optimizer.lr", {1e-4: 3.9, 1e-3: 3.7, 1e-2: 3.6}, "hparams_search=optuna"),
+        ("optimizer.lr", {1e-4: 3.9, 1e-3: 3.7, 1e-2: 3.6}, "hparams_search=tune"),  # before it has an answer
         ("optimizer.lr", {1e-4: 3.9, 1e-3: 3.7, 1e-2: 3.6}, "-m 'optimizer.lr=choice(1e-4,1e-3,1e-2)'"),
         ("task.metric", {"a": 3.9, "b": 3.7, "c": 3.6}, "-m task.metric=a,b,c"),
     ],

@@ -164,6 +164,18 @@ def test_overrides_with_interpolations_are_those_of_the_search(
     assert [one["step"] for one in decisions(sweep)["rungs"]] == [6]
 
 
+def test_other_held_out_rows_are_an_error_at_the_first_rung(
+    cli: Cli, words: list[str], tmp_path: Path, unreported: None
+) -> None:
+    changes = ["trainer.eval_strategy=no", "task.samples=0", "data.seed=0,1"]  # 20 of 40 rows each time
+    finished = cli(*words[:-1], *changes)
+    assert finished.status == 1
+    assert "the jobs have different held-out rows, so they can't be compared: use halving=false" in finished.err
+    found = results(the_sweep(tmp_path)).values()
+    assert [(one["status"], one["steps"]) for one in found] == [("waiting", 12)] * 2
+    assert len({one["inputs"]["data.eval"] for one in found}) == 2
+
+
 def test_too_few_steps_for_a_rung_train_every_job(cli: Cli, words: list[str], tmp_path: Path, unreported: None) -> None:
     finished = cli(*words[:-1], "trainer.max_steps=5", "loraplus.ratio=1,8")
     assert finished.status == 0
