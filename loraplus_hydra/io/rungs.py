@@ -27,8 +27,8 @@ class Rung:
     step: int = field(metadata=range_(_STEP))  # the step at which the job stopped
     steps: int = field(metadata=range_(_STEP))  # all steps of the job
     earliest: int = field(metadata=range_(_STEP))  # the first step at which jobs are compared
-    losses: tuple[float, ...] = field(default=(), metadata=range_(_LOSSES))  # mean loss of each held-out row
-    # number of tokens with loss in each row; 1 for other losses
+    losses: tuple[float, ...] = field(default=(), metadata=range_(_LOSSES))  # of each held-out row, or each batch
+    # number of tokens with loss in each; for other losses, its number of rows
     weights: tuple[float, ...] = field(default=(), metadata=range_(_WEIGHTS))
     # task.metric on these rows; None if it is the loss, or if the Trainer alone can compute it
     metric: float | None = field(default=None, metadata=range_(FINITE))
