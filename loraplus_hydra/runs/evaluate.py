@@ -45,6 +45,8 @@ def evaluate(run: FinishedRun, *, names_new_rows: bool = False, forgetting: str 
     Raises UserError.
     """
     tokenizer = load_run_tokenizer(run)
+    if "chat_template_path" in run.config.task.args:  # the run's tokenizer has the template that it was trained with
+        run.config.task.args.chat_template_path = None
     other = None if forgetting is None else OtherText(read_pieces(forgetting, run.config, tokenizer))
     examples = load_examples(_with_stored_head(run), tokenizer, base_of(run))
     if not (names_new_rows or run.allow_changed_inputs):

@@ -106,11 +106,15 @@ def open_run(
 
 
 def _of_average(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's result with the metrics of the average in place of those of the last weights."""
+    """Return a run's result with the metrics of the average in place of those of the last weights.
+
+    The answers and the training loss are those of the weights, so they are left out.
+    """
     metrics = dict(result.get("metrics") or {})
     averaged = {name: value for name, value in metrics.items() if name.startswith("eval_ema_")}
     rest = {name: value for name, value in metrics.items() if name not in averaged}
-    return {**result, "metrics": rest | {f"eval_{name[9:]}": value for name, value in averaged.items()}}
+    metrics = rest | {f"eval_{name[9:]}": value for name, value in averaged.items()}
+    return {**result, "metrics": metrics, "samples": [], "train_loss": None}
 
 
 def open_named_run(config: DictConfig, groups: Iterable[str] | None = MODEL_GROUPS) -> FinishedRun:

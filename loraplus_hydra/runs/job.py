@@ -187,7 +187,8 @@ def _recorded(config: DictConfig, folder: Path, point: ResumePoint | None) -> It
         raise
     finally:
         result.seconds = round(time.perf_counter() - started, 3)
-        if processes.is_main():
+        # An earlier start's result stays as long as this one has changed nothing of the folder
+        if processes.is_main() and (result.config_hash or read_result(folder) is None):
             _write_result(job)
         job.tracking.finish(result)
 
@@ -213,7 +214,7 @@ def _print_resume_hint(folder: Path) -> None:
 def _begin(job: Run) -> None:
     """Start the tracker, write and show the config, and roll back a resumed run's folder."""
     job.result.seed = job.config.seed
-    job.result.config_hash = run_hash(job.config)
+    job.result.config_hash = run_hash(job.config)  # from now on, the result is that of this start
     if processes.is_main():
         if job.point is not None:
             _begin_resumed(job, job.point)

@@ -196,11 +196,23 @@ def _shown(value: Any) -> str:
 
 
 def _published(value: Any) -> Any:
-    """Return a config's value for publication. A local path is shortened to its last part."""
+    """Return a config's value for publication.
+
+    A local path is shortened to its last part. An address loses its user and password, and `file:` or `sqlite:` its
+    path.
+    """
     if isinstance(value, dict):
         return {_published(key): _published(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_published(item) for item in value]
-    if isinstance(value, str) and value.startswith(("/", "~")):
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("/", "~")):
         return Path(value).name
-    return value
+    scheme, mark, rest = value.partition("://")
+    if not mark:
+        return value
+    host, slash, path = rest.partition("/")
+    if not host:  # the address of a file
+        return f"{scheme}:{Path(path).name}"
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"

@@ -17,6 +17,7 @@ from loraplus_hydra.runs.finished import open_run
 from loraplus_hydra.runs.load_finished import load_run
 from tests.conftest import Finished
 from tests.support.finished_runs import NO_PLACE, RUNS, finished
+from tests.support.tiny import write_jsonl
 
 __all__ = ["finished"]
 
@@ -34,6 +35,25 @@ def test_run_is_evaluated_again_to_its_own_numbers(name: str, finished: Callable
     for key in compared:
         assert metrics[key] == pytest.approx(own[key], abs=1e-6), key
     assert sorted(folder.rglob("*")) == before, "the run's folder stays as it is"
+
+
+def test_a_template_that_was_edited_after_training_is_not_used(
+    tiny_run: list[str], cli: Callable[..., Finished], tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "say one"}, {"role": "assistant", "content": "two"}]
+    rows = write_jsonl(tmp_path / "turns.jsonl", [{"messages": turns}] * 12)
+    template = tmp_path / "turns.jinja"
+    template.write_text("{% for turn in messages %}{{ turn.content }} <eos>{% endfor %}")
+    words = [f"data.train={rows}", f"+task.args.chat_template_path={template}", "trainer.max_steps=1"]
+    ended = cli(*tiny_run, *words, "hydra.run.dir=run")
+    assert ended.status == 0, ended.err
+    own = json.loads(Path("run/result.json").read_text())["metrics"]["eval_loss"]
+    template.write_text("{% for turn in messages %}five six seven {{ turn.content }} <eos>{% endfor %}")
+    for _ in ("edited", "gone"):
+        ended = cli("evaluate", "run", "out=null")
+        assert ended.status == 0, ended.err
+        assert f"eval_loss = {own:.6g} " in ended.out
+        template.unlink(missing_ok=True)
 
 
 def test_other_rows_give_their_own_loss(finished: Callable[[str], Path], cli: Callable[..., Finished]) -> None:

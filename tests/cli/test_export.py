@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from loraplus_hydra import run
+from loraplus_hydra.runs import model_card
 from loraplus_hydra.runs.export import export
 from loraplus_hydra.runs.finished import open_run
 from loraplus_hydra.runs.load_finished import load_run
@@ -385,3 +386,19 @@ def test_wrong_arguments_are_told(
     ended = cli("export", *[str(runs("lora")) if word == "RUN" else word for word in arguments])
     assert ended.status == 1
     assert told in ended.err
+
+
+@pytest.mark.parametrize(
+    ("value", "published"),
+    [
+        ("https://alice:s3cret@mlflow.example.com/x", "https://mlflow.example.com/x"),
+        ("postgresql://alice:s3cret@db/runs", "postgresql://db/runs"),
+        ("sqlite:////home/alice/x.db", "sqlite:x.db"),
+        ("file:///home/alice/runs", "file:runs"),
+        ("/home/alice/rows.jsonl", "rows.jsonl"),
+        ("pkg://loraplus_hydra.models/embedded", "pkg://loraplus_hydra.models/embedded"),
+        ({"a": ["~/rows.csv", 1]}, {"a": ["rows.csv", 1]}),
+    ],
+)
+def test_a_card_has_no_credentials_and_no_local_paths(value: Any, published: Any) -> None:
+    assert model_card._published(value) == published

@@ -32,6 +32,19 @@ def test_finished_run_without_checkpoints_is_not_replaced(cli: Cli, tiny_run: li
     assert files(tmp_path / "run") == before
 
 
+def test_a_resume_that_ends_before_it_has_changed_anything_keeps_the_result(
+    cli: Cli, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    before = files(trained)
+    monkeypatch.setattr("loraplus_hydra.runs.job.reset_peak_memory", interrupted)
+    assert cli("resume", "run", *TO_EIGHT).status != 0
+    after = files(trained)
+    assert {path for path in before if after[path] != before[path]} == {trained / "loraplus_hydra.log"}
+
+
 def test_run_whose_checkpoints_are_all_damaged_is_not_replaced(cli: Cli, trained: Path) -> None:
     for state in trained.glob("checkpoints/*/trainer_state.json"):
         state.write_text("{")

@@ -94,6 +94,10 @@ def test_the_averages_metrics_are_those_of_its_adapter(averaged: Path, cli: Call
 def test_predict_and_export_take_the_average(averaged: Path, cli: Callable[..., Any]) -> None:
     assert cli("export", str(averaged), "ema=true", "merge=false", "to=exported").status == 0
     assert Path("exported", FILE).read_bytes() == (averaged / "adapter_ema" / FILE).read_bytes()
+    card = Path("exported", "README.md").read_text()
+    assert f"{result(averaged)['metrics']['eval_ema_loss']:.4f}"[:5] in card
+    assert "train_loss" not in card  # which is that of the weights, like the answers
+    assert "after training:" not in card.lower()
     assert cli("predict", str(averaged), "ema=true", "text=one", "max_new_tokens=2").status == 0
     plain = str(averaged.parent / "plain")
     for refused, told in (
