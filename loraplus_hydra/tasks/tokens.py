@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,9 +131,12 @@ def encode_conversation(
     encoded = _encoded(ids, prompt_ids, rule, marks)
     stops = _stops(tokenizer)
     for number in sorted(conversation.silent):
-        other = [*turns[:number], {"role": turns[number]["role"], "content": _OTHER_TEXT}, *turns[number + 1 :]]
-        other_ids, _ = _apply_template(other, conversation, tokenizer, rule, place)
-        _silence(encoded.labels, ids, other_ids, marks, stops)
+        other_ids, _ = _apply_template(_with_other_text(turns, number), conversation, tokenizer, rule, place)
+        start = _common_length(ids, other_ids)
+        end = len(ids) - _common_length(ids[start:][::-1], other_ids[start:][::-1])
+        if start < end:  # otherwise the template omits this turn
+            next_turn = _next_turn(number, end, ids, conversation, tokenizer, rule)
+            _silence(encoded.labels, start, end, next_turn, ids, marks, stops)
     if all(label == IGNORED for label in encoded.labels):
         raise _template_error(place, "no message has loss, so there is nothing to learn", "remove the row")
     text = _text(turns, conversation, tokenizer, rule)
@@ -172,20 +176,48 @@ def _stops(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return special | set(tokenizer.all_special_ids)
 
 
-def _silence(
-    labels: list[int], ids: list[int], other_ids: list[int], marks: Sequence[int], stops: Collection[int]
-) -> None:
-    """Remove the loss of a turn and its end.
+def _with_other_text(turns: list[Message], number: int) -> list[Message]:
+    return [*turns[:number], {"role": turns[number]["role"], "content": _OTHER_TEXT}, *turns[number + 1 :]]
 
-    `other_ids` are the conversation's tokens with another text for this turn.
+
+def _next_turn(
+    number: int,
+    end: int,
+    ids: list[int],
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    rule: LossRule,
+) -> int:
+    """Return where the next turn or its text begins. The text of turn `number` is before `end`."""
+    turns = conversation.turns
+    if number + 1 == len(turns):
+        return len(ids)
+    # A template may write a last turn differently, or refuse a conversation that ends with this turn. Then the next
+    # turn is found by its text. Its role also loses its loss then, but no answer does.
+    for others in (turns[: number + 1], _with_other_text(turns, number + 1)):
+        with suppress(ConfigErrors):
+            other_ids, _ = _apply_template(others, conversation, tokenizer, rule, "")
+            if (start := _common_length(ids, other_ids)) >= end:
+                return start
+    return end
+
+
+def _silence(
+    labels: list[int],
+    start: int,
+    end: int,
+    next_turn: int,
+    ids: list[int],
+    marks: Sequence[int],
+    stops: Collection[int],
+) -> None:
+    """Remove the loss of a turn, whose text is from `start` to `end`, and of its end.
+
+    The end is a stop token, or all tokens before the next turn, because a template may end turns with plain text.
     """
-    start = _common_length(ids, other_ids)
-    end = len(ids) - _common_length(ids[start:][::-1], other_ids[start:][::-1])
-    if start >= end:
-        return  # the template omits this turn
     while marks and start > 0 and marks[start - 1] and ids[start - 1] not in stops:
         start -= 1
-    while end < len(ids) and ids[end - 1] not in stops and (not marks or marks[end]):
+    while end < next_turn and ids[end - 1] not in stops and (not marks or marks[end]):
         end += 1
     labels[start:end] = [IGNORED] * (end - start)
 

@@ -134,6 +134,77 @@ def test_tokens_and_loss_are_those_counted_by_hand(made: Callable[..., Examples]
         assert written_rows(examples.eval) == [case.expected]
 
 
+@dataclass(frozen=True)
+class Written:
+    """How a template writes a turn: the role's words, the text, and the words that end the turn."""
+
+    user: str
+    assistant: str
+    end: str
+    after: str = ""  # words between the end and the next turn, which are no part of either
+    last: str = ""  # at the conversation's end
+    only_last: str = ""  # before the last turn's text
+    refused: str = "false"  # conversations that the template refuses
+    role_is_found: bool = True  # False: nothing tells where a turn's text ends and the next turn's role begins
+
+    @property
+    def template(self) -> str:
+        return (
+            f"{{%- if {self.refused} -%}}{{{{ raise_exception('refused') }}}}{{%- endif -%}}"
+            "{%- for message in messages -%}"
+            f"{{{{ '{self.assistant} ' if message['role'] == 'assistant' else '{self.user} ' }}}}"
+            f"{{{{ '{self.only_last} ' if loop.last else '' }}}}"
+            f"{{{{ message['content'] + ' {self.end} {self.after} ' }}}}"
+            f"{{%- endfor -%}}{{{{ '{self.last}' }}}}"
+        )
+
+    def expected(self, silent: set[int]) -> list[tuple[str, bool]]:
+        """Return (token, whether it has loss) of TALK: a silent turn's text and end have none, all others have."""
+        pairs = []
+        for number, turn in enumerate(TALK):
+            begin = self.assistant if turn["role"] == "assistant" else self.user
+            begin += f" {self.only_last}" if number == len(TALK) - 1 else ""
+            pairs += [(begin, self.role_is_found or number - 1 not in silent)]
+            pairs += [(f"{turn['content']} {self.end}", number not in silent), (self.after, True)]
+        # A special token that follows the last turn is its end, because only this token stops the model.
+        pairs += [(self.last, len(TALK) - 1 not in silent)]
+        return [(token, learnt) for words, learnt in pairs for token in words.split()]
+
+
+TALK = [
+    {"role": role, "content": text}
+    for role, text in zip(["user", "assistant"] * 3, ["1 is", "one", "2", "the number two", "x", "yes no"], strict=True)
+]
+WAYS = {
+    "a special end": Written("<user>", "<assistant>", "<end>"),
+    "a special end, and more": Written("<user>", "<assistant>", "<end>", after="and"),
+    "a special end, no short talks": Written("<user>", "<assistant>", "<end>", refused="messages | length < 6"),
+    "a special end, the last turn has more": Written("say", "call", "<end>", only_last="be brief"),
+    "an end of text": Written("say after", "call after", "and", last="<end>"),
+    "an end of text, and nothing special": Written("say after", "call after", "not and"),
+    "an end of text, and special roles": Written("<user>", "<assistant>", "and", last="<end>"),
+    "an end of text, the last turn has more": Written("say", "call", "and", only_last="be brief", role_is_found=False),
+    "an end of text, no short talks": Written(
+        "say", "call", "and", last="<end>", refused="messages | length < 6", role_is_found=False
+    ),
+}
+
+
+@pytest.mark.parametrize("silent", [{0}, {1}, {3}, {5}, {1, 3}, {3, 4}, {1, 5}], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_turn_without_loss_leaves_the_loss_of_the_turns_around_it(
+    made: Callable[..., Examples], tmp_path: Path, way: str, silent: set[int]
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text(WAYS[way].template)
+    row = {"messages": [{**turn, "weight": int(number not in silent)} for number, turn in enumerate(TALK)]}
+    examples = made(Case(row, "", (f"+task.args.chat_template_path={template}", "task.samples=0")))
+    ids, labels = examples.train[0]["input_ids"], examples.train[0]["labels"]
+    tokens = word_tokenizer().convert_ids_to_tokens(ids)
+    found = list(zip(tokens, [label != -100 for label in labels], strict=True))
+    assert found == WAYS[way].expected(silent)
+
+
 @pytest.mark.parametrize("task", ["task=dpo", "experiment=kto"])
 def test_answers_of_preferences_end_once_where_the_tokenizer_adds_an_end(
     task: str, compose: Callable[..., Any], tmp_path: Path
