@@ -18,11 +18,15 @@ from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.base import Base, longest_input
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.tasks.rows import batch_rows, require_columns, text_in, unused_columns_note
+from loraplus_hydra.tasks.tokens import IGNORED
 
 # A text with more characters is cut before it is tokenised, because a tokenizer's result takes much memory.
 _LONG = 2**20
 # Where a long text is cut, best first: a line that begins with a word, and white space before a word
 _CUTS = (re.compile(r"(?<=\n)(?=\S)"), re.compile(r"(?<=\S)(?=\s\S)"))
+
+# Whether a row of tokens begins and ends its document, and the document's file; empty if unknown
+_DOCUMENT = {"begins": Value("bool"), "ends": Value("bool"), "file": Value("string")}
 
 
 def examples(
@@ -36,9 +40,10 @@ def examples(
 ) -> Examples:
     """Return the text in `data.text_column` in blocks of `block_size` tokens.
 
-    A document is one row, or several rows that the loader marks. An end-of-text token follows each document. Blocks
-    continue across documents. The last block of a split is shorter, because no token is dropped. A block's first token
-    has no loss, because no token comes before it. Raises ConfigErrors.
+    A document is one row, or several rows that the loader marks. An end-of-text token follows each document. It has no
+    loss if the document's last rows are left out. Blocks continue across documents. The last block of a split is
+    shorter, because no token is dropped. A block's first token has no loss, because no token comes before it. Raises
+    ConfigErrors.
     """
     column = data.get("text_column", "text")
     if column is None:
@@ -65,13 +70,13 @@ def examples(
 
 def cut_into_blocks(parts: Iterable[NDArray[np.int32]], size: int) -> Iterator[NDArray[np.int32]]:
     """Yield the tokens of all parts in blocks of `size`. The last block has the remaining tokens."""
-    rest: NDArray[np.int32] = np.empty(0, dtype=np.int32)
+    rest: NDArray[np.int32] | None = None
     for part in parts:
-        rest = np.concatenate([rest, part])
+        rest = part if rest is None else np.concatenate([rest, part])
         end = len(rest) // size * size
-        yield from rest[:end].reshape(-1, size)
+        yield from rest[:end].reshape(-1, size, *rest.shape[1:])
         rest = rest[end:]
-    if len(rest):
+    if rest is not None and len(rest):
         yield rest
 
 
@@ -89,51 +94,79 @@ def _blocks_of(
     For streamed rows the result is an IterableDataset. Raises ConfigErrors.
     """
     convert = _converter(column, tokenizer, split)
-    tokens = map_cached(rows, convert, columns=all_columns(rows), features=_features("input_ids"), key=key)
-    first = next(_blocks(tokens, size), None)
+    features = Features({**_features("input_ids"), **_DOCUMENT})
+    tokens = map_cached(rows, convert, columns=all_columns(rows), features=features, key=key)
+    arguments = {"tokens": tokens, "size": size, "end": tokenizer.eos_token_id}
+    first = next(_blocks(**arguments), None)
     if first is None or len(first["input_ids"]) < 2:
         raise ConfigErrors([Problem("data", f"the {split} rows have no text to continue", "use more text")])
     features = _features("input_ids", "labels")
     if is_streamed(tokens):
-        return IterableDataset.from_generator(_blocks, features, gen_kwargs={"tokens": tokens, "size": size})
+        return IterableDataset.from_generator(_blocks, features, gen_kwargs=arguments)
     blocks_key = {"blocks": digest(tokens._fingerprint, key), "size": size}
-    return generate_cached(_blocks, {"tokens": tokens, "size": size}, features=features, key=blocks_key)
+    return generate_cached(_blocks, arguments, features=features, key=blocks_key)
 
 
 def _features(*names: str) -> Features:
     return Features({name: List(Value("int32")) for name in names})
 
 
-def _blocks(tokens: Any, size: int) -> Iterator[dict[str, Any]]:
-    parts = (np.asarray(row["input_ids"], dtype=np.int32) for row in tokens)
-    for block in cut_into_blocks(parts, size):
-        yield {"input_ids": block.tolist(), "labels": block.tolist()}
+def _blocks(tokens: Any, size: int, end: int | None) -> Iterator[dict[str, Any]]:
+    for block in cut_into_blocks(_parts(tokens, end), size):
+        input_ids, labels = block.T.tolist()
+        yield {"input_ids": input_ids, "labels": labels}
+
+
+def _parts(tokens: Any, end: int | None) -> Iterator[NDArray[np.int32]]:
+    """Yield (token, label) pairs of all rows, with the token `end` between pieces of different documents."""
+    before = None
+    for row in tokens:
+        if end is not None and before is not None and not (before["ends"] or _follows(row, before)):
+            # The rest of the document before is held out or not drawn. What follows needs a boundary, but the model
+            # must not learn to stop in mid-document.
+            yield np.array([[end, IGNORED]], dtype=np.int32)
+        ids = np.asarray(row["input_ids"], dtype=np.int32)
+        yield np.stack([ids, ids], axis=1)
+        before = row
+
+
+def _follows(piece: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Return True if a piece continues the document of the piece before it.
+
+    Neither piece's own mark is enough: the rows between them may be left out. If they are pieces of one file, there is
+    no row between them, because only a file's first or last rows are left out.
+    """
+    return not (before["ends"] or piece["begins"]) and before["file"] == piece["file"]
 
 
 def _converter(column: str, tokenizer: PreTrainedTokenizerBase, split: str) -> Any:
     """Return the function that turns a batch into rows of tokens, one for each document.
 
-    A document that continues over several batches has a row in each of them.
+    A document that continues over several batches has a row in each of them. If its first rows are left out, it has no
+    beginning-of-text token, and if its last rows are left out, no end-of-text token.
     """
     beginning = _beginning(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         texts: list[str] = []
-        begun: list[bool] = []
-        finished: list[bool] = []
+        parts: list[dict[str, Any]] = []
         for row, place in batch_rows(batch, indices, split):
             text = text_in(row, column, place)
+            begins, ends = not row.get(CONTINUED, False), not row.get(CONTINUES, False)
+            part = {"begins": begins, "ends": ends, "file": place.rpartition(", line ")[0]}
             # Rows are joined before they are tokenised, because a word's tokens can differ at the beginning of a text.
-            if texts and not finished[-1]:
+            if parts and _follows(part, parts[-1]):
                 texts[-1] += text
+                parts[-1]["ends"] = ends
             else:
                 texts.append(text)
-                begun.append(not row.get(CONTINUED, False))
-                finished.append(False)
-            finished[-1] = not row.get(CONTINUES, False)
-        parts = zip(_ids(texts, tokenizer), begun, finished, strict=True)
-        return {"input_ids": [beginning * begins + part + end * ends for part, begins, ends in parts]}
+                parts.append(part)
+        ids = [
+            beginning * part["begins"] + each + end * part["ends"]
+            for each, part in zip(_ids(texts, tokenizer), parts, strict=True)
+        ]
+        return {"input_ids": ids, **{name: [part[name] for part in parts] for name in _DOCUMENT}}
 
     return convert
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -19,7 +20,8 @@ from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.runs.job import run
 from loraplus_hydra.tasks.examples import Examples, load_examples
 from loraplus_hydra.tasks.text import cut_into_blocks, pieces
-from tests.support.tiny import END, ids_of, write_jsonl
+from tests.support.tiny import END, ids_of, save_llama, write_jsonl
+from tests.support.words import word_tokenizer, written
 
 Made = Callable[..., Examples]
 
@@ -66,6 +68,62 @@ def test_a_file_is_one_document_whose_end_is_held_out(made: Made, llama_folder: 
     assert tokenizer.eos_token_id not in train + held_out[:-1]
     assert tokenizer.decode(train) + tokenizer.decode(held_out[:-1]) == text
     assert 0.2 < len(held_out) / (len(train) + len(held_out)) < 0.4
+
+
+def document(path: Path, words: str) -> str:
+    """Write a file whose rows are these words: each line has the length of a row, and becomes one token."""
+    path.write_text("".join(word.ljust(999) + "\n" for word in words.split()))
+    return str(path)
+
+
+# The kept rows of each file, as written by `written`. An end that is not a document's own end has no loss.
+CUT: dict[str, tuple[str, str, str]] = {
+    "the end of each file is held out": (
+        "data.train=[A,B] data.eval_fraction=0.25",
+        "[<begin> one two three] <end> [<begin> dog fox yes]",
+        "[say <end> no <end>]",
+    ),
+    "rows are drawn by weights": (
+        "data.train={A:1,B:2} data.eval=B",
+        "[<begin> one two] <end> [<begin> dog fox yes no <end>]",
+        "[<begin> dog fox yes no <end>]",
+    ),
+    "rows are held out and drawn": (
+        "data.train={A:1,B:2} data.eval_fraction=0.5",
+        "[<begin> one] <end> [<begin> dog fox]",
+        "[three] <end> [yes no <end>]",
+    ),
+    "few rows are used": (
+        "data.train=[A,B] data.eval_fraction=0.25 data.max_samples=2",
+        "[<begin> one two]",
+        "[say <end> no <end>]",
+    ),
+    "a document ends with a batch of rows": (
+        "data.train=[LONG,B] data.eval_fraction=0.5",
+        f"[<begin>{' is' * 2000}] <end> [<begin> dog fox]",
+        f"[{'is ' * 2000}<end> yes no <end>]",
+    ),
+    "documents are streamed": (
+        "data.train=[A,B] data.eval=A data.streaming=true",
+        "[<begin> one two three say <end> <begin> dog fox yes no <end>]",
+        "[<begin> one two three say <end>]",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", CUT)
+def test_documents_that_are_cut_are_not_joined(compose: Callable[..., Any], tmp_path: Path, way: str) -> None:
+    words, train, held_out = CUT[way]
+    model = save_llama(tmp_path / "model", word_tokenizer(None, adds=("bos",)))
+    files = {"A": "one two three say", "B": "dog fox yes no", "LONG": "is " * 4000}
+    for name in files:
+        words = re.sub(rf"\b{name}\b", document(tmp_path / f"{name.lower()}.txt", files[name]), words)
+    overrides = [*words.split(), "data=text", "task=text", "task.block_size=32", f"model.path={model}"]
+    config = compose("model=hub", *overrides, "trainer.max_steps=1")
+    examples = load_examples(config, load_tokenizer(config.model))
+    for blocks, expected in ((examples.train, train), (examples.eval, held_out)):
+        ids, labels = ([token for block in blocks for token in block[name]] for name in ("input_ids", "labels"))
+        assert written(ids, labels) == expected
 
 
 def test_the_last_block_is_padded_without_loss_and_ends_carry_loss(made: Made, tmp_path: Path) -> None:
