@@ -12,7 +12,7 @@ from typing import Any
 from datasets import DatasetDict, Json
 from omegaconf import DictConfig
 
-from loraplus_hydra.data.rows import Rows, columns, without_nulls
+from loraplus_hydra.data.rows import CONTINUES, Rows, columns, without_nulls
 from loraplus_hydra.errors import ConfigErrors, Problem, nearest
 from loraplus_hydra.tasks.messages import (
     Message,
@@ -52,6 +52,7 @@ class Text:
 
     completion: str
     prompt: str | None = None
+    continues: bool = False  # the next row continues the text
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Shape:
     def read(self, row: Mapping[str, Any], place: str, *, chat: bool) -> Text | Conversation:
         """Return a row's text or conversation. With `chat`, texts become turns. Raises ConfigErrors."""
         if self.text is not None:
-            return Text(text_in(row, self.text, place, empty=False))
+            return Text(text_in(row, self.text, place, empty=False), continues=bool(row.get(CONTINUES)))
         if self.messages is not None:
             return self.conversation(None, self._messages(row, self.messages, place), row, place)
         assert self.completion is not None

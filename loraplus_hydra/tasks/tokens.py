@@ -67,8 +67,14 @@ def encode(
 
 
 def encode_texts(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, rule: LossRule, end: str) -> list[Encoded]:
-    """Encode plain texts. The token `end` is added to each text that doesn't end with it."""
-    full = [(text.prompt or "") + text.completion.removesuffix(end) + end for text in texts]
+    """Encode plain texts. The token `end` is added to each text that doesn't end with it.
+
+    It isn't added if the next row continues the text, because the model must not learn to stop in mid-document.
+    """
+    full = [
+        (text.prompt or "") + (text.completion if text.continues else text.completion.removesuffix(end) + end)
+        for text in texts
+    ]
     full_ids = encode_plain(full, tokenizer)
     prompt_ids = encode_plain([text.prompt or "" for text in texts], tokenizer)
     return [

@@ -134,6 +134,32 @@ def test_tokens_and_loss_are_those_counted_by_hand(made: Callable[..., Examples]
         assert written_rows(examples.eval) == [case.expected]
 
 
+@pytest.mark.parametrize("adds", [(), ("eos",), ("bos", "eos")], ids=str)
+@pytest.mark.parametrize("unit", ["file", "line"])
+def test_a_document_of_several_rows_has_one_end(
+    compose: Callable[..., Any], tmp_path: Path, adds: tuple[str, ...], unit: str
+) -> None:
+    folder = save_llama(tmp_path / "model", word_tokenizer(adds=adds))
+    lines = [word.ljust(999) + "\n" for word in ("the dog", "one", "two fox")]  # a line has the length of a row
+    (tmp_path / "long.txt").write_text("".join(lines))
+    (tmp_path / "short.txt").write_text("say one")
+    files = f"[{tmp_path / 'long.txt'},{tmp_path / 'short.txt'}]"
+    overrides = ("data=text", f"data.train={files}", f"data.eval={files}", f"data.unit={unit}")
+    config = compose("task=sft", "model=hub", f"model.path={folder}", *overrides)
+    examples = load_examples(config, load_tokenizer(config.model))
+    begin, inner = ("<begin> " if "bos" in adds else ""), (" <end>" if unit == "line" else "")
+    expected = [
+        f"[{begin}the dog{inner}]",
+        f"[{begin}one{inner}]",
+        f"[{begin}two fox <end>]",
+        f"[{begin}say one <end>]",
+    ]
+    assert written_rows(examples.train) == expected
+    assert written_rows(examples.eval) == expected
+    trainer = make_trainer(prepare(config), tmp_path / "run")
+    assert written_rows(trainer.train_dataset) == expected
+
+
 @dataclass(frozen=True)
 class Written:
     """How a template writes a turn: the role's words, the text, and the words that end the turn."""
