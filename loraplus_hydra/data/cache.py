@@ -62,7 +62,8 @@ def file_digest(path: str | Path) -> str:
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return 32 hex digits that identify a tokenizer.
 
-    The digits depend on vocabulary, rules, special tokens, chat template, and the libraries' versions.
+    The digits depend on vocabulary, rules, special tokens, the side that is cut, chat template, and the libraries'
+    versions.
     """
     # datasets' own hash of a tokenizer changes once it has been used with truncation or padding.
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -76,6 +77,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         type(tokenizer).__name__,
         rules,
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        [tokenizer.truncation_side, tokenizer.split_special_tokens],
         tokenizer.chat_template,
         [version(name) for name in ("transformers", "tokenizers")],
     )

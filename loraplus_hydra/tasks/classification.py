@@ -14,7 +14,7 @@ from loraplus_hydra.data.rows import SPLITS, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem, nearest
 from loraplus_hydra.tasks.base import Base, least, longest_input
 from loraplus_hydra.tasks.examples import Examples
-from loraplus_hydra.tasks.labels import Labels, find_labels, similar_note
+from loraplus_hydra.tasks.labels import Labels, declared_names, find_labels, similar_note
 from loraplus_hydra.tasks.metrics import METRICS, MULTI, SINGLE, metrics_of
 from loraplus_hydra.tasks.row_notes import cut_note
 from loraplus_hydra.tasks.rows import batch_rows, require_columns, text_in, unused_columns_note
@@ -121,23 +121,25 @@ class _Encoder:
 
     def encode(self, rows: Dataset, split: str) -> Any:
         """Return the tokenizer's columns, `labels`, and `cut` (true for rows longer than the limit)."""
+        declared = declared_names(rows, self.labels.column)
         key = {
             "task": "classification",
             "tokenizer": tokenizer_digest(self.tokenizer),
             "columns": [self.text, self.pair],
             "labels": asdict(self.labels),
+            "declared": declared,
             "max_length": self.limit,
         }
 
         def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-            return self._batch(list(batch_rows(batch, indices, split)))
+            return self._batch(list(batch_rows(batch, indices, split)), declared)
 
         return map_cached(rows, convert, columns=rows.column_names, features=self._features(), key=key)
 
-    def _batch(self, rows: list[tuple[dict[str, Any], str]]) -> dict[str, list[Any]]:
+    def _batch(self, rows: list[tuple[dict[str, Any], str]], declared: tuple[str, ...]) -> dict[str, list[Any]]:
         columns = (self.text,) if self.pair is None else (self.text, self.pair)
         texts = [[text_in(row, column, place, empty=False) for row, place in rows] for column in columns]
-        labels = [self.labels.read(row[self.labels.column], place) for row, place in rows]
+        labels = [self.labels.read(row[self.labels.column], place, declared) for row, place in rows]
         lengths = map(len, self.tokenizer(*texts)["input_ids"])
         inputs = self.tokenizer(*texts, truncation=self.limit is not None, max_length=self.limit)
         cut = [self.limit is not None and length > self.limit for length in lengths]

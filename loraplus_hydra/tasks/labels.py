@@ -27,11 +27,12 @@ class Labels:
     problem_type: str  # transformers' name for the kind
     names: tuple[str, ...]  # names in the order of the labels' numbers; empty for a regression
     column: str
-    declared: tuple[str, ...] = ()  # the names that the data set declares, if the column has their numbers
     of_head: str = ""  # the trained head with these names, as in messages; empty for a new head
 
-    def read(self, value: Any, place: str) -> int | float | list[float]:
+    def read(self, value: Any, place: str, declared: Sequence[str] = ()) -> int | float | list[float]:
         """Return a row's label in the form that the model expects. Raises ConfigErrors.
+
+        `declared` has the names that the row's split declares. Then a value is the number of one of them.
 
         For one label this is the label's number, and for a regression it is the measured number. For several labels it
         is a list with 1.0 for each label of the row and 0.0 for all others.
@@ -39,8 +40,8 @@ class Labels:
         if self.problem_type == REGRESSION:
             return _number(value, self.column, place)
         if self.problem_type == SINGLE:
-            return self._number_of(value, place)
-        given = [self._number_of(label, place) for label in _listed_labels(value, self.column, place)]
+            return self._number_of(value, place, declared)
+        given = [self._number_of(label, place, declared) for label in _listed_labels(value, self.column, place)]
         if len(set(given)) < len(given):
             raise row_error(place, self.column, "names a label twice", "list each label of the row once")
         return [float(number in given) for number in range(len(self.names))]
@@ -59,8 +60,8 @@ class Labels:
         """Return the number of the label with this name, or None."""
         return self._numbers.get(name, self._folded_numbers.get(name.casefold()))
 
-    def _number_of(self, value: Any, place: str) -> int:
-        name = _label_name(value, self.column, place, self.declared)
+    def _number_of(self, value: Any, place: str, declared: Sequence[str]) -> int:
+        name = _label_name(value, self.column, place, declared)
         if (number := self.number_of(name)) is not None:
             return number
         owner = f"{self.of_head} doesn't have" if self.of_head else "no training row has"
@@ -93,18 +94,20 @@ def find_labels(
         return Labels(REGRESSION, (), column)
     if kind == MULTI:
         _refuse_one_hot([_from_text(value) for value in rows["train"][column][:]], column)
-    declared = _declared_names(rows["train"], column)
+    _refuse_numbers_for_names(rows, column, kind)
     if base is not None and base.labels:
-        labels = Labels(kind, base.labels, column, declared, of_head=base.head)
+        labels = Labels(kind, base.labels, column, of_head=base.head)
         _check_fit(labels, base, {name for split in SPLITS for name in _names(rows[split], column, kind, split)})
         return labels
     splits = SPLITS if sampled else SPLITS[:1]
-    names = declared or _sorted({name for split in splits for name in _names(rows[split], column, kind, split)})
+    names = declared_names(rows["train"], column) or _sorted(
+        {name for split in splits for name in _names(rows[split], column, kind, split)}
+    )
     if len(names) < (2 if kind == SINGLE else 1):
         only = f"'{names[0]}'" if names else "none at all"
         what = f"'{column}' has only one label, {only}, but a classification needs two"
         raise ConfigErrors([Problem("data.label_column", what, "use rows with two or more labels")])
-    return Labels(kind, _all_outputs(names, base), column, declared)
+    return Labels(kind, _all_outputs(names, base), column)
 
 
 def _all_outputs(names: tuple[str, ...], base: Base | None) -> tuple[str, ...]:
@@ -214,7 +217,22 @@ def _refuse_one_hot(values: list[Any], column: str) -> None:
         raise ConfigErrors([Problem("data.label_column", what, "replace them with lists of the rows' labels: [a, b]")])
 
 
-def _declared_names(rows: Dataset, column: str) -> tuple[str, ...]:
+def _refuse_numbers_for_names(rows: DatasetDict, column: str, kind: str) -> None:
+    """Raise ConfigErrors if one split declares names and the other has numbers, not these names."""
+    # The order of the declared names may be another than that of the numbers, so a number can't be read as a name.
+    for split, other in (SPLITS, SPLITS[::-1]):
+        declared = declared_names(rows[other], column)
+        if not declared or declared_names(rows[split], column):
+            continue
+        found = {name for name in _names(rows[split], column, kind, split) if name.removeprefix("-").isdecimal()}
+        if found and found.isdisjoint(declared):
+            numbers, names = _listed(_sorted(found)), _listed(declared)
+            what = f"the {split} rows have the numbers {numbers}, but the {other} rows have the names {names}"
+            fix = f"replace the numbers in '{column}' with their names"
+            raise ConfigErrors([Problem("data.label_column", what, fix)])
+
+
+def declared_names(rows: Dataset, column: str) -> tuple[str, ...]:
     """Return the names that the data set itself declares; empty if there are none."""
     feature = rows.features[column]
     if isinstance(feature, List):
@@ -223,7 +241,7 @@ def _declared_names(rows: Dataset, column: str) -> tuple[str, ...]:
 
 
 def _names(rows: Dataset, column: str, kind: str, split: str) -> Iterator[str]:
-    declared = _declared_names(rows, column)
+    declared = declared_names(rows, column)
     places = rows[ORIGIN][:] if ORIGIN in rows.column_names else _row_numbers(len(rows), split)
     for value, place in zip(rows[column][:], places, strict=True):
         if kind == SINGLE:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from omegaconf import open_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
@@ -149,6 +149,85 @@ def declared_rows() -> DatasetDict:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["zebra", "ant"])})
     rows = Dataset.from_dict({"text": ["a", "the"], "label": [0, 1]}, features=features)
     return DatasetDict(train=rows, eval=rows)
+
+
+@pytest.fixture
+def from_tables(compose: Callable[..., Any], tmp_path: Path, bert_folder: Path) -> Callable[..., Examples]:
+    """Return a function from the train and the eval rows, each written to a Parquet file, to the task's examples."""
+
+    def make(train: Dataset, held_out: Dataset) -> Examples:
+        train.to_parquet(str(tmp_path / "train.parquet"))
+        held_out.to_parquet(str(tmp_path / "held_out.parquet"))
+        files = (f"data.train={tmp_path / 'train.parquet'}", f"data.eval={tmp_path / 'held_out.parquet'}")
+        config = compose("task=classification", "model=hub", f"model.path={bert_folder}", "data=parquet", *files)
+        return load_examples(config, load_tokenizer(config.model))
+
+    return make
+
+
+def table(*labels: Any, encoded: bool = True) -> Dataset:
+    """Return a row for each label, with the names declared by `datasets` itself unless they are left as they are."""
+    rows = Dataset.from_dict({"text": ["a"] * len(labels), "label": list(labels)})
+    return rows.class_encode_column("label") if encoded else rows
+
+
+def named(examples: Examples, split: str) -> list[str]:
+    return [examples.model_arguments["id2label"][number] for number in getattr(examples, split)["labels"]]
+
+
+def test_each_split_has_its_own_declared_names(from_tables: Callable[..., Examples]) -> None:
+    examples = from_tables(table("bad", "good", "neutral"), table("good", "neutral"))
+    assert named(examples, "train") == ["bad", "good", "neutral"]
+    assert named(examples, "eval") == ["good", "neutral"]
+
+
+def test_a_split_may_declare_its_names_where_the_other_has_them_in_its_rows(
+    from_tables: Callable[..., Examples],
+) -> None:
+    examples = from_tables(table("bad", "good", "neutral"), table("neutral", "good", encoded=False))
+    assert named(examples, "eval") == ["neutral", "good"]
+    examples = from_tables(table(7, 3, 5, encoded=False), table("5", "7"))
+    assert named(examples, "train") == ["7", "3", "5"]
+    assert named(examples, "eval") == ["5", "7"]
+
+
+def test_a_name_that_only_the_eval_rows_declare_is_an_error(from_tables: Callable[..., Examples]) -> None:
+    with pytest.raises(ConfigErrors, match="'bad', a label that no training row has; the labels are good, neutral"):
+        from_tables(table("good", "neutral"), table("bad", "good"))
+
+
+def test_several_labels_have_the_names_of_their_split(from_tables: Callable[..., Examples]) -> None:
+    def listed(names: list[str], *labels: list[int]) -> Dataset:
+        features = Features({"text": Value("string"), "label": List(ClassLabel(names=names))})
+        return Dataset.from_dict({"text": ["a"] * len(labels), "label": list(labels)}, features=features)
+
+    examples = from_tables(listed(["a", "b", "c"], [0, 1], [2], []), listed(["c", "a"], [0], [1, 0]))
+    assert list(examples.eval["labels"]) == [[0.0, 0.0, 1.0], [1.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize("encoded", [(True, False), (False, True)])
+def test_numbers_in_one_split_and_names_in_the_other_are_an_error(
+    from_tables: Callable[..., Examples], encoded: tuple[bool, bool]
+) -> None:
+    splits = [table("bad", "good") if each else table(0, 1, encoded=False) for each in encoded]
+    expected = (
+        r"data\.label_column: the (eval|train) rows have the numbers 0, 1, but the (eval|train) rows have the names "
+        r"bad, good; replace the numbers in 'label' with their names"
+    )
+    with pytest.raises(ConfigErrors, match=expected):
+        from_tables(*splits)
+
+
+def test_rows_are_cut_anew_on_another_side(made: Made, bert_folder: Path, tmp_path: Path) -> None:
+    rows = [{"text": "the lazy dog has arrived", "label": number} for number in range(2)]
+
+    def kept(side: str) -> list[int]:
+        tokenizer = AutoTokenizer.from_pretrained(bert_folder, truncation_side=side)
+        tokenizer.save_pretrained(tmp_path / side)
+        return made(rows, "task.max_length=4", f"model.tokenizer={tmp_path / side}").train[0]["input_ids"]
+
+    assert kept("right") == words(bert_folder, "[CLS]", "the", "lazy", "[SEP]")
+    assert kept("left") == words(bert_folder, "[CLS]", "has", "arrived", "[SEP]")
 
 
 def evaluated(predictions: Any, labels: Any) -> Any:
