@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,7 +54,7 @@ def load(
     paths to weights (rows are mixed in these shares, and none is repeated). Without `eval`, the share `eval_fraction`
     of each file is held out, drawn with `seed`. If a row is a piece of a document (`unit` is file), the end of each
     document is held out. At most `max_samples` rows of each split are used, drawn with `seed`. `streaming` reads the
-    training rows when they are needed, and requires `eval`.
+    training rows when they are needed, and requires `eval`. A file can't be in both, unless all files are.
 
     `format` is jsonl (also for JSON arrays), csv, parquet, arrow or text; with None, the file's suffix decides. Files
     may be compressed by gzip, bzip2, xz, zstd or lz4. A byte order mark overrides `encoding`. `delimiter` (None: a tab
@@ -72,6 +73,7 @@ def load(
         halves = [_hold_out(source.key, path, part, eval_fraction, seed) for path, part in _parts(source)]
         rows, held_out = (mixing.mix(parts, source.weights, seed) for parts in zip(*halves, strict=True))
     else:
+        _refuse_shared(source, eval_source)
         rows = _stream(source, seed) if streaming else _mixed(source, seed)
         held_out = _mixed(eval_source, seed)
     return DatasetDict(train=mixing.draw(rows, max_samples, seed), eval=mixing.draw(held_out, max_samples, seed))
@@ -125,7 +127,31 @@ def _source(key: str, files: Files, layout: Layout) -> Source:
         paths, weights = [path for pattern in listed for path in _paths(key, pattern)], None
     if not paths:
         raise ConfigErrors([Problem(key, "names no file", _FILES)])
+    _refuse_twice(key, paths)
     return Source(key, tuple(paths), tuple(_layout_of(path, layout, key) for path in paths), weights)
+
+
+def _refuse_twice(key: str, paths: list[str]) -> None:
+    """Raise ConfigErrors if two paths are the same file."""
+    # Patterns that overlap would repeat rows without a word.
+    counts = Counter(identities := [_identity(path) for path in paths])
+    twice = [path for path, identity in zip(paths, identities, strict=True) if counts[identity] > 1]
+    refuse([Problem(key, f"{path} is named twice", "name each file once") for path in twice])
+
+
+def _refuse_shared(train: Source, held_out: Source) -> None:
+    """Raise ConfigErrors if some files are in both splits."""
+    # The same files for both are no oversight: an evaluation of a run uses its rows in place of training rows.
+    files, others = ({_identity(path) for path in source.paths} for source in (train, held_out))
+    shared = [path for path in held_out.paths if files != others and _identity(path) in files]
+    fix = "leave it out of one of them"
+    refuse([Problem(held_out.key, f"{path} is also in {train.key}", fix) for path in shared])
+
+
+def _identity(path: str) -> tuple[int, int]:
+    """Return two numbers that are equal for every name of a file, links included."""
+    stat = Path(path).stat()
+    return stat.st_dev, stat.st_ino
 
 
 def _weighted_files(key: str, weights: Mapping[str, float]) -> list[str]:

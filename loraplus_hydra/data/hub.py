@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -44,6 +45,10 @@ def load(
     if streaming and eval_split is None:
         fix = "set a split for evaluation: data.eval_split=validation"
         raise ConfigErrors([Problem("data.eval_split", "rows can't be held out from streamed rows", fix)])
+    if eval_split is not None and _overlap(train_split, eval_split):
+        fix = "choose another, or null: then a share of the training rows is held out"
+        what = f"'{eval_split}' has rows of data.train_split, '{train_split}'"
+        raise ConfigErrors([Problem("data.eval_split", what, fix)])
     train = load_split(name, config, train_split, revision, streaming=streaming, key="data.train_split")
     if eval_split is not None:
         held_out = load_split(name, config, eval_split, revision, key="data.eval_split")
@@ -54,6 +59,12 @@ def load(
     if streaming:
         train = train.shuffle(seed=seed, buffer_size=_BUFFER)
     return DatasetDict(train=mixing.draw(train, max_samples, seed), eval=mixing.draw(held_out, max_samples, seed))
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Return True if two splits, such as train, train[:90%] or train+test, surely share rows."""
+    pairs = itertools.product(*([part.strip() for part in split.split("+")] for split in (one, other)))
+    return any(a == b or a == b.partition("[")[0] or b == a.partition("[")[0] for a, b in pairs)
 
 
 def _refuse_leading_out(folder: Path) -> None:

@@ -63,7 +63,8 @@ class Examples:
     def counts(self) -> str:
         """Return the numbers of examples as text."""
         train = "a stream of examples" if is_streamed(self.train) else f"{len(self.train):,} examples"
-        return f"{train} for training, {len(self.eval):,} for evaluation"
+        same = self.fingerprints.get("data.train") == self.fingerprints.get("data.eval", "")
+        return f"{train} for training, {len(self.eval):,} for evaluation" + (" (the same rows)" if same else "")
 
 
 _MOST_FILES = 10_000  # of a folder; their times tell whether it has changed

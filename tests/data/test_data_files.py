@@ -111,14 +111,16 @@ def test_few_rows_are_drawn_from_all(tmp_path: Path) -> None:
 def test_lists_and_patterns_take_every_row(tmp_path: Path) -> None:
     numbered(tmp_path / "a.jsonl", 3, "a")
     numbered(tmp_path / "b.jsonl", 2, "b")
+    held_out = str(numbered(tmp_path / "c.json", 1))
     everything = ["a0", "a1", "a2", "b0", "b1"]
     for train in (f"{tmp_path}/*.jsonl", [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]):
-        assert list(load(train, f"{tmp_path}/a.jsonl")["train"]["prompt"]) == everything
+        assert list(load(train, held_out)["train"]["prompt"]) == everything
 
 
 def test_files_are_mixed_by_weight_and_no_row_comes_twice(tmp_path: Path) -> None:
     big, small = numbered(tmp_path / "a.jsonl", 1000, "a"), numbered(tmp_path / "b.jsonl", 30, "b")
-    prompts = list(load({str(big): 0.7, str(small): 0.3}, str(small))["train"]["prompt"])
+    held_out = str(numbered(tmp_path / "c.jsonl", 1))
+    prompts = list(load({str(big): 0.7, str(small): 0.3}, held_out)["train"]["prompt"])
     assert len(set(prompts)) == len(prompts) == 100
     assert sum(prompt.startswith("b") for prompt in prompts) == 30
 
@@ -138,8 +140,49 @@ def test_shares_have_the_ratio_of_the_weights_and_use_one_part_in_full(parts: li
 def test_columns_that_one_file_lacks_are_null(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b", "note": "c"}])
     write_jsonl(tmp_path / "b.jsonl", [{"prompt": "a", "completion": "b"}])
-    rows = load([f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"], f"{tmp_path}/a.jsonl")["train"]
+    held_out = str(numbered(tmp_path / "c.jsonl", 1))
+    rows = load([f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"], held_out)["train"]
     assert list(rows["note"]) == ["c", None]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the files t1, t2 and te, and two links to te: a symbolic one and a hard one."""
+    for name in ("t1", "t2", "te"):
+        numbered(tmp_path / f"{name}.jsonl", 4, name)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "te.jsonl")
+    (tmp_path / "hard.jsonl").hardlink_to(tmp_path / "te.jsonl")
+    return tmp_path
+
+
+@pytest.mark.parametrize("held_out", ["te.jsonl", "link.jsonl", "hard.jsonl", "./te.jsonl", "t[e-z].jsonl"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_in_both_splits_is_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, held_out: str, streaming: bool
+) -> None:
+    monkeypatch.chdir(folder)
+    for train in ("t*.jsonl", ["t1.jsonl", "te.jsonl"], {"t1.jsonl": 1, f"{folder}/te.jsonl": 2}):
+        with pytest.raises(ConfigErrors, match=r"data\.eval: .*\.jsonl is also in data\.train; leave it out of one"):
+            load(train, held_out, streaming=streaming)  # type: ignore[arg-type]
+    assert len(load("t[12].jsonl", held_out)["train"]) == 8
+
+
+@pytest.mark.parametrize("again", ["te.jsonl", "link.jsonl", "hard.jsonl", "./te.jsonl", "t*.jsonl"])
+def test_a_file_named_twice_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch, again: str) -> None:
+    monkeypatch.chdir(folder)
+    expected = r"data\.train: .*\.jsonl is named twice; name each file once"
+    with pytest.raises(ConfigErrors, match=expected):
+        load(["te.jsonl", again], "t1.jsonl")
+    with pytest.raises(ConfigErrors, match=expected.replace("train", "eval")):
+        load("t2.jsonl", ["te.jsonl", again])
+    if again not in ("te.jsonl", "t*.jsonl"):  # a key of a mapping is there once, and a weight is for one file
+        with pytest.raises(ConfigErrors, match=expected):
+            load({"te.jsonl": 1, again: 2}, "t1.jsonl")
+
+
+def test_both_splits_may_be_the_same_files_on_purpose(folder: Path) -> None:
+    rows = load(f"{folder}/t*.jsonl", [f"{folder}/te.jsonl", f"{folder}/t[12].jsonl"])
+    assert sorted(rows["train"]["prompt"]) == sorted(rows["eval"]["prompt"])
 
 
 def test_streamed_rows_are_the_files_rows(tmp_path: Path) -> None:
@@ -147,8 +190,8 @@ def test_streamed_rows_are_the_files_rows(tmp_path: Path) -> None:
     rows = load(path, path, streaming=True)
     assert sorted(row["prompt"] for row in rows["train"]) == sorted(f"a{number}" for number in range(50))
     assert len(list(load(path, path, streaming=True, max_samples=7)["train"])) == 7
-    other = str(numbered(tmp_path / "b.jsonl", 50, "b"))
-    mixed = [row["prompt"][0] for row in load({path: 0.9, other: 0.1}, path, streaming=True)["train"]]
+    other, held_out = str(numbered(tmp_path / "b.jsonl", 50, "b")), str(numbered(tmp_path / "c.jsonl", 1))
+    mixed = [row["prompt"][0] for row in load({path: 0.9, other: 0.1}, held_out, streaming=True)["train"]]
     assert 0.75 < mixed.count("a") / len(mixed) < 1
 
 

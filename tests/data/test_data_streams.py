@@ -151,7 +151,8 @@ def test_files_whose_columns_differ_in_type_are_mixed_by_value(tmp_path: Path) -
     features["label"] = ClassLabel(names=["no", "yes"])
     Dataset.from_list([{"messages": turns, "label": 0}], features=features).to_parquet(table)
     text.write_text('messages,label\n"[]",x\n', encoding="utf-8")
-    rows = load([str(lines), str(table), str(text)], str(lines))["train"]
+    (held_out := tmp_path / "d.csv").write_text("messages\na\n", encoding="utf-8")
+    rows = load([str(lines), str(table), str(text)], str(held_out))["train"]
     # Parquet's null for a key that only another message has is no value.
     assert list(rows["messages"]) == [turns, turns, "[]"]
     assert list(rows["label"]) == [1, "no", "x"]
@@ -167,7 +168,8 @@ def test_streamed_files_whose_columns_differ_in_type_keep_their_values(tmp_path:
         rows = [{"value": value, name: 1} for value in each]
         Path(paths[-1]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     files = dict.fromkeys(paths, 1.0) if weighted else paths
-    streamed = load(files, paths[0], streaming=True)["train"]  # type: ignore[arg-type]
+    (held_out := tmp_path / "c.jsonl").write_text('{"value": 1}\n', encoding="utf-8")
+    streamed = load(files, str(held_out), streaming=True)["train"]  # type: ignore[arg-type]
     found = [row["value"] for row in streamed]
     every = [value for each in values.values() for value in each]
     assert all(value in every for value in found)

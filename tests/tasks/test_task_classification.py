@@ -128,6 +128,11 @@ def test_labels_outside_a_sample_of_the_rows_are_no_error(made: Made) -> None:
     assert "fox" in examples.model_arguments["label2id"]
 
 
+def test_the_counts_say_that_both_splits_are_the_same_rows(made: Made) -> None:
+    assert made(CARDS).counts() == "4 examples for training, 4 for evaluation (the same rows)"
+    assert made(CARDS, held_out=CARDS[:2]).counts() == "4 examples for training, 2 for evaluation"
+
+
 def test_names_that_a_data_set_declares_keep_their_order(compose: Callable[..., Any], bert_folder: Path) -> None:
     config = compose(
         "task=classification",
