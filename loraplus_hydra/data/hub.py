@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from datasets import DatasetDict, get_dataset_config_names, get_dataset_split_names, load_dataset
+from datasets import (
+    DatasetBuilder,
+    DatasetDict,
+    get_dataset_config_names,
+    get_dataset_split_names,
+    load_dataset_builder,
+)
+from datasets.config import DATASET_STATE_JSON_FILENAME
 from datasets.exceptions import DatasetNotFoundError
 
 from loraplus_hydra.data import mixing
@@ -87,6 +94,29 @@ def _refuse_leading_out(folder: Path) -> None:
                 raise ConfigErrors([Problem("data.name", what, "copy the file into the folder, or use data=jsonl")])
 
 
+def _refuse_files_outside(builder: DatasetBuilder, name: str) -> None:
+    """Raise ConfigErrors if one of a data set's files is not its own, links followed."""
+    # The card is a stranger's text, and a path in it may also be one of this machine.
+    for files in (builder.config.data_files or {}).values():
+        for file in files:
+            if not _is_inside(str(file), builder):
+                what = f"{name} lists '{file}', which is outside the data set"
+                fix = "use another data set, or load files that you trust with data=jsonl, csv or parquet"
+                raise ConfigErrors([Problem("data.name", what, fix)])
+
+
+def _is_inside(file: str, builder: DatasetBuilder) -> bool:
+    base = str(builder.base_path or "")
+    if builder.repo_id or "://" in base:
+        start = f"hf://datasets/{builder.repo_id}@" if builder.repo_id else f"{base.rstrip('/')}/"
+        return file.startswith(start) and ".." not in Path(file).parts
+    folders = [Path(base).expanduser().absolute()]
+    # In the hub's own cache, the files of datasets--NAME/snapshots/REVISION are links into datasets--NAME/blobs.
+    if folders[0].parent.name == "snapshots" and folders[0].parents[1].name.startswith("datasets--"):
+        folders.append(folders[0].parents[1] / "blobs")
+    return "://" not in file and any(Path(file).resolve().is_relative_to(folder.resolve()) for folder in folders)
+
+
 def _strings(value: Any) -> Iterator[str]:
     """Yield every string in nested lists and mappings."""
     # An alias is followed only once, because nested aliases could expand without limit.
@@ -108,6 +138,9 @@ def load_split(
     `key` is the config's key that sets the split. Returns a Dataset, or with `streaming` an IterableDataset. Raises
     ConfigErrors.
     """
+    if Path(name, DATASET_STATE_JSON_FILENAME).exists():
+        fix = f"load its files: data=parquet data.format=arrow data.train='{name}/*.arrow'"
+        raise ConfigErrors([Problem("data.name", f"{name} was saved by save_to_disk", fix)])
     _refuse_leading_out(Path(name))
     rows = _split(name, config, split, revision, streaming, key)
     if reserved := [column for column in rows.column_names or () if column in OURS]:
@@ -124,7 +157,15 @@ def load_split(
 
 def _split(name: str, config: str | None, split: str, revision: str | None, streaming: bool, key: str) -> Any:
     try:
-        return load_dataset(name, config, split=split, revision=revision, streaming=streaming)
+        # Not load_dataset, which would list the files again, so they could be others than the checked ones.
+        builder = load_dataset_builder(name, config, revision=revision)
+        _refuse_files_outside(builder, name)
+        if streaming:
+            return builder.as_streaming_dataset(split=split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+    except ConfigErrors:
+        raise
     except DatasetNotFoundError as error:
         fix = "use a data set on the hub (owner/name), or a folder; for single files use data=jsonl, csv or parquet"
         raise ConfigErrors([Problem("data.name", first_line(error), fix)]) from None
