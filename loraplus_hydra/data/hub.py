@@ -52,7 +52,8 @@ def load(
     if streaming and eval_split is None:
         fix = "set a split for evaluation: data.eval_split=validation"
         raise ConfigErrors([Problem("data.eval_split", "rows can't be held out from streamed rows", fix)])
-    if eval_split is not None and _overlap(train_split, eval_split):
+    # The same split for both is no oversight: it measures the loss on the training rows
+    if eval_split not in (None, train_split) and _overlap(train_split, str(eval_split)):
         fix = "choose another, or null: then a share of the training rows is held out"
         what = f"'{eval_split}' has rows of data.train_split, '{train_split}'"
         raise ConfigErrors([Problem("data.eval_split", what, fix)])

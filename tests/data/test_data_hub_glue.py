@@ -68,16 +68,19 @@ def test_unknown_names_are_errors_with_the_known_ones(published: str, arguments:
 @pytest.mark.parametrize(
     ("train", "held_out"),
     [
-        ("train", "train"),
         ("train", "train[:20%]"),
         ("train[:80%]", "train"),
-        ("train[:5]", "train[:5]"),
         ("train+validation", "validation"),
     ],
 )
 def test_rows_in_both_splits_are_an_error(published: str, train: str, held_out: str) -> None:
     with pytest.raises(ConfigErrors, match=r"data\.eval_split: .* has rows of data\.train_split"):
         hub.load(published, "main", train_split=train, eval_split=held_out)
+
+
+def test_the_same_split_for_both_measures_the_training_rows(published: str) -> None:
+    rows = hub.load(published, "main", train_split="train", eval_split="train")
+    assert rows["train"][:] == rows["eval"][:]
 
 
 def test_parts_of_one_split_are_no_error(published: str) -> None:
