@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch import nn
 
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.loraplus.peft_layers import A_ZERO, ADAPTER_NAME, note_initialisation
+
+# The name of a factor's parameter. Factors of linear layers are modules, and those of embeddings are parameters.
+_FACTOR = re.compile(rf"(?P<layer>.+)\.(?P<factor>lora_(embedding_)?[AB])\.{ADAPTER_NAME}(?P<weight>(\.weight)?)")
 
 
 def changes_base(init_lora_weights: Any) -> bool:
@@ -45,12 +49,21 @@ def initialise_a_zero(model: nn.Module) -> None:
 
 
 def copy_factors(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Return CPU copies of all lora_A and lora_B, by their names in PEFT's files."""
-    return {
-        name.replace(f".{ADAPTER_NAME}.", "."): parameter.detach().to("cpu", copy=True)
-        for name, parameter in model.named_parameters()
-        if name.endswith((f"lora_A.{ADAPTER_NAME}.weight", f"lora_B.{ADAPTER_NAME}.weight"))
-    }
+    """Return CPU copies of all LoRA factors, by their names in PEFT's files.
+
+    PEFT cuts factors whose rank is larger than a side of the weight. Zeros are added to a copy, so that the factor and
+    its copy together have twice the rank of the config.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        if not (match := _FACTOR.fullmatch(name)):
+            continue
+        factor, dim = parameter.detach().to("cpu", copy=True), _rank_dim(name)
+        shape = list(factor.shape)
+        shape[dim] = 2 * (model.get_submodule(match["layer"]).r[ADAPTER_NAME] - shape[dim])
+        in_file = f"{match['layer']}.{match['factor']}{match['weight']}"
+        found[in_file] = torch.cat([factor, factor.new_zeros(shape)], dim=dim)
+    return found
 
 
 def convert_to_original_base(
@@ -66,8 +79,8 @@ def convert_to_original_base(
     converted = dict(tensors)
     for name, factor in initial.items():
         before = factor.to(tensors[name].dtype)
-        both, dim = ([tensors[name].cpu(), before], 0) if ".lora_A." in name else ([tensors[name].cpu(), -before], 1)
-        converted[name] = torch.cat(both, dim=dim)
+        dim = _rank_dim(name)
+        converted[name] = torch.cat([tensors[name].cpu(), -before if dim else before], dim=dim)
     plain = copy.deepcopy(config)
     plain.init_lora_weights = True
     # The update is scaled by alpha / sqrt(r) or alpha / r, and r is doubled
@@ -76,6 +89,11 @@ def convert_to_original_base(
     plain.rank_pattern = {key: 2 * rank for key, rank in (config.rank_pattern or {}).items()}
     plain.alpha_pattern = {key: _number(growth * alpha) for key, alpha in (config.alpha_pattern or {}).items()}
     return converted, plain
+
+
+def _rank_dim(name: str) -> int:
+    """Return which dimension of a factor is the rank: the first of A, the second of B."""
+    return 0 if re.search(r"\.lora_(embedding_)?A(\.|$)", name) else 1
 
 
 def _number(value: float) -> float:

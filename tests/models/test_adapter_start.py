@@ -116,6 +116,30 @@ def test_conversion_equals_pefts_own(start: str, use_rslora: bool, checkpoints: 
         assert one == other, key
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"r": 80},  # the layers have sides of 32, 64 and 128
+        {"r": 80, "rank_pattern": {"k_proj": 48, "q_proj": 4}, "alpha_pattern": {"q_proj": 3}},
+        {"r": 4, "target_modules": ["q_proj", "down_proj", "embed_tokens"], "rank_pattern": {"embed_tokens": 6}},
+        {"r": 80, "target_modules": ["k_proj", "embed_tokens"], "use_rslora": True},
+    ],
+)
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_converted_file_fits_the_base_whatever_the_rank_and_the_layers(
+    start: str, keys: dict[str, Any], checkpoints: Any, tmp_path: Path
+) -> None:
+    adapter = {"_target_": "peft.LoraConfig", "target_modules": "all-linear", "init_lora_weights": start, **keys}
+    torch.manual_seed(0)
+    model = add_adapter(base_of(checkpoints("llama")), adapter, "CAUSAL_LM")
+    train(model)
+    trained = logits(model)
+    assert (trained - logits(base_of(checkpoints("llama")))).abs().max() > 1e-4
+    save_adapter(model, tokenizer(), tmp_path)
+    again = logits(PeftModel.from_pretrained(base_of(checkpoints("llama")), tmp_path))
+    torch.testing.assert_close(again, trained, atol=5e-6, rtol=1e-5)
+
+
 def test_conversion_keeps_a_classifiers_head(checkpoints: Any, tmp_path: Path, compose: Callable[..., Any]) -> None:
     model = add_adapter(base_of(checkpoints("bert"), "bert"), compose("adapter=pissa").adapter, "SEQ_CLS")
     train(model, causal=False)
