@@ -71,6 +71,16 @@ def _absolute(value: Any) -> Any:
     return str(Path(value).absolute()) if exists else value
 
 
+def is_absolute_of(absolute: Any, relative: Any) -> bool:
+    """Return True if `absolute` is the path `relative` in some folder. Both may be lists of paths."""
+    if isinstance(absolute, list) and isinstance(relative, list):
+        return len(absolute) == len(relative) and all(map(is_absolute_of, absolute, relative))
+    if not (isinstance(absolute, str) and isinstance(relative, str)):
+        return False
+    tail, parts = Path(relative).parts, Path(absolute).parts
+    return absolute == relative or (Path(absolute).is_absolute() and parts[-len(tail) :] == tail)
+
+
 def is_local(location: str) -> bool:
     """Return True for a local folder (it exists, or looks like a path), False for a hub name."""
     looks_like_path = location.startswith((".", "/", "~", os.sep)) or location.count("/") > 1

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from loraplus_hydra.config.identity import ALLOW
+from loraplus_hydra.config.locations import PATH_KEYS, absolute_paths, is_absolute_of
 from loraplus_hydra.config.plain import plain_of
 from loraplus_hydra.config.schema import RUN_GROUPS
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line
@@ -74,14 +75,12 @@ def _stored_file(folder: Path) -> Path:
 
 def _changes(folder: Path, file: Path, config: DictConfig) -> dict[str, Any]:
     """Return the changes for each config group: earlier resumes' changes, overridden by `config`."""
-    changes = {group: config[group] for group in RUN_GROUPS if config[group]}
+    # Interpolations are kept, because they may refer to keys that only the stored config has
+    changes = {group: plain_of(config[group], resolve=False) for group in RUN_GROUPS if config[group]}
     if file == _composed_file(folder):
-        earlier = _earlier_changes(folder)
-        return {
-            group: OmegaConf.merge(earlier.get(group, {}), changes.get(group, {}))
-            for group in RUN_GROUPS
-            if group in earlier or group in changes
-        }
+        merged = OmegaConf.merge(_earlier_changes(folder), changes)
+        assert isinstance(merged, DictConfig)
+        return plain_of(merged, resolve=False)
     if "loraplus" in changes:
         what = f"in {file} the rules have numbers instead of references to loraplus.ratio"
         raise ConfigErrors([Problem("loraplus", what, "don't change loraplus keys")])
@@ -106,16 +105,23 @@ def _earlier_changes(folder: Path) -> dict[str, Any]:
     return plain_of(found, resolve=False)
 
 
-def _common(given: Mapping[Any, Any], in_effect: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return the values of `given` that are equal in `in_effect`, without interpolations."""
+def _common(given: Mapping[Any, Any], in_effect: Mapping[Any, Any], prefix: str = "") -> dict[Any, Any]:
+    """Return the values of `given` that are also in `in_effect`, without interpolations.
+
+    `in_effect` has the value of an interpolation, and the absolute path of a relative one.
+    """
     common: dict[Any, Any] = {}
-    for key, value in given.items():
-        effective = in_effect.get(key)
+    for name, value in given.items():
+        key, effective = f"{prefix}{name}", in_effect.get(name)
         if isinstance(value, Mapping) and isinstance(effective, Mapping):
-            if inner := _common(value, effective):
-                common[key] = inner
-        elif key in in_effect and value == effective and "${" not in str(value):
-            common[key] = value
+            if inner := _common(value, effective, f"{key}."):
+                common[name] = inner
+        elif name not in in_effect or "${" in str(effective):
+            continue
+        elif value == effective or absolute_paths({key: value}).get(key) == effective:
+            common[name] = value  # also a relative path, because the run's hash is of the path as it was given
+        elif "${" in str(value) or (key in PATH_KEYS and is_absolute_of(effective, value)):
+            common[name] = effective
     return common
 
 

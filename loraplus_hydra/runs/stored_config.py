@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from loraplus_hydra.check.foreign import foreign_code, moved_paths
 from loraplus_hydra.check.keys import read_config, unknown_keys
 from loraplus_hydra.config.identity import ALLOW
-from loraplus_hydra.config.locations import PATH_KEYS, absolute_paths
+from loraplus_hydra.config.locations import PATH_KEYS, absolute_paths, is_absolute_of
 from loraplus_hydra.config.plain import flat, plain_of
 from loraplus_hydra.config.schema import NOT_OF_A_RUN, RunConfig
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line, refuse
@@ -98,7 +98,7 @@ def _put_absolute_paths(stored: DictConfig, values: Mapping[str, Any]) -> None:
         relative, absolute = OmegaConf.select(stored, key), values.get(key)
         if not (isinstance(relative, str) and isinstance(absolute, str)) or Path(relative).exists():
             continue
-        if Path(absolute).is_absolute() and Path(absolute).parts[-len(Path(relative).parts) :] == Path(relative).parts:
+        if is_absolute_of(absolute, relative):
             OmegaConf.update(stored, key, absolute)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 
@@ -115,6 +116,16 @@ def copy(place: Path, tmp_path: Path) -> Path:
     for file in tmp_path.glob("*/config.yaml"):
         file.write_text(file.read_text().replace(str(place), str(tmp_path)))
     return tmp_path
+
+
+@pytest.fixture
+def run_of_a_command(copy: Path, cli: Cli) -> Path:
+    """The folder of `copy`, where commands start, with the finished run `mine` of a command with relative paths."""
+    overrides = ["model=hub", "model.path=model", "data=jsonl", "data.train=rows.jsonl", "data.eval=held_out.jsonl"]
+    overrides += ["trainer.max_steps=2", "trainer.save_steps=1", "task.samples=0", "trainer.eval_strategy=no"]
+    ended = cli(*overrides, "trainer.per_device_train_batch_size=4", "hydra.run.dir=mine")
+    assert ended.status == 0, ended.err
+    return copy
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -241,6 +252,40 @@ def test_rows_named_on_the_command_line_are_new_rows(copy: Path, cli: Cli) -> No
     # The rows that were named then are the run's rows now.
     again = cli("resume", "stopped", "trainer.max_steps=4")
     assert again.status == 0, again.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "rows"),
+    [
+        (["data.train=new.jsonl"], "train", "new.jsonl"),
+        (["data.train=[new.jsonl,rows.jsonl]"], "train", ["new.jsonl", "rows.jsonl"]),
+        (["data.eval=new.jsonl"], "eval", "new.jsonl"),
+        (["data.eval='${data.train}'"], "eval", "rows.jsonl"),
+        (["data.train=new.jsonl", "data.eval='${data.train}'"], "eval", "new.jsonl"),
+    ],
+)
+def test_rows_of_an_earlier_resume_stay_the_runs_rows(
+    changes: list[str], key: str, rows: Any, run_of_a_command: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows_of_the_run() -> Any:
+        return yaml.safe_load((folder / "mine" / "config.yaml").read_text())["data"][key]
+
+    folder = run_of_a_command
+    names = rows if isinstance(rows, list) else [rows]
+    expected = [str(folder / name) for name in names] if isinstance(rows, list) else str(folder / rows)
+    write_rows(folder / "new.jsonl", "new")
+    assert cli("resume", "mine", *changes, "trainer.max_steps=3").status == 0
+    assert rows_of_the_run() == expected
+    again = cli("resume", "mine", "trainer.max_steps=4")
+    assert again.status == 0, again.err
+    assert "data.train:" not in again.out
+    assert "data.eval:" not in again.out
+    assert rows_of_the_run() == expected
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    from_elsewhere = cli("resume", "../mine", "trainer.max_steps=5")
+    assert from_elsewhere.status == 0, from_elsewhere.err
+    assert rows_of_the_run() == expected
 
 
 def test_rows_accepted_before_a_kill_are_accepted_by_the_next_resume(
