@@ -57,7 +57,7 @@ class ResumePoint:
     checkpoint: Checkpoint | None
     changed: tuple[str, ...] = ()  # texts, one for each key that differs from the run's stored config
     messages: tuple[str, ...] = ()  # messages for the user, such as about newer, incomplete checkpoints
-    names_new_rows: bool = False  # True if the command gives other rows than the run had
+    new_rows: frozenset[str] = frozenset()  # which of OF_ROWS the command replaces
     inputs: Mapping[str, str] = field(default_factory=dict)  # fingerprints of the inputs to resume with
     expected: Mapping[str, str] = field(default_factory=dict)  # fingerprints of the inputs that must be unchanged
     stream: StreamState = field(default_factory=StreamState)  # the stream's rows that must be the same again

@@ -17,7 +17,8 @@ from loraplus_hydra.io.checkpoints import Checkpoint, ResumePoint
 from loraplus_hydra.io.fingerprints import NOT_STORED, OF_ROWS, changed_inputs, refuse_changed
 from loraplus_hydra.io.result import Result
 from loraplus_hydra.models.tokenizer import load_tokenizer
-from loraplus_hydra.runs.stored_config import changes, read_plain
+from loraplus_hydra.runs.new_rows import changed_rows
+from loraplus_hydra.runs.stored_config import changed_values, read_plain
 from loraplus_hydra.training.prepare import inputs_of, prepare_examples
 
 _kept: dict[str, dict[str, str]] = {}  # by start of a sweep and hash of the keys that set the inputs; at most one entry
@@ -35,14 +36,14 @@ def with_inputs(point: ResumePoint, config: DictConfig, accepted: Result | None)
     now = point.inputs or current_inputs(config)
     if not checkpoint.state.inputs:
         return _with_messages(replace(point, inputs=now), f"Note: {NOT_STORED}")
-    names_new_rows = point.names_new_rows or not _names_the_same_rows(checkpoint, config)
-    point = replace(point, inputs=now, names_new_rows=names_new_rows)  # Hydra replaces its copy of the config later
+    new_rows = point.new_rows | _new_rows(checkpoint, config)
+    point = replace(point, inputs=now, new_rows=new_rows)  # Hydra replaces its copy of the config later
     expected = {
         name: then
         for name, then in checkpoint.state.inputs.items()
-        if not (names_new_rows and name in OF_ROWS) and not _is_accepted(name, now, accepted)
+        if name not in new_rows and not _is_accepted(name, now, accepted)
     }
-    stream = StreamState() if names_new_rows else checkpoint.state.stream
+    stream = StreamState() if "data.train" in new_rows else checkpoint.state.stream
     if config[ALLOW]:
         return _with_messages(point, *(f"Changed since: {text}" for text in changed_inputs(expected, now)))
     refuse_changed(expected, now)
@@ -95,15 +96,19 @@ def _is_accepted(name: str, now: Mapping[str, str], accepted: Result | None) -> 
     return accepted is not None and name in now and accepted.inputs.get(name) == now[name]
 
 
-def _names_the_same_rows(checkpoint: Checkpoint, config: DictConfig) -> bool:
-    """Return True if `config` has the same `data` settings as the checkpoint's run.
+def _new_rows(checkpoint: Checkpoint, config: DictConfig) -> frozenset[str]:
+    """Return which of OF_ROWS are named, or read, in another way than by the checkpoint's run.
 
     Paths are compared as text, because the folder of the run and of relative paths may have been moved.
     """
     folder = checkpoint.folder.parent.parent
     stored = folder / run_folder.CONFIG
     if not stored.is_file():
-        return False
-    composed = read_plain(folder / run_folder.HYDRA / run_folder.CONFIG).get("data")
-    is_same_text = composed == OmegaConf.to_container(config.data, resolve=False)
-    return is_same_text or not any(change.startswith("data.") for change in changes(stored, config))
+        return frozenset(OF_ROWS)
+    composed = read_plain(folder / run_folder.HYDRA / run_folder.CONFIG).get("data") or {}
+    text = OmegaConf.to_container(config.data, resolve=False)
+    assert isinstance(text, dict)
+    # A key of `data` with a mapping has several values
+    differing = {key.split(".")[1] for key in changed_values(stored, config) if key.startswith("data.")}
+    keys = [key for key in differing if key not in composed or composed[key] != text.get(key)]
+    return changed_rows(keys, read_plain(stored).get("data") or {}, config.data)

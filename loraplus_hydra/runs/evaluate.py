@@ -15,6 +15,7 @@ from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.fingerprints import refuse_changed
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.load_finished import base_of, load_run, load_run_tokenizer
+from loraplus_hydra.runs.new_rows import named_rows
 from loraplus_hydra.runs.predict import on_device
 from loraplus_hydra.tasks.examples import Examples, load_examples
 from loraplus_hydra.training.forgetting import OtherText, read_pieces
@@ -30,10 +31,12 @@ def evaluate_on(run: FinishedRun, data: dict[Any, Any], *, forgetting: str | Non
     `data` changes or replaces the `data` group of `run.config`. The new config is checked as a whole. `forgetting` is a
     file with other rows, for the change of their loss against the base model. Raises UserError.
     """
+    before = run.config.data.copy()  # because the assignment changes the node itself
     run.config.data = _data(run.config, data)
     try:
         refuse(stored_problems(run.config))
-        return evaluate(run, names_new_rows=bool(data), forgetting=forgetting)
+        names_new_rows = "data.eval" in named_rows(data, before, run.config.data)
+        return evaluate(run, names_new_rows=names_new_rows, forgetting=forgetting)
     except ConfigErrors as error:
         raise ConfigErrors(dict.fromkeys(_as_given(each, data, run.config) for each in error.problems)) from error
 
@@ -41,8 +44,8 @@ def evaluate_on(run: FinishedRun, data: dict[Any, Any], *, forgetting: str | Non
 def evaluate(run: FinishedRun, *, names_new_rows: bool = False, forgetting: str | None = None) -> dict[str, float]:
     """Return the metrics of the run's adapter on the held-out rows of its config.
 
-    `names_new_rows` is True if the config sets other rows than the run had. `forgetting` is a file with other rows.
-    Raises UserError.
+    `names_new_rows` is True if the config sets other rows for evaluation than the run had. `forgetting` is a file with
+    other rows. Raises UserError.
     """
     tokenizer = load_run_tokenizer(run)
     if "chat_template_path" in run.config.task.args:  # the run's tokenizer has the template that it was trained with

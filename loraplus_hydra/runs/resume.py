@@ -76,7 +76,7 @@ def find_resume_point(checked: Checked, folder: Path, *, found_before: ResumePoi
     _refuse_changes_at_the_end(checkpoint, changed)
     _lines_until(checkpoint)
     before = found_before or ResumePoint(None)
-    point = ResumePoint(checkpoint, changed, messages, before.names_new_rows, before.inputs)
+    point = ResumePoint(checkpoint, changed, messages, before.new_rows, before.inputs)
     return with_inputs(point, checked.config, accepted=read_result(folder))
 
 

@@ -20,6 +20,7 @@ from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.checkpoints import AUTO, ResumePoint, newest_complete
 from loraplus_hydra.io.folders import refuse_foreign
 from loraplus_hydra.io.read import read_bytes
+from loraplus_hydra.runs.new_rows import named_rows
 from loraplus_hydra.runs.stored_config import KEY, read_plain, read_stored
 
 
@@ -33,7 +34,9 @@ def resumed_config(folder: Path, config: DictConfig) -> tuple[DictConfig, Resume
     if run.model.trust_remote_code and not config.trust_remote_code:
         what = "the run's model contains Python code (model.trust_remote_code)"
         raise ConfigErrors([Problem("trust_remote_code", what, "read the code, then set trust_remote_code=true")])
-    start, point = run.trainer.get("resume_from_checkpoint"), ResumePoint(None, names_new_rows=bool(config.data))
+    start = run.trainer.get("resume_from_checkpoint")
+    given, stored = plain_of(config.data, resolve=False), read_plain(folder / run_folder.CONFIG).get("data")
+    point = ResumePoint(None, new_rows=named_rows(given, stored or {}, run.data))
     # A run that began from another run's checkpoint resumes from its own checkpoint if it has one.
     if start not in (None, AUTO) and config.trainer.get("resume_from_checkpoint") is None:
         checkpoint, messages = newest_complete(folder / run_folder.CHECKPOINTS)

@@ -117,14 +117,7 @@ def read_plain(file: Path) -> dict[str, Any]:
 
 def changes(stored: Path, config: DictConfig) -> list[str]:
     """Return a text for each key whose value differs between the stored config and `config`."""
-    if not stored.is_file():
-        return []
-    then = flat(read_plain(stored))  # interpolations are not resolved, because the file may be untrusted
-    now = flat(plain_of(config))
-    now |= absolute_paths(now)
-    keys = [key for key in [*now, *(key for key in then if key not in now)] if key not in _NOT_OF_TRAINING]
-    pairs = {key: (then.get(key, "not set"), now.get(key, "not set")) for key in keys}
-    changed = {key: values for key, values in pairs.items() if values[0] != values[1]}
+    changed = changed_values(stored, config)
     # A rule's ratio is a reference to loraplus.ratio, which is already reported.
     others = [values for key, values in changed.items() if key.startswith("loraplus.") and not key.startswith(_RULES)]
     return [
@@ -132,6 +125,18 @@ def changes(stored: Path, config: DictConfig) -> list[str]:
         for key, (old, new) in changed.items()
         if not (key.startswith(_RULES) and (old, new) in others)
     ]
+
+
+def changed_values(stored: Path, config: DictConfig) -> dict[str, tuple[Any, Any]]:
+    """Return {key: (stored value, value in `config`)} for each key whose values differ."""
+    if not stored.is_file():
+        return {}
+    then = flat(read_plain(stored))  # interpolations are not resolved, because the file may be untrusted
+    now = flat(plain_of(config))
+    now |= absolute_paths(now)
+    keys = [key for key in [*now, *(key for key in then if key not in now)] if key not in _NOT_OF_TRAINING]
+    pairs = {key: (then.get(key, "not set"), now.get(key, "not set")) for key in keys}
+    return {key: values for key, values in pairs.items() if values[0] != values[1]}
 
 
 def _interpolated(node: Any, path: str = "") -> str:

@@ -288,6 +288,46 @@ def test_rows_of_an_earlier_resume_stay_the_runs_rows(
     assert rows_of_the_run() == expected
 
 
+@pytest.mark.parametrize(
+    ("edit", "command", "refused"),
+    [
+        (edit_held_out_rows, ("resume", "stopped", "data.train=rows.jsonl"), "data.eval"),
+        (edit_rows, ("resume", "stopped", "data.eval=held_out.jsonl"), "data.train"),
+        (edit_rows, ("resume", "stopped", "data.eval_fraction=0.2"), "data.train"),  # no rows are held out
+        (edit_rows, ("resume", "stopped", "data.messages_column=null"), "data.train"),
+        (edit_rows, ("resume", "stopped", "data.max_samples=null"), "data.train"),  # the value that it has
+        (edit_rows, ("resume", "stopped", "data.max_samples=20"), ""),
+        (edit_held_out_rows, ("resume", "stopped", "data.encoding=latin-1"), ""),
+        (edit_held_out_rows, ("evaluate", "done", "data.messages_column=null"), "data.eval"),
+        (edit_held_out_rows, ("evaluate", "done", "data.train=rows.jsonl"), "data.eval"),
+        (edit_held_out_rows, ("evaluate", "done", "data.max_samples=20"), ""),
+        (edit_held_out_rows, ("evaluate", "done", "data.eval=held_out.jsonl"), ""),
+    ],
+)
+def test_only_rows_that_the_command_names_or_reads_otherwise_are_not_compared(
+    edit: Callable[[Path], None], command: tuple[str, ...], refused: str, copy: Path, cli: Cli
+) -> None:
+    edit(copy)
+    ended = cli(*command)
+    assert ended.status == bool(refused), ended.err
+    assert f"{refused}: the content of the" in ended.err if refused else not ended.err, ended.err
+
+
+@pytest.mark.parametrize(
+    "changes", [["data.eval=held_out.jsonl"], ["data.eval_fraction=0.2"], ["data.train=new.jsonl"]]
+)
+def test_rows_that_are_split_change_together(changes: list[str], copy: Path, cli: Cli) -> None:
+    write_rows(copy / "new.jsonl", "new")
+    overrides = ["model=hub", "model.path=model", "data=jsonl", "data.train=rows.jsonl", "trainer.max_steps=1"]
+    overrides += ["trainer.save_steps=1", "task.samples=0", "trainer.eval_strategy=no", "hydra.run.dir=split"]
+    assert cli(*overrides).status == 0
+    ended = cli("resume", "split", *changes, "trainer.max_steps=2")
+    assert ended.status == 0, ended.err
+    edit_rows(copy)
+    edited = cli("resume", "split", "trainer.max_steps=3", "data.messages_column=null")
+    assert edited.status == ("data.train=new.jsonl" not in changes), edited.out
+
+
 def test_rows_accepted_before_a_kill_are_accepted_by_the_next_resume(
     copy: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
