@@ -109,6 +109,10 @@ def _write_merged(run: FinishedRun, folder: Path, dtype: str | None) -> float:
     interrupts.stop_if_asked()
     full = _dequantized(model, run)
     unmerged = of_run if full is model else _logits(full, rows)
+    if dtype is not None:  # merged in the dtype that holds both, because the run's dtype would round the update
+        own = full.get_base_model().dtype
+        if (both := torch.promote_types(own, getattr(torch, dtype))) is not own:
+            full = full.to(both)
     merged = _merged(full)
     if dtype is not None:
         merged = merged.to(getattr(torch, dtype))

@@ -65,6 +65,11 @@ CLASSIFIERS: dict[str, tuple[str, list[str]]] = {
     "classifier, new tokens": ("bert", ["model.add_tokens=['<call>']"]),
     "classifier, nf4": ("llama", ["quantization=nf4"]),
 }
+# Their logits are rounded, so only their weights are compared.
+ROUNDED: dict[str, tuple[str, list[str]]] = {
+    "lora, bfloat16": ("llama", ["model.dtype=bfloat16"]),
+    "pissa, bfloat16": ("llama", ["model.dtype=bfloat16", "adapter=pissa"]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +92,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Callable[[str]
             architecture, more = CLASSIFIERS[name]
             overrides = ["task=classification", "data=csv", f"data.train={place / 'labels.csv'}", *more]
         else:
-            architecture, overrides = RUNS[name]
+            architecture, overrides = (RUNS | ROUNDED)[name]
             overrides = ["data=jsonl", f"data.train={rows}", "task.samples=1", "task.sample_tokens=4", *overrides]
         base = checkpoint(architecture, folder.parent / "base")
         common = ["model=hub", f"model.path={base}", "trainer.max_steps=3", "optimizer.lr=5e-3"]
@@ -154,6 +159,25 @@ def test_weights_come_in_the_dtype_that_is_asked_for(runs: Callable[[str], Path]
     folder = export(open_run(str(runs("lora"))), tmp_path / "model", dtype="bfloat16")
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_update_is_exact_in_a_wider_dtype_than_the_runs(name: str, runs: Callable[[str], Path], tmp_path: Path) -> None:
+    finished = open_run(str(runs(name)))
+    exported = load_file(export(finished, tmp_path / "model", dtype="float32") / "model.safetensors")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
+    adapter = {
+        name: tensor.float() for name, tensor in load_file(finished.adapter / "adapter_model.safetensors").items()
+    }
+    config = json.loads((finished.adapter / "adapter_config.json").read_text())
+    base = load_file(Path(finished.config.model.path) / "model.safetensors")
+    factors = {key: tensor for key, tensor in adapter.items() if key.endswith("lora_A.weight")}
+    assert factors
+    for key, a in factors.items():
+        layer = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        update = config["lora_alpha"] / config["r"] * adapter[key.replace("lora_A", "lora_B")] @ a
+        weight = base[f"{layer}.weight"].bfloat16().float()  # as the run loaded it
+        torch.testing.assert_close(exported[f"{layer}.weight"], weight + update, atol=1e-7, rtol=1e-6)
 
 
 @pytest.mark.parametrize("merged", [True, False])
