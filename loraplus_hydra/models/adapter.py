@@ -188,12 +188,29 @@ def _train_new_tokens(config: PeftConfig, model: PreTrainedModel, new_tokens: Se
     if _name_of(model, model.get_input_embeddings()) in (getattr(config, "target_modules", None) or ()):
         what = "rows of new tokens can't train if the adapter adapts the embedding"
         raise ConfigErrors([Problem("model.add_tokens", what, "use adapter=lora, or []")])
-    layers = [model.get_input_embeddings()]
-    output = model.get_output_embeddings()
-    if output is not None and not model.config.get_text_config().tie_word_embeddings:
-        layers.append(output)
-    names = [_name_of(model, layer).rpartition(".")[2] for layer in layers]
-    config.trainable_token_indices = {name: list(new_tokens) for name in names}
+    given = config.trainable_token_indices or {}
+    embedding, output = _name_of(model, model.get_input_embeddings()), model.get_output_embeddings()
+    # PEFT trains the rows of a list in the embedding only
+    rows = dict(given) if isinstance(given, Mapping) else {_last_part(embedding): given}
+    _add_rows(rows, embedding, new_tokens)
+    if output is not None:
+        is_tied = model.config.get_text_config().tie_word_embeddings
+        _add_rows(rows, _name_of(model, output), new_tokens, only_named=is_tied)
+    config.trainable_token_indices = rows
+
+
+def _add_rows(rows: dict[str, Sequence[int]], layer: str, tokens: Sequence[int], *, only_named: bool = False) -> None:
+    """Add tokens to the trained rows of a layer, at the name by which `rows` has it.
+
+    With `only_named`, a layer that `rows` doesn't have is left out.
+    """
+    named = [key for key in rows if layer.endswith(key)]  # PEFT matches the ends of names, too
+    for key in named or ([] if only_named else [_last_part(layer)]):
+        rows[key] = list(dict.fromkeys([*rows.get(key, ()), *tokens]))
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _refuse_olora_on_conv1d(config: PeftConfig, model: PreTrainedModel) -> None:

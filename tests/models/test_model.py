@@ -280,6 +280,39 @@ def test_only_the_rows_of_new_tokens_train(architecture: str, tmp_path: Path, co
     assert (merged[300:] != before[300:]).any(dim=1).all()
 
 
+GIVEN_ROWS: list[Any] = [
+    ("llama", [5, 6], {5, 6}, set()),
+    ("qwen2", [5, 6], {5, 6}, {5, 6}),
+    ("llama", {"embed_tokens": [5]}, {5}, set()),
+    ("llama", {"model.embed_tokens": [5], "lm_head": [7]}, {5}, {7}),
+    ("llama", {"lm_head": [7]}, set(), {7}),
+    ("qwen2", {"embed_tokens": [5], "lm_head": [5]}, {5}, {5}),
+]
+
+
+@pytest.mark.parametrize(("architecture", "given", "inside", "outside"), GIVEN_ROWS)
+def test_rows_that_are_listed_train_beside_those_of_new_tokens(
+    architecture: str, given: Any, inside: set[int], outside: set[int], tmp_path: Path, compose: Callable[..., Any]
+) -> None:
+    checkpoint(architecture, tmp_path)
+    config = compose("model=hub", f"model.path={tmp_path}", "model.add_tokens=['<call>','<answer>']")
+    tokenizer = load_tokenizer(config.model)
+    base = load_base(config, tokenizer)
+    before = [each.weight.clone() for each in (base.get_input_embeddings(), base.get_output_embeddings())]
+    adapter = {**config.adapter, "target_modules": ["q_proj"], "trainable_token_indices": given}
+    model = add_adapter(base, adapter, "CAUSAL_LM", new_tokens=new_token_ids(tokenizer, config.model))
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" not in name:
+            with torch.no_grad():
+                parameter.add_(1.0)
+    merged = model.merge_and_unload()
+
+    after = (merged.get_input_embeddings().weight, merged.get_output_embeddings().weight)
+    for old, new, rows in zip(before, after, (inside, outside), strict=True):
+        assert set((old != new).any(dim=1).nonzero().flatten().tolist()) == rows | {300, 301}
+
+
 def test_new_tokens_that_exist_already_or_cannot_train_are_refused(
     tmp_path: Path, rows: Path, cli: Callable[..., Finished]
 ) -> None:
