@@ -21,8 +21,9 @@ _ROWS = 4  # number of the batch's rows in the check; errors between rows need s
 def disagreement(model: nn.Module, plain: Entry, lean: Entry, batch: Mapping[str, Any]) -> str | None:
     """Return the difference of two forwards on a batch's first rows; None if they agree.
 
-    Outputs and gradients are compared, without dropout. The model's gradients and the random generators stay unchanged.
-    Raises UnknownBatchError if these rows have no label.
+    Outputs and gradients are compared, without dropout. In coarse dtypes rounding hides a small influence between rows,
+    so it is also checked that no gradient flows from one row to another. The model's gradients and the random
+    generators stay unchanged. Raises UnknownBatchError if these rows have no label.
     """
     some = _some_rows(batch, getattr(model.config, "pad_token_id", None))
     labels = some.get("labels")
@@ -35,6 +36,7 @@ def disagreement(model: nn.Module, plain: Entry, lean: Entry, batch: Mapping[str
             # The values that a run uses: log-probabilities, a classifier's logits, or else the loss.
             name = next((name for name in ("log_probs", "logits") if output.get(name) is not None), "loss")
             made = _numbers(output[name], trained)
+            is_mixed = _mixes_rows(model, lean, some)
         except UnknownModelError as error:
             return str(error)
         except UnknownBatchError:
@@ -48,7 +50,46 @@ def disagreement(model: nn.Module, plain: Entry, lean: Entry, batch: Mapping[str
         difference = _relative(one, other)
         if not difference <= tolerance:
             return f"the {what} differ by {difference:.1g} on the first batch"
-    return None
+    return "its layers mix tokens of different rows" if is_mixed else None
+
+
+def _mixes_rows(model: nn.Module, lean: Entry, some: Mapping[str, Any]) -> bool:
+    """Return True if the scores of the last joined row depend on the embeddings of other rows.
+
+    A gradient between independent rows is exactly zero in every dtype.
+    """
+    mask = some["attention_mask"]
+    lengths = mask.sum(1)
+    longest = int(lengths.max())
+    row = int((lengths == longest).nonzero()[-1])  # rows are joined in the order of their lengths
+    alone = dict(some)
+    if (labels := some.get("labels")) is not None and labels.shape == mask.shape:
+        alone["labels"] = torch.full_like(labels, IGNORED)
+        # All tokens, because a layer may mix only the first ones
+        alone["labels"][row] = _all_labels(some["input_ids"][row], mask[row])
+    with _embeddings(model) as embedded:
+        output = lean(alone)
+    value = output["logits"][row] if output.get("logits") is not None else output["loss"]
+    (own,) = embedded
+    (gradient,) = torch.autograd.grad(value.float().sum(), own)
+    others = gradient[0, :-longest]
+    return bool((others.isfinite() & (others != 0)).any())  # zero times infinity is not finite
+
+
+@contextmanager
+def _embeddings(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Collect the outputs of the model's input embedding, as the start of the graph of gradients."""
+    found: list[torch.Tensor] = []
+
+    def collect(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        found.append(output.detach().requires_grad_())
+        return found[-1].clone()  # models may change it in place
+
+    hook = model.get_input_embeddings().register_forward_hook(collect)
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 def _tolerance(model: nn.Module) -> float:
@@ -107,9 +148,14 @@ def _some_rows(batch: Mapping[str, Any], pad_token_id: int | None) -> dict[str, 
     if pad_token_id is not None:  # classifiers that are decoders look for it
         some["input_ids"][-1].masked_fill_(last == 0, pad_token_id)
     if (labels := some.get("labels")) is not None and labels.shape == some["input_ids"].shape:
-        after_token = torch.nn.functional.pad(last[:-1], (1, 0))
-        labels[-1] = torch.where((last * after_token).bool(), some["input_ids"][-1], IGNORED)
+        labels[-1] = _all_labels(some["input_ids"][-1], last)
     return some
+
+
+def _all_labels(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the labels of a row in which each token after another has loss."""
+    after_token = torch.nn.functional.pad(mask[:-1], (1, 0))
+    return torch.where((mask * after_token).bool(), ids, IGNORED)
 
 
 def is_padded_ahead(batch: Mapping[str, Any]) -> bool:

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from loraplus_hydra.training.lean.attention import UnknownBatchError
-from loraplus_hydra.training.lean.first_batch import _some_rows, disagreement
+from loraplus_hydra.training.lean.first_batch import _mixes_rows, _some_rows, disagreement
 from loraplus_hydra.training.lean.forward import LeanForward
-from tests.support.lean import Batch, adapted
+from tests.support.lean import GPT2, Batch, adapted
+from tests.training.lean.test_architectures import EXPERTS, GROUPED
+from tests.training.lean.test_architectures import adapted as of_settings
 
 
 def checked(model: Any, batch: dict[str, torch.Tensor], spoil: Any = None) -> str | None:
@@ -137,3 +139,69 @@ def test_the_row_that_is_added_is_padded_on_the_batch_s_side(left: bool) -> None
     assert (some["labels"][-1] != -100).tolist() == [
         each > (3 if left else 0) and each < (9 if left else 6) for each in range(9)
     ]
+
+
+SHORT = {**GROUPED, "block_ff_dim": 24}
+MIXING = [
+    ("lfm2", {**SHORT, "layer_types": ["conv", "full_attention"]}),
+    ("lfm2", {**SHORT, "layer_types": ["full_attention", "conv"]}),
+    ("lfm2_moe", {**GROUPED, **EXPERTS, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]}),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("architecture", "settings"), MIXING)
+def test_rows_that_meet_in_a_convolution_are_found_in_every_dtype(
+    architecture: str, settings: dict[str, Any], dtype: torch.dtype
+) -> None:
+    model = of_settings(architecture, settings, 0).to(dtype)
+
+    reasons = [checked(model, Batch(each).tensors()) for each in ((9,), (5, 9, 7), (8, 8))]
+
+    assert all(reason and ("differ by" in reason or "mix tokens" in reason) for reason in reasons)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [("llama", GROUPED), ("gpt2", GPT2), ("gemma3_text", GROUPED), ("mixtral", {**GROUPED, **EXPERTS})],
+)
+def test_rows_that_do_not_meet_are_found_independent_in_every_dtype(
+    architecture: str, settings: dict[str, Any], dtype: torch.dtype
+) -> None:
+    model = of_settings(architecture, settings, 0).to(dtype)
+
+    for each in ((9,), (5, 9, 7), (8, 8)):
+        assert not mixes(model.get_base_model(), Batch(each).tensors())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_small_influence_between_rows_is_found_in_bfloat16(fused: bool) -> None:
+    model = adapted("llama", dtype=torch.bfloat16)
+    model.get_base_model().model.layers[1].mlp.register_forward_hook(
+        lambda *given: given[2] + 1e-3 * given[2].roll(1, 1)
+    )
+    base = model.get_base_model()
+    lean = LeanForward(base)
+    entry = lean.fused_output if fused else lean.causal_output
+
+    assert _mixes_rows(base, entry, _some_rows(Batch((5, 9)).tensors(), 0))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_influence_between_a_classifier_s_rows_is_found_in_bfloat16(mixed: bool) -> None:
+    model = adapted("roberta", classes=3, dtype=torch.bfloat16)
+    base = model.get_base_model()
+    plain = base.forward
+    lean = LeanForward(base)
+    if mixed:
+        base.roberta.encoder.layer[0].register_forward_hook(lambda *given: given[2] + 1e-3 * given[2].roll(1, 1))
+    batch = Batch((5, 9, 7), pad=1).tensors()
+    batch["labels"] = torch.tensor([0, 1, 2])
+
+    assert _mixes_rows(base, lambda some: lean.classified(plain, some), _some_rows(batch, 1)) is mixed
+
+
+def mixes(base: Any, batch: dict[str, torch.Tensor]) -> bool:
+    return _mixes_rows(base, LeanForward(base).causal_output, _some_rows(batch, 0))
