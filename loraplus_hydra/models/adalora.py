@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -72,6 +74,9 @@ def finish_meta_model(model: torch.nn.Module) -> None:
 
 def callbacks(model: PeftModel, adapter: Mapping[str, Any]) -> list[TrainerCallback]:
     """Return the callbacks that a Trainer of `model` needs for its `adapter` group."""
+    weight = adapter.get("orth_reg_weight")
+    if weight is not None:  # a continued adapter's config has the weight of the earlier run
+        model.peft_config[ADAPTER_NAME].orth_reg_weight = float(weight)
     return [AdaLoraCallback(model, tinit=adapter.get("tinit", 0), tfinal=adapter.get("tfinal", 0))]
 
 
@@ -89,7 +94,8 @@ class AdaLoraCallback(TrainerCallback):
         self.config: Any = model.peft_config[ADAPTER_NAME]
         self.tinit, self.tfinal = tinit, tfinal
         self.penalty_weight = float(self.config.orth_reg_weight)
-        self.config.orth_reg_weight = 0.0
+        # Without PEFT's penalty on the loss. The config keeps the weight, because checkpoints store the config.
+        self.tuner.forward = MethodType(BaseTuner.forward, self.tuner)
         self.rank_pattern: dict[str, list[bool]] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -124,7 +130,6 @@ class AdaLoraCallback(TrainerCallback):
         save_file(averages, Path(args.output_dir) / f"checkpoint-{state.global_step}" / IMPORTANCE_FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.config.orth_reg_weight = self.penalty_weight
         self.config.rank_pattern = kept_ranks(self.tuner.model)
 
     def _restore(self, args: Any, state: Any) -> None:

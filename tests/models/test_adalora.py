@@ -88,7 +88,7 @@ def test_adalora_penalty_is_in_the_gradients_once_and_in_no_loss(checkpoints: An
     expected = torch.autograd.grad(0.1 * orthogonality(model.base_model.model), named[name])[0]
     torch.testing.assert_close(named[name].grad, without + expected)
     # PEFT's own term, which it adds to a loss
-    model.active_peft_config.orth_reg_weight = 0.1
+    del model.base_model.forward
     with_penalty = model(input_ids=TOKENS, labels=TOKENS).loss
     torch.testing.assert_close(with_penalty - losses[1], 0.1 * orthogonality(model.base_model.model))
 
@@ -108,6 +108,36 @@ def test_adalora_resumes_to_the_unbroken_runs_ranks_and_weights(
     assert again.value == whole.value
     one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "again"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_uncut_adapter_trains_further_with_the_run_s_own_penalty(
+    tiny_run: list[str], compose: Callable[..., Any], tmp_path: Path
+) -> None:
+    overrides = ("trainer.max_steps=6", "adapter.tinit=4", "adapter.tfinal=0", "trainer.save_steps=3")
+    ada_run(tiny_run, compose, tmp_path / "first", *overrides, "adapter.orth_reg_weight=0.3")
+    stored = tmp_path / "first" / "checkpoints" / "checkpoint-3"
+
+    def continued(name: str, adapter: str, *more: str) -> tuple[float, dict[str, torch.Tensor]]:
+        base = [adapter, f"adapter.path={stored}", "loraplus=roles", "task.samples=0", "trainer.max_steps=4"]
+        run(compose(*tiny_run, *base, "trainer.save_steps=2", *more), tmp_path / name)
+        folder = tmp_path / name
+        weights = {
+            json.loads((each / "adapter_config.json").read_text())["orth_reg_weight"]
+            for each in (folder / "adapter", folder / "checkpoints" / "checkpoint-2")
+        }
+        (weight,) = weights
+        return weight, load_file(folder / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors")
+
+    assert json.loads((stored / "adapter_config.json").read_text())["orth_reg_weight"] == 0.3
+    ranks = ("adapter.init_r=6", "adapter.target_r=2", "adapter.deltaT=1")
+    without = continued("without", "adapter=adalora", *ranks, "adapter.orth_reg_weight=0")
+    own = continued("own", "adapter=adalora", *ranks, "adapter.orth_reg_weight=0.1")
+    kept = continued("kept", "adapter=existing")
+    assert (without[0], own[0], kept[0]) == (0.0, 0.1, 0.3)
+    factors = [name for name in own[1] if "lora_A" in name]
+    assert factors
+    for one, other in ((without, own), (own, kept)):
+        assert any(not torch.equal(one[1][name], other[1][name]) for name in factors)
 
 
 class OwnConfig(AdaLoraConfig):
