@@ -5,6 +5,7 @@ They must exist, be valid for their key, and accept their arguments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
 from loraplus_hydra.loraplus.factor_pairs import NEEDS_WHOLE, PairedOptimizer
 from loraplus_hydra.loraplus.optimizer_check import class_refusal, ignored_rates, optimizer_problems
 from loraplus_hydra.loraplus.rules import parse_rules
-from loraplus_hydra.loraplus.schedule import build_schedule, falls
+from loraplus_hydra.loraplus.schedule import build_schedule, falls, fill_arguments
 from loraplus_hydra.loraplus.schedule_free import NOT_CONSTANT, ScheduleFree
 from loraplus_hydra.models.adapter import schedule_of
 from loraplus_hydra.training.trackers.tracker import Tracker
@@ -115,18 +116,18 @@ def _optimizer(plain: dict[str, Any]) -> list[Problem]:
 
 def _scheduler(plain: dict[str, Any]) -> list[Problem]:
     """Check that the schedule accepts its arguments and keeps the ratio of two groups."""
-    scheduler, steps = plain.get("scheduler", {}), plain.get("trainer", {}).get("max_steps")
+    scheduler = plain.get("scheduler", {})
     wanted = "a torch.optim.lr_scheduler class, a transformers.get_..._schedule, or a function annotated -> LRScheduler"
     found, problems = resolve(scheduler.get(TARGET), "scheduler._target_", makes_schedule, wanted, "LRScheduler")
     if found is None:
         return problems
-    rates = {"A": 1e-4, "B": 8e-4}
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr, "name": name} for name, lr in rates.items()]
-    # At least a hundred steps, because fewer don't show the schedule's shape. At most a thousand, because more take
-    # long.
-    steps = min(steps, 1000) if isinstance(steps, int) and steps > 0 else 100
-    stand_in, arguments = torch.optim.AdamW(groups), _arguments(scheduler)
+    stand_in, arguments = _stand_in_optimizer(plain), _arguments(scheduler)
+    max_steps = plain.get("trainer", {}).get("max_steps")
+    known = max_steps if isinstance(max_steps, int) and max_steps > 0 else None
     try:
+        if known:
+            fill_arguments(found, known, arguments)
+        steps, arguments = _shortened(known, arguments)
         build_schedule(found, stand_in, num_training_steps=steps, kwargs=arguments)
         if _is_schedule_free(plain) and falls(found, stand_in, num_training_steps=steps, kwargs=arguments):
             return [Problem("scheduler", NOT_CONSTANT)]
@@ -135,6 +136,35 @@ def _scheduler(plain: dict[str, Any]) -> list[Problem]:
     except Exception as error:  # a schedule may raise any type of error, too
         return [Problem("scheduler", f"{scheduler[TARGET]}: {first_line(error)}")]
     return []
+
+
+def _stand_in_optimizer(plain: dict[str, Any]) -> Optimizer:
+    """Return an optimizer with two groups, with the config's rate as its default."""
+    lr = plain.get("optimizer", {}).get("lr")
+    if not isinstance(lr, (int, float)) or isinstance(lr, bool) or not 0 < lr < math.inf:
+        lr = 1.0  # the rate is wrong or not known yet; a schedule's last rate is then compared with a high one
+    groups = [
+        {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate, "name": name}
+        for name, rate in (("A", lr), ("B", 8 * lr))
+    ]
+    return torch.optim.AdamW(groups, lr=lr)
+
+
+def _shortened(steps: int | None, arguments: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Return a number of steps for a dry run, and arguments with phases shortened as the run is.
+
+    `steps` is the run's number of steps, if it is known.
+    """
+    phases: dict[str, Any] = {key: arguments.get(key) for key in ("num_warmup_steps", "num_decay_steps")}
+    counts = {key: int(value) for key, value in phases.items() if _is_whole(value) and value > 0}
+    # At least a hundred steps, because fewer don't show the schedule's shape
+    length = steps or max(100, sum(counts.values()) + 1)
+    shown = min(length, 1000)  # more take long
+    return shown, {**arguments, **{key: max(1, value * shown // length) for key, value in counts.items()}}
+
+
+def _is_whole(value: Any) -> bool:
+    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
 
 
 def _average(plain: dict[str, Any]) -> list[Problem]:

@@ -26,6 +26,7 @@ INSTEAD: dict[str, str] = {
     "CyclicLR": "base_lr and max_lr are the same for all groups; set them to lists, or use scheduler=one_cycle",
 }
 """Schedule class -> advice on what to use instead."""
+_LENGTHS = ("num_training_steps", "total_steps", "T_max", "num_warmup_steps", "num_decay_steps")
 _ONE_FACTOR = (
     "Use one that multiplies every rate by the same factor: scheduler=linear, cosine, cosine_with_min_lr, wsd, ..."
 )
@@ -45,7 +46,7 @@ def build_schedule(
     Raises UserError if `factory` doesn't have or refuses an argument, if the schedule reacts to the loss, or if the
     ratio changes (the message has the step and the rates). After an error, `optimizer` is unchanged.
     """
-    arguments = _arguments(factory, num_training_steps, kwargs)
+    arguments = fill_arguments(factory, num_training_steps, kwargs)
     rehearsal = _call(factory, _stand_in(optimizer), arguments)
     _check_ratio(factory, rehearsal, optimizer, num_training_steps)
     return _call(factory, optimizer, arguments)
@@ -78,7 +79,7 @@ def _rates(factory: Callable[..., Any], optimizer: Optimizer, steps: int, kwargs
     stand_in = _stand_in(optimizer)
     for group, own in zip(stand_in.param_groups, optimizer.param_groups, strict=True):
         group["lr"] = own.get("initial_lr", own["lr"])
-    schedule = _call(factory, stand_in, _arguments(factory, steps, kwargs))
+    schedule = _call(factory, stand_in, fill_arguments(factory, steps, kwargs))
     rates = []
     for _ in range(steps):
         rates.append(float(stand_in.param_groups[0]["lr"]))
@@ -133,8 +134,11 @@ def _cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
-def _arguments(factory: Callable[..., Any], steps: int, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `factory` with the numbers of steps filled in."""
+def fill_arguments(factory: Callable[..., Any], steps: int, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `factory` with the numbers of steps filled in.
+
+    Raises UserError if `factory` doesn't have an argument, or if the phases are longer than the run's `steps`.
+    """
     name = _name(factory)
     given = {key: value for key, value in kwargs.items() if value is not None}
     parameters = inspect.signature(factory).parameters
@@ -197,7 +201,8 @@ def _call(factory: Callable[..., Any], optimizer: Optimizer, arguments: Mapping[
     try:
         schedule = factory(optimizer, **arguments)
     except (TypeError, ValueError, AssertionError) as error:
-        spelled = ", ".join(f"{key}={value}" for key, value in arguments.items())
+        # Without the lengths, which are stand-ins in a check of a config
+        spelled = ", ".join(f"{key}={value}" for key, value in arguments.items() if key not in _LENGTHS)
         raise UserError(f"{_name(factory)} refuses the arguments {spelled}: {error}") from error
     if isinstance(schedule, ReduceLROnPlateau) or (not isinstance(schedule, LRScheduler) and hasattr(schedule, "step")):
         raise UserError(
