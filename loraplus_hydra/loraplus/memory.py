@@ -25,7 +25,7 @@ BLOCK_4BIT = 64  # numbers that share one scale in bitsandbytes' 4-bit weights
 BLOCK_OF_SCALES = 256  # scales that share one scale again, with double quantisation
 LARGEST_STAND_IN = 2**21  # numbers; a larger tensor's stand-in has only its first rows
 
-Kind = tuple[str, tuple[int, ...], bool]  # group, shape, and whether it is a trained embedding
+Kind = tuple[str, tuple[int, ...], bool, str]  # group, shape, whether it is a trained embedding, and dtype
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,12 @@ def _step_error(optimizer: Optimizer) -> str:
 
 
 def _kind(tensor: PlannedTensor) -> Kind:
-    return tensor.group.name, tensor.record.shape, tensor.record.trained_embedding
+    record = tensor.record
+    return tensor.group.name, record.shape, record.trained_embedding, record.dtype
 
 
 def _stand_in(record: TensorRecord) -> nn.Parameter:
-    stand_in = nn.Parameter(torch.zeros(_bounded(record.shape)))
+    stand_in = nn.Parameter(torch.zeros(_bounded(record.shape), dtype=getattr(torch, record.dtype)))
     stand_in.grad = torch.ones_like(stand_in)
     return stand_in
 

@@ -73,10 +73,16 @@ def tensor_bytes(tensors: Any) -> int:
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["adamw", "sgd", "adafactor", "adamw8bit", "lion", "lion8bit", "paged_adamw32bit"]
+    ("optimizer", "dtype"),
+    [
+        *((name, "float32") for name in ("adamw", "sgd", "adafactor", "lion", "lion8bit", "paged_adamw32bit")),
+        *(("adamw8bit", dtype) for dtype in ("float32", "bfloat16")),
+        *(("adamw", dtype) for dtype in ("bfloat16", "float16")),
+        ("sgd", "bfloat16"),
+    ],
 )
 def test_memory_is_within_five_percent_of_a_real_run(
-    optimizer: str, compose: Callable[..., Any], tiny_model: Path
+    optimizer: str, dtype: str, compose: Callable[..., Any], tiny_model: Path
 ) -> None:
     from loraplus_hydra.loraplus.optimizer import build_optimizer
     from loraplus_hydra.models.adapter import add_adapter
@@ -87,6 +93,7 @@ def test_memory_is_within_five_percent_of_a_real_run(
         "model=hub",
         f"model.path={tiny_model}",
         f"optimizer={optimizer}",
+        f"model.dtype={dtype}",
         "adapter.r=64",
         "+adapter.modules_to_save=[lm_head]",
     )
@@ -107,6 +114,12 @@ def test_memory_is_within_five_percent_of_a_real_run(
     assert told.gradients == sum(parameter.grad.numel() * parameter.grad.element_size() for parameter in trained)
     assert told.weights == pytest.approx(sum(p.numel() * p.element_size() for p in frozen.values()), rel=0.05)
     assert told.optimizer == pytest.approx(sum(tensor_bytes(state) for state in made.state.values()), rel=0.05)
+    sizes = {tensor.record.name: tensor.state.bits for tensor in plan.tensors if tensor.state is not None}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            own = [x for x in made.state[parameter].values() if isinstance(x, torch.Tensor)]
+            widths = [each.element_size() * 8 for each in own if each.shape == parameter.shape]
+            assert sizes[name] == max(widths, default=0)
 
 
 def test_state_bits_are_those_of_the_optimizer(compose: Callable[..., Any], tiny_model: Path) -> None:
