@@ -21,6 +21,7 @@ from loraplus_hydra.loraplus.plan import Plan, PlannedTensor, StateSize
 from loraplus_hydra.loraplus.rules import TensorRecord
 from loraplus_hydra.loraplus.settings import LoraPlus
 
+HEADS = ("score", "classifier", "qa_outputs")  # transformers' names of heads, which are not quantised
 BLOCK_4BIT = 64  # numbers that share one scale in bitsandbytes' 4-bit weights
 BLOCK_OF_SCALES = 256  # scales that share one scale again, with double quantisation
 LARGEST_STAND_IN = 2**21  # numbers; a larger tensor's stand-in has only its first rows
@@ -47,8 +48,8 @@ class Memory:
 def estimate(model: nn.Module, plan: Plan, quantization: Mapping[str, Any] | None = None) -> Memory:
     """Estimate the memory of training `model` by `plan`. The plan's optimizer state must be measured.
 
-    The model may be on the meta device. `quantization` holds BitsAndBytesConfig's `load_in_4bit`, `load_in_8bit` and
-    `bnb_4bit_use_double_quant`.
+    The model may be on the meta device. `quantization` holds BitsAndBytesConfig's `load_in_4bit`, `load_in_8bit`,
+    `bnb_4bit_use_double_quant` and `llm_int8_skip_modules`.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     adapter = sum(parameter.numel() * parameter.element_size() for parameter in trained.values())
@@ -150,17 +151,30 @@ def _frozen_bytes(model: nn.Module, quantization: Mapping[str, Any]) -> int:
 def _quantized_weights(model: nn.Module, quantization: Mapping[str, Any]) -> set[int]:
     """Return the ids of the weights that bitsandbytes quantises.
 
-    These are all linear layers except the output layer.
+    These are all linear layers except the heads, and the layers that `llm_int8_skip_modules` names.
     """
     if not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         return set()
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    kept = {id(output.weight)} if output is not None else set()
+    # takes seconds, and only quantised models need it
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    output = getattr(base, "get_output_embeddings", lambda: None)()
+    # A layer of PEFT around the output layer has the original layer and a copy
+    kept = set() if output is None else {id(parameter) for parameter in output.parameters()}
+    skipped = [*(name for name in HEADS if hasattr(base, name)), *(quantization.get("llm_int8_skip_modules") or ())]
     return {
         id(module.weight)
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad and id(module.weight) not in kept
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear)
+        and not module.weight.requires_grad
+        and id(module.weight) not in kept
+        and should_convert_module(_name_without_adapter(name), skipped)
     }
+
+
+def _name_without_adapter(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
 
 
 def _quantized_bytes(weight: nn.Parameter, quantization: Mapping[str, Any]) -> int:

@@ -11,8 +11,8 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from loraplus_hydra.config.targets import instantiate
+from loraplus_hydra.loraplus.memory import HEADS
 
-HEADS = ("score", "classifier", "qa_outputs")  # transformers' names
 _COMPUTE_DTYPE = "bnb_4bit_compute_dtype"
 
 

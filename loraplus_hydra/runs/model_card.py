@@ -16,8 +16,9 @@ from loraplus_hydra.config.plain import plain_of
 from loraplus_hydra.io import files, run_folder
 from loraplus_hydra.io.read import read_json
 from loraplus_hydra.io.text import code, code_block, markdown
+from loraplus_hydra.loraplus.memory import HEADS
 from loraplus_hydra.models.adapter_files import stored_adapter
-from loraplus_hydra.models.quantization import HEADS, is_quantized
+from loraplus_hydra.models.quantization import is_quantized
 from loraplus_hydra.runs.finished import FinishedRun, model_metrics
 
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}

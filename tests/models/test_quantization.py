@@ -11,11 +11,14 @@ import torch
 from peft import PeftModel
 
 from loraplus_hydra import run
+from loraplus_hydra.config.plain import plain_of
+from loraplus_hydra.loraplus.memory import estimate
 from loraplus_hydra.models.adapter import add_adapter
 from loraplus_hydra.models.base_model import load_model
 from loraplus_hydra.models.quantization import quantization_config
 from loraplus_hydra.runs.finished import open_run
 from loraplus_hydra.runs.load_finished import load_run
+from loraplus_hydra.training.prepare import plan_on_meta
 from tests.conftest import Finished
 from tests.models.test_model import CAUSAL_LM, model_group
 from tests.support.architectures import checkpoint
@@ -163,3 +166,54 @@ def test_wrong_quantisation_is_reported(
 def test_dora_on_eight_bits_is_refused_on_a_cpu(cli: Callable[..., Finished], tiny_run: list[str]) -> None:
     ended = cli("check", *tiny_run, "quantization=int8", "adapter=dora")
     assert "adapter.use_dora: PEFT can't compute the norms of 8-bit weights on a CPU" in ended.err
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["+adapter.modules_to_save=[lm_head]"],
+        ["+quantization.llm_int8_skip_modules=[q_proj,model.layers.1.mlp]"],
+        ["+quantization.llm_int8_skip_modules=[down_proj]", "+adapter.modules_to_save=[lm_head]"],
+    ],
+)
+def test_estimated_weights_are_those_that_are_loaded(
+    kind: str, overrides: list[str], llama: Path, compose: Callable[..., Any]
+) -> None:
+    config = compose("model=hub", f"model.path={llama}", f"quantization={kind}", *overrides)
+    estimated = estimate(*plan_on_meta(config), plain_of(config.quantization)).weights
+
+    base = load_model(config.model, CAUSAL_LM, quantization=config.quantization)
+    model = add_adapter(base, config.adapter, "CAUSAL_LM")
+
+    assert estimated == pytest.approx(frozen_bytes(model), rel=0.01)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "roberta"])
+def test_the_estimate_counts_a_classifier_s_head_unquantised(
+    architecture: str, tmp_path: Path, compose: Callable[..., Any]
+) -> None:
+    checkpoint(architecture, tmp_path)
+    config = compose("model=hub", f"model.path={tmp_path}", "quantization=nf4", "task=classification")
+    meta, plan = plan_on_meta(config)
+    estimated = estimate(meta, plan, plain_of(config.quantization)).weights
+
+    labels = {"num_labels": meta.config.num_labels}
+    base = load_model(config.model, config.task.auto_class, labels, quantization=config.quantization)
+    model = add_adapter(base, config.adapter, "SEQ_CLS")
+
+    assert estimated == pytest.approx(frozen_bytes(model), rel=0.01)
+
+
+def frozen_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the frozen weights as they are loaded, with their scales."""
+    tensors = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            continue
+        state = getattr(parameter, "quant_state", None)
+        nested = getattr(state, "state2", None)
+        tensors += [parameter, getattr(state, "absmax", None), getattr(nested, "absmax", None)]
+        tensors.append(getattr(parameter, "SCB", None))  # the scales of 8-bit weights
+    return sum(each.numel() * each.element_size() for each in tensors if each is not None)
