@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, Features
+from datasets import Dataset, Features, Json
 from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.data.rows import Rows
@@ -87,26 +87,28 @@ def map_cached(
     rows: Rows,
     convert: Callable[[dict[str, list[Any]], list[int]], dict[str, list[Any]]],
     *,
-    columns: list[str],
     features: Features,
     key: Mapping[str, Any],
 ) -> Rows:
-    """Return `rows` converted by `convert(batch, indices)`: `columns` become those of `features`.
+    """Return `rows` converted by `convert(batch, indices)`: their columns become those of `features`.
 
     `key` must have everything except the rows on which the result depends. Streamed rows are converted when they are
     read, and are not cached.
     """
-    arguments: dict[str, Any] = {
-        "batched": True,
-        "with_indices": True,
-        "remove_columns": columns,
-        "features": features,
-    }
+    arguments: dict[str, Any] = {"batched": True, "with_indices": True, "features": features}
     if isinstance(rows, Dataset):
         fingerprint = digest(rows._fingerprint, key, features.to_dict())
         arguments["new_fingerprint"] = fingerprint
         arguments["cache_file_name"] = str(cache_folder() / f"{fingerprint}.arrow")
-    return rows.map(convert, **arguments)
+        return rows.map(convert, remove_columns=rows.column_names, **arguments)
+
+    def convert_packed(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        names = dict.fromkeys(name for row in batch["row"] for name in row)
+        return convert({name: [row.get(name) for row in batch["row"]] for name in names}, indices)
+
+    # Any row of a stream may have columns that the others don't have, so each row becomes one value to be removed.
+    packed = rows.map(lambda row: {"row": row}, features=Features({"row": Json()})).select_columns(["row"])
+    return packed.map(convert_packed, remove_columns=["row"], **arguments)
 
 
 def generate_cached(

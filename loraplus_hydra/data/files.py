@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, conc
 from loraplus_hydra.config.locations import expanded
 from loraplus_hydra.data import mixing
 from loraplus_hydra.data.readers import FORMATS, TABLES, UNITS, Layout, load_file, read
+from loraplus_hydra.data.rows import first_columns, with_columns
 from loraplus_hydra.data.streams import SUFFIXES
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, errors_at, first_line, nearest, refuse
 
@@ -255,8 +256,9 @@ def _stream(source: Source, seed: int) -> IterableDataset:
         what = "Parquet and Arrow files are always read when they are needed"
         raise ConfigErrors([Problem("data.streaming", what, fix)])
     several = len(source.paths) > 1
-    files = zip(source.paths, source.layouts, strict=True)
-    parts = [_streamed_file(source.key, path, layout, whole=several) for path, layout in files]
+    files = list(zip(source.paths, source.layouts, strict=True))
+    names = dict.fromkeys(name for path, layout in files for name in _first_columns(source.key, path, layout))
+    parts = [_streamed_file(path, layout, whole=several) for path, layout in files]
     if source.weights is not None:
         shares = [weight / sum(source.weights) for weight in source.weights]
         rows = interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="first_exhausted")
@@ -264,20 +266,26 @@ def _stream(source: Source, seed: int) -> IterableDataset:
         rows = concatenate_datasets(parts) if several else parts[0]
     if several:
         rows = rows.map(lambda value: value["row"], remove_columns=["row"])
+    # Before rows are shuffled, so that the columns don't depend on the seed.
+    rows = with_columns(rows, list(names))
     # The pieces of a document must keep their order.
     return rows if documents else rows.shuffle(seed=seed, buffer_size=_BUFFER)
 
 
-def _streamed_file(key: str, path: str, layout: Layout, *, whole: bool) -> IterableDataset:
+def _first_columns(key: str, path: str, layout: Layout) -> list[str]:
+    with errors_at(key):
+        names = first_columns(read(path, layout))
+        if not names:
+            raise UserError(f"{path} has no rows")
+    return names
+
+
+def _streamed_file(path: str, layout: Layout, *, whole: bool) -> IterableDataset:
     """Return a file's rows as a stream. If `whole`, each row is one JSON value in the column `row`."""
     arguments = {"path": path, "layout": layout}
     # Rows may differ in type, but `datasets` would infer one type for each column when streams are joined.
     features = Features({"row": Json()}) if whole else None
-    rows = IterableDataset.from_generator(_whole_rows if whole else read, features, gen_kwargs=arguments)
-    with errors_at(key):
-        if next(iter(rows), None) is None:
-            raise UserError(f"{path} has no rows")
-    return rows
+    return IterableDataset.from_generator(_whole_rows if whole else read, features, gen_kwargs=arguments)
 
 
 def _whole_rows(path: str, layout: Layout) -> Iterator[dict[str, Any]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, TypeAlias
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Json
 from omegaconf import DictConfig
 
 from loraplus_hydra.config.schema import COLUMN_SUFFIX
@@ -22,6 +23,8 @@ ORIGIN = "__origin__"  # the row's place in its source: "train.jsonl, line 17"
 CONTINUES = "__continues__"  # true: the next row continues this row's document
 CONTINUED = "__continued__"  # true: this row continues the previous row's document
 OURS = (ORIGIN, CONTINUES, CONTINUED)
+
+_FIRST = 1000  # number of a stream's first rows that are read to find its columns
 
 
 def loader_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,6 +49,8 @@ def load_rows(data: DictConfig) -> DatasetDict:
     for split in SPLITS:
         if not is_streamed(rows[split]) and len(rows[split]) == 0:
             raise ConfigErrors([Problem("data", f"there are no rows in '{split}'")])
+    if is_streamed(rows["train"]) and rows["train"].column_names is None:
+        rows["train"] = with_columns(rows["train"], first_columns(rows["train"]))
     return rows
 
 
@@ -54,16 +59,36 @@ def is_streamed(rows: Rows) -> bool:
     return isinstance(rows, IterableDataset)
 
 
-def all_columns(rows: Rows) -> list[str]:
-    """Return the names of all columns. For streamed rows, these are the columns of the first row."""
-    if rows.column_names is not None:
-        return list(rows.column_names)
-    return list(next(iter(rows), {}))
+def first_columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names of all columns of a stream's first rows."""
+    return list(dict.fromkeys(name for row in islice(rows, _FIRST) for name in row))
+
+
+def with_columns(rows: IterableDataset, names: Sequence[str]) -> IterableDataset:
+    """Return streamed rows that all have the columns `names`, with null where a row has no value.
+
+    Rows after the first ones may have further columns.
+    """
+    # The features are only names here: `datasets` doesn't convert the values that a function returns.
+    features = Features({name: Json() for name in names})
+    return rows.map(_completed, fn_kwargs={"names": names}, features=features)
+
+
+def _completed(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {**dict.fromkeys(names), **row}
 
 
 def columns(rows: Rows) -> list[str]:
     """Return the names of the columns, without those that this program has added."""
-    return [name for name in all_columns(rows) if name not in OURS]
+    return [name for name in rows.column_names if name not in OURS]
+
+
+def may_have(rows: DatasetDict, names: Iterable[str]) -> bool:
+    """Return True if a row of any split may have one of the columns.
+
+    Later rows of a stream may have any column.
+    """
+    return is_streamed(rows["train"]) or any({*names} & {*columns(rows[split])} for split in SPLITS)
 
 
 def with_origin(rows: Dataset, source: str, fingerprint: str) -> Dataset:

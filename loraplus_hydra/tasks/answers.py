@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.data.cache import map_cached, tokenizer_digest
-from loraplus_hydra.data.rows import SPLITS, Rows, all_columns, columns, is_streamed
+from loraplus_hydra.data.rows import SPLITS, Rows, is_streamed, may_have
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.base import Base
 from loraplus_hydra.tasks.conversation import FUNCTIONS, TEMPLATE_ARGUMENTS, TOOLS, Conversation, Text
@@ -39,7 +39,7 @@ class AnswerReader:
     def columns(self, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: DictConfig) -> dict[str, Rows]:
         """Return the splits with TRL's columns and the columns of REPORTED. Raises ConfigErrors."""
         end = end_token(tokenizer, task)
-        templated = self.chat and bool({TOOLS, FUNCTIONS, TEMPLATE_ARGUMENTS} & {*columns(rows["train"])})
+        templated = self.chat and may_have(rows, (TOOLS, FUNCTIONS, TEMPLATE_ARGUMENTS))
         # JSON keeps a message unchanged. Arrow would give every message the keys of all messages.
         texts = {name: Json() if self.chat else Value("string") for name in ("prompt", *self.answers)}
         arguments = {TOOLS: Value("string"), TEMPLATE_ARGUMENTS: Json()} if templated else {}
@@ -59,12 +59,7 @@ class AnswerReader:
 
             return convert
 
-        return {
-            split: map_cached(
-                rows[split], convert_in(split), columns=all_columns(rows[split]), features=features, key=key
-            )
-            for split in SPLITS
-        }
+        return {split: map_cached(rows[split], convert_in(split), features=features, key=key) for split in SPLITS}
 
     def samples(self, rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return the fields of `Examples` that samples need: each row's prompt and first answer."""

@@ -134,7 +134,7 @@ class _Encoder:
         def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
             return self._batch(list(batch_rows(batch, indices, split)), declared)
 
-        return map_cached(rows, convert, columns=rows.column_names, features=self._features(), key=key)
+        return map_cached(rows, convert, features=self._features(), key=key)
 
     def _batch(self, rows: list[tuple[dict[str, Any], str]], declared: tuple[str, ...]) -> dict[str, list[Any]]:
         columns = (self.text,) if self.pair is None else (self.text, self.pair)

@@ -12,7 +12,7 @@ from typing import Any
 from datasets import DatasetDict, Json
 from omegaconf import DictConfig
 
-from loraplus_hydra.data.rows import CONTINUES, Rows, columns, without_nulls
+from loraplus_hydra.data.rows import CONTINUES, Rows, columns, may_have, without_nulls
 from loraplus_hydra.errors import ConfigErrors, Problem, nearest
 from loraplus_hydra.tasks.messages import (
     Message,
@@ -168,7 +168,7 @@ def find_shape(rows: DatasetDict, data: DictConfig, *, prompts_only: bool = Fals
     available, names = columns(rows["train"]), _column_names(rows, data)
     fitting = {}
     if names[_PROMPT] in available and (names[_COMPLETION] in available or prompts_only):
-        further = _further(names, available)
+        further = _further(names, rows)
         fitting["prompt and completion"] = Shape(prompt=names[_PROMPT], completion=names[_COMPLETION], input=further)
     if names[_MESSAGES] in available:
         fitting["messages"] = Shape(messages=names[_MESSAGES])
@@ -201,7 +201,7 @@ def prompt_shape(rows: DatasetDict, data: DictConfig) -> Shape:
     nulls = has_schema_nulls(rows["train"], names[key])
     if key == _MESSAGES:
         return Shape(messages=names[key], schema_nulls=nulls)
-    return Shape(prompt=names[key], input=_further(names, available), schema_nulls=nulls)
+    return Shape(prompt=names[key], input=_further(names, rows), schema_nulls=nulls)
 
 
 def _column_names(rows: DatasetDict, data: DictConfig) -> dict[str, Any]:
@@ -222,9 +222,9 @@ def _column_names(rows: DatasetDict, data: DictConfig) -> dict[str, Any]:
     return names
 
 
-def _further(names: Mapping[str, Any], available: Sequence[str]) -> str | None:
+def _further(names: Mapping[str, Any], rows: DatasetDict) -> str | None:
     """Return the column with a second part of the prompt, or None."""
-    return _INPUT if names[_PROMPT] == _INSTRUCTION and _INPUT in available else None
+    return _INPUT if names[_PROMPT] == _INSTRUCTION and may_have(rows, [_INPUT]) else None
 
 
 def _no_shape(names: dict[str, Any], available: list[str]) -> Problem:

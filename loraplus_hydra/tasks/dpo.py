@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
 from loraplus_hydra.config.targets import locate
-from loraplus_hydra.data.rows import Rows, all_columns, is_streamed
+from loraplus_hydra.data.rows import SPLITS, Rows, columns, is_streamed
 from loraplus_hydra.tasks.answers import AnswerReader, Answers, answer_notes, uses_template, without_reports
 from loraplus_hydra.tasks.base import Base, max_length
-from loraplus_hydra.tasks.conversation import TOOLS
+from loraplus_hydra.tasks.conversation import FUNCTIONS, TOOLS
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.tasks.preference import find_preference_shape
 from loraplus_hydra.tasks.row_notes import rows_note
@@ -54,7 +54,7 @@ def examples(
             *unused_columns_note(rows, shape.used(chat=written_as_turns)),
             *answer_notes(encoded, rows, limit, task, base),
             *_repeated_prompt_note(encoded["train"], rows["train"]),
-            *_tools_note(encoded["train"], task),
+            *(_tools_note(rows, task) if written_as_turns else ()),
         ),
         **reader.samples(rows["eval"].select(range(min(task.samples, len(rows["eval"])))), tokenizer),
     )
@@ -75,7 +75,8 @@ def _repeats_prompt(row: Mapping[str, Any]) -> bool:
     return bool(prompt and prompt.strip()) and all(answer and answer.startswith(prompt) for answer in answers)
 
 
-def _tools_note(encoded: Rows, task: DictConfig) -> list[str]:
-    if TOOLS not in all_columns(encoded) or issubclass(locate(task._target_), DPOTrainer):
+def _tools_note(rows: DatasetDict, task: DictConfig) -> list[str]:
+    names = {name for split in SPLITS for name in columns(rows[split])}
+    if not {TOOLS, FUNCTIONS} & names or issubclass(locate(task._target_), DPOTrainer):
         return []
     return [f"{task._target_} may not pass tools to the chat template, unlike TRL's DPOTrainer: see `preview`."]

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.data.cache import map_cached, tokenizer_digest
-from loraplus_hydra.data.rows import SPLITS, Rows, all_columns, is_streamed
+from loraplus_hydra.data.rows import SPLITS, Rows, is_streamed
 from loraplus_hydra.tasks.base import Base, max_length
 from loraplus_hydra.tasks.conversation import Shape, Text, find_shape
 from loraplus_hydra.tasks.examples import Examples
@@ -99,7 +99,7 @@ class _Encoder:
         def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
             return self._batch(batch_rows(batch, indices, split))
 
-        return map_cached(rows, convert, columns=all_columns(rows), features=Features(features), key=key)
+        return map_cached(rows, convert, features=Features(features), key=key)
 
     def _batch(self, rows: Iterator[tuple[dict[str, Any], str]]) -> dict[str, list[Any]]:
         parts = [(self.shape.read(row, place, chat=self.chat), place) for row, place in rows]

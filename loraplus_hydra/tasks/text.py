@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from loraplus_hydra.data.cache import digest, generate_cached, map_cached, tokenizer_digest
-from loraplus_hydra.data.rows import CONTINUED, CONTINUES, SPLITS, Rows, all_columns, is_streamed
+from loraplus_hydra.data.rows import CONTINUED, CONTINUES, SPLITS, Rows, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.base import Base, longest_input
 from loraplus_hydra.tasks.examples import Examples
@@ -95,7 +95,7 @@ def _blocks_of(
     """
     convert = _converter(column, tokenizer, split)
     features = Features({**_features("input_ids"), **_DOCUMENT})
-    tokens = map_cached(rows, convert, columns=all_columns(rows), features=features, key=key)
+    tokens = map_cached(rows, convert, features=features, key=key)
     arguments = {"tokens": tokens, "size": size, "end": tokenizer.eos_token_id}
     first = next(_blocks(**arguments), None)
     if first is None or len(first["input_ids"]) < 2:
