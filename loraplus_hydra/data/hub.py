@@ -13,6 +13,8 @@ import yaml  # type: ignore[import-untyped]
 from datasets import (
     DatasetBuilder,
     DatasetDict,
+    Features,
+    Value,
     get_dataset_config_names,
     get_dataset_split_names,
     load_dataset_builder,
@@ -22,7 +24,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from loraplus_hydra.data import mixing
 from loraplus_hydra.data.cache import digest
-from loraplus_hydra.data.rows import ORIGIN, OURS, with_origin
+from loraplus_hydra.data.rows import ORIGIN, OURS, first_columns, with_columns, with_origin
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line, nearest
 
 _FRONT_MATTER = re.compile(r"\s*---[\r\n]+([\S\s]*?)[\r\n]+---(?:[\r\n]|$)")
@@ -150,7 +152,9 @@ def load_split(
         )
     source = f"{name}/{config}[{split}]" if config else f"{name}[{split}]"
     if streaming:
-        return rows.map(_add_origin, with_indices=True, fn_kwargs={"source": source})
+        features = rows.features and Features({**rows.features, ORIGIN: Value("string")})
+        rows = rows.map(_add_origin, with_indices=True, fn_kwargs={"source": source}, features=features)
+        return rows if features else with_columns(rows, first_columns(rows))
     if len(rows) == 0:
         raise ConfigErrors([Problem(key, f"'{split}' has no rows", "choose another split")])
     return with_origin(rows, source, digest(rows._fingerprint, source))

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Features, Json, Value, concatenate_datasets
 
 from loraplus_hydra.data.cache import digest
-from loraplus_hydra.data.rows import CONTINUES, Rows, is_streamed, without_nulls
+from loraplus_hydra.data.rows import CONTINUES, Rows, is_streamed, own_value
 
 
 def hold_out(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -82,8 +82,7 @@ def _json_text(value: Any, feature: Any) -> str | None:
     """Return a value as JSON text, with labels as names, and without keys of other rows."""
     if isinstance(feature, ClassLabel):
         value = None if value is None or value < 0 else feature.names[value]
-    # Only JSON values have their own nulls. In other values, a null is a key of another row.
-    value = value if isinstance(feature, Json) else without_nulls(value)
+    value = own_value(value, feature)
     # Not the value itself, because `datasets` would read a text such as "1" as JSON.
     return None if value is None else json.dumps(value)
 

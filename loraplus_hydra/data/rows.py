@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -106,8 +106,23 @@ def check_names(place: str, names: Iterable[str]) -> None:
             raise UserError(f"{place}: a column's name contains a NUL character ({name!r}); is the file UTF-16 text?")
 
 
-def without_nulls(value: Any) -> Any:
-    """Return a value without keys that have the value null, at any depth."""
-    if isinstance(value, dict):
-        return {key: without_nulls(each) for key, each in value.items() if each is not None}
-    return [without_nulls(each) for each in value] if isinstance(value, list) else value
+def own_rows(rows: Dataset) -> Iterator[dict[str, Any]]:
+    """Yield the rows without the nulls that only their columns' types give them."""
+    return (own_values(row, rows.features) for row in rows)
+
+
+def own_values(row: Mapping[str, Any], features: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a row's values without the nulls that only the columns' types give them."""
+    return {name: own_value(value, (features or {}).get(name)) for name, value in row.items()}
+
+
+def own_value(value: Any, feature: Any) -> Any:
+    """Return a column's value without the nulls that only its type gives it.
+
+    Objects of a type with keys have the keys of all rows, with null for keys of other rows. JSON has only its own
+    nulls, which are kept.
+    """
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {key: own_value(each, feature.get(key)) for key, each in value.items() if each is not None}
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    return [own_value(each, inner) for each in value] if inner is not None and isinstance(value, list) else value

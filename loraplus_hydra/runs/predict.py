@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.data.files import load
-from loraplus_hydra.data.rows import ORIGIN, columns
+from loraplus_hydra.data.rows import ORIGIN, columns, own_rows
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io import interrupts
 from loraplus_hydra.models.quantization import is_quantized
@@ -27,7 +27,6 @@ from loraplus_hydra.tasks.conversation import (
     Shape,
     Text,
     find_shape,
-    has_schema_nulls,
 )
 from loraplus_hydra.tasks.preference import find_preference_shape, has_preferences
 from loraplus_hydra.tasks.rows import text_in
@@ -206,11 +205,13 @@ def _read(file: str, column: str | None, run: FinishedRun) -> tuple[list[Asked],
     chat = uses_chat(run, load_run_tokenizer(run))
     if column is None and has_preferences(both, run.config.data):
         pairs = find_preference_shape(both, run.config.data)
-        return [_bare(pairs.ask(row, place, chat=chat)) for row, place in zip(rows, places, strict=True)], no_pairs
+        return [
+            _bare(pairs.ask(row, place, chat=chat)) for row, place in zip(own_rows(rows), places, strict=True)
+        ], no_pairs
     shape = _shape(file, rows, column, run)
     # A prompt stays a text, unless other columns are parts of the same conversation.
     chat = chat and bool(CONVERSATION_COLUMNS & {*columns(rows)})
-    return [shape.ask(row, place, chat=chat) for row, place in zip(rows, places, strict=True)], no_pairs
+    return [shape.ask(row, place, chat=chat) for row, place in zip(own_rows(rows), places, strict=True)], no_pairs
 
 
 def _bare(asked: Asked) -> Asked:
@@ -241,8 +242,7 @@ def _shape(file: str, rows: Dataset, column: str | None, run: FinishedRun) -> Sh
     if column not in columns(rows):
         raise _no_column(file, rows, column)
     listed = any(isinstance(value, list) for value in rows[column])
-    nulls = has_schema_nulls(rows, column)
-    return Shape(messages=column, schema_nulls=nulls) if listed else Shape(prompt=column, schema_nulls=nulls)
+    return Shape(messages=column) if listed else Shape(prompt=column)
 
 
 def _no_column(file: str, rows: Dataset, name: str) -> ConfigErrors:

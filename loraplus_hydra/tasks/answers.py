@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import DatasetDict, Features, Json, Value
+from datasets import Dataset, DatasetDict, Features, Json, Value
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.data.cache import map_cached, tokenizer_digest
-from loraplus_hydra.data.rows import SPLITS, Rows, is_streamed, may_have
+from loraplus_hydra.data.rows import SPLITS, Rows, is_streamed, may_have, own_rows
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.base import Base
 from loraplus_hydra.tasks.conversation import FUNCTIONS, TEMPLATE_ARGUMENTS, TOOLS, Conversation, Text
@@ -47,30 +47,31 @@ class AnswerReader:
         key = {**self.key, "tokenizer": tokenizer_digest(tokenizer), "end": end, "chat": self.chat}
 
         def convert_in(split: str) -> Callable[..., dict[str, list[Any]]]:
+            types = rows[split].features
+
             def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-                read = [(self.read(row, place), place) for row, place in batch_rows(batch, indices, split)]
+                lines = batch_rows(batch, indices, split, types)
+                read = [(self.read(row, place), place) for row, place in lines]
                 parts = [(part, place) for (answers, _), place in read for part in answers.values()]
                 encoded = iter(encode(parts, tokenizer, _RULE, end))
-                lines = [
+                made = [
                     _columns(answers, templated) | others | _reported([next(encoded) for _ in answers])
                     for (answers, others), _ in read
                 ]
-                return {name: [line[name] for line in lines] for name in features}
+                return {name: [line[name] for line in made] for name in features}
 
             return convert
 
         return {split: map_cached(rows[split], convert_in(split), features=features, key=key) for split in SPLITS}
 
-    def samples(self, rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def samples(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return the fields of `Examples` that samples need: each row's prompt and first answer."""
         shown = list(self._shown(rows, tokenizer))
         names = ("prompts", "rendered", "references")
         return dict(zip(names, zip(*shown, strict=True), strict=True)) if shown else {}
 
-    def _shown(
-        self, rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
-    ) -> Iterator[tuple[str, str, str]]:
-        for row in rows:
+    def _shown(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str, str]]:
+        for row in own_rows(rows):
             part = self.read(row, "")[0][self.answers[0]]
             if isinstance(part, Text):
                 yield str(part.prompt), str(part.prompt), part.completion

@@ -6,13 +6,13 @@ https://huggingface.co/docs/trl/dataset_formats
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from datasets import DatasetDict, Json
+from datasets import DatasetDict
 from omegaconf import DictConfig
 
-from loraplus_hydra.data.rows import CONTINUES, Rows, columns, may_have, without_nulls
+from loraplus_hydra.data.rows import CONTINUES, columns, may_have
 from loraplus_hydra.errors import ConfigErrors, Problem, nearest
 from loraplus_hydra.tasks.messages import (
     Message,
@@ -81,7 +81,6 @@ class Shape:
     messages: str | None = None
     text: str | None = None
     input: str | None = None  # a second part of the prompt, which may be empty
-    schema_nulls: bool = False  # True if objects have the keys of all rows, with null for keys of other rows
 
     @property
     def has_prompt(self) -> bool:
@@ -129,7 +128,7 @@ class Shape:
     ) -> Conversation:
         """Join a row's messages with its system message and template arguments, if there are any."""
         first = with_system(prompt or completion, row.get(SYSTEM), SYSTEM, place)
-        arguments = _template_arguments(row, place, schema_nulls=self.schema_nulls)
+        arguments = _template_arguments(row, place)
         if prompt is None:
             return Conversation(first.turns, None, arguments, first.silent)
         later = frozenset(len(first.turns) + number for number in completion.silent)
@@ -152,7 +151,7 @@ class Shape:
         return text_in(row, self.completion, place, empty=False)
 
     def _messages(self, row: Mapping[str, Any], column: str, place: str) -> Messages:
-        return read_messages(row[column], column, place, schema_nulls=self.schema_nulls)
+        return read_messages(row[column], column, place)
 
 
 def as_turns(value: str | Messages, role: str) -> Messages:
@@ -184,8 +183,7 @@ def find_shape(rows: DatasetDict, data: DictConfig, *, prompts_only: bool = Fals
     if prompts_only:
         used.pop(f"data.{_COMPLETION}", None)
     require_columns(rows, used)
-    listed = shape.messages or shape.completion or shape.text
-    return replace(shape, schema_nulls=has_schema_nulls(rows["train"], str(listed)))
+    return shape
 
 
 def prompt_shape(rows: DatasetDict, data: DictConfig) -> Shape:
@@ -198,10 +196,9 @@ def prompt_shape(rows: DatasetDict, data: DictConfig) -> Shape:
     if key is None:
         return Shape()
     require_columns(rows, {f"data.{key}": names[key]})
-    nulls = has_schema_nulls(rows["train"], names[key])
     if key == _MESSAGES:
-        return Shape(messages=names[key], schema_nulls=nulls)
-    return Shape(prompt=names[key], input=_further(names, rows), schema_nulls=nulls)
+        return Shape(messages=names[key])
+    return Shape(prompt=names[key], input=_further(names, rows))
 
 
 def _column_names(rows: DatasetDict, data: DictConfig) -> dict[str, Any]:
@@ -253,7 +250,7 @@ def _suggested(available: Sequence[str]) -> str:
     return f"data.messages_column={messages}" if messages != "..." else f"{pair}, or data.messages_column=..."
 
 
-def _template_arguments(row: Mapping[str, Any], place: str, *, schema_nulls: bool) -> dict[str, Any]:
+def _template_arguments(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     """Return the template's arguments except the messages, from TRL's columns."""
     tools = json_value(row.get(TOOLS) or None, TOOLS, place)
     if not tools and (functions := json_value(row.get(FUNCTIONS) or None, FUNCTIONS, place)):
@@ -267,12 +264,4 @@ def _template_arguments(row: Mapping[str, Any], place: str, *, schema_nulls: boo
         raise row_error(
             place, TEMPLATE_ARGUMENTS, f"has the key '{taken[0]}', which this program sets", "remove the key"
         )
-    if schema_nulls:
-        tools, others = without_nulls(tools), without_nulls(others)
     return {"tools": tools, **others} if tools else dict(others)
-
-
-def has_schema_nulls(rows: Rows, column: str) -> bool:
-    """Return True if a column's objects have the keys of all rows, unlike in JSON."""
-    feature = (rows.features or {}).get(column)
-    return feature is not None and not isinstance(feature, Json)

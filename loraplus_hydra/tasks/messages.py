@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loraplus_hydra.data.rows import without_nulls
 from loraplus_hydra.errors import first_line, nearest
 from loraplus_hydra.tasks.rows import describe, row_error
 
@@ -52,14 +51,14 @@ def holds_messages(value: Any) -> bool:
     return all(isinstance(each, dict) and {"role", "from"} & each.keys() for each in read)
 
 
-def read_messages(value: Any, column: str, place: str, *, schema_nulls: bool = False) -> Messages:
+def read_messages(value: Any, column: str, place: str) -> Messages:
     """Return a row's messages. Each has a known role and text as content.
 
-    With `schema_nulls`, objects have the keys of all rows, and nulls at any depth are ignored. Text is read as JSON,
-    because a CSV has only text. One message is read as a list with this message. Raises ConfigErrors.
+    Text is read as JSON, because a CSV has only text. One message is read as a list with this message. Raises
+    ConfigErrors.
     """
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        value, schema_nulls = json_value(value, column, place), False
+        value = json_value(value, column, place)
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
@@ -69,7 +68,7 @@ def read_messages(value: Any, column: str, place: str, *, schema_nulls: bool = F
     turns, silent = [], set()
     for number, message in enumerate(value):
         where = f"{place}, message {number + 1}"
-        turn = _message(without_nulls(message) if schema_nulls else message, column, where)
+        turn = _message(message, column, where)
         weights = [_weight(turn.pop(key), key, column, where) for key in WEIGHTS if key in turn]
         if not all(weights):
             silent.add(number)

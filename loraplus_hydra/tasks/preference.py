@@ -17,7 +17,7 @@ from trl.data_utils import extract_prompt
 
 from loraplus_hydra.data.rows import columns
 from loraplus_hydra.errors import ConfigErrors, Problem
-from loraplus_hydra.tasks.conversation import Conversation, Shape, Text, as_turns, has_schema_nulls, prompt_shape
+from loraplus_hydra.tasks.conversation import Conversation, Shape, Text, as_turns, prompt_shape
 from loraplus_hydra.tasks.messages import Message, Messages, holds_messages, question, read_messages
 from loraplus_hydra.tasks.rows import describe, require_columns, row_error, text_in
 
@@ -42,7 +42,6 @@ class PreferenceShape:
     chosen: str
     rejected: str
     before: Shape  # the prompt's columns; all are None if the answers contain the prompt
-    schema_nulls: bool = False  # True if objects have the keys of all rows, with null for keys of other rows
 
     def used(self, *, chat: bool) -> set[str]:
         """Return the names of the columns that this shape reads."""
@@ -82,7 +81,7 @@ class PreferenceShape:
         value = row[column]
         if not holds_messages(value):
             return text_in(row, column, place, empty=False)
-        messages = read_messages(value, column, place, schema_nulls=self.schema_nulls)
+        messages = read_messages(value, column, place)
         if messages.turns[-1]["role"] != "assistant":
             raise row_error(place, column, f"ends with a message with the role '{messages.turns[-1]['role']}'")
         if messages.silent:
@@ -158,9 +157,7 @@ def find_preference_shape(rows: DatasetDict, data: DictConfig) -> PreferenceShap
     """
     names = {name: data.get(f"{name}_column") or name for name in ("chosen", "rejected")}
     require_columns(rows, {f"data.{name}_column": column for name, column in names.items()})
-    return PreferenceShape(
-        **names, before=prompt_shape(rows, data), schema_nulls=has_schema_nulls(rows["train"], names["chosen"])
-    )
+    return PreferenceShape(**names, before=prompt_shape(rows, data))
 
 
 def has_preferences(rows: DatasetDict, data: DictConfig) -> bool:

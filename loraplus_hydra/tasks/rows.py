@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import DatasetDict
 
-from loraplus_hydra.data.rows import ORIGIN, SPLITS, columns
+from loraplus_hydra.data.rows import ORIGIN, SPLITS, columns, own_values
 from loraplus_hydra.errors import ConfigErrors, Problem, nearest
 
 
@@ -28,15 +28,18 @@ def require_columns(rows: DatasetDict, wanted: Mapping[str, str]) -> None:
         raise ConfigErrors(list({problem.key: problem for problem in reversed(problems)}.values()))
 
 
-def batch_rows(batch: Mapping[str, list[Any]], indices: list[int], split: str) -> Iterator[tuple[dict[str, Any], str]]:
+def batch_rows(
+    batch: Mapping[str, list[Any]], indices: list[int], split: str, features: Mapping[str, Any] | None = None
+) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield (row, place) for the rows of a batch.
 
-    The place is the row's file and line if known, otherwise the row's number in the split.
+    With the columns' `features`, values are without the nulls that only their types give them. The place is the row's
+    file and line if known, otherwise the row's number in the split.
     """
     names = [name for name in batch if name != ORIGIN]
     for position, index in enumerate(indices):
         place = batch[ORIGIN][position] if ORIGIN in batch else f"row {index + 1} of the {split} rows"
-        yield {name: batch[name][position] for name in names}, place
+        yield own_values({name: batch[name][position] for name in names}, features), place
 
 
 def text_in(row: Mapping[str, Any], column: str, place: str, *, empty: bool = True) -> str:

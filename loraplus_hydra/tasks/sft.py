@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.data.cache import map_cached, tokenizer_digest
-from loraplus_hydra.data.rows import SPLITS, Rows, is_streamed
+from loraplus_hydra.data.rows import SPLITS, Rows, is_streamed, own_rows
 from loraplus_hydra.tasks.base import Base, max_length
 from loraplus_hydra.tasks.conversation import Shape, Text, find_shape
 from loraplus_hydra.tasks.examples import Examples
@@ -96,8 +96,10 @@ class _Encoder:
         if self.rule.assistant_only:
             features["messages"] = List({"role": Value("string"), "content": Value("string")})
 
+        types = rows.features
+
         def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-            return self._batch(batch_rows(batch, indices, split))
+            return self._batch(batch_rows(batch, indices, split, types))
 
         return map_cached(rows, convert, features=Features(features), key=key)
 
@@ -109,7 +111,7 @@ class _Encoder:
 
     def samples(self, rows: Dataset, count: int) -> Iterator[tuple[str, str, str]]:
         """Yield (prompt, prompt as the model sees it, answer) of the first `count` rows."""
-        for row in rows.select(range(min(count, len(rows)))):
+        for row in own_rows(rows.select(range(min(count, len(rows))))):
             part = self.shape.read(row, "", chat=self.chat)
             if isinstance(part, Text):
                 half = len(part.completion) // 2
