@@ -55,7 +55,8 @@ def load(
     paths to weights (rows are mixed in these shares, and none is repeated). Without `eval`, the share `eval_fraction`
     of each file is held out, drawn with `seed`. If a row is a piece of a document (`unit` is file), the end of each
     document is held out. At most `max_samples` rows of each split are used, drawn with `seed`. `streaming` reads the
-    training rows when they are needed, and requires `eval`. A file can't be in both, unless all files are.
+    training rows when they are needed, and requires `eval`; `max_samples` are then the first training rows. A file can't
+    be in both, unless all files are.
 
     `format` is jsonl (also for JSON arrays), csv, parquet, arrow or text; with None, the file's suffix decides. Files
     may be compressed by gzip, bzip2, xz, zstd or lz4. A byte order mark overrides `encoding`. `delimiter` (None: a tab
@@ -72,12 +73,12 @@ def load(
             what = "rows can't be held out from streamed rows, because their number is unknown"
             raise ConfigErrors([Problem("data.eval", what, "set files for evaluation: data.eval=...")])
         halves = [_hold_out(source.key, path, part, eval_fraction, seed) for path, part in _parts(source)]
-        rows, held_out = (mixing.mix(parts, source.weights, seed) for parts in zip(*halves, strict=True))
+        rows, held_out = (mixing.mix(parts, source.weights, seed, max_samples) for parts in zip(*halves, strict=True))
     else:
         _refuse_shared(source, eval_source)
-        rows = _stream(source, seed) if streaming else _mixed(source, seed)
-        held_out = _mixed(eval_source, seed)
-    return DatasetDict(train=mixing.draw(rows, max_samples, seed), eval=mixing.draw(held_out, max_samples, seed))
+        rows = (_stream if streaming else _mixed)(source, seed, max_samples)
+        held_out = _mixed(eval_source, seed, max_samples)
+    return DatasetDict(train=rows, eval=held_out)
 
 
 def _check_layout(layout: Layout) -> None:
@@ -231,8 +232,8 @@ def _parts(source: Source) -> Iterator[tuple[str, Dataset]]:
             yield path, load_file(path, layout)
 
 
-def _mixed(source: Source, seed: int) -> Dataset:
-    return mixing.mix([part for _, part in _parts(source)], source.weights, seed)
+def _mixed(source: Source, seed: int, limit: int | None) -> Dataset:
+    return mixing.mix([part for _, part in _parts(source)], source.weights, seed, limit)
 
 
 def _hold_out(key: str, path: str, rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -242,10 +243,11 @@ def _hold_out(key: str, path: str, rows: Dataset, fraction: float, seed: int) ->
     return mixing.hold_out(rows, fraction, seed)
 
 
-def _stream(source: Source, seed: int) -> IterableDataset:
-    """Return the rows as a stream, shuffled in a buffer.
+def _stream(source: Source, seed: int, limit: int | None) -> IterableDataset:
+    """Return the first `limit` rows as a stream, shuffled in a buffer.
 
-    With weights, rows are drawn in these shares. Raises ConfigErrors.
+    With weights, rows are drawn in these shares. Without weights, the first rows come in turn from all files, but
+    documents keep their order. Raises ConfigErrors.
     """
     documents = any(layout.format == "text" and layout.unit == "file" for layout in source.layouts)
     if documents and source.weights is not None:
@@ -262,12 +264,18 @@ def _stream(source: Source, seed: int) -> IterableDataset:
     if source.weights is not None:
         shares = [weight / sum(source.weights) for weight in source.weights]
         rows = interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="first_exhausted")
+        if limit is not None:  # each epoch would draw other rows of the parts, but not behind a generator
+            rows = IterableDataset.from_generator(_all_of, gen_kwargs={"rows": rows})
+    elif several and limit is not None and not documents:
+        rows = interleave_datasets(parts, stopping_strategy="all_exhausted_without_replacement")
     else:
         rows = concatenate_datasets(parts) if several else parts[0]
     if several:
         rows = rows.map(lambda value: value["row"], remove_columns=["row"])
     # Before rows are shuffled, so that the columns don't depend on the seed.
     rows = with_columns(rows, list(names))
+    # Before rows are shuffled, because they are shuffled anew for each epoch.
+    rows = mixing.draw(rows, limit, seed)
     # The pieces of a document must keep their order.
     return rows if documents else rows.shuffle(seed=seed, buffer_size=_BUFFER)
 
@@ -286,6 +294,10 @@ def _streamed_file(path: str, layout: Layout, *, whole: bool) -> IterableDataset
     # Rows may differ in type, but `datasets` would infer one type for each column when streams are joined.
     features = Features({"row": Json()}) if whole else None
     return IterableDataset.from_generator(_whole_rows if whole else read, features, gen_kwargs=arguments)
+
+
+def _all_of(rows: IterableDataset) -> Iterator[dict[str, Any]]:
+    yield from rows
 
 
 def _whole_rows(path: str, layout: Layout) -> Iterator[dict[str, Any]]:

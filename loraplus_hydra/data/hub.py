@@ -48,8 +48,8 @@ def load(
 
     `config` is one of the data set's configs. Without `eval_split`, the share `eval_fraction` of the training split is
     held out, drawn with `seed`. At most `max_samples` rows of each split are used, drawn with `seed`. With `streaming`,
-    the training rows are read when they are needed, and `eval_split` is required. Raises ConfigErrors for names that
-    don't exist; the message has the valid names.
+    the training rows are read when they are needed, `max_samples` are the first of them, and `eval_split` is required.
+    Raises ConfigErrors for names that don't exist; the message has the valid names.
     """
     if streaming and eval_split is None:
         fix = "set a split for evaluation: data.eval_split=validation"
@@ -66,9 +66,10 @@ def load(
         raise ConfigErrors([Problem("data.train_split", f"'{train_split}' has fewer than two rows", "choose another")])
     else:
         train, held_out = mixing.hold_out(train, eval_fraction, seed)
-    if streaming:
+    train, held_out = (mixing.draw(rows, max_samples, seed) for rows in (train, held_out))
+    if streaming:  # shuffled last, because each epoch shuffles anew, and all epochs must have the same rows
         train = train.shuffle(seed=seed, buffer_size=_BUFFER)
-    return DatasetDict(train=mixing.draw(train, max_samples, seed), eval=mixing.draw(held_out, max_samples, seed))
+    return DatasetDict(train=train, eval=held_out)
 
 
 def _overlap(one: str, other: str) -> bool:

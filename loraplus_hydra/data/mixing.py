@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Json, Value, concatenate_datasets
@@ -42,17 +43,21 @@ def draw(rows: Rows, count: int | None, seed: int) -> Rows:
     return rows.select(sorted(random.Random(seed).sample(range(len(rows)), count)))
 
 
-def mix(parts: Sequence[Dataset], weights: Sequence[float] | None, seed: int) -> Dataset:
-    """Return the parts as one data set.
+def mix(parts: Sequence[Dataset], weights: Sequence[float] | None, seed: int, limit: int | None = None) -> Dataset:
+    """Return the parts as one data set of at most `limit` rows.
 
     With `weights`, rows are drawn in these shares. No row is repeated, so rows are drawn until one part is used up. A
     column that only some parts have is null in the rows of the other parts. A column of several types keeps each
     row's own value.
     """
+    counts = [len(part) for part in parts]
     if weights is not None:
-        counts = shares([len(part) for part in parts], weights)
-        parts = [draw(part, count, seed) for part, count in zip(parts, counts, strict=True)]
-    return parts[0] if len(parts) == 1 else concatenate_datasets(_aligned(parts))
+        counts = shares(counts, weights)
+    if limit is not None and any(CONTINUES in part.column_names for part in parts):
+        # Only first rows are drawn from documents, and all parts together would give the first part's rows.
+        counts = portions(counts, limit)
+    parts = [draw(part, count, seed) for part, count in zip(parts, counts, strict=True) if count]
+    return draw(parts[0] if len(parts) == 1 else concatenate_datasets(_aligned(parts)), limit, seed)
 
 
 def _aligned(parts: Sequence[Dataset]) -> list[Dataset]:
@@ -94,3 +99,10 @@ def shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
     """
     total = min(size / weight for size, weight in zip(sizes, weights, strict=True))
     return [min(size, max(1, round(total * weight))) for size, weight in zip(sizes, weights, strict=True)]
+
+
+def portions(sizes: Sequence[int], count: int) -> list[int]:
+    """Return the number of rows of each part, in the ratio of the sizes; the sum is at most `count`."""
+    share = min(1, count / sum(sizes))
+    ends = [round(end * share) for end in accumulate(sizes)]
+    return [end - begin for begin, end in pairwise([0, *ends])]

@@ -108,6 +108,45 @@ def test_few_rows_are_drawn_from_all(tmp_path: Path) -> None:
     assert list(rows["train"]["prompt"]) != [f"a{number}" for number in range(10)]
 
 
+def documents(folder: Path, **counts: int) -> list[str]:
+    """Write a document of so many pieces for each name, and return their paths."""
+    for name, count in counts.items():
+        (folder / f"{name}.txt").write_text("".join(f"{name * 1100}\n" for _ in range(count)))
+    return [str(folder / f"{name}.txt") for name in counts]
+
+
+def pieces(rows: Dataset) -> list[str]:
+    return [text[0] for text in rows["text"]]
+
+
+def test_few_rows_of_documents_keep_the_weights(tmp_path: Path) -> None:
+    first, second = documents(tmp_path, a=20, b=20)
+    for weights, count, expected in (((0.75, 0.25), 8, "aaaaaabb"), ((0.5, 0.5), 6, "aaabbb"), ((1, 3), 4, "abbb")):
+        rows = load(dict(zip((first, second), weights, strict=True)), first, max_samples=count)
+        assert "".join(pieces(rows["train"])) == expected
+    halves = load({first: 0.5, second: 0.5}, eval_fraction=0.5, max_samples=4)
+    assert [pieces(halves[split]) for split in ("train", "eval")] == [["a", "a", "b", "b"]] * 2
+
+
+def test_few_rows_of_documents_come_from_all_files(tmp_path: Path) -> None:
+    paths = documents(tmp_path, a=20, b=10, c=10)
+    assert "".join(pieces(load(paths, paths[0], max_samples=8)["train"])) == "aaaabbcc"
+    assert len(load(paths, paths[0], max_samples=100)["train"]) == 40
+    lines = numbered(tmp_path / "d.jsonl", 20, "d")
+    lines.write_text(lines.read_text().replace("prompt", "text"))
+    mixed = load([paths[0], str(lines)], paths[0], max_samples=4)["train"]
+    assert "".join(pieces(mixed)) == "aadd"
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=6), st.integers(1, 2000))
+def test_portions_have_the_ratio_of_the_sizes_and_the_wanted_sum(sizes: list[int], count: int) -> None:
+    found, total = mixing.portions(sizes, count), sum(sizes)
+    assert sum(found) == min(count, total)
+    exact = [size * min(count, total) / total for size in sizes]
+    assert all(abs(number - each) <= 1 for number, each in zip(found, exact, strict=True))
+    assert all(0 <= number <= size for number, size in zip(found, sizes, strict=True))
+
+
 def test_lists_and_patterns_take_every_row(tmp_path: Path) -> None:
     numbered(tmp_path / "a.jsonl", 3, "a")
     numbered(tmp_path / "b.jsonl", 2, "b")
@@ -193,6 +232,21 @@ def test_streamed_rows_are_the_files_rows(tmp_path: Path) -> None:
     other, held_out = str(numbered(tmp_path / "b.jsonl", 50, "b")), str(numbered(tmp_path / "c.jsonl", 1))
     mixed = [row["prompt"][0] for row in load({path: 0.9, other: 0.1}, held_out, streaming=True)["train"]]
     assert 0.75 < mixed.count("a") / len(mixed) < 1
+
+
+@pytest.mark.parametrize("files", ["one", "two", "weighted"])
+def test_all_epochs_of_few_streamed_rows_have_the_same_rows(tmp_path: Path, files: str) -> None:
+    first, second = (str(numbered(tmp_path / f"{name}.jsonl", 30, name)) for name in "ab")
+    train: Any = {"one": first, "two": [first, second], "weighted": {first: 0.5, second: 0.5}}[files]
+    rows = load(train, first, streaming=True, max_samples=12)["train"]
+    epochs = []
+    for epoch in range(3):
+        rows.set_epoch(epoch)
+        epochs.append([row["prompt"] for row in rows])
+    assert {len(epoch) for epoch in epochs} == {len(set(epochs[0]))} == {12}
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert {prompt[0] for prompt in epochs[0]} == ({"a"} if files == "one" else {"a", "b"})
 
 
 def test_streamed_rows_need_rows_to_evaluate_on(tmp_path: Path) -> None:

@@ -47,6 +47,21 @@ def test_streamed(published: str) -> None:
     assert len(rows["eval"]) == 4
 
 
+def test_all_epochs_of_few_streamed_rows_have_the_same_rows(tmp_path: Path) -> None:
+    for name in ("train-0", "train-1", "validation-0"):
+        Dataset.from_dict({"text": [f"{name} {number}" for number in range(8)]}).to_parquet(
+            f"{tmp_path}/{name}.parquet"
+        )
+    rows = hub.load(str(tmp_path), eval_split="validation", streaming=True, max_samples=6)["train"]
+    epochs = []
+    for epoch in range(3):
+        rows.set_epoch(epoch)
+        epochs.append([row["text"] for row in rows])
+    assert len(set(epochs[0])) == len(epochs[0]) == 6
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
