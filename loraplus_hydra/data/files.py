@@ -55,8 +55,8 @@ def load(
     paths to weights (rows are mixed in these shares, and none is repeated). Without `eval`, the share `eval_fraction`
     of each file is held out, drawn with `seed`. If a row is a piece of a document (`unit` is file), the end of each
     document is held out. At most `max_samples` rows of each split are used, drawn with `seed`. `streaming` reads the
-    training rows when they are needed, and requires `eval`; `max_samples` are then the first training rows. A file can't
-    be in both, unless all files are.
+    training rows when they are needed, and requires `eval`; `max_samples` are then the first training rows. A file
+    can't be in both, unless all files are.
 
     `format` is jsonl (also for JSON arrays), csv, parquet, arrow or text; with None, the file's suffix decides. Files
     may be compressed by gzip, bzip2, xz, zstd or lz4. A byte order mark overrides `encoding`. `delimiter` (None: a tab

@@ -120,21 +120,21 @@ def pieces(rows: Dataset) -> list[str]:
 
 
 def test_few_rows_of_documents_keep_the_weights(tmp_path: Path) -> None:
-    first, second = documents(tmp_path, a=20, b=20)
+    first, second, held_out = documents(tmp_path, a=20, b=20, c=1)
     for weights, count, expected in (((0.75, 0.25), 8, "aaaaaabb"), ((0.5, 0.5), 6, "aaabbb"), ((1, 3), 4, "abbb")):
-        rows = load(dict(zip((first, second), weights, strict=True)), first, max_samples=count)
+        rows = load(dict(zip((first, second), weights, strict=True)), held_out, max_samples=count)
         assert "".join(pieces(rows["train"])) == expected
     halves = load({first: 0.5, second: 0.5}, eval_fraction=0.5, max_samples=4)
     assert [pieces(halves[split]) for split in ("train", "eval")] == [["a", "a", "b", "b"]] * 2
 
 
 def test_few_rows_of_documents_come_from_all_files(tmp_path: Path) -> None:
-    paths = documents(tmp_path, a=20, b=10, c=10)
-    assert "".join(pieces(load(paths, paths[0], max_samples=8)["train"])) == "aaaabbcc"
-    assert len(load(paths, paths[0], max_samples=100)["train"]) == 40
+    *paths, held_out = documents(tmp_path, a=20, b=10, c=10, e=1)
+    assert "".join(pieces(load(paths, held_out, max_samples=8)["train"])) == "aaaabbcc"
+    assert len(load(paths, held_out, max_samples=100)["train"]) == 40
     lines = numbered(tmp_path / "d.jsonl", 20, "d")
     lines.write_text(lines.read_text().replace("prompt", "text"))
-    mixed = load([paths[0], str(lines)], paths[0], max_samples=4)["train"]
+    mixed = load([paths[0], str(lines)], held_out, max_samples=4)["train"]
     assert "".join(pieces(mixed)) == "aadd"
 
 
@@ -237,8 +237,9 @@ def test_streamed_rows_are_the_files_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("files", ["one", "two", "weighted"])
 def test_all_epochs_of_few_streamed_rows_have_the_same_rows(tmp_path: Path, files: str) -> None:
     first, second = (str(numbered(tmp_path / f"{name}.jsonl", 30, name)) for name in "ab")
+    held_out = str(numbered(tmp_path / "c.jsonl", 1))
     train: Any = {"one": first, "two": [first, second], "weighted": {first: 0.5, second: 0.5}}[files]
-    rows = load(train, first, streaming=True, max_samples=12)["train"]
+    rows = load(train, held_out, streaming=True, max_samples=12)["train"]
     epochs = []
     for epoch in range(3):
         rows.set_epoch(epoch)

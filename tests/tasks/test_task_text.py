@@ -84,7 +84,7 @@ CUT: dict[str, tuple[str, str, str]] = {
         "[say <end> no <end>]",
     ),
     "rows are drawn by weights": (
-        "data.train={A:1,B:2} data.eval=B",
+        "data.train={A:1,B:2} data.eval=C",
         "[<begin> one two] <end> [<begin> dog fox yes no <end>]",
         "[<begin> dog fox yes no <end>]",
     ),
@@ -95,7 +95,7 @@ CUT: dict[str, tuple[str, str, str]] = {
     ),
     "few rows are used": (
         "data.train=[A,B] data.eval_fraction=0.25 data.max_samples=2",
-        "[<begin> one two]",
+        "[<begin> one] <end> [<begin> dog]",
         "[say <end> no <end>]",
     ),
     "a document ends with a batch of rows": (
@@ -104,7 +104,7 @@ CUT: dict[str, tuple[str, str, str]] = {
         f"[{'is ' * 2000}<end> yes no <end>]",
     ),
     "documents are streamed": (
-        "data.train=[A,B] data.eval=A data.streaming=true",
+        "data.train=[A,B] data.eval=D data.streaming=true",
         "[<begin> one two three say <end> <begin> dog fox yes no <end>]",
         "[<begin> one two three say <end>]",
     ),
@@ -116,6 +116,7 @@ def test_documents_that_are_cut_are_not_joined(compose: Callable[..., Any], tmp_
     words, train, held_out = CUT[way]
     model = save_llama(tmp_path / "model", word_tokenizer(None, adds=("bos",)))
     files = {"A": "one two three say", "B": "dog fox yes no", "LONG": "is " * 4000}
+    files |= {"C": files["B"], "D": files["A"]}  # for evaluation
     for name in files:
         words = re.sub(rf"\b{name}\b", document(tmp_path / f"{name.lower()}.txt", files[name]), words)
     overrides = [*words.split(), "data=text", "task=text", "task.block_size=32", f"model.path={model}"]
