@@ -108,6 +108,9 @@ class PreferenceShape:
             if not ends:
                 raise row_error(place, self.chosen, _NOTHING_SHARED)
             prompt = prompt[: ends[-1]]
+        elif chosen.startswith(rejected) or rejected.startswith(chosen):
+            what = "and the rejected answer: one begins with all of the other, so it is unknown where the prompt ends"
+            raise row_error(place, self.chosen, what, "put the prompt in a column of its own (data.prompt_column=...)")
         return Preference(Text(chosen[len(prompt) :], prompt), Text(rejected[len(prompt) :], prompt))
 
     def _of_turns(

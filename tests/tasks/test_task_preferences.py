@@ -187,6 +187,17 @@ def test_what_is_no_preference_is_an_error_of_the_row(made: Made, llama_folder: 
         made(llama_folder, [row])
 
 
+@pytest.mark.parametrize("pair", [("say: yes", "say: yes sir"), ("say: yes sir", "say: yes")])
+def test_an_answer_that_continues_the_other_one_needs_a_prompt_of_its_own(
+    made: Made, plain_llama_folder: Path, pair: tuple[str, str]
+) -> None:
+    row = dict(zip(("chosen", "rejected"), pair, strict=True))
+    with pytest.raises(ConfigErrors, match=r"unknown where the prompt ends; .*data\.prompt_column"):
+        made(plain_llama_folder, [row], "task.chat=false")
+    whole = made(plain_llama_folder, [{"prompt": "say:", **{name: text[4:] for name, text in row.items()}}])
+    assert whole.prompts == ("say:",)
+
+
 def test_messages_need_a_template(made: Made, plain_llama_folder: Path) -> None:
     with pytest.raises(ConfigErrors, match=r"task\.chat: .*line 1 has messages"):
         made(plain_llama_folder, [{"chosen": [ASK, GOOD], "rejected": [ASK, BAD]}])
