@@ -169,15 +169,14 @@ def _against_ratio_1(results: SweepResults) -> Iterator[str]:
 def _plain_left(results: SweepResults) -> str:
     """Return a sentence about the last setting at ratio 1 that left a search; empty if none did."""
     best, by_loss = results.outcome.best, results.sweep.rungs_by_loss
-    left = [(one.left_at, one) for one in results.settings if one.ratio == 1 and one.left_at is not None]
+    left = [one for one in results.settings if one.ratio == 1 and one.left_at is not None]
     if not left or best is None:
         return ""
-    step = max(step for step, _ in left if step is not None)
-    values = {id(one): one.at_rung(step, by_loss=by_loss) for at, one in left if at == step}
+    step = max(one.left_at or 0 for one in left)
+    here = [(one.at_rung(step, by_loss=by_loss), one) for one in left if one.left_at == step]
     sign = -1 if results.sweep.greater_is_better and not by_loss else 1
-    here = [one for at, one in left if at == step]
-    last = min(here, key=lambda one: math.inf if (value := values[id(one)]) is None else sign * value)
-    own, others = values[id(last)], best.at_rung(step, by_loss=by_loss)
+    own, last = min(here, key=lambda pair: math.inf if pair[0] is None else sign * pair[0])
+    others = best.at_rung(step, by_loss=by_loss)
     text = (
         "No setting at ratio 1 (plain LoRA) was trained to its end. The last of them to leave the search was "
         f"{results.label(last)}, at step {step:,}."
