@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help run bench-gpu test test-slow docs lint format wheel clean
+.PHONY: help run bench-gpu test test-slow test-gpu docs lint format wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,6 +19,9 @@ test: lint ## lint, types and the tests (about ten minutes on two cores)
 
 test-slow: $(VENV)/.extras ## the slow tests, and those of launchers, Optuna and trackers (an hour at most)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or extras" --hypothesis-profile=random $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.installed ## the tests that need a GPU, which the others don't see (two minutes)
+	$(BIN)/python -m pytest -n 6 -m gpu $(PYTEST_ARGS)
 
 docs: $(VENV)/.installed ## build the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -37,6 +37,12 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="loraplus_hydra_")
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs unless the tests that need one are asked for: the other tests expect a CPU's numbers and forks."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @dataclass(frozen=True)
 class Finished:
     """How a command ended."""

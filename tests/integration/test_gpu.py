@@ -23,7 +23,7 @@ from tests.support.forking import differences, lines
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and -m gpu"),
 ]
 
 NO_EVALUATION = "trainer.eval_strategy=no"

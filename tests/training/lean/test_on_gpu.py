@@ -15,7 +15,7 @@ from loraplus_hydra import run
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and -m gpu"),
 ]
 
 
