@@ -73,7 +73,8 @@ def load(
             what = "rows can't be held out from streamed rows, because their number is unknown"
             raise ConfigErrors([Problem("data.eval", what, "set files for evaluation: data.eval=...")])
         halves = [_hold_out(source.key, path, part, eval_fraction, seed) for path, part in _parts(source)]
-        rows, held_out = (mixing.mix(parts, source.weights, seed, max_samples) for parts in zip(*halves, strict=True))
+        with errors_at(source.key):
+            rows, held_out = (mixing.mix(part, source.weights, seed, max_samples) for part in zip(*halves, strict=True))
     else:
         _refuse_shared(source, eval_source)
         rows = (_stream if streaming else _mixed)(source, seed, max_samples)
@@ -233,7 +234,9 @@ def _parts(source: Source) -> Iterator[tuple[str, Dataset]]:
 
 
 def _mixed(source: Source, seed: int, limit: int | None) -> Dataset:
-    return mixing.mix([part for _, part in _parts(source)], source.weights, seed, limit)
+    parts = [part for _, part in _parts(source)]
+    with errors_at(source.key):
+        return mixing.mix(parts, source.weights, seed, limit)
 
 
 def _hold_out(key: str, path: str, rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

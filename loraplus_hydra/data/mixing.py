@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Features, Json, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, Json, List, Value, concatenate_datasets
 
 from loraplus_hydra.data.cache import digest
-from loraplus_hydra.data.rows import CONTINUES, Rows, is_streamed, own_value
+from loraplus_hydra.data.rows import CONTINUES, Rows, declared_names, is_streamed, own_value
+from loraplus_hydra.errors import UserError, first_of
 
 
 def hold_out(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -61,13 +62,30 @@ def mix(parts: Sequence[Dataset], weights: Sequence[float] | None, seed: int, li
 
 
 def _aligned(parts: Sequence[Dataset]) -> list[Dataset]:
-    """Return the parts. Columns whose types differ between parts are converted to JSON text."""
+    """Return the parts. Columns whose types differ between parts are converted to JSON text.
+
+    Raises UserError for numbers in place of class names.
+    """
     types: dict[str, set[str]] = {}
     for part in parts:
         for name, feature in part.features.items():
             types.setdefault(name, set()).add(repr(feature))
     mixed = [name for name, found in types.items() if len(found - {repr(Value("null"))}) > 1]
+    for name in mixed:
+        _refuse_numbers_for_names([part for part in parts if name in part.features], name)
     return [_with_json(part, [name for name in mixed if name in part.features]) for part in parts]
+
+
+def _refuse_numbers_for_names(parts: Sequence[Dataset], column: str) -> None:
+    """Raise UserError if a column has class names in one part, and other numbers in another part."""
+    # The numbers may be those of the names or not. As further labels they would double the number of labels.
+    names = dict.fromkeys(name for part in parts for name in declared_names(part, column))
+    values = [value for part in parts if names and not declared_names(part, column) for value in part[column][:]]
+    single = [each for value in values for each in (value if isinstance(value, list) else [value])]
+    numbers = dict.fromkeys(str(each) for each in single if type(each) is int or str(each).isdecimal())
+    if other := [number for number in numbers if number not in names]:
+        what = f"the column '{column}' has the names {first_of(list(names), 5)} in one file"
+        raise UserError(f"{what}, and the numbers {first_of(other, 5)} in another: replace the numbers with names")
 
 
 def _with_json(rows: Dataset, names: list[str]) -> Dataset:
@@ -85,11 +103,17 @@ def _with_json(rows: Dataset, names: list[str]) -> Dataset:
 
 def _json_text(value: Any, feature: Any) -> str | None:
     """Return a value as JSON text, with labels as names, and without keys of other rows."""
-    if isinstance(feature, ClassLabel):
-        value = None if value is None or value < 0 else feature.names[value]
+    if isinstance(feature, List) and isinstance(feature.feature, ClassLabel) and value is not None:
+        value, feature = [_class_name(each, feature.feature) for each in value], List(Value("string"))
+    elif isinstance(feature, ClassLabel):
+        value = _class_name(value, feature)
     value = own_value(value, feature)
     # Not the value itself, because `datasets` would read a text such as "1" as JSON.
     return None if value is None else json.dumps(value)
+
+
+def _class_name(number: int | None, label: ClassLabel) -> str | None:
+    return None if number is None or number < 0 else label.names[number]
 
 
 def shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:

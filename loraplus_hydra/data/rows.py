@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any, TypeAlias
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Json
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Json, List
 from omegaconf import DictConfig
 
 from loraplus_hydra.config.schema import COLUMN_SUFFIX
@@ -126,3 +126,11 @@ def own_value(value: Any, feature: Any) -> Any:
         return {key: own_value(each, feature.get(key)) for key, each in value.items() if each is not None}
     inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
     return [own_value(each, inner) for each in value] if inner is not None and isinstance(value, list) else value
+
+
+def declared_names(rows: Dataset, column: str) -> tuple[str, ...]:
+    """Return the class names that a column of labels, or of lists of labels, declares."""
+    feature = rows.features[column]
+    if isinstance(feature, List):
+        feature = feature.feature
+    return tuple(feature.names) if isinstance(feature, ClassLabel) else ()

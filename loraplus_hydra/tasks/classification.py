@@ -10,11 +10,11 @@ from omegaconf import DictConfig
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from loraplus_hydra.data.cache import map_cached, tokenizer_digest
-from loraplus_hydra.data.rows import SPLITS, is_streamed
+from loraplus_hydra.data.rows import SPLITS, declared_names, is_streamed
 from loraplus_hydra.errors import ConfigErrors, Problem, nearest
 from loraplus_hydra.tasks.base import Base, least, longest_input
 from loraplus_hydra.tasks.examples import Examples
-from loraplus_hydra.tasks.labels import Labels, declared_names, find_labels, similar_note
+from loraplus_hydra.tasks.labels import Labels, find_labels, similar_note
 from loraplus_hydra.tasks.metrics import METRICS, MULTI, SINGLE, metrics_of
 from loraplus_hydra.tasks.row_notes import cut_note
 from loraplus_hydra.tasks.rows import batch_rows, require_columns, text_in, unused_columns_note

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, List
+from datasets import ClassLabel, Dataset, DatasetDict
 
-from loraplus_hydra.data.rows import ORIGIN, SPLITS
+from loraplus_hydra.data.rows import ORIGIN, SPLITS, declared_names
 from loraplus_hydra.errors import ConfigErrors, Problem, nearest
 from loraplus_hydra.tasks.base import Base
 from loraplus_hydra.tasks.metrics import MULTI, REGRESSION, SINGLE
@@ -230,14 +230,6 @@ def _refuse_numbers_for_names(rows: DatasetDict, column: str, kind: str) -> None
             what = f"the {split} rows have the numbers {numbers}, but the {other} rows have the names {names}"
             fix = f"replace the numbers in '{column}' with their names"
             raise ConfigErrors([Problem("data.label_column", what, fix)])
-
-
-def declared_names(rows: Dataset, column: str) -> tuple[str, ...]:
-    """Return the names that the data set itself declares; empty if there are none."""
-    feature = rows.features[column]
-    if isinstance(feature, List):
-        feature = feature.feature
-    return tuple(feature.names) if isinstance(feature, ClassLabel) else ()
 
 
 def _names(rows: Dataset, column: str, kind: str, split: str) -> Iterator[str]:

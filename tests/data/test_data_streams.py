@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -18,7 +19,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 
 from loraplus_hydra.data.files import load
 from loraplus_hydra.data.readers import Layout, read
-from loraplus_hydra.errors import UserError
+from loraplus_hydra.errors import ConfigErrors, UserError
 
 ROWS = [{"prompt": f"say {number} é", "completion": [number, None]} for number in range(3)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -146,7 +147,7 @@ def test_arrow_files_of_datasets_and_of_others_are_read(tmp_path: Path) -> None:
 def test_files_whose_columns_differ_in_type_are_mixed_by_value(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "c"}]
     lines, table, text = tmp_path / "a.jsonl", tmp_path / "b.parquet", tmp_path / "c.csv"
-    lines.write_text(json.dumps({"messages": turns, "label": 1, "only": 1}) + "\n", encoding="utf-8")
+    lines.write_text(json.dumps({"messages": turns, "label": "maybe", "only": 1}) + "\n", encoding="utf-8")
     features = Features({"messages": List({key: Value("string") for key in ("role", "content", "name")})})
     features["label"] = ClassLabel(names=["no", "yes"])
     Dataset.from_list([{"messages": turns, "label": 0}], features=features).to_parquet(table)
@@ -155,8 +156,25 @@ def test_files_whose_columns_differ_in_type_are_mixed_by_value(tmp_path: Path) -
     rows = load([str(lines), str(table), str(text)], str(held_out))["train"]
     # Parquet's null for a key that only another message has is no value.
     assert list(rows["messages"]) == [turns, turns, "[]"]
-    assert list(rows["label"]) == [1, "no", "x"]
+    assert list(rows["label"]) == ["maybe", "no", "x"]
     assert list(rows["only"]) == [1, None, None]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_class_names_in_one_file_and_numbers_in_another_are_an_error(tmp_path: Path, several: bool) -> None:
+    def label(value: int | str) -> Any:
+        return [value] if several else value
+
+    table, other, held_out = (tmp_path / name for name in ("a.parquet", "b.jsonl", "c.csv"))
+    names = ClassLabel(names=["no", "yes"])
+    features = Features({"label": List(names) if several else names})
+    Dataset.from_dict({"label": [label(0)]}, features=features).to_parquet(table)
+    held_out.write_text("label\nno\n", encoding="utf-8")
+    other.write_text(json.dumps({"label": label(1)}), encoding="utf-8")
+    with pytest.raises(ConfigErrors, match="'label' has the names no, yes in one file, and the numbers 1 in another"):
+        load([str(table), str(other)], str(held_out))
+    other.write_text(json.dumps({"label": label("yes")}), encoding="utf-8")
+    assert list(load([str(table), str(other)], str(held_out))["train"]["label"]) == [label("no"), label("yes")]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
