@@ -218,7 +218,7 @@ def _explain(key: str, text: str, error: Exception, composition: _Composition) -
         options = options_of(key)
         return _unknown_option(key, text.split("=", 1)[1], options, composition)
     if isinstance(cause, ValidationError):
-        return Problem(key, _type_message(cause), "use a value of that type")
+        return _wrong_type(key, text, cause)
     if "is already at" in str(error) or "Could not append" in str(error):
         plain = text.lstrip("+")
         fix = f"remove the plus: {plain} (in a sweep of groups: ++{plain})"
@@ -236,13 +236,17 @@ def _unknown_option(key: str, value: str, options: list[str], composition: _Comp
     return Problem(key, f"there is no option '{value}'{nearest(value, options)}", f"use one of {', '.join(options)}")
 
 
-def _type_message(cause: ValidationError) -> str:
-    message = first_line(cause)
+def _wrong_type(key: str, text: str, cause: ValidationError) -> Problem:
+    """Return the Problem for a value whose type is not the key's."""
+    message, fix = first_line(cause), "use a value of that type"
+    name, _, value = text.partition("=")
+    if "is not a ListConfig, list or tuple" in message:
+        return Problem(key, f"'{value}' is not a list", f"write {name}=[{value}]")
     match = re.match(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", message)
     if match is None:
-        return message
+        return Problem(key, message, fix)
     names = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
-    return f"'{match[1]}' is not {names.get(match[2], match[2])}"
+    return Problem(key, f"'{match[1]}' is not {names.get(match[2], match[2])}", fix)
 
 
 def _unknown_key(key: str, text: str, composition: _Composition) -> Problem:

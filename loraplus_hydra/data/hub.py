@@ -29,6 +29,7 @@ from loraplus_hydra.errors import ConfigErrors, Problem, first_line, nearest
 
 _FRONT_MATTER = re.compile(r"\s*---[\r\n]+([\S\s]*?)[\r\n]+---(?:[\r\n]|$)")
 _METADATA = ("README.md", ".huggingface.yaml")  # files that list the files of a data set
+_SHOWN = 100  # maximum number of characters of a name in a message
 _BUFFER = 1000  # number of streamed rows in the buffer that shuffles them
 
 
@@ -142,10 +143,14 @@ def load_split(
     `key` is the config's key that sets the split. Returns a Dataset, or with `streaming` an IterableDataset. Raises
     ConfigErrors.
     """
-    if Path(name, DATASET_STATE_JSON_FILENAME).exists():
-        fix = f"load its files: data=parquet data.format=arrow data.train='{name}/*.arrow'"
-        raise ConfigErrors([Problem("data.name", f"{name} was saved by save_to_disk", fix)])
-    _refuse_leading_out(Path(name))
+    try:
+        _refuse_saved(name)
+        _refuse_leading_out(Path(name))
+    except OSError as error:  # a name that is too long, or a folder that can't be read
+        what = f"{name[:_SHOWN]} can't be read: {first_line(error)[:_SHOWN]}"
+        raise ConfigErrors(
+            [Problem("data.name", what, "give a folder, or a data set on the hub: owner/name")]
+        ) from None
     rows = _split(name, config, split, revision, streaming, key)
     if reserved := [column for column in rows.column_names or () if column in OURS]:
         raise ConfigErrors(
@@ -159,6 +164,13 @@ def load_split(
     if len(rows) == 0:
         raise ConfigErrors([Problem(key, f"'{split}' has no rows", "choose another split")])
     return with_origin(rows, source, digest(rows._fingerprint, source))
+
+
+def _refuse_saved(name: str) -> None:
+    """Raise ConfigErrors for a folder of `save_to_disk`, which is no data set of the hub."""
+    if Path(name, DATASET_STATE_JSON_FILENAME).exists():
+        fix = f"load its files: data=parquet data.format=arrow data.train='{name}/*.arrow'"
+        raise ConfigErrors([Problem("data.name", f"{name} was saved by save_to_disk", fix)])
 
 
 def _split(name: str, config: str | None, split: str, revision: str | None, streaming: bool, key: str) -> Any:

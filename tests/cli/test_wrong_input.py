@@ -279,6 +279,7 @@ ONCE: dict[str, tuple[list[str], str]] = {
         ["loraplus.scale=3"],
         "loraplus.scale: there is no such key; loraplus has the keys extra_rules, lr_embedding, lr_head, ratio, rules",
     ),
+    "text for a list": (["model.add_tokens=x"], "model.add_tokens: 'x' is not a list; write model.add_tokens=[x]"),
     "value that isn't set": (["data=jsonl"], "data.train: is not set; set it: data.train=..."),
     "folder not there": (
         ["model=hub", "model.path=./nowhere"],

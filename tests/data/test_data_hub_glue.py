@@ -108,6 +108,11 @@ def test_a_data_set_that_does_not_exist(tmp_path: Path) -> None:
         hub.load(str(tmp_path / "nowhere"))
 
 
+def test_a_name_that_is_too_long_is_an_error() -> None:
+    with pytest.raises(ConfigErrors, match="data.name: a+ can't be read: .*File name too long"):
+        hub.load("a" * 300)
+
+
 # Task -> training and development files (name: text), the rows of the training file, the labels' names.
 TSV: dict[str, tuple[dict[str, str], list[tuple[str, str | None, float]], list[str] | None]] = {
     "cola": (
