@@ -147,10 +147,8 @@ def load_split(
         _refuse_saved(name)
         _refuse_leading_out(Path(name))
     except OSError as error:  # a name that is too long, or a folder that can't be read
-        what = f"{name[:_SHOWN]} can't be read: {first_line(error)[:_SHOWN]}"
-        raise ConfigErrors(
-            [Problem("data.name", what, "give a folder, or a data set on the hub: owner/name")]
-        ) from None
+        what, fix = f"{name[:_SHOWN]} can't be read: {first_line(error)[:_SHOWN]}", "give a folder, or owner/name"
+        raise ConfigErrors([Problem("data.name", what, fix)]) from None
     rows = _split(name, config, split, revision, streaming, key)
     if reserved := [column for column in rows.column_names or () if column in OURS]:
         raise ConfigErrors(

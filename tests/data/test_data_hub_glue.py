@@ -109,7 +109,7 @@ def test_a_data_set_that_does_not_exist(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_too_long_is_an_error() -> None:
-    with pytest.raises(ConfigErrors, match="data.name: a+ can't be read: .*File name too long"):
+    with pytest.raises(ConfigErrors, match=r"data\.name: a+ can't be read: .*File name too long"):
         hub.load("a" * 300)
 
 
