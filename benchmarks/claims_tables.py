@@ -305,17 +305,26 @@ def _faster(grid: Grid) -> tuple[str, str] | None:
 
 
 def _memory(grid: Grid) -> tuple[str, str] | None:
-    peaks = {
-        ratio: statistics.median(line["peak_memory_bytes"] for one, line in grid.runs.items() if one.ratio == ratio)
-        for ratio, _ in ordered(grid)
-    }
-    plain = peaks.pop(PLAIN, None)
-    if plain is None or not peaks:
+    # Only runs of the same processor and version are compared: memory allocators and the program differ between them.
+    plain: dict[tuple[str, str], list[int]] = {}
+    for one, line in grid.runs.items():
+        if one.ratio == PLAIN:
+            plain.setdefault(_machine(line), []).append(line["peak_memory_bytes"])
+    shares: dict[float, list[float]] = {}
+    for one, line in grid.runs.items():
+        if one.ratio != PLAIN and _machine(line) in plain:
+            share = line["peak_memory_bytes"] / statistics.median(plain[_machine(line)])
+            shares.setdefault(one.ratio, []).append(share)
+    if not shares:
         return None
-    shares = [peak / plain for peak in peaks.values()]
-    text = f"{min(shares):.2f} to {max(shares):.2f} of plain LoRA's {plain / 2**20:.0f} MB (medians of each ratio)"
-    is_same = all(abs(share - 1) <= _SAME_MEMORY for share in shares)
+    medians = [statistics.median(each) for each in shares.values()]
+    text = f"{min(medians):.2f} to {max(medians):.2f} of plain LoRA's (medians of each ratio)"
+    is_same = all(abs(share - 1) <= _SAME_MEMORY for share in medians)
     return text, "confirmed" if is_same else "not confirmed"
+
+
+def _machine(line: Line) -> tuple[str, str]:
+    return line["processor"], line["versions"]["loraplus_hydra"]
 
 
 def _uniform(grid: Grid) -> tuple[str, str] | None:

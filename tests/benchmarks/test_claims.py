@@ -56,7 +56,7 @@ def line(loss: float | None, lr: float = 1e-3, ratio: float = 1, seed: int = 0, 
         "peak_memory_bytes": 2**30 if ratio == 1 else 2**30 + 2**24,
         "eval_rows": "rows",
         "processor": "a processor",
-        "versions": {"python": "3.11", "torch": "2.13"},
+        "versions": {"python": "3.11", "torch": "2.13", "loraplus_hydra": "0.2"},
         "overrides": ["a=1", "b=2"],
     } | other
 
@@ -210,11 +210,24 @@ def test_high_uniform_rate_is_unstable_if_it_gains_almost_nothing() -> None:
 def test_verdicts() -> None:
     faster, memory, uniform = cells(claims_table([grid()]))
     assert faster[3] == "not confirmed"
-    assert memory[2:] == ["1.02 to 1.02 of plain LoRA's 1024 MB (medians of each ratio)", "confirmed"]
+    assert memory[2:] == ["1.02 to 1.02 of plain LoRA's (medians of each ratio)", "confirmed"]
     assert uniform[3] == "confirmed, one seed"
     quick = grid({(2e-3, 1): [4.0], (2e-3, 4): [3.0]})
     assert cells(claims_table([quick]))[0][3] == "confirmed, one seed"  # at step 50
     assert [row[3] for row in cells(claims_table([grid({})]))] == ["not yet measured"] * 3
+
+
+@pytest.mark.parametrize("other", [{"processor": "another"}, {"versions": {"loraplus_hydra": "0.3"}}])
+def test_memory_of_other_processors_and_versions_is_not_compared(other: dict[str, Any]) -> None:
+    some = grid()
+    some.runs[Setting(2e-3, 4, 0)] |= {"peak_memory_bytes": 2**32, **other}
+    assert cells(claims_table([some]))[1][2] == "1.02 to 1.02 of plain LoRA's (medians of each ratio)"
+    # With a plain run beside it, 4 GiB are twice as much as 2
+    some.runs[Setting(2e-3, 1, 0)] |= {"peak_memory_bytes": 2**31, **other}
+    for one in some.runs.keys() - {Setting(2e-3, 1, 0), Setting(2e-3, 4, 0)}:
+        del some.runs[one]
+    told = "2.00 to 2.00 of plain LoRA's (medians of each ratio)"
+    assert cells(claims_table([some]))[1][2:] == [told, "not confirmed"]
 
 
 def test_missing_runs_are_counted() -> None:
