@@ -104,5 +104,6 @@ COMMAND = Command(
     usage="RUN [data=jsonl data.eval=... | harness=[...]]",
     config="evaluate",
     positional="run",
+    verbatim=("out", "harness_tasks", "forgetting"),
     changes=("model", "data", "trainer"),
 )

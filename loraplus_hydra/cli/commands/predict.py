@@ -103,6 +103,6 @@ COMMAND = Command(
     usage="RUN text=...",
     config="predict",
     positional="run",
-    verbatim=("text",),
+    verbatim=("text", "text_pair", "file", "out"),
     changes=("model",),
 )
