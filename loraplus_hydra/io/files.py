@@ -10,6 +10,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import IO
 
@@ -64,6 +65,20 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` as UTF-8, atomically. Raises UserError for a link."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def write_beside(path: Path, ending: str, text: str) -> Path:
+    """Write `text` to a new file beside `path`, and return the file. No file is ever replaced.
+
+    Its name is the name of `path` with `ending`. If that is taken, a number follows: `.part`, `.part2`, `.part3`.
+    """
+    for number in count(1):
+        end = ending if number == 1 else f"{ending}{number}"
+        file = path.with_name(_stem(path, _LONGEST - len(end)) + end)
+        with suppress(FileExistsError), _create(file) as opened:
+            opened.write(text.encode("utf-8"))
+            return file
+    raise AssertionError("there is always a next number")
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -184,9 +199,8 @@ def _is_at(handle: int, path: Path) -> bool:
     return False
 
 
-def _stem(path: Path) -> str:
-    """Return the first part of a draft's name, short enough for every file system."""
-    room = _LONGEST - len("..0123456789abcdef.unfinished")
+def _stem(path: Path, room: int = _LONGEST - len("..0123456789abcdef.unfinished")) -> str:
+    """Return a file's name, cut to `room` bytes. The default is the room in a draft's name."""
     return os.fsencode(path.name)[:room].decode("utf-8", errors="ignore")
 
 

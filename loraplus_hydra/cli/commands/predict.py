@@ -53,8 +53,7 @@ def _write(out: Path, config: DictConfig) -> int:
                 progress.advance()
     except BaseException:
         if lines:
-            part = out.with_name(f"{out.name}.part")
-            files.write_text(part, "".join(lines))
+            part = files.write_beside(out, ".part", "".join(lines))
             print(f"The first {len(lines):,} of {total:,} answers are in {part}", file=sys.stderr)
         raise
     files.write_text(out, "".join(lines))
