@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from loraplus_hydra.config.locations import is_local, model_location
-from loraplus_hydra.config.plain import plain_of
+from loraplus_hydra.config.plain import plain_of, without_credentials
 from loraplus_hydra.io import files, run_folder
 from loraplus_hydra.io.read import read_json
 from loraplus_hydra.io.text import code, code_block, markdown
@@ -213,7 +213,6 @@ def _published(value: Any) -> Any:
     scheme, mark, rest = value.partition("://")
     if not mark:
         return value
-    host, slash, path = rest.partition("/")
-    if not host:  # the address of a file
-        return f"{scheme}:{Path(path).name}"
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    if rest.startswith("/"):  # the address of a file
+        return f"{scheme}:{Path(rest).name}"
+    return without_credentials(value)

@@ -416,6 +416,7 @@ def test_wrong_arguments_are_told(
     ("value", "published"),
     [
         ("https://alice:s3cret@mlflow.example.com/x", "https://mlflow.example.com/x"),
+        ({"hub": "https://alice:p@ss@host"}, {"hub": "https://host"}),
         ("postgresql://alice:s3cret@db/runs", "postgresql://db/runs"),
         ("sqlite:////home/alice/x.db", "sqlite:x.db"),
         ("file:///home/alice/runs", "file:runs"),
