@@ -42,7 +42,7 @@ def load_model(
     """
     config = load_config(model, config_overrides)
     _refuse_other_architecture(config, model)
-    arguments = hub_arguments(model)
+    arguments = hub_arguments(model, model.path)
     quantized = quantization_config(quantization, auto_dtype=getattr(config, "dtype", None))
     if quantized is not None:
         skip_heads(quantized, meta_model(model, auto_class, config_overrides))
@@ -104,7 +104,7 @@ def load_config(model: DictConfig, config_overrides: Mapping[str, Any] | None = 
     """Load the model's config.json and set the task's overrides in it. Raises ConfigErrors."""
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            model_location(model.path), **hub_arguments(model), **(config_overrides or {})
+            model_location(model.path), **hub_arguments(model, model.path), **(config_overrides or {})
         )
     except Exception as error:  # transformers raises many types for a broken file
         raise ConfigErrors([_load_problem(model, error)]) from error
@@ -203,12 +203,16 @@ def location_advice(path: str) -> str:
     return "give a folder, or a model on the hub (needs the network once, and `hf auth login` if it is gated)"
 
 
-def hub_arguments(model: DictConfig) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` about the hub and remote code."""
+def hub_arguments(model: DictConfig, path: str) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` about the hub and remote code.
+
+    `path` is what is loaded: the base model's, or that of a tokenizer from elsewhere, where the base's revision means
+    nothing.
+    """
     arguments: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
-    if model.revision is not None:
+    if model.revision is not None and path == model.path:
         arguments["revision"] = model.revision
-    if is_local(model_location(model.path)) or _hub_has_no_address():
+    if is_local(model_location(path)) or _hub_has_no_address():
         arguments["local_files_only"] = True
     return arguments
 
