@@ -6,7 +6,6 @@ import os
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
@@ -90,7 +89,7 @@ def _value_problems(given: Namespace) -> Iterator[Problem]:
         yield Problem("--experimental-rerun", "reads a pickle, which can run code", "use `resume RUN`")
     if given.resolve and given.cfg is None and given.info is None:
         yield Problem("--resolve", "needs --cfg", "for example: --cfg job --resolve")
-    if given.config_dir is not None and not Path(given.config_dir).is_dir():
+    if given.config_dir is not None and not os.path.isdir(given.config_dir):  # noqa: PTH112
         yield Problem("--config-dir", f"there is no folder '{given.config_dir}'", "give a folder with your YAML files")
     if given.shell_completion and not any(_COMPLETION.fullmatch(word) for word in given.overrides):
         fix = 'for example: eval "$(loraplus-hydra -sc install=bash)"'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -126,19 +127,30 @@ def is_hub_blob(path: Path) -> bool:
     return path.resolve().parent == (snapshots.parent / "blobs").resolve()
 
 
+def found_at(path: Path, key: str, *, kind: str = "folder") -> os.stat_result | None:
+    """Return the status of what is at `path`, a link's own; None if there is nothing.
+
+    Raises ConfigErrors at `key` if nothing can be there: a name is too long, or not valid for the file system.
+    """
+    try:
+        if any(len(os.fsencode(part)) > _LONGEST for part in path.parts):  # also below a folder that doesn't exist
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        return path.lstat()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        what = f"{str(path)[:200]!r} can't be a {kind}: {reason}"
+        raise ConfigErrors([Problem(key, what, "name another")]) from error
+
+
 def new_file(path: str, key: str) -> Path:
     """Return `path` with `~` expanded.
 
     Raises UserError, with `key`, if the file already exists and has content, or its folder doesn't exist.
     """
     file = expanded(path)
-    try:
-        found = file.lstat()
-    except FileNotFoundError:
-        found = None
-    except (OSError, ValueError) as error:  # a name that is too long, or not valid for the file system
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{key}: {str(file)[:200]!r} can't be a file: {reason}; name another") from error
+    found = found_at(file, key, kind="file")
     if found is not None and not (stat.S_ISREG(found.st_mode) and found.st_size == 0):
         raise UserError(f"{key}: {file} exists already; name a new file")
     if not file.parent.is_dir():
@@ -177,11 +189,14 @@ def reserved(path: str, key: str) -> Iterator[Path]:
 def refuse_unwritable(folder: Path, key: str) -> None:
     """Raise ConfigErrors at `key` if `folder` can't be made or written."""
     place = folder.absolute()
-    while not place.exists() and place != place.parent:
-        refuse_dangling(place, key)
-        place = place.parent
-    if not place.is_dir():
-        raise ConfigErrors([Problem(key, f"{place} is a file, so {folder} can't be made", "name another folder")])
+    for path in reversed([place, *place.parents]):
+        if found_at(path, key) is None:
+            found_at(folder, key)  # a name below may be too long
+            break
+        refuse_dangling(path, key)
+        if not path.is_dir():
+            raise ConfigErrors([Problem(key, f"{path} is a file, so {folder} can't be made", "name another folder")])
+        place = path
     try:  # a trial, because permissions don't reveal /proc or a full quota, and don't apply to root
         Path(tempfile.mkdtemp(prefix=".writable-", dir=place)).rmdir()
     except OSError as error:
