@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from loraplus_hydra.config.locations import expanded, model_location
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
 from loraplus_hydra.io.checkpoints import AUTO, KEY, Checkpoint, open_checkpoint
+from loraplus_hydra.io.files import found_at
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _KEY = "model.path"
@@ -66,6 +67,7 @@ def open_named_checkpoint(config: DictConfig) -> Checkpoint | None:
     named = config.trainer.get("resume_from_checkpoint")
     if named is None or named == AUTO:
         return None
+    found_at(expanded(str(named)), KEY)
     try:
         return open_checkpoint(expanded(str(named)))
     except ValueError as error:

@@ -6,7 +6,6 @@ import os
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
@@ -90,7 +89,7 @@ def _value_problems(given: Namespace) -> Iterator[Problem]:
         yield Problem("--experimental-rerun", "reads a pickle, which can run code", "use `resume RUN`")
     if given.resolve and given.cfg is None and given.info is None:
         yield Problem("--resolve", "needs --cfg", "for example: --cfg job --resolve")
-    if given.config_dir is not None and not Path(given.config_dir).is_dir():
+    if given.config_dir is not None and not os.path.isdir(given.config_dir):  # noqa: PTH112
         yield Problem("--config-dir", f"there is no folder '{given.config_dir}'", "give a folder with your YAML files")
     if given.shell_completion and not any(_COMPLETION.fullmatch(word) for word in given.overrides):
         fix = 'for example: eval "$(loraplus-hydra -sc install=bash)"'
@@ -122,7 +121,8 @@ def hydra_arguments(name: str, arguments: list[str]) -> list[str]:
     rest = [argument for argument, flag in zip(rest, given, strict=True) if flag is None]
     if flags := [flag for flag in given if flag]:
         extra.append(f"hydra.callbacks.before_run.flags=[{','.join(flags)}]")
-    rest = [_verbatim(argument, command.verbatim) for argument in rest]
+    as_typed = (*command.verbatim, command.positional or "")
+    rest = [_verbatim(argument, as_typed) for argument in rest]
     # With `+`, because the command's own YAML can't list the keys of a stored run's config.
     rest = [f"++{text}" if text.split(".")[0] in command.changes and "." in text else text for text in rest]
     own_of_hydra, overrides = flags_and_overrides(rest)

@@ -38,7 +38,7 @@ def model_location(path: str) -> str:
     """
     if not path.startswith(PACKAGE_SCHEME):
         local = expanded(path)
-        return str(local.absolute()) if path.startswith("~") or local.exists() else path
+        return str(local.absolute()) if path.startswith("~") or os.path.exists(local) else path  # noqa: PTH110 - as below
     package, _, inside = path.removeprefix(PACKAGE_SCHEME).partition("/")
     try:
         if package.split(".")[0] in sys.stdlib_module_names:  # importing `this` or `antigravity` has effects
@@ -84,4 +84,4 @@ def is_absolute_of(absolute: Any, relative: Any) -> bool:
 def is_local(location: str) -> bool:
     """Return True for a local folder (it exists, or looks like a path), False for a hub name."""
     looks_like_path = location.startswith((".", "/", "~", os.sep)) or location.count("/") > 1
-    return looks_like_path or Path(location).exists()
+    return looks_like_path or os.path.exists(location)  # noqa: PTH110 - False for names that are too long

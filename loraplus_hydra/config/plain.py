@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
 
 
 def plain_of(config: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
@@ -24,3 +27,12 @@ def flat(nested: Mapping[Any, Any], separator: str = ".", prefix: str = "") -> d
         else:
             found[f"{prefix}{key}"] = value
     return found
+
+
+def without_credentials(value: Any) -> Any:
+    """Return a config's value, or a text, whose addresses have no user and password."""
+    if isinstance(value, Mapping):
+        return {without_credentials(key): without_credentials(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_credentials(item) for item in value]
+    return _CREDENTIALS.sub("", value) if isinstance(value, str) else value

@@ -69,7 +69,7 @@ class ModelConfig:
     """Keys of `model`, the base model and its tokenizer. Any other key is an error."""
 
     path: str = MISSING  # a folder, a hub name, or pkg://package/folder
-    revision: Optional[str] = None  # hub branch, tag or commit
+    revision: Optional[str] = None  # hub branch, tag or commit of `path`
     tokenizer: Optional[str] = None  # the tokenizer's folder or hub name; null = the model's
     pad_token: Optional[str] = None  # the padding token; null = the tokenizer's own, or see models/tokenizer.py
     add_tokens: List[str] = field(default_factory=list)  # new tokens, whose embeddings train with the adapter

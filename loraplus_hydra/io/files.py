@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -10,6 +11,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import IO
 
@@ -66,6 +68,20 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def write_beside(path: Path, ending: str, text: str) -> Path:
+    """Write `text` to a new file beside `path`, and return the file. No file is ever replaced.
+
+    Its name is the name of `path` with `ending`. If that is taken, a number follows: `.part`, `.part2`, `.part3`.
+    """
+    for number in count(1):
+        end = ending if number == 1 else f"{ending}{number}"
+        file = path.with_name(_stem(path, _LONGEST - len(end)) + end)
+        with suppress(FileExistsError), _create(file) as opened:
+            opened.write(text.encode("utf-8"))
+            return file
+    raise AssertionError("there is always a next number")
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copy the regular file `source` to the new file `target`. Raises OSError for a link."""
     place = source.resolve() if is_hub_blob(source) else source
@@ -111,19 +127,30 @@ def is_hub_blob(path: Path) -> bool:
     return path.resolve().parent == (snapshots.parent / "blobs").resolve()
 
 
+def found_at(path: Path, key: str, *, kind: str = "folder") -> os.stat_result | None:
+    """Return the status of what is at `path`, a link's own; None if there is nothing.
+
+    Raises ConfigErrors at `key` if nothing can be there: a name is too long, or not valid for the file system.
+    """
+    try:
+        if any(len(os.fsencode(part)) > _LONGEST for part in path.parts):  # also below a folder that doesn't exist
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        return path.lstat()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        what = f"{str(path)[:200]!r} can't be a {kind}: {reason}"
+        raise ConfigErrors([Problem(key, what, "name another")]) from error
+
+
 def new_file(path: str, key: str) -> Path:
     """Return `path` with `~` expanded.
 
     Raises UserError, with `key`, if the file already exists and has content, or its folder doesn't exist.
     """
     file = expanded(path)
-    try:
-        found = file.lstat()
-    except FileNotFoundError:
-        found = None
-    except (OSError, ValueError) as error:  # a name that is too long, or not valid for the file system
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{key}: {str(file)[:200]!r} can't be a file: {reason}; name another") from error
+    found = found_at(file, key, kind="file")
     if found is not None and not (stat.S_ISREG(found.st_mode) and found.st_size == 0):
         raise UserError(f"{key}: {file} exists already; name a new file")
     if not file.parent.is_dir():
@@ -162,11 +189,14 @@ def reserved(path: str, key: str) -> Iterator[Path]:
 def refuse_unwritable(folder: Path, key: str) -> None:
     """Raise ConfigErrors at `key` if `folder` can't be made or written."""
     place = folder.absolute()
-    while not place.exists() and place != place.parent:
-        refuse_dangling(place, key)
-        place = place.parent
-    if not place.is_dir():
-        raise ConfigErrors([Problem(key, f"{place} is a file, so {folder} can't be made", "name another folder")])
+    for path in reversed([place, *place.parents]):
+        if found_at(path, key) is None:
+            found_at(folder, key)  # a name below may be too long
+            break
+        refuse_dangling(path, key)
+        if not path.is_dir():
+            raise ConfigErrors([Problem(key, f"{path} is a file, so {folder} can't be made", "name another folder")])
+        place = path
     try:  # a trial, because permissions don't reveal /proc or a full quota, and don't apply to root
         Path(tempfile.mkdtemp(prefix=".writable-", dir=place)).rmdir()
     except OSError as error:
@@ -184,9 +214,8 @@ def _is_at(handle: int, path: Path) -> bool:
     return False
 
 
-def _stem(path: Path) -> str:
-    """Return the first part of a draft's name, short enough for every file system."""
-    room = _LONGEST - len("..0123456789abcdef.unfinished")
+def _stem(path: Path, room: int = _LONGEST - len("..0123456789abcdef.unfinished")) -> str:
+    """Return a file's name, cut to `room` bytes. The default is the room in a draft's name."""
     return os.fsencode(path.name)[:room].decode("utf-8", errors="ignore")
 
 

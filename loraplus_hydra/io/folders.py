@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
-from loraplus_hydra.io.files import REMOVE, draft_of, drafts_in, is_hub_blob, refuse_dangling, refuse_link
+from loraplus_hydra.io.files import REMOVE, draft_of, drafts_in, found_at, is_hub_blob, refuse_dangling, refuse_link
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.run_folder import FOLDERS, HYDRA, WRITTEN
 
@@ -159,13 +159,8 @@ def copy_files(source: Path, target: Path) -> None:
 
 def refuse_used_folder(folder: Path, key: str) -> None:
     """Raise UserError, with `key`, unless `folder` is new or empty."""
-    try:
-        folder.lstat()
-    except FileNotFoundError:
+    if found_at(folder, key) is None:
         return
-    except (OSError, ValueError) as error:  # a name that is too long, or not valid for the file system
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{key}: {str(folder)[:200]!r} can't be a folder: {reason}; name another") from error
     refuse_dangling(folder, key)
     if not folder.is_dir():
         raise UserError(f"{key}: {folder} is a file; name a folder that is new or empty")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -92,6 +93,15 @@ def read_result(folder: Path) -> Result | None:
         return Result(**{each.name: stored[each.name] for each in fields(Result) if each.name in stored})
     except (Unreadable, TypeError):  # TypeError: a required key is missing
         return None
+
+
+def recorded(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a result's JSON that have the type of their key.
+
+    Another version of this program may have written the others.
+    """
+    kinds = field_types(Result)
+    return {key: value for key, value in stored.items() if key in kinds and fits(_without_null(value), kinds[key][0])}
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,8 @@ import logging
 import re
 from typing import Any
 
+from loraplus_hydra.config.plain import without_credentials
+
 # Control characters except tab and line feed, lone surrogates, and characters that reorder or hide text on a line.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -58,10 +60,10 @@ def _longest_run(text: str) -> int:
 
 
 class VisibleFormatter(logging.Formatter):
-    """Formats log records with control characters as escapes."""
+    """Formats log records with control characters as escapes, and addresses without user and password."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
+        return str(without_credentials(visible(super().format(record))))
 
 
 def _escaped(match: re.Match[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import urllib.request
 from collections.abc import Mapping
@@ -42,7 +43,7 @@ def load_model(
     """
     config = load_config(model, config_overrides)
     _refuse_other_architecture(config, model)
-    arguments = hub_arguments(model)
+    arguments = hub_arguments(model, model.path)
     quantized = quantization_config(quantization, auto_dtype=getattr(config, "dtype", None))
     if quantized is not None:
         skip_heads(quantized, meta_model(model, auto_class, config_overrides))
@@ -104,7 +105,7 @@ def load_config(model: DictConfig, config_overrides: Mapping[str, Any] | None = 
     """Load the model's config.json and set the task's overrides in it. Raises ConfigErrors."""
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            model_location(model.path), **hub_arguments(model), **(config_overrides or {})
+            model_location(model.path), **hub_arguments(model, model.path), **(config_overrides or {})
         )
     except Exception as error:  # transformers raises many types for a broken file
         raise ConfigErrors([_load_problem(model, error)]) from error
@@ -190,7 +191,7 @@ def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 def missing_folder_problem(key: str, path: str) -> Problem | None:
     """Return a Problem at `key` if `path` is a local folder that doesn't exist."""
     location = model_location(path)
-    if not is_local(location) or Path(location).is_dir():
+    if not is_local(location) or os.path.isdir(location):  # noqa: PTH112 - False for names that are too long
         return None
     where = "" if Path(location).is_absolute() else f" (searched for in {Path.cwd()})"
     return Problem(key, f"there is no folder {location}{where}", location_advice(path))
@@ -203,12 +204,16 @@ def location_advice(path: str) -> str:
     return "give a folder, or a model on the hub (needs the network once, and `hf auth login` if it is gated)"
 
 
-def hub_arguments(model: DictConfig) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` about the hub and remote code."""
+def hub_arguments(model: DictConfig, path: str) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` about the hub and remote code.
+
+    `path` is what is loaded: the base model's, or that of a tokenizer from elsewhere, where the base's revision means
+    nothing.
+    """
     arguments: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
-    if model.revision is not None:
+    if model.revision is not None and path == model.path:
         arguments["revision"] = model.revision
-    if is_local(model_location(model.path)) or _hub_has_no_address():
+    if is_local(model_location(path)) or _hub_has_no_address():
         arguments["local_files_only"] = True
     return arguments
 

@@ -29,7 +29,9 @@ def load_tokenizer(model: DictConfig) -> PreTrainedTokenizerBase:
     """
     path = model.tokenizer or model.path
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_location(path), **hub_arguments(model))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model_location(path), **hub_arguments(model, path)
+        )
         tokenizer("a")  # using the tokenizer reveals settings of a wrong type
     except Exception as error:  # transformers and tokenizers raise many types for a broken file
         key = "model.tokenizer" if model.tokenizer else "model.path"

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from loraplus_hydra.config.defaults import changed_part
 from loraplus_hydra.config.hydra_job import number_in_sweep
-from loraplus_hydra.config.plain import flat, plain_of
+from loraplus_hydra.config.plain import flat, plain_of, without_credentials
 from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.result import Result
 from loraplus_hydra.io.screen import print_rich, show, table
@@ -41,7 +41,7 @@ def show_config(config: DictConfig) -> None:
     others = len(flat(plain_of(config))) - len(flat(changed))
     rest = f"the other {others} keys have" if changed else "all keys have"
     tree = Tree(f"[bold]config[/bold]  [dim]{rest} their defaults, see {run_folder.CONFIG}[/dim]", guide_style="dim")
-    grow(tree, changed)
+    grow(tree, without_credentials(changed))
     print_rich(tree, on_screen=number_in_sweep() in (None, 0))
 
 

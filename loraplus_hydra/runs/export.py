@@ -27,7 +27,7 @@ from loraplus_hydra.models.quantization import dequantize, is_quantized
 from loraplus_hydra.runs.export_commands import Served
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.load_finished import load_run, refuse_changed_run
-from loraplus_hydra.runs.model_card import write_card
+from loraplus_hydra.runs.model_card import card, write_card
 
 ROWS_COMPARED = (4, 16)  # number of rows and tokens for the comparison of the export's and the run's logits
 # Differences of logits that rounding can cause, relative to the largest logit.
@@ -54,6 +54,7 @@ def export(
     Raises UserError, and then no folder is left.
     """
     assert served is None or served.export.merged == merge, "the check was for the other kind of export"
+    card(run, merged=merge)  # a file that it can't be made from is told before the weights load
     check = ""
     with interrupts.notice("the export's folder is removed"), new_folder(folder, key="to") as draft:
         if merge:

@@ -72,12 +72,13 @@ def _needed_file(run: FinishedRun, target: str, export: Export) -> Path | None:
 
 def _sentencepiece(model: DictConfig) -> Path | None:
     """Return the tokenizer.model of a run's tokenizer; None if there is none."""
+    path = model.tokenizer or model.path
     found = cached_file(
-        model_location(model.tokenizer or model.path),
+        model_location(path),
         "tokenizer.model",
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
-        **hub_arguments(model),
+        **hub_arguments(model, path),
     )
     return None if found is None else Path(found)
 

@@ -51,7 +51,8 @@ class Served:
     def write(self, folder: Path) -> None:
         """Write the files that the target needs beside the model's."""
         if self.sentencepiece is not None:
-            copy_file(self.sentencepiece, folder / self.sentencepiece.name)
+            # Follows links, because the base's folder is the user's own
+            copy_file(self.sentencepiece.resolve(), folder / self.sentencepiece.name)
         if self.target == OLLAMA:
             write_text(folder / MODELFILE, self.modelfile())
 

@@ -20,6 +20,7 @@ from loraplus_hydra.errors import ConfigErrors, Problem, first_line, refuse
 from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.checkpoint_state import trainer_state
 from loraplus_hydra.io.checkpoints import Checkpoint, newest_complete, open_checkpoint, sealed, step_of
+from loraplus_hydra.io.files import found_at
 from loraplus_hydra.io.folders import refuse_links
 from loraplus_hydra.io.read import Missing, Unreadable, read_json, refuse_large
 from loraplus_hydra.io.result import INTERRUPTED, OK, Result, read_result, stored_result
@@ -132,7 +133,7 @@ def open_named_run(config: DictConfig, groups: Iterable[str] | None = MODEL_GROU
 
 def _refuse_no_folder(folder: Path) -> None:
     """Raise ConfigErrors if `folder` has no run's config."""
-    if not folder.is_dir():
+    if found_at(folder, KEY) is None or not folder.is_dir():
         raise _no_run(f"there is no folder {folder}")
     if not (folder / run_folder.CONFIG).is_file():
         runs = sorted(path.parent.name for path in folder.glob(f"*/{run_folder.CONFIG}"))

@@ -15,6 +15,7 @@ from typing import Any
 from loraplus_hydra.config.locations import expanded
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line, nearest, refuse
 from loraplus_hydra.io import interrupts, processes
+from loraplus_hydra.io.files import found_at
 from loraplus_hydra.io.result import finite
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.load_finished import load_run, load_run_tokenizer
@@ -106,7 +107,7 @@ def _folder_problems(run: FinishedRun, folder: str | None) -> list[Problem]:
     if folder is None:
         return []
     place = expanded(folder)
-    if not place.is_dir():
+    if found_at(place, FOLDER) is None or not place.is_dir():
         return [Problem(FOLDER, f"there is no folder {place}", "name a folder with the YAML files of tasks")]
     if place.resolve().is_relative_to(run.folder.resolve()):
         what = f"{place} is in the run's folder, and tasks are code, which is never read from a run"

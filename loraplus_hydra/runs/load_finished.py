@@ -86,7 +86,7 @@ def refuse_changed_run(run: FinishedRun) -> None:
 def load_run_tokenizer(run: FinishedRun) -> PreTrainedTokenizerBase:
     """Load the tokenizer that was saved with the run's adapter."""
     model = run.config.model.copy()
-    model.tokenizer, model.add_tokens, model.pad_token, model.revision = str(run.adapter.absolute()), [], None, None
+    model.tokenizer, model.add_tokens, model.pad_token = str(run.adapter.absolute()), [], None
     return load_tokenizer(model)
 
 

@@ -12,9 +12,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from loraplus_hydra.config.locations import is_local, model_location
-from loraplus_hydra.config.plain import plain_of
+from loraplus_hydra.config.plain import plain_of, without_credentials
+from loraplus_hydra.config.types import fits
 from loraplus_hydra.io import files, run_folder
-from loraplus_hydra.io.read import read_json
+from loraplus_hydra.io.read import Unreadable, read_json
+from loraplus_hydra.io.result import recorded
 from loraplus_hydra.io.text import code, code_block, markdown
 from loraplus_hydra.loraplus.memory import HEADS
 from loraplus_hydra.models.adapter_files import stored_adapter
@@ -22,6 +24,12 @@ from loraplus_hydra.models.quantization import is_quantized
 from loraplus_hydra.runs.finished import FinishedRun, model_metrics
 
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
+_ROW = {
+    "group": str,
+    "lr": float,
+    "weight_decay": float,
+    "shape": list[int],
+}  # what the card needs of param_groups.json
 
 
 def write_card(run: FinishedRun, folder: Path, *, merged: bool, check: str = "", serving: str = "") -> None:
@@ -29,15 +37,18 @@ def write_card(run: FinishedRun, folder: Path, *, merged: bool, check: str = "",
 
     `serving` is the section on the program that the export is for.
 
-    The card's numbers are copied from result.json and param_groups.json without rounding.
+    The card's numbers are copied from result.json and param_groups.json without rounding. Raises UserError.
     """
     files.write_text(folder / "README.md", card(run, merged=merged, check=check, serving=serving))
 
 
 def card(run: FinishedRun, *, merged: bool, check: str = "", serving: str = "") -> str:
-    """Return the card's text."""
+    """Return the card's text. Raises UserError if param_groups.json can't be read.
+
+    Values that result.json doesn't have are left out.
+    """
     config = plain_of(run.config)
-    groups = read_json(run.folder / run_folder.PARAM_GROUPS, list)
+    result = recorded(run.result)
     parts = [
         _front_matter(run, merged=merged),
         *_introduction(run, merged=merged),
@@ -48,16 +59,16 @@ def card(run: FinishedRun, *, merged: bool, check: str = "", serving: str = "") 
         "\n".join(f"- {code(str(key))}: {_shown(value)}" for key, value in config["data"].items() if value is not None),
         "## LoRA+",
         "Each group of trained tensors had its own rate (at the schedule's peak):",
-        _table(("group", "lr", "weight decay", "tensors", "parameters"), _group_rows(groups)),
+        _table(("group", "lr", "weight decay", "tensors", "parameters"), _group_rows(_groups(run))),
         "## Results",
-        _table(("metric", "before training", "after training"), _metric_rows(run.result)),
-        " ".join(_effort(run)),
-        *_samples(run.result.get("samples") or []),
+        _table(("metric", "before training", "after training"), _metric_rows(result)),
+        " ".join(_effort(run, result)),
+        *_samples(result.get("samples", [])),
         "## Config",
-        f"Hash of the config: `{run.result['config_hash']}`",
+        f"Hash of the config: {code(result.get('config_hash') or 'not recorded')}",
         code_block(OmegaConf.to_yaml(OmegaConf.create(_published(config))), "yaml"),
         "## Versions",
-        ", ".join(f"{name} {version}" for name, version in run.result["versions"].items()) or "not recorded",
+        ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items()) or "not recorded",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -142,6 +153,17 @@ def _quantization_arguments(run: FinishedRun) -> dict[str, Any]:
     return arguments
 
 
+def _groups(run: FinishedRun) -> list[dict[str, Any]]:
+    """Return the rows of param_groups.json. Raises Unreadable."""
+    file = run.folder / run_folder.PARAM_GROUPS
+    rows: list[dict[str, Any]] = read_json(file, list)
+    for row in rows:
+        wrong = [name for name, kind in _ROW.items() if not (isinstance(row, dict) and fits(row.get(name), kind))]
+        if wrong:
+            raise Unreadable(f"{file} can't be read: a row has no valid '{wrong[0]}'")
+    return rows
+
+
 def _group_rows(groups: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
     for name in dict.fromkeys(row["group"] for row in groups):
         rows = [row for row in groups if row["group"] == name]
@@ -152,18 +174,18 @@ def _metric_rows(result: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     before, after = result["metrics_before"], result["metrics"]
     for name in dict.fromkeys([*model_metrics(after), *model_metrics(before)]):
         yield name, before.get(name, ""), after.get(name, "")
-    if result["train_loss"] is not None:
+    if result.get("train_loss") is not None:
         yield "train_loss (mean over the steps)", "", result["train_loss"]
 
 
-def _effort(run: FinishedRun) -> Iterator[str]:
+def _effort(run: FinishedRun, result: Mapping[str, Any]) -> Iterator[str]:
     """Yield sentences about steps, time and parameters. Values that the run has not recorded are omitted."""
-    result = run.result
     if run.step is not None:
         yield f"This is the checkpoint of step {run.step}; the run may have been planned for more steps."
-    where = f" on {result['device']}" if result["device"] else ""
-    yield f"{result['steps']} steps, seed {result['seed']}, {result['seconds']} s{where}."
-    if result["total_parameters"]:
+    texts = {"steps": "{} steps", "seed": "seed {}", "seconds": "{} s"}
+    if facts := [text.format(result[name]) for name, text in texts.items() if name in result]:
+        yield ", ".join(facts) + (f" on {result['device']}" if result.get("device") else "") + "."
+    if result.get("total_parameters") and "trained_parameters" in result:
         yield f"{result['trained_parameters']} of {result['total_parameters']} parameters trained."
 
 
@@ -171,7 +193,7 @@ def _samples(samples: list[dict[str, str]]) -> Iterator[str]:
     if samples:
         yield "Held-out prompts:"
         columns = ("prompt", "reference", "before", "after")
-        yield _table(columns, ([sample[column] for column in columns] for sample in samples))
+        yield _table(columns, ([sample.get(column, "") for column in columns] for sample in samples))
 
 
 def _table(columns: tuple[str, ...], rows: Any) -> str:
@@ -213,7 +235,6 @@ def _published(value: Any) -> Any:
     scheme, mark, rest = value.partition("://")
     if not mark:
         return value
-    host, slash, path = rest.partition("/")
-    if not host:  # the address of a file
-        return f"{scheme}:{Path(path).name}"
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    if rest.startswith("/"):  # the address of a file
+        return f"{scheme}:{Path(rest).name}"
+    return without_credentials(value)

@@ -18,6 +18,7 @@ from loraplus_hydra.config.schema import RUN_GROUPS
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.checkpoints import AUTO, ResumePoint, newest_complete
+from loraplus_hydra.io.files import found_at
 from loraplus_hydra.io.folders import refuse_foreign
 from loraplus_hydra.io.read import read_bytes
 from loraplus_hydra.runs.new_rows import named_rows
@@ -59,7 +60,7 @@ def _stored_file(folder: Path) -> Path:
     In Hydra's copy the rules still refer to loraplus.ratio. A run started from Python has no such copy. If another
     program composes this config into its own, the copy has another form.
     """
-    if not folder.is_dir():
+    if found_at(folder, KEY) is None or not folder.is_dir():
         raise ConfigErrors([Problem(KEY, f"there is no folder {folder}", "give the folder of an interrupted run")])
     if "${" in str(folder.absolute()):
         what = f"Hydra would read the '${{' in {folder} as an interpolation"

@@ -203,3 +203,22 @@ def test_text_to_predict_on_is_taken_as_it_is_typed(text: str) -> None:
     parsed = {one.key_or_group: one.value() for one in map(OverridesParser.create().parse_override, overrides)}
     config = OmegaConf.create(parsed)
     assert (config.text, config.run) == (text, "RUN")
+
+
+@pytest.mark.parametrize("typed", ["true", "1e3", "1_000", "2024_01_05", "a,b", "[a]"])
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        *(("predict", key) for key in ("run", "text", "text_pair", "file", "out")),
+        *(("evaluate", key) for key in ("run", "out", "harness_tasks", "forgetting")),
+        *(("export", key) for key in ("run", "to")),
+        *(("chat", "system"), ("resume", "run"), ("report", "folder")),
+    ],
+)
+def test_texts_and_paths_are_taken_as_they_are_typed(command: str, key: str, typed: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from loraplus_hydra.cli.arguments import hydra_arguments
+
+    (word,) = [word for word in hydra_arguments(command, [f"{key}={typed}"]) if word.startswith(f"{key}=")]
+    assert OverridesParser.create().parse_override(word).value() == typed

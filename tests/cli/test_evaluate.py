@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -157,6 +159,10 @@ def test_out_that_cannot_be_written_is_told_before_the_work(
         (["data=jsn"], "data: there is no option 'jsn' (did you mean 'jsonl'?)"),
         (["optimizer.lr=1"], "optimizer.lr: there is no such key"),
         (["data.prompt_column=question"], "rows have no column 'question'"),
+        (["harness_tasks=x"], "harness_tasks: without `harness` it has no effect"),
+        (["harness_limit=1"], "harness_limit: without `harness` it has no effect"),
+        (["harness_batch_size=64"], "harness_batch_size: without `harness` it has no effect"),
+        (["harness_chat=true"], "harness_chat: without `harness` it has no effect"),
     ],
 )
 def test_wrong_arguments_are_told(
@@ -166,3 +172,31 @@ def test_wrong_arguments_are_told(
     assert ended.status == 1
     assert told in ended.err
     assert "Traceback" not in ended.err
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_file(
+    finished: Callable[[str], Path], cli: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: Any, **__: Any) -> dict[str, float]:
+        return {"eval_loss": math.nan, "eval_perplexity": math.inf, "eval_accuracy": 0.5}
+
+    def refused(word: str) -> None:
+        raise ValueError(f"{word} isn't JSON")
+
+    monkeypatch.setattr("loraplus_hydra.runs.evaluate.evaluate_on", measured)
+    ended = cli("evaluate", str(finished("sft")), "out=m.json")
+    assert ended.status == 0, ended.err
+    assert "eval_loss = nan" in ended.out
+    written = json.loads(Path("m.json").read_text(), parse_constant=refused)
+    assert written == {"eval_loss": None, "eval_perplexity": None, "eval_accuracy": 0.5}
+
+
+def test_scores_that_are_not_finite_are_null(
+    finished: Callable[[str], Path], cli: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = {"text": "say", "label": "one", "scores": {"one": math.nan, "two": 0.5}}
+    monkeypatch.setattr("loraplus_hydra.runs.predict.predict", lambda *_, **__: iter([dict(answer)]))
+    run = str(finished("label"))
+    assert json.loads(cli("predict", run, "text=say").out) == {"text": "say", "label": "one", "score": None}
+    assert cli("predict", run, "text=say", "out=a.jsonl").status == 0
+    assert json.loads(Path("a.jsonl").read_text())["scores"] == {"one": None, "two": 0.5}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from loraplus_hydra import run
+from loraplus_hydra.errors import UserError
 from loraplus_hydra.runs import model_card
 from loraplus_hydra.runs.export import export
 from loraplus_hydra.runs.finished import open_run
@@ -331,6 +332,33 @@ def broken_run(copied: Path, kind: str) -> Path:
     return copied
 
 
+def test_card_leaves_out_what_the_result_does_not_have(copied: Path, tmp_path: Path) -> None:
+    file = copied / "result.json"
+    needed = {name: value for name, value in json.loads(file.read_text()).items() if name in ("status", "metric")}
+    file.write_text(json.dumps({**needed, "metrics": {"eval_loss": 1.5}, "metrics_before": {}, "seed": "x"}))
+    card = (export(open_run(str(copied)), tmp_path / "bare", merge=False) / "README.md").read_text()
+    assert "| eval_loss |  | 1.5 |" in card
+    assert "Hash of the config: `not recorded`" in card
+    assert card.rstrip().endswith("not recorded")
+    assert " steps" not in card.partition("## Results")[2].partition("## Config")[0]
+    file.write_text(json.dumps({**needed, "metrics": {}, "metrics_before": {}, "samples": [{"prompt": "say"}]}))
+    card = (export(open_run(str(copied)), tmp_path / "one", merge=False) / "README.md").read_text()
+    assert "| say |  |  |  |" in card
+
+
+@pytest.mark.parametrize("content", [None, "[", '[{"group": "groupA"}]', "[1]", '[{"group": "a", "lr": "x"}]'])
+def test_rates_that_cannot_be_read_are_told_before_the_weights_load(
+    content: str | None, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplus_hydra.runs.export.load_run", None)
+    (copied / "param_groups.json").unlink()
+    if content is not None:
+        (copied / "param_groups.json").write_text(content)
+    with pytest.raises(UserError, match=r"param_groups\.json"):
+        export(open_run(str(copied)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("command", [["export"], ["predict", "text=say"], ["evaluate"]])
 @pytest.mark.parametrize(
     ("kind", "told"),
@@ -416,6 +444,7 @@ def test_wrong_arguments_are_told(
     ("value", "published"),
     [
         ("https://alice:s3cret@mlflow.example.com/x", "https://mlflow.example.com/x"),
+        ({"hub": "https://alice:p@ss@host"}, {"hub": "https://host"}),
         ("postgresql://alice:s3cret@db/runs", "postgresql://db/runs"),
         ("sqlite:////home/alice/x.db", "sqlite:x.db"),
         ("file:///home/alice/runs", "file:runs"),

@@ -125,7 +125,10 @@ def test_hub_base_is_downloaded_and_quantised_one_is_told(finished: Callable[[st
     assert "vllm serve owner/base --revision v2 --enable-lora" in vllm[1]
 
 
-def test_tokenizer_model_is_added_where_the_converter_needs_it(finished: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("linked", [False, True])
+def test_tokenizer_model_is_added_where_the_converter_needs_it(
+    linked: bool, finished: Callable[[str], Path], tmp_path: Path
+) -> None:
     from loraplus_hydra.errors import ConfigErrors
     from loraplus_hydra.runs.export_check import check_target
     from loraplus_hydra.runs.finished import open_run
@@ -134,10 +137,14 @@ def test_tokenizer_model_is_added_where_the_converter_needs_it(finished: Callabl
     run = open_run(str(finished("sft")), {"model": {"path": str(base)}})
     with pytest.raises(ConfigErrors, match=r"needs GemmaForCausalLM's tokenizer\.model, which the base doesn't have"):
         check_target(run, "llama_cpp", merged=True)
-    (base / "tokenizer.model").write_bytes(b"pieces")
+    place = tmp_path / "pieces" if linked else base / "tokenizer.model"
+    place.write_bytes(b"pieces")
+    if linked:
+        (base / "tokenizer.model").symlink_to(place)
     (tmp_path / "out").mkdir()
     check_target(run, "llama_cpp", merged=True).write(tmp_path / "out")
-    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"
+    written = tmp_path / "out" / "tokenizer.model"
+    assert (written.read_bytes(), written.is_symlink()) == (b"pieces", False)
     assert check_target(run, "vllm", merged=True).sentencepiece is None
 
 

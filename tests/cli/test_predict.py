@@ -151,6 +151,11 @@ def test_answers_so_far_are_kept_when_a_signal_comes(
     assert "The first 2 of 4 answers are in answers.jsonl.part" in stopped.err
     assert lines(Path("answers.jsonl.part").read_text()) == lines(ended.out)
     assert not Path("answers.jsonl").exists()
+    Path("answers.jsonl.part").write_text("kept")
+    again = cli(*words, "out=answers.jsonl")
+    assert "answers are in answers.jsonl.part2" in again.err
+    assert Path("answers.jsonl.part").read_text() == "kept"
+    assert Path("answers.jsonl.part2").exists()
 
 
 def test_files_in_and_out(finished: Callable[[str], Path], cli: Callable[..., Finished]) -> None:

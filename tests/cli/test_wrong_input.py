@@ -363,6 +363,42 @@ def test_used_run_folder_is_refused_and_left_alone(
     assert [path.name for path in folder.iterdir()] == ["precious.txt"]
 
 
+LONG = "x" * 300  # more than the 255 bytes that file systems take
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        *(([command, LONG], "run") for command in ("predict text=a", "evaluate", "export", "resume")),
+        (["report", LONG], "folder"),
+        (["report", f"sub/{LONG}/sub"], "folder"),
+        (["TINY", f"hydra.run.dir={LONG}"], "hydra.run.dir"),
+        (["TINY", f"hydra.run.dir=new/{LONG}"], "hydra.run.dir"),
+        (["TINY", f"hydra.run.dir={LONG}", "trainer.resume_from_checkpoint=auto"], "hydra.run.dir"),
+        (["TINY", "-m", "seed=1,2", f"hydra.sweep.dir={LONG}"], "hydra.sweep.dir"),
+        (["TINY", "-m", "seed=1,2", f"hydra.sweep.dir=new/{LONG}"], "hydra.sweep.dir"),
+        (["TINY", f"model.path={LONG}"], "model.path"),
+        (["TINY", f"model.path=./{LONG}"], "model.path"),
+        (["TINY", f"model.tokenizer={LONG}"], "model.tokenizer"),
+        (["TINY", f"data.train={LONG}"], "data.train"),
+        (["TINY", f"trainer.resume_from_checkpoint={LONG}"], "trainer.resume_from_checkpoint"),
+        (["TINY", f"task.args.chat_template_path={LONG}.jinja"], "task.args.chat_template_path"),
+        (["TINY", "adapter=existing", f"adapter.path={LONG}"], "adapter.path"),
+        (["TINY", f"forgetting={LONG}"], "forgetting"),
+        (["--config-dir", LONG], "--config-dir"),
+    ],
+)
+def test_name_that_no_file_system_takes_is_an_error_of_its_key(
+    words: list[str], key: str, tiny_run: list[str], cli: Callable[..., Finished]
+) -> None:
+    first, *more = words[0].split()
+    ended = cli(*tiny_run, *words[1:]) if first == "TINY" else cli(first, *words[1:], *more)
+    assert ended.status == 1
+    assert f"{key}: " in ended.err
+    assert "HYDRA_FULL_ERROR" not in ended.err
+    assert "Traceback" not in ended.err
+
+
 def test_run_folder_that_is_a_file_is_refused(
     tiny_run: list[str], cli: Callable[..., Finished], tmp_path: Path
 ) -> None:

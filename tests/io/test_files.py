@@ -78,6 +78,26 @@ def test_longest_name_can_be_written(tmp_path: Path) -> None:
     assert (tmp_path / ("y" * 255) / "a").exists()
 
 
+def test_new_file_beside_another_replaces_nothing(tmp_path: Path, outside: Path) -> None:
+    out = tmp_path / "out"
+    assert files.write_beside(out, ".part", "first") == tmp_path / "out.part"
+    (tmp_path / "out.part2").symlink_to(outside)
+    (tmp_path / "out.part3").symlink_to(tmp_path / "nowhere")
+    before = outside.read_text()
+    assert files.write_beside(out, ".part", "second") == tmp_path / "out.part4"
+    assert [(tmp_path / f"out.part{n}").read_text() for n in ("", "4")] == ["first", "second"]
+    assert outside.read_text() == before
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 251, "x" * 255, "é" * 127])
+def test_file_beside_one_with_the_longest_name_has_a_shorter_stem(name: str, tmp_path: Path) -> None:
+    made = [files.write_beside(tmp_path / name, ".part", text) for text in ("first", "second")]
+    assert [file.read_text() for file in made] == ["first", "second"]
+    assert [file.suffix for file in made] == [".part", ".part2"]
+    assert all(name.startswith(file.stem) and len(file.stem) >= 120 for file in made)
+
+
 def test_one_process_writes_a_file(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with files.reserved(str(out), key="out"):

@@ -78,3 +78,17 @@ def test_config_tree_shows_keys_with_brackets(caplog: Any, capsys: pytest.Captur
     shown = capsys.readouterr().out
     assert "runs[/final].jsonl=1" in shown
     assert "rows[final].jsonl=2" in shown
+
+
+SECRET = "https://me:s3cret@mlflow.acme.com/x"
+
+
+def test_credentials_are_neither_on_the_screen_nor_in_the_log(caplog: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from loraplus_hydra.runs.display import show_config
+
+    show_config(OmegaConf.create({"logger": {"tracking_uri": SECRET, "tags": [SECRET]}}))
+    shown = capsys.readouterr().out
+    assert "tracking_uri=https://mlflow.acme.com/x" in shown
+    assert "s3cret" not in shown
+    record = logging.makeLogRecord({"msg": "no answer from %s or %s", "args": (SECRET, "a@b.org")})
+    assert VisibleFormatter("%(message)s").format(record) == "no answer from https://mlflow.acme.com/x or a@b.org"

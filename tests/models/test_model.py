@@ -23,6 +23,7 @@ from loraplus_hydra.io.quiet_libraries import quiet_new_head
 from loraplus_hydra.models.adapter import add_adapter
 from loraplus_hydra.models.base_model import hub_arguments, load_base, load_model, match_tokenizer, meta_model
 from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
+from loraplus_hydra.runs import export_check
 from tests.conftest import Finished
 from tests.support.architectures import CAUSAL, checkpoint, config_of, one_of_each_architecture, tokenizer
 
@@ -137,7 +138,36 @@ def test_a_hub_without_an_address_gets_no_request(
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://huggingface.co")
     monkeypatch.setattr("urllib.request.getproxies", lambda: proxies)
     monkeypatch.setattr("socket.getaddrinfo", look_up)
-    assert hub_arguments(model_group(Path("nobody/nothing"))).get("local_files_only") is only
+    assert hub_arguments(model_group(Path("nobody/nothing")), "nobody/nothing").get("local_files_only") is only
+
+
+@pytest.mark.parametrize("revision", [None, "abc123"])
+@pytest.mark.parametrize("base", ["org/base", "FOLDER"])
+@pytest.mark.parametrize("own", [None, "other/tok", "FOLDER/tok"])
+def test_a_tokenizer_is_searched_for_where_it_is_itself(
+    own: str | None, base: str, revision: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tok").mkdir()
+    base, own = base.replace("FOLDER", str(tmp_path)), own and own.replace("FOLDER", str(tmp_path))
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def loaded(path: str, *_: Any, **settings: Any) -> Any:
+        asked.append((path, settings))
+        return tokenizer()
+
+    monkeypatch.setattr("loraplus_hydra.models.base_model._hub_has_no_address", lambda: False)
+    monkeypatch.setattr("loraplus_hydra.models.tokenizer.AutoTokenizer.from_pretrained", loaded)
+    monkeypatch.setattr(
+        "loraplus_hydra.runs.export_check.cached_file", lambda *words, **settings: loaded(*words, **settings) and None
+    )
+    model = model_group(Path(base), tokenizer=own, revision=revision)
+    load_tokenizer(model)
+    assert export_check._sentencepiece(model) is None
+    for path, settings in asked:
+        assert path == (own or base)
+        assert settings.get("revision") == (revision if own is None else None)
+        assert settings.get("local_files_only", False) == str(path).startswith("/")
+    assert len(asked) == 2
 
 
 def test_tries_to_reach_the_hub_are_not_on_the_screen() -> None:

@@ -246,8 +246,9 @@ class Notes(Tracker):
 
     made: list[Notes] = []  # noqa: RUF012
 
-    def __init__(self, fails: str = "") -> None:
+    def __init__(self, fails: str = "", address: str = "") -> None:
         self.fails = fails
+        self.address = address
         self.calls: list[tuple[str, Any]] = []
         Notes.made.append(self)
 
@@ -285,6 +286,23 @@ def test_own_tracker_works_and_one_that_fails_is_told_once(
     run = notes.calls[0][1]
     assert (run.name, run.group, run.resumed_at, run.config["loraplus"]["ratio"]) == ("run", None, None, 8.0)
     assert notes.calls[-1][1] == ("ok", final_metrics(result))
+
+
+def test_trackers_get_the_config_without_credentials(
+    cli: Callable[..., Finished], tiny_run: list[str], tmp_path: Path
+) -> None:
+    Notes.made.clear()
+    own = ["logger._target_=tests.training.test_tracked_runs.Notes"]
+    address = "postgresql://me:s3cret@db.acme.com/runs"
+    ended = cli(*tiny_run, "task.samples=0", *own, f"+logger.address={address}", f"hydra.run.dir={tmp_path / 'run'}")
+    assert ended.status == 0, ended.err
+    (notes,) = Notes.made
+    assert notes.address == address, "the tracker itself logs in with them"
+    assert notes.calls[0][1].config["logger"]["address"] == "postgresql://db.acme.com/runs"
+    log = "".join(path.read_text() for path in (tmp_path / "run").glob("*.log"))
+    assert "postgresql://db.acme.com/runs" in log
+    assert "s3cret" not in ended.out + ended.err + log
+    assert address in (tmp_path / "run" / "config.yaml").read_text(), "resume needs them"
 
 
 names = st.text("abc", min_size=1, max_size=3)

@@ -16,6 +16,7 @@ from loraplus_hydra.cli.commands.command import Command, range_problems
 from loraplus_hydra.config.command_schemas import EvaluateConfig
 from loraplus_hydra.errors import Problem, refuse
 from loraplus_hydra.io import files, folders, interrupts, run_folder
+from loraplus_hydra.io.result import finite
 from loraplus_hydra.io.screen import console, table
 from loraplus_hydra.runs.finished import FinishedRun, model_metrics, open_named_run
 from loraplus_hydra.runs.stored_config import unnamed_run
@@ -28,14 +29,14 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
         return
     refuse(
         Problem(key, "without `harness` it has no effect", "set harness=[TASK], or leave it out")
-        for key in ("harness_tasks", "harness_limit")
-        if config[key] is not None
+        for key in ("harness_tasks", "harness_limit", "harness_batch_size", "harness_chat")
+        if config[key] != getattr(EvaluateConfig, key)
     )
     if not config.out:
         _print_metrics(config)
         return
     with files.reserved(config.out, key="out") as out:
-        files.write_text(out, json.dumps(_print_metrics(config), indent=2) + "\n")
+        files.write_text(out, json.dumps(finite(_print_metrics(config)), indent=2) + "\n")
     print(f"The metrics are in {out}")
 
 
@@ -104,5 +105,6 @@ COMMAND = Command(
     usage="RUN [data=jsonl data.eval=... | harness=[...]]",
     config="evaluate",
     positional="run",
+    verbatim=("out", "harness_tasks", "forgetting"),
     changes=("model", "data", "trainer"),
 )

@@ -93,5 +93,6 @@ COMMAND = Command(
     usage="RUN [target=vllm] [merge=false]",
     config="export",
     positional="run",
+    verbatim=("to",),
     changes=("model",),
 )

@@ -13,6 +13,7 @@ from loraplus_hydra.cli.commands.command import Command, range_problems
 from loraplus_hydra.config.command_schemas import PredictConfig
 from loraplus_hydra.errors import Problem, refuse
 from loraplus_hydra.io import files, interrupts
+from loraplus_hydra.io.result import finite
 from loraplus_hydra.io.screen import RowProgress
 from loraplus_hydra.io.streams import is_read
 from loraplus_hydra.io.text import json_line
@@ -35,7 +36,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
         for answer in answers:
             if not is_read():  # `| head` has closed the pipe
                 break
-            progress.print(json_line(answer if config.scores else _short(answer)))
+            progress.print(json_line(finite(answer if config.scores else _short(answer))))
             progress.advance()
 
 
@@ -49,12 +50,11 @@ def _write(out: Path, config: DictConfig) -> int:
     try:
         with interrupts.notice(_STOPS), RowProgress(total) as progress:
             for answer in answers:
-                lines.append(json_line(answer) + "\n")
+                lines.append(json_line(finite(answer)) + "\n")
                 progress.advance()
     except BaseException:
         if lines:
-            part = out.with_name(f"{out.name}.part")
-            files.write_text(part, "".join(lines))
+            part = files.write_beside(out, ".part", "".join(lines))
             print(f"The first {len(lines):,} of {total:,} answers are in {part}", file=sys.stderr)
         raise
     files.write_text(out, "".join(lines))
@@ -103,6 +103,6 @@ COMMAND = Command(
     usage="RUN text=...",
     config="predict",
     positional="run",
-    verbatim=("text",),
+    verbatim=("text", "text_pair", "file", "out"),
     changes=("model",),
 )

@@ -8,6 +8,7 @@ from loraplus_hydra.cli.commands.command import Command
 from loraplus_hydra.config.locations import expanded
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.io import interrupts
+from loraplus_hydra.io.files import found_at
 
 
 def main(config: DictConfig, flags: frozenset[str]) -> None:
@@ -19,6 +20,7 @@ def main(config: DictConfig, flags: frozenset[str]) -> None:
     from loraplus_hydra.report.write import write_report
 
     folder = expanded(config.folder)
+    found_at(folder, "folder")
     if config.watch:
         show(watch(folder))
         return

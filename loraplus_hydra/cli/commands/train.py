@@ -13,7 +13,7 @@ from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.io import processes
 from loraplus_hydra.io.checkpoints import AUTO
-from loraplus_hydra.io.files import refuse_unwritable
+from loraplus_hydra.io.files import found_at, refuse_unwritable
 from loraplus_hydra.io.folders import refuse_used_folder
 from loraplus_hydra.io.run_folder import HYDRA
 
@@ -21,6 +21,7 @@ from loraplus_hydra.io.run_folder import HYDRA
 def main(config: DictConfig, flags: frozenset[str]) -> Job:
     """Check the config and the run's folder. Raises UserError."""
     folder = Path(config.hydra.run.dir)
+    found_at(folder, "hydra.run.dir")
     # `auto` in a new folder starts a run, because the same command must work for the first and for later starts.
     resumes = OmegaConf.select(config, "trainer.resume_from_checkpoint") == AUTO and (folder / HYDRA).is_dir()
     if processes.is_main():

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from loraplus_hydra.config.hydra_job import is_sweep
-from loraplus_hydra.config.plain import flat, plain_of
+from loraplus_hydra.config.plain import flat, plain_of, without_credentials
 from loraplus_hydra.config.targets import instantiate
 from loraplus_hydra.config.types import fits
 from loraplus_hydra.errors import first_line
@@ -100,7 +100,7 @@ def _tracked_run(config: DictConfig, folder: Path, resumed_at: int | None) -> Tr
         folder=folder,
         name=folder.name if sweep else str(inside),
         group=sweep,
-        config=plain_of(config),
+        config=without_credentials(plain_of(config)),  # other people may read a tracker
         started_in=started_in,
         resumed_at=resumed_at,
     )
