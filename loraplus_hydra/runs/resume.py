@@ -184,8 +184,11 @@ def _refuse_to_replace(folder: Path) -> None:
     """Raise ConfigErrors if a new start would overwrite the results of a finished or damaged run."""
     result = read_result(folder)
     damaged = checkpoints.sealed(folder / run_folder.CHECKPOINTS)
-    if damaged or (result is not None and result.status == OK):
+    # The adapter is only ever written whole, so it is a finished run's even if result.json is missing or damaged
+    has_adapter = (folder / run_folder.ADAPTER).exists()
+    if damaged or has_adapter or (result is not None and result.status == OK):
         what = f"{folder} has no complete checkpoint" if damaged else f"the run in {folder} has no checkpoint"
+        what += f", but the adapter {folder / run_folder.ADAPTER}" if has_adapter else ""
         fix = "it can't resume, and a new start would overwrite its files: start a new run in another folder"
         raise ConfigErrors([Problem(KEY, what, fix)])
 

@@ -24,12 +24,19 @@ Cli = Callable[..., Finished]
 TO_EIGHT = ("trainer.max_steps=8", "trainer.save_steps=2")
 
 
-def test_finished_run_without_checkpoints_is_not_replaced(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
-    assert cli(*tiny_run, "trainer.save_strategy=no", "hydra.run.dir=run").status == 0
-    before = files(tmp_path / "run")
+@pytest.mark.parametrize("result", ["whole", "truncated", "missing"])
+def test_finished_run_without_checkpoints_is_not_replaced(result: str, cli: Cli, trained: Path) -> None:
+    shutil.rmtree(trained / "checkpoints")  # as trainer.save_strategy=no leaves it
+    if result == "truncated":
+        (trained / "result.json").write_text((trained / "result.json").read_text()[:40])
+    elif result == "missing":
+        (trained / "result.json").unlink()
+    before = files(trained)
     finished = cli("resume", "run", "trainer.max_steps=8")
-    assert (finished.status, "has no checkpoint" in finished.err) == (1, True), finished.err
-    assert files(tmp_path / "run") == before
+    assert (finished.status, "has no checkpoint, but the adapter run/adapter" in finished.err) == (1, True), (
+        finished.err
+    )
+    assert files(trained) == before
 
 
 def test_a_resume_that_ends_before_it_has_changed_anything_keeps_the_result(
