@@ -15,6 +15,12 @@ def plain_of(config: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
+def plain_at(config: DictConfig, key: str) -> Any:
+    """Return the value of a dotted key, resolved, as plain containers. None if there is none."""
+    value = OmegaConf.select(config, key)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
 def flat(nested: Mapping[Any, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
     """Return {"lr.groupA": 0.1} for {"lr": {"groupA": 0.1}}. An empty mapping is kept as a value."""
     found: dict[str, Any] = {}

@@ -12,9 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 from loraplus_hydra.check.foreign import foreign_code, moved_paths
 from loraplus_hydra.check.keys import read_config, unknown_keys
 from loraplus_hydra.config.identity import ALLOW
-from loraplus_hydra.config.locations import PATH_KEYS, absolute_paths, is_absolute_of
 from loraplus_hydra.config.plain import flat, plain_of
 from loraplus_hydra.config.schema import NOT_OF_A_RUN, RunConfig
+from loraplus_hydra.config.stored_paths import PATH_KEYS, is_absolute_of, with_absolute_paths
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line, refuse
 from loraplus_hydra.io import checkpoints, run_folder
 from loraplus_hydra.io.read import RESOLVER, Hostile, Unreadable, read_yaml
@@ -132,8 +132,7 @@ def changed_values(stored: Path, config: DictConfig) -> dict[str, tuple[Any, Any
     if not stored.is_file():
         return {}
     then = flat(read_plain(stored))  # interpolations are not resolved, because the file may be untrusted
-    now = flat(plain_of(config))
-    now |= absolute_paths(now)
+    now = flat(plain_of(with_absolute_paths(config)))
     keys = [key for key in [*now, *(key for key in then if key not in now)] if key not in _NOT_OF_TRAINING]
     pairs = {key: (then.get(key, "not set"), now.get(key, "not set")) for key in keys}
     return {key: values for key, values in pairs.items() if values[0] != values[1]}
