@@ -116,7 +116,8 @@ def _common(given: Mapping[Any, Any], in_effect: Mapping[Any, Any], prefix: str 
     common: dict[Any, Any] = {}
     for name, value in given.items():
         key, effective = f"{prefix}{name}", in_effect.get(name)
-        if isinstance(value, Mapping) and isinstance(effective, Mapping):
+        # The keys of a mapping from paths to weights are paths
+        if isinstance(value, Mapping) and isinstance(effective, Mapping) and key not in PATH_KEYS:
             if inner := _common(value, effective, f"{key}."):
                 common[name] = inner
         elif name not in in_effect or "${" in str(effective):
