@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from loraplus_hydra.errors import UserError
 
@@ -46,39 +44,6 @@ def model_location(path: str) -> str:
         return str(files(package).joinpath(inside))
     except (ImportError, ValueError, TypeError) as error:
         raise UserError(f"'{path}' is not a folder of an installed Python package: {error}") from error
-
-
-# Keys whose value can be a local path. A run stores absolute paths, because it may be opened from another folder.
-PATH_KEYS = ("model.path", "model.tokenizer", "adapter.path", "data.train", "data.eval", "forgetting")
-
-
-def absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {key: absolute path} for the keys in PATH_KEYS that have an existing relative path.
-
-    `values` maps dotted keys to values; a value may be a list of paths.
-    """
-    found = {key: _absolute(values[key]) for key in PATH_KEYS if key in values}
-    return {key: value for key, value in found.items() if value != values[key]}
-
-
-def _absolute(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_absolute(item) for item in value]
-    try:
-        exists = isinstance(value, str) and value != "" and Path(value).exists()
-    except (OSError, ValueError):  # not a valid path
-        exists = False
-    return str(Path(value).absolute()) if exists else value
-
-
-def is_absolute_of(absolute: Any, relative: Any) -> bool:
-    """Return True if `absolute` is the path `relative` in some folder. Both may be lists of paths."""
-    if isinstance(absolute, list) and isinstance(relative, list):
-        return len(absolute) == len(relative) and all(map(is_absolute_of, absolute, relative))
-    if not (isinstance(absolute, str) and isinstance(relative, str)):
-        return False
-    tail, parts = Path(relative).parts, Path(absolute).parts
-    return absolute == relative or (Path(absolute).is_absolute() and parts[-len(tail) :] == tail)
 
 
 def is_local(location: str) -> bool:

@@ -18,6 +18,20 @@ def plain_of(config: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
+def plain_at(config: DictConfig, key: str, *, resolve: bool = True) -> Any:
+    """Return the value of a dotted key as plain containers. None if there is none."""
+    value = OmegaConf.select(config, key)
+    return OmegaConf.to_container(value, resolve=resolve) if OmegaConf.is_config(value) else value
+
+
+def value_at(nested: Mapping[Any, Any], key: str) -> Any:
+    """Return the value of a dotted key in a plain mapping. None if there is none."""
+    value: Any = nested
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
 def flat(nested: Mapping[Any, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
     """Return {"lr.groupA": 0.1} for {"lr": {"groupA": 0.1}}. An empty mapping is kept as a value."""
     found: dict[str, Any] = {}

@@ -201,7 +201,8 @@ def first_misfit(adapted: PeftModel, stored: StoredAdapter, *, names_only: bool 
 def adapter_folder(path: str, key: str = KEY) -> Path:
     """Return the folder of the adapter at `path`. A hub's adapter is downloaded first."""
     folder = Path(model_location(path)) if is_local(path) else _fetch(path, key)
-    if (folder / ADAPTER / CONFIG).is_file():
+    # An adapter's folder may hold another adapter: `cp -r A/adapter B/adapter` makes B/adapter/adapter
+    if not (folder / CONFIG).is_file() and (folder / ADAPTER / CONFIG).is_file():
         folder = folder / ADAPTER
     if not (folder / CONFIG).is_file():
         raise ConfigErrors([Problem(key, f"there is no {CONFIG} in {folder}", "give an adapter's folder, or a run's")])

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from loraplus_hydra.check import Checked, check
 from loraplus_hydra.config.identity import run_hash
-from loraplus_hydra.config.locations import absolute_paths
-from loraplus_hydra.config.plain import flat
 from loraplus_hydra.config.schema import run_of
+from loraplus_hydra.config.stored_paths import with_absolute_paths
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import files, folders, interrupts, processes, run_folder, screen
 from loraplus_hydra.io.checkpoints import ResumePoint, sealed
@@ -218,11 +217,8 @@ def _begin(job: Run) -> None:
     if processes.is_main():
         if job.point is not None:
             _begin_resumed(job, job.point)
-        resolved: Any = OmegaConf.to_container(job.config, resolve=True)
-        stored = job.config.copy()
-        for key, path in absolute_paths(flat(resolved)).items():
-            OmegaConf.update(stored, key, path)
-        files.write_text(job.folder / run_folder.CONFIG, OmegaConf.to_yaml(stored, resolve=True))
+        stored = OmegaConf.to_yaml(with_absolute_paths(job.config), resolve=True)
+        files.write_text(job.folder / run_folder.CONFIG, stored)
         display.show_config(job.config)
     job.tracking.start(job.config, job.folder, resumed_at=None if job.point is None else job.point.step)
 

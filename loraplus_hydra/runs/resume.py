@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from loraplus_hydra.check import Checked
-from loraplus_hydra.config.identity import run_hash
+from loraplus_hydra.config.identity import ROWS, run_hash
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io import checkpoints, files, folders, processes, run_folder, screen
 from loraplus_hydra.io.checkpoint_state import trainer_state
@@ -20,11 +21,23 @@ from loraplus_hydra.models.eva import awaits_directions, take_ranks
 from loraplus_hydra.runs.changed_inputs import refuse_other_inputs, with_inputs
 from loraplus_hydra.runs.stored_config import changes
 from loraplus_hydra.training.checkpoint_changes import full_name, refuse_other_groups
+from loraplus_hydra.training.hf_trainer.checkpoint_callback import evaluations_without_gain
 from loraplus_hydra.training.prepare import loraplus_settings, plan_groups
 
 _LARGEST_METRICS = 2**31  # bytes
-_TRAINED_WITH = ("model", "quantization", "adapter", "optimizer", "scheduler", "loraplus", "data", "seed")
-_LENGTHENING = ("trainer.max_steps", "trainer.num_train_epochs")
+_TRAINED_WITH = (
+    *("model", "quantization", "adapter", "task", "optimizer", "scheduler", "loraplus", "data", "trainer", "seed"),
+)
+# Keys of these groups that don't change the weights: they evaluate, log, save, or only save memory or time
+_NOT_TRAINED_WITH = re.compile(
+    r"task\.(metric|greater_is_better|samples|sample_tokens)"
+    r"|trainer\.(eval|logging|log|save|early_stopping|ddp|hub|torch_compile)_\w+"
+    r"|trainer\.dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|multiprocessing_context)"
+    r"|trainer\.(per_device_eval_batch_size|batch_eval_metrics|prediction_loss_only|include_for_metrics)"
+    r"|trainer\.(load_best_model_at_end|metric_for_best_model|greater_is_better|(bf16|fp16)_full_eval)"
+    r"|trainer\.(use_cpu|auto_batch|forward|activation_checkpointing|torch_compile|disable_tqdm|report_to|run_name)"
+)
+_PLANNED_WITH = ("trainer.max_steps", "trainer.num_train_epochs")
 
 
 def finished_result(config: DictConfig, folder: Path) -> Result | None:
@@ -73,7 +86,7 @@ def find_resume_point(checked: Checked, folder: Path, *, found_before: ResumePoi
         _refuse_to_replace(folder)
         return ResumePoint(None, changed, messages)
     _refuse_other_training(checked, checkpoint)
-    _refuse_changes_at_the_end(checkpoint, changed)
+    _refuse_changes_at_the_end(checked.config, checkpoint, changed)
     _lines_until(checkpoint)
     before = found_before or ResumePoint(None)
     point = ResumePoint(checkpoint, changed, messages, before.new_rows, before.inputs)
@@ -171,17 +184,32 @@ def _refuse_to_replace(folder: Path) -> None:
     """Raise ConfigErrors if a new start would overwrite the results of a finished or damaged run."""
     result = read_result(folder)
     damaged = checkpoints.sealed(folder / run_folder.CHECKPOINTS)
-    if damaged or (result is not None and result.status == OK):
+    # The adapter is only ever written whole, so it is a finished run's even if result.json is missing or damaged
+    has_adapter = (folder / run_folder.ADAPTER).exists()
+    if damaged or has_adapter or (result is not None and result.status == OK):
         what = f"{folder} has no complete checkpoint" if damaged else f"the run in {folder} has no checkpoint"
+        what += f", but the adapter {folder / run_folder.ADAPTER}" if has_adapter else ""
         fix = "it can't resume, and a new start would overwrite its files: start a new run in another folder"
         raise ConfigErrors([Problem(KEY, what, fix)])
 
 
-def _refuse_changes_at_the_end(checkpoint: Checkpoint, changed: tuple[str, ...]) -> None:
-    """Raise ConfigErrors for changes that have no effect, because all steps are done."""
-    planned = trainer_state(checkpoint.folder).max_steps
-    if checkpoint.step != planned or any(change.split(":")[0] in _LENGTHENING for change in changed):
+def _refuse_changes_at_the_end(config: DictConfig, checkpoint: Checkpoint, changed: tuple[str, ...]) -> None:
+    """Raise ConfigErrors for changes that have no effect, because no step is left to train."""
+    trainer, state = config.trainer, trainer_state(checkpoint.folder)
+    steps, patience = trainer.get("max_steps", -1), trainer.get("early_stopping_patience")
+    has_steps = steps > checkpoint.step if steps > 0 else trainer.get("num_train_epochs", 3.0) > state.epoch
+    stopped_early = patience is not None and evaluations_without_gain(state) >= patience
+    if has_steps and not stopped_early:
         return
-    if idle := [change for change in changed if change.split(".")[0] in _TRAINED_WITH]:
-        what = f"all {planned} steps are done, so these changes would have no effect: {'; '.join(idle)}"
+    without = set(_PLANNED_WITH) if checkpoint.step < state.max_steps else set()  # they may end the run here
+    if trainer.get("auto_batch"):  # config.yaml has the division of the rows that was found
+        without |= {f"trainer.{name}" for name in ROWS}
+    keys = {change: change.split(":")[0] for change in changed}
+    idle = [
+        change
+        for change, key in keys.items()
+        if key.split(".")[0] in _TRAINED_WITH and key not in without and not _NOT_TRAINED_WITH.fullmatch(key)
+    ]
+    if idle:
+        what = f"all {checkpoint.step} steps are done, so these changes would have no effect: {'; '.join(idle)}"
         raise ConfigErrors([Problem("run", what, "set more steps (trainer.max_steps), or remove these changes")])

@@ -12,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from loraplus_hydra.config.identity import ALLOW
-from loraplus_hydra.config.locations import PATH_KEYS, absolute_paths, is_absolute_of
 from loraplus_hydra.config.plain import plain_of
 from loraplus_hydra.config.schema import RUN_GROUPS
+from loraplus_hydra.config.stored_paths import PATH_KEYS, absolute, is_absolute_of
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line
 from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.checkpoints import AUTO, ResumePoint, newest_complete
@@ -117,12 +117,13 @@ def _common(given: Mapping[Any, Any], in_effect: Mapping[Any, Any], prefix: str 
     common: dict[Any, Any] = {}
     for name, value in given.items():
         key, effective = f"{prefix}{name}", in_effect.get(name)
-        if isinstance(value, Mapping) and isinstance(effective, Mapping):
+        # The keys of a mapping from paths to weights are paths
+        if isinstance(value, Mapping) and isinstance(effective, Mapping) and key not in PATH_KEYS:
             if inner := _common(value, effective, f"{key}."):
                 common[name] = inner
         elif name not in in_effect or "${" in str(effective):
             continue
-        elif value == effective or absolute_paths({key: value}).get(key) == effective:
+        elif value == effective or (key in PATH_KEYS and absolute(value) == effective):
             common[name] = value  # also a relative path, because the run's hash is of the path as it was given
         elif "${" in str(value) or (key in PATH_KEYS and is_absolute_of(effective, value)):
             common[name] = effective

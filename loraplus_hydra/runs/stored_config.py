@@ -12,9 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 from loraplus_hydra.check.foreign import foreign_code, moved_paths
 from loraplus_hydra.check.keys import read_config, unknown_keys
 from loraplus_hydra.config.identity import ALLOW
-from loraplus_hydra.config.locations import PATH_KEYS, absolute_paths, is_absolute_of
-from loraplus_hydra.config.plain import flat, plain_of
+from loraplus_hydra.config.plain import flat, plain_at, plain_of, value_at
 from loraplus_hydra.config.schema import NOT_OF_A_RUN, RunConfig
+from loraplus_hydra.config.stored_paths import PATH_KEYS, is_absolute_of, is_here, with_absolute_paths
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line, refuse
 from loraplus_hydra.io import checkpoints, run_folder
 from loraplus_hydra.io.read import RESOLVER, Hostile, Unreadable, read_yaml
@@ -53,8 +53,8 @@ def read_stored(file: Path, overrides: Mapping[str, Any]) -> DictConfig:
     for key in NOT_OF_A_RUN:
         stored.pop(key, None)
     if hydras:
-        resolved = flat(read_plain(file.parent.parent / run_folder.CONFIG))
-        _put_values_for_resolvers(stored, resolved)
+        resolved = read_plain(file.parent.parent / run_folder.CONFIG)
+        _put_values_for_resolvers(stored, flat(resolved))
         _put_absolute_paths(stored, resolved)
     folder = file.parent.parent if hydras else file.parent
     schema = OmegaConf.structured(RunConfig)
@@ -92,14 +92,12 @@ def _put_values_for_resolvers(stored: DictConfig, values: Mapping[str, Any]) -> 
 def _put_absolute_paths(stored: DictConfig, values: Mapping[str, Any]) -> None:
     """Replace relative paths that don't exist here with the run's absolute paths.
 
-    The run may have been started in another folder.
+    The run may have been started in another folder. `values` are from the run's config.yaml.
     """
     for key in PATH_KEYS:
-        relative, absolute = OmegaConf.select(stored, key), values.get(key)
-        if not (isinstance(relative, str) and isinstance(absolute, str)) or Path(relative).exists():
-            continue
-        if is_absolute_of(absolute, relative):
-            OmegaConf.update(stored, key, absolute)
+        relative, absolute = plain_at(stored, key, resolve=False), value_at(values, key)
+        if is_absolute_of(absolute, relative) and not is_here(relative):
+            OmegaConf.update(stored, key, absolute, merge=False)
 
 
 def read_plain(file: Path) -> dict[str, Any]:
@@ -132,8 +130,7 @@ def changed_values(stored: Path, config: DictConfig) -> dict[str, tuple[Any, Any
     if not stored.is_file():
         return {}
     then = flat(read_plain(stored))  # interpolations are not resolved, because the file may be untrusted
-    now = flat(plain_of(config))
-    now |= absolute_paths(now)
+    now = flat(plain_of(with_absolute_paths(config)))
     keys = [key for key in [*now, *(key for key in then if key not in now)] if key not in _NOT_OF_TRAINING]
     pairs = {key: (then.get(key, "not set"), now.get(key, "not set")) for key in keys}
     return {key: values for key, values in pairs.items() if values[0] != values[1]}

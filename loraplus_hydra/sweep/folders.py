@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from loraplus_hydra.config.hydra_job import is_sweep
 from loraplus_hydra.config.identity import config_hash, run_hash
 from loraplus_hydra.config.schema import run_of
+from loraplus_hydra.config.stored_paths import with_absolute_paths
 from loraplus_hydra.io import folders, run_folder
 from loraplus_hydra.io.read import Unreadable, read_yaml
 from loraplus_hydra.io.result import OK, read_result
@@ -44,13 +45,16 @@ def register() -> None:
     published_rate.register()
 
 
-def folder_state(folder: Path, job_hash: str) -> State:
-    """Return the state of `folder` for the job with the config hash `job_hash`."""
-    result = read_result(folder)
-    stored = (result.config_hash if result is not None else "") or _hash_of_file(folder / run_folder.CONFIG)
-    if stored is None:
+def folder_state(folder: Path, config: DictConfig) -> State:
+    """Return the state of `folder` for the job with the run's config `config`."""
+    result, job_hash = read_result(folder), hash_of(config)
+    if result is not None and result.config_hash:
+        is_own = result.config_hash == job_hash
+    elif (stored := _hash_of_file(folder / run_folder.CONFIG)) is not None:  # killed in its first start
+        is_own = stored in (job_hash, _stored_hash(config))
+    else:
         return State.LEFT if any((folder / name).exists() for name in run_folder.WRITTEN) else State.FREE
-    if stored != job_hash:
+    if not is_own:
         return State.TAKEN
     return State.DONE if result is not None and result.status == OK else State.LEFT
 
@@ -71,6 +75,14 @@ def clear(folder: Path) -> None:
     for name in run_folder.WRITTEN:
         folders.remove(folder / name)
     folders.remove_drafts(folder)
+
+
+def _stored_hash(config: DictConfig) -> str | None:
+    """Return the hash that the job's config.yaml has, whose paths are absolute."""
+    try:
+        return hash_of(with_absolute_paths(config))
+    except OmegaConfBaseException:
+        return None
 
 
 def _hash_of_file(file: Path) -> str | None:
@@ -106,7 +118,7 @@ def _is_kept(root: DictConfig) -> bool:
     """Return True if the job's folder must not change."""
     if not is_sweep(root.hydra):
         return False
-    return folder_state(Path(root.hydra.runtime.output_dir), hash_of(run_of(root))) in (State.DONE, State.TAKEN)
+    return folder_state(Path(root.hydra.runtime.output_dir), run_of(root)) in (State.DONE, State.TAKEN)
 
 
 def _swept_value(root: DictConfig, key: str) -> Any:

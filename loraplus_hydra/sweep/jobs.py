@@ -25,7 +25,7 @@ from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.io.quiet_libraries import quiet_libraries
 from loraplus_hydra.io.result import WAITING, Result, read_result
 from loraplus_hydra.io.rungs import read_rungs
-from loraplus_hydra.sweep.folders import State, clear, folder_state, hash_of
+from loraplus_hydra.sweep.folders import State, clear, folder_state
 from loraplus_hydra.sweep.gpus import claim_gpu
 from loraplus_hydra.sweep.isolation import isolated, release_frames
 
@@ -62,7 +62,7 @@ def run_job(root: DictConfig) -> float | None:
     sweep = Path(hydra.sweep.dir).absolute()
     job = _Job(Path(hydra.runtime.output_dir), sweep, str(root.sweep.start), overrides)
     config = run_of(root)
-    state = folder_state(job.folder, hash_of(config))
+    state = folder_state(job.folder, config)
     stop_at = root.sweep.stop_at
     waits = state is State.LEFT and any(rung.stop_at == stop_at for rung in read_rungs(job.folder))
     if state is not State.DONE and not waits:

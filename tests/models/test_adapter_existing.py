@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraplus_hydra import run
+from loraplus_hydra.models.adapter_files import stored_adapter
 from tests.conftest import Finished
 
 
@@ -48,6 +49,20 @@ def test_a_run_continues_an_adapter(
     ]
     assert tensors[0].keys() == tensors[1].keys()
     assert all(not torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+@pytest.mark.parametrize("inside", ["", "adapter"])
+def test_adapter_inside_an_adapters_folder_is_not_read(inside: str, first_run: Path, tmp_path: Path) -> None:
+    # As `cp -r other/adapter copy/adapter` leaves it; the other's tensors are zeros
+    own = tmp_path / "copy" / "adapter"
+    shutil.copytree(first_run / "adapter", own)
+    shutil.copytree(own, own / "adapter")
+    tensors = load_file(own / "adapter_model.safetensors")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    save_file(zeros, own / "adapter" / "adapter_model.safetensors")
+    stored = stored_adapter(str(tmp_path / "copy" / inside))
+    read = load_file(stored.folder / "adapter_model.safetensors")
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from loraplus_hydra.errors import ConfigErrors
 from tests.conftest import Finished
 from tests.runs.conftest import Trial
 
@@ -33,6 +34,12 @@ def test_training_that_was_stopped_early_is_over(more: tuple[str, ...], trial: T
 def test_more_patience_goes_on(trial: Trial) -> None:
     trial.kill(*STILL)
     assert trial.resume(*STILL, "trainer.early_stopping_patience=4").steps == 10
+
+
+def test_training_that_was_stopped_early_has_no_other_rates(trial: Trial) -> None:
+    trial.kill(*STILL)
+    with pytest.raises(ConfigErrors, match=r"all 8 steps are done, .* loraplus\.ratio: "):
+        trial.resume(*STILL, "loraplus.ratio=2")
 
 
 @pytest.mark.parametrize(

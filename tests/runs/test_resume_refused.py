@@ -24,12 +24,19 @@ Cli = Callable[..., Finished]
 TO_EIGHT = ("trainer.max_steps=8", "trainer.save_steps=2")
 
 
-def test_finished_run_without_checkpoints_is_not_replaced(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
-    assert cli(*tiny_run, "trainer.save_strategy=no", "hydra.run.dir=run").status == 0
-    before = files(tmp_path / "run")
+@pytest.mark.parametrize("result", ["whole", "truncated", "missing"])
+def test_finished_run_without_checkpoints_is_not_replaced(result: str, cli: Cli, trained: Path) -> None:
+    shutil.rmtree(trained / "checkpoints")  # as trainer.save_strategy=no leaves it
+    if result == "truncated":
+        (trained / "result.json").write_text((trained / "result.json").read_text()[:40])
+    elif result == "missing":
+        (trained / "result.json").unlink()
+    before = files(trained)
     finished = cli("resume", "run", "trainer.max_steps=8")
-    assert (finished.status, "has no checkpoint" in finished.err) == (1, True), finished.err
-    assert files(tmp_path / "run") == before
+    assert (finished.status, "has no checkpoint, but the adapter run/adapter" in finished.err) == (1, True), (
+        finished.err
+    )
+    assert files(trained) == before
 
 
 def test_a_resume_that_ends_before_it_has_changed_anything_keeps_the_result(
@@ -54,11 +61,49 @@ def test_run_whose_checkpoints_are_all_damaged_is_not_replaced(cli: Cli, trained
     assert files(trained) == before
 
 
-def test_changes_that_come_after_the_last_step_are_refused(cli: Cli, trained: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("loraplus.ratio=2",),
+        ("loraplus.ratio=2", "trainer.num_train_epochs=99"),  # max_steps=4 decides
+        ("trainer.num_train_epochs=99",),
+        ("trainer.max_steps=-1", "trainer.num_train_epochs=0.4", "loraplus.ratio=2"),  # 4 of the 10 steps of an epoch
+        ("trainer.max_grad_norm=0.5",),
+        ("task.args.max_length=64",),
+    ],
+    ids=" ".join,
+)
+def test_changes_that_come_after_the_last_step_are_refused(changes: tuple[str, ...], cli: Cli, trained: Path) -> None:
     before = files(trained)
-    finished = cli("resume", "run", "loraplus.ratio=2")
+    finished = cli("resume", "run", *changes)
     assert (finished.status, "all 4 steps are done" in finished.err) == (1, True), finished.err
+    assert changes[-1].partition("=")[0] in finished.err
     assert files(trained) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "step"),
+    [
+        (("trainer.per_device_eval_batch_size=2", "trainer.use_cpu=true", "task.samples=0"), 4),
+        (("trainer.max_steps=-1", "trainer.num_train_epochs=0.5", "loraplus.ratio=2"), 5),
+    ],
+)
+def test_after_the_last_step_more_steps_and_another_evaluation_are_possible(
+    changes: tuple[str, ...], step: int, cli: Cli, trained: Path
+) -> None:
+    finished = cli("resume", "run", *changes)
+    assert finished.status == 0, finished.err
+    assert json.loads((trained / "result.json").read_text())["steps"] == step
+
+
+def test_run_that_is_ended_at_its_checkpoint_has_no_other_rates(cli: Cli, trained: Path) -> None:
+    for name in ("adapter", "checkpoints/checkpoint-4"):
+        shutil.rmtree(trained / name)
+    (trained / "result.json").unlink()
+    finished = cli("resume", "run", "trainer.max_steps=2", "loraplus.ratio=2")
+    assert (finished.status, "all 2 steps are done" in finished.err) == (1, True), finished.err
+    assert cli("resume", "run", "trainer.max_steps=2").status == 0
+    assert json.loads((trained / "result.json").read_text())["steps"] == 2
 
 
 def test_run_at_work_keeps_what_was_asked_for(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,26 @@ def test_failed_jobs_harm_no_other_and_run_again_alone(
     assert "3 jobs: 1 done before, 2 failed" in second.out
     assert files(done) == before
     assert not (folder / ".jobs").exists()
+
+
+def test_job_with_relative_paths_that_was_killed_in_its_first_start_resumes(
+    cli: Cli, tiny_sweep: list[str], tiny_model: Path, rows: Path, tmp_path: Path, reported: list[Path]
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    for name in ("train", "held_out"):
+        shutil.copy(rows, tmp_path / f"{name}.jsonl")
+    paths = ["model.path=model", "data.train=train.jsonl", "data.eval=held_out.jsonl", "forgetting=held_out.jsonl"]
+    command = [*tiny_sweep, *paths, "trainer.save_steps=1", "seed=1,2"]
+    assert cli(*command).status == 0
+    (job,) = the_sweep(tmp_path).glob("seed-1_*")
+    # As a kill in step 2 leaves it
+    for name in ("adapter", "checkpoints/checkpoint-2"):
+        shutil.rmtree(job / name)
+    (job / "result.json").unlink()
+    again = cli(*command)
+    assert again.status == 0, again.out
+    result = json.loads((job / "result.json").read_text())
+    assert (result["status"], result["steps"], result["resumed_at"]) == ("ok", 2, [1])
 
 
 def test_more_values_extend_the_sweep(cli: Cli, tiny_sweep: list[str], tmp_path: Path, reported: list[Path]) -> None:

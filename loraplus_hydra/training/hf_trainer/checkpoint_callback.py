@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import screen
-from loraplus_hydra.io.checkpoint_state import RunState, StreamState, run_state, write_run_state
+from loraplus_hydra.io.checkpoint_state import RunState, StoredTrainerState, StreamState, run_state, write_run_state
 from loraplus_hydra.io.checkpoints import open_checkpoint, rotate, seal, step_of
 from loraplus_hydra.io.folders import copy_files, replaced_folder
 from loraplus_hydra.training.checkpoint_changes import describe_training
@@ -110,7 +110,7 @@ def stored_trainer_state(checkpoint: str) -> TrainerState:
     return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
 
 
-def evaluations_without_gain(state: TrainerState) -> int:
+def evaluations_without_gain(state: TrainerState | StoredTrainerState) -> int:
     """Return the number of successive evaluations without a gain that early stopping has counted."""
     kept = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
     return int(kept.get("early_stopping_patience_counter", 0))
