@@ -18,6 +18,7 @@ from loraplus_hydra.models.adapter import possible_targets
 from loraplus_hydra.models.base_model import meta_model, vocabulary_problems
 from loraplus_hydra.models.eva import eva_problems
 from loraplus_hydra.models.properties import adapter_labels, is_classifier
+from loraplus_hydra.models.token_rows import new_token_problems
 from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.tasks.examples import Examples, load_examples
 from loraplus_hydra.training.forgetting import read_pieces
@@ -100,10 +101,24 @@ def plan_without_weights(config: DictConfig, examples: Examples | None) -> tuple
     with errors_at("adapter"), _any_error_as(lambda text: _adapter_problem(model, text)):
         adapted = add_meta_adapter(model, config)
     problems = [head_problem(adapted, config.task._target_), _rank_problem(adapted), _token_problem(adapted)]
-    refuse([*(problem for problem in problems if problem is not None), *eva_problems(adapted)])
+    refuse(
+        [
+            *(problem for problem in problems if problem is not None),
+            *eva_problems(adapted),
+            *([] if examples is None else _continued_tokens(config)),
+        ]
+    )
     # The optimizer's class may refuse a combination of settings.
     with errors_at("loraplus"), _any_error_as(lambda text: Problem("optimizer", text)):
         return adapted, plan_groups(config, adapted)[1]
+
+
+def _continued_tokens(config: DictConfig) -> list[Problem]:
+    """Check that new tokens are those of the adapter that training begins from. This needs the tokenizer."""
+    path = config.adapter.get("path")
+    if not path or not config.model.add_tokens:
+        return []
+    return new_token_problems(path, load_tokenizer(config.model), config.model)
 
 
 def _stored_labels(config: DictConfig) -> dict[str, Any]:
