@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from loraplus_hydra.check.problems import check_config
+from loraplus_hydra.errors import ConfigErrors
 from loraplus_hydra.models.adapter_files import attach, save_adapter, stored_adapter
 from loraplus_hydra.training.hf_trainer.assemble import make_trainer
 from loraplus_hydra.training.prepare import Prepared, prepare
@@ -90,3 +93,20 @@ def test_continued_adapter_is_compared_with_itself(
     job = prepared("adapter=existing", f"adapter.path={tmp_path / 'saved'}", *kept, task=task)
     torch.testing.assert_close(logits(job.model), trained, rtol=1e-4, atol=1e-4)
     assert_exact(job, logits(job.model), tmp_path / "run")
+
+
+@pytest.mark.parametrize("task", ["task=dpo", "experiment=kto", "experiment=orpo"])
+def test_adapter_that_cannot_be_copied_is_told_before_anything_is_loaded(
+    task: str, compose: Callable[..., Any], checkpoints: Callable[[str], Path]
+) -> None:
+    """PEFT itself refuses a second adapter of these kinds. ORPO needs none."""
+    model = ["model=hub", f"model.path={checkpoints('qwen2')}", task, "data=jsonl", "data.train=unread.jsonl"]
+    for overrides, message in (
+        (["adapter.bias=all"], "adapter.bias: all trains the base's biases"),
+        (["adapter=adalora", "trainer.max_steps=20"], "adapter: PEFT allows one AdaLoRA in a model"),
+    ):
+        refused: AbstractContextManager[Any] = (
+            nullcontext() if "orpo" in task else pytest.raises(ConfigErrors, match=message)
+        )
+        with refused:
+            check_config(compose(*model, *overrides), with_data=False)

@@ -7,11 +7,34 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import AdaLoraConfig, PeftModel
 
+from loraplus_hydra.errors import Problem
 from loraplus_hydra.loraplus.peft_layers import ADAPTER_NAME
 
 REFERENCE = "ref"  # TRL's name for the copy
+_TRAINERS = ("DPOTrainer", "KTOTrainer")
+
+
+def adds_reference(trainer_class: type) -> bool:
+    """Return True if this class is one of TRL's preference trainers with a reference."""
+    bases = {base.__name__ for base in trainer_class.__mro__ if base.__module__.startswith("trl.")}
+    return bool(bases & set(_TRAINERS))
+
+
+def reference_problem(model: PeftModel, trainer_class: type) -> Problem | None:
+    """Return a Problem if PEFT can't add a second adapter with this config as the reference."""
+    if not adds_reference(trainer_class):
+        return None
+    config, name = model.peft_config[ADAPTER_NAME], trainer_class.__name__
+    if (bias := getattr(config, "bias", None) or "none") != "none":
+        # PEFT 0.21.2 allows one adapter with biases. They are the base's own, so a copy would have the trained ones.
+        what = f"{bias} trains the base's biases, so {name} has no frozen model to compare with"
+        return Problem("adapter.bias", what, "use none")
+    if isinstance(config, AdaLoraConfig):
+        what = f"PEFT allows one AdaLoRA in a model, and {name} compares with a frozen copy of it"
+        return Problem("adapter", what, "use adapter=lora, or experiment=orpo, which needs no reference")
+    return None
 
 
 @contextmanager
