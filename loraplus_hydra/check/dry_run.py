@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.config.schema import ModelConfig
+from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError, errors_at, first_line, nearest, refuse
 from loraplus_hydra.loraplus.plan import Plan
 from loraplus_hydra.loraplus.roles import tensor_records
@@ -18,9 +19,11 @@ from loraplus_hydra.models.adapter import possible_targets
 from loraplus_hydra.models.base_model import meta_model, vocabulary_problems
 from loraplus_hydra.models.eva import eva_problems
 from loraplus_hydra.models.properties import adapter_labels, is_classifier
+from loraplus_hydra.models.token_rows import new_token_problems
 from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.tasks.examples import Examples, load_examples
 from loraplus_hydra.training.forgetting import read_pieces
+from loraplus_hydra.training.hf_trainer.reference import reference_problem
 from loraplus_hydra.training.hf_trainer.step_memory import EMBEDDED
 from loraplus_hydra.training.hf_trainer.whole_head import head_problem
 from loraplus_hydra.training.prepare import add_meta_adapter, plan_groups, prepare_examples
@@ -99,11 +102,30 @@ def plan_without_weights(config: DictConfig, examples: Examples | None) -> tuple
         model = meta_model(config.model, config.task.auto_class, arguments)
     with errors_at("adapter"), _any_error_as(lambda text: _adapter_problem(model, text)):
         adapted = add_meta_adapter(model, config)
-    problems = [head_problem(adapted, config.task._target_), _rank_problem(adapted), _token_problem(adapted)]
-    refuse([*(problem for problem in problems if problem is not None), *eva_problems(adapted)])
+    problems = [
+        head_problem(adapted, config.task._target_),
+        reference_problem(adapted, locate(config.task._target_)),
+        _rank_problem(adapted),
+        _token_problem(adapted),
+    ]
+    refuse(
+        [
+            *(problem for problem in problems if problem is not None),
+            *eva_problems(adapted),
+            *([] if examples is None else _continued_tokens(config)),
+        ]
+    )
     # The optimizer's class may refuse a combination of settings.
     with errors_at("loraplus"), _any_error_as(lambda text: Problem("optimizer", text)):
         return adapted, plan_groups(config, adapted)[1]
+
+
+def _continued_tokens(config: DictConfig) -> list[Problem]:
+    """Check that new tokens are those of the adapter that training begins from. This needs the tokenizer."""
+    path = config.adapter.get("path")
+    if not path or not config.model.add_tokens:
+        return []
+    return new_token_problems(path, load_tokenizer(config.model), config.model)
 
 
 def _stored_labels(config: DictConfig) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from loraplus_hydra.models import adalora
 from loraplus_hydra.models.adapter_files import CONFIG, KEY, StoredAdapter, attach, first_misfit, stored_adapter
 from loraplus_hydra.models.initialisation import changes_base, copy_factors, initialise_a_zero
 from loraplus_hydra.models.patterns import refuse_slow_patterns
+from loraplus_hydra.models.token_rows import FIELD, row_differences
 
 ALL_LINEAR = "all-linear"
 WITH_EMBEDDINGS = "all-linear+embeddings"  # this program's own value: PEFT's all-linear, and the input embedding
@@ -32,8 +33,9 @@ _WHOLE_LAYERS = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "word_em
 _NOT_COMPARED = frozenset(
     {
         *("init_lora_weights", "target_modules", "task_type", "inference_mode", "revision", "auto_mapping"),
-        *("tinit", "tfinal", "total_step", "orth_reg_weight", "trainable_token_indices", "modules_to_save"),
+        *("tinit", "tfinal", "total_step", "orth_reg_weight", "modules_to_save"),
         *("base_model_name_or_path", "peft_version"),
+        FIELD,  # `row_differences` compares it, because new tokens add rows
     }
 )
 
@@ -136,10 +138,16 @@ def continue_adapter(
     """
     stored = stored_adapter(path)
     problems = [*_continue_problems(stored, new_tokens), *_base_problems(stored, model)]
-    refuse([*problems, *_differences(stored.config, configured)])
+    problems += _differences(stored.config, configured)
+    if configured is not None and (getattr(stored.config, FIELD, None) or getattr(configured, FIELD, None)):
+        embedding = _name_of(model, model.get_input_embeddings())
+        problems += row_differences(stored.config, configured, embedding, new_tokens)
+    refuse(problems)
     if not on_meta:
         return attach(model, stored, trainable=True)
     stored.config.inference_mode = False
+    if hasattr(configured, FIELD):
+        setattr(configured, FIELD, getattr(stored.config, FIELD, None))  # also has the rows of new tokens
     adapted = _new_adapter(model, configured or stored.config, on_meta=True)
     if misfit := first_misfit(adapted, stored):
         fix = "adapter=existing uses the stored adapter's own settings"
@@ -227,7 +235,7 @@ def _name_of(model: nn.Module, layer: nn.Module) -> str:
 
 def _continue_problems(stored: StoredAdapter, new_tokens: Sequence[int]) -> list[Problem]:
     config = stored.config
-    if new_tokens and not getattr(config, "trainable_token_indices", None):
+    if new_tokens and not getattr(config, FIELD, None):
         return [Problem("model.add_tokens", "the adapter at adapter.path has no rows for new tokens", "use []")]
     if changes_base(getattr(config, "init_lora_weights", None)):
         what = f"the adapter is stored as {config.init_lora_weights}, which has changed the base"

@@ -9,15 +9,17 @@ from omegaconf import DictConfig
 
 from loraplus_hydra.check import Checked
 from loraplus_hydra.config.identity import ROWS, run_hash
-from loraplus_hydra.errors import ConfigErrors, Problem, UserError
+from loraplus_hydra.errors import ConfigErrors, Problem, UserError, refuse
 from loraplus_hydra.io import checkpoints, files, folders, processes, run_folder, screen
 from loraplus_hydra.io.checkpoint_state import trainer_state
 from loraplus_hydra.io.checkpoints import AUTO, KEY, Checkpoint, ResumePoint
 from loraplus_hydra.io.locks import folder_lock
-from loraplus_hydra.io.read import Missing, read_bytes
+from loraplus_hydra.io.read import Missing, read_bytes, read_json
 from loraplus_hydra.io.result import OK, Result, read_result
+from loraplus_hydra.models.adapter_files import CONFIG as ADAPTER_CONFIG
 from loraplus_hydra.models.adapter_files import refuse_other_tensors
 from loraplus_hydra.models.eva import awaits_directions, take_ranks
+from loraplus_hydra.models.initialisation import changes_base
 from loraplus_hydra.runs.changed_inputs import refuse_other_inputs, with_inputs
 from loraplus_hydra.runs.stored_config import changes
 from loraplus_hydra.training.checkpoint_changes import full_name, refuse_other_groups
@@ -178,6 +180,18 @@ def _refuse_other_training(checked: Checked, checkpoint: Checkpoint) -> None:
     groups = {group.name: [record.name for record in group.records] for group in plan.groups}
     refuse_other_groups(checkpoint.state, full_name(loraplus_settings(config).optimizer_class), groups)
     refuse_other_tensors(checkpoint.folder, checked.model)
+    refuse(_start_problems(config, checkpoint))
+
+
+def _start_problems(config: DictConfig, checkpoint: Checkpoint) -> list[Problem]:
+    """Return a Problem for a change of a start that changes the base, because a resume repeats this start."""
+    then = read_json(checkpoint.folder / ADAPTER_CONFIG).get("init_lora_weights")
+    now = None if config.adapter.get("path") else config.adapter.get("init_lora_weights")
+    if then == now or not (changes_base(then) or changes_base(now)):
+        return []
+    what = f"is {now}, but the run started with {then}, and such a start changes the base"
+    fix = "a start can't change after step 0: remove this change, or start a new run"
+    return [Problem("adapter.init_lora_weights", what, fix)]
 
 
 def _refuse_to_replace(folder: Path) -> None:

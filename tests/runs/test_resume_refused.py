@@ -227,3 +227,17 @@ def test_first_start_of_a_command_for_a_cluster_is_no_resume(cli: Cli, tiny_run:
     assert finished.status == 0
     assert "Resuming" not in finished.out
     assert json.loads((tmp_path / "run" / "result.json").read_text())["resumed_at"] == []
+
+
+def test_start_that_changes_the_base_stays_the_runs(cli: Cli, tiny_run: list[str], trained: Path) -> None:
+    """A checkpoint's A and B fit only the base without the part that the start took out of it."""
+    assert cli(*tiny_run, "adapter=pissa", "trainer.save_steps=2", "hydra.run.dir=low").status == 0
+    for name, then, now in (("low", "pissa", "true"), ("low", "pissa", "olora"), ("run", "True", "pissa")):
+        before = files(trained.parent / name)
+        finished = cli("resume", name, "trainer.max_steps=6", f"adapter.init_lora_weights={now}")
+        message = f"adapter.init_lora_weights: is {now.title() if now == 'true' else now}, but the run started with"
+        assert (finished.status, f"{message} {then}" in finished.err) == (1, True), finished.err
+        assert files(trained.parent / name) == before
+    finished = cli("resume", "low", "trainer.max_steps=6", f"adapter.path={trained}")
+    assert (finished.status, "the run started with pissa" in finished.err) == (1, True), finished.err
+    assert cli("resume", "low", "trainer.max_steps=6").status == 0

@@ -12,8 +12,8 @@ from transformers import Trainer
 from trl.data_utils import is_conversational
 
 from loraplus_hydra.tasks.tokens import tokens_put_last
+from loraplus_hydra.training.hf_trainer.reference import adds_reference
 
-_TRAINERS = ("DPOTrainer", "KTOTrainer")
 _ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids")  # columns with the tokens of answers
 
 
@@ -30,8 +30,7 @@ class _OneEndMixin:
 
 def with_one_end(trainer_class: type[Trainer]) -> type[Trainer]:
     """Return the class with _OneEndMixin if it is one of TRL's preference trainers; otherwise unchanged."""
-    bases = {base.__name__ for base in trainer_class.__mro__ if base.__module__.startswith("trl.")}
-    if not bases & set(_TRAINERS):
+    if not adds_reference(trainer_class):
         return trainer_class
     return type(f"OneEnd{trainer_class.__name__}", (_OneEndMixin, trainer_class), {})
 

@@ -18,6 +18,7 @@ from loraplus_hydra.loraplus.plan import Plan
 from loraplus_hydra.loraplus.schedule import build_schedule, falls, highest_rate_step, named_schedule
 from loraplus_hydra.loraplus.schedule_free import NOT_CONSTANT, ScheduleFree
 from loraplus_hydra.loraplus.settings import LoraPlus
+from loraplus_hydra.training.hf_trainer.reference import exact_reference
 from loraplus_hydra.training.measure import Throughput
 
 _AT_FAULT = (
@@ -47,8 +48,9 @@ class LoraPlusMixin:
     def __init__(self, *args: Any, loraplus: LoraPlus, plan: Plan | None = None, **kwargs: Any) -> None:
         model = kwargs.get("model", args[0] if args else None)
         weights = _trained_weights(model)
-        super().__init__(*args, **kwargs)
-        _restore(model, weights)
+        with exact_reference(model):
+            super().__init__(*args, **kwargs)
+            _restore(model, weights)
         self.loraplus = loraplus
         # Planned before the model is wrapped or sharded, because shards have neither owner nor shape. If the Trainer's
         # constructor has changed the trained tensors, an earlier plan is outdated.
