@@ -23,10 +23,10 @@ from loraplus_hydra.models.token_rows import new_token_problems
 from loraplus_hydra.models.tokenizer import load_tokenizer
 from loraplus_hydra.tasks.examples import Examples, load_examples
 from loraplus_hydra.training.forgetting import read_pieces
-from loraplus_hydra.training.hf_trainer.reference import reference_problem
 from loraplus_hydra.training.hf_trainer.step_memory import EMBEDDED
 from loraplus_hydra.training.hf_trainer.whole_head import head_problem
 from loraplus_hydra.training.prepare import add_meta_adapter, plan_groups, prepare_examples
+from loraplus_hydra.training.reference import reference_problem
 
 FAR_ABOVE = 10  # times the largest dimension of a layer; such a rank would only fill the memory
 

@@ -40,6 +40,7 @@ from loraplus_hydra.tasks.base import Base
 from loraplus_hydra.tasks.examples import Examples, load_examples
 from loraplus_hydra.tasks.template import set_template
 from loraplus_hydra.training.forgetting import OtherText, read_pieces
+from loraplus_hydra.training.reference import adds_reference
 
 _PLANNING_SECONDS = 60.0
 
@@ -135,7 +136,7 @@ def load_adapted_model(
 ) -> PeftModel:
     """Load the base model with its weights, measure its loss on `other`, and add the adapter.
 
-    With `resumed`, a start that leaves the base unchanged isn't computed, because a checkpoint replaces it.
+    With `resumed`, LoftQ's start isn't computed, because a checkpoint replaces it, unless it is also DPO's reference.
     """
     set_seed(config.seed)  # for the adapter's initialisation
     base = load_base(config, tokenizer, examples.model_arguments)
@@ -149,7 +150,8 @@ def load_adapted_model(
         new_tokens=new_token_ids(tokenizer, config.model),
         revision=config.model.revision,
     )
-    if config.adapter.get("init_lora_weights") == LOFTQ and not (resumed or config.adapter.get("path")):
+    replaced = resumed and not adds_reference(locate(config.task._target_))
+    if config.adapter.get("init_lora_weights") == LOFTQ and not (replaced or config.adapter.get("path")):
         original = load_model(config.model, config.task.auto_class, examples.model_arguments)
         removed = initialise_loftq(adapted, original)
         screen.show(f"    LoftQ: A and B remove {removed:.0%} of the squared error of the 4-bit weights")

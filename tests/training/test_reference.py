@@ -30,9 +30,10 @@ def prepared(compose: Callable[..., Any], checkpoints: Callable[[str], Path], tm
     kto = write_jsonl(tmp_path / "judged.jsonl", [{**row, "completion": "it is"} for row in asked])
     tasks = {"dpo": ["task=dpo", "data=jsonl", f"data.train={dpo}"], "kto": ["experiment=kto", f"data.train={kto}"]}
 
-    def make(*overrides: str, task: str = "dpo") -> Prepared:
+    def make(*overrides: str, task: str = "dpo", resumed: bool = False) -> Prepared:
         model = ["model=hub", f"model.path={checkpoints('qwen2')}", "trainer.use_cpu=true", "trainer.max_steps=2"]
-        return prepare(compose(*model, *tasks[task], "trainer.per_device_train_batch_size=4", *overrides))
+        config = compose(*model, *tasks[task], "trainer.per_device_train_batch_size=4", *overrides)
+        return prepare(config, resumed=resumed)
 
     return make
 
@@ -110,3 +111,8 @@ def test_adapter_that_cannot_be_copied_is_told_before_anything_is_loaded(
         )
         with refused:
             check_config(compose(*model, *overrides), with_data=False)
+
+
+def test_resumed_run_compares_with_the_start_of_the_first_one(prepared: Make, tmp_path: Path) -> None:
+    first = prepared("adapter=loftq", "quantization=nf4")
+    assert_exact(prepared("adapter=loftq", "quantization=nf4", resumed=True), logits(first.model), tmp_path / "run")

@@ -12,7 +12,7 @@ from transformers import Trainer
 from trl.data_utils import is_conversational
 
 from loraplus_hydra.tasks.tokens import tokens_put_last
-from loraplus_hydra.training.hf_trainer.reference import adds_reference
+from loraplus_hydra.training.reference import adds_reference
 
 _ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids")  # columns with the tokens of answers
 

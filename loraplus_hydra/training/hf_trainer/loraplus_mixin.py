@@ -18,8 +18,8 @@ from loraplus_hydra.loraplus.plan import Plan
 from loraplus_hydra.loraplus.schedule import build_schedule, falls, highest_rate_step, named_schedule
 from loraplus_hydra.loraplus.schedule_free import NOT_CONSTANT, ScheduleFree
 from loraplus_hydra.loraplus.settings import LoraPlus
-from loraplus_hydra.training.hf_trainer.reference import exact_reference
 from loraplus_hydra.training.measure import Throughput
+from loraplus_hydra.training.reference import exact_reference
 
 _AT_FAULT = (
     "The rate may be too high, or the data or the precision may cause this: try a lower optimizer.lr (with the same "
