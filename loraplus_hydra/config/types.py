@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import sys
 import types
 import typing
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 _METADATA = "range"
+_COUNT = "[number of iters]"  # how PEFT annotates a number inside a text: pissa_niter_[number of iters]
 _TEXTS = {
     bool: "true or false",
     int: "a whole number",
@@ -77,7 +79,7 @@ def fits(value: Any, annotation: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, argument) for argument in arguments)
     if origin is typing.Literal:
-        return value in arguments
+        return any(_is_literal(value, argument) for argument in arguments)
     kind = annotation if origin is None else origin
     if kind in (list, tuple, set):
         return isinstance(value, list) and all(map(fits, value, _item_types(kind, arguments, len(value))))
@@ -151,6 +153,13 @@ def _converted(value: Any, annotation: Any, limits: Range | None) -> Any:
     if why := mismatch(value, annotation, limits):
         raise ValueError(why)
     return value
+
+
+def _is_literal(value: Any, literal: Any) -> bool:
+    if isinstance(literal, str) and _COUNT in literal:
+        before, after = map(re.escape, literal.split(_COUNT))
+        return isinstance(value, str) and re.fullmatch(f"{before}[0-9]+{after}", value) is not None
+    return bool(value == literal)
 
 
 def _item_types(kind: type, arguments: tuple[Any, ...], count: int) -> tuple[Any, ...]:

@@ -76,7 +76,7 @@ def rate_advice(
     return []
 
 
-def optimizer_note(optimizer: str, rates_of_b: Sequence[float], ratio: float) -> str:
+def optimizer_note(optimizer: str, rates_of_b: Sequence[float]) -> str:
     """Return what the ratio means with this optimizer's class; empty if it means what it does with Adam.
 
     `rates_of_b` are the rates of lora_B.
@@ -84,8 +84,8 @@ def optimizer_note(optimizer: str, rates_of_b: Sequence[float], ratio: float) ->
     if optimizer == "LoraFA":
         rates = ", ".join(f"{rate:.3g}" for rate in rates_of_b)
         return (
-            f"LoRA-FA doesn't train lora_A, so the ratio alone means nothing: only lora_B's rate counts, which is "
-            f"optimizer.lr x loraplus.ratio = {rates} (ratio {ratio:g})."
+            "LoRA-FA doesn't train lora_A, so a ratio means nothing by itself: only lora_B's rate counts, which is "
+            f"{rates}, whether a ratio or a rate of its own sets it."
         )
     if optimizer == "RiemannianAdamW":
         return (

@@ -70,7 +70,7 @@ def measure_state(plan: Plan, settings: LoraPlus) -> Plan:
     """
     # One stand-in for each kind of tensor of a group: equal shapes have equal states.
     records = {_kind(tensor): tensor.record for tensor in plan.tensors}
-    optimizer, stand_ins = _stand_in_optimizer(plan, records, settings, settings.optimizer_arguments)
+    optimizer, stand_ins = _stand_in_optimizer(plan, records, settings, settings.constructor_arguments())
     if error := _step_error(optimizer):
         try:
             default, _ = _stand_in_optimizer(plan, records, settings, {"lr": settings.lr})

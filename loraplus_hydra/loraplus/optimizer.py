@@ -16,7 +16,13 @@ from torch.optim import Optimizer
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.loraplus.factor_pairs import Pair, PairedOptimizer, factor_pairs, freeze_untrained
 from loraplus_hydra.loraplus.grouping import assign, check_rate, first_match, groups_of, plan_of
-from loraplus_hydra.loraplus.optimizer_check import optimizer_problems, takes, unknown_setting
+from loraplus_hydra.loraplus.optimizer_check import (
+    has_weight_decay,
+    optimizer_problems,
+    shared_settings,
+    takes,
+    unknown_setting,
+)
 from loraplus_hydra.loraplus.peft_layers import LORA_B_ROLES
 from loraplus_hydra.loraplus.plan import Group
 from loraplus_hydra.loraplus.roles import trained_tensors
@@ -98,7 +104,7 @@ def build_optimizer(
     Each torch group also has its name and its parameters' names. `named_parameters` may come from a wrapped model if
     the names are those of the records. `kwargs` are the class's arguments. `pairs` are the model's `factor_pairs`, for
     a PairedOptimizer. With bitsandbytes' 8-bit classes, trained embedding tensors keep 32-bit state. Raises UserError
-    for a class that can't have a rate for each group, or that doesn't have one of the settings.
+    for a class that can't have a rate for each group, or that doesn't have one of the settings for each group.
     """
     problems = optimizer_problems(optimizer_cls, kwargs)
     problems += [problem for group in groups if (problem := unknown_setting(optimizer_cls, group))]
@@ -111,6 +117,8 @@ def build_optimizer(
     arguments = dict(kwargs)
     if groups and takes(optimizer_cls, "lr"):
         arguments.setdefault("lr", groups[0].lr)
+    if has_weight_decay(optimizer_cls) and not any(group.weight_decay for group in groups):
+        arguments.setdefault("weight_decay", 0.0)  # a class with one decay for all would use its default
     try:
         optimizer = optimizer_cls(param_groups, **arguments)
     except (TypeError, ValueError) as error:
@@ -118,6 +126,8 @@ def build_optimizer(
             f"{optimizer_cls.__name__} refuses these parameters or arguments: {error}"
             + _muon_advice(optimizer_cls, groups)
         ) from error
+    if problems := shared_settings(optimizer, groups):
+        raise UserError("; ".join(problems))
     if isinstance(optimizer, PairedOptimizer):
         optimizer.pairs = pairs
     _keep_32bit_state(optimizer, groups)

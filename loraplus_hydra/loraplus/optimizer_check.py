@@ -131,6 +131,27 @@ def unknown_setting(cls: type, group: Group) -> str:
     return ""
 
 
+def shared_settings(optimizer: Optimizer, groups: Sequence[Group]) -> list[str]:
+    """Return an error for each setting of a group that the optimizer doesn't read from its groups."""
+    name, problems = type(optimizer).__name__, []
+    for group in groups:
+        rule = ", ".join(group.rules) or group.name
+        problems += [
+            f"rule {rule}: {name} has one `{key}` for all groups; set it as the class's argument"
+            for key in group.settings
+            if key not in optimizer.defaults
+        ]
+    decays = max((group.weight_decay for group in groups), default=0.0)
+    if decays and "weight_decay" not in optimizer.defaults:
+        problems.append(f"{name} has one `weight_decay` for all groups, so {decays:g} has no effect; set it to 0")
+    return problems
+
+
+def has_weight_decay(cls: type) -> bool:
+    """Return True if the class's constructor names `weight_decay`."""
+    return "weight_decay" in _parameters(cls)[0]
+
+
 def _adafactor_problems(cls: type, kwargs: Mapping[str, Any]) -> list[str]:
     if not takes(cls, "relative_step"):
         return [TORCH_ADAFACTOR]

@@ -11,6 +11,7 @@ import torch
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.loraplus.factor_pairs import freeze_untrained, trains_a
 from loraplus_hydra.loraplus.grouping import assign
+from loraplus_hydra.loraplus.optimizer_check import takes
 from loraplus_hydra.loraplus.plan import Plan
 from loraplus_hydra.loraplus.presets import preset_rules
 from loraplus_hydra.loraplus.roles import tensor_records
@@ -54,6 +55,11 @@ class LoraPlus:
         object.__setattr__(self, "extra_rules", as_rules(self.extra_rules, "loraplus.extra_rules"))
         if isinstance(self.schedule, str):
             object.__setattr__(self, "schedule", named_schedule(self.schedule))
+
+    def constructor_arguments(self) -> dict[str, Any]:
+        """Return the optimizer class's arguments, with `lr`: a schedule's absolute rates refer to it."""
+        rate = {"lr": self.lr} if takes(self.optimizer_class, "lr") else {}
+        return {**rate, **self.optimizer_arguments}
 
     def plan(self, model: torch.nn.Module) -> Plan:
         """Return the plan: each trained tensor of `model` with its group.

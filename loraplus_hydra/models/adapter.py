@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from loraplus_hydra.loraplus.peft_layers import A_ZERO, LOFTQ, TRAINED, note_ini
 from loraplus_hydra.models import adalora
 from loraplus_hydra.models.adapter_files import CONFIG, KEY, StoredAdapter, attach, first_misfit, stored_adapter
 from loraplus_hydra.models.initialisation import changes_base, copy_factors, initialise_a_zero
+from loraplus_hydra.models.named_layers import unmatched_problems
 from loraplus_hydra.models.patterns import refuse_slow_patterns
 from loraplus_hydra.models.token_rows import FIELD, row_differences
 
@@ -99,18 +101,20 @@ def add_adapter(
     stored with the adapter. With `on_meta`, the model is on the meta device, and so is the adapter. Raises UserError.
     """
     config = adapter_config(adapter, task_type) if adapter.get("_target_") else None
+    given, layers = copy.deepcopy(config), possible_targets(model)  # PEFT changes both
     if config is not None:
         _name_target_layers(config, model)
     if adapter.get("path"):
         continued = continue_adapter(model, adapter["path"], config, new_tokens=new_tokens, on_meta=on_meta)
         note_initialisation(continued, TRAINED)
         return continued
-    if config is None:
+    if config is None or given is None:
         what = "is not set, and adapter._target_ is not set either"
         raise ConfigErrors([Problem(KEY, what, "set it to a stored adapter, or use adapter=lora")])
     _train_new_tokens(config, model, new_tokens)
     _refuse_olora_on_conv1d(config, model)
     adapted = _new_adapter(model, config, revision=revision, on_meta=on_meta)
+    refuse(unmatched_problems(given, adapted, layers))
     if adapter.get("init_lora_weights") == A_ZERO:
         initialise_a_zero(adapted)
     if adapter.get("init_lora_weights") == LOFTQ:
@@ -170,8 +174,12 @@ def possible_targets(model: nn.Module) -> list[str]:
 
 def _new_adapter(model: PreTrainedModel, config: PeftConfig, *, on_meta: bool, revision: str | None = None) -> Any:
     refuse_slow_patterns(config, model)
+    # PEFT's low memory use makes new parameters, so modules that should share one no longer do. Without it, a large
+    # model's plan takes twice as long, and an initialisation that computes with the base's weights fails.
+    shares = any(getattr(config, field, None) for field in ("ensure_weight_tying", "layer_replication"))
+    low_memory = on_meta and (not shares or changes_base(getattr(config, "init_lora_weights", None)))
     with quiet_peft():
-        adapted = get_peft_model(model, config, revision=revision, low_cpu_mem_usage=on_meta)
+        adapted = get_peft_model(model, config, revision=revision, low_cpu_mem_usage=low_memory)
     if on_meta and (schedule := schedule_of(type(config))):
         schedule.finish_meta_model(adapted)
     return adapted

@@ -113,7 +113,7 @@ def explanation_of(config: DictConfig, plan: Plan, model: Any) -> tuple[str, ...
         chosen = "" if config.optimizer.lr == auto.lr else f", where this run has {config.optimizer.lr:g}"
         lines.append(f"optimizer.lr=auto is {auto.lr:g}{chosen} ({auto.source})")
     of_b = sorted({tensor.group.lr for tensor in plan.tensors if tensor.record.role == "lora_B"})
-    of_optimizer = optimizer_note(_optimizer_name(config), of_b, plan.largest_ratio)
+    of_optimizer = optimizer_note(_optimizer_name(config), of_b)
     notes = [*([of_optimizer] if of_optimizer else []), *_notes(config, plan, adapter)]
     if awaits_directions(model):
         notes.append(f"EVA decides the ranks when training begins; until then each layer has rank {adapter.r}")

@@ -35,6 +35,11 @@ ANNOTATIONS: list[tuple[Any, list[Any], list[Any]]] = [
     (int | None, [None, 2], ["x", 2.5]),
     (int | str, [1, "x"], [1.5, None]),
     (Literal["a", 1], ["a", 1], ["b", None]),
+    (
+        bool | Literal["pissa", "pissa_niter_[number of iters]"],  # PEFT's own annotation of init_lora_weights
+        [True, "pissa", "pissa_niter_16"],
+        ["pissa_niter_", "pissa_niter_x", "pissa_niter_[number of iters]", "pissa_niter_1.5", 16],
+    ),
     (list[int], [[], [1, 2]], [[1, "x"], "x", {}]),
     (tuple[float, float], [[0.9, 0.99]], [["x", 0.99], 0.9]),
     (tuple[str, ...], [["a", "b", "c"]], [["a", 1]]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplus_hydra.loraplus.advice import setting_notes
+from loraplus_hydra.loraplus.advice import optimizer_note, setting_notes
 from loraplus_hydra.loraplus.rules import TensorRecord
 
 
@@ -41,3 +41,9 @@ def test_lora_on_attention_alone_has_a_note() -> None:
         assert [note.split(":")[0] for note in setting_notes(lora_a(*only), **quiet)] == ["LoRA is on attention alone"]
         assert setting_notes(lora_a(*only, "mlp.fc1"), **quiet) == []
     assert setting_notes([], **quiet) == []
+
+
+def test_note_on_lora_fa_names_no_key_that_the_run_may_not_have() -> None:
+    note = optimizer_note("LoraFA", [4e-4])
+    assert "lora_B's rate counts, which is 0.0004" in note
+    assert "loraplus." not in note  # loraplus=absolute has no ratio

@@ -110,6 +110,28 @@ def test_without_a_schedule_the_trainers_own_arguments_decide(tmp_path: Path) ->
             trainer.lr_scheduler.step()
 
 
+def test_absolute_smallest_rate_refers_to_lr_whatever_group_is_first(tmp_path: Path) -> None:
+    """By hand: a cosine to min_lr = lr / 10 ends each group at a tenth of its own rate."""
+    settings = LoraPlus(
+        lr=1e-4,
+        rules={"a": {"role": "lora_A", "lr_mult": 0.1}, "b": {"ratio": 8}},
+        schedule="cosine_with_min_lr",
+        schedule_arguments={"num_warmup_steps": 0, "min_lr": 1e-5},
+    )
+    trainer = with_loraplus(Trainer)(
+        model=get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])),
+        args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"),
+        loraplus=settings,
+    )
+    trainer.create_optimizer_and_scheduler(num_training_steps=4)
+    assert trainer.optimizer.defaults["lr"] == 1e-4
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the order of steps
+        for _ in range(4):
+            trainer.lr_scheduler.step()
+    assert trainer.lr_scheduler.get_last_lr() == pytest.approx([1e-6, 8e-5])
+
+
 def test_a_model_without_an_adapter_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="the model has no adapter"):
         create_loraplus_optimizer(llama(), torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=8)

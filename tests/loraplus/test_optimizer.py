@@ -196,6 +196,35 @@ def test_weight_decay_for_a_class_without_is_an_error() -> None:
     assert "weight_decay" not in build(model, Plain).param_groups[0]
 
 
+class OneDecay(torch.optim.Optimizer):
+    """Has one decay for all groups, which its groups don't hold."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.01) -> None:
+        self.decay = weight_decay
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:
+        return None
+
+
+def test_setting_that_the_class_has_once_for_all_groups_is_an_error() -> None:
+    model = with_lora(llama(layers=1))
+    rules = [Rule("b", role=("lora_B",), settings={"min_8bit_size": 10**9}), Rule("a")]
+    with pytest.raises(UserError, match="rule b: AdamW8bit has one `min_8bit_size` for all groups"):
+        build(model, bnb.optim.AdamW8bit, rules)
+    with pytest.raises(UserError, match="OneDecay has one `weight_decay` for all groups"):
+        build(model, OneDecay, weight_decay=0.3)
+    assert build(model, OneDecay).decay == 0  # type: ignore[attr-defined]  # as the table shows it
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in MADE_FOR_LORA])
+def test_documented_optimizers_have_a_decay_for_each_group(name: str) -> None:
+    keys = {**arguments("optimizer", name), "weight_decay": 0.1}
+    rules = [Rule("groupB", role=("lora_B",), ratio=8.0, weight_decay=0.2), Rule("groupA")]
+    groups = build(with_lora(llama(layers=1)), locate(keys.pop("_target_")), rules, **keys).param_groups
+    assert {group["name"]: group["weight_decay"] for group in groups} == {"groupB": 0.2, "groupA": 0.1}
+
+
 def test_names_that_changed_are_noticed() -> None:
     model = with_lora(llama(layers=1))
     groups = assign(tensor_records(model), RULES, lr=LR, weight_decay=0.0).groups

@@ -73,7 +73,7 @@ class LoraPlusMixin:
                 self.loraplus.optimizer_class,
                 self.loraplus_plan.groups,
                 ((own.get(name, name), parameter) for name, parameter in bare),
-                dict(self.loraplus.optimizer_arguments),
+                self.loraplus.constructor_arguments(),
                 pairs=self._pairs(),
             )
         return self.optimizer
