@@ -274,6 +274,8 @@ def _unknown_key(key: str, text: str, composition: _Composition) -> Problem:
         fix = f"change single keys: {key}.key=value"
         return Problem(key, f"'{text}' chooses another option, but a stored run's option can't be changed", fix)
     options = _options_with(key) if is_run and parent in (*GROUPS, "task.args") else []
+    if composition.config == "resume" and key in ROOT_KEYS:  # the run's seed, and forgetting
+        return Problem(key, "can't be changed by a resume", "leave it out, or start a new run")
     if composition.config == "resume":  # its groups are empty until the run's config is read
         is_run, config = True, compose("config", return_hydra_config=True)
     if is_run and not options and (fix := _meant_overrides(last, text, config)):

@@ -88,6 +88,7 @@ def find_resume_point(checked: Checked, folder: Path, *, found_before: ResumePoi
         _refuse_to_replace(folder)
         return ResumePoint(None, changed, messages)
     _refuse_other_training(checked, checkpoint)
+    refuse(_start_problems(checked.config, checkpoint, changed))
     _refuse_changes_at_the_end(checked.config, checkpoint, changed)
     _lines_until(checkpoint)
     before = found_before or ResumePoint(None)
@@ -180,18 +181,19 @@ def _refuse_other_training(checked: Checked, checkpoint: Checkpoint) -> None:
     groups = {group.name: [record.name for record in group.records] for group in plan.groups}
     refuse_other_groups(checkpoint.state, full_name(loraplus_settings(config).optimizer_class), groups)
     refuse_other_tensors(checkpoint.folder, checked.model)
-    refuse(_start_problems(config, checkpoint))
 
 
-def _start_problems(config: DictConfig, checkpoint: Checkpoint) -> list[Problem]:
+def _start_problems(config: DictConfig, checkpoint: Checkpoint, changed: tuple[str, ...]) -> list[Problem]:
     """Return a Problem for a change of a start that changes the base, because a resume repeats this start."""
     then = read_json(checkpoint.folder / ADAPTER_CONFIG).get("init_lora_weights")
     now = None if config.adapter.get("path") else config.adapter.get("init_lora_weights")
-    if then == now or not (changes_base(then) or changes_base(now)):
-        return []
-    what = f"is {now}, but the run started with {then}, and such a start changes the base"
     fix = "a start can't change after step 0: remove this change, or start a new run"
-    return [Problem("adapter.init_lora_weights", what, fix)]
+    if then != now and (changes_base(then) or changes_base(now)):
+        what = f"is {now}, but the run started with {then}, and such a start changes the base"
+        return [Problem("adapter.init_lora_weights", what, fix)]
+    if str(now).startswith("pissa_niter") and any(change.startswith("seed:") for change in changed):
+        return [Problem("seed", f"decides the start {now}, which changes the base", fix)]
+    return []
 
 
 def _refuse_to_replace(folder: Path) -> None:

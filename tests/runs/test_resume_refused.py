@@ -241,3 +241,15 @@ def test_start_that_changes_the_base_stays_the_runs(cli: Cli, tiny_run: list[str
     finished = cli("resume", "low", "trainer.max_steps=6", f"adapter.path={trained}")
     assert (finished.status, "the run started with pissa" in finished.err) == (1, True), finished.err
     assert cli("resume", "low", "trainer.max_steps=6").status == 0
+
+
+def test_seed_of_a_random_start_that_changes_the_base_stays_the_runs(cli: Cli, tiny_run: list[str]) -> None:
+    random = ["adapter=pissa", "adapter.init_lora_weights=pissa_niter_4", "trainer.save_steps=2"]
+    command = [*tiny_run, *random, "hydra.run.dir=fast"]
+    assert cli(*command).status == 0
+    finished = cli("resume", "fast", "seed=7")
+    assert finished.err == "1 error:\n  - seed: can't be changed by a resume; leave it out, or start a new run\n"
+    finished = cli(*command, "trainer.resume_from_checkpoint=auto", "trainer.max_steps=6", "seed=7")
+    told = "seed: decides the start pissa_niter_4, which changes the base; a start can't change after step 0"
+    assert (finished.status, told in finished.err) == (1, True), finished.err
+    assert cli("resume", "fast", "trainer.max_steps=6").status == 0
