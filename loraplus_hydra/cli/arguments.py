@@ -121,7 +121,7 @@ def hydra_arguments(name: str, arguments: list[str]) -> list[str]:
     rest = [argument for argument, flag in zip(rest, given, strict=True) if flag is None]
     if flags := [flag for flag in given if flag]:
         extra.append(f"hydra.callbacks.before_run.flags=[{','.join(flags)}]")
-    as_typed = (*command.verbatim, command.positional or "")
+    as_typed = (*command.verbatim, *([command.positional] if command.positional else []))
     rest = [_verbatim(argument, as_typed) for argument in rest]
     # With `+`, because the command's own YAML can't list the keys of a stored run's config.
     rest = [f"++{text}" if text.split(".")[0] in command.changes and "." in text else text for text in rest]

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, PeftModel
+from peft import PeftModel
 
 from loraplus_hydra.errors import Problem
 from loraplus_hydra.loraplus.peft_layers import ADAPTER_NAME
+from loraplus_hydra.models.adapter import schedule_of
 
 REFERENCE = "ref"  # TRL's name for the copy
 _TRAINERS = ("DPOTrainer", "KTOTrainer")
@@ -31,8 +32,8 @@ def reference_problem(model: PeftModel, trainer_class: type) -> Problem | None:
         # PEFT 0.21.2 allows one adapter with biases. They are the base's own, so a copy would have the trained ones.
         what = f"{bias} trains the base's biases, so {name} has no frozen model to compare with"
         return Problem("adapter.bias", what, "use none")
-    if isinstance(config, AdaLoraConfig):
-        what = f"PEFT allows one AdaLoRA in a model, and {name} compares with a frozen copy of it"
+    if schedule_of(type(config)):
+        what = f"PEFT allows one adapter of this kind in a model, and {name} compares with a frozen copy of it"
         return Problem("adapter", what, "use adapter=lora, or experiment=orpo, which needs no reference")
     return None
 
