@@ -61,8 +61,8 @@ def test_table_lists_every_option_of_every_group() -> None:
             assert sorted(re.findall(r"`([\w.]+)`", rows[folder.name])) == options, folder.name
 
 
-def test_figures_of_the_readme_are_those_of_the_page_of_measurements() -> None:
-    measured = text_of("docs/numbers/measured.md")
+def test_figures_of_the_readme_are_those_of_the_pages_of_measurements() -> None:
+    measured = text_of("docs/numbers/measured.md") + text_of("docs/numbers/study.md")
     figures = re.findall(
         r"\d\.\d{3,4}\b(?!\d)|\d\d\.\d\d%|step \d+", re.sub(r"arXiv \S+|\(http\S+", "", text_of("README.md"))
     )
