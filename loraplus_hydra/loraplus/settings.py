@@ -31,8 +31,8 @@ class LoraPlus:
     `lr_scheduler_type` and `warmup_steps` decide the schedule. Rate and weight decay are never taken from the Trainer's
     arguments.
 
-    Raises UserError (a ValueError) for a preset or schedule that doesn't exist, an invalid rule, or a ratio together
-    with `rules`.
+    Raises UserError (a ValueError) for a preset or schedule that doesn't exist, an invalid rule, a ratio together with
+    `rules`, or a rate or weight decay in `optimizer_arguments`, where no group would have it.
     """
 
     lr: float
@@ -50,6 +50,11 @@ class LoraPlus:
     _extra_rules: list[Rule] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for key, allowed in (("weight_decay", None), ("lr", self.lr)):
+            if (value := self.optimizer_arguments.get(key, allowed)) != allowed:
+                raise UserError(
+                    f"optimizer_arguments has {key}={value!r}, which no group would have: set LoraPlus({key}={value!r})"
+                )
         if self.rules is not None and self.ratio is not None:
             raise UserError("`ratio` is only for a preset; with your own `rules`, set the ratio of each rule")
         values = {} if self.ratio is None else {"ratio": self.ratio}

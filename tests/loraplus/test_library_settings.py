@@ -89,6 +89,8 @@ def test_replaced_settings_make_other_rules() -> None:
         ({"schedule": "cosin"}, "there is no schedule 'cosin' (did you mean 'cosine'?)"),
         ({"ratio": 4, "rules": {"all": {}}}, "`ratio` is only for a preset"),
         ({"extra_rules": {"head": {"role": "lora_C"}}}, "there is no role 'lora_C'"),
+        ({"optimizer_arguments": {"weight_decay": 0.1}}, "set LoraPlus(weight_decay=0.1)"),
+        ({"optimizer_arguments": {"lr": 5e-2}}, "set LoraPlus(lr=0.05)"),
     ],
 )
 def test_wrong_settings_are_refused_when_they_are_made(arguments: dict[str, Any], message: str) -> None:
