@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from loraplus_hydra.errors import ConfigErrors
+from loraplus_hydra.errors import ConfigErrors, UserError
+from tests.support.models import llama, with_lora
 from tests.support.tiny import chat_tokenizer, write_jsonl
 
 LR, RATIO = 1e-3, 16
@@ -219,3 +222,58 @@ def test_layer_of_the_models_own_that_is_called_like_a_wrapper(tmp_path: Path) -
     groups = {group["name"]: group for group in trainer.create_optimizer().param_groups}
     assert [tuple(p.shape) for p in groups["groupA"]["params"]] == [(8, 4)]
     assert [tuple(p.shape) for p in groups["groupB"]["params"]] == [(4, 8)]
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        (
+            {"optimizers": (torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]), None)},
+            {},
+            "the Trainer has optimizers",
+        ),
+        ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1e-2})}, {}, "the Trainer has optimizer_cls_and_kwargs"),
+        ({}, {"optim": "adafactor", "adam_beta2": 0.95}, "have optim=adafactor, adam_beta2=0.95"),
+        ({}, {"adam_epsilon": 1e-6}, "have adam_epsilon=1e-06"),
+        ({}, {"optim": "adamw_torch", "optim_args": "eps=1e-6"}, "have optim_args=eps=1e-6"),
+    ],
+)
+def test_another_optimizer_of_the_trainer_is_refused(
+    options: dict[str, Any], arguments: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        own_trainer(tmp_path, options=options, **arguments)
+    assert "LoraPlus(optimizer_class=" in str(caught.value)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_the_trainers_name_of_the_same_optimizer_is_taken(optim: str, tmp_path: Path) -> None:
+    assert type(own_trainer(tmp_path, optim=optim).create_optimizer()) is torch.optim.AdamW
+
+
+def test_an_optimizer_in_deepspeeds_settings_is_refused(tmp_path: Path) -> None:
+    trainer = own_trainer(tmp_path)
+    trainer.accelerator = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config={"optimizer": {"type": "AdamW"}}))
+    )
+    with pytest.raises(UserError, match="the key optimizer of DeepSpeed's settings"):
+        trainer._refuse_other_optimizers()
+
+
+def own_trainer(folder: Path, model: Any = None, options: Any = None, settings: Any = None, **arguments: Any) -> Any:
+    """A plain Trainer with LoRA+, over the same row eight times."""
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    from loraplus_hydra import LoraPlus, with_loraplus
+
+    ids = torch.arange(8).repeat(8, 1)
+    return with_loraplus(Trainer)(
+        model=with_lora(llama()) if model is None else model,
+        args=TrainingArguments(
+            output_dir=str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **{"max_steps": 2} | arguments
+        ),
+        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        loraplus=settings or LoraPlus(lr=1e-3, ratio=2),
+        **(options or {}),
+    )

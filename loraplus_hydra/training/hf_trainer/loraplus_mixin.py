@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ _AT_FAULT = (
     "The rate may be too high, or the data or the precision may cause this: try a lower optimizer.lr (with the same "
     "loraplus.ratio), a lower trainer.max_grad_norm, or bf16 instead of fp16"
 )
+# The fields of the Trainer's arguments that choose an optimizer, and the values of `optim` that mean LoraPlus's default
+_OPTIMIZER_FIELDS = ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
+_SAME_CLASS = ("adamw_torch", "adamw_torch_fused")
 # Parts of parameter names that torch.compile, DDP and FSDP add.
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")
 
@@ -38,7 +42,7 @@ class LoraPlusMixin:
 
     The constructor also has the arguments `loraplus` (the settings) and `plan` (optional, an existing plan of the
     groups). The mixin also computes a language model's evaluation loss as the mean over tokens, and stops training at a
-    loss or gradient that isn't finite.
+    loss or gradient that isn't finite. Raises UserError if the Trainer is also given another optimizer.
     """
 
     optimizer: Any  # set by the Trainer
@@ -52,6 +56,7 @@ class LoraPlusMixin:
             super().__init__(*args, **kwargs)
             _restore(model, weights)
         self.loraplus = loraplus
+        self._refuse_other_optimizers()
         # Planned before the model is wrapped or sharded, because shards have neither owner nor shape. If the Trainer's
         # constructor has changed the trained tensors, an earlier plan is outdated.
         if plan is None or not _plans_for(plan, self.model):  # type: ignore[attr-defined]
@@ -60,6 +65,33 @@ class LoraPlusMixin:
         self._eval_loss_sum = 0.0
         self._eval_tokens = 0
         self._batches: tuple[int, int] = (-1, 0)  # a step, and the number of its batches so far
+
+    def _refuse_other_optimizers(self) -> None:
+        """Raise UserError if the Trainer was also given another optimizer, or arguments for one."""
+        plugin = self.accelerator.state.deepspeed_plugin  # type: ignore[attr-defined]
+        given = {
+            "optimizers": self.optimizer is not None,
+            "optimizer_cls_and_kwargs": getattr(self, "optimizer_cls_and_kwargs", None) is not None,
+            "the key optimizer of DeepSpeed's settings": plugin is not None and "optimizer" in plugin.deepspeed_config,
+        }
+        if others := [name for name, is_given in given.items() if is_given]:
+            raise UserError(
+                f"the Trainer has {' and '.join(others)}, which would replace LoRA+'s groups or have no effect: leave "
+                "it out, and set LoraPlus(optimizer_class=..., optimizer_arguments={...})"
+            )
+        own = self.args  # type: ignore[attr-defined]
+        changed = [
+            f"{one.name}={getattr(value, 'value', value)}"
+            for one in fields(own)
+            if one.name in _OPTIMIZER_FIELDS
+            and (value := getattr(own, one.name)) != one.default
+            and value not in _SAME_CLASS
+        ]
+        if changed:
+            raise UserError(
+                f"the Trainer's arguments have {', '.join(changed)}, which would have no effect: leave it out, and set "
+                "LoraPlus(optimizer_class=..., optimizer_arguments={'betas': ..., 'eps': ...})"
+            )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the optimizer over the plan's groups."""
