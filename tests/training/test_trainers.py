@@ -260,6 +260,62 @@ def test_an_optimizer_in_deepspeeds_settings_is_refused(tmp_path: Path) -> None:
         trainer._refuse_other_optimizers()
 
 
+def moved(trainer: Any) -> set[str]:
+    """The names of the tensors that training changes."""
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    return {name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])}
+
+
+def trained_names(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_an_adapter_that_is_activated_after_the_trainer_is_made_is_trained(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    model = with_lora(llama(), target_modules=["q_proj"])
+    model.add_adapter("second", LoraConfig(target_modules=["v_proj"]))
+    trainer = own_trainer(tmp_path, model)
+    model.set_adapter("second")
+    assert moved(trainer) == trained_names(model) != set()
+    assert all("v_proj" in name and ".second." in name for name in trained_names(model))
+    groups = {group["name"]: (group["initial_lr"], len(group["params"])) for group in trainer.optimizer.param_groups}
+    assert groups == {"groupA": (1e-3, 2), "groupB": (2e-3, 2)}
+
+
+def test_what_is_unfrozen_or_frozen_after_the_trainer_is_made(tmp_path: Path) -> None:
+    model = with_lora(llama(), target_modules=["q_proj", "v_proj"])
+    trainer = own_trainer(tmp_path, model)
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if "v_proj" in name:
+            parameter.requires_grad_(False)
+    assert moved(trainer) == trained_names(model)
+    assert "base_model.model.model.norm.weight" in trained_names(model)
+
+
+def test_lora_fa_keeps_lora_a_of_an_adapter_that_is_activated_later(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    from loraplus_hydra import LoraPlus
+    from loraplus_hydra.loraplus.lora_fa import LoraFA
+
+    model = with_lora(llama(), target_modules=["q_proj"])
+    model.add_adapter("second", LoraConfig(target_modules=["v_proj"]))
+    trainer = own_trainer(tmp_path, model, settings=LoraPlus(lr=1e-3, preset="none", optimizer_class=LoraFA))
+    model.set_adapter("second")
+    assert {name.partition(".v_proj.")[2] for name in moved(trainer)} == {"lora_B.second.weight"}
+
+
+def test_other_trained_tensors_are_refused_if_the_model_is_sharded(tmp_path: Path) -> None:
+    trainer = own_trainer(tmp_path)
+    trainer.model.base_model.model.model.norm.weight.requires_grad_(True)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(UserError, match=r"other tensors are trained .*: base_model\.model\.model\.norm\.weight"):
+        trainer.create_optimizer()
+
+
 def own_trainer(folder: Path, model: Any = None, options: Any = None, settings: Any = None, **arguments: Any) -> Any:
     """A plain Trainer with LoRA+, over the same row eight times."""
     from datasets import Dataset

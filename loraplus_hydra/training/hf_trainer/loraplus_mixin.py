@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from loraplus_hydra.errors import UserError
+from loraplus_hydra.errors import UserError, first_of
 from loraplus_hydra.loraplus.factor_pairs import NEEDS_WHOLE, Pair, PairedOptimizer, factor_pairs
 from loraplus_hydra.loraplus.optimizer import build_optimizer
 from loraplus_hydra.loraplus.plan import Plan
@@ -99,16 +99,33 @@ class LoraPlusMixin:
             self._refuse_sharding()
             trained = self.model if model is None else model  # type: ignore[attr-defined]
             # Wrappers' prefixes are removed from both names, because a model's own layer may be called `module`.
-            own = {_without_wrappers(record.name): record.name for record in self.loraplus_plan.records}
-            bare = ((_without_wrappers(name), parameter) for name, parameter in trained.named_parameters())
+            bare = {_without_wrappers(name): parameter for name, parameter in trained.named_parameters()}
+            own = self._planned_names({name for name, parameter in bare.items() if parameter.requires_grad})
             self.optimizer = build_optimizer(
                 self.loraplus.optimizer_class,
                 self.loraplus_plan.groups,
-                ((own.get(name, name), parameter) for name, parameter in bare),
+                ((own.get(name, name), parameter) for name, parameter in bare.items()),
                 self.loraplus.constructor_arguments(),
                 pairs=self._pairs(),
             )
         return self.optimizer
+
+    def _planned_names(self, trained: set[str]) -> dict[str, str]:
+        """Return the plan's name of each trained tensor, by its name without wrappers' prefixes.
+
+        Makes the plan again if other tensors are trained since. Raises UserError if they are already sharded.
+        """
+        own = {_without_wrappers(record.name): record.name for record in self.loraplus_plan.records}
+        if trained == own.keys():
+            return own
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            raise UserError(
+                "other tensors are trained than when the Trainer was made: "
+                f"{first_of(sorted(trained ^ own.keys()), 3)}. DeepSpeed and FSDP need them before: choose the adapter "
+                "and freeze or unfreeze tensors first"
+            )
+        self.loraplus_plan = self.loraplus.plan(self.model)  # type: ignore[attr-defined]
+        return {_without_wrappers(record.name): record.name for record in self.loraplus_plan.records}
 
     def _pairs(self) -> list[Pair] | None:
         return factor_pairs(self.model) if issubclass(self.loraplus.optimizer_class, PairedOptimizer) else None  # type: ignore[attr-defined]
