@@ -316,6 +316,39 @@ def test_other_trained_tensors_are_refused_if_the_model_is_sharded(tmp_path: Pat
         trainer.create_optimizer()
 
 
+CHANGES: list[Any] = [
+    ({"lr": 5e-3}, "groupA: initial_lr 0.001 -> 0.005, groupB: initial_lr 0.002 -> 0.01"),
+    ({"ratio": 16}, "groupB: initial_lr 0.002 -> 0.016"),
+    ({"weight_decay": 0.1}, "groupA: weight_decay 0.0 -> 0.1"),
+    ({"optimizer_arguments": {"betas": (0.5, 0.6)}}, "groupA: betas (0.9, 0.999) -> (0.5, 0.6)"),
+    ({"rules": {"groupA": {"role": "lora_A"}, "groupC": {"ratio": 2}}, "ratio": None}, "name groupB -> groupC"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES)
+def test_a_resume_with_other_rates_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    from loraplus_hydra import LoraPlus
+
+    settings = {"lr": 1e-3, "ratio": 2}
+    own_trainer(tmp_path, settings=LoraPlus(**settings), save_steps=2).train()
+    other = own_trainer(tmp_path, settings=LoraPlus(**(settings | change)), max_steps=4)
+    with pytest.raises(UserError, match=r"has other groups than LoraPlus's settings") as caught:
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert message in str(caught.value)
+
+
+def test_a_resume_with_the_same_settings_trains_on(tmp_path: Path) -> None:
+    """Betas are the same as a list and as a tuple."""
+    from loraplus_hydra import LoraPlus
+
+    own_trainer(tmp_path, save_steps=2).train()
+    same = LoraPlus(lr=1e-3, ratio=2, optimizer_arguments={"betas": [0.9, 0.999]})
+    again = own_trainer(tmp_path, settings=same, max_steps=4)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 4
+    assert [group["initial_lr"] for group in again.optimizer.param_groups] == [1e-3, 2e-3]
+
+
 def own_trainer(folder: Path, model: Any = None, options: Any = None, settings: Any = None, **arguments: Any) -> Any:
     """A plain Trainer with LoRA+, over the same row eight times."""
     from datasets import Dataset

@@ -137,6 +137,29 @@ class LoraPlusMixin:
         if sharded and issubclass(chosen, (PairedOptimizer, ScheduleFree)):
             raise UserError(f"{chosen.__name__} {NEEDS_WHOLE}")
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load like the Trainer. Raises UserError if the checkpoint's groups aren't those of the settings."""
+        own = self._group_settings() if checkpoint is not None else []
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        # The checkpoint's groups replace the new ones. ResumableMixin, which checks them itself, has put them back.
+        changes = [
+            f"{group['name']}: " + ("other tensors" if key == "param_names" else f"{key} {stored[key]} -> {value}")
+            for group, stored in zip(own, self.optimizer.param_groups, strict=False)
+            for key, value in group.items()
+            if _comparable(stored.get(key, value)) != _comparable(value)
+        ]
+        if changes:
+            raise UserError(
+                f"{checkpoint} has other groups than LoraPlus's settings, and the Trainer would keep its own: "
+                f"{first_of(changes, 6)}. Resume with the same settings, or train the saved adapter in a new Trainer"
+            )
+
+    def _group_settings(self) -> list[dict[str, Any]]:
+        """Return the entries of the optimizer's groups that the settings decide. Others may be running values."""
+        chosen = {"name", "param_names", "initial_lr", "weight_decay", *self.loraplus.optimizer_arguments} - {"lr"}
+        chosen.update(*(group.settings for group in self.loraplus_plan.groups))
+        return [{key: value for key, value in group.items() if key in chosen} for group in self.optimizer.param_groups]
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Build the schedule. It keeps the ratio between the groups' rates at every step."""
         if self.lr_scheduler is None:
@@ -307,6 +330,10 @@ def _without_wrappers(name: str) -> str:
         while name.startswith(wrapper) or f".{wrapper}" in name:
             name = name.removeprefix(wrapper).replace(f".{wrapper}", ".")
     return name
+
+
+def _comparable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value  # betas may be either
 
 
 def _first(value: Any, examples: int) -> Any:
