@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from loraplus_hydra.config.types import fits
@@ -62,6 +62,8 @@ class Rule:
     name. The rate is `lr`, or the optimizer's lr x `lr_mult` x `ratio`, where `ratio` is LoRA+'s eta_B / eta_A. If
     `weight_decay` is None, the optimizer's weight decay is used. `settings` are the optimizer's other arguments per
     group (`betas`, ...).
+
+    A single value of a condition becomes a list. Raises ConfigErrors for the same reasons as `parse_rules`.
     """
 
     name: str
@@ -80,8 +82,19 @@ class Rule:
     _patterns: tuple[re.Pattern[str], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for key in CONDITIONS:
+            value = getattr(self, key)
+            # Text would otherwise be matched letter by letter, and `new_head=False` would be no condition
+            object.__setattr__(self, key, () if value is None else tuple(_listed(value)))
         object.__setattr__(self, "group", self.group or self.name)
+        refuse(_problems(self._keys(), f"Rule({self.name!r})"))
         object.__setattr__(self, "_patterns", tuple(re.compile(pattern) for pattern in self.pattern))
+
+    def _keys(self) -> dict[str, Any]:
+        """Return the keys that a mapping would have for this rule."""
+        default = {one.name: one.default for one in fields(self)}
+        keys = {key: getattr(self, key) for key in RULE_KEYS}
+        return {**self.settings, **{key: value for key, value in keys.items() if value != default[key]}}
 
     def rate(self, base_lr: float) -> float:
         """Return the learning rate of this rule's tensors; `base_lr` is the optimizer's rate."""

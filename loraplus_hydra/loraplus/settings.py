@@ -15,7 +15,7 @@ from loraplus_hydra.loraplus.optimizer_check import takes
 from loraplus_hydra.loraplus.plan import Plan
 from loraplus_hydra.loraplus.presets import preset_rules
 from loraplus_hydra.loraplus.roles import tensor_records
-from loraplus_hydra.loraplus.rules import Rules, as_rules
+from loraplus_hydra.loraplus.rules import Rule, Rules, as_rules
 from loraplus_hydra.loraplus.schedule import named_schedule
 
 
@@ -31,8 +31,8 @@ class LoraPlus:
     `lr_scheduler_type` and `warmup_steps` decide the schedule. Rate and weight decay are never taken from the Trainer's
     arguments.
 
-    Raises UserError (a ValueError) for a preset or schedule that doesn't exist, an invalid rule, or a ratio together
-    with `rules`.
+    Raises UserError (a ValueError) for a preset or schedule that doesn't exist, an invalid rule, a ratio together with
+    `rules`, or a rate or weight decay in `optimizer_arguments`, where no group would have it.
     """
 
     lr: float
@@ -45,14 +45,22 @@ class LoraPlus:
     extra_rules: Rules = ()
     optimizer_arguments: Mapping[str, Any] = field(default_factory=dict)
     schedule_arguments: Mapping[str, Any] = field(default_factory=dict)
+    # Not in `rules`, so that `dataclasses.replace` with another preset, ratio or rate makes other rules
+    _rules: list[Rule] = field(init=False, repr=False, compare=False)
+    _extra_rules: list[Rule] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for key, allowed in (("weight_decay", None), ("lr", self.lr)):
+            if (value := self.optimizer_arguments.get(key, allowed)) != allowed:
+                raise UserError(
+                    f"optimizer_arguments has {key}={value!r}, which no group would have: set LoraPlus({key}={value!r})"
+                )
         if self.rules is not None and self.ratio is not None:
             raise UserError("`ratio` is only for a preset; with your own `rules`, set the ratio of each rule")
         values = {} if self.ratio is None else {"ratio": self.ratio}
         own = preset_rules(self.preset, lr=self.lr, **values) if self.rules is None else as_rules(self.rules)
-        object.__setattr__(self, "rules", own)
-        object.__setattr__(self, "extra_rules", as_rules(self.extra_rules, "loraplus.extra_rules"))
+        object.__setattr__(self, "_rules", own)
+        object.__setattr__(self, "_extra_rules", as_rules(self.extra_rules, "loraplus.extra_rules"))
         if isinstance(self.schedule, str):
             object.__setattr__(self, "schedule", named_schedule(self.schedule))
 
@@ -67,12 +75,11 @@ class LoraPlus:
         Freezes lora_A first if the optimizer's class doesn't train it. Raises UserError for an adapter that the class
         can't train, and for the same reasons as `grouping.assign`.
         """
-        assert self.rules is not None, "__post_init__ sets them"
         freeze_untrained(self.optimizer_class, model)
         return assign(
             tensor_records(model),
-            as_rules(self.rules),
-            extra=as_rules(self.extra_rules),
+            self._rules,
+            extra=self._extra_rules,
             lr=self.lr,
             weight_decay=self.weight_decay,
             # Without lora_A, all of the adapter may have the ratio

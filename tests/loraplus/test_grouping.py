@@ -89,6 +89,35 @@ def test_a_wrong_rule_is_refused_with_its_key(rule: object, key: str, message: s
     assert message in problem.what
 
 
+def test_single_values_of_a_rule_made_by_hand_are_lists_of_one() -> None:
+    hand: Any = Rule  # without its types, as in a script
+    assert hand("r", pattern=r"layers\.0\.") == Rule("r", pattern=(r"layers\.0\.",))
+    assert not hand("r", role="lora_B_bias").matches(B)
+    assert [hand("r", ndim=number).matches(B) for number in (2, 0)] == [True, False]
+    assert [hand("r", new_head=new).matches(B) for new in (False, True)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "message"),
+    [
+        ({"role": "lora_b"}, "role", "no role 'lora_b' (did you mean 'lora_B'?)"),
+        ({"pattern": ("layers", "(")}, "pattern", "not a regular expression"),
+        ({"ndim": ("two",)}, "ndim", "must be a whole number"),
+        ({"lr": float("nan")}, "lr", "finite"),
+        ({"lr": 1e-3, "ratio": 2.0}, "ratio", "can't be combined with `lr`"),
+        ({"ratio": None}, "ratio", "must be a number, got None"),
+        ({"weight_decay": -0.1}, "weight_decay", "not below 0"),
+        ({"settings": {"params": []}}, "params", "set by the optimizer itself"),
+    ],
+)
+def test_a_rule_made_by_hand_is_checked_like_one_of_a_mapping(keys: Any, key: str, message: str) -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        Rule("first", **keys)
+    (problem,) = caught.value.problems
+    assert problem.key == f"Rule('first').{key}"
+    assert message in problem.what
+
+
 def test_all_mistakes_of_all_rules_come_at_once() -> None:
     with pytest.raises(ConfigErrors) as caught:
         parse_rules({"one": {"role": "lora_C", "ratio": 0}, "two": {"pattern": "["}, "three": 3})

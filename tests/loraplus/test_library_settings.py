@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,21 @@ def test_rules_are_taken_as_a_mapping_everywhere() -> None:
     first = {"first": {"pattern": r"layers\.0\.", "lr": 5e-4}}
     model = with_lora(llama())
     settings = LoraPlus(lr=1e-3, rules=mapping, extra_rules=first)
-    assert settings.rules == rules
+    assert settings.plan(model).groups == LoraPlus(lr=1e-3, rules=rules, extra_rules=first).plan(model).groups
     assert rates(settings.plan(model).groups) == {"groupA": 1e-3, "groupB": 3e-3, "first": 5e-4}
     groups = group_parameters(model, mapping, lr=1e-3, extra_rules=first)
     assert {group["name"]: group["lr"] for group in groups} == {"groupA": 1e-3, "groupB": 3e-3, "first": 5e-4}
+
+
+def test_replaced_settings_make_other_rules() -> None:
+    """By hand: preset `none` has one rate, and `default` has the ratio 8."""
+    model, first = with_lora(llama()), {"first": {"pattern": r"layers\.0\.", "lr": 5e-4}}
+    settings = LoraPlus(lr=1e-4, extra_rules=first)
+    assert set(rates(replace(settings, preset="none", extra_rules=()).plan(model).groups).values()) == {1e-4}
+    changed = rates(replace(settings, lr=1e-3, ratio=2).plan(model).groups)
+    assert changed == pytest.approx({"groupA": 1e-3, "groupB": 2e-3, "first": 5e-4})
+    own = LoraPlus(lr=1e-4, rules={"all": {}})
+    assert rates(replace(own, rules=None).plan(model).groups) == pytest.approx({"groupA": 1e-4, "groupB": 8e-4})
 
 
 @pytest.mark.parametrize(
@@ -77,6 +89,8 @@ def test_rules_are_taken_as_a_mapping_everywhere() -> None:
         ({"schedule": "cosin"}, "there is no schedule 'cosin' (did you mean 'cosine'?)"),
         ({"ratio": 4, "rules": {"all": {}}}, "`ratio` is only for a preset"),
         ({"extra_rules": {"head": {"role": "lora_C"}}}, "there is no role 'lora_C'"),
+        ({"optimizer_arguments": {"weight_decay": 0.1}}, "set LoraPlus(weight_decay=0.1)"),
+        ({"optimizer_arguments": {"lr": 5e-2}}, "set LoraPlus(lr=0.05)"),
     ],
 )
 def test_wrong_settings_are_refused_when_they_are_made(arguments: dict[str, Any], message: str) -> None:

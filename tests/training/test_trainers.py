@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from loraplus_hydra.errors import ConfigErrors
+from loraplus_hydra.errors import ConfigErrors, UserError
+from tests.support.models import llama, with_lora
 from tests.support.tiny import chat_tokenizer, write_jsonl
 
 LR, RATIO = 1e-3, 16
@@ -219,3 +222,147 @@ def test_layer_of_the_models_own_that_is_called_like_a_wrapper(tmp_path: Path) -
     groups = {group["name"]: group for group in trainer.create_optimizer().param_groups}
     assert [tuple(p.shape) for p in groups["groupA"]["params"]] == [(8, 4)]
     assert [tuple(p.shape) for p in groups["groupB"]["params"]] == [(4, 8)]
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        (
+            {"optimizers": (torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]), None)},
+            {},
+            "the Trainer has optimizers",
+        ),
+        ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1e-2})}, {}, "the Trainer has optimizer_cls_and_kwargs"),
+        ({}, {"optim": "adafactor", "adam_beta2": 0.95}, "have optim=adafactor, adam_beta2=0.95"),
+        ({}, {"adam_epsilon": 1e-6}, "have adam_epsilon=1e-06"),
+        ({}, {"optim": "adamw_torch", "optim_args": "eps=1e-6"}, "have optim_args=eps=1e-6"),
+    ],
+)
+def test_another_optimizer_of_the_trainer_is_refused(
+    options: dict[str, Any], arguments: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        own_trainer(tmp_path, options=options, **arguments)
+    assert "LoraPlus(optimizer_class=" in str(caught.value)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_the_trainers_name_of_the_same_optimizer_is_taken(optim: str, tmp_path: Path) -> None:
+    assert type(own_trainer(tmp_path, optim=optim).create_optimizer()) is torch.optim.AdamW
+
+
+def test_an_optimizer_in_deepspeeds_settings_is_refused(tmp_path: Path) -> None:
+    trainer = own_trainer(tmp_path)
+    trainer.accelerator = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config={"optimizer": {"type": "AdamW"}}))
+    )
+    with pytest.raises(UserError, match="the key optimizer of DeepSpeed's settings"):
+        trainer._refuse_other_optimizers()
+
+
+def moved(trainer: Any) -> set[str]:
+    """The names of the tensors that training changes."""
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    return {name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])}
+
+
+def trained_names(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_an_adapter_that_is_activated_after_the_trainer_is_made_is_trained(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    model = with_lora(llama(), target_modules=["q_proj"])
+    model.add_adapter("second", LoraConfig(target_modules=["v_proj"]))
+    trainer = own_trainer(tmp_path, model)
+    model.set_adapter("second")
+    assert moved(trainer) == trained_names(model) != set()
+    assert all("v_proj" in name and ".second." in name for name in trained_names(model))
+    groups = {group["name"]: (group["initial_lr"], len(group["params"])) for group in trainer.optimizer.param_groups}
+    assert groups == {"groupA": (1e-3, 2), "groupB": (2e-3, 2)}
+
+
+def test_what_is_unfrozen_or_frozen_after_the_trainer_is_made(tmp_path: Path) -> None:
+    model = with_lora(llama(), target_modules=["q_proj", "v_proj"])
+    trainer = own_trainer(tmp_path, model)
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if "v_proj" in name:
+            parameter.requires_grad_(False)
+    assert moved(trainer) == trained_names(model)
+    assert "base_model.model.model.norm.weight" in trained_names(model)
+
+
+def test_lora_fa_keeps_lora_a_of_an_adapter_that_is_activated_later(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    from loraplus_hydra import LoraPlus
+    from loraplus_hydra.loraplus.lora_fa import LoraFA
+
+    model = with_lora(llama(), target_modules=["q_proj"])
+    model.add_adapter("second", LoraConfig(target_modules=["v_proj"]))
+    trainer = own_trainer(tmp_path, model, settings=LoraPlus(lr=1e-3, preset="none", optimizer_class=LoraFA))
+    model.set_adapter("second")
+    assert {name.partition(".v_proj.")[2] for name in moved(trainer)} == {"lora_B.second.weight"}
+
+
+def test_other_trained_tensors_are_refused_if_the_model_is_sharded(tmp_path: Path) -> None:
+    trainer = own_trainer(tmp_path)
+    trainer.model.base_model.model.model.norm.weight.requires_grad_(True)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(UserError, match=r"other tensors are trained .*: base_model\.model\.model\.norm\.weight"):
+        trainer.create_optimizer()
+
+
+CHANGES: list[Any] = [
+    ({"lr": 5e-3}, "groupA: initial_lr 0.001 -> 0.005, groupB: initial_lr 0.002 -> 0.01"),
+    ({"ratio": 16}, "groupB: initial_lr 0.002 -> 0.016"),
+    ({"weight_decay": 0.1}, "groupA: weight_decay 0.0 -> 0.1"),
+    ({"optimizer_arguments": {"betas": (0.5, 0.6)}}, "groupA: betas (0.9, 0.999) -> (0.5, 0.6)"),
+    ({"rules": {"groupA": {"role": "lora_A"}, "groupC": {"ratio": 2}}, "ratio": None}, "name groupB -> groupC"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES)
+def test_a_resume_with_other_rates_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    from loraplus_hydra import LoraPlus
+
+    settings = {"lr": 1e-3, "ratio": 2}
+    own_trainer(tmp_path, settings=LoraPlus(**settings), save_steps=2).train()
+    other = own_trainer(tmp_path, settings=LoraPlus(**(settings | change)), max_steps=4)
+    with pytest.raises(UserError, match=r"has other groups than LoraPlus's settings") as caught:
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert message in str(caught.value)
+
+
+def test_a_resume_with_the_same_settings_trains_on(tmp_path: Path) -> None:
+    """Betas are the same as a list and as a tuple."""
+    from loraplus_hydra import LoraPlus
+
+    own_trainer(tmp_path, save_steps=2).train()
+    same = LoraPlus(lr=1e-3, ratio=2, optimizer_arguments={"betas": [0.9, 0.999]})
+    again = own_trainer(tmp_path, settings=same, max_steps=4)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 4
+    assert [group["initial_lr"] for group in again.optimizer.param_groups] == [1e-3, 2e-3]
+
+
+def own_trainer(folder: Path, model: Any = None, options: Any = None, settings: Any = None, **arguments: Any) -> Any:
+    """A plain Trainer with LoRA+, over the same row eight times."""
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    from loraplus_hydra import LoraPlus, with_loraplus
+
+    ids = torch.arange(8).repeat(8, 1)
+    return with_loraplus(Trainer)(
+        model=with_lora(llama()) if model is None else model,
+        args=TrainingArguments(
+            output_dir=str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **{"max_steps": 2} | arguments
+        ),
+        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        loraplus=settings or LoraPlus(lr=1e-3, ratio=2),
+        **(options or {}),
+    )

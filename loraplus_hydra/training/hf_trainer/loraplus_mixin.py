@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from loraplus_hydra.errors import UserError
+from loraplus_hydra.errors import UserError, first_of
 from loraplus_hydra.loraplus.factor_pairs import NEEDS_WHOLE, Pair, PairedOptimizer, factor_pairs
 from loraplus_hydra.loraplus.optimizer import build_optimizer
 from loraplus_hydra.loraplus.plan import Plan
@@ -25,6 +26,9 @@ _AT_FAULT = (
     "The rate may be too high, or the data or the precision may cause this: try a lower optimizer.lr (with the same "
     "loraplus.ratio), a lower trainer.max_grad_norm, or bf16 instead of fp16"
 )
+# The fields of the Trainer's arguments that choose an optimizer, and the values of `optim` that mean LoraPlus's default
+_OPTIMIZER_FIELDS = ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
+_SAME_CLASS = ("adamw_torch", "adamw_torch_fused")
 # Parts of parameter names that torch.compile, DDP and FSDP add.
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")
 
@@ -38,7 +42,7 @@ class LoraPlusMixin:
 
     The constructor also has the arguments `loraplus` (the settings) and `plan` (optional, an existing plan of the
     groups). The mixin also computes a language model's evaluation loss as the mean over tokens, and stops training at a
-    loss or gradient that isn't finite.
+    loss or gradient that isn't finite. Raises UserError if the Trainer is also given another optimizer.
     """
 
     optimizer: Any  # set by the Trainer
@@ -52,6 +56,7 @@ class LoraPlusMixin:
             super().__init__(*args, **kwargs)
             _restore(model, weights)
         self.loraplus = loraplus
+        self._refuse_other_optimizers()
         # Planned before the model is wrapped or sharded, because shards have neither owner nor shape. If the Trainer's
         # constructor has changed the trained tensors, an earlier plan is outdated.
         if plan is None or not _plans_for(plan, self.model):  # type: ignore[attr-defined]
@@ -61,22 +66,66 @@ class LoraPlusMixin:
         self._eval_tokens = 0
         self._batches: tuple[int, int] = (-1, 0)  # a step, and the number of its batches so far
 
+    def _refuse_other_optimizers(self) -> None:
+        """Raise UserError if the Trainer was also given another optimizer, or arguments for one."""
+        plugin = self.accelerator.state.deepspeed_plugin  # type: ignore[attr-defined]
+        given = {
+            "optimizers": self.optimizer is not None,
+            "optimizer_cls_and_kwargs": getattr(self, "optimizer_cls_and_kwargs", None) is not None,
+            "the key optimizer of DeepSpeed's settings": plugin is not None and "optimizer" in plugin.deepspeed_config,
+        }
+        if others := [name for name, is_given in given.items() if is_given]:
+            raise UserError(
+                f"the Trainer has {' and '.join(others)}, which would replace LoRA+'s groups or have no effect: leave "
+                "it out, and set LoraPlus(optimizer_class=..., optimizer_arguments={...})"
+            )
+        own = self.args  # type: ignore[attr-defined]
+        changed = [
+            f"{one.name}={getattr(value, 'value', value)}"
+            for one in fields(own)
+            if one.name in _OPTIMIZER_FIELDS
+            and (value := getattr(own, one.name)) != one.default
+            and value not in _SAME_CLASS
+        ]
+        if changed:
+            raise UserError(
+                f"the Trainer's arguments have {', '.join(changed)}, which would have no effect: leave it out, and set "
+                "LoraPlus(optimizer_class=..., optimizer_arguments={'betas': ..., 'eps': ...})"
+            )
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the optimizer over the plan's groups."""
         if self.optimizer is None:
             self._refuse_sharding()
             trained = self.model if model is None else model  # type: ignore[attr-defined]
             # Wrappers' prefixes are removed from both names, because a model's own layer may be called `module`.
-            own = {_without_wrappers(record.name): record.name for record in self.loraplus_plan.records}
-            bare = ((_without_wrappers(name), parameter) for name, parameter in trained.named_parameters())
+            bare = {_without_wrappers(name): parameter for name, parameter in trained.named_parameters()}
+            own = self._planned_names({name for name, parameter in bare.items() if parameter.requires_grad})
             self.optimizer = build_optimizer(
                 self.loraplus.optimizer_class,
                 self.loraplus_plan.groups,
-                ((own.get(name, name), parameter) for name, parameter in bare),
+                ((own.get(name, name), parameter) for name, parameter in bare.items()),
                 self.loraplus.constructor_arguments(),
                 pairs=self._pairs(),
             )
         return self.optimizer
+
+    def _planned_names(self, trained: set[str]) -> dict[str, str]:
+        """Return the plan's name of each trained tensor, by its name without wrappers' prefixes.
+
+        Makes the plan again if other tensors are trained since. Raises UserError if they are already sharded.
+        """
+        own = {_without_wrappers(record.name): record.name for record in self.loraplus_plan.records}
+        if trained == own.keys():
+            return own
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            raise UserError(
+                "other tensors are trained than when the Trainer was made: "
+                f"{first_of(sorted(trained ^ own.keys()), 3)}. DeepSpeed and FSDP need them before: choose the adapter "
+                "and freeze or unfreeze tensors first"
+            )
+        self.loraplus_plan = self.loraplus.plan(self.model)  # type: ignore[attr-defined]
+        return {_without_wrappers(record.name): record.name for record in self.loraplus_plan.records}
 
     def _pairs(self) -> list[Pair] | None:
         return factor_pairs(self.model) if issubclass(self.loraplus.optimizer_class, PairedOptimizer) else None  # type: ignore[attr-defined]
@@ -87,6 +136,29 @@ class LoraPlusMixin:
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # type: ignore[attr-defined]
         if sharded and issubclass(chosen, (PairedOptimizer, ScheduleFree)):
             raise UserError(f"{chosen.__name__} {NEEDS_WHOLE}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load like the Trainer. Raises UserError if the checkpoint's groups aren't those of the settings."""
+        own = self._group_settings() if checkpoint is not None else []
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        # The checkpoint's groups replace the new ones. ResumableMixin, which checks them itself, has put them back.
+        changes = [
+            f"{group['name']}: " + ("other tensors" if key == "param_names" else f"{key} {stored[key]} -> {value}")
+            for group, stored in zip(own, self.optimizer.param_groups, strict=False)
+            for key, value in group.items()
+            if _comparable(stored.get(key, value)) != _comparable(value)
+        ]
+        if changes:
+            raise UserError(
+                f"{checkpoint} has other groups than LoraPlus's settings, and the Trainer would keep its own: "
+                f"{first_of(changes, 6)}. Resume with the same settings, or train the saved adapter in a new Trainer"
+            )
+
+    def _group_settings(self) -> list[dict[str, Any]]:
+        """Return the entries of the optimizer's groups that the settings decide. Others may be running values."""
+        chosen = {"name", "param_names", "initial_lr", "weight_decay", *self.loraplus.optimizer_arguments} - {"lr"}
+        chosen.update(*(group.settings for group in self.loraplus_plan.groups))
+        return [{key: value for key, value in group.items() if key in chosen} for group in self.optimizer.param_groups]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Build the schedule. It keeps the ratio between the groups' rates at every step."""
@@ -258,6 +330,10 @@ def _without_wrappers(name: str) -> str:
         while name.startswith(wrapper) or f".{wrapper}" in name:
             name = name.removeprefix(wrapper).replace(f".{wrapper}", ".")
     return name
+
+
+def _comparable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value  # betas may be either
 
 
 def _first(value: Any, examples: int) -> Any:
