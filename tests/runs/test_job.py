@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from loraplus_hydra import run
+from loraplus_hydra.errors import ConfigErrors, UserError
 from loraplus_hydra.sweep import finish as sweep_end
 from tests.conftest import Finished
 from tests.support import processes
@@ -240,3 +241,45 @@ def test_peak_memory_is_the_run_s_own(compose: Callable[..., Any], tiny_run: lis
             ballast.write(bytes(2**20))
     second = run(compose(*tiny_run), tmp_path / "second")
     assert second.peak_memory_bytes < first.peak_memory_bytes + 2**28
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("change", ["loraplus.ratio=1", "seed=0"], ids=["another config", "the same config"])
+def test_run_from_python_never_overwrites_another(
+    change: str, compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    run(compose(*tiny_run, "trainer.max_steps=2", "trainer.save_steps=1"), tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with pytest.raises(UserError, match=r"isn't empty; a run never overwrites another.* resume "):
+        run(compose(*tiny_run, "trainer.max_steps=2", "trainer.save_steps=1", change), tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
+def test_stopped_run_from_python_is_not_overwritten(
+    compose: Callable[..., Any], stopped: Callable[..., None], tiny_run: list[str], tmp_path: Path
+) -> None:
+    stopped(tmp_path / "run", *tiny_run, "trainer.save_steps=2", at=3)
+    before = contents(tmp_path / "run")
+    with pytest.raises(UserError, match="isn't empty"):
+        run(compose(*tiny_run, "loraplus.ratio=1"), tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
+def test_files_of_hydra_and_of_others_are_no_run(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    for name in (".hydra/config.yaml", "train.log", "notes.txt"):
+        (tmp_path / "run" / name).write_text("x: 1\n")
+    assert run(compose(*tiny_run, "trainer.max_steps=1"), tmp_path / "run").status == "ok"
+
+
+def test_corrected_config_has_the_folder_of_the_refused_one(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigErrors):
+        run(compose(*tiny_run, "optimizer.lr=-1"), tmp_path / "run")
+    assert run(compose(*tiny_run, "trainer.max_steps=1"), tmp_path / "run").status == "ok"
