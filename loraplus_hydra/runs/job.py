@@ -46,6 +46,7 @@ from loraplus_hydra.training.hf_trainer.train import train
 from loraplus_hydra.training.hf_trainer.whole_tensors import whole_tensors
 from loraplus_hydra.training.measure import reset_peak_memory
 from loraplus_hydra.training.prepare import Prepared, prepare
+from loraplus_hydra.training.process_state import import_early, process_state
 from loraplus_hydra.training.trackers.tracking import Tracking
 
 
@@ -77,8 +78,9 @@ def run(
     that a sweep optimises.
 
     A run never overwrites another: if one has begun in `folder`, UserError is raised, unless this run resumes it. A
-    resumed run that has finished with this config is not changed, and its stored result is returned. An invalid config
-    raises ConfigErrors before anything is loaded. Any other error is written into result.json and then raised.
+    resumed run that has finished with this config is not changed, and its stored result is returned. Torch's
+    settings, the environment and the random generators are afterwards as before. An invalid config raises ConfigErrors
+    before anything is loaded. Any other error is written into result.json and then raised.
     """
     quiet_libraries()
     checked = config if isinstance(config, Checked) else None
@@ -87,7 +89,9 @@ def run(
     folder = processes.shared_folder(Path(folder) if folder is not None else _default_folder())
     folders.make_folder(folder)
     with screen.messages_on_stdout(), interrupts.kept_signals():
-        return _run_in(folder, config, checked, point, stop_at)
+        import_early(config)
+        with process_state():
+            return _run_in(folder, config, checked, point, stop_at)
 
 
 def _run_in(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
+import random
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -283,3 +286,45 @@ def test_corrected_config_has_the_folder_of_the_refused_one(
     with pytest.raises(ConfigErrors):
         run(compose(*tiny_run, "optimizer.lr=-1"), tmp_path / "run")
     assert run(compose(*tiny_run, "trainer.max_steps=1"), tmp_path / "run").status == "ok"
+
+
+def state_of_the_process() -> dict[str, Any]:
+    from torch.backends import cudnn
+
+    return {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn": (cudnn.deterministic, cudnn.benchmark),
+        "environment": dict(os.environ),
+        "random": (random.getstate(), torch.get_rng_state().tolist()),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@pytest.mark.parametrize("end", ["ok", "error"])
+def test_run_leaves_the_process_as_it_was(
+    end: str, compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraplus_hydra.io.quiet_libraries import quiet_libraries
+    from loraplus_hydra.runs import job
+    from loraplus_hydra.training.process_state import import_early
+
+    during: dict[str, Any] = {}
+    train = job.train
+
+    def watched(*arguments: Any) -> None:
+        during.update(state_of_the_process())
+        train(*arguments)
+        if end == "error":
+            raise RuntimeError("the disk is on fire")
+
+    monkeypatch.setattr(job, "train", watched)
+    config = compose(*tiny_run, "trainer.max_steps=1", "task.samples=0", "+trainer.full_determinism=true")
+    quiet_libraries()  # these two set variables once for the process
+    import_early(config)
+    before = state_of_the_process()
+    with pytest.raises(RuntimeError) if end == "error" else nullcontext():
+        job.run(config, tmp_path / "run")
+    assert during["deterministic"]
+    assert "CUBLAS_WORKSPACE_CONFIG" in during["environment"]
+    after = state_of_the_process()
+    assert {name for name in before if after[name] != before[name]} == set()
