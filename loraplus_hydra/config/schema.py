@@ -26,6 +26,7 @@ from loraplus_hydra.config.command_schemas import (
     PredictConfig,
     ReportConfig,
 )
+from loraplus_hydra.config.outer_values import fix_outer_values
 from loraplus_hydra.config.types import COUNT, NOT_NEGATIVE, POSITIVE, WHOLE, Range, field_types, range_
 
 AUTO = "auto"  # value of optimizer.lr
@@ -303,8 +304,14 @@ def register() -> None:
 
 
 def run_of(root: DictConfig) -> DictConfig:
-    """Return the part of the program's config that describes the run."""
+    """Return the part of the program's config that describes the run.
+
+    `root` may also be a node of another repository's config. Raises ConfigErrors if an interpolation in it has no value
+    there.
+    """
     run = OmegaConf.masked_copy(root, [str(key) for key in root if key not in NOT_OF_A_RUN])
+    if root._get_parent() is not None:
+        fix_outer_values(run, root)
     _columns_as_text(run.get("data"))
     _published_rate(run.get("optimizer"))
     return run

@@ -18,7 +18,7 @@ from pathlib import Path
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 from loraplus_hydra.io.files import REMOVE, draft_of, drafts_in, found_at, is_hub_blob, refuse_dangling, refuse_link
 from loraplus_hydra.io.locks import folder_lock
-from loraplus_hydra.io.run_folder import FOLDERS, HYDRA, WRITTEN
+from loraplus_hydra.io.run_folder import CONFIG, FOLDERS, HYDRA, WRITTEN
 
 # Folders that other programs write, with links (`wandb/latest-run`). This program neither reads nor empties these
 # folders.
@@ -166,7 +166,7 @@ def refuse_used_folder(folder: Path, key: str) -> None:
         raise UserError(f"{key}: {folder} is a file; name a folder that is new or empty")
     if any(folder.iterdir()):
         hint = ""
-        if (folder / HYDRA).is_dir():
+        if (folder / HYDRA).is_dir() or (folder / CONFIG).is_file():  # a run started from Python has no .hydra
             hint = f"; to resume the run in it: python -m loraplus_hydra resume {shlex.quote(str(folder))}"
         raise UserError(f"{key}: {folder} isn't empty; a run never overwrites another, so name a new folder{hint}")
 

@@ -46,6 +46,7 @@ from loraplus_hydra.training.hf_trainer.train import train
 from loraplus_hydra.training.hf_trainer.whole_tensors import whole_tensors
 from loraplus_hydra.training.measure import reset_peak_memory
 from loraplus_hydra.training.prepare import Prepared, prepare
+from loraplus_hydra.training.process_state import import_early, process_state
 from loraplus_hydra.training.trackers.tracking import Tracking
 
 
@@ -73,9 +74,13 @@ def run(
     job. Without Hydra, as in a notebook, it is outputs/DATE/TIME; messages are then printed, unless the logger
     `loraplus_hydra` has a level. With `trainer.resume_from_checkpoint`, the run resumes from a checkpoint; `point` is
     this checkpoint if the caller has found it before. With `stop_at`, a share of the steps, the run stops there with a
-    checkpoint and the status `waiting`; rungs.json has its losses. A run that has finished with this config is not
-    changed. Returns the result; `result.value` is the metric that a sweep optimises. An invalid config raises
-    ConfigErrors before anything is loaded. Any other error is written into result.json and then raised.
+    checkpoint and the status `waiting`; rungs.json has its losses. Returns the result; `result.value` is the metric
+    that a sweep optimises.
+
+    A run never overwrites another: if one has begun in `folder`, UserError is raised, unless this run resumes it. A
+    resumed run that has finished with this config is not changed, and its stored result is returned. Torch's
+    settings, the environment and the random generators are afterwards as before. An invalid config raises ConfigErrors
+    before anything is loaded. Any other error is written into result.json and then raised.
     """
     quiet_libraries()
     checked = config if isinstance(config, Checked) else None
@@ -84,7 +89,9 @@ def run(
     folder = processes.shared_folder(Path(folder) if folder is not None else _default_folder())
     folders.make_folder(folder)
     with screen.messages_on_stdout(), interrupts.kept_signals():
-        return _run_in(folder, config, checked, point, stop_at)
+        import_early(config)
+        with process_state():
+            return _run_in(folder, config, checked, point, stop_at)
 
 
 def _run_in(
@@ -94,6 +101,8 @@ def _run_in(
     with folder_lock(folder) as is_locked:
         if processes.is_main():
             folders.refuse_foreign(folder, key="hydra.run.dir")
+            if config.trainer.get("resume_from_checkpoint") is None:
+                _refuse_begun(folder)
         if is_locked:
             folders.remove_drafts(folder)
         if (done := finished_result(config, folder)) is not None:
@@ -153,6 +162,16 @@ def _run(job: Run, checked: Checked | None, stop_at: float | None) -> None:
                     _save(job, prepared, run_folder.ADAPTER_EMA)
             else:  # one from before a resume that switched it off
                 folders.remove(job.folder / run_folder.ADAPTER_EMA)
+
+
+def _refuse_begun(folder: Path) -> None:
+    """Raise UserError if a run has begun in `folder`. Files of Hydra and of others may be there."""
+    result = read_result(folder)
+    # After an error in the config, result.json has only this error, and the corrected config may have the folder
+    is_only_error = result is not None and result.status == FAILED and not result.config_hash
+    names = set(run_folder.WRITTEN) - ({run_folder.RESULT} if is_only_error else set())
+    if any((folder / name).exists() for name in names):
+        folders.refuse_used_folder(folder, key="hydra.run.dir")
 
 
 def _default_folder() -> Path:

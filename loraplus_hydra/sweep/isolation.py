@@ -7,22 +7,20 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from omegaconf import DictConfig
 
-from loraplus_hydra.config.targets import locate
-from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.quiet_libraries import quiet_libraries
-from loraplus_hydra.training.process_state import process_state
+from loraplus_hydra.training.process_state import import_early, process_state
 
 
 @contextmanager
 def isolated(config: DictConfig) -> Iterator[None]:
     """Undo a job's changes to the process when the block ends, and free the job's memory."""
     quiet_libraries()
-    _import_early(config)
+    import_early(config)
     with ExitStack() as stack:
         stack.callback(free_memory)
         stack.callback(_reset_libraries)
@@ -67,19 +65,3 @@ def _reset_libraries() -> None:
         wandb.finish()
     if (mlflow := loaded("mlflow")) and mlflow.active_run() is not None:
         mlflow.end_run()
-
-
-def _import_early(config: DictConfig) -> None:
-    """Import the libraries that the job needs, before the state of the process is saved."""
-    # Settings that an import makes once for the process must not be undone.
-    import datasets  # noqa: F401
-    import peft  # noqa: F401
-
-    # Otherwise the first rows and the first model would import these modules, which set environment variables.
-    import scipy.io  # noqa: F401
-    import transformers.generation.utils
-    import transformers.trainer  # noqa: F401
-
-    for group in ("task", "optimizer", "scheduler", "adapter", "data"):
-        with suppress(UserError, AttributeError, TypeError):  # the check reports invalid names
-            locate(config[group]._target_)

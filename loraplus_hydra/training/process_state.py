@@ -6,14 +6,19 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from torch.backends import cuda, cudnn
+
+from loraplus_hydra.config.targets import locate
+from loraplus_hydra.errors import UserError
 
 Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # (getter, setter)
 
@@ -34,6 +39,22 @@ def process_state() -> Iterator[None]:
         set_random_states(generators)
         if torch.cuda.is_initialized() and not used_gpus:  # the job was the first to use a GPU
             torch.cuda.manual_seed_all(seed)
+
+
+def import_early(config: DictConfig) -> None:
+    """Import the libraries that the job needs, before `process_state` saves the state."""
+    # Settings that an import makes once for the process must not be undone.
+    import datasets  # noqa: F401
+    import peft  # noqa: F401
+
+    # Otherwise the first rows and the first model would import these modules, which set environment variables.
+    import scipy.io  # noqa: F401
+    import transformers.generation.utils
+    import transformers.trainer  # noqa: F401
+
+    for group in ("task", "optimizer", "scheduler", "adapter", "data"):
+        with suppress(UserError, OmegaConfBaseException, AttributeError, TypeError):  # the check reports invalid names
+            locate(config[group]._target_)
 
 
 def random_states() -> tuple[Any, ...]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
+import random
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 import torch
 
 from loraplus_hydra import run
+from loraplus_hydra.errors import ConfigErrors, UserError
 from loraplus_hydra.sweep import finish as sweep_end
 from tests.conftest import Finished
 from tests.support import processes
@@ -240,3 +244,87 @@ def test_peak_memory_is_the_run_s_own(compose: Callable[..., Any], tiny_run: lis
             ballast.write(bytes(2**20))
     second = run(compose(*tiny_run), tmp_path / "second")
     assert second.peak_memory_bytes < first.peak_memory_bytes + 2**28
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("change", ["loraplus.ratio=1", "seed=0"], ids=["another config", "the same config"])
+def test_run_from_python_never_overwrites_another(
+    change: str, compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    run(compose(*tiny_run, "trainer.max_steps=2", "trainer.save_steps=1"), tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with pytest.raises(UserError, match=r"isn't empty; a run never overwrites another.* resume "):
+        run(compose(*tiny_run, "trainer.max_steps=2", "trainer.save_steps=1", change), tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
+def test_stopped_run_from_python_is_not_overwritten(
+    compose: Callable[..., Any], stopped: Callable[..., None], tiny_run: list[str], tmp_path: Path
+) -> None:
+    stopped(tmp_path / "run", *tiny_run, "trainer.save_steps=2", at=3)
+    before = contents(tmp_path / "run")
+    with pytest.raises(UserError, match="isn't empty"):
+        run(compose(*tiny_run, "loraplus.ratio=1"), tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
+def test_files_of_hydra_and_of_others_are_no_run(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    for name in (".hydra/config.yaml", "train.log", "notes.txt"):
+        (tmp_path / "run" / name).write_text("x: 1\n")
+    assert run(compose(*tiny_run, "trainer.max_steps=1"), tmp_path / "run").status == "ok"
+
+
+def test_corrected_config_has_the_folder_of_the_refused_one(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigErrors):
+        run(compose(*tiny_run, "optimizer.lr=-1"), tmp_path / "run")
+    assert run(compose(*tiny_run, "trainer.max_steps=1"), tmp_path / "run").status == "ok"
+
+
+def state_of_the_process() -> dict[str, Any]:
+    from torch.backends import cudnn
+
+    return {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn": (cudnn.deterministic, cudnn.benchmark),
+        "environment": dict(os.environ),
+        "random": (random.getstate(), torch.get_rng_state().tolist()),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@pytest.mark.parametrize("end", ["ok", "error"])
+def test_run_leaves_the_process_as_it_was(
+    end: str, compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraplus_hydra.io.quiet_libraries import quiet_libraries
+    from loraplus_hydra.runs import job
+    from loraplus_hydra.training.process_state import import_early
+
+    during: dict[str, Any] = {}
+    train = job.train
+
+    def watched(*arguments: Any) -> None:
+        during.update(state_of_the_process())
+        train(*arguments)
+        if end == "error":
+            raise RuntimeError("the disk is on fire")
+
+    monkeypatch.setattr(job, "train", watched)
+    config = compose(*tiny_run, "trainer.max_steps=1", "task.samples=0", "+trainer.full_determinism=true")
+    quiet_libraries()  # these two set variables once for the process
+    import_early(config)
+    before = state_of_the_process()
+    with pytest.raises(RuntimeError) if end == "error" else nullcontext():
+        job.run(config, tmp_path / "run")
+    assert during["deterministic"]
+    assert "CUBLAS_WORKSPACE_CONFIG" in during["environment"]
+    after = state_of_the_process()
+    assert {name for name in before if after[name] != before[name]} == set()
