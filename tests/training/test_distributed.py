@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 
 from tests.conftest import Finished
 from tests.support.distributed_worker import write_rates
+from tests.support.forking import lines
 from tests.support.processes import Ended, command_line, run_in_two_ranks
+from tests.support.tiny import write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,6 +80,23 @@ def test_two_processes_share_one_run_folder_and_train_as_one(
     assert together["metrics"]["eval_loss"] == pytest.approx(alone.metrics["eval_loss"], rel=1e-4)
     assert done.out.count("All files are in") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_classifier_takes_the_same_step_in_two_processes_as_in_one(
+    tiny_run: list[str], compose: Callable[..., Any], tmp_path: Path
+) -> None:
+    from loraplus_hydra import run
+
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"say {n}", "label": "abc"[n % 3]} for n in range(12)])
+    shared = [*tiny_run, "task=classification", f"data.train={path}", f"data.eval={path}", "trainer.max_steps=1"]
+    shared += ["adapter.lora_dropout=0"]
+    run(compose(*shared), tmp_path / "one")
+    words = [*shared, "trainer.per_device_train_batch_size=2", "hydra.run.dir=two"]
+    ended = two_ranks(*words, folder=tmp_path)
+    assert ended.status == 0, ended.out[-3000:]
+    alone, together = (next(line for line in lines(tmp_path / name) if "grad_norm" in line) for name in ("one", "two"))
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+    assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-3)
 
 
 def test_sweep_under_torchrun_is_refused(cli: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch) -> None:
