@@ -66,6 +66,8 @@ class CheckpointCallback(TrainerCallback):
         restore_window(self.trainer, stored.window)
         for callback in self.trainer.early_stopping():
             callback.early_stopping_patience_counter = evaluations_without_gain(state)
+            # The Trainer writes each counter into an entry of the checkpoint's, which has none of a new callback
+            state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
         if stored.evaluation_due:
             self.trainer.make_up_evaluation(args.resume_from_checkpoint)
 
