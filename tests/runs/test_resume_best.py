@@ -162,3 +162,33 @@ def test_run_from_a_checkpoint_of_another_run_keeps_that_ones_best(step: int, tr
     shutil.rmtree(trial.folder / "other")
     trial.resume(*overrides)
     assert differences(trial.broken, trial.unbroken) == []
+
+
+@pytest.mark.parametrize("names", [("easy", "quite another text"), ("quite another text", "easy")])
+def test_best_of_other_rows_is_not_compared_with_new_ones(names: tuple[str, str], trial: Trial) -> None:
+    from tests.support.tiny import write_jsonl
+
+    files = [
+        write_jsonl(
+            trial.folder / f"{name}.jsonl", [{"prompt": f"{name} {n}", "completion": f" {n}"} for n in range(8)]
+        )
+        for name in names
+    ]
+    overrides = ("trainer.max_steps=6", "trainer.save_steps=2", "trainer.eval_steps=2", "optimizer.lr=1e-30")
+    overrides = (*overrides, "+trainer.load_best_model_at_end=true", f"data.eval={files[0]}")
+    trial.stop(*overrides, at=3)
+    result = trial.resume(*overrides, f"data.eval={files[1]}")
+    later = [line for line in lines(trial.broken) if "eval_loss" in line and line["step"] > 3]
+    assert result.best["step"] in (4, 6)
+    assert result.metrics["eval_loss"] == result.best["value"] == min(line["eval_loss"] for line in later)
+
+
+def test_best_of_another_metric_is_not_compared_with_the_new_one(trial: Trial) -> None:
+    overrides = ("trainer.max_steps=6", "trainer.save_steps=2", "trainer.eval_steps=2")
+    trial.stop(*overrides, at=3)
+    trial.resume(*overrides, "task.metric=eval_mean_token_accuracy", "task.greater_is_better=true")
+    stored = json.loads((trial.broken / "checkpoints" / "checkpoint-6" / "trainer_state.json").read_text())
+    measured = [
+        line["eval_mean_token_accuracy"] for line in lines(trial.broken) if line["step"] > 3 and "eval_loss" in line
+    ]
+    assert stored["best_metric"] == max(measured)

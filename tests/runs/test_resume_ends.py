@@ -104,3 +104,11 @@ def test_fewer_epochs_than_were_trained_are_refused(cli: Callable[..., Finished]
     assert finished.status == 1
     assert "trainer.num_train_epochs: the checkpoint is of epoch 1.5, beyond 1" in finished.err, finished.err
     assert not (trial.broken / "adapter").exists()
+
+
+def test_patience_may_begin_with_a_resume(trial: Trial) -> None:
+    trial.stop(*(each for each in STILL if "patience" not in each), at=3)
+    result = trial.resume(*STILL)
+    assert result.steps == 8  # the three evaluations of steps 4, 6 and 8 are no better than that of step 2
+    stored = json.loads((trial.broken / "checkpoints" / "checkpoint-8" / "trainer_state.json").read_text())
+    assert stored["stateful_callbacks"]["EarlyStoppingCallback"]["attributes"]["early_stopping_patience_counter"] == 3

@@ -266,8 +266,9 @@ def test_metrics_of_measured_numbers_equal_those_counted_by_hand() -> None:
     assert metrics.regression(evaluated([[1.0], [1.0]], [1.0, 2.0]))["pearson"] == 0.0
 
 
-def test_gradients_do_not_grow_with_accumulation(
-    made: Made, bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_gradients_do_not_change_with_accumulation(
+    smoothing: float, made: Made, bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compare four accumulated batches of one row with one batch of four."""
     examples = made(CARDS)
@@ -284,6 +285,7 @@ def test_gradients_do_not_grow_with_accumulation(
             max_grad_norm=0,
             learning_rate=1.0,
             optim="sgd",
+            label_smoothing_factor=smoothing,
             use_cpu=True,
             report_to="none",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -16,7 +17,9 @@ from safetensors.torch import load_file
 
 from tests.conftest import Finished
 from tests.support.distributed_worker import write_rates
+from tests.support.forking import lines
 from tests.support.processes import Ended, command_line, run_in_two_ranks
+from tests.support.tiny import write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,6 +81,34 @@ def test_two_processes_share_one_run_folder_and_train_as_one(
     assert together["metrics"]["eval_loss"] == pytest.approx(alone.metrics["eval_loss"], rel=1e-4)
     assert done.out.count("All files are in") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_classifier_has_the_same_step_and_losses_in_two_processes_as_in_one(
+    tiny_run: list[str], compose: Callable[..., Any], tmp_path: Path
+) -> None:
+    from loraplus_hydra import run
+
+    made = [{"text": f"say {n}", "label": "abc"[n % 3]} for n in range(12)]
+    # The five rows for evaluation fill four batches of two, so three rows are repeated
+    path, held_out = write_jsonl(tmp_path / "rows.jsonl", made), write_jsonl(tmp_path / "eval.jsonl", made[:5])
+    shared = [*tiny_run, "task=classification", f"data.train={path}", f"data.eval={held_out}", "trainer.max_steps=1"]
+    shared += ["adapter.lora_dropout=0", "trainer.per_device_eval_batch_size=2"]
+    run(compose(*shared), tmp_path / "one")
+    ended = two_ranks(*shared, "trainer.per_device_train_batch_size=2", "hydra.run.dir=two", folder=tmp_path)
+    assert ended.status == 0, ended.out[-3000:]
+    for key, accuracy in (("loss", 1e-4), ("grad_norm", 1e-3), ("eval_loss", 1e-5)):
+        alone, together = (next(line[key] for line in lines(tmp_path / name) if key in line) for name in ("one", "two"))
+        assert together == pytest.approx(alone, rel=accuracy), key
+
+
+def test_pairs_of_answers_are_evaluated_in_two_processes(tiny_run: list[str], tmp_path: Path) -> None:
+    pairs = [{"prompt": f"say {n}", "chosen": f" {n}", "rejected": f" {n + 1}"} for n in range(11)]
+    path, held_out = write_jsonl(tmp_path / "pairs.jsonl", pairs), write_jsonl(tmp_path / "eval.jsonl", pairs[:5])
+    words = [*tiny_run, "task=dpo", f"data.train={path}", f"data.eval={held_out}", "trainer.max_steps=1"]
+    ended = two_ranks(*words, "trainer.per_device_eval_batch_size=2", "hydra.run.dir=two", folder=tmp_path)
+    assert ended.status == 0, ended.out[-3000:]
+    # Before the first step, the adapter changes nothing, so each pair's loss is -log sigmoid(0)
+    assert lines(tmp_path / "two")[0]["eval_loss"] == pytest.approx(math.log(2), rel=1e-4)
 
 
 def test_sweep_under_torchrun_is_refused(cli: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch) -> None:

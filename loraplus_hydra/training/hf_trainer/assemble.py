@@ -88,7 +88,16 @@ def make_trainer(
         trainer.add_callback(AverageCallback(trainer, EMA, lambda _: decay))
     if stop_at and schedule is None and _can_average(trainer):
         trainer.add_callback(AverageCallback(trainer, OF_RUNGS, decay_for_rungs))
-    trainer.add_callback(CheckpointCallback(trainer, folder / METRICS, seconds=seconds, inputs=job.inputs))
+    changed = () if point is None else point.changed
+    trainer.add_callback(
+        CheckpointCallback(
+            trainer,
+            folder / METRICS,
+            seconds=seconds,
+            inputs=job.inputs,
+            is_other_direction=any(change.startswith("task.greater_is_better:") for change in changed),
+        )
+    )
     if not trainer.args.dataloader_num_workers:  # the rows that worker processes read are unknown here
         trainer.rows_read = job.examples.rows_read
         trainer.expected_stream = StreamState() if point is None else point.stream

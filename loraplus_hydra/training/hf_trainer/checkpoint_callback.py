@@ -25,8 +25,17 @@ class CheckpointCallback(TrainerCallback):
     Add this callback after all callbacks that write into a checkpoint, because the manifest lists every file.
     """
 
-    def __init__(self, trainer: Any, metrics: Path, *, seconds: float = 0.0, inputs: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        metrics: Path,
+        *,
+        seconds: float = 0.0,
+        inputs: Mapping[str, str],
+        is_other_direction: bool = False,
+    ) -> None:
         self.trainer = trainer
+        self.is_other_direction = is_other_direction  # task.greater_is_better has changed since the checkpoint
         self.inputs = dict(inputs)
         self.metrics = metrics
         self.started = time.perf_counter() - seconds
@@ -59,15 +68,36 @@ class CheckpointCallback(TrainerCallback):
             return
         for change in self.trainer.resumed_with:
             screen.show(f"    Changed from this step on: {change}")
-        state.best_model_checkpoint = own_best(args.resume_from_checkpoint, args)
+        stored = run_state(Path(args.resume_from_checkpoint))
+        if self._forget_other_evaluations(args, state, stored):
+            screen.show(
+                "    The evaluation has other rows or another metric from this step on, so the best is found anew"
+            )
+        else:
+            state.best_model_checkpoint = own_best(args.resume_from_checkpoint, args)
         # An interval given as a share of all steps is a share of this run's steps, not of the checkpoint's.
         state.compute_steps(args, state.max_steps)
-        stored = run_state(Path(args.resume_from_checkpoint))
         restore_window(self.trainer, stored.window)
         for callback in self.trainer.early_stopping():
             callback.early_stopping_patience_counter = evaluations_without_gain(state)
+            # The Trainer writes each counter into an entry of the checkpoint's, which has none of a new callback
+            state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
         if stored.evaluation_due:
             self.trainer.make_up_evaluation(args.resume_from_checkpoint)
+
+    def _forget_other_evaluations(self, args: Any, state: Any, stored: RunState) -> bool:
+        """Forget the best evaluation, and return True, if later evaluations can't be compared with it."""
+        then, now = stored.inputs.get("data.eval"), self.inputs.get("data.eval")
+        has_other_rows = bool(then and now and then != now)
+        best, metric = state.best_metric, args.metric_for_best_model
+        has_other_metric = best is not None and all(entry.get(metric) != best for entry in state.log_history)
+        if not (has_other_rows or has_other_metric or self.is_other_direction):
+            return False
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        state.stateful_callbacks.pop("EarlyStoppingCallback", None)
+        if has_other_rows:  # otherwise they would be this run's results
+            state.log_history = [line for line in state.log_history if not any(key.startswith("eval_") for key in line)]
+        return True
 
 
 def own_best(checkpoint: str, args: Any) -> str | None:

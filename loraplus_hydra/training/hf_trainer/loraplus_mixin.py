@@ -41,8 +41,9 @@ class LoraPlusMixin:
     """A mixin for LoRA+ training: `class MyTrainer(LoraPlusMixin, SFTTrainer): ...`.
 
     The constructor also has the arguments `loraplus` (the settings) and `plan` (optional, an existing plan of the
-    groups). The mixin also computes a language model's evaluation loss as the mean over tokens, and stops training at a
-    loss or gradient that isn't finite. Raises UserError if the Trainer is also given another optimizer.
+    groups). The mixin also computes a language model's evaluation loss as the mean over tokens, and a classifier's as
+    the mean over rows. It stops training at a loss or gradient that isn't finite. Raises UserError if the Trainer is
+    also given another optimizer.
     """
 
     optimizer: Any  # set by the Trainer
@@ -63,7 +64,7 @@ class LoraPlusMixin:
             plan = loraplus.plan(self.model)  # type: ignore[attr-defined]
         self.loraplus_plan = plan
         self._eval_loss_sum = 0.0
-        self._eval_tokens = 0
+        self._eval_weight = 0
         self._batches: tuple[int, int] = (-1, 0)  # a step, and the number of its batches so far
 
     def _refuse_other_optimizers(self) -> None:
@@ -225,9 +226,9 @@ class LoraPlusMixin:
         return f", in the batch that begins {tokenizer.decode(tokens[0, :24], skip_special_tokens=True)!r}"
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        """Predict like the Trainer, and add the loss of the batch's tokens to the sum."""
+        """Predict like the Trainer, and add the loss of the batch's tokens, or of its rows, to the sum."""
         step = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
-        if step[0] is None or not getattr(self, "_loss_shifts_labels", False):
+        if step[0] is None or self._weight(inputs) is None:
             return step
         loss, counted, weight = step[0], inputs, 1
         examples = self._examples_not_repeated(inputs)
@@ -235,10 +236,23 @@ class LoraPlusMixin:
             weight = min(examples, 1)
             counted = {name: _first(value, max(examples, 1)) for name, value in inputs.items()}
             loss = super().prediction_step(model, counted, True, ignore_keys)[0]  # type: ignore[misc]
-        tokens = weight * loss_tokens(counted)
-        self._eval_loss_sum += loss.item() * tokens if tokens else 0.0
-        self._eval_tokens += tokens
+        weight *= self._weight(counted) or 0
+        self._eval_loss_sum += loss.item() * weight if weight else 0.0
+        self._eval_weight += weight
         return step
+
+    def _weight(self, inputs: Any) -> int | None:
+        """Return the number of a batch's tokens with loss, or of its rows if each row has a label.
+
+        None for other batches, such as pairs of answers, which have two rows for each example.
+        """
+        labels = inputs.get("labels")
+        if not isinstance(labels, torch.Tensor):
+            return None
+        if labels.ndim == 2 and getattr(self, "_loss_shifts_labels", False):
+            return loss_tokens(inputs)
+        has_rows = labels.ndim == 1 or (labels.ndim == 2 and labels.is_floating_point())  # several labels are floats
+        return len(labels) if has_rows else None
 
     def _examples_not_repeated(self, inputs: Any) -> int | None:
         """Return the number of rows in this process's last batch that are not repeated.
@@ -253,17 +267,17 @@ class LoraPlusMixin:
         return min(max(state.remainder - self.args.process_index * size, 0), size)  # type: ignore[attr-defined]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate like the Trainer, but compute a language model's loss as the mean over all tokens."""
+        """Evaluate like the Trainer, but compute the loss as the mean over all tokens, or over all rows."""
         # The Trainer's own loss is a mean of the batches' means. It depends on the batch size, and counts twice the
         # rows that fill the last batches of several processes.
-        self._eval_loss_sum, self._eval_tokens = 0.0, 0
+        self._eval_loss_sum, self._eval_weight = 0.0, 0
         arguments = self.args  # type: ignore[attr-defined]
         across, arguments.average_tokens_across_devices = arguments.average_tokens_across_devices, False
         try:
             output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
         finally:
             arguments.average_tokens_across_devices = across
-        sums = torch.tensor([self._eval_loss_sum, self._eval_tokens], dtype=torch.float64)
+        sums = torch.tensor([self._eval_loss_sum, self._eval_weight], dtype=torch.float64)
         if arguments.world_size > 1:
             sums = self.accelerator.reduce(sums.to(arguments.device), reduction="sum")  # type: ignore[attr-defined]
         if sums[1] > 0:

@@ -72,6 +72,7 @@ class ResumableMixin:
     rows_read: RowsRead | None = None  # the streamed training rows that were read
     expected_stream = StreamState()  # the streamed rows that a resumed run must read again
     evaluation_due = False  # True after a signal stopped an evaluation, until the evaluation is repeated
+    _has_noted_rest = False  # True after the note about a stream's last batches
     start_key: str | None = None  # equal for jobs that begin alike, see start_evaluation.py
 
     def train_or_restore(self, checkpoint: str | None) -> Any:
@@ -197,6 +198,21 @@ class ResumableMixin:
         if batches and self.rows_read is not None and not self.args.ignore_data_skip:
             self.rows_read.expected = (self.expected_stream.count, self.expected_stream.digest)
         return epochs, batches
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """Return the batches of a step. At the end of a stream, return none if they don't fill the step."""
+        # The Trainer takes no step with them, because it doesn't know the stream's end. Their gradients would be added
+        # to the next step's.
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        if has_length(self.train_dataset) or not 0 < len(batches) < num_batches:
+            return batches, items
+        if not self._has_noted_rest:
+            screen.show(
+                f"    Note: the last {len(batches)} of the stream's batches are left out, because a step has "
+                f"{num_batches} (trainer.gradient_accumulation_steps)"
+            )
+        self._has_noted_rest = True
+        return [], None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the adapter, the base's config.json and the tokenizer, without pickled arguments."""
