@@ -36,7 +36,7 @@ def model_location(path: str) -> str:
     """
     if not path.startswith(PACKAGE_SCHEME):
         local = expanded(path)
-        return str(local.absolute()) if path.startswith("~") or os.path.exists(local) else path  # noqa: PTH110 - as below
+        return str(local.absolute()) if path.startswith("~") or os.path.exists(local) else path  # noqa: PTH110
     package, _, inside = path.removeprefix(PACKAGE_SCHEME).partition("/")
     try:
         if package.split(".")[0] in sys.stdlib_module_names:  # importing `this` or `antigravity` has effects

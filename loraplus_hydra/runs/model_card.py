@@ -24,12 +24,8 @@ from loraplus_hydra.models.quantization import is_quantized
 from loraplus_hydra.runs.finished import FinishedRun, model_metrics
 
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
-_ROW = {
-    "group": str,
-    "lr": float,
-    "weight_decay": float,
-    "shape": list[int],
-}  # what the card needs of param_groups.json
+# What the card needs of each row of param_groups.json
+_ROW = {"group": str, "lr": float, "weight_decay": float, "shape": list[int]}
 
 
 def write_card(run: FinishedRun, folder: Path, *, merged: bool, check: str = "", serving: str = "") -> None:
