@@ -6,9 +6,11 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from omegaconf import DictConfig
 from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
@@ -22,7 +24,12 @@ from loraplus_hydra.io.quiet_libraries import quiet_peft
 from loraplus_hydra.loraplus.peft_layers import A_ZERO, LOFTQ, TRAINED, note_initialisation
 from loraplus_hydra.models import adalora
 from loraplus_hydra.models.adapter_files import CONFIG, KEY, StoredAdapter, attach, first_misfit, stored_adapter
-from loraplus_hydra.models.initialisation import changes_base, copy_factors, initialise_a_zero
+from loraplus_hydra.models.initialisation import (
+    changes_base,
+    copy_factors,
+    initialise_a_zero,
+    refuse_shared_weights,
+)
 from loraplus_hydra.models.named_layers import unmatched_problems
 from loraplus_hydra.models.patterns import refuse_slow_patterns
 from loraplus_hydra.models.token_rows import FIELD, row_differences
@@ -120,9 +127,11 @@ def add_adapter(
     if adapter.get("init_lora_weights") == LOFTQ:
         # The caller computes the factors (`initialise_loftq`), which needs the base without quantisation
         note_initialisation(adapted, LOFTQ)
-    if not on_meta and changes_base(getattr(config, "init_lora_weights", None)):
-        # `save_adapter` needs these copies to convert the adapter to the original base.
-        adapted.initial_factors = copy_factors(adapted)
+    if changes_base(getattr(config, "init_lora_weights", None)):
+        refuse_shared_weights(adapted)
+        if not on_meta:
+            # `save_adapter` needs these copies to convert the adapter to the original base.
+            adapted.initial_factors = copy_factors(adapted)
     return adapted
 
 
@@ -175,11 +184,12 @@ def possible_targets(model: nn.Module) -> list[str]:
 def _new_adapter(model: PreTrainedModel, config: PeftConfig, *, on_meta: bool, revision: str | None = None) -> Any:
     refuse_slow_patterns(config, model)
     # PEFT's low memory use makes new parameters, so modules that should share one no longer do. Without it, a large
-    # model's plan takes twice as long, and an initialisation that computes with the base's weights fails.
+    # model's plan takes twice as long.
     shares = any(getattr(config, field, None) for field in ("ensure_weight_tying", "layer_replication"))
-    low_memory = on_meta and (not shares or changes_base(getattr(config, "init_lora_weights", None)))
-    with quiet_peft():
-        adapted = get_peft_model(model, config, revision=revision, low_cpu_mem_usage=low_memory)
+    # An initialisation can compute with the base's weights, so it needs the adapter on the same device.
+    device = torch.device("meta") if on_meta and shares else nullcontext()
+    with quiet_peft(), device:
+        adapted = get_peft_model(model, config, revision=revision, low_cpu_mem_usage=on_meta and not shares)
     if on_meta and (schedule := schedule_of(type(config))):
         schedule.finish_meta_model(adapted)
     return adapted

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from loraplus_hydra.errors import ConfigErrors, Problem
@@ -26,6 +27,27 @@ _FACTOR = re.compile(rf"(?P<layer>.+)\.(?P<factor>lora_(embedding_)?[AB])\.{ADAP
 def changes_base(init_lora_weights: Any) -> bool:
     """Return True if this initialisation changes the base's weights."""
     return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(("pissa", "olora"))
+
+
+def refuse_shared_weights(model: PeftModel) -> None:
+    """Raise ConfigErrors if PiSSA or OLoRA has changed a weight that another layer also uses.
+
+    The other layer would be changed, too, so the model would not start as its base, and no adapter could store it. The
+    usual cases are an output layer tied to the embedding, and replicated layers.
+    """
+    users: dict[int, list[str]] = {}
+    layers = []
+    for name, module in model.get_base_model().named_modules():
+        for parameter in module._parameters.values():
+            users.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+        if isinstance(module, LoraLayer) and not isinstance(module.get_base_layer(), nn.Embedding):
+            layers.append((name, getattr(module.get_base_layer(), "weight", None)))
+    for name, weight in layers:
+        others = [user for user in users.get(id(weight), ()) if user != name]
+        if others:
+            what = f"this start changes the weight of {name}, which is also the weight of {others[0]}"
+            fix = f"use true, or don't adapt {name} (adapter.target_modules, adapter.layer_replication)"
+            raise ConfigErrors([Problem("adapter.init_lora_weights", what, fix)])
 
 
 def initialise_a_zero(model: nn.Module) -> None:

@@ -140,6 +140,45 @@ def test_converted_file_fits_the_base_whatever_the_rank_and_the_layers(
     torch.testing.assert_close(again, trained, atol=5e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "keys"),
+    [
+        ("qwen2", {"target_modules": ["q_proj", "lm_head"]}),  # tied to the embedding
+        ("qwen2", {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
+        ("llama", {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 2]]}),
+    ],
+)
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_start_that_would_change_another_layers_weight_is_refused(
+    start: str, architecture: str, keys: dict[str, Any], checkpoints: Any
+) -> None:
+    """PEFT changes a layer's weight in place, so the model would start as another one than its base."""
+    adapter = {"_target_": "peft.LoraConfig", "r": 4, "init_lora_weights": start, **keys}
+    base = base_of(checkpoints(architecture), architecture)
+    with torch.device("meta"):
+        on_meta = type(base)(base.config)
+    for model in (on_meta, base):
+        with pytest.raises(ConfigErrors, match="which is also the weight of"):
+            add_adapter(model, adapter, "CAUSAL_LM", on_meta=model is on_meta)
+
+
+@pytest.mark.parametrize(("architecture", "target"), [("llama", "lm_head"), ("qwen2", "embed_tokens")])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_start_that_changes_no_shared_weight_equals_the_base(
+    start: str, architecture: str, target: str, checkpoints: Any
+) -> None:
+    """PEFT starts an embedding in the usual way, so the weight of a tied one stays as it is."""
+    before = logits(base_of(checkpoints(architecture), architecture))
+    adapter = {
+        "_target_": "peft.LoraConfig",
+        "r": 4,
+        "init_lora_weights": start,
+        "target_modules": ["q_proj", target],
+    }
+    model = add_adapter(base_of(checkpoints(architecture), architecture), adapter, "CAUSAL_LM")
+    torch.testing.assert_close(logits(model), before, atol=1e-6, rtol=1e-5)
+
+
 def test_conversion_keeps_a_classifiers_head(checkpoints: Any, tmp_path: Path, compose: Callable[..., Any]) -> None:
     model = add_adapter(base_of(checkpoints("bert"), "bert"), compose("adapter=pissa").adapter, "SEQ_CLS")
     train(model, causal=False)
