@@ -54,8 +54,9 @@ def initialise_a_zero(model: nn.Module) -> None:
     """Initialise the factors by Init[2] of the LoRA+ paper: A is zero, B is random.
 
     B gets PEFT's default distribution of A: uniform within +-1/sqrt(fan in). B's fan in is the rank, for a convolution
-    multiplied by the kernel's size. LoRA on embeddings stays unchanged, because PEFT already makes A zero and B random.
-    Random numbers come from the global generator, which the caller must seed.
+    multiplied by the kernel's size. PEFT stores the factors of fused experts in one matrix, but each expert has only its
+    own part. LoRA on embeddings stays unchanged, because PEFT already makes A zero and B random. Random numbers come
+    from the global generator, which the caller must seed.
     """
     found = False
     for module in model.modules():
@@ -63,6 +64,7 @@ def initialise_a_zero(model: nn.Module) -> None:
         if ADAPTER_NAME in lora_A and hasattr(lora_A[ADAPTER_NAME], "weight"):
             nn.init.zeros_(lora_A[ADAPTER_NAME].weight)
             nn.init.kaiming_uniform_(lora_B[ADAPTER_NAME].weight, a=math.sqrt(5))
+            lora_B[ADAPTER_NAME].weight.data *= math.sqrt(getattr(module, "num_experts", 1))
             found = True
     if not found:
         what = "a_zero initialises LoRA's factors, but this adapter has no such factors"

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from loraplus_hydra import run
 from loraplus_hydra.errors import ConfigErrors
@@ -215,6 +215,26 @@ def test_a_zero_starts_as_the_base_whatever_else_the_adapter_has(also: dict[str,
     adapter = {"_target_": "peft.LoraConfig", "target_modules": ["q_proj", "v_proj"], "init_lora_weights": "a_zero"}
     model = add_adapter(base_of(checkpoints("llama")), {**adapter, **also}, "CAUSAL_LM")
     torch.testing.assert_close(logits(model), logits(base_of(checkpoints("llama"))), atol=1e-6, rtol=1e-5)
+
+
+def test_a_zero_starts_each_expert_like_a_layer_of_its_own() -> None:
+    """PEFT keeps the experts' factors in one matrix, whose inner side is rank x experts."""
+    settings = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = MixtralConfig(vocab_size=32, num_key_value_heads=2, num_local_experts=16, **settings)
+    adapter = {
+        "_target_": "peft.LoraConfig",
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        "init_lora_weights": "a_zero",
+    }
+    torch.manual_seed(0)
+    model = add_adapter(MixtralForCausalLM(experts), adapter, "CAUSAL_LM")
+    of_experts = [p for name, p in model.named_parameters() if "experts" in name and ".lora_B." in name]
+    assert len(of_experts) == 2
+    for b in of_experts:  # uniform within 1 / sqrt(r)
+        assert b.abs().max() <= 1 / math.sqrt(4)
+        assert b.std().item() == pytest.approx(1 / math.sqrt(3 * 4), rel=0.05)
 
 
 def test_embeddings_join_all_linears_whatever_they_are_called(checkpoints: Any, compose: Callable[..., Any]) -> None:
