@@ -54,9 +54,10 @@ def initialise_a_zero(model: nn.Module) -> None:
     """Initialise the factors by Init[2] of the LoRA+ paper: A is zero, B is random.
 
     B gets PEFT's default distribution of A: uniform within +-1/sqrt(fan in). B's fan in is the rank, for a convolution
-    multiplied by the kernel's size. PEFT stores the factors of fused experts in one matrix, but each expert has only its
-    own part. LoRA on embeddings stays unchanged, because PEFT already makes A zero and B random. Random numbers come
-    from the global generator, which the caller must seed.
+    multiplied by the kernel's size. PEFT stores the factors of fused experts in one matrix, of which each expert uses
+    its own part. LoRA on embeddings stays unchanged, because PEFT already makes A zero and B random.
+
+    Random numbers come from the global generator, which the caller must seed.
     """
     found = False
     for module in model.modules():
