@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from loraplus_hydra.config.targets import instantiate, locate
 from loraplus_hydra.errors import ConfigErrors, Problem, refuse
 from loraplus_hydra.io.quiet_libraries import quiet_peft
-from loraplus_hydra.loraplus.peft_layers import A_ZERO, LOFTQ, TRAINED, note_initialisation
+from loraplus_hydra.loraplus.peft_layers import A_ZERO, ADAPTER_NAME, LOFTQ, TRAINED, note_initialisation
 from loraplus_hydra.models import adalora
 from loraplus_hydra.models.adapter_files import CONFIG, KEY, StoredAdapter, attach, first_misfit, stored_adapter
 from loraplus_hydra.models.initialisation import (
@@ -113,6 +113,7 @@ def add_adapter(
         _name_target_layers(config, model)
     if adapter.get("path"):
         continued = continue_adapter(model, adapter["path"], config, new_tokens=new_tokens, on_meta=on_meta)
+        _refuse_tied_factors(continued)
         note_initialisation(continued, TRAINED)
         return continued
     if config is None or given is None:
@@ -122,6 +123,7 @@ def add_adapter(
     _refuse_olora_on_conv1d(config, model)
     adapted = _new_adapter(model, config, revision=revision, on_meta=on_meta)
     refuse(unmatched_problems(given, adapted, layers))
+    _refuse_tied_factors(adapted)
     if adapter.get("init_lora_weights") == A_ZERO:
         initialise_a_zero(adapted)
     if adapter.get("init_lora_weights") == LOFTQ:
@@ -245,6 +247,15 @@ def _refuse_olora_on_conv1d(config: PeftConfig, model: PreTrainedModel) -> None:
     if initialisation == "olora" and any(isinstance(module, Conv1D) for module in model.modules()):
         what = f"PEFT's olora doesn't support the Conv1D layers of {type(model).__name__}"
         raise ConfigErrors([Problem("adapter.init_lora_weights", what, "use pissa")])
+
+
+def _refuse_tied_factors(adapted: PeftModel) -> None:
+    # PEFT 0.21.2 makes two parameters that share memory. The optimizer would change it twice in each step, at the rates
+    # of both. A cast or a move to a GPU gives each parameter its own memory, so they would silently be tied no more.
+    if tied := getattr(adapted.peft_config[ADAPTER_NAME], "target_modules_to_tie", None):
+        what = f"LoRA of the embedding and of {', '.join(sorted(tied))} would be one tensor with two rates"
+        fix = "set it to false; with modules_to_save it can be true"
+        raise ConfigErrors([Problem("adapter.ensure_weight_tying", what, fix)])
 
 
 def _name_of(model: nn.Module, layer: nn.Module) -> str:

@@ -54,7 +54,7 @@ def initialise_a_zero(model: nn.Module) -> None:
     """Initialise the factors by Init[2] of the LoRA+ paper: A is zero, B is random.
 
     B gets PEFT's default distribution of A: uniform within +-1/sqrt(fan in). B's fan in is the rank, for a convolution
-    multiplied by the kernel's size. PEFT stores the factors of fused experts in one matrix, of which each expert uses
+    multiplied by the kernel's size. PEFT stores the factors of fused experts in one matrix, but an expert uses only
     its own part. LoRA on embeddings stays unchanged, because PEFT already makes A zero and B random.
 
     Random numbers come from the global generator, which the caller must seed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -144,7 +145,6 @@ def test_converted_file_fits_the_base_whatever_the_rank_and_the_layers(
     ("architecture", "keys"),
     [
         ("qwen2", {"target_modules": ["q_proj", "lm_head"]}),  # tied to the embedding
-        ("qwen2", {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
         ("llama", {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 2]]}),
     ],
 )
@@ -160,6 +160,28 @@ def test_start_that_would_change_another_layers_weight_is_refused(
     for model in (on_meta, base):
         with pytest.raises(ConfigErrors, match="which is also the weight of"):
             add_adapter(model, adapter, "CAUSAL_LM", on_meta=model is on_meta)
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens", "lm_head"], ["q_proj", "embed_tokens"]])
+def test_factors_that_share_memory_at_two_rates_are_refused(
+    targets: list[str], checkpoints: Any, compose: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {"r": 4, "target_modules": targets, "ensure_weight_tying": True}
+    peft = get_peft_model(base_of(checkpoints("qwen2"), "qwen2"), LoraConfig(task_type="CAUSAL_LM", **keys))
+    names = {name: tensor for name, tensor in peft.named_parameters() if tensor.requires_grad}
+    (of_head,) = (tensor for name, tensor in names.items() if "lm_head.lora_A" in name)
+    (of_embedding,) = (tensor for name, tensor in names.items() if "lora_embedding_B" in name)
+    assert of_head is not of_embedding
+    assert of_head.data_ptr() == of_embedding.data_ptr(), "otherwise PEFT has changed, and they may be tied"
+
+    peft.save_pretrained(tmp_path)
+    base = base_of(checkpoints("qwen2"), "qwen2")
+    with torch.device("meta"):
+        on_meta = type(base)(base.config)
+    for adapter in ({"_target_": "peft.LoraConfig", **keys}, {"path": str(tmp_path)}):
+        for model in (copy.deepcopy(on_meta), copy.deepcopy(base)):
+            with pytest.raises(ConfigErrors, match=r"adapter\.ensure_weight_tying: .*one tensor with two rates"):
+                add_adapter(model, adapter, "CAUSAL_LM", on_meta=model.device.type == "meta")
 
 
 @pytest.mark.parametrize(("architecture", "target"), [("llama", "lm_head"), ("qwen2", "embed_tokens")])
