@@ -149,9 +149,11 @@ def _any_error_as(problem: Callable[[str], Problem]) -> Iterator[None]:
 def _rank_problem(model: PeftModel) -> Problem | None:
     """Return a Problem for a rank far above the dimensions of the adapted layers, probably a typo."""
     factors = [record for record in tensor_records(model) if record.role in ("lora_A", "lora_B")]
-    ranks = [record.shape[0] for record in factors if record.role == "lora_A"]
+    # Not from the shapes, because those of fused experts have the ranks of all experts
+    by_layer = [ranks for module in model.modules() if isinstance(ranks := getattr(module, "r", None), dict)]
+    ranks = [rank for each in by_layer for rank in each.values()]
     sides = [max(record.shape[1:], default=0) if record.role == "lora_A" else record.shape[0] for record in factors]
-    if not ranks or max(ranks) <= FAR_ABOVE * max(sides):
+    if not ranks or not sides or max(ranks) <= FAR_ABOVE * max(sides):
         return None
     what = f"{max(ranks)} is far above the largest dimension of the adapted layers' weights, {max(sides)}"
     return Problem("adapter.r", what, "use a much smaller rank: 8, 16, 64")

@@ -143,19 +143,22 @@ def _frozen_bytes(model: nn.Module, quantization: Mapping[str, Any]) -> int:
     quantized = _quantized_weights(model, quantization)
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     return sum(
-        _quantized_bytes(each, quantization) if id(each) in quantized else each.numel() * each.element_size()
+        _quantized_bytes(each.numel(), quantized[id(each)], quantization)
+        if id(each) in quantized
+        else each.numel() * each.element_size()
         for each in frozen
     )
 
 
-def _quantized_weights(model: nn.Module, quantization: Mapping[str, Any]) -> set[int]:
-    """Return the ids of the weights that bitsandbytes quantises.
+def _quantized_weights(model: nn.Module, quantization: Mapping[str, Any]) -> dict[int, int]:
+    """Return the weights that bitsandbytes quantises: id -> number of outputs.
 
     These are all linear layers except the heads, and the layers that `llm_int8_skip_modules` names.
     """
     if not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
-        return set()
+        return {}
     # takes seconds, and only quantised models need it
+    from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     base: Any = getattr(model, "get_base_model", lambda: model)()
@@ -164,9 +167,9 @@ def _quantized_weights(model: nn.Module, quantization: Mapping[str, Any]) -> set
     kept = set() if output is None else {id(parameter) for parameter in output.parameters()}
     skipped = [*(name for name in HEADS if hasattr(base, name)), *(quantization.get("llm_int8_skip_modules") or ())]
     return {
-        id(module.weight)
+        id(module.weight): module.nf if isinstance(module, Conv1D) else module.out_features
         for name, module in base.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, (nn.Linear, Conv1D))  # GPT-2's layers are Conv1D, whose weight is transposed
         and not module.weight.requires_grad
         and id(module.weight) not in kept
         and should_convert_module(_name_without_adapter(name), skipped)
@@ -177,10 +180,9 @@ def _name_without_adapter(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
 
 
-def _quantized_bytes(weight: nn.Parameter, quantization: Mapping[str, Any]) -> int:
-    numbers = weight.numel()
+def _quantized_bytes(numbers: int, outputs: int, quantization: Mapping[str, Any]) -> int:
     if quantization.get("load_in_8bit"):
-        return numbers + 4 * weight.shape[0]  # a scale for each row
+        return numbers + 4 * outputs  # a scale for each output
     scales = -(-numbers // BLOCK_4BIT)
     if quantization.get("bnb_4bit_use_double_quant"):
         return numbers // 2 + scales + 4 * -(-scales // BLOCK_OF_SCALES)

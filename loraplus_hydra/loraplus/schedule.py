@@ -75,14 +75,15 @@ def falls(
 
 
 def _rates(factory: Callable[..., Any], optimizer: Optimizer, steps: int, kwargs: Mapping[str, Any]) -> list[float]:
-    """Return the first group's rate at each step."""
+    """Return the rate at each step of the group with the largest rate, because a rule's rate may be 0."""
     stand_in = _stand_in(optimizer)
     for group, own in zip(stand_in.param_groups, optimizer.param_groups, strict=True):
         group["lr"] = own.get("initial_lr", own["lr"])
+    largest = max(stand_in.param_groups, key=lambda group: float(group["lr"]))
     schedule = _call(factory, stand_in, fill_arguments(factory, steps, kwargs))
     rates = []
     for _ in range(steps):
-        rates.append(float(stand_in.param_groups[0]["lr"]))
+        rates.append(float(largest["lr"]))
         stand_in.step()
         schedule.step()
     return rates

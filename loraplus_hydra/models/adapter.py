@@ -6,9 +6,11 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from omegaconf import DictConfig
 from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
@@ -19,10 +21,15 @@ from transformers.pytorch_utils import Conv1D
 from loraplus_hydra.config.targets import instantiate, locate
 from loraplus_hydra.errors import ConfigErrors, Problem, refuse
 from loraplus_hydra.io.quiet_libraries import quiet_peft
-from loraplus_hydra.loraplus.peft_layers import A_ZERO, LOFTQ, TRAINED, note_initialisation
+from loraplus_hydra.loraplus.peft_layers import A_ZERO, ADAPTER_NAME, LOFTQ, TRAINED, note_initialisation
 from loraplus_hydra.models import adalora
 from loraplus_hydra.models.adapter_files import CONFIG, KEY, StoredAdapter, attach, first_misfit, stored_adapter
-from loraplus_hydra.models.initialisation import changes_base, copy_factors, initialise_a_zero
+from loraplus_hydra.models.initialisation import (
+    changes_base,
+    copy_factors,
+    initialise_a_zero,
+    refuse_shared_weights,
+)
 from loraplus_hydra.models.named_layers import unmatched_problems
 from loraplus_hydra.models.patterns import refuse_slow_patterns
 from loraplus_hydra.models.token_rows import FIELD, row_differences
@@ -106,6 +113,7 @@ def add_adapter(
         _name_target_layers(config, model)
     if adapter.get("path"):
         continued = continue_adapter(model, adapter["path"], config, new_tokens=new_tokens, on_meta=on_meta)
+        _refuse_tied_factors(continued)
         note_initialisation(continued, TRAINED)
         return continued
     if config is None or given is None:
@@ -115,14 +123,17 @@ def add_adapter(
     _refuse_olora_on_conv1d(config, model)
     adapted = _new_adapter(model, config, revision=revision, on_meta=on_meta)
     refuse(unmatched_problems(given, adapted, layers))
+    _refuse_tied_factors(adapted)
     if adapter.get("init_lora_weights") == A_ZERO:
         initialise_a_zero(adapted)
     if adapter.get("init_lora_weights") == LOFTQ:
         # The caller computes the factors (`initialise_loftq`), which needs the base without quantisation
         note_initialisation(adapted, LOFTQ)
-    if not on_meta and changes_base(getattr(config, "init_lora_weights", None)):
-        # `save_adapter` needs these copies to convert the adapter to the original base.
-        adapted.initial_factors = copy_factors(adapted)
+    if changes_base(getattr(config, "init_lora_weights", None)):
+        refuse_shared_weights(adapted)
+        if not on_meta:
+            # `save_adapter` needs these copies to convert the adapter to the original base.
+            adapted.initial_factors = copy_factors(adapted)
     return adapted
 
 
@@ -175,11 +186,12 @@ def possible_targets(model: nn.Module) -> list[str]:
 def _new_adapter(model: PreTrainedModel, config: PeftConfig, *, on_meta: bool, revision: str | None = None) -> Any:
     refuse_slow_patterns(config, model)
     # PEFT's low memory use makes new parameters, so modules that should share one no longer do. Without it, a large
-    # model's plan takes twice as long, and an initialisation that computes with the base's weights fails.
+    # model's plan takes twice as long.
     shares = any(getattr(config, field, None) for field in ("ensure_weight_tying", "layer_replication"))
-    low_memory = on_meta and (not shares or changes_base(getattr(config, "init_lora_weights", None)))
-    with quiet_peft():
-        adapted = get_peft_model(model, config, revision=revision, low_cpu_mem_usage=low_memory)
+    # An initialisation can compute with the base's weights, so it needs the adapter on the same device.
+    device = torch.device("meta") if on_meta and shares else nullcontext()
+    with quiet_peft(), device:
+        adapted = get_peft_model(model, config, revision=revision, low_cpu_mem_usage=on_meta and not shares)
     if on_meta and (schedule := schedule_of(type(config))):
         schedule.finish_meta_model(adapted)
     return adapted
@@ -235,6 +247,15 @@ def _refuse_olora_on_conv1d(config: PeftConfig, model: PreTrainedModel) -> None:
     if initialisation == "olora" and any(isinstance(module, Conv1D) for module in model.modules()):
         what = f"PEFT's olora doesn't support the Conv1D layers of {type(model).__name__}"
         raise ConfigErrors([Problem("adapter.init_lora_weights", what, "use pissa")])
+
+
+def _refuse_tied_factors(adapted: PeftModel) -> None:
+    # PEFT 0.21.2 makes two parameters that share memory. The optimizer would change it twice in each step, at the rates
+    # of both. A cast or a move to a GPU gives each parameter its own memory, so they would silently be tied no more.
+    if tied := getattr(adapted.peft_config[ADAPTER_NAME], "target_modules_to_tie", None):
+        what = f"LoRA of the embedding and of {', '.join(sorted(tied))} would be one tensor with two rates"
+        fix = "set it to false; with modules_to_save it can be true"
+        raise ConfigErrors([Problem("adapter.ensure_weight_tying", what, fix)])
 
 
 def _name_of(model: nn.Module, layer: nn.Module) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from loraplus_hydra.errors import ConfigErrors, Problem
@@ -28,11 +29,34 @@ def changes_base(init_lora_weights: Any) -> bool:
     return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(("pissa", "olora"))
 
 
+def refuse_shared_weights(model: PeftModel) -> None:
+    """Raise ConfigErrors if PiSSA or OLoRA has changed a weight that another layer also uses.
+
+    The other layer would be changed, too, so the model would not start as its base, and no adapter could store it. The
+    usual cases are an output layer tied to the embedding, and replicated layers.
+    """
+    users: dict[int, list[str]] = {}
+    layers = []
+    for name, module in model.get_base_model().named_modules():
+        for parameter in module._parameters.values():
+            users.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+        if isinstance(module, LoraLayer) and not isinstance(module.get_base_layer(), nn.Embedding):
+            layers.append((name, getattr(module.get_base_layer(), "weight", None)))
+    for name, weight in layers:
+        others = [user for user in users.get(id(weight), ()) if user != name]
+        if others:
+            what = f"this start changes the weight of {name}, which is also the weight of {others[0]}"
+            fix = f"use true, or don't adapt {name} (adapter.target_modules, adapter.layer_replication)"
+            raise ConfigErrors([Problem("adapter.init_lora_weights", what, fix)])
+
+
 def initialise_a_zero(model: nn.Module) -> None:
     """Initialise the factors by Init[2] of the LoRA+ paper: A is zero, B is random.
 
     B gets PEFT's default distribution of A: uniform within +-1/sqrt(fan in). B's fan in is the rank, for a convolution
-    multiplied by the kernel's size. LoRA on embeddings stays unchanged, because PEFT already makes A zero and B random.
+    multiplied by the kernel's size. PEFT stores the factors of fused experts in one matrix, but an expert uses only
+    its own part. LoRA on embeddings stays unchanged, because PEFT already makes A zero and B random.
+
     Random numbers come from the global generator, which the caller must seed.
     """
     found = False
@@ -41,6 +65,7 @@ def initialise_a_zero(model: nn.Module) -> None:
         if ADAPTER_NAME in lora_A and hasattr(lora_A[ADAPTER_NAME], "weight"):
             nn.init.zeros_(lora_A[ADAPTER_NAME].weight)
             nn.init.kaiming_uniform_(lora_B[ADAPTER_NAME].weight, a=math.sqrt(5))
+            lora_B[ADAPTER_NAME].weight.data *= math.sqrt(getattr(module, "num_experts", 1))
             found = True
     if not found:
         what = "a_zero initialises LoRA's factors, but this adapter has no such factors"

@@ -17,7 +17,7 @@ from transformers import optimization
 
 from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import UserError
-from loraplus_hydra.loraplus.schedule import build_schedule, one_cycle
+from loraplus_hydra.loraplus.schedule import build_schedule, falls, highest_rate_step, one_cycle
 from tests.support.presets import CONF, arguments
 
 SCHEDULES = sorted(path.stem for path in (CONF / "scheduler").glob("*.yaml"))
@@ -286,3 +286,12 @@ def test_a_schedule_goes_on_where_a_checkpoint_left_it() -> None:
     second_optimizer.load_state_dict(optimizer.state_dict())
     second.load_state_dict(first.state_dict())
     assert rates_of(second, 10) == whole[10:]
+
+
+def test_group_of_rate_0_does_not_hide_the_schedule() -> None:
+    """A rule may set a rate of 0, such as lora_A's."""
+    schedule, arguments = optimization.get_linear_schedule_with_warmup, {"num_warmup_steps": 4}
+    for rates in ((0.0, 1e-3), (1e-3, 0.0)):
+        optimizer = optimizer_at(*rates, lr=1e-3)
+        assert highest_rate_step(schedule, optimizer, num_training_steps=10, kwargs=arguments) == 4
+        assert falls(schedule, optimizer, num_training_steps=10, kwargs=arguments)

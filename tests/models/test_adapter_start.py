@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from loraplus_hydra import run
 from loraplus_hydra.errors import ConfigErrors
@@ -140,6 +141,66 @@ def test_converted_file_fits_the_base_whatever_the_rank_and_the_layers(
     torch.testing.assert_close(again, trained, atol=5e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "keys"),
+    [
+        ("qwen2", {"target_modules": ["q_proj", "lm_head"]}),  # tied to the embedding
+        ("llama", {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 2]]}),
+    ],
+)
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_start_that_would_change_another_layers_weight_is_refused(
+    start: str, architecture: str, keys: dict[str, Any], checkpoints: Any
+) -> None:
+    """PEFT changes a layer's weight in place, so the model would start as another one than its base."""
+    adapter = {"_target_": "peft.LoraConfig", "r": 4, "init_lora_weights": start, **keys}
+    base = base_of(checkpoints(architecture), architecture)
+    with torch.device("meta"):
+        on_meta = type(base)(base.config)
+    for model in (on_meta, base):
+        with pytest.raises(ConfigErrors, match="which is also the weight of"):
+            add_adapter(model, adapter, "CAUSAL_LM", on_meta=model is on_meta)
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens", "lm_head"], ["q_proj", "embed_tokens"]])
+def test_factors_that_share_memory_at_two_rates_are_refused(
+    targets: list[str], checkpoints: Any, compose: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {"r": 4, "target_modules": targets, "ensure_weight_tying": True}
+    peft = get_peft_model(base_of(checkpoints("qwen2"), "qwen2"), LoraConfig(task_type="CAUSAL_LM", **keys))
+    names = {name: tensor for name, tensor in peft.named_parameters() if tensor.requires_grad}
+    (of_head,) = (tensor for name, tensor in names.items() if "lm_head.lora_A" in name)
+    (of_embedding,) = (tensor for name, tensor in names.items() if "lora_embedding_B" in name)
+    assert of_head is not of_embedding
+    assert of_head.data_ptr() == of_embedding.data_ptr(), "otherwise PEFT has changed, and they may be tied"
+
+    peft.save_pretrained(tmp_path)
+    base = base_of(checkpoints("qwen2"), "qwen2")
+    with torch.device("meta"):
+        on_meta = type(base)(base.config)
+    for adapter in ({"_target_": "peft.LoraConfig", **keys}, {"path": str(tmp_path)}):
+        for model in (copy.deepcopy(on_meta), copy.deepcopy(base)):
+            with pytest.raises(ConfigErrors, match=r"adapter\.ensure_weight_tying: .*one tensor with two rates"):
+                add_adapter(model, adapter, "CAUSAL_LM", on_meta=model.device.type == "meta")
+
+
+@pytest.mark.parametrize(("architecture", "target"), [("llama", "lm_head"), ("qwen2", "embed_tokens")])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_start_that_changes_no_shared_weight_equals_the_base(
+    start: str, architecture: str, target: str, checkpoints: Any
+) -> None:
+    """PEFT starts an embedding in the usual way, so the weight of a tied one stays as it is."""
+    before = logits(base_of(checkpoints(architecture), architecture))
+    adapter = {
+        "_target_": "peft.LoraConfig",
+        "r": 4,
+        "init_lora_weights": start,
+        "target_modules": ["q_proj", target],
+    }
+    model = add_adapter(base_of(checkpoints(architecture), architecture), adapter, "CAUSAL_LM")
+    torch.testing.assert_close(logits(model), before, atol=1e-6, rtol=1e-5)
+
+
 def test_conversion_keeps_a_classifiers_head(checkpoints: Any, tmp_path: Path, compose: Callable[..., Any]) -> None:
     model = add_adapter(base_of(checkpoints("bert"), "bert"), compose("adapter=pissa").adapter, "SEQ_CLS")
     train(model, causal=False)
@@ -176,6 +237,26 @@ def test_a_zero_starts_as_the_base_whatever_else_the_adapter_has(also: dict[str,
     adapter = {"_target_": "peft.LoraConfig", "target_modules": ["q_proj", "v_proj"], "init_lora_weights": "a_zero"}
     model = add_adapter(base_of(checkpoints("llama")), {**adapter, **also}, "CAUSAL_LM")
     torch.testing.assert_close(logits(model), logits(base_of(checkpoints("llama"))), atol=1e-6, rtol=1e-5)
+
+
+def test_a_zero_starts_each_expert_like_a_layer_of_its_own() -> None:
+    """PEFT keeps the experts' factors in one matrix, whose inner side is rank x experts."""
+    settings = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = MixtralConfig(vocab_size=32, num_key_value_heads=2, num_local_experts=16, **settings)
+    adapter = {
+        "_target_": "peft.LoraConfig",
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        "init_lora_weights": "a_zero",
+    }
+    torch.manual_seed(0)
+    model = add_adapter(MixtralForCausalLM(experts), adapter, "CAUSAL_LM")
+    of_experts = [p for name, p in model.named_parameters() if "experts" in name and ".lora_B." in name]
+    assert len(of_experts) == 2
+    for b in of_experts:  # uniform within 1 / sqrt(r)
+        assert b.abs().max() <= 1 / math.sqrt(4)
+        assert b.std().item() == pytest.approx(1 / math.sqrt(3 * 4), rel=0.05)
 
 
 def test_embeddings_join_all_linears_whatever_they_are_called(checkpoints: Any, compose: Callable[..., Any]) -> None:

@@ -95,6 +95,13 @@ def test_what_peft_matches_is_accepted(
         ),
         (["+adapter.layer_replication=[[0,2],[1,2]]"], {"layer_replication": [(0, 2), (1, 2)]}),
         (["adapter.init_lora_weights=pissa"], {}),
+        (
+            [
+                *("+adapter.modules_to_save=[embed_tokens]", "+adapter.ensure_weight_tying=true"),
+                *("adapter.init_lora_weights=pissa", "adapter.r=64"),
+            ],
+            {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True, "init_lora_weights": "pissa", "r": 64},
+        ),
     ],
 )
 def test_plan_has_the_tensors_of_pefts_own_model(
@@ -106,7 +113,7 @@ def test_plan_has_the_tensors_of_pefts_own_model(
         compose("model=hub", f"model.path={path}", "adapter.target_modules=[q_proj]", *overrides)
     )
     base: Any = AutoModelForCausalLM.from_pretrained(path)
-    real = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj"], **arguments))
+    real = get_peft_model(base, LoraConfig(**{"r": 8, "target_modules": ["q_proj"], **arguments}))
     assert {record.name: record.shape for record in plan.records} == _shapes(real, trained=True)
     assert _shapes(model) == _shapes(real)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

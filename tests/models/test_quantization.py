@@ -190,6 +190,13 @@ def test_estimated_weights_are_those_that_are_loaded(
     assert estimated == pytest.approx(frozen_bytes(model), rel=0.01)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_estimate_counts_gpt2_s_layers_quantised(kind: str, tmp_path: Path, compose: Callable[..., Any]) -> None:
+    """They are transformers' Conv1D."""
+    checkpoint("gpt2", tmp_path)
+    test_estimated_weights_are_those_that_are_loaded(kind, [], tmp_path, compose)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "roberta"])
 def test_the_estimate_counts_a_classifier_s_head_unquantised(
     architecture: str, tmp_path: Path, compose: Callable[..., Any]
