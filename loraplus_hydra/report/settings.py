@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraplus_hydra.io import checkpoints
-from loraplus_hydra.io.result import FAILED
+from loraplus_hydra.io.result import FAILED, OK
 from loraplus_hydra.report.read_job import Job, Rates
 from loraplus_hydra.report.read_sweep import Sweep
 from loraplus_hydra.report.values import number
@@ -44,8 +44,15 @@ class Setting:
 
     @property
     def measured(self) -> tuple[float, ...]:
-        """The metrics of the jobs with a result."""
-        return tuple(job.value for job in self.done if job.value is not None)
+        """The metric of each seed.
+
+        Jobs with the same seed differ in nothing that trains, so they count once, with their mean.
+        """
+        by_seed: dict[int | str, list[float]] = {}
+        for job in self.done:
+            if job.value is not None:
+                by_seed.setdefault(job.folder if job.seed is None else job.seed, []).append(job.value)
+        return tuple(map(statistics.fmean, by_seed.values()))
 
     @property
     def mean(self) -> float | None:
@@ -58,7 +65,12 @@ class Setting:
 
     @property
     def failed(self) -> int:
-        return sum(job.status == FAILED for job in self.jobs)
+        """The number of jobs that failed, or ended without a number for the metric of the others."""
+        metrics = {job.metric for job in self.done}
+        return sum(
+            job.status == FAILED or (job.status == OK and job.value is None and job.metric in metrics)
+            for job in self.jobs
+        )
 
     @property
     def left_at(self) -> int | None:
