@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ def short(value: Any) -> str:
         return ABSENT
     if isinstance(value, bool):
         return str(value).lower()
-    if not isinstance(value, (int, float)):
+    # A whole number, such as a seed, in all its digits, because others may begin with the same ones
+    if not isinstance(value, float) or not math.isfinite(value):
         return visible(str(value))
     if value != 0 and (abs(value) < 1e-2 or abs(value) >= 1e4):
         mantissa, exponent = f"{value:.2e}".split("e")

@@ -11,7 +11,7 @@ from loraplus_hydra.io import checkpoints
 from loraplus_hydra.io.result import FAILED, OK
 from loraplus_hydra.report.read_job import Job, Rates
 from loraplus_hydra.report.read_sweep import Sweep
-from loraplus_hydra.report.values import number
+from loraplus_hydra.report.values import identity, number
 
 SEED = "seed"
 # If several keys vary together, the first of these keys is shown.
@@ -114,10 +114,10 @@ def _unexplained_keys(jobs: Sequence[Job], named: Sequence[str]) -> list[str]:
     found = dict.fromkeys(key for job in jobs for key in job.config)
     leaves = [key for key in found if not key.startswith(_NOT_TRAINED)]
     leaves.sort(key=lambda key: (_PREFERRED.index(key) if key in _PREFERRED else len(_PREFERRED), key.count(".")))
-    explained = [tuple(str(value_of(job, key)) for key in named) for job in jobs]
+    explained = [tuple(identity(value_of(job, key)) for key in named) for job in jobs]
     patterns: dict[tuple[int, ...], str] = {}
     for key in leaves:
-        column = [str(job.config.get(key)) for job in jobs]
+        column = [identity(job.config.get(key)) for job in jobs]
         if key not in named and len(set(column)) > 1 and not _follows(column, explained):
             patterns.setdefault(_pattern(column), key)
     return list(patterns.values())
@@ -136,18 +136,18 @@ def settings_of(sweep: Sweep, keys: Sequence[str]) -> tuple[Setting, ...]:
     compared = [key for key in keys if key != SEED]
     for job in sweep.jobs:
         if job.config or job.overrides:  # otherwise the job's values are unknown
-            groups.setdefault(tuple(repr(value_of(job, key)) for key in compared), []).append(job)
+            groups.setdefault(tuple(identity(value_of(job, key)) for key in compared), []).append(job)
     return tuple(Setting({key: value_of(jobs[0], key) for key in compared}, tuple(jobs)) for jobs in groups.values())
 
 
 def order(values: Iterable[Any]) -> list[Any]:
     """Return the distinct values in the order of an axis: numbers by size, then texts."""
-    distinct = {repr(value): value for value in values}.values()
+    distinct = {identity(value): value for value in values}.values()
     return sorted(distinct, key=lambda value: (1, 0, str(value)) if number(value) is None else (0, value, ""))
 
 
 def _differs(jobs: Iterable[Job], key: str) -> bool:
-    return len({str(value_of(job, key)) for job in jobs if job.config or job.overrides}) > 1
+    return len({identity(value_of(job, key)) for job in jobs if job.config or job.overrides}) > 1
 
 
 def _follows(column: Sequence[str], explained: Sequence[tuple[str, ...]]) -> bool:
