@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loraplus_hydra.config.identity import ALLOW, FORGETTING, ROWS
 from loraplus_hydra.io import checkpoints
 from loraplus_hydra.io.result import FAILED, OK
 from loraplus_hydra.report.read_job import Job, Rates
 from loraplus_hydra.report.read_sweep import Sweep
-from loraplus_hydra.report.values import identity, number
+from loraplus_hydra.report.values import identity, number, whole_number
 
 SEED = "seed"
 # If several keys vary together, the first of these keys is shown.
@@ -19,6 +20,8 @@ _PREFERRED = (SEED, "loraplus.ratio", "loraplus.lr_A", "loraplus.lr_B", "optimiz
 # Beginnings of keys that don't influence the trained weights.
 _NOT_TRAINED = (
     checkpoints.KEY,
+    ALLOW,
+    FORGETTING,
     "trainer.logging_",
     "trainer.save_",
     "trainer.dataloader_num_workers",
@@ -28,6 +31,7 @@ _NOT_TRAINED = (
     "launcher",
     "hparams_search",  # if it sets keys of the run, these are compared
 )
+_ROWS = tuple(f"trainer.{name}" for name in ROWS)
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def _unexplained_keys(jobs: Sequence[Job], named: Sequence[str]) -> list[str]:
     explained = [tuple(identity(value_of(job, key)) for key in named) for job in jobs]
     patterns: dict[tuple[int, ...], str] = {}
     for key in leaves:
-        column = [identity(job.config.get(key)) for job in jobs]
+        column = [identity(value_of(job, key)) for job in jobs]
         if key not in named and len(set(column)) > 1 and not _follows(column, explained):
             patterns.setdefault(_pattern(column), key)
     return list(patterns.values())
@@ -127,6 +131,10 @@ def value_of(job: Job, key: str) -> Any:
     """Return the job's value of `key`, from the config or else from an override."""
     if key == SEED:
         return job.seed
+    if key in _ROWS and job.config.get("trainer.auto_batch") is True:
+        # The memory has decided how the rows of a step are divided. Their number is that of the config
+        per_batch, batches = (whole_number(job.config.get(one)) or 1 for one in _ROWS)
+        return per_batch * batches if key == _ROWS[0] else 1
     return job.config[key] if key in job.config else job.given.get(key)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ UNTRAINED: dict[str, Any] = {
     "trainer.logging_steps": 3,
     "task.samples": 2,
     "logger.folder": "here",
+    "allow_changed_inputs": True,
+    "forgetting": "rows.jsonl",
 }
 
 
@@ -71,6 +74,16 @@ WHOLE_OR_INFINITE = [
     (-math.inf, "-inf"),
     (math.nan, "nan"),
 ]
+
+
+def test_batches_that_the_memory_decided_are_no_varied_key(tmp_path: Path) -> None:
+    """Each step has the 16 rows of the override. Only the first job found memory for all of them at once."""
+    for seed, (size, batches) in enumerate(((16, 1), (8, 2), (8, 2))):
+        found = {"trainer.per_device_train_batch_size": size, "trainer.gradient_accumulation_steps": batches}
+        folder = write_job(tmp_path / str(seed), {"seed": seed, "trainer.auto_batch": True, **found}, 3.5)
+        words = [f"seed={seed}", "trainer.auto_batch=true", "trainer.per_device_train_batch_size=16"]
+        (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(words))
+    assert varied_keys(read_sweep(tmp_path)) == ("seed",)
 
 
 @pytest.mark.parametrize(
