@@ -138,6 +138,13 @@ def test_job_that_another_start_has_finished_meanwhile_is_kept(
     assert files(tmp_path / "sweep" / done.name / "adapter") == before
 
 
+def test_hydras_lines_about_jobs_have_no_credentials(cli: Cli, reported: list[Path]) -> None:
+    address = "https://me:s3cret@127.0.0.1/rows.jsonl"
+    finished = cli("-m", "data=jsonl", f"data.train={address}", "seed=1,2")  # each job is refused for the address
+    assert "127.0.0.1/rows.jsonl seed=2" in finished.err
+    assert "s3cret" not in finished.out + finished.err
+
+
 def test_more_values_extend_the_sweep(cli: Cli, tiny_sweep: list[str], tmp_path: Path, reported: list[Path]) -> None:
     assert cli(*tiny_sweep, "loraplus.ratio=1,2").status == 0
     finished = cli(*tiny_sweep, "loraplus.ratio=2,3")
