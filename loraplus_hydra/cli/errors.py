@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from loraplus_hydra.errors import ConfigErrors, UserError
 from loraplus_hydra.io import processes, screen
-from loraplus_hydra.io.text import visible
+from loraplus_hydra.io.text import presentable
 
 EXIT_USER_ERROR = 1
 _SHOW_TRACEBACK = "LORAPLUS_HYDRA_TRACEBACK"
@@ -41,7 +41,7 @@ def print_error(error: Exception) -> None:
     else:
         hint = "For the traceback, set the environment variable HYDRA_FULL_ERROR=1."
         lines = [f"{type(error).__name__}: {error}", hint]
-    print(visible("\n".join(lines)), file=sys.stderr)
+    print(presentable("\n".join(lines)), file=sys.stderr)
 
 
 @contextmanager

@@ -20,6 +20,11 @@ def visible(text: str) -> str:
     return _CONTROL.sub(_escaped, text.replace("\r\n", "\n"))
 
 
+def presentable(text: str) -> str:
+    """Return `text` with control characters as escapes, and with addresses that have no user and password."""
+    return str(without_credentials(visible(text)))
+
+
 def one_line(text: str) -> str:
     """Return `text` with control characters, line breaks and tabs as escapes."""
     return visible(text).replace("\n", "\\n").replace("\t", "\\t")
@@ -63,7 +68,7 @@ class VisibleFormatter(logging.Formatter):
     """Formats log records with control characters as escapes, and addresses without user and password."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return str(without_credentials(visible(super().format(record))))
+        return presentable(super().format(record))
 
 
 def _escaped(match: re.Match[str]) -> str:

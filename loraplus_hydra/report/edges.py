@@ -20,7 +20,7 @@ _FEWEST = 3  # values that make a grid; two are compared, and have equal differe
 _RATIO = "loraplus.ratio"
 # A search chooses its values itself, and its study accepts no other ones.
 _SEARCHES = ("hydra/sweeper=", "hparams_search=optuna", "hparams_search=tune")
-_PROGRAM = ["python", "-m", "loraplus_hydra"]
+PROGRAM = ["python", "-m", "loraplus_hydra"]
 _DIGITS = 12  # significant digits of a next value; fewer than a float has, to drop rounding errors
 
 
@@ -41,14 +41,14 @@ class Edge:
 
 def edges(results: SweepResults) -> tuple[Edge, ...]:
     """Return the edges at which the best setting lies. Seeds, searches and natural bounds are no edges."""
-    if results.outcome.best is None or any(word.startswith(_SEARCHES) for word in _words(results.sweep.command)):
+    if results.outcome.best is None or any(word.startswith(_SEARCHES) for word in command_words(results.sweep.command)):
         return ()
     return tuple(edge for key in results.compared if (edge := _edge(results, key)) is not None)
 
 
 def extending_command(results: SweepResults, found: Sequence[Edge]) -> str:
     """Return the sweep's command with the edges' next values; empty if the command is unknown."""
-    words = _words(results.sweep.command)
+    words = command_words(results.sweep.command)
     if not found or not words:
         return ""
     for at, value in _missing_values(results, words):
@@ -59,7 +59,7 @@ def extending_command(results: SweepResults, found: Sequence[Edge]) -> str:
             words.append(f"{edge.key}={','.join(map(as_text, (*edge.values, edge.next)))}")
         else:
             words[place] += f",{edge.next_text}"
-    return shlex.join([*_PROGRAM, *words])
+    return shlex.join([*PROGRAM, *words])
 
 
 def _missing_values(results: SweepResults, words: Sequence[str]) -> Iterator[tuple[int, float]]:
@@ -137,13 +137,13 @@ def _in_range(key: str, value: float, *, whole: bool) -> bool:
     return fits(typed, annotation) and limits.holds(typed)
 
 
-def _words(command: str) -> list[str]:
+def command_words(command: str) -> list[str]:
     """Return a sweep's overrides; none if the text is not such a command."""
     try:
         words = shlex.split(command)
     except ValueError:
         return []
-    return words[len(_PROGRAM) :] if words[: len(_PROGRAM)] == _PROGRAM else []
+    return words[len(PROGRAM) :] if words[: len(PROGRAM)] == PROGRAM else []
 
 
 def _place(words: Sequence[str], key: str) -> int | None:
@@ -156,7 +156,7 @@ def _listed(command: str, key: str) -> list[float] | None:
 
     Without an override of the key, the list is empty.
     """
-    words = _words(command)
+    words = command_words(command)
     place = _place(words, key)
     if place is None:
         return []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from loraplus_hydra.io.text import visible
+from loraplus_hydra.io.text import presentable
 
 ABSENT = "–"  # noqa: RUF001
 
@@ -16,8 +17,9 @@ def short(value: Any) -> str:
         return ABSENT
     if isinstance(value, bool):
         return str(value).lower()
-    if not isinstance(value, (int, float)):
-        return visible(str(value))
+    # A whole number, such as a seed, in all its digits, because others may begin with the same ones
+    if not isinstance(value, float) or not math.isfinite(value):
+        return presentable(str(value))
     if value != 0 and (abs(value) < 1e-2 or abs(value) >= 1e4):
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from loraplus_hydra.io.result import OK
-from loraplus_hydra.io.text import visible
+from loraplus_hydra.io.text import presentable
 from loraplus_hydra.report import summary
 from loraplus_hydra.report.compare import Reach
 from loraplus_hydra.report.figures.style import Picture
@@ -30,7 +30,7 @@ _ENVIRONMENT = Environment(
     loader=FileSystemLoader(_TEMPLATES),
     autoescape=True,
     undefined=StrictUndefined,
-    finalize=lambda value: visible(value) if type(value) is str else value,  # a Markup is this program's own HTML
+    finalize=lambda value: presentable(value) if type(value) is str else value,  # a Markup is this program's own HTML
     trim_blocks=True,
     lstrip_blocks=True,
 )

@@ -13,6 +13,7 @@ from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.read import Missing, Unreadable, inside, read_json, read_lines, read_yaml
 from loraplus_hydra.io.result import FAILED, INTERRUPTED, OK, PRUNED, WAITING
 from loraplus_hydra.io.rungs import Rung, read_rungs
+from loraplus_hydra.io.text import presentable
 from loraplus_hydra.report.formatting import measured
 from loraplus_hydra.report.values import flatten, number, override_values, rerun_overrides, resolved, whole_number
 
@@ -123,7 +124,7 @@ def read_job(folder: Path) -> Job:
     return Job(
         folder=folder.name,
         status=status,
-        reason="; ".join(filter(None, (reason, *files.errors))),
+        reason=presentable("; ".join(filter(None, (reason, *files.errors)))),
         metric=metric,
         value=value,
         best=number(mapping(result, "best").get("value")),

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loraplus_hydra.config.identity import ALLOW, FORGETTING, ROWS
 from loraplus_hydra.io import checkpoints
-from loraplus_hydra.io.result import FAILED
+from loraplus_hydra.io.result import FAILED, OK
 from loraplus_hydra.report.read_job import Job, Rates
 from loraplus_hydra.report.read_sweep import Sweep
-from loraplus_hydra.report.values import number
+from loraplus_hydra.report.values import identity, number, whole_number
 
 SEED = "seed"
 # If several keys vary together, the first of these keys is shown.
@@ -19,6 +20,8 @@ _PREFERRED = (SEED, "loraplus.ratio", "loraplus.lr_A", "loraplus.lr_B", "optimiz
 # Beginnings of keys that don't influence the trained weights.
 _NOT_TRAINED = (
     checkpoints.KEY,
+    ALLOW,
+    FORGETTING,
     "trainer.logging_",
     "trainer.save_",
     "trainer.dataloader_num_workers",
@@ -28,6 +31,7 @@ _NOT_TRAINED = (
     "launcher",
     "hparams_search",  # if it sets keys of the run, these are compared
 )
+_ROWS = tuple(f"trainer.{name}" for name in ROWS)
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,15 @@ class Setting:
 
     @property
     def measured(self) -> tuple[float, ...]:
-        """The metrics of the jobs with a result."""
-        return tuple(job.value for job in self.done if job.value is not None)
+        """The metric of each seed.
+
+        Jobs with the same seed differ in nothing that trains, so they count once, with their mean.
+        """
+        by_seed: dict[int | str, list[float]] = {}
+        for job in self.done:
+            if job.value is not None:
+                by_seed.setdefault(job.folder if job.seed is None else job.seed, []).append(job.value)
+        return tuple(map(statistics.fmean, by_seed.values()))
 
     @property
     def mean(self) -> float | None:
@@ -58,7 +69,12 @@ class Setting:
 
     @property
     def failed(self) -> int:
-        return sum(job.status == FAILED for job in self.jobs)
+        """The number of jobs that failed, or ended without a number for the metric of the others."""
+        metrics = {job.metric for job in self.done}
+        return sum(
+            job.status == FAILED or (job.status == OK and job.value is None and job.metric in metrics)
+            for job in self.jobs
+        )
 
     @property
     def left_at(self) -> int | None:
@@ -102,10 +118,10 @@ def _unexplained_keys(jobs: Sequence[Job], named: Sequence[str]) -> list[str]:
     found = dict.fromkeys(key for job in jobs for key in job.config)
     leaves = [key for key in found if not key.startswith(_NOT_TRAINED)]
     leaves.sort(key=lambda key: (_PREFERRED.index(key) if key in _PREFERRED else len(_PREFERRED), key.count(".")))
-    explained = [tuple(str(value_of(job, key)) for key in named) for job in jobs]
+    explained = [tuple(identity(value_of(job, key)) for key in named) for job in jobs]
     patterns: dict[tuple[int, ...], str] = {}
     for key in leaves:
-        column = [str(job.config.get(key)) for job in jobs]
+        column = [identity(value_of(job, key)) for job in jobs]
         if key not in named and len(set(column)) > 1 and not _follows(column, explained):
             patterns.setdefault(_pattern(column), key)
     return list(patterns.values())
@@ -115,6 +131,10 @@ def value_of(job: Job, key: str) -> Any:
     """Return the job's value of `key`, from the config or else from an override."""
     if key == SEED:
         return job.seed
+    if key in _ROWS and job.config.get("trainer.auto_batch") is True:
+        # The memory has decided how the rows of a step are divided. Their number is that of the config
+        per_batch, batches = (whole_number(job.config.get(one)) or 1 for one in _ROWS)
+        return per_batch * batches if key == _ROWS[0] else 1
     return job.config[key] if key in job.config else job.given.get(key)
 
 
@@ -124,18 +144,18 @@ def settings_of(sweep: Sweep, keys: Sequence[str]) -> tuple[Setting, ...]:
     compared = [key for key in keys if key != SEED]
     for job in sweep.jobs:
         if job.config or job.overrides:  # otherwise the job's values are unknown
-            groups.setdefault(tuple(repr(value_of(job, key)) for key in compared), []).append(job)
+            groups.setdefault(tuple(identity(value_of(job, key)) for key in compared), []).append(job)
     return tuple(Setting({key: value_of(jobs[0], key) for key in compared}, tuple(jobs)) for jobs in groups.values())
 
 
 def order(values: Iterable[Any]) -> list[Any]:
     """Return the distinct values in the order of an axis: numbers by size, then texts."""
-    distinct = {repr(value): value for value in values}.values()
+    distinct = {identity(value): value for value in values}.values()
     return sorted(distinct, key=lambda value: (1, 0, str(value)) if number(value) is None else (0, value, ""))
 
 
 def _differs(jobs: Iterable[Job], key: str) -> bool:
-    return len({str(value_of(job, key)) for job in jobs if job.config or job.overrides}) > 1
+    return len({identity(value_of(job, key)) for job in jobs if job.config or job.overrides}) > 1
 
 
 def _follows(column: Sequence[str], explained: Sequence[tuple[str, ...]]) -> bool:

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 
 from loraplus_hydra.io.result import FAILED, INTERRUPTED, OK, PRUNED, WAITING
 from loraplus_hydra.report.compare import CLEAR, NOISE, ONE_SEED, UNCLEAR, Difference, Reach, Tolerance
-from loraplus_hydra.report.edges import edges, extending_command
+from loraplus_hydra.report.edges import PROGRAM, command_words, edges, extending_command
 from loraplus_hydra.report.formatting import count, measured, short, with_spread
 from loraplus_hydra.report.read_job import BROKEN, RUNNING, UNFINISHED
 from loraplus_hydra.report.read_sweep import Sweep
 from loraplus_hydra.report.results import SweepResults
 
 _OF_A_SEARCH = re.compile(r"\+*(hparams_search=(halving|tune)$|halving=|tune[.=])")  # a single run refuses them
+_OF_CONFIGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")  # flags of Hydra
 _STATES = {
     RUNNING: "running",
     WAITING: "waiting at a rung",
@@ -131,7 +132,20 @@ def command(results: SweepResults) -> str:
     rerun = [text for text in job.rerun if not _OF_A_SEARCH.match(text)]
     # The config of a ready-made sweep sets hydra.mode to MULTIRUN.
     single = ("hydra.mode=RUN",) if any(text.startswith("hparams_search=") for text in rerun) else ()
-    return f"python -m loraplus_hydra {shlex.join((*rerun, *single))}"
+    return shlex.join((*PROGRAM, *_config_flags(results.sweep.command), *rerun, *single))
+
+
+def _config_flags(sweep_command: str) -> Iterator[str]:
+    """Yield the flags of a sweep's command that name configs, with their values.
+
+    Without them, the overrides would be composed with other configs, or with none.
+    """
+    words = command_words(sweep_command)
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        if word in _OF_CONFIGS:
+            yield from (word, following)
+        elif word.startswith(tuple(f"{flag}=" for flag in _OF_CONFIGS)):
+            yield word
 
 
 def extension(results: SweepResults) -> tuple[list[str], str]:

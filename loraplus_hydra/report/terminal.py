@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.table import Table
 
 from loraplus_hydra.io import screen
-from loraplus_hydra.io.text import visible
+from loraplus_hydra.io.text import presentable
 from loraplus_hydra.report import summary
 from loraplus_hydra.report.formatting import ABSENT, count, short, with_spread
 from loraplus_hydra.report.read_job import Job
@@ -25,7 +25,7 @@ def show(results: SweepResults) -> None:
     console = screen.console()
     if results.outcome.ranked:
         spread = ", mean ± standard deviation" if results.seeds else ""
-        console.print(visible(f"{results.axis_label}{spread}"), markup=False)
+        console.print(presentable(f"{results.axis_label}{spread}"), markup=False)
         console.print(_settings(results))
         if (left := len(results.outcome.ranked) - _MOST_SETTINGS) > 0:
             console.print(f"... and {count(left, 'setting')} more in {PAGE}", markup=False)
@@ -42,14 +42,14 @@ def show(results: SweepResults) -> None:
     sentences = (*results.sweep.notes, summary.headline(results), *summary.details(results))
     beyond, extending = summary.extension(results)
     for sentence in filter(None, (*sentences, summary.speed_sentence(results), *beyond)):
-        console.print(visible(sentence), markup=False)
+        console.print(presentable(sentence), markup=False)
     if command := summary.command(results):
         console.print("Run the best job again:", markup=False)
-        print(visible(f"  {command}"))  # not wrapped, because users copy the command
+        print(presentable(f"  {command}"))  # not wrapped, because users copy the command
     if extending:
         console.print("Extend the sweep:", markup=False)
-        print(visible(f"  {extending}"))
-    print(visible(f"Report: {results.sweep.folder / PAGE}"))
+        print(presentable(f"  {extending}"))
+    print(presentable(f"Report: {results.sweep.folder / PAGE}"))
 
 
 def _settings(results: SweepResults) -> Table:

@@ -47,6 +47,12 @@ def number(value: Any) -> float | None:
     return float(value) if abs(value) < _HUGE else None  # also None for NaN, because a comparison with NaN is False
 
 
+def identity(value: Any) -> str:
+    """Return a text that is the same for equal values. 4 and 4.0 are equal, and 4 and "4" are not."""
+    known = number(value)
+    return repr(value if known is None else known)
+
+
 def whole_number(value: Any) -> int | None:
     """Return `value` as an int, or None if it is not a whole number."""
     as_float = number(value)

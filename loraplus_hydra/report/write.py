@@ -16,7 +16,7 @@ from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.files import remove, write_bytes, write_text
 from loraplus_hydra.io.locks import folder_lock
-from loraplus_hydra.io.text import csv_cell
+from loraplus_hydra.io.text import csv_cell, presentable
 from loraplus_hydra.report import figures
 from loraplus_hydra.report.figures import style
 from loraplus_hydra.report.page import page
@@ -98,4 +98,4 @@ def csv_text(results: SweepResults) -> str:
 
 
 def _cell(value: Any) -> Any:
-    return csv_cell(value) if isinstance(value, str) else value
+    return csv_cell(presentable(value)) if isinstance(value, str) else value

@@ -14,7 +14,7 @@ from loraplus_hydra.io.files import remove
 from loraplus_hydra.io.job_status import DONE, FAILED, INTERRUPTED, PRUNED, RUNNING, SKIPPED, WAITING, JobStatus
 from loraplus_hydra.io.read import Unreadable
 from loraplus_hydra.io.run_folder import SWEEP
-from loraplus_hydra.io.text import visible
+from loraplus_hydra.io.text import presentable
 from loraplus_hydra.report import terminal, write
 from loraplus_hydra.report.formatting import count
 from loraplus_hydra.sweep.plan import Sweep, write_left
@@ -60,7 +60,7 @@ def _report(folder: Path) -> Collection[str] | None:
         terminal.show(results)
     # Any error, because the summary of the jobs must follow, and the jobs' own files are complete
     except Exception as error:
-        print(f"The report could not be written: {type(error).__name__}: {visible(str(error))}", file=sys.stderr)
+        print(f"The report could not be written: {type(error).__name__}: {presentable(str(error))}", file=sys.stderr)
         return None
     return {job.folder for job in results.sweep.unsuccessful}
 
@@ -78,7 +78,7 @@ def _print_summary(sweep: Sweep, jobs: list[JobStatus], reported: Collection[str
     for job in jobs:
         if job.status in (FAILED, RUNNING) and job.folder not in reported:
             reason = job.text.strip().splitlines() or ["its process was killed"]
-            print(visible(f"  {job.folder}: {reason[0]}"))
+            print(presentable(f"  {job.folder}: {reason[0]}"))
     if numbers[FAILED] + numbers[RUNNING] + numbers[INTERRUPTED] + numbers[WAITING] + left:
         print("The same command runs only the jobs that are missing or failed.")
 

@@ -126,12 +126,16 @@ def _train(config: DictConfig, job: _Job, state: State, stop_at: float | None) -
 
 
 def _resume_or_clear(config: DictConfig, folder: Path) -> ResumePoint | None:
-    """Set `config` to resume from the newest complete checkpoint. Without one, clear the folder."""
+    """Set `config` to resume from the newest complete checkpoint. Without one, clear the folder.
+
+    Another start of the sweep may have finished the job meanwhile, because imports take seconds. Then it is kept.
+    """
     checkpoint, messages = checkpoints.newest_complete(folder / run_folder.CHECKPOINTS)
     if checkpoint is None:
         with folder_lock(folder):
-            clear(folder)
-        return None
+            if folder_state(folder, config) is not State.DONE:
+                clear(folder)
+                return None
     with open_dict(config):
         config.trainer.resume_from_checkpoint = checkpoints.AUTO
     return ResumePoint(checkpoint, messages=messages)

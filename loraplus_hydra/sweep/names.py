@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from loraplus_hydra.config.plain import without_credentials
 from loraplus_hydra.report.formatting import names as short_names
 from loraplus_hydra.report.formatting import short
 
@@ -41,6 +42,7 @@ def _name(parts: Iterable[str], default: str, config_hash: str) -> str:
 
 
 def _text(value: Any) -> str:
+    value = without_credentials(value)  # pages and trackers show the name
     if isinstance(value, (dict, list)):
         return _UNSAFE.sub("-", json.dumps(value, default=str)).strip("-")
     if value is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from loraplus_hydra.report import summary
 from loraplus_hydra.report.results import results_of
 from loraplus_hydra.report.write import write_report
 from tests.conftest import Finished
-from tests.support.finished_sweeps import ratio_sweep, write_job
+from tests.support.finished_sweeps import ratio_sweep, write_job, write_sweep
 
 _RESUMED = "optimizer=adam ++loraplus.ratio=4"
 
@@ -54,8 +55,6 @@ def test_job_of_a_ready_sweep_is_run_alone(tmp_path: Path) -> None:
 
 
 def test_command_of_the_best_job_is_quoted_for_a_shell(tmp_path: Path) -> None:
-    import shlex
-
     write_job(tmp_path / "0", {"data.train": "it's a file.jsonl", "loraplus.ratio": 4}, 3.5)
     command = summary.command(results_of(tmp_path))
     assert shlex.split(command) == [
@@ -70,8 +69,6 @@ def test_command_of_the_best_job_is_quoted_for_a_shell(tmp_path: Path) -> None:
 def test_command_of_a_resumed_job_composes_to_that_jobs_config(
     tmp_path: Path, tiny_run: list[str], cli: Callable[..., Finished], compose: Callable[..., Any]
 ) -> None:
-    import shlex
-
     from loraplus_hydra.config.identity import run_hash
 
     run = tmp_path / "runs" / "a"
@@ -121,3 +118,20 @@ def test_the_best_job_of_a_search_runs_again_alone(tmp_path: Path, search: str) 
     folder = write_job(tmp_path / "0", {"loraplus.ratio": 4}, 3.5)
     (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(["loraplus.ratio=4", search]))
     assert summary.command(results_of(tmp_path)) == "python -m loraplus_hydra loraplus.ratio=4"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--config-dir", "my conf"],
+        ["--config-dir=conf", "--config-name=mine", "-cn", "other"],
+        ["-cd", "x", "--config-path=/a"],
+    ],
+)
+def test_the_best_job_runs_again_with_the_configs_of_its_sweep(tmp_path: Path, flags: list[str]) -> None:
+    """Without the flags, the program's own config would train, or the option would be unknown."""
+    write_job(tmp_path / "0", {"loraplus.ratio": 4}, 3.5)
+    sweep = ["python", "-m", "loraplus_hydra", "-m", *flags[:2], "loraplus.ratio=1,4", *flags[2:], "optimizer=mine"]
+    write_sweep(tmp_path, command=shlex.join(sweep))
+    words = shlex.split(summary.command(results_of(tmp_path)))
+    assert words == ["python", "-m", "loraplus_hydra", *flags, "loraplus.ratio=4"]

@@ -126,6 +126,32 @@ def test_setting_with_a_failed_seed_is_not_the_best(tmp_path: Path) -> None:
     assert "ratio 64 has a better mean (3.5000) but 1 failed job" in " ".join(summary.details(results))
 
 
+@pytest.mark.parametrize("greater", [False, True])
+def test_setting_with_a_seed_whose_metric_is_not_a_number_is_not_the_best(tmp_path: Path, greater: bool) -> None:
+    """The job is `ok`, but the metric of its collapsed model is NaN. The other seed alone is the lucky one."""
+    values = {(1, 1): 0.6, (1, 2): 0.6, (4, 1): 0.5, (4, 2): 0.5}
+    write_job(tmp_path / "x", {"loraplus.ratio": 64, "seed": 2}, None, greater_is_better=greater)
+    results = ratio_sweep(tmp_path, values | {(64, 1): 0.9 if greater else 0.1}, greater_is_better=greater)
+    assert results.outcome.best is not None
+    assert results.outcome.best.values == {"loraplus.ratio": 1 if greater else 4}
+    assert "ratio 64 has a better mean" in " ".join(summary.details(results))
+
+
+def test_a_seed_that_was_run_twice_counts_once(tmp_path: Path) -> None:
+    """The second time with another logging interval, so in another folder. Two seeds are no sample of four."""
+    values = {(1, 1): 3.70, (1, 2): 3.73, (4, 1): 3.66, (4, 2): 3.69}
+    for (ratio, seed), value in values.items():
+        again = {"loraplus.ratio": ratio, "seed": seed, "trainer.logging_steps": 7}
+        write_job(tmp_path / f"{ratio}_{seed}_b", again, value)
+    results = ratio_sweep(tmp_path, values)
+    assert {one.values["loraplus.ratio"]: one.spread for one in results.settings} == pytest.approx(
+        {1: statistics.stdev([3.70, 3.73]), 4: statistics.stdev([3.66, 3.69])}
+    )
+    assert results.outcome.against_baseline is not None
+    assert results.outcome.against_baseline.verdict == UNCLEAR
+    assert "over 2 seeds" in summary.headline(results)
+
+
 def test_speed_counts_evaluations_that_reach_the_target(tmp_path: Path) -> None:
     slow = [(0, 5.0), (10, 4.5), (20, 4.2), (30, 4.1), (40, 4.0)]
     fast = [(0, 5.0), (10, 4.2), (20, 3.9), (30, 3.8), (40, 3.7)]

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraplus_hydra.report import terminal
 from loraplus_hydra.report.read_job import read_job
 from loraplus_hydra.report.read_sweep import read_sweep
 from loraplus_hydra.report.results import results_of
@@ -176,3 +177,27 @@ def test_status_that_no_job_of_ours_has_is_known(tmp_path: Path) -> None:
     write_job(tmp_path / "0", {"loraplus.ratio": 4}, None, status="pruned")
     (job,) = read_sweep(tmp_path).jobs
     assert (job.status, job.reason) == ("pruned", "ended early by a search")
+
+
+SECRET = "https://me:s3cret@acme.com"
+
+
+def test_report_has_no_credentials_of_addresses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Overrides, errors and commands have them as typed, and others read the report."""
+    rows = [f"{SECRET}/{'x' * 150}/a.jsonl", f"{SECRET}/b.jsonl"]
+    for place, path in enumerate(rows):
+        write_job(tmp_path / str(place), {"data.path": path, "data.lists": [path], "data.name": SECRET}, 3.5 + place)
+    for place, more in enumerate(("", "x" * 90)):  # the second one is folded, within the address
+        error = {"type": "OSError", "text": f"no answer {more} from {SECRET}"}
+        write_job(tmp_path / f"failed{place}", {"data.path": SECRET}, None, status="failed", error=error)
+    command = f"python -m loraplus_hydra -m data.path={','.join(rows)}"
+    write_sweep(tmp_path, name="rows", command=command, swept=["data.path"], left=[f"data.path={SECRET}/c"])
+    rung = {"candidates": [{"name": f"data.path={path}", "loss": 3.5, "stays": True} for path in rows]}
+    (tmp_path / "halving.json").write_text(json.dumps({"rungs": [{"step": 6, **rung}]}))
+    write_job(tmp_path / "left", {"data.path": f"{SECRET}/d"}, None, status="pruned")
+    terminal.show(write_report(tmp_path))
+    written = {name: (tmp_path / name).read_text() for name in ("report.html", "results.csv")}
+    for text in (*written.values(), capsys.readouterr().out):
+        assert "s3c" not in text
+        assert "https://acme.com/b.jsonl" in text
+    assert 'id="rungs"' in written["report.html"]

@@ -114,6 +114,37 @@ def test_job_with_relative_paths_that_was_killed_in_its_first_start_resumes(
     assert (result["status"], result["steps"], result["resumed_at"]) == ("ok", 2, [1])
 
 
+def test_job_that_another_start_has_finished_meanwhile_is_kept(
+    cli: Cli, tiny_sweep: list[str], tmp_path: Path, reported: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command given twice: one start imports its libraries while the other one trains the job."""
+    from loraplus_hydra.sweep import jobs
+
+    isolated, meanwhile = jobs.isolated, tmp_path / "meanwhile"
+    command = [*tiny_sweep, "trainer.save_strategy=no", "seed=1,2", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    assert cli(*command).status == 0
+    shutil.move(tmp_path / "sweep", meanwhile)
+    (done,) = meanwhile.glob("seed-1_*")
+    before = files(done / "adapter")
+
+    def slow_imports(config: Any) -> Any:
+        if config.seed == 1:
+            shutil.copytree(done, tmp_path / "sweep" / done.name, dirs_exist_ok=True)
+        return isolated(config)
+
+    monkeypatch.setattr(jobs, "isolated", slow_imports)
+    finished = cli(*command)
+    assert finished.status == 0, finished.out
+    assert files(tmp_path / "sweep" / done.name / "adapter") == before
+
+
+def test_hydras_lines_about_jobs_have_no_credentials(cli: Cli, reported: list[Path]) -> None:
+    address = "https://me:s3cret@127.0.0.1/rows.jsonl"
+    finished = cli("-m", "data=jsonl", f"data.train={address}", "seed=1,2")  # each job is refused for the address
+    assert "127.0.0.1/rows.jsonl seed=2" in finished.err
+    assert "s3cret" not in finished.out + finished.err
+
+
 def test_more_values_extend_the_sweep(cli: Cli, tiny_sweep: list[str], tmp_path: Path, reported: list[Path]) -> None:
     assert cli(*tiny_sweep, "loraplus.ratio=1,2").status == 0
     finished = cli(*tiny_sweep, "loraplus.ratio=2,3")

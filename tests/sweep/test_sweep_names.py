@@ -32,6 +32,8 @@ VARIED = st.dictionaries(KEYS, VALUES, max_size=6)
         ({"optimizer": "adamw8bit", "trainer.bf16": False}, "optimizer-adamw8bit_bf16-false_3fa9c1d2"),
         ({"adapter.target_modules": ["q_proj", "v_proj"]}, "target_modules-q_proj-v_proj_3fa9c1d2"),
         ({"model.path": "../other/model a"}, "path-..-other-model-a_3fa9c1d2"),
+        ({"data.path": "https://me:s3cret@acme.com/a"}, "path-https-acme.com-a_3fa9c1d2"),
+        ({"data.train": ["s3://me:s3cret@b/a"]}, "train-s3-b-a_3fa9c1d2"),
         ({"data.train": None}, "train-null_3fa9c1d2"),
         ({"optimizer.lr": 1.0, "model.lr": 2.0}, "optimizer.lr-1_model.lr-2_3fa9c1d2"),
         ({}, "job_3fa9c1d2"),

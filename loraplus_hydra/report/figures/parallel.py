@@ -14,7 +14,7 @@ from loraplus_hydra.report.formatting import clipped, folded, short
 from loraplus_hydra.report.limits import robust_limits
 from loraplus_hydra.report.results import SweepResults
 from loraplus_hydra.report.settings import order
-from loraplus_hydra.report.values import number
+from loraplus_hydra.report.values import identity, number
 
 _MOST_KEYS = 8
 _CHARACTERS = 110  # maximum number of characters of all axes' labels together
@@ -85,8 +85,8 @@ def _axis(axes: Any, column: int, name: str, values: Sequence[Any], width: int) 
         heights = [place / last for place in range(len(distinct))] if last else [0.5]
         ticks = list(range(0, len(distinct), -(-len(distinct) // 12)))
     _draw_axis(axes, column, name, [(heights[at], clipped(short(distinct[at]), width)) for at in ticks], width)
-    by_value = {repr(one): height for one, height in zip(distinct, heights, strict=True)}
-    return lambda value: by_value[repr(value)]
+    by_value = {identity(one): height for one, height in zip(distinct, heights, strict=True)}
+    return lambda value: by_value[identity(value)]
 
 
 def _metric_axis(axes: Any, column: int, results: SweepResults, low: float, high: float, width: int) -> None:

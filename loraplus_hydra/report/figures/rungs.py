@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
+from loraplus_hydra.io.text import presentable
 from loraplus_hydra.report.figures.style import INK, MUTED, NARROW, PALETTE, Picture, new_figure, panels
 from loraplus_hydra.report.formatting import clipped
 from loraplus_hydra.report.limits import beyond_axis, padded, robust_limits
@@ -65,7 +66,7 @@ def _shown(name: str, results: SweepResults) -> str:
     """Return a candidate's name with short keys: `lr=1e-3 ratio=4`."""
     for key, short in results.names.items():
         name = name.replace(f"{key}=", f"{short}=")
-    return name
+    return presentable(name)
 
 
 def _caption(beyond: int, left_out: int) -> str:
