@@ -40,6 +40,23 @@ def test_json_values_are_unchanged(tmp_path: Path) -> None:
     assert list(rows["number"])[:5] == [1.0, 1.0, 1.0, 1.0, 2.5]
 
 
+@pytest.mark.parametrize("files", [1, 2])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_numbers_inside_json_are_unchanged(tmp_path: Path, streaming: bool, files: int) -> None:
+    # The shortest texts of doubles with 17 digits, of a small number, and whole numbers beyond 64 bits.
+    values = [
+        {"x": 0.12345678901234568},
+        [1.23e-20, 1e-12],
+        {"x": 123456789012345678901234567890},
+        "[1e-30]",
+        "\r\t\r5",
+    ]
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", ({"v": value} for value in values)) for name in range(files)]
+    held_out = write_jsonl(tmp_path / "e.jsonl", [{"v": 1}])
+    rows = load([*map(str, paths)], str(held_out), streaming=streaming)["train"]
+    assert sorted((row["v"] for row in rows), key=str) == sorted(values * files, key=str)
+
+
 def test_csv_cells_are_text(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('text,label\n"two\nlines, quoted",1\nNA,null\n007,\n')
