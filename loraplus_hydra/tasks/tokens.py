@@ -97,7 +97,10 @@ def encode_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def begun_once(ids: list[int], first: list[int]) -> list[int]:
-    """Return tokens without a second beginning: `first`, if the tokenizer adds one, is also written in some texts."""
+    """Return the tokens of a text without a second beginning.
+
+    `first` is what the tokenizer adds. Texts that were written with a template often have it, too.
+    """
     return ids[1:] if first and ids[:2] == first * 2 else ids
 
 

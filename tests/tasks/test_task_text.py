@@ -43,7 +43,8 @@ def tokens(blocks: Any) -> list[int]:
 
 def test_documents_that_begin_and_end_themselves_do_so_once(compose: Callable[..., Any], tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "model", word_tokenizer(adds=("bos",)))
-    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "<begin> the dog <end>"}, {"text": "one"}, {"text": " <end>"}])
+    texts = ("<begin> the dog <end>", "one", " <end>")
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
     overrides = ("data=jsonl", f"data.train={rows}", f"data.eval={rows}", "task.block_size=32")
     config = compose("task=text", "model=hub", f"model.path={folder}", *overrides)
     (block,) = load_examples(config, load_tokenizer(config.model)).train

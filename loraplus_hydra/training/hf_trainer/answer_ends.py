@@ -18,12 +18,13 @@ _ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids")
 
 
 class _OneEndMixin:
-    """A mixin that removes a prompt's second beginning, and the tokens that the tokenizer appends to answers."""
+    """A mixin that removes a prompt's second beginning, and the special tokens appended to answers."""
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, *args, **kwargs)  # type: ignore[misc]
         first, last = tokens_put_first(processing_class), tokens_put_last(processing_class)
-        if not (first or last) or is_conversational(next(iter(dataset))):  # a chat template writes its own special tokens
+        # A chat template writes its own special tokens.
+        if not (first or last) or is_conversational(next(iter(dataset))):
             return prepared
         return prepared.map(_once, fn_kwargs={"first": first, "last": last})
 
