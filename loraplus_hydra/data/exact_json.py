@@ -49,12 +49,17 @@ def json_text(value: Any) -> str:
 
     A function for `Dataset.map` must return this text, because `datasets` would convert the value itself.
     """
-    text = json.dumps(value, default=str)
+    text = json.dumps(value, default=_named)
     try:
         ujson_loads(text)
     except ValueError:
         return _UNREADABLE + text
     return text
+
+
+def _named(value: Any) -> dict[str, str]:
+    """Return a date, bytes or the like as an object, because it must not become a text to learn."""
+    return {type(value).__name__: str(value)}
 
 
 with warnings.catch_warnings():

@@ -208,20 +208,22 @@ def _encoded_rows(path: str, layout: Layout, names: tuple[str, ...], encoded: tu
 def _load_table(path: str, format: str) -> Dataset:
     """Load a file whose columns have types, with the column ORIGIN. Raises UserError."""
     try:
-        rows = _read_parquet(path) if format == "parquet" else _read_arrow(path)
+        content = file_digest(path)
+        rows = _read_parquet(path, content) if format == "parquet" else _read_arrow(path)
     except Exception as error:  # datasets wraps all of Arrow's errors
         raise UserError(f"{path}: can't be read as {TABLES[format]}: {_first_cause(error)}") from None
     if rows is None or len(rows) == 0:
         raise UserError(f"{path} has no rows")
     check_names(path, rows.column_names)
-    return with_origin(rows, path, digest({format: file_digest(path), "path": path}))
+    return with_origin(rows, path, digest({format: content, "path": path}))
 
 
-def _read_parquet(path: str) -> Dataset | None:
+def _read_parquet(path: str, content: str) -> Dataset | None:
     # Datasets fails on a file without rows, and logs a traceback for a broken file
     if pa.parquet.read_metadata(path).num_rows == 0:
         return None
-    return Dataset.from_parquet(path, cache_dir=str(cache_folder()))
+    # A folder for each content: datasets knows a file only by its name and time, and a copy can keep the time.
+    return Dataset.from_parquet(path, cache_dir=str(cache_folder() / content))
 
 
 def _read_arrow(path: str) -> Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,14 @@ def test_a_share_is_held_out_by_the_seed(tmp_path: Path) -> None:
     assert not set(first["train"]["prompt"]) & set(first["eval"]["prompt"])
     assert len({*first["train"]["prompt"], *first["eval"]["prompt"]}) == 40
     assert list(first["eval"]["prompt"]) == list(again["eval"]["prompt"]) != list(other["eval"]["prompt"])
+
+
+def test_a_parquet_file_that_keeps_its_time_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    for value in ("old", "new"):
+        Dataset.from_dict({"prompt": [value]}).to_parquet(path)
+        os.utime(path, (1e9, 1e9))
+        assert list(load(str(path), str(path))["train"]["prompt"]) == [value]
 
 
 def test_few_rows_are_drawn_from_all(tmp_path: Path) -> None:
