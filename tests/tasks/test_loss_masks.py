@@ -108,6 +108,18 @@ CASES: dict[str, Case] = {
         (ONLY,),
     ),
     "ShareGPT with tools": Case({"conversations": SHARED, "tools": '[{"name": "f"}]'}, CALLED, (ONLY,)),
+    **{
+        f"call without arguments: {way}": Case(
+            {"messages": [SAY, {"role": "assistant", "tool_calls": [{"function": {"name": "f", **way}}]}]},
+            "<user> say one <end> <assistant> [call f <end>]",
+            (ONLY,),
+        )
+        for way in ({"arguments": "{}"}, {"arguments": ""}, {"arguments": None}, {"arguments": "null"}, {})
+    },
+    "an answer that is JSON": Case(
+        {"prompt": "say one", "completion": '[{"from": "x", "to": "f"}]'},
+        "<user> say one <end> <assistant> [<unknown> <unknown> <unknown> <unknown> <end>]",
+    ),
     "messages as JSON text": Case({"messages": json.dumps(TURNS)}, MARKED, (ONLY,)),
 }
 
