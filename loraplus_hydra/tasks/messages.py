@@ -43,7 +43,8 @@ class Messages:
 def holds_messages(value: Any) -> bool:
     """Return True for a list, an object, and text that is a JSON list of messages.
 
-    At least one message must have a known role. Other lists are text to learn, such as `[{"from": "Rome", "to": "Paris"}]`.
+    At least one message must have a known role. Other lists, such as `[{"from": "Rome", "to": "Paris"}]`, are text to
+    learn.
     """
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return isinstance(value, (list, dict))
