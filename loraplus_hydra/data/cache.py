@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, Features, Json
+from datasets import Dataset, Features
 from transformers import PreTrainedTokenizerBase
 
+from loraplus_hydra.data.exact_json import ExactJson
 from loraplus_hydra.data.rows import Rows
 from loraplus_hydra.errors import UserError
 
@@ -107,7 +108,7 @@ def map_cached(
         return convert({name: [row.get(name) for row in batch["row"]] for name in names}, indices)
 
     # Any row of a stream may have columns that the others don't have, so each row becomes one value to be removed.
-    packed = rows.map(lambda row: {"row": row}, features=Features({"row": Json()})).select_columns(["row"])
+    packed = rows.map(lambda row: {"row": row}, features=Features({"row": ExactJson()})).select_columns(["row"])
     return packed.map(convert_packed, remove_columns=["row"], **arguments)
 
 

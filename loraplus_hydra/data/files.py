@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, concatenate_datasets, interleave_datasets
+from datasets import Dataset, DatasetDict, Features, IterableDataset, concatenate_datasets, interleave_datasets
 
 from loraplus_hydra.config.locations import expanded
 from loraplus_hydra.data import mixing
+from loraplus_hydra.data.exact_json import ExactJson
 from loraplus_hydra.data.readers import FORMATS, TABLES, UNITS, Layout, load_file, read
 from loraplus_hydra.data.rows import first_columns, with_columns
 from loraplus_hydra.data.streams import SUFFIXES
@@ -295,7 +296,7 @@ def _streamed_file(path: str, layout: Layout, *, whole: bool) -> IterableDataset
     """Return a file's rows as a stream. If `whole`, each row is one JSON value in the column `row`."""
     arguments = {"path": path, "layout": layout}
     # Rows may differ in type, but `datasets` would infer one type for each column when streams are joined.
-    features = Features({"row": Json()}) if whole else None
+    features = Features({"row": ExactJson()}) if whole else None
     return IterableDataset.from_generator(_whole_rows if whole else read, features, gen_kwargs=arguments)
 
 

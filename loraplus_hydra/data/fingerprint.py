@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from loraplus_hydra.data.rows import ORIGIN, SPLITS, is_streamed
-from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.errors import ConfigErrors, Problem, errors_at
 
 LARGEST = 2**31  # bytes; larger data is not hashed completely, but only every second, third, ... batch
 _BATCH = 1000  # rows
 _STREAM = "data.train"
+_FIRST = 1000  # number of a stream's rows in its fingerprint
 _TEXTS = (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary)
 
 
@@ -38,7 +40,7 @@ class RowsRead:
             self.count, self.digest = 0, ""
         values = {name: value for name, value in row.items() if name != ORIGIN}
         # A chain of digests, because datasets pickles its functions and a hash object can't be pickled.
-        text = self.digest + json.dumps(values, sort_keys=True, default=repr)
+        text = self.digest + json.dumps(values, sort_keys=True, default=_shown)
         self.digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         self.count += 1
         if self.expected is not None and self.count == self.expected[0]:
@@ -50,9 +52,28 @@ class RowsRead:
         return row
 
 
+def _shown(value: Any) -> str:
+    """Return a text for a value that JSON doesn't have, such as a date.
+
+    An object's address is no part of it.
+    """
+    text = repr(value)
+    return type(value).__name__ if " at 0x" in text else text
+
+
 def fingerprints(rows: DatasetDict) -> dict[str, str]:
-    """Return the fingerprint of each split that isn't streamed, by the split's key."""
-    return {f"data.{split}": fingerprint(rows[split]) for split in SPLITS if not is_streamed(rows[split])}
+    """Return the fingerprint of each split, by the split's key. A stream's has only its first rows."""
+    with errors_at(_STREAM):
+        return {
+            f"data.{split}": (_of_first if is_streamed(rows[split]) else fingerprint)(rows[split]) for split in SPLITS
+        }
+
+
+def _of_first(rows: IterableDataset) -> str:
+    read = RowsRead()
+    for index, row in enumerate(islice(rows, _FIRST)):
+        read.see(row, index)
+    return f"first {read.count:,} rows {read.digest}"
 
 
 def watched(rows: DatasetDict) -> tuple[DatasetDict, RowsRead | None]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Features, Json, List, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, List, Value, concatenate_datasets
 
 from loraplus_hydra.data.cache import digest
+from loraplus_hydra.data.exact_json import ExactJson, json_text
 from loraplus_hydra.data.rows import CONTINUES, Rows, declared_names, is_streamed, own_value
 from loraplus_hydra.errors import UserError, first_of
 
@@ -92,7 +92,7 @@ def _with_json(rows: Dataset, names: list[str]) -> Dataset:
     if not names:
         return rows
     types = {name: rows.features[name] for name in names}
-    features = Features({**rows.features, **{name: Json() for name in names}})
+    features = Features({**rows.features, **{name: ExactJson() for name in names}})
     return rows.map(
         lambda batch: {name: [_json_text(value, types[name]) for value in batch[name]] for name in names},
         batched=True,
@@ -109,7 +109,7 @@ def _json_text(value: Any, feature: Any) -> str | None:
         value = _class_name(value, feature)
     value = own_value(value, feature)
     # Not the value itself, because `datasets` would read a text such as "1" as JSON.
-    return None if value is None else json.dumps(value)
+    return None if value is None else json_text(value)
 
 
 def _class_name(number: int | None, label: ClassLabel) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,10 +10,11 @@ from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet
-from datasets import Dataset, Features, Json, Value
+from datasets import Dataset, Features, Value
 from datasets.table import InMemoryTable
 
 from loraplus_hydra.data.cache import cache_folder, digest, file_digest, generate_cached
+from loraplus_hydra.data.exact_json import ExactJson, json_text
 from loraplus_hydra.data.json_objects import json_objects
 from loraplus_hydra.data.rows import CONTINUED, CONTINUES, ORIGIN, check_names, with_origin
 from loraplus_hydra.data.streams import DAMAGED, bad_line, find_encoding, open_text, unreadable
@@ -65,7 +65,7 @@ def load_file(path: str, layout: Layout) -> Dataset:
     if features is None:
         raise UserError(f"{path} has no rows")
     # Tuples, because datasets would split list arguments into parts and read each part separately.
-    encoded = tuple(name for name, feature in features.items() if isinstance(feature, Json))
+    encoded = tuple(name for name, feature in features.items() if isinstance(feature, ExactJson))
     arguments = {"path": path, "layout": layout, "names": tuple(features), "encoded": encoded}
     key = {"content": file_digest(path), "path": path, **asdict(layout)}
     return generate_cached(_encoded_rows, arguments, features=features, key=key)
@@ -180,7 +180,7 @@ def _feature(kinds: set[str]) -> Any:
         return Value("string")
     if kinds == {"int64", "float64"}:
         return Value("float64")
-    return Value(*kinds) if len(kinds) == 1 and kinds != {"other"} else Json()
+    return Value(*kinds) if len(kinds) == 1 and kinds != {"other"} else ExactJson()
 
 
 def _kind(value: Any) -> str:
@@ -196,32 +196,34 @@ def _kind(value: Any) -> str:
 def _encoded_rows(path: str, layout: Layout, names: tuple[str, ...], encoded: tuple[str, ...]) -> Iterator[Row]:
     """Yield rows with all columns `names`.
 
-    The columns in `encoded` are JSON text, as datasets' Json feature stores it.
+    The columns in `encoded` are JSON text, as ExactJson stores it.
     """
     for row in read(path, layout):
         values = {name: row.get(name) for name in names}
         for name in encoded:
-            values[name] = None if values[name] is None else json.dumps(values[name])
+            values[name] = None if values[name] is None else json_text(values[name])
         yield values
 
 
 def _load_table(path: str, format: str) -> Dataset:
     """Load a file whose columns have types, with the column ORIGIN. Raises UserError."""
     try:
-        rows = _read_parquet(path) if format == "parquet" else _read_arrow(path)
+        content = file_digest(path)
+        rows = _read_parquet(path, content) if format == "parquet" else _read_arrow(path)
     except Exception as error:  # datasets wraps all of Arrow's errors
         raise UserError(f"{path}: can't be read as {TABLES[format]}: {_first_cause(error)}") from None
     if rows is None or len(rows) == 0:
         raise UserError(f"{path} has no rows")
     check_names(path, rows.column_names)
-    return with_origin(rows, path, digest({format: file_digest(path), "path": path}))
+    return with_origin(rows, path, digest({format: content, "path": path}))
 
 
-def _read_parquet(path: str) -> Dataset | None:
+def _read_parquet(path: str, content: str) -> Dataset | None:
     # Datasets fails on a file without rows, and logs a traceback for a broken file
     if pa.parquet.read_metadata(path).num_rows == 0:
         return None
-    return Dataset.from_parquet(path, cache_dir=str(cache_folder()))
+    # A folder for each content: datasets knows a file only by its name and time, and a copy can keep the time.
+    return Dataset.from_parquet(path, cache_dir=str(cache_folder() / content))
 
 
 def _read_arrow(path: str) -> Dataset:

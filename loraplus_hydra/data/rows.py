@@ -7,11 +7,12 @@ from itertools import islice
 from typing import Any, TypeAlias
 
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Json, List
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List
 from omegaconf import DictConfig
 
 from loraplus_hydra.config.schema import COLUMN_SUFFIX
 from loraplus_hydra.config.targets import instantiate
+from loraplus_hydra.data.exact_json import ExactJson
 from loraplus_hydra.errors import ConfigErrors, Problem, UserError
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -70,7 +71,7 @@ def with_columns(rows: IterableDataset, names: Sequence[str]) -> IterableDataset
     Rows after the first ones may have further columns.
     """
     # The features are only names here: `datasets` doesn't convert the values that a function returns.
-    features = Features({name: Json() for name in names})
+    features = Features({name: ExactJson() for name in names})
     return rows.map(_completed, fn_kwargs={"names": names}, features=features)
 
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Json, Value
+from datasets import Dataset, DatasetDict, Features, Value
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from loraplus_hydra.data.cache import map_cached, tokenizer_digest
+from loraplus_hydra.data.exact_json import ExactJson, json_text
 from loraplus_hydra.data.rows import SPLITS, Rows, is_streamed, may_have, own_rows
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.base import Base
@@ -41,8 +42,8 @@ class AnswerReader:
         end = end_token(tokenizer, task)
         templated = self.chat and may_have(rows, (TOOLS, FUNCTIONS, TEMPLATE_ARGUMENTS))
         # JSON keeps a message unchanged. Arrow would give every message the keys of all messages.
-        texts = {name: Json() if self.chat else Value("string") for name in ("prompt", *self.answers)}
-        arguments = {TOOLS: Value("string"), TEMPLATE_ARGUMENTS: Json()} if templated else {}
+        texts = {name: ExactJson() if self.chat else Value("string") for name in ("prompt", *self.answers)}
+        arguments = {TOOLS: Value("string"), TEMPLATE_ARGUMENTS: ExactJson()} if templated else {}
         features = Features({**texts, **arguments, **self.others, **REPORTED, _PROMPT_LENGTH: Value("int32")})
         key = {**self.key, "tokenizer": tokenizer_digest(tokenizer), "end": end, "chat": self.chat}
 
@@ -58,7 +59,7 @@ class AnswerReader:
                     _columns(answers, templated) | others | _reported([next(encoded) for _ in answers])
                     for (answers, others), _ in read
                 ]
-                return {name: [line[name] for line in made] for name in features}
+                return {name: [_stored(line[name], type) for line in made] for name, type in features.items()}
 
             return convert
 
@@ -114,6 +115,11 @@ def uses_template(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool
     if chat and not tokenizer.chat_template:
         raise ConfigErrors([Problem("task.chat", "the tokenizer has no chat template", "set task.chat=false")])
     return bool(tokenizer.chat_template) if chat is None else chat
+
+
+def _stored(value: Any, type: Any) -> Any:
+    """Return a value in the form in which a column of this type stores it."""
+    return json_text(value) if isinstance(type, ExactJson) and value is not None else value
 
 
 def _columns(answers: Answers, templated: bool) -> dict[str, Any]:

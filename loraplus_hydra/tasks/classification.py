@@ -39,7 +39,9 @@ def examples(
     and the names of the model's head. Raises ConfigErrors.
     """
     text, label, pair = _columns(rows, data)
-    sampled = data.get("max_samples") is not None
+    # Held-out rows are drawn, too. Without their labels, the labels would depend on the seed.
+    drawn = any(name in data and data[name] is None for name in ("eval", "eval_split"))
+    sampled = drawn or data.get("max_samples") is not None
     labels = find_labels(rows, label, problem_type, sampled=sampled, base=None if new_head else base)
     _check_metric(task, labels)
     limit = least(max_length, longest_input(tokenizer, base))

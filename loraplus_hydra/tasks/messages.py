@@ -41,14 +41,20 @@ class Messages:
 
 
 def holds_messages(value: Any) -> bool:
-    """Return True for a list, an object, and text that is a JSON list of messages."""
+    """Return True for a list, an object, and text that is a JSON list of messages.
+
+    At least one message must have a known role. Other lists, such as `[{"from": "Rome", "to": "Paris"}]`, are text to
+    learn.
+    """
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return isinstance(value, (list, dict))
     try:
         read = json.loads(value)
     except (ValueError, RecursionError):
         return False
-    return all(isinstance(each, dict) and {"role", "from"} & each.keys() for each in read)
+    if not all(isinstance(each, dict) and {"role", "from"} & each.keys() for each in read):
+        return False
+    return any(str(each.get("role", each.get("from"))) in (*ROLES, *_OTHER_NAMES) for each in read)
 
 
 def read_messages(value: Any, column: str, place: str) -> Messages:
@@ -178,8 +184,10 @@ def _tool_call(call: Any, column: str, place: str) -> Any:
     if not isinstance(call, dict):
         raise row_error(place, column, f"has {describe(call)}, but a tool call must be {{name: ..., arguments: ...}}")
     function = call.get("function", {key: call[key] for key in ("name", "arguments") if key in call})
-    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-        function = {**function, "arguments": json_value(function["arguments"], column, place)}
+    if isinstance(function, dict):
+        # A call without arguments is written in several ways: with an empty text, with null, and without the key.
+        arguments = json_value(function.get("arguments") or "{}", column, place)
+        function = {**function, "arguments": {} if arguments is None else arguments}
     others = {key: value for key, value in call.items() if key not in ("name", "arguments")}
     return {"type": "function", **others, "function": function}
 

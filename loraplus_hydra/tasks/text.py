@@ -18,7 +18,7 @@ from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.tasks.base import Base, longest_input
 from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.tasks.rows import batch_rows, require_columns, text_in, unused_columns_note
-from loraplus_hydra.tasks.tokens import IGNORED
+from loraplus_hydra.tasks.tokens import IGNORED, tokens_put_first
 
 # A text with more characters is cut before it is tokenised, because a tokenizer's result takes much memory.
 _LONG = 2**20
@@ -145,7 +145,7 @@ def _converter(column: str, tokenizer: PreTrainedTokenizerBase, split: str) -> A
     A document that continues over several batches has a row in each of them. If its first rows are left out, it has no
     beginning-of-text token, and if its last rows are left out, no end-of-text token.
     """
-    beginning = _beginning(tokenizer)
+    beginning = tokens_put_first(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
@@ -163,7 +163,8 @@ def _converter(column: str, tokenizer: PreTrainedTokenizerBase, split: str) -> A
                 texts.append(text)
                 parts.append(part)
         ids = [
-            beginning * part["begins"] + each + end * part["ends"]
+            # A text may already begin with the one token, or end with the other.
+            beginning * (part["begins"] and each[:1] != beginning) + each + end * (part["ends"] and each[-1:] != end)
             for each, part in zip(_ids(texts, tokenizer), parts, strict=True)
         ]
         return {"input_ids": ids, **{name: [part[name] for part in parts] for name in _DOCUMENT}}
@@ -190,12 +191,6 @@ def pieces(text: str, size: int) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
-
-
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the beginning-of-text token, if the tokenizer adds one before a text."""
-    alone = tokenizer("")["input_ids"]
-    return [tokenizer.bos_token_id] if alone and alone[0] == tokenizer.bos_token_id else []
 
 
 def _samples(

@@ -87,12 +87,21 @@ def encode_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
     """Return the tokens of texts that other text may follow.
 
     Special tokens that the tokenizer adds before a text are kept. Special tokens that it adds after a text are removed.
+    A beginning that a text already has isn't doubled.
     """
     if not texts:
         return []
     # An end-of-text token that the tokenizer appends would end a prompt, and would be repeated at the end of a row.
-    last = tokens_put_last(tokenizer)
-    return [ids[: len(ids) - last] for ids in tokenizer(list(texts))["input_ids"]]
+    first, last = tokens_put_first(tokenizer), tokens_put_last(tokenizer)
+    return [begun_once(ids[: len(ids) - last], first) for ids in tokenizer(list(texts))["input_ids"]]
+
+
+def begun_once(ids: list[int], first: list[int]) -> list[int]:
+    """Return the tokens of a text without a second beginning.
+
+    `first` is what the tokenizer adds. Texts that were written with a template often have it, too.
+    """
+    return ids[1:] if first and ids[:2] == first * 2 else ids
 
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool) -> list[int]:
@@ -103,6 +112,12 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, *, special_toke
     if special_tokens:
         return encode_plain([text], tokenizer)[0]
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def tokens_put_first(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the beginning-of-text token, if the tokenizer adds one before a text."""
+    alone = tokenizer("")["input_ids"]
+    return [tokenizer.bos_token_id] if alone and alone[0] == tokenizer.bos_token_id else []
 
 
 def tokens_put_last(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,23 @@ def test_json_values_are_unchanged(tmp_path: Path) -> None:
     rows = load(str(path), str(path))["train"]
     assert list(rows["mixed"]) == values
     assert list(rows["number"])[:5] == [1.0, 1.0, 1.0, 1.0, 2.5]
+
+
+@pytest.mark.parametrize("files", [1, 2])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_numbers_inside_json_are_unchanged(tmp_path: Path, streaming: bool, files: int) -> None:
+    # The shortest texts of doubles with 17 digits, of a small number, and whole numbers beyond 64 bits.
+    values = [
+        {"x": 0.12345678901234568},
+        [1.23e-20, 1e-12],
+        {"x": 123456789012345678901234567890},
+        "[1e-30]",
+        "\r\t\r5",
+    ]
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", ({"v": value} for value in values)) for name in range(files)]
+    held_out = write_jsonl(tmp_path / "e.jsonl", [{"v": 1}])
+    rows = load([*map(str, paths)], str(held_out), streaming=streaming)["train"]
+    assert sorted((row["v"] for row in rows), key=str) == sorted(values * files, key=str)
 
 
 def test_csv_cells_are_text(tmp_path: Path) -> None:
@@ -99,6 +117,14 @@ def test_a_share_is_held_out_by_the_seed(tmp_path: Path) -> None:
     assert not set(first["train"]["prompt"]) & set(first["eval"]["prompt"])
     assert len({*first["train"]["prompt"], *first["eval"]["prompt"]}) == 40
     assert list(first["eval"]["prompt"]) == list(again["eval"]["prompt"]) != list(other["eval"]["prompt"])
+
+
+def test_a_parquet_file_that_keeps_its_time_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    for value in ("old", "new"):
+        Dataset.from_dict({"prompt": [value]}).to_parquet(path)
+        os.utime(path, (1e9, 1e9))
+        assert list(load(str(path), str(path))["train"]["prompt"]) == [value]
 
 
 def test_few_rows_are_drawn_from_all(tmp_path: Path) -> None:

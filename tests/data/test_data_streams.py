@@ -9,6 +9,7 @@ import lzma
 import tarfile
 import zipfile
 from collections.abc import Callable
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,15 @@ def test_files_whose_columns_differ_in_type_are_mixed_by_value(tmp_path: Path) -
     assert list(rows["messages"]) == [turns, turns, "[]"]
     assert list(rows["label"]) == ["maybe", "no", "x"]
     assert list(rows["only"]) == [1, None, None]
+
+
+def test_a_date_in_one_file_and_text_in_another_stay_different(tmp_path: Path) -> None:
+    table, lines = tmp_path / "a.parquet", tmp_path / "b.jsonl"
+    Dataset.from_dict({"when": [date(2020, 1, 2)]}).to_parquet(table)
+    lines.write_text('{"when": "2020-01-02"}\n', encoding="utf-8")
+    (held_out := tmp_path / "c.csv").write_text("when\na\n", encoding="utf-8")
+    rows = load([str(table), str(lines)], str(held_out))["train"]
+    assert list(rows["when"]) == [{"date": "2020-01-02"}, "2020-01-02"]
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -14,6 +14,7 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 
 from loraplus_hydra import run
+from loraplus_hydra.data import fingerprint
 from loraplus_hydra.errors import ConfigErrors
 from loraplus_hydra.models.inputs import base_fingerprints
 from loraplus_hydra.runs.changed_inputs import current_inputs
@@ -374,7 +375,19 @@ def test_automatic_resume_takes_new_rows_from_the_command_line(copy: Path, cli: 
     assert json.loads(Path("mine/result.json").read_text())["resumed_at"] == [2]
 
 
-def test_stream_is_compared_as_far_as_it_was_read(tiny_run: list[str], tmp_path: Path, compose: Any) -> None:
+def test_images_of_a_stream_are_not_known_by_their_address() -> None:
+    read = [fingerprint.RowsRead(), fingerprint.RowsRead()]
+    images = [object(), object()]  # both exist, so their addresses differ
+    for each, image in zip(read, images, strict=True):
+        each.see({"image": image, "text": "say"}, 0)
+    assert read[0].digest == read[1].digest
+
+
+@pytest.mark.parametrize("first", [0, 1000])
+def test_first_rows_of_a_stream_are_compared_and_the_rows_that_were_read(
+    tiny_run: list[str], tmp_path: Path, compose: Any, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    monkeypatch.setattr(fingerprint, "_FIRST", first)
     rows, held_out = tmp_path / "rows.jsonl", tmp_path / "held_out.jsonl"
     write_rows(rows, "say")
     write_rows(held_out, "say")
@@ -389,7 +402,8 @@ def test_stream_is_compared_as_far_as_it_was_read(tiny_run: list[str], tmp_path:
         shutil.rmtree(tmp_path / "run" / name)
     rows.write_text(rows.read_text().replace('"say 7"', '"say 77"'))
     resumed = [*overrides, "trainer.resume_from_checkpoint=auto"]
-    with pytest.raises(Exception, match=r"data.train: the first \d+ rows of the stream"):
+    expected = "content of the training rows has changed" if first else r"first \d+ rows of the stream differ"
+    with pytest.raises(Exception, match=f"data.train: the {expected}"):
         run(compose(*resumed), tmp_path / "run")
     run(compose(*resumed, ALLOW), tmp_path / "run")
 

@@ -66,6 +66,12 @@ CASES: dict[str, Case] = {
     "texts that end themselves": Case(
         {**PAIR, "completion": " one <end>"}, "say one [one <end>]", template=False, adds=("eos",)
     ),
+    "texts that begin themselves": Case(
+        {**PAIR, "prompt": "<begin> say one"}, "<begin> say one [one <end>]", template=False, adds=("bos",)
+    ),
+    "plain text that begins and ends itself": Case(
+        {"text": "<begin> the fox <end>"}, "[<begin> the fox <end>]", adds=("bos", "eos")
+    ),
     "a template's tokens are not doubled": Case(
         PAIR, "<user> say one <end> <assistant> [one <end>]", adds=("bos", "eos")
     ),
@@ -102,6 +108,18 @@ CASES: dict[str, Case] = {
         (ONLY,),
     ),
     "ShareGPT with tools": Case({"conversations": SHARED, "tools": '[{"name": "f"}]'}, CALLED, (ONLY,)),
+    **{
+        f"call without arguments: {way}": Case(
+            {"messages": [SAY, {"role": "assistant", "tool_calls": [{"function": {"name": "f", **way}}]}]},
+            "<user> say one <end> <assistant> [call f <end>]",
+            (ONLY,),
+        )
+        for way in ({"arguments": "{}"}, {"arguments": ""}, {"arguments": None}, {"arguments": "null"}, {})
+    },
+    "an answer that is JSON": Case(
+        {"prompt": "say one", "completion": '[{"from": "x", "to": "f"}]'},
+        "<user> say one <end> <assistant> [<unknown> <unknown> <unknown> <unknown> <end>]",
+    ),
     "messages as JSON text": Case({"messages": json.dumps(TURNS)}, MARKED, (ONLY,)),
 }
 
@@ -231,14 +249,15 @@ def test_a_turn_without_loss_leaves_the_loss_of_the_turns_around_it(
     assert found == WAYS[way].expected(silent)
 
 
+@pytest.mark.parametrize("begin", ["", "<begin> "])
 @pytest.mark.parametrize("task", ["task=dpo", "experiment=kto"])
-def test_answers_of_preferences_end_once_where_the_tokenizer_adds_an_end(
-    task: str, compose: Callable[..., Any], tmp_path: Path
+def test_texts_of_preferences_begin_and_end_once_where_the_tokenizer_adds_both(
+    task: str, begin: str, compose: Callable[..., Any], tmp_path: Path
 ) -> None:
     folder = save_llama(tmp_path / "model", word_tokenizer(None, adds=("bos", "eos")))
-    rows: list[dict[str, Any]] = [{"prompt": "say one", "chosen": " one", "rejected": " two two"}] * 4
+    rows: list[dict[str, Any]] = [{"prompt": f"{begin}say one", "chosen": " one", "rejected": " two two"}] * 4
     if task == "experiment=kto":
-        rows = [{"prompt": "say one", "completion": " two" * n, "label": n < 2} for n in (1, 2, 1, 2)]
+        rows = [{"prompt": f"{begin}say one", "completion": " two" * n, "label": n < 2} for n in (1, 2, 1, 2)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     files = ("data=jsonl", f"data.train={path}", f"data.eval={path}")
     config = compose(task, "model=hub", f"model.path={folder}", *files)

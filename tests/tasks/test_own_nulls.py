@@ -65,6 +65,12 @@ def test_each_split_has_the_nulls_of_its_own_format(made: Made, tmp_path: Path) 
         assert found == {str(lines): [{"x": None}, {"y": 2}], table: [{"x": 1}, {"y": 2}]}
 
 
+def test_numbers_of_calls_are_unchanged(made: Made, tmp_path: Path) -> None:
+    numbers = [{"x": 3.141592653589793}, {"y": 1e-12, "z": 10**30}]
+    path = write_jsonl(tmp_path / "a.jsonl", [row(**each) for each in numbers])
+    assert arguments(made("data=jsonl", f"data.train={path}", f"data.eval={path}").train) == numbers
+
+
 def test_columns_of_text_say_nothing_about_the_nulls_of_tools(made: Made, tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "f", "default": None}}]
     texts = {"prompt": "say 1", "chosen": "one", "rejected": "two"}

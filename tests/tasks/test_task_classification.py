@@ -196,6 +196,18 @@ def test_a_split_may_declare_its_names_where_the_other_has_them_in_its_rows(
     assert named(examples, "eval") == ["5", "7"]
 
 
+def test_a_label_whose_only_row_is_held_out_is_no_error(
+    compose: Callable[..., Any], bert_folder: Path, tmp_path: Path
+) -> None:
+    rows = [{"text": f"say {number}", "label": f"l{number}"} for number in range(8)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    model = ("model=hub", f"model.path={bert_folder}", "task=classification", "data=jsonl", f"data.train={path}")
+    for seed in (1, 2):
+        config = compose(*model, "data.eval_fraction=0.5", f"data.seed={seed}")
+        examples = load_examples(config, load_tokenizer(config.model))
+        assert list(examples.model_arguments["label2id"]) == [f"l{number}" for number in range(8)]
+
+
 def test_a_name_that_only_the_eval_rows_declare_is_an_error(from_tables: Callable[..., Examples]) -> None:
     with pytest.raises(ConfigErrors, match="'bad', a label that no training row has; the labels are good, neutral"):
         from_tables(table("good", "neutral"), table("bad", "good"))

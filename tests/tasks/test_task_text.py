@@ -41,6 +41,16 @@ def tokens(blocks: Any) -> list[int]:
     return [token for block in blocks["input_ids"] for token in block]
 
 
+def test_documents_that_begin_and_end_themselves_do_so_once(compose: Callable[..., Any], tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "model", word_tokenizer(adds=("bos",)))
+    texts = ("<begin> the dog <end>", "one", " <end>")
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
+    overrides = ("data=jsonl", f"data.train={rows}", f"data.eval={rows}", "task.block_size=32")
+    config = compose("task=text", "model=hub", f"model.path={folder}", *overrides)
+    (block,) = load_examples(config, load_tokenizer(config.model)).train
+    assert written(block["input_ids"], block["labels"]) == "[<begin> the dog <end> <begin> one <end> <begin> <end>]"
+
+
 @given(st.lists(st.lists(st.integers(0, 9), max_size=20), max_size=8), st.integers(1, 7))
 def test_blocks_are_the_text_in_order_and_only_the_last_is_shorter(parts: list[list[int]], size: int) -> None:
     blocks = [block.tolist() for block in cut_into_blocks((np.array(part, dtype=np.int32) for part in parts), size)]

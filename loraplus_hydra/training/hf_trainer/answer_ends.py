@@ -1,7 +1,7 @@
-"""Answers that end with one end-of-text token in TRL's preference trainers.
+"""Plain texts with one beginning and one end in TRL's preference trainers.
 
-DPOTrainer and KTOTrainer (TRL 1.16) write this token after an answer of plain text. A tokenizer that also appends the
-token would put it there twice.
+DPOTrainer and KTOTrainer (TRL 1.16) write the end-of-text token after an answer. A tokenizer that also appends the
+token would put it there twice. A prompt that has the token that the tokenizer puts first would begin twice.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ from typing import Any
 from transformers import Trainer
 from trl.data_utils import is_conversational
 
-from loraplus_hydra.tasks.tokens import tokens_put_last
+from loraplus_hydra.tasks.tokens import begun_once, tokens_put_first, tokens_put_last
 from loraplus_hydra.training.reference import adds_reference
 
 _ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids")  # columns with the tokens of answers
 
 
 class _OneEndMixin:
-    """A mixin that removes the special tokens that the tokenizer appends to answers of plain text."""
+    """A mixin that removes a prompt's second beginning, and the special tokens appended to answers."""
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, *args, **kwargs)  # type: ignore[misc]
-        last = tokens_put_last(processing_class)
-        if not last or is_conversational(next(iter(dataset))):  # a chat template writes its own special tokens
+        first, last = tokens_put_first(processing_class), tokens_put_last(processing_class)
+        # A chat template writes its own special tokens.
+        if not (first or last) or is_conversational(next(iter(dataset))):
             return prepared
-        return prepared.map(_without_last, fn_kwargs={"last": last})
+        return prepared.map(_once, fn_kwargs={"first": first, "last": last})
 
 
 def with_one_end(trainer_class: type[Trainer]) -> type[Trainer]:
@@ -35,5 +36,6 @@ def with_one_end(trainer_class: type[Trainer]) -> type[Trainer]:
     return type(f"OneEnd{trainer_class.__name__}", (_OneEndMixin, trainer_class), {})
 
 
-def _without_last(row: dict[str, Any], last: int) -> dict[str, Any]:
-    return {name: row[name][:-last] for name in _ANSWERS if row.get(name) is not None}
+def _once(row: dict[str, Any], first: list[int], last: int) -> dict[str, Any]:
+    answers = {name: row[name][: len(row[name]) - last] for name in _ANSWERS if row.get(name) is not None}
+    return answers | {name: begun_once(row[name], first) for name in ("prompt_ids",) if name in row}
