@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loraplus_hydra.config.plain import without_credentials
 from loraplus_hydra.config.schema import NOT_OF_A_RUN
 from loraplus_hydra.io import run_folder
 from loraplus_hydra.io.read import Missing, Unreadable, inside, read_json, read_lines, read_yaml
@@ -152,9 +153,13 @@ class Files:
         self.errors: list[str] = []
 
     def read(self, reader: Any, *names: str, **kind: type) -> Any:
-        """Read a file; return None if it is missing or can't be read."""
+        """Read a file; return None if it is missing or can't be read.
+
+        Addresses lose their user and password, because other people may read a report.
+        """
         try:
-            return reader(inside(self.folder, *names), **kind)
+            found = reader(inside(self.folder, *names), **kind)
+            return found if reader is read_lines else without_credentials(found)  # lines have only numbers
         except Missing:
             return None
         except Unreadable as error:

@@ -34,6 +34,21 @@ def test_job_that_failed_before_its_config_was_written_has_its_values(tmp_path: 
     assert row["error"] == "ConfigErrors: no"
 
 
+def test_report_has_no_passwords_of_addresses(tmp_path: Path) -> None:
+    address = "https://me:s3cret@host/rows"
+    command = f"python -m loraplus_hydra -m logger.tracking_uri={address} loraplus.ratio=1,2,4"
+    write_sweep(tmp_path, name="mine", command=command, swept=["loraplus.ratio"])
+    for ratio in (1, 2, 4):
+        failed: dict[str, Any] = {"status": "failed", "error": {"type": "OSError", "text": f"no {address}"}}
+        values = {"loraplus.ratio": ratio, "data.train": f"{address}{ratio}", "logger.tracking_uri": address}
+        write_job(tmp_path / str(ratio), values, 5.0 / ratio, **(failed if ratio == 1 else {}))
+    write_report(tmp_path)
+    for name in ("report.html", "results.csv"):
+        text = (tmp_path / name).read_text()
+        assert ("https://host/rows4" in text, "s3cret" in text) == (True, False), name
+    assert "no https://host/rows" in (tmp_path / "results.csv").read_text()
+
+
 def csv_rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "results.csv").open() as file:
         return list(csv.DictReader(file))
