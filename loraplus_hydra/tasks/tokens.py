@@ -105,6 +105,15 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, *, special_toke
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def pad_as_class(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pad on the side of the tokenizer's class, often the right.
+
+    A tokenizer that was saved for generation pads on the left. Where positions are absolute, a classifier's scores
+    would then depend on the other texts of the batch.
+    """
+    tokenizer.padding_side = type(tokenizer).padding_side
+
+
 def tokens_put_last(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the number of special tokens that the tokenizer adds after a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
