@@ -176,7 +176,7 @@ def vocabulary_problems(model: DictConfig, tokenizer: PreTrainedTokenizerBase) -
 
 
 def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Set the tokenizer's pad token in a loaded model, and add rows for new tokens to its embedding.
+    """Set the tokenizer's pad and end token in a loaded model, and add rows for new tokens.
 
     New rows are drawn around the mean of the old rows, with the global random generator.
     """
@@ -186,6 +186,14 @@ def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
         if config is not None:
             config.pad_token_id = tokenizer.pad_token_id  # a causal classifier uses it to find the end of each text
+    generation, end = getattr(model, "generation_config", None), tokenizer.eos_token_id
+    if generation is not None and end is not None:
+        # Training writes this token after each answer (`task.args.eos_token`), so an answer must end there, too. The
+        # Trainer sets it in the same way, but only in its own model.
+        known = generation.eos_token_id
+        ends = known if isinstance(known, list) else [] if known is None else [known]
+        if end not in ends:
+            generation.eos_token_id = [end, *ends]
 
 
 def missing_folder_problem(key: str, path: str) -> Problem | None:

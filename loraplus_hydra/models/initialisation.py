@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,15 +82,42 @@ def copy_factors(model: PeftModel) -> dict[str, torch.Tensor]:
     its copy together have twice the rank of the config.
     """
     found = {}
-    for name, parameter in model.named_parameters():
-        if not (match := _FACTOR.fullmatch(name)):
-            continue
-        factor, dim = parameter.detach().to("cpu", copy=True), _rank_dim(name)
+    for in_file, parameter, layer in _factors(model):
+        factor, dim = parameter.detach().to("cpu", copy=True), _rank_dim(in_file)
         shape = list(factor.shape)
-        shape[dim] = 2 * (model.get_submodule(match["layer"]).r[ADAPTER_NAME] - shape[dim])
-        in_file = f"{match['layer']}.{match['factor']}{match['weight']}"
+        shape[dim] = 2 * (layer.r[ADAPTER_NAME] - shape[dim])
         found[in_file] = torch.cat([factor, factor.new_zeros(shape)], dim=dim)
     return found
+
+
+@contextmanager
+def as_base(model: PeftModel) -> Iterator[None]:
+    """Let the model answer like its base inside the block, also if its start has changed the base."""
+    initial = getattr(model, "initial_factors", None)
+    if not initial:
+        with model.disable_adapter():
+            yield
+        return
+    kept = []
+    with torch.no_grad():
+        for in_file, parameter, _ in _factors(model):  # the changed base with the start is the original base
+            kept.append((parameter, parameter.clone()))
+            dim = _rank_dim(in_file)
+            parameter.copy_(initial[in_file].narrow(dim, 0, parameter.shape[dim]))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, trained in kept:
+                parameter.copy_(trained)
+
+
+def _factors(model: PeftModel) -> Iterator[tuple[str, nn.Parameter, Any]]:
+    """Yield each LoRA factor's name in PEFT's files, the factor, and its layer."""
+    for name, parameter in model.named_parameters():
+        if match := _FACTOR.fullmatch(name):
+            layer = model.get_submodule(match["layer"])
+            yield f"{match['layer']}.{match['factor']}{match['weight']}", parameter, layer
 
 
 def convert_to_original_base(

@@ -12,6 +12,7 @@ from loraplus_hydra.errors import ConfigErrors, Problem, UserError, first_line
 from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.streams import is_read
 from loraplus_hydra.io.text import visible
+from loraplus_hydra.models.initialisation import as_base
 from loraplus_hydra.models.properties import table_size, trained_positions
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.load_finished import load_run
@@ -73,7 +74,7 @@ class Chat:
 
     def _answer(self, turns: list[dict[str, str]], *, base: bool = False) -> str:
         prompt, room = self._prompt(turns)
-        with self.model.disable_adapter() if base else nullcontext():
+        with as_base(self.model) if base else nullcontext():
             text = answer(
                 self.model,
                 self.tokenizer,

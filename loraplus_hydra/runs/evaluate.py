@@ -10,17 +10,20 @@ from typing import Any
 from omegaconf import DictConfig
 
 from loraplus_hydra.check import stored_problems
+from loraplus_hydra.config.targets import locate
 from loraplus_hydra.errors import ConfigErrors, Problem, refuse
 from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.fingerprints import refuse_changed
+from loraplus_hydra.models.adapter_files import load_tensors
 from loraplus_hydra.runs.finished import FinishedRun
-from loraplus_hydra.runs.load_finished import base_of, load_run, load_run_tokenizer
+from loraplus_hydra.runs.load_finished import base_of, load_run, load_run_tokenizer, load_start
 from loraplus_hydra.runs.new_rows import named_rows
 from loraplus_hydra.runs.predict import on_device
 from loraplus_hydra.tasks.examples import Examples, load_examples
 from loraplus_hydra.training.forgetting import OtherText, read_pieces
 from loraplus_hydra.training.hf_trainer.assemble import make_trainer
 from loraplus_hydra.training.prepare import bundle
+from loraplus_hydra.training.reference import adds_reference
 
 _KIND_OF_LABELS = ("num_labels", "id2label", "problem_type")
 
@@ -56,12 +59,17 @@ def evaluate(run: FinishedRun, *, names_new_rows: bool = False, forgetting: str 
         refuse_changed(run.result.get("inputs") or {}, examples.fingerprints, names=["data.eval"])
     _same_labels(run, examples)
     interrupts.stop_if_asked()
-    # Trainable, because the Trainer makes parameter groups from the trained tensors
-    model, tokenizer = load_run(run, trainable=True, other=other)
-    change = {} if other is None else other.change(on_device(model, run), run.config)
+    has_reference = adds_reference(locate(run.config.task._target_))
+    if has_reference:
+        model = load_start(run, tokenizer, examples, other)
+    else:  # trainable, because the Trainer makes parameter groups from the trained tensors
+        model, tokenizer = load_run(run, trainable=True, other=other)
     run.config.trainer.ema = None  # the run's weights or their average, not another average
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(bundle(run.config, tokenizer, examples, model), Path(folder))
+        if has_reference:  # the Trainer has copied the start, with which the run compared its model
+            load_tensors(model, run.adapter)
+        change = {} if other is None else other.change(on_device(model, run), run.config)
         metrics: dict[str, float] = trainer.evaluate()
     return metrics | change
 

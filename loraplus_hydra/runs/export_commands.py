@@ -105,6 +105,12 @@ class Served:
         base = Path(model_location(self.run.config.model.path)).name
         return (re.sub(r"[^a-z0-9._-]+", "-", base.lower()).strip("-._") or "model") + "-lora"
 
+    @property
+    def _template(self) -> str | None:
+        """The file of the chat template, if the run didn't use the tokenizer's own."""
+        path = self.run.config.task.args.get("chat_template_path")
+        return None if path is None else str(path)
+
     def _vllm(self, place: Place) -> Iterator[str]:
         code = ["--trust-remote-code"] * bool(self.run.config.model.trust_remote_code)
         if self.export.merged:
@@ -112,7 +118,9 @@ class Served:
             yield _shell("vllm", "serve", place.folder, "--served-model-name", self.name, *pooling, *code)
             return
         revision = ["--revision", self.run.config.model.revision] if self.run.config.model.revision else []
-        tokenizer = ["--tokenizer", place.folder] if self.run.config.model.tokenizer else []
+        given = (self.run.config.model.tokenizer, self._template, self.run.config.task.args.get("eos_token"))
+        # Otherwise vLLM would use the base's own tokenizer, with other turns or another end of an answer
+        tokenizer = ["--tokenizer", place.folder] if any(given) else []
         named = f"{self.name}={place.folder}"
         if "=" in place.folder:
             named = json.dumps({"name": self.name, "path": place.folder})
@@ -135,6 +143,8 @@ class Served:
         program = (
             ["llama-cli", "-m", gguf, *adapter] if self.chat else ["llama-completion", "-m", gguf, *adapter, "-no-cnv"]
         )
+        if self.chat and self._template and not self.export.merged:  # base.gguf has the base's own template
+            program += ["--jinja", "--chat-template-file", _inside(place, "chat_template.jinja")]
         yield _shell(*program, *([] if self.chat else ["-p", "Hello"]))
 
     def _ollama(self, place: Place) -> Iterator[str]:

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from loraplus_hydra.check import Checked, check
 from loraplus_hydra.config.identity import run_hash
+from loraplus_hydra.config.locations import expanded
+from loraplus_hydra.config.plain import value_at
 from loraplus_hydra.config.schema import run_of
 from loraplus_hydra.config.stored_paths import with_absolute_paths
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import files, folders, interrupts, processes, run_folder, screen
-from loraplus_hydra.io.checkpoints import ResumePoint, sealed
+from loraplus_hydra.io.checkpoints import AUTO, KEY, ResumePoint, sealed
 from loraplus_hydra.io.fingerprints import refuse_changed
 from loraplus_hydra.io.interrupts import Interrupted
 from loraplus_hydra.io.locks import folder_lock
@@ -40,6 +42,7 @@ from loraplus_hydra.runs.figure import draw_training
 from loraplus_hydra.runs.inspection import advice_of, explanation_of
 from loraplus_hydra.runs.limits import explain_resource_errors
 from loraplus_hydra.runs.resume import find_resume_point, finished_message, finished_result, roll_back
+from loraplus_hydra.runs.stored_config import read_plain
 from loraplus_hydra.training.hf_trainer.assemble import make_trainer
 from loraplus_hydra.training.hf_trainer.rung import RungReached
 from loraplus_hydra.training.hf_trainer.train import train
@@ -101,7 +104,7 @@ def _run_in(
     with folder_lock(folder) as is_locked:
         if processes.is_main():
             folders.refuse_foreign(folder, key="hydra.run.dir")
-            if config.trainer.get("resume_from_checkpoint") is None:
+            if not _is_of(folder, config.trainer.get("resume_from_checkpoint")):
                 _refuse_begun(folder)
         if is_locked:
             folders.remove_drafts(folder)
@@ -162,6 +165,17 @@ def _run(job: Run, checked: Checked | None, stop_at: float | None) -> None:
                     _save(job, prepared, run_folder.ADAPTER_EMA)
             else:  # one from before a resume that switched it off
                 folders.remove(job.folder / run_folder.ADAPTER_EMA)
+
+
+def _is_of(folder: Path, named: str | None) -> bool:
+    """Return True if `trainer.resume_from_checkpoint` names a checkpoint of the run in `folder`.
+
+    It may also be another run's checkpoint from which the run in `folder` began.
+    """
+    if named is None or named == AUTO:
+        return named == AUTO
+    places = [expanded(str(name)).resolve() for name in (named, value_at(read_plain(folder / run_folder.CONFIG), KEY))]
+    return places[0] == places[1] or places[0].parent.parent == folder.resolve()
 
 
 def _refuse_begun(folder: Path) -> None:

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import sys
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from loraplus_hydra.errors import ConfigErrors, Problem
 from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.fingerprints import NOT_STORED, refuse_changed
-from loraplus_hydra.io.quiet_libraries import quiet_loading
+from loraplus_hydra.io.quiet_libraries import quiet_loading, quiet_peft
+from loraplus_hydra.loraplus.peft_layers import EVA
 from loraplus_hydra.models.adapter import add_adapter
 from loraplus_hydra.models.adapter_files import attach, load_tensors, stored_adapter
 from loraplus_hydra.models.base_model import load_base
 from loraplus_hydra.models.initialisation import changes_base
-from loraplus_hydra.models.inputs import base_fingerprints, folder_fingerprint
+from loraplus_hydra.models.inputs import adapter_fingerprint, base_fingerprints, folder_fingerprint
+from loraplus_hydra.models.patterns import refuse_slow_patterns
 from loraplus_hydra.models.properties import is_classifier, label_names, mark_new_layers, positions
 from loraplus_hydra.models.tokenizer import load_tokenizer, new_token_ids
 from loraplus_hydra.runs.finished import FinishedRun
 from loraplus_hydra.runs.stored_config import KEY
 from loraplus_hydra.tasks.base import Base
+from loraplus_hydra.tasks.examples import Examples
 from loraplus_hydra.training.forgetting import OtherText
+from loraplus_hydra.training.prepare import load_adapted_model
 
 
 def load_run(
@@ -50,6 +54,37 @@ def load_run(
     refuse_changed_run(run)
     model.eval()
     return model, tokenizer
+
+
+def load_start(
+    run: FinishedRun, tokenizer: PreTrainedTokenizerBase, examples: Examples, other: OtherText | None = None
+) -> PeftModel:
+    """Load the model as it was before training, with tensors of the names and shapes of the run's adapter.
+
+    The base model's loss on `other` is measured before the adapter is added. Raises UserError.
+    """
+    quiet_loading()
+    stored, adapter = stored_adapter(str(run.adapter), key=KEY), run.config.adapter
+    if path := adapter.get("path"):
+        now = {"adapter.path": adapter_fingerprint(path)}
+        if not run.allow_changed_inputs:
+            refuse_changed(run.result.get("inputs") or {}, now)
+    start = None if path else adapter.get("init_lora_weights")
+    if start == EVA or (changes_base(start) and run.step is None):
+        # It is stored as a plain LoRA of other ranks for the original base, which such a LoRA doesn't change at first
+        set_seed(run.config.seed)
+        base = load_base(run.config, tokenizer, run.model_arguments())
+        if other is not None:
+            other.measure_base(base, run.config)
+        refuse_slow_patterns(stored.config, base)
+        stored.config.inference_mode = False
+        with quiet_peft():
+            model = get_peft_model(base, stored.config)
+        assert isinstance(model, PeftModel)
+    else:
+        model = load_adapted_model(run.config, tokenizer, examples, other)
+    refuse_changed_run(run)
+    return model
 
 
 def _on_changed_base(base: PreTrainedModel, run: FinishedRun, tokenizer: PreTrainedTokenizerBase) -> PeftModel:

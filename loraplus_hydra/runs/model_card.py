@@ -114,7 +114,8 @@ def _loading(run: FinishedRun, *, merged: bool) -> str:
 
 def _loading_adapter(run: FinishedRun, auto: str) -> Iterator[str]:
     base = json.dumps(_base_name(run))
-    options = "" if run.config.model.dtype == "auto" else f", dtype={json.dumps(run.config.model.dtype)}"
+    revision = f", revision={json.dumps(run.config.model.revision)}" if run.config.model.revision else ""
+    options = revision + ("" if run.config.model.dtype == "auto" else f", dtype={json.dumps(run.config.model.dtype)}")
     if run.config.model.path.startswith("pkg://"):
         yield "from loraplus_hydra.config.locations import model_location"
         base = f"model_location({base})"
@@ -126,7 +127,7 @@ def _loading_adapter(run: FinishedRun, auto: str) -> Iterator[str]:
         yield "from transformers import AutoConfig"
         yield "config = AutoConfig.from_pretrained(folder)"
         if run.config.model.add_tokens:  # with the rows of the new tokens, the base's embedding would be drawn anew
-            yield f"config.vocab_size = AutoConfig.from_pretrained({base}).vocab_size"
+            yield f"config.vocab_size = AutoConfig.from_pretrained({base}{revision}).vocab_size"
         if is_quantized(run.config.quantization):  # with it, the base's weights would be read as quantised ones
             yield "del config.quantization_config"
         yield f"model = {auto}.from_pretrained({base}, config=config, ignore_mismatched_sizes=True{options})"

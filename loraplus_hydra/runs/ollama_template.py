@@ -128,5 +128,8 @@ def _around(field: str, texts: tuple[str, str]) -> str:
 
 
 def _literal(text: str) -> str:
-    """Return `text` for a Go template, which would read `{{` as the beginning of an action."""
-    return re.sub(r"\{\{", '{{ "{{" }}', text)
+    """Return `text` for a Go template, which would read `{{` as the beginning of an action.
+
+    A brace at the end would become a part of the next action's beginning.
+    """
+    return re.sub(r"\{\{|\{\Z", lambda found: f'{{{{ "{found[0]}" }}}}', text)

@@ -30,7 +30,7 @@ from loraplus_hydra.tasks.conversation import (
 )
 from loraplus_hydra.tasks.preference import find_preference_shape, has_preferences
 from loraplus_hydra.tasks.rows import text_in
-from loraplus_hydra.tasks.tokens import encode_prompt, render
+from loraplus_hydra.tasks.tokens import encode_prompt, pad_as_class, render
 from loraplus_hydra.training.gpu_attention import skip_cudnn_attention
 from loraplus_hydra.training.sampling import (
     Stopped,
@@ -161,6 +161,7 @@ def _classify(
     run: FinishedRun,
     batch_size: int,
 ) -> Iterator[dict[str, Any]]:
+    pad_as_class(tokenizer)
     names, kind = model.config.id2label, model.config.problem_type
     limit = least(run.config.task.get("max_length"), longest_input(tokenizer, base_of(run)))
     for start in range(0, len(texts), batch_size):

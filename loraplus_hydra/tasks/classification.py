@@ -18,6 +18,7 @@ from loraplus_hydra.tasks.labels import Labels, find_labels, similar_note
 from loraplus_hydra.tasks.metrics import METRICS, MULTI, SINGLE, metrics_of
 from loraplus_hydra.tasks.row_notes import cut_note
 from loraplus_hydra.tasks.rows import batch_rows, require_columns, text_in, unused_columns_note
+from loraplus_hydra.tasks.tokens import pad_as_class
 
 
 def examples(
@@ -45,6 +46,7 @@ def examples(
     labels = find_labels(rows, label, problem_type, sampled=sampled, base=None if new_head else base)
     _check_metric(task, labels)
     limit = least(max_length, longest_input(tokenizer, base))
+    pad_as_class(tokenizer)
     encoder = _Encoder(text, pair, labels, tokenizer, limit)
     encoded = {split: encoder.encode(rows[split], split) for split in SPLITS}
     cut = {split: sum(split_rows["cut"][:]) for split, split_rows in encoded.items()}

@@ -120,6 +120,15 @@ def tokens_put_first(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [tokenizer.bos_token_id] if alone and alone[0] == tokenizer.bos_token_id else []
 
 
+def pad_as_class(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pad on the side of the tokenizer's class, often the right.
+
+    A tokenizer that was saved for generation pads on the left. Where positions are absolute, a classifier's scores
+    would then depend on the other texts of the batch.
+    """
+    tokenizer.padding_side = type(tokenizer).padding_side
+
+
 def tokens_put_last(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the number of special tokens that the tokenizer adds after a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraplus_hydra.runs import chat
 from loraplus_hydra.runs.finished import open_run
+from loraplus_hydra.runs.job import run
 from tests.conftest import Finished
 from tests.support.finished_runs import finished
 
@@ -62,6 +63,18 @@ def test_answers_are_the_likeliest_tokens_after_the_whole_conversation(
     ended = talk(run, ["say one", "say two", "/base", "/reset", "say two", "/quit", "not read"], "system=be kind")
     assert ended.status == 0, ended.err
     assert ended.out == "/help lists the commands.\n" + "".join(f"{text}\n" for text in (first, second, of_base, anew))
+
+
+def test_base_of_a_checkpoint_whose_start_changed_it_is_the_original_one(
+    tiny_run: list[str], compose: Callable[..., Any], talk: Talk, tmp_path: Path
+) -> None:
+    words = ["adapter=pissa", "adapter.r=16", "optimizer.lr=2e-2", "trainer.save_steps=2", "task.samples=0"]
+    run(compose(*tiny_run, *words), tmp_path / "run")
+    of_base = greedy(tmp_path / "run", "say one", base=True)
+    ended = talk(tmp_path / "run", ["say one", "/base", "say one"], "checkpoint=2")
+    *_, first, base, second = ended.out.splitlines()
+    assert (base, second) == (of_base, first)
+    assert first != base, "training has changed the answer"
 
 
 def test_oldest_turns_leave_a_conversation_that_is_too_long(

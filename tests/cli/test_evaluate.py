@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from loraplus_hydra.config.locations import config_folder
 from loraplus_hydra.runs.evaluate import evaluate
 from loraplus_hydra.runs.finished import open_run
+from loraplus_hydra.runs.job import run
 from loraplus_hydra.runs.load_finished import load_run
 from tests.conftest import Finished
 from tests.support.finished_runs import NO_PLACE, RUNS, finished
@@ -37,6 +38,32 @@ def test_run_is_evaluated_again_to_its_own_numbers(name: str, finished: Callable
     for key in compared:
         assert metrics[key] == pytest.approx(own[key], abs=1e-6), key
     assert sorted(folder.rglob("*")) == before, "the run's folder stays as it is"
+
+
+@pytest.mark.parametrize(("start", "step"), [("lora", None), ("pissa", None), ("pissa", "2"), ("existing", None)])
+def test_preferences_are_compared_with_the_model_before_training(
+    start: str,
+    step: str | None,
+    tiny_run: list[str],
+    compose: Callable[..., Any],
+    checkpoints: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    asked = [{"prompt": f"say {i} please", "chosen": "it is", "rejected": "no"} for i in range(16)]
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", asked)
+    words = [f"model.path={checkpoints('qwen2')}", "task=dpo", f"data.train={pairs}", "optimizer.lr=2e-2"]
+    words += ["trainer.save_steps=2", "trainer.eval_steps=2", "trainer.use_cpu=true"]
+    trained = [word for word in tiny_run if not word.startswith(("data.train", "model.path", "task."))] + words
+    if start == "existing":
+        run(compose(*trained), tmp_path / "first")
+    adapter = [f"adapter={start}", *([f"adapter.path={tmp_path}/first"] if start == "existing" else [])]
+    run(compose(*trained, *adapter), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    (own,) = (line for line in lines if "eval_loss" in line and line["step"] == int(step or 4))
+    assert abs(own["eval_rewards/margins"]) > 1e-3, "the model has left its start"
+    metrics = evaluate(open_run(str(tmp_path / "run"), groups=None, checkpoint=step))
+    for key in ("eval_loss", "eval_rewards/chosen", "eval_rewards/rejected", "eval_rewards/margins"):
+        assert metrics[key] == pytest.approx(own[key], abs=1e-4), key
 
 
 def test_a_template_that_was_edited_after_training_is_not_used(

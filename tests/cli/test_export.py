@@ -20,6 +20,7 @@ from loraplus_hydra.runs import model_card
 from loraplus_hydra.runs.export import export
 from loraplus_hydra.runs.finished import open_run
 from loraplus_hydra.runs.load_finished import load_run
+from loraplus_hydra.runs.model_card import card
 from tests.conftest import Finished
 from tests.support.architectures import checkpoint
 from tests.support.finished_runs import NO_PLACE
@@ -231,6 +232,23 @@ def test_card_loads_and_runs_the_export(
     assert len(names["tokenizer"]) == len(AutoTokenizer.from_pretrained(folder))
     if name in CLASSIFIERS:
         assert set(eval(capsys.readouterr().out)) == {"one", "two", "three"}
+
+
+def test_card_loads_the_revision_that_was_trained(runs: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    finished = open_run(str(runs("lora")))
+    finished.config.model.revision = "v1.0"
+    code = card(finished, merged=False).partition("```python\n")[2].partition("```")[0]
+    asked: list[Any] = []
+
+    def load(path: str, **options: Any) -> Any:
+        asked.append((path, options.get("revision")))
+        raise InterruptedError
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(InterruptedError):
+        exec(code, {})
+    assert asked == [(Path(finished.config.model.path).name, "v1.0")]
 
 
 def test_export_by_the_command_line(runs: Callable[[str], Path], cli: Callable[..., Finished], tmp_path: Path) -> None:

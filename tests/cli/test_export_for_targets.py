@@ -91,6 +91,24 @@ def test_llama_cpp_converts_base_and_adapter(export: Callable[..., Finished], fi
     assert run == ["llama-cli", "-m", f"{here}/base.gguf", "--lora", f"{here}/adapter.gguf"]
 
 
+@pytest.mark.parametrize("key", ["chat_template_path", "eos_token"])
+def test_turns_and_ends_are_those_of_the_training(key: str, finished: Callable[[str], Path]) -> None:
+    from loraplus_hydra.runs.export_check import check_target
+    from loraplus_hydra.runs.export_commands import Place
+    from loraplus_hydra.runs.finished import open_run
+
+    run, place = open_run(str(finished("chat"))), Place("out", "owner/base", local=False)
+    plain = check_target(run, "vllm", merged=False).commands(place)[-1]
+    run.config.task.args[key] = "mine.jinja"
+    (vllm,) = check_target(run, "vllm", merged=False).commands(place)
+    assert vllm == plain.replace("owner/base", "owner/base --tokenizer out", 1), "else the base's own are used"
+    template = " --jinja --chat-template-file out/chat_template.jinja" if key == "chat_template_path" else ""
+    llama = check_target(run, "llama_cpp", merged=False).commands(place)[-1]
+    assert llama == f"llama-cli -m out/base.gguf --lora out/adapter.gguf{template}"
+    merged = check_target(run, "llama_cpp", merged=True).commands(place)[-1]
+    assert merged == "llama-cli -m out/model.gguf", "the merged model has its own template"
+
+
 def test_ollama_gets_a_modelfile(export: Callable[..., Finished]) -> None:
     ended = export("chat", "target=ollama", "to=out")
     assert ended.status == 0, ended.err

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from loraplus_hydra import run as train
 from loraplus_hydra.runs.finished import open_run
 from loraplus_hydra.runs.load_finished import load_run
 from loraplus_hydra.runs.predict import predict
 from loraplus_hydra.training import sampling
 from tests.conftest import Finished
-from tests.support.finished_runs import NO_PLACE, WORDS, finished
+from tests.support.architectures import checkpoint
+from tests.support.finished_runs import NO_PLACE, WORDS, finished, write_rows
 
 __all__ = ["finished"]
 
@@ -76,6 +78,22 @@ def test_classifier_gives_the_best_label_and_a_score_for_each(name: str, finishe
             logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
         expected = dict(zip(model.config.id2label.values(), logits.softmax(-1).tolist(), strict=True))
         assert alone["scores"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_scores_do_not_depend_on_the_batch_if_the_tokenizer_was_saved_for_generation(
+    compose: Callable[..., Any], tmp_path: Path
+) -> None:
+    write_rows(tmp_path)
+    base = checkpoint("gpt2", tmp_path / "base")  # its positions are absolute
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**settings, "padding_side": "left"}))
+    words = ["task=classification", "data=csv", f"data.train={tmp_path}/labels.csv", "trainer.max_steps=3"]
+    train(compose("model=hub", f"model.path={base}", "optimizer.lr=2e-2", *words), tmp_path / "run")
+    run = open_run(str(tmp_path / "run"))
+    texts = ["say one", "say two and three and four and many more", "say"]
+    alone = [next(predict(run, [text]))["scores"] for text in texts]
+    for one, together in zip(alone, predict(run, texts, batch_size=3), strict=True):
+        assert together["scores"] == pytest.approx(one, abs=1e-5)
 
 
 def test_several_labels_have_scores_of_their_own(finished: Callable[[str], Path]) -> None:

@@ -14,7 +14,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from loraplus_hydra import run as train
 from loraplus_hydra.runs.chat import Chat
+from loraplus_hydra.runs.export import export
 from loraplus_hydra.runs.finished import FinishedRun, open_run
 from loraplus_hydra.runs.load_finished import load_run
 from loraplus_hydra.runs.predict import predict
@@ -67,6 +69,23 @@ def test_answers_are_those_of_generate_one_by_one(name: str, form: str, finished
     run = open_run(str(folder))
     for batch_size in (None, 1, 4):
         assert texts_of(run, batch_size=batch_size) == expected, batch_size
+
+
+def test_answers_end_with_the_end_that_was_trained(
+    tiny_run: list[str], compose: Callable[..., Any], tmp_path: Path
+) -> None:
+    words = ["+task.args.eos_token='!'", "optimizer.lr=5e-2", "task.sample_tokens=8", "trainer.max_steps=12"]
+    result = train(compose(*tiny_run, *words), tmp_path / "run")
+    (sample,) = result.samples
+    said, end, rest = sample["after"].partition("!")
+    assert (end, rest) == ("!", "")
+    opened = open_run(str(tmp_path / "run"))
+    (answer,) = predict(opened, [sample["prompt"]], max_new_tokens=8)
+    assert answer["answer"].removesuffix("!").split() == said.split()
+    folder = export(opened, tmp_path / "merged")
+    merged, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokens, _ = generated(merged, tokenizer, sample["prompt"])
+    assert tokenizer.decode(tokens).removesuffix("!").split() == said.split()
 
 
 @pytest.mark.parametrize(("name", "form"), [("sft", "{}"), ("chat", "<user>{}<assistant>")])

@@ -38,6 +38,8 @@ MISTRAL = (
     "{% endfor %}"
 )
 BRACES = "{% for m in messages %}{{ '{{' + m['role'] + '}}' + m['content'] }}{% endfor %}{{ '{{assistant}}' }}"
+# A single brace before each text, which Go would read as a part of the next action
+BRACE = "{% for m in messages %}{{ '{' + m['role'] + '}{' + m['content'] + '}' }}{% endfor %}{{ '{assistant}{' }}"
 # The number of the turn is in the text, so no text around the messages is the same
 NUMBERED = "{% for m in messages %}{{ loop.index ~ ': ' ~ m['content'] ~ '\n' }}{% endfor %}"
 # The system message is before the last question, as in the newest templates of Mistral
@@ -108,8 +110,9 @@ def go(template: str, turns: list[tuple[str, str]]) -> str:
         (MISTRAL, True),
         (TEMPLATE, True),
         (BRACES, True),
+        (BRACE, True),
     ],
-    ids=["chatml", "with a default", "llama 3", "gemma", "mistral", "of the tests", "braces"],
+    ids=["chatml", "with a default", "llama 3", "gemma", "mistral", "of the tests", "braces", "brace"],
 )
 def test_template_gives_the_prompt_of_the_tokenizer(template: str, system: bool) -> None:
     made = with_template(template, bos_token="<eos>")

@@ -180,6 +180,18 @@ def test_first_save_of_a_run_begun_from_anothers_checkpoint_may_be_cut_short(
     assert differences(tmp_path / "run", tmp_path / "first") == []
 
 
+def test_checkpoint_of_another_run_is_no_way_into_a_used_folder(
+    compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path
+) -> None:
+    run(compose(*tiny_run, "trainer.save_steps=2"), tmp_path / "first")
+    run(compose(*tiny_run, "trainer.save_steps=2", "seed=2"), tmp_path / "mine")
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "mine").rglob("*")) if path.is_file()}
+    named = f"trainer.resume_from_checkpoint={tmp_path / 'first' / 'checkpoints' / 'checkpoint-2'}"
+    with pytest.raises(UserError, match="a run never overwrites another"):
+        run(compose(*tiny_run, named), tmp_path / "mine")
+    assert {path: path.read_bytes() for path in sorted((tmp_path / "mine").rglob("*")) if path.is_file()} == before
+
+
 def test_killed_while_it_is_brought_back_a_run_is_brought_back_again(
     compose: Callable[..., Any], tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

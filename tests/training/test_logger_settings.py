@@ -158,6 +158,7 @@ def test_places_of_mlflow_s_stores() -> None:
     assert resolve_uri("sqlite:///outputs/a.db", here) == ("sqlite:////home/me/outputs/a.db", here / "outputs" / "a.db")
     assert resolve_uri("sqlite:////elsewhere/a.db", here) == ("sqlite:////elsewhere/a.db", Path("/elsewhere/a.db"))
     assert resolve_uri("mlruns", here) == ("file:///home/me/mlruns", here / "mlruns")
+    assert resolve_uri("file:///my/ml%20runs", here) == ("file:///my/ml%20runs", Path("/my/ml runs"))
     assert resolve_uri("http://localhost:5000", here) == ("http://localhost:5000", None)
 
 

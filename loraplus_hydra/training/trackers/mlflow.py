@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import unquote
 
 from filelock import FileLock
 
@@ -20,7 +21,7 @@ from loraplus_hydra.io.result import FAILED, INTERRUPTED
 from loraplus_hydra.training.trackers.tracker import TrackedRun, Tracker, read_id
 
 ID = "mlflow_run_id"  # a file in the run's folder; a resumed run keeps its ID
-_SQLITE = "sqlite:///"
+_SQLITE, _FILE = "sqlite:///", "file://"
 _STATUSES = {FAILED: "FAILED", INTERRUPTED: "KILLED"}
 _BATCH = 100  # number of parameters that MLflow accepts in one call
 _LONGEST = 6000  # maximum number of characters of a parameter
@@ -143,6 +144,8 @@ def resolve_uri(uri: str, start: Path) -> tuple[str, Path | None]:
     if uri.startswith(_SQLITE):
         file = start / Path(uri.removeprefix(_SQLITE)).expanduser()
         return f"{_SQLITE}{file}", file
+    if uri.startswith(_FILE):
+        uri = unquote(uri.removeprefix(_FILE))
     if "://" in uri or uri.startswith("databricks"):
         return uri, None
     folder = start / Path(uri.removeprefix("file:")).expanduser()
