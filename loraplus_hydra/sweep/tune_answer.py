@@ -49,7 +49,6 @@ class Answer:
     settings: Settings
     named: Mapping[str, Candidate]  # name in the search -> candidate
     search: Search
-    extra_steps: int = 0  # steps of the finalists with other seeds than the first
     step: int = 0  # at which the finalists are compared
     metric: str = ""  # by which they are compared
     greater_is_better: bool = False  # its direction
@@ -81,7 +80,7 @@ class Answer:
     @property
     def cost(self) -> float:
         """The steps taken so far, in units of one run."""
-        return (self.search.spent + self.extra_steps) / self.search.steps
+        return self.search.spent / self.search.steps
 
     def sentences(self) -> list[str]:
         """Return the answer in sentences. The first one names the winner."""
