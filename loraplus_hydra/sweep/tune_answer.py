@@ -184,8 +184,8 @@ def _edges(answer: Answer) -> Iterator[tuple[str, dict[str, float]]]:
         ("ratio", "tune.ratios", winner.ratio, ratios),
     ):
         upper = best == max(values)
-        # Ratio 1 is plain LoRA, the natural bound
-        if not (upper or best == min(values)) or (name == "ratio" and best <= 1):
+        # Plain LoRA, ratio 1, is the natural bound below
+        if not upper and (best != min(values) or (name == "ratio" and best <= 1)):
             continue
         following = next_value(values, upper=upper)
         if following is not None:
