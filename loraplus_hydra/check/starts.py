@@ -19,6 +19,7 @@ _UNSUPPORTED = {
     "corda": "it first needs covariances for the data (peft.tuners.lora.corda.preprocess_corda)",
     "lora_ga": "it first needs gradients for the data (peft.preprocess_loraga)",
 }
+_FROM_LAYERS = ("pissa", "olora", "orthogonal")  # beginnings of the starts for which PEFT needs a layer's weight
 _SETTINGS = "adapter.eva_config"
 _RANGES = {"rho": Range("a finite number from 1 on", lambda x: is_finite(x) and x >= 1), "tau": SHARE}
 _SUPPORTED = "use true, a_zero, gaussian, orthogonal, pissa, olora, eva or loftq"
@@ -32,6 +33,8 @@ def start_problems(config_class: type, plain: dict[str, Any]) -> list[Problem]:
         return []
     if reason := _UNSUPPORTED.get(start.lower()):
         return [Problem(KEY, f"'{start}' isn't supported: {reason}", _SUPPORTED)]
+    if start.lower().startswith(_FROM_LAYERS) and not adapter.get("path"):
+        return _experts(adapter, start)
     if start not in (EVA, LOFTQ) or adapter.get("path"):  # a stored adapter has started before
         return []
     if config_class is not LoraConfig:
@@ -44,6 +47,16 @@ def start_problems(config_class: type, plain: dict[str, Any]) -> list[Problem]:
     if start == EVA:
         return [*problems, *_eva(adapter, plain.get("data", {}))]
     return [*problems, *_loftq(adapter, plain.get("quantization", {}))]
+
+
+def _experts(adapter: dict[str, Any], start: str) -> list[Problem]:
+    given = adapter.get("target_parameters")
+    # Of a parameter with this name, PEFT finds the layer
+    others = [name for name in given if str(name).rpartition(".")[2] != "weight"] if isinstance(given, list) else []
+    if not others:
+        return []
+    what = f"{start} starts from the weights of layers, and '{others[0]}' is a parameter, such as those of experts"
+    return [Problem("adapter.target_parameters", what, "remove it, or use adapter=lora")]
 
 
 def _eva(adapter: dict[str, Any], data: dict[str, Any]) -> list[Problem]:

@@ -23,7 +23,7 @@ from datasets.config import DATASET_STATE_JSON_FILENAME
 from datasets.exceptions import DatasetNotFoundError
 
 from loraplus_hydra.data import mixing
-from loraplus_hydra.data.cache import digest
+from loraplus_hydra.data.cache import cache_folder, digest, file_digest
 from loraplus_hydra.data.rows import ORIGIN, OURS, first_columns, with_columns, with_origin
 from loraplus_hydra.errors import ConfigErrors, Problem, first_line, nearest
 
@@ -122,6 +122,12 @@ def _is_inside(file: str, builder: DatasetBuilder) -> bool:
     return "://" not in file and any(Path(file).resolve().is_relative_to(folder.resolve()) for folder in folders)
 
 
+def _content(builder: DatasetBuilder) -> str:
+    """Return hex digits that identify the content of a data set's files; empty if they are on a hub."""
+    files = sorted(str(file) for each in (builder.config.data_files or {}).values() for file in each)
+    return "" if any("://" in file for file in files) or not files else digest(*map(file_digest, files))
+
+
 def _strings(value: Any) -> Iterator[str]:
     """Yield every string in nested lists and mappings."""
     # An alias is followed only once, because nested aliases could expand without limit.
@@ -178,8 +184,15 @@ def _split(name: str, config: str | None, split: str, revision: str | None, stre
         _refuse_files_outside(builder, name)
         if streaming:
             return builder.as_streaming_dataset(split=split)
+        if content := _content(builder):
+            # A folder for each content: datasets knows a file only by its name and time, and a copy can keep the time.
+            builder = load_dataset_builder(name, config, revision=revision, cache_dir=str(cache_folder() / content))
+            _refuse_files_outside(builder, name)
         builder.download_and_prepare()
-        return builder.as_dataset(split=split)
+        rows: Any = builder.as_dataset(split=split)
+        if content:
+            rows._fingerprint = digest(rows._fingerprint, content)
+        return rows
     except ConfigErrors:
         raise
     except DatasetNotFoundError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -67,7 +68,7 @@ class Outcome:
     against_baseline: Difference | None  # the better of baseline and contender, compared with the other
     # The contender compared with its own settings at ratio 1, unless these are the baseline
     against_twin: Difference | None
-    passed_over: Setting | None  # a setting with a better mean than `best`, but with failed jobs
+    passed_over: Setting | None  # a setting with a better mean than `best`, but with failed jobs or fewer seeds
     tolerance: Tolerance | None  # None for fewer than two settings with a mean
     near: tuple[Setting, ...]  # other settings that are about as good as the best
     target: float | None  # the last value of the baseline's mean curve
@@ -78,11 +79,15 @@ def compare(settings: Sequence[Setting], *, greater_is_better: bool, chosen: str
     """Rank the settings. Compare the best at ratio 1 with the best at other ratios.
 
     Settings are ranked by their mean over seeds. A setting with a failed job can only be the best if every setting has
-    a failed job. If a search has chosen a job, in the folder `chosen`, this job and its setting are the best.
+    a failed job. Of the others, only one with the most seeds can be the best. If a search has chosen a job, in the
+    folder `chosen`, this job and its setting are the best.
     """
     sign = -1 if greater_is_better else 1
     ranked = sorted((one for one in settings if one.mean is not None), key=lambda one: sign * _mean(one))
     sound = [one for one in ranked if not one.failed] or ranked  # the seeds without failure may be the lucky ones
+    most = max((len(one.measured) for one in sound), default=0)
+    # So may the seeds of a setting with fewer of them
+    sound = list(itertools.dropwhile(lambda one: len(one.measured) < most, sound))
     best, best_job = _best(ranked if chosen else sound, chosen, sign)
     baseline = next((one for one in sound if one.ratio == 1), None)
     contender = next((one for one in sound if one.ratio not in (1, None)), None)

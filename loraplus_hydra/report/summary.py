@@ -62,9 +62,11 @@ def details(results: SweepResults) -> list[str]:
         return []
     sentences = [*_against_ratio_1(results)]
     if outcome.passed_over is not None:
+        one = outcome.passed_over
+        seeds = f"only {len(one.measured)} of {count(len(outcome.best.measured), 'seed')}"
+        why = count(one.failed, "failed job") if one.failed else seeds
         sentences.append(
-            f"{results.label(outcome.passed_over)} has a better mean ({measured(outcome.passed_over.mean)}) but "
-            f"{count(outcome.passed_over.failed, 'failed job')}, so it isn't chosen as the best."
+            f"{results.label(one)} has a better mean ({measured(one.mean)}) but {why}, so it isn't chosen as the best."
         )
     if outcome.tolerance is not None:
         number = len(outcome.near)
@@ -168,9 +170,9 @@ def _against_ratio_1(results: SweepResults) -> Iterator[str]:
     outcome = results.outcome
     if outcome.baseline is None:
         if any(one.ratio == 1 for one in results.settings):
-            yield (
-                _plain_left(results) or "No setting at ratio 1 has a result, so there is nothing to compare LoRA+ with."
-            )
+            has_result = any(one.ratio == 1 for one in outcome.ranked)
+            found = f"No setting at ratio 1 has a result{' for each of its seeds' if has_result else ''}"
+            yield _plain_left(results) or f"{found}, so there is nothing to compare LoRA+ with."
         elif outcome.contender is not None:
             yield "The sweep has no ratio 1 (plain LoRA) to compare with: add 1 to the swept ratios."
     elif outcome.against_baseline is not None:

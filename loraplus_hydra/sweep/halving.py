@@ -81,7 +81,7 @@ def _most(candidates: int, stops: Sequence[Stop], steps: int) -> float:
     return min((1 + _MORE) * planned, of_grid) if planned <= of_grid else (1 + _MORE) * planned
 
 
-def places(candidates: int, stops: Sequence[Stop], steps: int, number: int, spent: int) -> int:
+def places(candidates: int, stops: Sequence[Stop], steps: int, number: int, spent: float) -> int:
     """Return how many candidates may stay at rung `number` besides the planned ones.
 
     A place is left for each later rung with another one after it, because late rungs are closer to the end and decide

@@ -89,7 +89,7 @@ def batches(
     `task.metric`. A batch must have ended before the next one is taken. Raises UserError if the jobs can't be compared.
     """
     search = Search(jobs, folder, start, greater_is_better=greater_is_better)
-    candidates = len(search.candidates)
+    candidates, seeds = len(search.candidates), max(map(len, search.candidates.values()))
     stops: tuple[Stop, ...] = ()
     share = halving.first_share(candidates)
     if share is not None:
@@ -102,7 +102,7 @@ def batches(
             continue
         yield from search.batch_until(stop.step)
         search.arrive(stop.step)
-        search.decide(stop, halving.places(candidates, stops, search.steps, number, search.spent))
+        search.decide(stop, halving.places(candidates, stops, search.steps, number, search.spent / seeds))
         _write(search)
     yield from search.batch(search.remaining)
     if stops:
@@ -114,7 +114,7 @@ def _write(search: Search) -> None:
     seeds = max(map(len, search.candidates.values()))
     content = {
         "steps": search.steps,  # steps of one job
-        "job_steps": search.spent * seeds,  # steps that all jobs have taken
+        "job_steps": search.spent,  # steps that all jobs have taken
         "of": len(search.candidates) * search.steps * seeds,  # steps of the whole grid without halving
         "rungs": search.rungs(),  # for each: its step, the number of settings to keep, and the candidates
     }
@@ -136,9 +136,13 @@ class Search:
         self.remaining = list(self.candidates)
         self.steps = 0  # of one job; 0 = unknown
         self.earliest = 0  # the first step at which jobs are compared
-        self.spent = 0  # steps of all candidates, with one seed
         self.decisions: list[tuple[Stop, list[Standing]]] = []
-        self._reached = 0  # the step of the last rung
+        self._taken: dict[Overrides, int] = {}  # the steps of each job
+
+    @property
+    def spent(self) -> int:
+        """The steps that all jobs have taken, also those of jobs that have failed or left."""
+        return sum(self._taken.values())
 
     def batch(self, names: Iterable[str], share: float | None = None) -> Iterator[list[Overrides]]:
         """Yield the batch of the candidates' jobs. With `share`, they stop at this rung."""
@@ -163,8 +167,10 @@ class Search:
 
         Both are known once jobs have been at the first rung, `share`. The result is empty if no job has been there.
         """
-        self._remove_failed(lambda rung: rung.stop_at == share)
         found = [rung for status in self._statuses().values() for rung in self._rungs(status) if rung.stop_at == share]
+        if found:
+            self._count(found[0].step)
+        self._remove_failed(lambda rung: rung.stop_at == share)
         if not found:  # all jobs have failed, or had run to their ends before
             return ()
         self.steps = found[0].steps
@@ -179,10 +185,21 @@ class Search:
 
         The candidates that failed before are removed.
         """
-        self.spent += len(self.remaining) * (step - self._reached)
-        self._reached = step
+        self._count(step)
         if step < self.steps:
             self._remove_failed(lambda rung: rung.step == step)
+
+    def _count(self, step: int) -> None:
+        """Count the remaining jobs' steps up to `step`. A job that has failed may have taken fewer."""
+        statuses = self._statuses()
+        for job in (job for name in self.remaining for job in self.candidates[name]):
+            status, reached = statuses[job], step
+            if not _is_done(status) and (_has_failed(status) or self._rung(status, step) is None):
+                result = None if status is None else read_result(self.folder / status.folder)
+                # A resumed job that failed before its first step has no steps in its result
+                known = [rung.step for rung in self._rungs(status)] + ([] if result is None else [result.steps])
+                reached = min(max(known, default=0), step)
+            self._taken[job] = reached
 
     def decide(self, stop: Stop, more: int) -> None:
         """Decide which candidates stay at a rung. `more` is the number that may stay besides the planned ones."""
@@ -232,7 +249,7 @@ class Search:
 
         def has_failed(job: Overrides) -> bool:
             status = statuses[job]
-            if status is not None and status.status == job_status.FAILED:  # an earlier start may have left a rung
+            if _has_failed(status):  # an earlier start may have left a rung
                 return True
             return not _is_done(status) and not any(map(is_the_rung, self._rungs(status)))
 
@@ -296,6 +313,10 @@ class Search:
 
 def _is_done(status: JobStatus | None) -> bool:
     return status is not None and status.status in (job_status.DONE, job_status.SKIPPED)
+
+
+def _has_failed(status: JobStatus | None) -> bool:
+    return status is not None and status.status == job_status.FAILED
 
 
 def _without_seed(job: Iterable[str]) -> Overrides:

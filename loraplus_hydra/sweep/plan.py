@@ -6,14 +6,14 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Transformer
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from loraplus_hydra.config.hydra_job import quoted
@@ -21,12 +21,13 @@ from loraplus_hydra.config.identity import ALLOW, config_hash
 from loraplus_hydra.config.locations import expanded
 from loraplus_hydra.config.plain import plain_of
 from loraplus_hydra.config.schema import NOT_OF_A_RUN
-from loraplus_hydra.errors import ConfigErrors, Problem
+from loraplus_hydra.errors import ConfigErrors, Problem, refuse
 from loraplus_hydra.io import interrupts, job_status
 from loraplus_hydra.io.files import refuse_unwritable, write_text
 from loraplus_hydra.io.folders import make_folder, refuse_links
 from loraplus_hydra.io.read import read_json, read_or
 from loraplus_hydra.io.run_folder import SWEEP
+from loraplus_hydra.report.values import identity
 from loraplus_hydra.sweep.names import sweep_name
 
 GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -49,9 +50,11 @@ def begin(config: DictConfig, words: list[str], keys: tuple[str, ...] | None = N
     """Make the sweep's folder, write sweep.json, and pass the jobs their overrides.
 
     `config` is the whole config that Hydra composed for the sweep. `words` is the command line after the program's
-    name. `keys` are the swept keys of a search whose grid isn't on the command line.
+    name. `keys` are the swept keys of a search whose grid isn't on the command line. Raises ConfigErrors, also for a
+    grid that lists a value twice.
     """
     swept = swept_overrides(config)
+    refuse(_repeated(config, swept))
     is_search = keys is not None
     keys = _sorted_keys({one.key_or_group for one in swept}) if keys is None else _sorted_keys(keys)
     with open_dict(config):
@@ -88,10 +91,26 @@ def write_left(sweep: Sweep, left: Iterable[Sequence[str]]) -> None:
 
 def grid_of(config: DictConfig, swept: list[Override]) -> tuple[tuple[str, ...], ...]:
     """Return the swept overrides of each job, combined like in Hydra's own sweeper."""
-    if config.hydra.sweeper.get("_target_") != GRID:
+    if not _is_grid(config):
         return ()
     values = ([f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()] for one in swept)
     return tuple(itertools.product(*values))
+
+
+def _is_grid(config: DictConfig) -> bool:
+    return bool(config.hydra.sweeper.get("_target_") == GRID)
+
+
+def _repeated(config: DictConfig, swept: list[Override]) -> Iterator[Problem]:
+    """Yield a Problem for each key with equal values, such as 1 and 1.0: their jobs would be the same run."""
+    for one in swept if _is_grid(config) else ():
+        seen: dict[str, str] = {}
+        for value in one.sweep_iterator():
+            text = Transformer.str(value)
+            before = seen.setdefault(identity(Override._convert_value(value)), text)
+            if before is not text:
+                what = f"{before} is given twice" if before == text else f"{before} and {text} are the same value"
+                yield Problem(one.key_or_group, what, "give each value once")
 
 
 def swept_overrides(config: DictConfig) -> list[Override]:

@@ -49,7 +49,6 @@ class Answer:
     settings: Settings
     named: Mapping[str, Candidate]  # name in the search -> candidate
     search: Search
-    extra_steps: int = 0  # steps of the finalists with other seeds than the first
     step: int = 0  # at which the finalists are compared
     metric: str = ""  # by which they are compared
     greater_is_better: bool = False  # its direction
@@ -81,7 +80,7 @@ class Answer:
     @property
     def cost(self) -> float:
         """The steps taken so far, in units of one run."""
-        return (self.search.spent + self.extra_steps) / self.search.steps
+        return self.search.spent / self.search.steps
 
     def sentences(self) -> list[str]:
         """Return the answer in sentences. The first one names the winner."""
@@ -185,8 +184,8 @@ def _edges(answer: Answer) -> Iterator[tuple[str, dict[str, float]]]:
         ("ratio", "tune.ratios", winner.ratio, ratios),
     ):
         upper = best == max(values)
-        # Ratio 1 is plain LoRA, the natural bound
-        if not (upper or best == min(values)) or (name == "ratio" and best <= 1):
+        # Plain LoRA, ratio 1, is the natural bound below
+        if not upper and (best != min(values) or (name == "ratio" and best <= 1)):
             continue
         following = next_value(values, upper=upper)
         if following is not None:

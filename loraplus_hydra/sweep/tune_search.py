@@ -211,7 +211,6 @@ def batches(settings: Settings, words: Sequence[str], folder: Path, start: str) 
     for name in search.remaining:
         search.candidates[name] = jobs(named[name], settings.seeds)
     half = tuning.rung_step(tuning.HALF, search.steps, search.earliest)
-    answer.extra_steps = len(search.remaining) * (len(settings.seeds) - 1) * half
     yield from search.batch_until(half)
     search.arrive(half)
     search.keep(answer.decide(half, _compared(search, half)))

@@ -15,41 +15,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from loraplus_hydra import run
-from loraplus_hydra.errors import UserError
 from loraplus_hydra.runs import model_card
 from loraplus_hydra.runs.export import export
 from loraplus_hydra.runs.finished import open_run
 from loraplus_hydra.runs.load_finished import load_run
 from loraplus_hydra.runs.model_card import card
+from tests.cli.conftest import CLASSIFIERS, ROUNDED, RUNS
 from tests.conftest import Finished
-from tests.support.architectures import checkpoint
-from tests.support.finished_runs import NO_PLACE
 
 TOKENS = torch.arange(3, 51).reshape(4, 12)
-CSV = "text,label\n" + "".join(f"say {word} {i},{word}\n" for i in range(8) for word in ("one", "two", "three"))
-
-TEXT = ("task=text", "data.text_column=prompt", "task.block_size=16", "data.completion_column=null")
-# Everything that changes how a model is put together again: architecture, then overrides.
-RUNS: dict[str, tuple[str, list[str]]] = {
-    "lora": ("llama", []),
-    "dora": ("mistral", ["adapter=dora"]),
-    "pissa": ("llama", ["adapter=pissa"]),
-    "adalora": ("llama", ["adapter=adalora", "loraplus=roles", "adapter.deltaT=1", "trainer.max_steps=8"]),
-    "vera": ("gemma", ["adapter=vera", "loraplus=roles"]),
-    "embeddings, tied": ("gpt2", ["adapter=lora_embeddings", "loraplus.lr_embedding=1e-2"]),
-    "embeddings, untied": ("llama", ["adapter=lora_embeddings", "loraplus.lr_embedding=1e-2"]),
-    "new tokens, tied": ("qwen2", ["model.add_tokens=['<call>','<answer>']"]),
-    "new tokens, untied": ("llama", ["model.add_tokens=['<call>','<answer>']"]),
-    "biases": ("gpt2", ["adapter.bias=all"]),
-    "output, tied": ("qwen2", [*TEXT, "adapter.target_modules=[q_proj,lm_head]"]),
-    "output, untied": ("llama", [*TEXT, "adapter.target_modules=[q_proj,lm_head]"]),
-    "embeddings and output, tied": ("qwen2", [*TEXT, "adapter.target_modules=[q_proj,embed_tokens,lm_head]"]),
-    "embeddings and output, untied": ("llama", [*TEXT, "adapter.target_modules=[q_proj,embed_tokens,lm_head]"]),
-    "saved output, tied": ("qwen2", [*TEXT, "+adapter.modules_to_save=[lm_head]"]),
-    "saved output, untied": ("llama", ["+adapter.modules_to_save=[lm_head]"]),
-    "saved embeddings, tied": ("qwen2", [*TEXT, "+adapter.modules_to_save=[embed_tokens]"]),
-    "nf4": ("llama", ["quantization=nf4"]),
-}
 
 IN_EACH_RUN = (
     *("lora", "dora", "pissa", "adalora", "vera", "embeddings, tied", "new tokens, untied", "biases"),
@@ -60,52 +34,6 @@ IN_EACH_RUN = (
 def some(names: Iterable[str]) -> list[Any]:
     """Those of `names` that are in IN_EACH_RUN, and the others as slow."""
     return [pytest.param(name, marks=[] if name in IN_EACH_RUN else pytest.mark.slow) for name in names]
-
-
-CLASSIFIERS: dict[str, tuple[str, list[str]]] = {
-    "classifier": ("bert", []),
-    "classifier, new tokens": ("bert", ["model.add_tokens=['<call>']"]),
-    "classifier, nf4": ("llama", ["quantization=nf4"]),
-}
-# Their logits are rounded, so only their weights are compared.
-ROUNDED: dict[str, tuple[str, list[str]]] = {
-    "lora, bfloat16": ("llama", ["model.dtype=bfloat16"]),
-    "pissa, bfloat16": ("llama", ["model.dtype=bfloat16", "adapter=pissa"]),
-}
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Callable[[str], Path]:
-    """The folder of a finished run of RUNS, or of a classifier, trained once a module."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    from loraplus_hydra.config.locations import config_folder
-    from loraplus_hydra.config.schema import register
-
-    place = tmp_path_factory.mktemp("exported")
-
-    def finished(name: str) -> Path:
-        folder = place / name.replace(", ", "_") / "run"
-        if folder.exists():
-            return folder
-        if name in CLASSIFIERS:
-            (place / "labels.csv").write_text(CSV)
-            architecture, more = CLASSIFIERS[name]
-            overrides = ["task=classification", "data=csv", f"data.train={place / 'labels.csv'}", *more]
-        else:
-            architecture, overrides = (RUNS | ROUNDED)[name]
-            overrides = ["data=jsonl", f"data.train={rows}", "task.samples=1", "task.sample_tokens=4", *overrides]
-        base = checkpoint(architecture, folder.parent / "base")
-        common = ["model=hub", f"model.path={base}", "trainer.max_steps=3", "optimizer.lr=5e-3"]
-        register()
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
-            config = compose("config", overrides=[*common, *overrides])
-        run(config, folder)
-        return folder
-
-    return finished
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -305,157 +233,6 @@ def test_an_adapter_that_cannot_be_merged_says_so(tmp_path: Path, tiny_run: list
     assert "use merge=false" in ended.err
     assert not (tmp_path / "out").exists()
     assert cli("export", str(tmp_path / "run"), f"to={tmp_path / 'out'}", "merge=false").status == 0
-
-
-# --- folders that are no finished run, or not to be trusted
-
-
-@pytest.fixture
-def copied(runs: Callable[[str], Path], tmp_path: Path) -> Path:
-    shutil.copytree(runs("lora"), tmp_path / "copied")
-    return tmp_path / "copied"
-
-
-def broken_run(copied: Path, kind: str) -> Path:
-    if kind == "no such folder":
-        return copied / "nothing"
-    if kind == "no config":
-        (copied / "config.yaml").unlink()
-    elif kind == "a sweep":
-        (copied / "config.yaml").rename(copied / "adapter" / "config.yaml")
-    elif kind == "unfinished":
-        (copied / "result.json").unlink()
-    elif kind == "broken result":
-        (copied / "result.json").write_text('{"status": "ok"')
-    elif kind == "failed":
-        failed = {"status": "failed", "error": {"type": "OutOfMemoryError", "text": "out of memory"}}
-        (copied / "result.json").write_text(json.dumps(failed))
-    elif kind == "no adapter":
-        shutil.rmtree(copied / "adapter")
-    elif kind == "pickled adapter":
-        weights = copied / "adapter" / "adapter_model.safetensors"
-        torch.save(load_file(weights), copied / "adapter" / "adapter_model.bin")
-        weights.unlink()
-    elif kind == "broken config":
-        (copied / "config.yaml").write_text("model: [")
-    elif kind == "unknown keys":
-        with (copied / "config.yaml").open("a") as file:
-            file.write("further: 1\n")
-    elif kind == "other weights":
-        shutil.copy(copied / "adapter" / "adapter_model.safetensors", copied / "kept")
-        narrower = {name: t[:, :-1].contiguous() for name, t in load_file(copied / "kept").items()}
-        from safetensors.torch import save_file
-
-        save_file(narrower, copied / "adapter" / "adapter_model.safetensors")
-    return copied
-
-
-def test_card_leaves_out_what_the_result_does_not_have(copied: Path, tmp_path: Path) -> None:
-    file = copied / "result.json"
-    needed = {name: value for name, value in json.loads(file.read_text()).items() if name in ("status", "metric")}
-    file.write_text(json.dumps({**needed, "metrics": {"eval_loss": 1.5}, "metrics_before": {}, "seed": "x"}))
-    card = (export(open_run(str(copied)), tmp_path / "bare", merge=False) / "README.md").read_text()
-    assert "| eval_loss |  | 1.5 |" in card
-    assert "Hash of the config: `not recorded`" in card
-    assert card.rstrip().endswith("not recorded")
-    assert " steps" not in card.partition("## Results")[2].partition("## Config")[0]
-    file.write_text(json.dumps({**needed, "metrics": {}, "metrics_before": {}, "samples": [{"prompt": "say"}]}))
-    card = (export(open_run(str(copied)), tmp_path / "one", merge=False) / "README.md").read_text()
-    assert "| say |  |  |  |" in card
-
-
-@pytest.mark.parametrize("content", [None, "[", '[{"group": "groupA"}]', "[1]", '[{"group": "a", "lr": "x"}]'])
-def test_rates_that_cannot_be_read_are_told_before_the_weights_load(
-    content: str | None, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("loraplus_hydra.runs.export.load_run", None)
-    (copied / "param_groups.json").unlink()
-    if content is not None:
-        (copied / "param_groups.json").write_text(content)
-    with pytest.raises(UserError, match=r"param_groups\.json"):
-        export(open_run(str(copied)), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("command", [["export"], ["predict", "text=say"], ["evaluate"]])
-@pytest.mark.parametrize(
-    ("kind", "told"),
-    [
-        ("no such folder", "run: there is no folder"),
-        ("no config", "is not a run's folder"),
-        ("a sweep", "it contains the runs adapter; give one of them"),
-        ("unfinished", "hasn't finished: there is no result.json"),
-        ("broken result", "result.json can't be read"),
-        ("failed", "ended as 'failed' (OutOfMemoryError: out of memory)"),
-        ("no adapter", "there is no adapter in"),
-        ("pickled adapter", "only safetensors are read"),
-        ("broken config", "config.yaml can't be read"),
-        ("unknown keys", "further: there is no such key"),
-        ("other weights", "doesn't fit the model"),
-    ],
-)
-def test_folder_that_is_no_finished_run_is_refused(
-    command: list[str], kind: str, told: str, copied: Path, cli: Callable[..., Finished]
-) -> None:
-    folder = broken_run(copied, kind)
-    before = sorted(copied.rglob("*")) if copied.exists() else []
-    ended = cli(command[0], str(folder), *command[1:], "allow_changed_inputs=true")
-    assert ended.status == 1
-    assert told in ended.err
-    assert "Traceback" not in ended.err
-    assert sorted(copied.rglob("*")) == before, "nothing is left behind"
-
-
-@pytest.mark.parametrize("command", [["export"], ["predict", "text=say"], ["evaluate"]])
-@pytest.mark.parametrize(
-    ("old", "new", "told"),
-    [
-        ("auto_class: transformers.AutoModelForCausalLM", "auto_class: os.system", "task.auto_class"),
-        ("_target_: peft.LoraConfig", "_target_: torch.load", "adapter._target_"),
-        ("trust_remote_code: false", "trust_remote_code: true", "trust_remote_code: the run's model contains Python"),
-        ("dtype: float32", "dtype: {_target_: os.system}", "model.dtype"),
-    ],
-)
-def test_hostile_config_is_refused(
-    command: list[str], old: str, new: str, told: str, copied: Path, cli: Callable[..., Finished]
-) -> None:
-    text = (copied / "config.yaml").read_text()
-    assert old in text
-    (copied / "config.yaml").write_text(text.replace(old, new))
-    ended = cli(command[0], str(copied), *command[1:])
-    assert ended.status == 1
-    assert told in ended.err
-    assert not (copied / "export").exists()
-
-
-@pytest.mark.parametrize("folder", [NO_PLACE])
-def test_folder_that_cannot_be_made_is_told_before_the_work(
-    folder: str, runs: Callable[[str], Path], cli: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("loraplus_hydra.runs.export.load_run", None)
-    ended = cli("export", str(runs("lora")), f"to={folder}/export/model")
-    assert ended.status == 1
-    assert f"to: {folder} can't be written" in ended.err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        ([], "run: no run's folder is given"),
-        (["dtype=int8"], "run: no run's folder is given"),
-        (["RUN", "dtype=int8"], "dtype: 'int8' is not a dtype; use one of float32, bfloat16, float16"),
-        (["RUN", "dtype=bfloat16", "merge=false"], "dtype: an adapter keeps the dtype"),
-        (["RUN", "mrge=false"], "mrge: there is no such key (did you mean 'merge'?)"),
-        (["RUN", "merge=perhaps"], "merge: Value 'perhaps' is not a valid bool"),
-        (["RUN", "model.pth=x"], "model.pth: there is no such key (did you mean 'path'?)"),
-    ],
-)
-def test_wrong_arguments_are_told(
-    arguments: list[str], told: str, runs: Callable[[str], Path], cli: Callable[..., Finished]
-) -> None:
-    ended = cli("export", *[str(runs("lora")) if word == "RUN" else word for word in arguments])
-    assert ended.status == 1
-    assert told in ended.err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,19 @@ def test_splits_by_name(published: str) -> None:
 def test_a_share_of_the_training_split_is_held_out(published: str) -> None:
     rows = hub.load(published, "extra", eval_fraction=0.2, max_samples=5)
     assert [len(rows[split]) for split in ("train", "eval")] == [5, 2]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.csv"])
+def test_a_file_of_a_folder_that_keeps_its_time_is_read_anew(name: str, tmp_path: Path) -> None:
+    texts = {"train.jsonl": '{{"prompt": "{0}"}}\n', "train.csv": "prompt,other\n{0},x\n"}
+    fingerprints = set()
+    for value in ("old", "new"):
+        (tmp_path / name).write_text(texts[name].format(value))
+        os.utime(tmp_path / name, (1e9, 1e9))
+        rows = hub.load_split(str(tmp_path), None, "train", None, key="data.train_split")
+        assert list(rows["prompt"]) == [value]
+        fingerprints.add(rows._fingerprint)
+    assert len(fingerprints) == 2  # the tokens are cached by it
 
 
 def test_streamed(published: str) -> None:

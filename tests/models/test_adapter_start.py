@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from loraplus_hydra import run
+from loraplus_hydra.check.starts import start_problems
 from loraplus_hydra.errors import ConfigErrors
 from loraplus_hydra.loraplus.roles import tensor_records
 from loraplus_hydra.models.adapter import add_adapter
@@ -267,6 +268,22 @@ def test_embeddings_join_all_linears_whatever_they_are_called(checkpoints: Any, 
         assert {key.split(".")[-3] for key in trained if "lora_embedding_A" in key} == {name}
         assert any("lora_A" in key for key in trained)
         assert not any("lm_head" in key for key in trained)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "orthogonal", "gaussian"])
+@pytest.mark.parametrize("name", ["experts.down_proj", "k_proj.weight"])
+def test_starts_from_a_layers_weight_are_refused_for_the_parameters_that_peft_refuses(start: str, name: str) -> None:
+    settings = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=32, num_key_value_heads=2, num_local_experts=2, **settings))
+    adapter: dict[str, Any] = {"target_modules": ["q_proj"], "target_parameters": [name], "init_lora_weights": start}
+    problems = start_problems(LoraConfig, {"adapter": adapter})
+    try:
+        get_peft_model(model, LoraConfig(r=2, **adapter))
+        assert problems == []
+    except AttributeError:
+        (problem,) = problems
+        assert problem.key == "adapter.target_parameters"
+        assert f"'{name}' is a parameter" in problem.what
 
 
 @pytest.mark.parametrize("start", ["corda", "lora_ga"])

@@ -137,6 +137,30 @@ def test_setting_with_a_seed_whose_metric_is_not_a_number_is_not_the_best(tmp_pa
     assert "ratio 64 has a better mean" in " ".join(summary.details(results))
 
 
+@pytest.mark.parametrize(("best", "status"), [(64, None), (64, "interrupted"), (64, "waiting"), (1, "interrupted")])
+def test_setting_with_fewer_seeds_than_another_is_not_the_best(tmp_path: Path, best: int, status: str | None) -> None:
+    """The other seeds were not begun, or not finished. The only seed may be the lucky one."""
+    other = 65 - best
+    values = {(4, 1): 3.65, (4, 2): 3.66, (4, 3): 3.67, (other, 1): 3.7, (other, 2): 3.7, (other, 3): 3.7}
+    for seed in (2, 3) if status else ():
+        write_job(tmp_path / f"x{seed}", {"loraplus.ratio": best, "seed": seed}, None, status=str(status))
+    results = ratio_sweep(tmp_path, values | {(best, 1): 3.5})
+    assert results.outcome.best is not None
+    assert results.outcome.best.values == {"loraplus.ratio": 4}
+    told = " ".join(summary.details(results))
+    assert f"ratio {best} has a better mean (3.5000) but only 1 of 3 seeds, so it isn't chosen as the best" in told
+    # Without all seeds of plain LoRA, LoRA+ is compared with nothing
+    assert ("This is better than the best at ratio 1 (plain LoRA) (3.7000" in told) == (best != 1)
+    assert ("No setting at ratio 1 has a result for each of its seeds" in told) == (best == 1)
+
+
+def test_worse_setting_with_fewer_seeds_is_still_compared(tmp_path: Path) -> None:
+    results = ratio_sweep(tmp_path, {(4, 1): 3.65, (4, 2): 3.67, (1, 1): 3.7})
+    assert results.outcome.passed_over is None
+    assert results.outcome.against_baseline is not None
+    assert results.outcome.against_baseline.gain == pytest.approx(3.7 - 3.66)
+
+
 def test_a_seed_that_was_run_twice_counts_once(tmp_path: Path) -> None:
     """The second time with another logging interval, so in another folder. Two seeds are no sample of four."""
     values = {(1, 1): 3.70, (1, 2): 3.73, (4, 1): 3.66, (4, 2): 3.69}

@@ -15,6 +15,7 @@ from loraplus_hydra import run
 from loraplus_hydra.io.result import Result
 from loraplus_hydra.runs import job
 from tests.conftest import Finished
+from tests.support.edits import write_rows
 from tests.support.forking import differences
 
 AUTO = "trainer.resume_from_checkpoint=auto"
@@ -109,3 +110,41 @@ def trial(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Trial:
     return Trial(tmp_path, compose, tiny_run, stopped, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rows, a model, the finished run `done` and the stopped run `stopped`, which has a checkpoint."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from loraplus_hydra.config.locations import config_folder
+    from loraplus_hydra.config.schema import register, run_of
+
+    folder = tmp_path_factory.mktemp("content")
+    shutil.copytree(tiny_model, folder / "model")
+    for name in ("rows", "held_out"):
+        write_rows(folder / f"{name}.jsonl", name)
+    overrides = [
+        *("model=hub", f"model.path={folder / 'model'}", "data=jsonl", f"data.train={folder / 'rows.jsonl'}"),
+        *(f"data.eval={folder / 'held_out.jsonl'}", "trainer.max_steps=4", "trainer.save_steps=2", "task.samples=0"),
+        *("trainer.per_device_train_batch_size=4", "trainer.eval_strategy=no"),
+    ]
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+        run(run_of(compose("config", overrides=overrides)), folder / "done")
+    shutil.copytree(folder / "done", folder / "stopped")
+    for name in ("adapter", "checkpoints/checkpoint-4"):
+        shutil.rmtree(folder / "stopped" / name)
+    (folder / "stopped" / "result.json").unlink()
+    return folder
+
+
+@pytest.fixture
+def copy(place: Path, tmp_path: Path) -> Path:
+    """The folder of `place` moved to where commands start; the stored paths lead into the copy."""
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("*/config.yaml"):
+        file.write_text(file.read_text().replace(str(place), str(tmp_path)))
+    return tmp_path

@@ -23,11 +23,13 @@ Write = Callable[..., None]
 def write(tmp_path: Path) -> Write:
     """Return a function that writes what a job leaves: its status, and its loss at a rung at step 6 of 24."""
 
-    def write_job(*overrides: str, status: str = job_status.WAITING, loss: float | None = 2.0, rows: str = "") -> None:
+    def write_job(
+        *overrides: str, status: str = job_status.WAITING, loss: float | None = 2.0, rows: str = "", steps: int = 6
+    ) -> None:
         name = "_".join(overrides)
         job_status.write(tmp_path, START, JobStatus(name, status, overrides=overrides))
         (tmp_path / name).mkdir()
-        Result(status, "eval_loss", inputs={"data.eval": rows} if rows else {}).write(tmp_path / name)
+        Result(status, "eval_loss", steps=steps, inputs={"data.eval": rows} if rows else {}).write(tmp_path / name)
         if loss is not None:
             add_rung(tmp_path / name, Rung(0.25, 6, 24, 6, (loss, loss), (1.0, 1.0)))
 
@@ -49,6 +51,32 @@ def test_a_failed_job_leaves_also_if_an_earlier_start_was_at_the_rung(
     found = search(tmp_path, ("ratio=1",), ("ratio=4",))
     found.arrive(6)
     assert found.remaining == ["ratio=1"]
+
+
+def test_failed_jobs_cost_the_steps_that_they_took(write: Write, tmp_path: Path) -> None:
+    """Rungs at steps 6 and 12 of 24. Two settings fail before the first, and one between the two, with a seed each."""
+    write("ratio=1", "seed=0", steps=12)
+    add_rung(tmp_path / "ratio=1_seed=0", Rung(0.5, 12, 24, 6, (2.0, 2.0), (1.0, 1.0)))
+    write("ratio=1", "seed=1", steps=24, status=job_status.DONE)
+    write("ratio=2", "seed=0", steps=2, status=job_status.FAILED, loss=None)
+    write("ratio=2", "seed=1", steps=6)
+    write("ratio=4", "seed=0", steps=0, status=job_status.FAILED, loss=None)
+    write("ratio=4", "seed=1", steps=1, status=job_status.FAILED, loss=None)
+    write("ratio=8", "seed=0", steps=9, status=job_status.FAILED)
+    write("ratio=8", "seed=1", steps=0, status=job_status.FAILED)  # a resume that failed before its first step
+    jobs = [(f"ratio={ratio}", f"seed={seed}") for ratio in (1, 2, 4, 8) for seed in (0, 1)]
+    found = search(tmp_path, *jobs)
+    job_status.write(tmp_path, START, JobStatus("ratio=8_seed=0", job_status.WAITING, overrides=jobs[6]))
+    job_status.write(tmp_path, START, JobStatus("ratio=8_seed=1", job_status.WAITING, overrides=jobs[7]))
+    found.plan(0.25, lambda steps, earliest: plan(4, steps, earliest))
+    found.arrive(6)
+    assert found.remaining == ["ratio=1", "ratio=8"]
+    assert found.spent == (6 + 6) + (2 + 6) + (0 + 1) + (6 + 6)
+    for job in jobs[6:]:
+        job_status.write(tmp_path, START, JobStatus("_".join(job), job_status.FAILED, overrides=job))
+    found.arrive(12)
+    assert found.remaining == ["ratio=1"]
+    assert found.spent == (12 + 12) + (2 + 6) + (0 + 1) + (9 + 6)
 
 
 OTHER_ROWS = "the jobs have different held-out rows"

@@ -316,6 +316,9 @@ def test_interrupted_sweep_ends_with_the_report_of_what_is_there(
         (["loraplus.ratio=1,2", "sweep.name=../up"], "is not a valid folder name"),
         (["loraplus.ratio=1,2", "sweep.nam=x"], "did you mean 'name'"),
         (["optimizer=sgd,muon", "optimizer.momentum=0.5"], "write ++optimizer.momentum=0.5"),
+        (["optimizer.lr=1e-3,2e-3,0.001"], "- optimizer.lr: 0.001 is given twice; give each value once"),
+        (["loraplus.ratio=1,4,1.0"], "- loraplus.ratio: 1 and 1.0 are the same value"),
+        (["optimizer=sgd,'sgd'"], "- optimizer: sgd and 'sgd' are the same value"),
         (["optimizer=sgd,muon", "+optimizer.momentum=0.5"], "in a sweep of groups: ++optimizer.momentum=0.5"),
     ],
 )

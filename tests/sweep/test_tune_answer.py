@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +27,22 @@ def told(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     No rung is before step 20. The candidate with the largest of three rates has the lower loss and the greater metric.
     """
 
-    def written(metrics: tuple[float | None, float | None] = (None, None)) -> dict[str, Any]:
-        pairs = candidates([1e-3, 2e-3, 4e-3], [1])
+    def written(
+        metrics: tuple[float | None, float | None] = (None, None), ratios: Sequence[float] = (1,)
+    ) -> dict[str, Any]:
+        pairs = candidates([1e-3, 2e-3, 4e-3], ratios)
         settings = Settings((LR, RATIO), tuple(pairs), (0, 1), 3.0, "eval_accuracy", True, "default")
         jobs = [(*settings.overrides(one), "seed=0") for one in pairs]
         search = Search(jobs, tmp_path, "start", greater_is_better=True)
         search.steps, search.earliest = 40, 20
         for job in jobs:
-            (tmp_path / f"job-{job[0]}").mkdir()
+            (tmp_path / f"job-{job[0]}").mkdir(exist_ok=True)
             job_status.write(tmp_path, "start", JobStatus(f"job-{job[0]}", job_status.WAITING, overrides=job))
         (tmp_path / "sweep.json").write_text(json.dumps({"command": COMMAND}))
         named = dict(zip(search.candidates, pairs, strict=True))
         finalists = {
             name: [Rung(0.5, 20, 40, 20, (loss + seed / 100,), (1.0,), metric) for seed in (0, 1)]
-            for name, loss, metric in zip(list(named)[1:], (3.0, 2.0), metrics, strict=True)
+            for name, loss, metric in zip(list(named)[-2:], (3.0, 2.0), metrics, strict=True)
         }
         answer = Answer(settings, named, search)
         search.keep(answer.decide(20, finalists))
@@ -77,6 +79,19 @@ def test_the_answer_names_its_command_and_the_winners_job(told: Callable[..., di
     found = told()
     assert found["command"] == COMMAND
     assert found["winner"]["job"] == "job-optimizer.lr=0.004"
+
+
+@pytest.mark.parametrize(
+    ("ratios", "following"), [((0.25, 0.5, 1), "2"), ((1, 2, 4), "8"), ((0.25, 0.5), "1"), ((1,), None)]
+)
+def test_the_largest_ratio_is_an_edge(
+    ratios: Sequence[float], following: str | None, told: Callable[..., dict[str, Any]]
+) -> None:
+    found = told(ratios=ratios)
+    assert found["winner"]["ratio"] == max(ratios)
+    edge = f"At the grid's edge: ratio {max(ratios):g} is the largest value. Extend to {following}."
+    assert [text for text in found["answer"] if "edge: ratio" in text] == ([edge] if following else [])
+    assert not following or f"{ratios[-1]:g},{following}]" in found["extend"]
 
 
 def test_files_of_the_user_stay_beside_the_winners(told: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

@@ -107,7 +107,8 @@ def _no_mask(*, local_size: int | None = None, use_vmap: bool = False, **_: Any)
         raise UnknownModelError("its attention has its own mask")
     rows = _underway.get()
     if rows is not None:
-        _refuse_longer_rows(rows, local_size)
+        # Models without windows can make the mask of a window of 0, and give it to no layer
+        _refuse_longer_rows(rows, local_size or None)
 
 
 def _refuse_longer_rows(rows: Rows, window: int | None) -> None:

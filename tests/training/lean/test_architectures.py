@@ -48,6 +48,7 @@ CAUSAL: list[Any] = [
     ("opt", OPT, [LEAN, DIFFERS]),  # it counts positions from the first token, where padding is ahead of it
     ("gemma3_text", WINDOWED, [LEAN, WINDOW]),
     ("qwen2_moe", {**WINDOWED, **EXPERTS, "use_sliding_window": True, "max_window_layers": 0}, [LEAN, WINDOW]),
+    ("qwen2_moe", {**WINDOWED, **EXPERTS}, [LEAN]),  # its mask has a window of 0, which no layer uses
     ("lfm2", {**GROUPED, "block_ff_dim": 24, "layer_types": ["conv", "full_attention"]}, [DIFFERS]),
     ("bloom", {"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 2, "n_head": 4}, [INTERFACE]),
     ("granite", {**GROUPED, "logits_scaling": 4.0}, [SCALED]),
