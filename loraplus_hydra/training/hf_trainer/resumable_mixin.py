@@ -27,6 +27,7 @@ from loraplus_hydra.errors import UserError, first_line
 from loraplus_hydra.io import interrupts, screen
 from loraplus_hydra.io.checkpoint_state import StreamState, run_state
 from loraplus_hydra.io.checkpoints import OPTIMIZER, sealed, step_of, unseal
+from loraplus_hydra.io.folders import move, remove_folder
 from loraplus_hydra.io.interrupts import Interrupted
 from loraplus_hydra.io.quiet_libraries import quiet_step_mismatch
 from loraplus_hydra.loraplus.schedule_free import RUNNING_VALUES, ScheduleFree
@@ -146,7 +147,7 @@ class ResumableMixin:
         self._load_rng_state(checkpoint)  # type: ignore[attr-defined]
         self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)  # type: ignore[attr-defined]
         self.evaluation_due = False
-        self.save_checkpoint_now()
+        self._replace_checkpoint()
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             raise _TrainingEnded
 
@@ -154,6 +155,28 @@ class ResumableMixin:
         """Save a complete checkpoint of the current step."""
         self._save_checkpoint(self.model, None)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _replace_checkpoint(self) -> None:
+        """Save the current step's checkpoint again. The earlier one is kept until the new one is complete."""
+        # It may be the only checkpoint, and the disk may be full
+        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        draft = folder / "remade"
+        is_first = self.args.process_index == 0
+        if is_first:
+            remove_folder(draft)  # of a killed process
+        self.args.distributed_state.wait_for_everyone()
+        self.args.output_dir = str(draft)
+        try:
+            self.save_checkpoint_now()
+            if is_first:
+                move(folder / name, draft / "before")
+                move(draft / name, folder / name)
+        finally:
+            self.args.output_dir = str(folder)
+            if is_first:
+                remove_folder(draft)
+        if self.state.best_model_checkpoint is not None:
+            self.state.best_model_checkpoint = str(folder / Path(self.state.best_model_checkpoint).name)
 
     @contextmanager
     def checkpoint_if_stopped(self) -> Iterator[None]:
