@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -73,6 +74,7 @@ class ResumableMixin:
     rows_read: RowsRead | None = None  # the streamed training rows that were read
     expected_stream = StreamState()  # the streamed rows that a resumed run must read again
     evaluation_due = False  # True after a signal stopped an evaluation, until the evaluation is repeated
+    _epoch_place: tuple[int, int] | None = None  # of a resumed run: finished epochs, and batches of the current one
     _has_noted_rest = False  # True after the note about a stream's last batches
     start_key: str | None = None  # equal for jobs that begin alike, see start_evaluation.py
 
@@ -204,6 +206,23 @@ class ResumableMixin:
         values = self.set_initial_training_values(self.args, loader)  # type: ignore[attr-defined]
         return int(values[0]), int(values[-1])
 
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
+        """Return the Trainer's values, such as the steps. A resumed run trains the rest of its epochs."""
+        epochs, of_epoch, *others, batches, steps = super().set_initial_training_values(args, dataloader)  # type: ignore[misc]
+        if isinstance(args.resume_from_checkpoint, str) and has_length(dataloader):
+            # The Trainer assumes that each step so far was one of this run's. With another number of rows or another
+            # batch, it would leave out epochs or repeat them.
+            state = stored_trainer_state(args.resume_from_checkpoint)
+            done, share = divmod(state.epoch, 1)
+            at = math.floor(share * batches + 1e-6) // args.gradient_accumulation_steps  # steps in the current epoch
+            self._epoch_place = int(done), at * args.gradient_accumulation_steps
+            further = state.global_step - (int(done) * of_epoch + at)  # 0 if nothing has changed
+            if args.max_steps > 0:
+                epochs = math.ceil((steps - further) / of_epoch)
+            else:
+                steps += further
+        return (epochs, of_epoch, *others, batches, steps)
+
     def early_stopping(self) -> list[EarlyStoppingCallback]:
         """Return the callbacks that stop training early."""
         return [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
@@ -211,6 +230,8 @@ class ResumableMixin:
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Return the finished epochs, and the finished batches of the current epoch, also for streamed rows."""
         epochs, batches = super()._init_training_state(*args, **kwargs)  # type: ignore[misc]
+        if self._epoch_place is not None:
+            epochs, batches = self._epoch_place[0], 0 if self.args.ignore_data_skip else self._epoch_place[1]
         if self.state.global_step == 0 or has_length(self.train_dataset):
             return epochs, batches
         # The number of steps in a stream's epoch is unknown, so the Trainer assumes that the first epoch has all steps.
