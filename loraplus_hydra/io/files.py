@@ -65,7 +65,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` as UTF-8, atomically. Raises UserError for a link."""
-    write_bytes(path, text.encode("utf-8"))
+    # A file's name that isn't UTF-8 has lone surrogates. JSON and YAML have escapes such as \udce9 for them.
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_beside(path: Path, ending: str, text: str) -> Path:

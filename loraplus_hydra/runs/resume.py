@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from loraplus_hydra.models.adapter_files import refuse_other_tensors
 from loraplus_hydra.models.eva import awaits_directions, take_ranks
 from loraplus_hydra.models.initialisation import changes_base
 from loraplus_hydra.runs.changed_inputs import refuse_other_inputs, with_inputs
-from loraplus_hydra.runs.stored_config import changes
+from loraplus_hydra.runs.stored_config import changed_values, changes
 from loraplus_hydra.training.checkpoint_changes import full_name, refuse_other_groups
 from loraplus_hydra.training.hf_trainer.checkpoint_callback import evaluations_without_gain
 from loraplus_hydra.training.prepare import loraplus_settings, plan_groups
@@ -89,6 +90,7 @@ def find_resume_point(checked: Checked, folder: Path, *, found_before: ResumePoi
         return ResumePoint(None, changed, messages)
     _refuse_other_training(checked, checkpoint)
     refuse(_start_problems(checked.config, checkpoint, changed))
+    refuse(_stream_problems(checked.config, folder / run_folder.CONFIG))
     _refuse_changes_at_the_end(checked.config, checkpoint, changed)
     _lines_until(checkpoint)
     before = found_before or ResumePoint(None)
@@ -194,6 +196,21 @@ def _start_problems(config: DictConfig, checkpoint: Checkpoint, changed: tuple[s
     if str(now).startswith("pissa_niter") and any(change.startswith("seed:") for change in changed):
         return [Problem("seed", f"decides the start {now}, which changes the base", fix)]
     return []
+
+
+def _stream_problems(config: DictConfig, stored: Path) -> list[Problem]:
+    """Return a Problem if a step has another number of rows than before, and the rows are streamed."""
+    # A checkpoint's place in a stream is a number of steps, because the number of rows in an epoch is unknown
+    values = changed_values(stored, config) if config.data.get("streaming") else {}
+    changed = {f"trainer.{name}": values[f"trainer.{name}"] for name in ROWS if f"trainer.{name}" in values}
+    numbers = [number for pair in changed.values() for number in pair]
+    if all(isinstance(number, int) for number in numbers):
+        then, now = (math.prod(pair[side] for pair in changed.values()) for side in (0, 1))
+        if then == now:
+            return []
+    what = "a step would have another number of rows, so the place in the stream would be another"
+    fix = f"keep the product of {' and '.join(ROWS)}, or start a new run"
+    return [Problem(key, what, fix) for key in changed]
 
 
 def _refuse_to_replace(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -283,3 +284,9 @@ def test_temporary_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatc
     for name in ("theirs", "open"):
         with pytest.raises(UserError, match="only you"):
             folders.private_folder(name)
+
+
+def test_name_that_is_not_utf_8_is_stored_in_json(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.jsonl")
+    files.write_text(tmp_path / "result.json", json.dumps({"file": name}, ensure_ascii=False))
+    assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8")) == {"file": name}

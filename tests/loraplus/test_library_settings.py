@@ -146,6 +146,41 @@ def test_absolute_smallest_rate_refers_to_lr_whatever_group_is_first(tmp_path: P
     assert trainer.lr_scheduler.get_last_lr() == pytest.approx([1e-6, 8e-5])
 
 
+class _MakesBatches(Trainer):
+    """A Trainer that gets a list of rows and makes the tensors itself, as TRL's GRPOTrainer does."""
+
+    factor = 1.0
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        ids = torch.tensor([row["input_ids"] for row in inputs])
+        return {"input_ids": ids, "labels": ids}
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs) * self.factor
+
+    def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+
+
+def test_a_trainer_that_makes_its_batches_from_lists_of_rows_is_evaluated(tmp_path: Path) -> None:
+    rows = [{"input_ids": [1, 2, 3 + i]} for i in range(4)]
+
+    def made(**options: Any) -> Any:
+        names = ("per_device_train_batch_size", "per_device_eval_batch_size")
+        own: dict[str, Any] = {"max_steps": 1, "use_cpu": True, "report_to": "none", "remove_unused_columns": False}
+        arguments = TrainingArguments(output_dir=str(tmp_path), **own, **dict.fromkeys(names, 2))
+        parts: dict[str, Any] = {"train_dataset": rows, "eval_dataset": rows, "data_collator": list, **options}
+        return (with_loraplus(_MakesBatches) if options else _MakesBatches)(with_lora(llama()), arguments, **parts)
+
+    plain, ours = made(), made(loraplus=LoraPlus(lr=1e-3))
+    assert ours.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"])
+    ours.train()
+    ours.factor = float("nan")
+    with pytest.raises(UserError, match="the loss is nan at step 1"):
+        ours.train()
+
+
 def test_a_model_without_an_adapter_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="the model has no adapter"):
         create_loraplus_optimizer(llama(), torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=8)

@@ -14,6 +14,7 @@ import pytest
 from loraplus_hydra import run
 from loraplus_hydra.errors import UserError
 from loraplus_hydra.io.checkpoints import defect, rotate, seal
+from loraplus_hydra.training.hf_trainer.train import best_evaluation
 from tests.runs.conftest import Trial
 from tests.support.forking import differences, lines
 
@@ -192,3 +193,12 @@ def test_best_of_another_metric_is_not_compared_with_the_new_one(trial: Trial) -
         line["eval_mean_token_accuracy"] for line in lines(trial.broken) if line["step"] > 3 and "eval_loss" in line
     ]
     assert stored["best_metric"] == max(measured)
+
+
+@pytest.mark.parametrize(("greater", "best"), [(False, {"step": 2, "value": 0.1}), (True, {"step": 4, "value": 0.3})])
+def test_metric_that_is_not_a_number_is_never_the_best(greater: bool, best: dict[str, float]) -> None:
+    """As a correlation of constant answers, before the first step."""
+    values = {0: float("nan"), 2: 0.1, 3: float("nan"), 4: 0.3}
+    history = [{"step": step, "eval_own": value} for step, value in values.items()]
+    assert best_evaluation([*history, {"step": 5, "loss": 0.0}], "eval_own", greater) == best
+    assert best_evaluation(history[:1], "eval_own", greater) == {}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+from transformers import Trainer
 
 from loraplus_hydra.errors import ConfigErrors
 from tests.conftest import Finished
@@ -17,6 +20,7 @@ STILL = (
     "trainer.save_steps=2",
 )
 EPOCHS = ("trainer.max_steps=-1", "trainer.num_train_epochs=2")  # ten steps each
+ROWS = 38  # of training
 BY_EPOCH = (*EPOCHS, "trainer.eval_strategy=epoch", "+trainer.logging_strategy=epoch")
 ADALORA = ("adapter=adalora", "adapter.tinit=1", "adapter.tfinal=1")
 
@@ -112,3 +116,29 @@ def test_patience_may_begin_with_a_resume(trial: Trial) -> None:
     assert result.steps == 8  # the three evaluations of steps 4, 6 and 8 are no better than that of step 2
     stored = json.loads((trial.broken / "checkpoints" / "checkpoint-8" / "trainer_state.json").read_text())
     assert stored["stateful_callbacks"]["EarlyStoppingCallback"]["attributes"]["early_stopping_patience_counter"] == 3
+
+
+@pytest.mark.parametrize(
+    ("at", "keys"),
+    [
+        (10, {"per_device_train_batch_size": 8}),  # behind the first epoch
+        (5, {"per_device_train_batch_size": 2}),
+        (7, {"gradient_accumulation_steps": 3}),
+    ],
+)
+def test_another_batch_trains_the_rest_of_the_epochs(at: int, keys: dict[str, int], trial: Trial) -> None:
+    """Every row is trained on twice, but for the rows of a step that ended between two of the new ones."""
+    rows: list[int] = []
+    original = Trainer.training_step
+
+    def counted(self: Any, model: Any, inputs: Any, *args: Any) -> Any:
+        rows.append(len(inputs["input_ids"]))
+        return original(self, model, inputs, *args)
+
+    trial.monkeypatch.setattr(Trainer, "training_step", counted)
+    trial.stop(*EPOCHS, at=at)
+    result = trial.resume(*EPOCHS, *(f"trainer.{key}={value}" for key, value in keys.items()))
+    of_step = max(4, math.prod({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, **keys}.values()))
+    assert 2 * ROWS <= sum(rows) < 2 * ROWS + of_step
+    last = trial.broken / "checkpoints" / f"checkpoint-{result.steps}" / "trainer_state.json"
+    assert json.loads(last.read_text())["epoch"] == 2

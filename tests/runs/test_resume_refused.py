@@ -12,11 +12,11 @@ import pytest
 
 from loraplus_hydra import run
 from loraplus_hydra.check import check
-from loraplus_hydra.errors import UserError
+from loraplus_hydra.errors import ConfigErrors, UserError
 from loraplus_hydra.io.locks import folder_lock
 from loraplus_hydra.runs.resume import find_resume_point, roll_back
 from tests.conftest import Finished
-from tests.runs.conftest import AUTO
+from tests.runs.conftest import AUTO, Trial
 from tests.runs.test_resume import files
 from tests.support.forking import differences
 
@@ -265,3 +265,16 @@ def test_seed_of_a_random_start_that_changes_the_base_stays_the_runs(cli: Cli, t
     told = "seed: decides the start pissa_niter_4, which changes the base; a start can't change after step 0"
     assert (finished.status, told in finished.err) == (1, True), finished.err
     assert cli("resume", "fast", "trainer.max_steps=6").status == 0
+
+
+def test_stream_goes_on_only_with_the_same_number_of_rows_in_a_step(trial: Trial) -> None:
+    streamed = (
+        *("data.streaming=true", "data.eval=${data.train}", "data.max_samples=20"),
+        *("trainer.max_steps=6", "trainer.per_device_train_batch_size=2"),
+    )
+    trial.stop(*streamed, at=3)
+    more, divided = "trainer.gradient_accumulation_steps=2", "trainer.per_device_train_batch_size=1"
+    with pytest.raises(ConfigErrors) as caught:
+        trial.resume(*streamed, more)
+    assert [problem.key for problem in caught.value.problems] == ["trainer.gradient_accumulation_steps"]
+    assert trial.resume(*streamed, more, divided).steps == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 
 from loraplus_hydra import run
+from loraplus_hydra.errors import UserError
 from loraplus_hydra.io import interrupts
 from loraplus_hydra.io.interrupts import Interrupted
 from loraplus_hydra.training.hf_trainer import start_evaluation
@@ -221,6 +223,35 @@ def test_evaluation_that_a_signal_stops_ends_within_a_batch_and_is_made_up(
             {k: v for k, v in each[key].items() if "second" not in k and "time" not in k} for each in results
         )
         assert ours == theirs
+
+
+def test_only_checkpoint_is_kept_until_its_evaluation_is_made_up_and_saved(
+    compose: Callable[..., Any],
+    tiny_run: list[str],
+    tmp_path: Path,
+    stopped_in_evaluation: Stopping,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers import Trainer
+
+    overrides = [*tiny_run, *EVALUATED, "data.eval_fraction=0.2", "trainer.save_total_limit=1"]
+    run(compose(*overrides), tmp_path / "unbroken")
+    place = tmp_path / "stopped"
+    stopped_in_evaluation(2, in_training=True)
+    with _handling(signal.SIGTERM, lambda _: None), pytest.raises(Interrupted):
+        run(compose(*overrides), place)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_checkpoint", full)
+        with pytest.raises(UserError, match="the disk is full"):
+            run(compose(*overrides, "trainer.resume_from_checkpoint=auto"), place)
+    assert [each.name for each in (place / "checkpoints").iterdir()] == ["checkpoint-2"]
+    result = run(compose(*overrides, "trainer.resume_from_checkpoint=auto"), place)
+    assert result.resumed_at == [2, 2]
+    assert differences(place, tmp_path / "unbroken") == []
 
 
 COMMANDS = {

@@ -220,8 +220,8 @@ class LoraPlusMixin:
 
     def _beginning(self, inputs: Any) -> str:
         """Return the beginning of a batch as text, which helps to find the row."""
-        tokens, tokenizer = inputs.get("input_ids"), self.processing_class  # type: ignore[attr-defined]
-        if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or not hasattr(tokenizer, "decode"):
+        tokens, tokenizer = _tensor(inputs, "input_ids"), self.processing_class  # type: ignore[attr-defined]
+        if tokens is None or tokens.ndim != 2 or not hasattr(tokenizer, "decode"):
             return ""
         return f", in the batch that begins {tokenizer.decode(tokens[0, :24], skip_special_tokens=True)!r}"
 
@@ -246,8 +246,8 @@ class LoraPlusMixin:
 
         None for other batches, such as pairs of answers, which have two rows for each example.
         """
-        labels = inputs.get("labels")
-        if not isinstance(labels, torch.Tensor):
+        labels = _tensor(inputs, "labels")
+        if labels is None:
             return None
         if labels.ndim == 2 and getattr(self, "_loss_shifts_labels", False):
             return loss_tokens(inputs)
@@ -354,18 +354,25 @@ def _first(value: Any, examples: int) -> Any:
     return value[:examples] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
 
 
-def count_tokens(inputs: Mapping[str, Any]) -> int:
+def _tensor(inputs: Any, name: str) -> torch.Tensor | None:
+    """Return a batch's tensor of this name, or None."""
+    # TRL's online trainers, such as GRPOTrainer, pass a list of rows and make the tensors later
+    value = inputs.get(name) if isinstance(inputs, Mapping) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def count_tokens(inputs: Any) -> int:
     """Count the tokens of a batch, without padding. 0 for inputs that are not tokens."""
     for name in ("attention_mask", "input_ids"):
-        value = inputs.get(name)
-        if isinstance(value, torch.Tensor) and value.ndim == 2:
+        value = _tensor(inputs, name)
+        if value is not None and value.ndim == 2:
             return int(value.ne(0).sum()) if name == "attention_mask" else value.numel()
     return 0
 
 
 def loss_tokens(inputs: Mapping[str, Any]) -> int:
     """Count the tokens with loss in a causal model's batch, without each row's first token."""
-    labels = inputs.get("labels")
-    if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
+    labels = _tensor(inputs, "labels")
+    if labels is None or labels.ndim != 2:
         return 0
     return int(labels[:, 1:].ne(-100).sum())

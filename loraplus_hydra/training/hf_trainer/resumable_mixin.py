@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ from loraplus_hydra.errors import UserError, first_line
 from loraplus_hydra.io import interrupts, screen
 from loraplus_hydra.io.checkpoint_state import StreamState, run_state
 from loraplus_hydra.io.checkpoints import OPTIMIZER, sealed, step_of, unseal
+from loraplus_hydra.io.folders import move, remove_folder
 from loraplus_hydra.io.interrupts import Interrupted
 from loraplus_hydra.io.quiet_libraries import quiet_step_mismatch
 from loraplus_hydra.loraplus.schedule_free import RUNNING_VALUES, ScheduleFree
@@ -72,6 +74,7 @@ class ResumableMixin:
     rows_read: RowsRead | None = None  # the streamed training rows that were read
     expected_stream = StreamState()  # the streamed rows that a resumed run must read again
     evaluation_due = False  # True after a signal stopped an evaluation, until the evaluation is repeated
+    _epoch_place: tuple[int, int] | None = None  # of a resumed run: finished epochs, and batches of the current one
     _has_noted_rest = False  # True after the note about a stream's last batches
     start_key: str | None = None  # equal for jobs that begin alike, see start_evaluation.py
 
@@ -146,7 +149,7 @@ class ResumableMixin:
         self._load_rng_state(checkpoint)  # type: ignore[attr-defined]
         self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)  # type: ignore[attr-defined]
         self.evaluation_due = False
-        self.save_checkpoint_now()
+        self._replace_checkpoint()
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             raise _TrainingEnded
 
@@ -154,6 +157,28 @@ class ResumableMixin:
         """Save a complete checkpoint of the current step."""
         self._save_checkpoint(self.model, None)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _replace_checkpoint(self) -> None:
+        """Save the current step's checkpoint again. The earlier one is kept until the new one is complete."""
+        # It may be the only checkpoint, and the disk may be full
+        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        draft = folder / "remade"
+        is_first = self.args.process_index == 0
+        if is_first:
+            remove_folder(draft)  # of a killed process
+        self.args.distributed_state.wait_for_everyone()
+        self.args.output_dir = str(draft)
+        try:
+            self.save_checkpoint_now()
+            if is_first:
+                move(folder / name, draft / "before")
+                move(draft / name, folder / name)
+        finally:
+            self.args.output_dir = str(folder)
+            if is_first:
+                remove_folder(draft)
+        if self.state.best_model_checkpoint is not None:
+            self.state.best_model_checkpoint = str(folder / Path(self.state.best_model_checkpoint).name)
 
     @contextmanager
     def checkpoint_if_stopped(self) -> Iterator[None]:
@@ -181,6 +206,23 @@ class ResumableMixin:
         values = self.set_initial_training_values(self.args, loader)  # type: ignore[attr-defined]
         return int(values[0]), int(values[-1])
 
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
+        """Return the Trainer's values, such as the steps. A resumed run trains the rest of its epochs."""
+        epochs, of_epoch, *others, batches, steps = super().set_initial_training_values(args, dataloader)  # type: ignore[misc]
+        if isinstance(args.resume_from_checkpoint, str) and has_length(dataloader):
+            # The Trainer assumes that each step so far was one of this run's. With another number of rows or another
+            # batch, it would leave out epochs or repeat them.
+            state = stored_trainer_state(args.resume_from_checkpoint)
+            done, share = divmod(state.epoch, 1)
+            at = math.floor(share * batches + 1e-6) // args.gradient_accumulation_steps  # steps in the current epoch
+            self._epoch_place = int(done), at * args.gradient_accumulation_steps
+            further = state.global_step - (int(done) * of_epoch + at)  # 0 if nothing has changed
+            if args.max_steps > 0:
+                epochs = math.ceil((steps - further) / of_epoch)
+            else:
+                steps += further
+        return (epochs, of_epoch, *others, batches, steps)
+
     def early_stopping(self) -> list[EarlyStoppingCallback]:
         """Return the callbacks that stop training early."""
         return [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
@@ -188,6 +230,8 @@ class ResumableMixin:
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Return the finished epochs, and the finished batches of the current epoch, also for streamed rows."""
         epochs, batches = super()._init_training_state(*args, **kwargs)  # type: ignore[misc]
+        if self._epoch_place is not None:
+            epochs, batches = self._epoch_place[0], 0 if self.args.ignore_data_skip else self._epoch_place[1]
         if self.state.global_step == 0 or has_length(self.train_dataset):
             return epochs, batches
         # The number of steps in a stream's epoch is unknown, so the Trainer assumes that the first epoch has all steps.

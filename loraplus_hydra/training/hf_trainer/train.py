@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import set_seed
@@ -75,7 +76,7 @@ def evaluation_at(state: Any, step: int) -> dict[str, float]:
 
 def best_evaluation(history: list[dict[str, Any]], metric: str, greater_is_better: bool) -> dict[str, Any]:
     """Return step and value of the best evaluation in a Trainer's log; of equal ones, the earliest."""
-    evaluations = [entry for entry in history if metric in entry]
+    evaluations = [entry for entry in history if not math.isnan(entry.get(metric, math.nan))]  # min and max keep NaN
     if not evaluations:
         return {}
     best = (max if greater_is_better else min)(evaluations, key=lambda entry: entry[metric])
