@@ -27,7 +27,21 @@ def read_config(config: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
     assert isinstance(plain, dict)
     for path in (*GROUPS, "task.args", "model.config"):
         problems += _no_mapping(plain, path)
-    return plain, problems
+    return plain, problems + _deleted_keys(config)
+
+
+def _deleted_keys(config: DictConfig) -> list[Problem]:
+    """Return a Problem for each key of every run that the config lacks, for example after `~seed`."""
+    raw: Any = OmegaConf.to_container(config, resolve=False)
+    holders = {path: raw.get(path) if path else raw for path in CLOSED}
+    missing = [
+        f"{path}.{field.name}".lstrip(".")
+        for path, schema in CLOSED.items()
+        for field in dataclasses.fields(schema)
+        if isinstance(holders[path], dict) and field.name not in holders[path]
+    ]
+    fix = "every run needs this key; don't delete it, or set it:"
+    return [Problem(key, NOT_SET, f"{fix} +{key}=...") for key in missing]
 
 
 def _no_mapping(plain: dict[str, Any], path: str) -> list[Problem]:

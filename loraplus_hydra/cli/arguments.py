@@ -91,6 +91,9 @@ def _value_problems(given: Namespace) -> Iterator[Problem]:
         yield Problem("--resolve", "needs --cfg", "for example: --cfg job --resolve")
     if given.config_dir is not None and not os.path.isdir(given.config_dir):  # noqa: PTH112
         yield Problem("--config-dir", f"there is no folder '{given.config_dir}'", "give a folder with your YAML files")
+    if given.config_path is not None and not (os.path.isabs(given.config_path) or "://" in given.config_path):  # noqa: PTH117
+        fix = "give the whole path; or add a folder of yours to this program's own: --config-dir DIR"
+        yield Problem("--config-path", f"Hydra doesn't look for '{given.config_path}' in the current folder", fix)
     if given.shell_completion and not any(_COMPLETION.fullmatch(word) for word in given.overrides):
         fix = 'for example: eval "$(loraplus-hydra -sc install=bash)"'
         yield Problem("--shell-completion", "has no effect without install, uninstall or query", fix)

@@ -48,8 +48,10 @@ def train(config: DictConfig) -> float | None:
     from loraplus_hydra.runs.job import run
 
     job, BeforeRun.job = BeforeRun.job, None
-    assert job is not None, "the callback BeforeRun has checked the run"
     with exit_on_error():  # Hydra would print its own line before the error
+        if job is None:  # a config of the user's own, without conf/app.yaml
+            fix = "its defaults list must begin with `- config`, this program's own config"
+            raise ConfigErrors([Problem("--config-name", "this config doesn't have the callback `before_run`", fix)])
         return run(job.checked, point=job.point).value
 
 

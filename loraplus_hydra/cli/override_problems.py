@@ -9,10 +9,13 @@ import re
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra._internal.utils import get_args_parser
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
@@ -29,9 +32,10 @@ from loraplus_hydra.config.synonyms import meant_option, meant_overrides
 from loraplus_hydra.errors import Problem, first_line, nearest
 from loraplus_hydra.sweep.plugins import missing_plugin
 
+RECIPES = ("experiment", "hparams_search", "launcher", "debug")  # groups whose files change the whole config
 ROOT_KEYS = (
     *(field.name for field in fields(RunConfig)),
-    *("sweep", "halving", "tune", "experiment", "hparams_search", "launcher", "debug"),
+    *("sweep", "halving", "tune", *RECIPES),
 )
 # `key = value`, `key= value`, `key =value`, `key: value` or `key:value`, of one to three words.
 _SPACED = re.compile(r"([\w./@]+)(?: = ?|= | =|: ?)([^\s=]+)(?= |$)")
@@ -70,10 +74,15 @@ def override_problems(
     `flags` are the Problems of unknown flags, each with its name and value, which may be meant as an override.
     `first_error` is Hydra's own error, if known. With a single override, it is used instead of a second composition.
     """
-    overrides = get_args_parser().parse_known_args(arguments)[0].overrides
+    given = get_args_parser().parse_known_args(arguments)[0]
+    overrides = given.overrides
     GlobalHydra.instance().clear()
-    with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
-        composition = _Composition(config, is_sweep=bool({"--multirun", "-m"} & set(arguments)))
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):  # which restores Hydra's state
+        _search(given.config_path, given.config_dir)
+        is_sweep = bool({"--multirun", "-m"} & set(arguments))
+        composition = _Composition(config, is_sweep, name=given.config_name or config)
+        if (given.config_name or given.config_path) and not composition.composes():
+            return [problem for problem, _, _ in flags]  # the other error is in the user's YAML
         known_error = first_error if len(overrides) == 1 else None
         spaced, overrides = _without_spaces(overrides)
         tried = [composition.accept(text, known_error) for text in overrides]
@@ -84,12 +93,22 @@ def override_problems(
     return problems
 
 
+def _search(instead: str | None, also: str | None) -> None:
+    """Let Hydra search the folders of --config-path and --config-dir, as for the command itself."""
+    path = create_config_search_path(instead or str(config_folder()))
+    if also is not None:
+        path.prepend("command-line", f"file://{Path(also).absolute()}", SearchPathQuery(provider="schema"))
+    GlobalHydra.instance().clear()
+    Hydra.create_main_hydra2("app", path)
+
+
 @dataclass
 class _Composition:
-    """The overrides that compose with the YAML `config` so far."""
+    """The overrides that compose with the YAML `name` so far. `config` is the command's own YAML."""
 
     config: str
     is_sweep: bool
+    name: str
     accepted: list[str] = field(default_factory=list)
     _composed: dict[int, DictConfig] = field(default_factory=dict)  # by the number of accepted overrides
 
@@ -100,11 +119,19 @@ class _Composition:
 
     def compose(self, *overrides: str) -> DictConfig:
         if overrides or len(self.accepted) not in self._composed:
-            composed = compose(self.config, overrides=[*self.accepted, *overrides], return_hydra_config=True)
+            composed = compose(self.name, overrides=[*self.accepted, *overrides], return_hydra_config=True)
             if overrides:
                 return composed
             self._composed = {len(self.accepted): composed}
         return self._composed[len(self.accepted)]
+
+    def composes(self) -> bool:
+        """Return False if the YAML itself has an error."""
+        try:
+            self.compose()
+        except Exception:  # Hydra doesn't catch errors of the libraries that it calls
+            return False
+        return True
 
     def accept(self, text: str, known_error: Exception | None) -> Problem | None:
         """Add an override, or return a Problem if it doesn't compose.
@@ -116,7 +143,7 @@ class _Composition:
         except HydraException as error:
             return _grammar_problem(text, error, self)
         key = override.key_or_group
-        if self.is_run and has_unknown_key([text]):
+        if self.name == "config" and has_unknown_key([text]):
             return _unknown_key(key, text, self)
         if override.is_sweep_override() and not self.is_sweep:
             return _several_values(text, override)
@@ -212,6 +239,13 @@ def _explain(key: str, text: str, error: Exception, composition: _Composition) -
         cause = cause.__cause__
     if plugin := missing_plugin(error, key):
         return plugin
+    if text.startswith("~"):
+        return _not_deleted(key, text, composition)
+    if "Multiple values for" in str(error):
+        return Problem(text, "chooses a second option of the group", f"remove the plus: {text.lstrip('+')}")
+    if f"Key '{key}' not in" in str(error) and key in RECIPES:  # Hydra put the file's keys below the group's name
+        fix = "begin it with the line `# @package _global_`"
+        return Problem(text, f"the keys of this file are not at the top of the config, but below `{key}`", fix)
     if isinstance(error, MissingConfigException) and error.options is not None:
         return _unknown_option(key, text.split("=", 1)[1], list(error.options), composition)
     if "Config group override must be a string" in str(error):  # a number
@@ -226,6 +260,17 @@ def _explain(key: str, text: str, error: Exception, composition: _Composition) -
     if "Could not override" in str(error) or "No match in the defaults list" in str(error):
         return _unknown_key(key, text, composition)
     return Problem(text, " ".join(line.strip() for line in str(error).splitlines()[:2]))
+
+
+def _not_deleted(key: str, text: str, composition: _Composition) -> Problem:
+    """Return the Problem for a `~key` or `~key=value` that deletes nothing."""
+    parent, names = _deepest_part(key, composition.compose())
+    last = key.rpartition(".")[2]
+    if key.removeprefix(f"{parent}.") == last and last in names:
+        if "=" not in text:
+            return Problem(text, "this key can't be deleted", f"set another value: {key}=...")
+        return Problem(text, "deletes nothing, because the config has another value", f"write ~{key}")
+    return Problem(text, f"there is no such key to delete{nearest(last, names)}", "leave it out")
 
 
 def _unknown_option(key: str, value: str, options: list[str], composition: _Composition) -> Problem:
@@ -243,6 +288,8 @@ def _wrong_type(key: str, text: str, cause: ValidationError) -> Problem:
     if "is not a ListConfig, list or tuple" in message:
         return Problem(key, f"'{value}' is not a list", f"write {name}=[{value}]")
     match = re.match(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", message)
+    if "is not Optional" in message:
+        return Problem(key, "can't be null", "give it a value, or leave it out")
     if match is None:
         return Problem(key, message, fix)
     names = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}

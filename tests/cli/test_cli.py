@@ -144,9 +144,9 @@ def test_wrong_flag_is_a_listed_error(words: list[str], said: str, cli: Callable
     assert said in finished.err
 
 
-@pytest.mark.parametrize("flag", ["--config-name", "--config-path"])
-def test_config_that_is_not_there_is_told(flag: str, cli: Callable[..., Finished]) -> None:
-    finished = cli(flag, "nowhere")
+@pytest.mark.parametrize(("flag", "place"), [("--config-name", "nowhere"), ("--config-path", "/nowhere")])
+def test_config_that_is_not_there_is_told(flag: str, place: str, cli: Callable[..., Finished]) -> None:
+    finished = cli(flag, place)
     assert finished.status == 1
     assert finished.err.startswith("Error: ")
     assert "nowhere" in finished.err

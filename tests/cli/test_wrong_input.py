@@ -102,6 +102,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["model=hub", "model.path=./none", "data=jsonl", "data.train=./none.jsonl", "+optimizer.beta=1"],
         ["model.path: there is no folder", "data.train: ./none.jsonl: No such file", "no argument 'beta'"],
     ),
+    "name of a sweep for one run": (
+        ["sweep.name=mine"],
+        ["sweep.name: names a sweep's folder, and this is a single run; name a run's folder with hydra.run.dir"],
+    ),
     "qlora is two options": (["adapter=qlora"], ["no option 'qlora'; write adapter=lora quantization=nf4"]),
     "model on a hub in place of an option": (
         ["model=Qwen/Qwen3-0.6B"],

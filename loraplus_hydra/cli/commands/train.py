@@ -31,6 +31,9 @@ def main(config: DictConfig, flags: frozenset[str]) -> Job:
     if search_key(config, "halving"):
         fix = "give a key several values and add -m, or remove it"
         raise ConfigErrors([Problem("halving", "halves a grid, and this is a single run", fix)])
+    if OmegaConf.select(config, "sweep.name") is not None:
+        fix = "name a run's folder with hydra.run.dir, or give a key several values and add -m"
+        raise ConfigErrors([Problem("sweep.name", "names a sweep's folder, and this is a single run", fix)])
     if search_key(config, "tune") is not None:
         raise ConfigErrors([Problem("tune", "is a search, and this is a single run", "leave hydra.mode out")])
     checked = check(run_of(config))
