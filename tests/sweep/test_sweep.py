@@ -167,12 +167,9 @@ def test_start_whose_name_looks_like_a_number_knows_its_jobs(
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch, tiny_sweep: list[str], cli: Cli) -> Callable[..., str]:
     """Return a function that names the sweep of a command, and runs no job."""
-    from hydra.core.plugins import Plugins
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     from loraplus_hydra.cli import before_run
-
-    Plugins.instance()  # loads Hydra's own plugins anew, so a class that was imported before is another one
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     begun: list[str] = []
     begin = before_run.begin
