@@ -165,7 +165,7 @@ def test_command_runs(command: PageCommand, cli: Callable[..., Finished], tiny_m
     # The first rung is at 1/16 of the steps, and not before step 6.
     short = SHORT | ({"trainer.max_steps": "96"} if has_rungs else {})
     added = [f"{key}={value}" for key, value in short.items()]  # of two values of a key, Hydra takes the last
-    if "hparams_search=toy" in words or "--help" in words or "--cfg" in words:
+    if {"experiment=toy", "hparams_search=toy", "--help", "--cfg"} & {*words}:  # the toy has no rows
         added = []
     ended = cli(*words, *added)
     if any(text in ended.err for text in NO_EXTRA):
